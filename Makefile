@@ -1,0 +1,41 @@
+# The README's two commands are `make demo` and `make test`; each creates .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo test lint scale clean
+
+demo: $(VENV)/.demo
+	$(BIN)/neo-export -o build/demo-bundle --force
+	$(BIN)/neo-generate build/demo-bundle "Once upon a time" --max-new-tokens 120
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -n 2 -q
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The checks on the published 1.3B shape: tens of minutes, 25 GB of disk. Writes build/scale-report.md.
+scale: $(VENV)/.test
+	$(BIN)/python -m tests.scale --report build/scale-report.md
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(INPUTS) | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[cpu,export]'
+	touch $@
+
+# torch first and alone, pinned: a looser requirement could bring a CUDA build of several gigabytes.
+$(VENV)/.test: $(INPUTS) | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

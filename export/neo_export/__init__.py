@@ -1,0 +1,1 @@
+"""Turn a GPT-Neo checkpoint into a bundle of ONNX graphs over one copy of the weights."""

@@ -1,0 +1,1 @@
+"""What each kind of machine runs: which passes, which inputs and outputs."""

@@ -1,0 +1,83 @@
+"""Every error that this project raises on purpose, as a tree.
+
+    NeoError
+    ├── BundleError            the folder given is not a bundle that can be used
+    │   ├── BundleDamagedError       a file is missing, truncated, or differs from its checksum
+    │   └── BundleUnsupportedError   newer schema, too old an onnxruntime, unknown target
+    ├── CheckpointError        the model given to `neo-export` cannot be exported
+    ├── HubError               a model hub or its client library cannot be reached
+    ├── RequestError           a prompt or an option that cannot be honoured
+    ├── ContextLengthError     (a RequestError) more positions than the model has
+    ├── CacheLimitError        the key/value cache would pass the limit that was set
+    ├── DependencyError        a package is missing, or two packages exclude each other
+    ├── OutputError            a result cannot be written where it was asked for
+    └── VerificationError      what was written does not compute what it should
+
+A message says what was found, what was expected, and what to do. Command lines print it as
+one line on stderr and exit with status 2 (1 for a `VerificationError`: a verdict, not a misuse).
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BundleDamagedError",
+    "BundleError",
+    "BundleUnsupportedError",
+    "CacheLimitError",
+    "CheckpointError",
+    "ContextLengthError",
+    "DependencyError",
+    "HubError",
+    "NeoError",
+    "OutputError",
+    "RequestError",
+    "VerificationError",
+]
+
+
+class NeoError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class BundleError(NeoError):
+    """The folder is not a usable bundle."""
+
+
+class BundleDamagedError(BundleError):
+    """A file of the bundle is missing, truncated or altered."""
+
+
+class BundleUnsupportedError(BundleError):
+    """The bundle is whole, but this installation cannot run it."""
+
+
+class CheckpointError(NeoError):
+    """The checkpoint cannot be exported."""
+
+
+class HubError(NeoError):
+    """A hub, or the client library for it, is out of reach."""
+
+
+class RequestError(NeoError, ValueError):
+    """A prompt or an option cannot be honoured."""
+
+
+class ContextLengthError(RequestError):
+    """The request needs more positions than the model has."""
+
+
+class CacheLimitError(NeoError, MemoryError):
+    """The key/value cache would be larger than its limit."""
+
+
+class DependencyError(NeoError, ImportError):
+    """A package is missing, or two installed packages exclude each other."""
+
+
+class OutputError(NeoError, OSError):
+    """A result cannot be written."""
+
+
+class VerificationError(NeoError):
+    """What was written does not compute what it should."""

@@ -1,0 +1,229 @@
+"""The bundle's schema: `neo.json`, written by the exporter, read by the runtime.
+
+One dataclass a concept; `Manifest.to_json` and `Manifest.from_json` are exact inverses, and
+the JSON is canonical (sorted keys), so that the same bundle always has the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from neo_runtime.errors import BundleDamagedError, BundleUnsupportedError
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA_VERSION",
+    "WEIGHTS_NAME",
+    "CacheSpec",
+    "FileRecord",
+    "GraphSpec",
+    "Manifest",
+    "ModelSpec",
+    "Probe",
+    "TensorSpec",
+]
+
+MANIFEST_NAME = "neo.json"
+WEIGHTS_NAME = "weights.bin"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The architecture, as the checkpoint's `config.json` gives it."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    """Rows of the position table. The bundle's own limit is `Manifest.max_length`."""
+    window_size: int
+    """A local layer attends to this many last positions, the current one included."""
+    attention_layers: tuple[str, ...]
+    """"global" or "local", one a layer."""
+    layer_norm_epsilon: float
+    activation_function: str
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_id: tuple[int, ...]
+    pad_token_id: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One input or output of a graph; a string in `shape` names a dynamic dimension."""
+
+    name: str
+    dtype: str
+    """A numpy name: "float32", "float16", "int64", …"""
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSpec:
+    """One ONNX graph of the bundle."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """How the graphs keep keys and values: [batch, num_heads, length, head_dim] a layer, two each."""
+
+    layout: Literal["in_place", "append"]
+    """`in_place`: bind one buffer of any length ≥ the positions in use as past and as present.
+    `append`: present = past with the new positions behind it (a new, longer tensor each call)."""
+    padding: Literal["right", "left"]
+    """On which side a ragged batch of prompts is padded: see the design document."""
+    dtype: str
+    """Element type of keys and values, a numpy name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A place inside a graph that tools look at: the value of this name exists in every graph."""
+
+    layer: int | None
+    """None for the final norm."""
+    place: str
+    """One of `embedding`, `key`, `value`, `attention`, `mlp`, `residual`, `final_norm`."""
+    value: str
+    """Name of the ONNX value, [batch, sequence, width]."""
+    channels: tuple[int, int] | None = None
+    """First and one-past-last channel of the value's last dimension (packed q, k and v)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Size in bytes and sha256 (hex) of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a runtime must know before it opens a graph."""
+
+    precision: str
+    """How weights are stored: "fp32", "fp16", …"""
+    target: str
+    """Which operators the graphs use: "cpu", "portable", …"""
+    max_length: int
+    """Positions that a sequence may have: prompt and continuation together."""
+    model: ModelSpec
+    cache: CacheSpec
+    graphs: dict[str, GraphSpec]
+    """By name: "prefill", "decode", "score"."""
+    probes: tuple[Probe, ...]
+    files: dict[str, FileRecord]
+    """Every file of the bundle but `neo.json`, by its path relative to the folder, with `/`."""
+    has_tokenizer: bool
+    minimum_onnxruntime: str
+    """The oldest onnxruntime that computes these graphs correctly."""
+    tools: dict[str, str]
+    """Versions of the packages that wrote the bundle."""
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def to_json(self) -> str:
+        """Canonical JSON text, with a newline at its end."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = MANIFEST_NAME) -> Manifest:
+        """Parse and validate.
+
+        Args:
+            text: contents of a `neo.json`.
+            source: what to call it in errors.
+
+        Raises:
+            BundleDamagedError: not JSON, or a field is missing or of the wrong type.
+            BundleUnsupportedError: a schema newer than this runtime knows.
+        """
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise BundleDamagedError(
+                f"{source} is not valid JSON ({error}); export the bundle again"
+            ) from error
+        if not isinstance(raw, dict):
+            raise BundleDamagedError(f"{source} holds no JSON object; export the bundle again")
+        version = raw.get("schema_version")
+        if not isinstance(version, int):
+            raise BundleDamagedError(
+                f"{source}: schema_version is {version!r}, expected a number; "
+                "is this folder a bundle written by neo-export?"
+            )
+        if version > SCHEMA_VERSION:
+            raise BundleUnsupportedError(
+                f"{source} has schema version {version}, this neo_runtime reads up to "
+                f"{SCHEMA_VERSION}; upgrade neo-onnx or export the bundle with this version"
+            )
+        manifest: Manifest = _parse(cls, raw, source)
+        return manifest
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over the names and checksums of all files: what the bundle *is*."""
+        lines = "".join(f"{name} {record.sha256}\n" for name, record in sorted(self.files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _parse(kind: Any, raw: Any, where: str) -> Any:
+    """Turn JSON into `kind` (a dataclass, tuple, dict, Literal, union or plain type), strictly."""
+    origin = get_origin(kind)
+    if is_dataclass(kind):
+        return _parse_dataclass(kind, raw, where)
+    if origin in (Union, UnionType):
+        return _parse_union(kind, raw, where)
+    if origin is tuple and isinstance(raw, list):
+        arguments = get_args(kind)
+        if arguments[-1] is Ellipsis:
+            return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
+        if len(arguments) == len(raw):
+            return tuple(_parse(a, item, where) for a, item in zip(arguments, raw, strict=True))
+    if origin is dict and isinstance(raw, dict):
+        value_kind = get_args(kind)[1]
+        return {key: _parse(value_kind, item, f"{where}.{key}") for key, item in raw.items()}
+    if origin is Literal and raw in get_args(kind):
+        return raw
+    if kind is float and type(raw) in (int, float):
+        return float(raw)
+    if isinstance(kind, type) and type(raw) is kind:
+        return raw
+    raise BundleDamagedError(f"{where}: found {raw!r}, expected {_name(kind)}; export again")
+
+
+def _parse_dataclass(kind: Any, raw: Any, where: str) -> Any:
+    if not isinstance(raw, dict):
+        raise BundleDamagedError(f"{where}: found {raw!r}, expected an object; export again")
+    hints = get_type_hints(kind)
+    names = {f.name for f in fields(kind)}
+    if unknown := raw.keys() - names:
+        raise BundleDamagedError(f"{where}: unknown field {min(unknown)!r}; export again")
+    if missing := names - raw.keys():
+        raise BundleDamagedError(f"{where}: field {min(missing)!r} is missing; export again")
+    return kind(**{name: _parse(hints[name], raw[name], f"{where}: {name}") for name in names})
+
+
+def _parse_union(kind: Any, raw: Any, where: str) -> Any:
+    for member in get_args(kind):
+        try:
+            return None if member is type(None) and raw is None else _parse(member, raw, where)
+        except BundleDamagedError:
+            continue
+    raise BundleDamagedError(f"{where}: found {raw!r}, expected {_name(kind)}; export again")
+
+
+def _name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
