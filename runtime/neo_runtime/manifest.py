@@ -77,7 +77,7 @@ class GraphSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """How the graphs keep keys and values: [batch, num_heads, length, head_dim] a layer, two each."""
+    """Keys and values: two tensors [batch, num_heads, length, head_dim] a layer."""
 
     layout: Literal["in_place", "append"]
     """`in_place`: bind one buffer of any length ≥ the positions in use as past and as present.
