@@ -1,0 +1,87 @@
+"""What every export checks of what it wrote, before it is put in place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from neo_runtime.errors import VerificationError
+from neo_runtime.installation import require_onnxruntime
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from neo_runtime.manifest import GraphSpec, Manifest, TensorSpec
+
+__all__ = ["check_bundle", "open_session", "run_graph"]
+
+_PROMPT = 8  # tokens of the short run
+
+
+def check_bundle(folder: Path, manifest: Manifest) -> None:
+    """ONNX's checker, the declared shapes, and a short run with finite logits, for every graph.
+
+    Raises:
+        VerificationError: one of them fails; the message names the graph.
+    """
+    for name, graph in manifest.graphs.items():
+        path = folder / graph.file
+        try:
+            onnx.checker.check_model(str(path))
+        except onnx.checker.ValidationError as error:
+            raise VerificationError(f"{graph.file} fails ONNX's checker: {error}") from error
+        _short_run(path, name, graph, manifest)
+
+
+def open_session(path: Path) -> Any:
+    """A session for one look: nothing prepacked or optimized, so that memory stays small."""
+    ort = require_onnxruntime()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run_graph(
+    session: Any, graph: GraphSpec, ids: np.ndarray[Any, np.dtype[np.int64]]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Run on token ids [B, S] with an empty cache; returns every output by name."""
+    batch, sequence = ids.shape
+    feeds: dict[str, np.ndarray[Any, Any]] = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.broadcast_to(np.arange(sequence), ids.shape).copy(),
+    }
+    for tensor in graph.inputs:
+        if tensor.name.startswith("past_key_values."):
+            heads, size = int(tensor.shape[1]), int(tensor.shape[3])
+            feeds[tensor.name] = np.zeros((batch, heads, 0, size), dtype=tensor.dtype)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def _short_run(path: Path, name: str, graph: GraphSpec, manifest: Manifest) -> None:
+    length = 1 if name == "decode" else min(_PROMPT, manifest.max_length)
+    ids = (np.arange(length, dtype=np.int64)[None] * 7919) % manifest.model.vocab_size
+    outputs = run_graph(open_session(path), graph, ids)
+    sizes = {"batch": 1, "sequence": length, "present_sequence": length}
+    for tensor in graph.outputs:
+        _check_output(graph.file, tensor, outputs[tensor.name], sizes)
+    if not np.isfinite(outputs["logits"]).all():
+        raise VerificationError(
+            f"{graph.file} gives logits that are not finite for the token ids {ids[0].tolist()}; "
+            f"with precision {manifest.precision} that is an overflow: export with --fp32"
+        )
+
+
+def _check_output(
+    file: str, tensor: TensorSpec, found: np.ndarray[Any, Any], sizes: dict[str, int]
+) -> None:
+    expected = tuple(sizes[n] if isinstance(n, str) else n for n in tensor.shape)
+    if found.shape != expected or str(found.dtype) != tensor.dtype:
+        raise VerificationError(
+            f"{file}: output {tensor.name} is {found.dtype}{list(found.shape)}, "
+            f"expected {tensor.dtype}{list(expected)}"
+        )

@@ -1,0 +1,88 @@
+"""The entry points: prefill, decode and score, each a graph of its own over the same parameters.
+
+They differ in what comes out: prefill and decode give the logits of each row's last valid new
+position, score those of every position. Decode takes exactly one new token a row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from neo_export.model import CausalLM
+
+if TYPE_CHECKING:
+    from neo_runtime.manifest import ModelSpec
+    from onnxscript import OpBuilder
+
+__all__ = ["GRAPH_NAMES", "OPSET", "build_graph"]
+
+GRAPH_NAMES = ("prefill", "decode", "score")
+OPSET = 18
+"""LayerNormalization came with 17; 18 is old enough for every runtime in use."""
+IR_VERSION = 10
+
+
+def build_graph(name: str, spec: ModelSpec) -> ir.Model:
+    """Write the graph `name` ("prefill", "decode" or "score") in standard operators.
+
+    Its parameters are initializers without data, under the checkpoint's names. Inputs: input_ids,
+    attention_mask and position_ids (int64 [B, S], [B, T], [B, S]) and past_key_values.{i}.key and
+    .value (float32 [B, N, P, D]). Outputs: logits (float32 [B, 1, V], score: [B, S, V]) and
+    present.{i}.key and .value ([B, N, T, D]).
+    """
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
+    op = GraphBuilder(graph).op
+    sequence: int | str = 1 if name == "decode" else "sequence"
+    input_ids = _input(op, "input_ids", ir.DataType.INT64, ["batch", sequence])
+    attention_mask = _input(op, "attention_mask", ir.DataType.INT64, ["batch", "total_sequence"])
+    position_ids = _input(op, "position_ids", ir.DataType.INT64, ["batch", sequence])
+    past_shape = ["batch", spec.num_heads, "past_sequence", spec.head_dim]
+    past = [
+        (
+            _input(op, f"past_key_values.{i}.key", ir.DataType.FLOAT, past_shape),
+            _input(op, f"past_key_values.{i}.value", ir.DataType.FLOAT, past_shape),
+        )
+        for i in range(spec.num_layers)
+    ]
+    model = CausalLM(spec)
+    hidden, present = model(op, input_ids, attention_mask, position_ids, past)
+    if name == "prefill":
+        hidden = _last_valid(op, hidden, input_ids, attention_mask)
+    logits = model.logits(op, hidden)
+    rows = sequence if name == "score" else 1
+    _output(graph, logits, "logits", ["batch", rows, spec.vocab_size])
+    present_shape = ["batch", spec.num_heads, "present_sequence", spec.head_dim]
+    for i, (key, value) in enumerate(present):
+        _output(graph, key, f"present.{i}.key", present_shape)
+        _output(graph, value, f"present.{i}.value", present_shape)
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="neo-onnx")
+
+
+def _last_valid(
+    op: OpBuilder, hidden: ir.Value, input_ids: ir.Value, attention_mask: ir.Value
+) -> ir.Value:
+    """Each row's hidden state at its last new position that the mask lets through: [B, 1, H]."""
+    new = op.Shape(input_ids, start=1, end=2)
+    total = op.Shape(attention_mask, start=1, end=2)
+    valid = op.Slice(attention_mask, op.Sub(total, new), total, [1])
+    slots = op.Range(0, op.Squeeze(new), 1)
+    last = op.ReduceMax(op.Mul(valid, slots), [1], keepdims=1)
+    return op.GatherND(hidden, op.Unsqueeze(last, [2]), batch_dims=1)
+
+
+def _input(
+    op: OpBuilder, name: str, dtype: ir.DataType, shape: list[int | str] | list[object]
+) -> ir.Value:
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))  # type: ignore[arg-type]
+    op.builder.graph.inputs.append(value)
+    return value
+
+
+def _output(graph: ir.Graph, value: ir.Value, name: str, shape: list[object]) -> None:
+    value.name = name
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+    value.shape = ir.Shape(shape)  # type: ignore[arg-type]
+    graph.outputs.append(value)

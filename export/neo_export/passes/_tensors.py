@@ -1,0 +1,63 @@
+"""Tensors whose data is made when it is written, so that no pass ever holds the weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+__all__ = ["add_initializer", "add_lazy_initializer", "constant_value", "is_parameter", "read"]
+
+
+def read(value: ir.Value) -> NDArray[object]:
+    """The data of an initializer, computed or mapped now."""
+    if value.const_value is None:
+        raise ValueError(f"{value.name} has no data yet: bind the checkpoint's tensors first")
+    return value.const_value.numpy()
+
+
+def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register `tensor` as the initializer `name`; one that is there already is returned."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+    value.const_value = tensor
+    graph.register_initializer(value)
+    return value
+
+
+def add_lazy_initializer(
+    graph: ir.Graph,
+    name: str,
+    make: Callable[[], NDArray[object]],
+    *,
+    dtype: ir.DataType,
+    shape: tuple[int, ...],
+) -> ir.Value:
+    """Register an initializer whose data `make` computes each time that it is asked for."""
+    tensor = ir.LazyTensor(
+        lambda: ir.tensor(make(), dtype=dtype, name=name),
+        dtype=dtype,
+        shape=ir.Shape(shape),
+        name=name,
+        cache=False,
+    )
+    return add_initializer(graph, name, tensor)
+
+
+def is_parameter(value: ir.Value | None) -> bool:
+    """Whether the value is an initializer of the graph (and not computed by it)."""
+    return value is not None and value.is_initializer()
+
+
+def constant_value(value: ir.Value | None) -> float | None:
+    """The number in a scalar (or one-element) constant; None for anything else."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    if tensor is None or tensor.size != 1:
+        return None
+    return float(tensor.numpy().reshape(()))

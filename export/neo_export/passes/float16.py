@@ -1,0 +1,102 @@
+"""Half precision: weights, activations and cache become float16, scores and logits stay float32.
+
+    before                     after
+    every float32 tensor       float16, but for what an explicit Cast to float32 feeds:
+                               in the standard-operator form the attention scores (the model
+                               casts q and k, as the reference does), and the logits
+
+Types are carried forward from the graph's inputs: a Cast decides its own output, every other node
+computes in the type of its first floating input, and constants follow the node that reads them.
+A weight that float16 cannot hold (beyond ±65504) is an error when it is written, never clipped.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+from neo_runtime.errors import CheckpointError
+
+from neo_export.passes._tensors import add_lazy_initializer, read
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["float16", "to_float16"]
+
+_FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+_STATISTICS = {"SkipLayerNormalization": (1, 2)}
+"""Outputs (mean, inverse deviation) that the operator defines as float32 whatever it computes in."""
+
+
+def to_float16(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
+    """Round to nearest even.
+
+    Raises:
+        CheckpointError: a value is beyond what float16 holds.
+    """
+    largest = max(float(values.max()), -float(values.min())) if values.size else 0.0
+    if largest >= 65520.0:  # rounds to infinity from half a unit past 65504 on
+        raise CheckpointError(
+            f"{name} holds ±{largest:.6g}, float16 ends at 65504; export with --fp32"
+        )
+    return values.astype(np.float16)
+
+
+def float16(model: ir.Model) -> int:
+    """Apply to the whole model; returns how many weights became float16."""
+    graph = model.graph
+    for value in graph.inputs:
+        if value.dtype == _FLOAT:
+            value.type = ir.TensorType(_HALF)
+    halves: dict[str, ir.Value] = {}
+    for node in graph:
+        dtype = _computes_in(node)
+        if dtype == _HALF:
+            _halve_parameters(graph, node, halves)
+        statistics = _STATISTICS.get(node.op_type, ())
+        for index, output in enumerate(node.outputs):
+            if dtype is not None and output.dtype in (_FLOAT, None):
+                output.type = ir.TensorType(_FLOAT if index in statistics else dtype)
+    for name in [n for n, v in graph.initializers.items() if v.dtype == _FLOAT and not v.uses()]:
+        del graph.initializers[name]
+    return sum(name.startswith("transformer") or name.startswith("lm_head") for name in halves)
+
+
+def _computes_in(node: ir.Node) -> ir.DataType | None:
+    """Type of the node's floating outputs; None where it has no floating input."""
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes.get_int("to"))
+    if node.op_type == "CastLike":
+        like = node.inputs[1]
+        return like.dtype if like is not None else None
+    computed = [v for v in node.inputs if v is not None and not v.is_initializer()]
+    floating = [v.dtype for v in computed if v.dtype in (_FLOAT, _HALF)]
+    if floating:
+        return floating[0]
+    stored = [v for v in node.inputs if v is not None and v.is_initializer() and v.dtype == _FLOAT]
+    return _HALF if stored else None
+
+
+def _halve_parameters(graph: ir.Graph, node: ir.Node, halves: dict[str, ir.Value]) -> None:
+    """Let every float32 initializer that the node reads be its float16 twin."""
+    for index, value in enumerate(node.inputs):
+        if value is None or not value.is_initializer() or value.dtype != _FLOAT:
+            continue
+        assert value.name is not None
+        if value.name not in halves:
+            halves[value.name] = _half(graph, value)
+        node.replace_input_with(index, halves[value.name])
+
+
+def _half(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    assert value.shape is not None
+    name = f"{value.name}.float16"
+    return add_lazy_initializer(
+        graph,
+        name,
+        lambda: to_float16(read(value), str(value.name)),  # type: ignore[arg-type]
+        dtype=_HALF,
+        shape=tuple(int(n) for n in value.shape),
+    )

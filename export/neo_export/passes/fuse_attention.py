@@ -1,0 +1,167 @@
+"""Attention and its cache in one operator, with the cache updated in place.
+
+    before                                          after
+    key   = Concat(past_key, heads(k))              out, key, value = GroupQueryAttention(
+    value = Concat(past_value, heads(v))                q, k, v, past_key, past_value,
+    s = MatMul(heads(q), keyᵀ)                          lengths − 1, total, scale=1,
+    out = merge(MatMul(Softmax(Where(mask, s, min)),    local_window_size=window)
+                       value))
+
+com.microsoft.GroupQueryAttention writes the new keys and values into the past's own buffer when
+both are bound to one address. `local_window_size` counts the current position, as GPT-Neo's
+window does. It knows only right padding, so the pass also puts a guard at the head of the graph
+(`_lengths` below): a mask that the operator cannot honour fails there, by an index out of bounds
+in the node named `attention_mask_must_be_right_padded`; it never gives a wrong answer.
+
+Must not fire when the head size is not a multiple of 8 (the kernels want that), or on a mask
+that is not the model's own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript.rewriter import pattern
+
+from neo_export.model import WINDOW_KEY
+from neo_export.passes._insert import insert_at_head
+
+if TYPE_CHECKING:
+    from onnxscript import OpBuilder
+
+__all__ = ["GUARD_NODE", "HEAD_SIZE_MULTIPLE", "fuse_attention"]
+
+HEAD_SIZE_MULTIPLE = 8
+GUARD_NODE = "attention_mask_must_be_right_padded"
+
+
+class _GroupQueryAttention(pattern.RewriteRuleClassBase):
+    def __init__(self, seqlens: ir.Value, total: ir.Value) -> None:
+        super().__init__()
+        self.seqlens, self.total = seqlens, total
+
+    def pattern(
+        self,
+        op: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        past_key: Any,
+        past_value: Any,
+        mask: Any,
+        split: Any,
+        merge: Any,
+        lowest: Any,
+    ) -> Any:
+        heads = op.Cast(op.Transpose(op.Reshape(query, split), perm=[0, 2, 1, 3]), to=1)
+        present_key = op.Concat(
+            past_key, op.Transpose(op.Reshape(key, split), perm=[0, 2, 1, 3]), axis=2
+        )
+        present_value = op.Concat(
+            past_value, op.Transpose(op.Reshape(value, split), perm=[0, 2, 1, 3]), axis=2
+        )
+        scores = op.MatMul(heads, op.Transpose(op.Cast(present_key, to=1), perm=[0, 1, 3, 2]))
+        weights = op.Softmax(op.Where(mask, scores, lowest), axis=-1)
+        attended = op.MatMul(op.CastLike(weights, present_value), present_value)
+        merged = op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), merge)
+        return merged, present_key, present_value
+
+    def check(
+        self, context: Any, mask: ir.Value, past_key: ir.Value, **_: Any
+    ) -> pattern.MatchResult:
+        result = pattern.MatchResult()
+        if WINDOW_KEY not in mask.metadata_props:
+            return result.fail("the mask is not one of the model's own", mask)
+        size = past_key.shape[3] if past_key.shape is not None else None
+        if not isinstance(size, int) or size % HEAD_SIZE_MULTIPLE:
+            return result.fail(
+                f"head size {size} is not a multiple of {HEAD_SIZE_MULTIPLE}", past_key
+            )
+        return result
+
+    def rewrite(
+        self,
+        op: Any,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        past_key: ir.Value,
+        past_value: ir.Value,
+        mask: ir.Value,
+        **_: Any,
+    ) -> Any:
+        assert past_key.shape is not None
+        heads = past_key.shape[1]
+        return op.GroupQueryAttention(
+            query,
+            key,
+            value,
+            past_key,
+            past_value,
+            self.seqlens,
+            self.total,
+            num_heads=heads,
+            kv_num_heads=heads,
+            scale=1.0,
+            local_window_size=int(mask.metadata_props[WINDOW_KEY]),
+            do_rotary=0,
+            _domain="com.microsoft",
+            _outputs=3,
+        )
+
+
+def fuse_attention(model: ir.Model) -> int:
+    """Apply to the whole model; returns how many layers were fused."""
+    graph = model.graph
+    inputs = {value.name: value for value in graph.inputs}
+    past_key = inputs["past_key_values.0.key"]
+    if past_key.shape is None or int(past_key.shape[3]) % HEAD_SIZE_MULTIPLE:
+        return 0
+    seqlens, total = insert_at_head(
+        graph,
+        "lengths",
+        lambda op: _lengths(op, inputs["input_ids"], inputs["attention_mask"], past_key),
+    )
+    return pattern.RewriteRuleSet([_GroupQueryAttention.rule(seqlens, total)]).apply_to_model(model)
+
+
+def _lengths(
+    op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value, past_key: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Valid positions a row (minus one: what the operator takes) and in all, once a graph.
+
+    The operator reads the mask's width W against the new tokens S and the cache's length P:
+    W = S is a first prompt, and whatever lies in the cache is overwritten; otherwise row b's new
+    tokens are the last S of its n_b valid positions, and its past is the n_b − S before them. So:
+    every row is ones, then zeros; 1 ≤ n_b; with a past also S ≤ n_b ≤ P + S, and n_b = W where
+    the cache is exactly the past (W = P + S): there a shorter row would mean padded new tokens.
+    """
+    new, width = op.Shape(input_ids, start=1, end=2), op.Shape(attention_mask, start=1, end=2)
+    past = op.Shape(past_key, start=2, end=3)
+    valid = op.Cast(attention_mask, to=ir.DataType.BOOL)
+    lengths = op.ReduceSum(op.Cast(valid, to=ir.DataType.INT64), [1], keepdims=0)
+    expected = op.Less(op.Range(0, op.Squeeze(width), 1), op.Unsqueeze(lengths, [1]))
+    misplaced = op.Cast(op.Xor(valid, expected), to=ir.DataType.INT64)
+    shortest = op.ReduceMin(lengths, keepdims=1)
+    longest = op.ReduceMax(lengths, keepdims=1)
+    first_prompt = op.Equal(width, new)
+    least = op.Where(first_prompt, [1], new)
+    least = op.Where(op.And(op.Equal(width, op.Add(past, new)), op.Greater(past, [0])), width, least)
+    most = op.Where(first_prompt, width, op.Add(past, new))
+    broken = op.Or(op.Less(shortest, least), op.Greater(longest, most))
+    broken = op.Or(broken, op.Greater(op.ReduceMax(misplaced, keepdims=0), 0))
+    # Index 0 of a table of one reads the 1 to subtract; index 1 is the error.
+    one = ir.tensor(np.array([1], dtype=np.int64), name="one_to_subtract")
+    table = op.initializer(one)
+    subtract = op.Gather(table, op.Cast(broken, to=ir.DataType.INT64), axis=0)
+    guard = subtract.producer()
+    assert guard is not None
+    guard.name = GUARD_NODE
+    seqlens = op.Sub(lengths, subtract)
+    seqlens = op.Cast(seqlens, to=ir.DataType.INT32)
+    seqlens.name = "seqlens_k"
+    total = op.Cast(op.Squeeze(width), to=ir.DataType.INT32)
+    total.name = "total_sequence_length"
+    return seqlens, total

@@ -1,0 +1,51 @@
+"""Bias and `gelu_new` in one operator.
+
+    before                                     after
+    x = Add(y, bias)                           FastGelu(y, bias)
+    0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))
+
+com.microsoft.FastGelu computes the same tanh approximation in one sweep over memory.
+Must not fire when a constant differs (another activation), or when the bias is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from onnxscript.rewriter import pattern
+
+from neo_export.passes._tensors import constant_value, is_parameter
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["fuse_gelu"]
+
+_CONSTANTS = {"cubic": 0.044715, "root": math.sqrt(2.0 / math.pi), "half": 0.5, "one": 1.0}
+
+
+class _FastGelu(pattern.RewriteRuleClassBase):
+    def pattern(self, op: Any, y: Any, bias: Any, cubic: Any, root: Any, half: Any, one: Any) -> Any:
+        x = op.Add(y, bias)
+        cube = op.Mul(op.Mul(x, x), x)
+        inner = op.Mul(op.Add(x, op.Mul(cube, cubic)), root)
+        return op.Mul(op.Mul(x, half), op.Add(op.Tanh(inner), one))
+
+    def check(self, context: Any, bias: ir.Value, **captured: Any) -> pattern.MatchResult:
+        result = pattern.MatchResult()
+        if not is_parameter(bias) or bias.shape is None or len(bias.shape) != 1:
+            return result.fail("the bias is not a stored vector", bias)
+        for name, expected in _CONSTANTS.items():
+            found = constant_value(captured[name])
+            if found is None or not math.isclose(found, expected, rel_tol=1e-6):
+                return result.fail(f"constant {name} is {found}, gelu_new has {expected}")
+        return result
+
+    def rewrite(self, op: Any, y: ir.Value, bias: ir.Value, **_: Any) -> Any:
+        return op.FastGelu(y, bias, _domain="com.microsoft")
+
+
+def fuse_gelu(model: ir.Model) -> int:
+    """Apply to the whole model; returns how many activations were fused."""
+    return pattern.RewriteRuleSet([_FastGelu.rule()]).apply_to_model(model)

@@ -1,0 +1,84 @@
+"""One product for queries, keys and values.
+
+    before                                       after
+    GroupQueryAttention(MatMul(x, Wqᵀ),          GroupQueryAttention(MatMul(x, packedᵀ), …)
+                        MatMul(x, Wkᵀ),
+                        MatMul(x, Wvᵀ), …)
+
+`packed` is [3·hidden, hidden]: Wq, Wk and Wv one below the other. New keys and values are then
+channels of the packed value (`channels_of`). Must not fire when the three read different inputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from onnxscript.rewriter import pattern
+
+from neo_export.passes._tensors import add_lazy_initializer, is_parameter, read
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["PACKED_PLACE", "pack_qkv"]
+
+PACKED_PLACE = "qkv"
+"""Stable name of the packed value, in place of "key" and "value"."""
+
+
+class _PackQKV(pattern.RewriteRuleClassBase):
+    def pattern(self, op: Any, x: Any, wq: Any, wk: Any, wv: Any, past_key: Any, past_value: Any,
+                seqlens: Any, total: Any) -> Any:
+        return op.GroupQueryAttention(
+            op.MatMul(x, op.Transpose(wq, perm=[1, 0])),
+            op.MatMul(x, op.Transpose(wk, perm=[1, 0])),
+            op.MatMul(x, op.Transpose(wv, perm=[1, 0])),
+            past_key,
+            past_value,
+            seqlens,
+            total,
+            _domain="com.microsoft",
+            _allow_other_attributes=True,
+            _outputs=["attended", "present_key", "present_value"],
+        )
+
+    def check(
+        self, context: Any, wq: ir.Value, wk: ir.Value, wv: ir.Value, **_: Any
+    ) -> pattern.MatchResult:
+        result = pattern.MatchResult()
+        for weight in (wq, wk, wv):
+            if not is_parameter(weight):
+                return result.fail("a projection is computed, not stored", weight)
+            if weight.shape != wq.shape or weight.dtype != wq.dtype:
+                return result.fail("the projections differ in shape or type", weight)
+        return result
+
+    def rewrite(self, op: Any, x: ir.Value, wq: ir.Value, wk: ir.Value, wv: ir.Value,
+                past_key: ir.Value, past_value: ir.Value, seqlens: ir.Value, total: ir.Value,
+                attended: ir.Value, **_: Any) -> Any:
+        node, graph = attended.producer(), wq.graph
+        assert node is not None
+        assert graph is not None
+        assert wq.shape is not None
+        assert wq.dtype is not None
+        assert wq.name is not None
+        rows, columns = (int(n) for n in wq.shape)
+        packed = add_lazy_initializer(
+            graph,
+            wq.name.replace("q_proj", "qkv_proj"),
+            lambda: np.concatenate([read(wq), read(wk), read(wv)]),
+            dtype=wq.dtype,
+            shape=(3 * rows, columns),
+        )
+        product = op.MatMul(x, op.Transpose(packed, perm=[1, 0]))
+        product.name = wq.name.split(".attn.")[0] + f".{PACKED_PLACE}"
+        return op.GroupQueryAttention(
+            product, None, None, past_key, past_value, seqlens, total,
+            _domain="com.microsoft", _outputs=3, **dict(node.attributes),
+        )
+
+
+def pack_qkv(model: ir.Model) -> int:
+    """Apply to the whole model; returns how many layers were packed."""
+    return pattern.RewriteRuleSet([_PackQKV.rule()]).apply_to_model(model)

@@ -1,0 +1,53 @@
+"""Weights stored as the product reads them.
+
+    before                              after
+    MatMul(x, Transpose(weight))        MatMul(x, weight.transposed)
+
+`weight` is [out, in], as the checkpoint has it. Done at export because a runtime would fold the
+Transpose at every load, into a private copy. Must not fire for a computed operand.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from onnxscript.rewriter import pattern
+
+from neo_export.passes._tensors import add_lazy_initializer, is_parameter, read
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["store_transposed"]
+
+
+class _StoreTransposed(pattern.RewriteRuleClassBase):
+    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
+        return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+
+    def check(self, context: Any, weight: ir.Value, **_: Any) -> pattern.MatchResult:
+        result = pattern.MatchResult()
+        if not is_parameter(weight):
+            return result.fail("the transposed operand is computed, not stored", weight)
+        return result
+
+    def rewrite(self, op: Any, x: ir.Value, weight: ir.Value) -> Any:
+        graph, dtype, shape = weight.graph, weight.dtype, weight.shape
+        assert graph is not None
+        assert dtype is not None
+        assert shape is not None
+        rows, columns = (int(n) for n in shape)
+        stored = add_lazy_initializer(
+            graph,
+            f"{weight.name}.transposed",
+            lambda: np.ascontiguousarray(read(weight).T),
+            dtype=dtype,
+            shape=(columns, rows),
+        )
+        return op.MatMul(x, stored)
+
+
+def store_transposed(model: ir.Model) -> int:
+    """Apply to the whole model; returns how many weights were turned."""
+    return pattern.RewriteRuleSet([_StoreTransposed.rule()]).apply_to_model(model)

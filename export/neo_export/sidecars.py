@@ -1,0 +1,34 @@
+"""The bundle's files beside graphs and weights: config, tokenizer, generation defaults."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from neo_export.genai import genai_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from neo_runtime.manifest import ModelSpec
+
+    from neo_export.checkpoint import Checkpoint
+
+__all__ = ["write_sidecars"]
+
+
+def write_sidecars(
+    checkpoint: Checkpoint, spec: ModelSpec, target: str, max_length: int, folder: Path
+) -> bool:
+    """Copy what the checkpoint has, write `genai_config.json`; returns whether a tokenizer is in."""
+    _write_json(folder / "config.json", checkpoint.config_json)
+    if checkpoint.generation_config is not None:
+        _write_json(folder / "generation_config.json", checkpoint.generation_config)
+    for name, data in checkpoint.tokenizer_files().items():
+        (folder / name).write_bytes(data)
+    _write_json(folder / "genai_config.json", genai_config(spec, target, max_length))
+    return (folder / "tokenizer.json").exists()
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,150 @@
+"""One weight file for all graphs of a bundle: `weights.bin`, as ONNX external data.
+
+Every tensor is made (mapped, transposed, rounded, …) at the moment it is written, so that private
+memory holds one at a time. Tensors of a page or more begin on a page, smaller ones on 64 bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+from neo_runtime.errors import CheckpointError
+from neo_runtime.manifest import WEIGHTS_NAME, FileRecord
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+__all__ = ["ReadParameter", "WrittenWeights", "bind_parameters", "write_weights"]
+
+ReadParameter = Callable[[str], NDArray[np.float32]]
+"""Name of a parameter → its values, mapped where possible."""
+
+PAGE = 4096
+SMALL = 64
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class WrittenWeights:
+    """What `write_weights` wrote."""
+
+    record: FileRecord
+    tensors: int
+
+
+def bind_parameters(model: ir.Model, read: ReadParameter) -> None:
+    """Let each initializer without data read itself from the checkpoint when it is written."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            value.const_value = _from_checkpoint(name, value, read)
+
+
+def _from_checkpoint(name: str, value: ir.Value, read: ReadParameter) -> ir.LazyTensor:
+    assert value.shape is not None
+    return ir.LazyTensor(
+        lambda: ir.tensor(read(name), name=name),
+        dtype=ir.DataType.FLOAT,
+        shape=value.shape,
+        name=name,
+        cache=False,
+    )
+
+
+def write_weights(
+    models: Mapping[str, ir.Model],
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> WrittenWeights:
+    """Write each distinct lazy initializer once and let all models refer to it.
+
+    Two initializers of the same name are the same tensor. Small constants that a graph brings
+    itself (shapes, scalars) stay inside the graph.
+
+    Args:
+        models: by graph name; their lazy initializers become references into the file.
+        folder: where `weights.bin` is created.
+        progress: called with bytes written and bytes in all.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity.
+    """
+    tensors: dict[str, ir.Value] = {}
+    for model in models.values():
+        for name, value in model.graph.initializers.items():
+            if isinstance(value.const_value, ir.LazyTensor):
+                tensors.setdefault(name, value)
+    total = sum(_nbytes(value) for value in tensors.values())
+    path = folder / WEIGHTS_NAME
+    digest, offset, places = hashlib.sha256(), 0, {}
+    with path.open("wb") as file:
+        for name, value in tensors.items():
+            size = _nbytes(value)
+            padding = -offset % (PAGE if size >= PAGE else SMALL)
+            file.write(bytes(padding))
+            digest.update(bytes(padding))
+            offset += padding
+            places[name] = (offset, size)
+            for chunk in _chunks(value):
+                file.write(chunk)
+                digest.update(chunk)
+                offset += len(chunk)
+                if progress is not None:
+                    progress(offset, total)
+    for model in models.values():
+        _refer(model, places, folder)
+    return WrittenWeights(FileRecord(size=offset, sha256=digest.hexdigest()), len(places))
+
+
+def _nbytes(value: ir.Value) -> int:
+    tensor = value.const_value
+    assert tensor is not None
+    return tensor.nbytes
+
+
+def _chunks(value: ir.Value) -> list[memoryview]:
+    """The tensor's bytes, little endian, in pieces; the array lives until the last is used."""
+    assert value.const_value is not None
+    array = np.ascontiguousarray(value.const_value.numpy())
+    if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
+        _require_finite(array, value.name or "a tensor")
+    flat = memoryview(array.reshape(-1).view(np.uint8))
+    if len(flat) != _nbytes(value):
+        raise AssertionError(f"{value.name}: {len(flat)} bytes made, {_nbytes(value)} announced")
+    return [flat[start : start + _CHUNK] for start in range(0, len(flat), _CHUNK)]
+
+
+def _require_finite(array: NDArray[np.floating], name: str) -> None:
+    # A sum is finite only if every term is (barring overflow, which the exact count settles).
+    with np.errstate(all="ignore"):
+        if np.isfinite(np.sum(array, dtype=np.float64)):
+            return
+    bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise CheckpointError(
+            f"{name} holds {bad} values that are NaN or infinite, expected finite weights; "
+            "the checkpoint is damaged or its training diverged"
+        )
+
+
+def _refer(model: ir.Model, places: Mapping[str, tuple[int, int]], folder: Path) -> None:
+    for name, value in model.graph.initializers.items():
+        if name in places and isinstance(value.const_value, ir.LazyTensor):
+            offset, size = places[name]
+            assert value.dtype is not None
+            assert value.shape is not None
+            value.const_value = ir.ExternalTensor(
+                WEIGHTS_NAME,
+                offset,
+                size,
+                value.dtype,
+                shape=value.shape,  # type: ignore[arg-type]
+                name=name,
+                base_dir=folder,
+            )
