@@ -149,7 +149,7 @@ def export_bundle(
         check_bundle(folder, manifest)
         verification = None
         if options.verify:
-            from neo_export.verify import verify_bundle  # noqa: PLC0415 - needs torch
+            from neo_export.verify import verify_bundle
 
             verification = verify_bundle(folder, manifest, checkpoint, progress)
         sizes = {name: record.size for name, record in manifest.files.items()}

@@ -14,6 +14,8 @@ from onnxscript import GraphBuilder
 from neo_export.model import CausalLM
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from neo_runtime.manifest import ModelSpec
     from onnxscript import OpBuilder
 
@@ -39,7 +41,7 @@ def build_graph(name: str, spec: ModelSpec) -> ir.Model:
     input_ids = _input(op, "input_ids", ir.DataType.INT64, ["batch", sequence])
     attention_mask = _input(op, "attention_mask", ir.DataType.INT64, ["batch", "total_sequence"])
     position_ids = _input(op, "position_ids", ir.DataType.INT64, ["batch", sequence])
-    past_shape = ["batch", spec.num_heads, "past_sequence", spec.head_dim]
+    past_shape: list[int | str] = ["batch", spec.num_heads, "past_sequence", spec.head_dim]
     past = [
         (
             _input(op, f"past_key_values.{i}.key", ir.DataType.FLOAT, past_shape),
@@ -54,7 +56,7 @@ def build_graph(name: str, spec: ModelSpec) -> ir.Model:
     logits = model.logits(op, hidden)
     rows = sequence if name == "score" else 1
     _output(graph, logits, "logits", ["batch", rows, spec.vocab_size])
-    present_shape = ["batch", spec.num_heads, "present_sequence", spec.head_dim]
+    present_shape: list[int | str] = ["batch", spec.num_heads, "present_sequence", spec.head_dim]
     for i, (key, value) in enumerate(present):
         _output(graph, key, f"present.{i}.key", present_shape)
         _output(graph, value, f"present.{i}.value", present_shape)
@@ -73,16 +75,14 @@ def _last_valid(
     return op.GatherND(hidden, op.Unsqueeze(last, [2]), batch_dims=1)
 
 
-def _input(
-    op: OpBuilder, name: str, dtype: ir.DataType, shape: list[int | str] | list[object]
-) -> ir.Value:
-    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))  # type: ignore[arg-type]
+def _input(op: OpBuilder, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
     op.builder.graph.inputs.append(value)
     return value
 
 
-def _output(graph: ir.Graph, value: ir.Value, name: str, shape: list[object]) -> None:
+def _output(graph: ir.Graph, value: ir.Value, name: str, shape: Sequence[int | str]) -> None:
     value.name = name
     value.type = ir.TensorType(ir.DataType.FLOAT)
-    value.shape = ir.Shape(shape)  # type: ignore[arg-type]
+    value.shape = ir.Shape(shape)
     graph.outputs.append(value)

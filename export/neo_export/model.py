@@ -142,7 +142,7 @@ class Attention(nn.Module):
     def forward(
         self, op: OpBuilder, x: ir.Value, mask: ir.Value, past: tuple[ir.Value, ir.Value]
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        return self.attention(op, x, mask, past)  # type: ignore[no-any-return]
+        return self.attention(op, x, mask, past)
 
 
 class MLP(nn.Module):
@@ -251,9 +251,7 @@ class CausalLM(nn.Module):
         past_key_values: Sequence[tuple[ir.Value, ir.Value]],
     ) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
         """Hidden states after the final norm [B, S, H], and the present keys and values."""
-        return self.transformer(  # type: ignore[no-any-return]
-            op, input_ids, attention_mask, position_ids, past_key_values
-        )
+        return self.transformer(op, input_ids, attention_mask, position_ids, past_key_values)
 
     def logits(self, op: OpBuilder, hidden: ir.Value) -> ir.Value:
         """[B, M, H] → float32 [B, M, V].

@@ -31,8 +31,10 @@ def probes_of(model: ir.Model, spec: ModelSpec) -> tuple[Probe, ...]:
                 probes.append(Probe(layer=layer, place=place, value=packed, channels=channels))
             else:
                 probes.append(Probe(layer=layer, place=place, value=place_name(layer, place)))
-        for place in ("attention", "mlp", "residual"):
-            probes.append(Probe(layer=layer, place=place, value=place_name(layer, place)))
+        probes += [
+            Probe(layer=layer, place=place, value=place_name(layer, place))
+            for place in ("attention", "mlp", "residual")
+        ]
     probes.append(Probe(layer=None, place="final_norm", value=place_name(None, "final_norm")))
     lost = [probe.value for probe in probes if probe.value not in names]
     if lost:

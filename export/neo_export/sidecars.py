@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from neo_export.file_records import copy_file
 from neo_export.genai import genai_config
 
 if TYPE_CHECKING:
@@ -20,14 +21,17 @@ __all__ = ["write_sidecars"]
 def write_sidecars(
     checkpoint: Checkpoint, spec: ModelSpec, target: str, max_length: int, folder: Path
 ) -> bool:
-    """Copy what the checkpoint has, write `genai_config.json`; returns whether a tokenizer is in."""
+    """Write everything but graphs, weights and manifest; returns whether a tokenizer is in."""
     _write_json(folder / "config.json", checkpoint.config_json)
     if checkpoint.generation_config is not None:
         _write_json(folder / "generation_config.json", checkpoint.generation_config)
-    for name, data in checkpoint.tokenizer_files().items():
-        (folder / name).write_bytes(data)
+    for file in checkpoint.tokenizer_files:
+        copy_file(file, folder / file.name)
+    tokenizer = checkpoint.tokenizer_json()
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_bytes(tokenizer)
     _write_json(folder / "genai_config.json", genai_config(spec, target, max_length))
-    return (folder / "tokenizer.json").exists()
+    return tokenizer is not None
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -114,7 +114,7 @@ def _chunks(value: ir.Value) -> list[memoryview]:
     array = np.ascontiguousarray(value.const_value.numpy())
     if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
         _require_finite(array, value.name or "a tensor")
-    flat = memoryview(array.reshape(-1).view(np.uint8))
+    flat = array.reshape(-1).view(np.uint8).data
     if len(flat) != _nbytes(value):
         raise AssertionError(f"{value.name}: {len(flat)} bytes made, {_nbytes(value)} announced")
     return [flat[start : start + _CHUNK] for start in range(0, len(flat), _CHUNK)]
@@ -144,7 +144,7 @@ def _refer(model: ir.Model, places: Mapping[str, tuple[int, int]], folder: Path)
                 offset,
                 size,
                 value.dtype,
-                shape=value.shape,  # type: ignore[arg-type]
+                shape=value.shape,
                 name=name,
                 base_dir=folder,
             )

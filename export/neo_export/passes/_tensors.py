@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -11,10 +11,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["add_initializer", "add_lazy_initializer", "constant_value", "is_parameter", "read"]
+__all__ = [
+    "add_initializer",
+    "add_lazy_initializer",
+    "constant_value",
+    "is_parameter",
+    "read",
+    "static_shape",
+]
 
 
-def read(value: ir.Value) -> NDArray[object]:
+def read(value: ir.Value) -> NDArray[Any]:
     """The data of an initializer, computed or mapped now."""
     if value.const_value is None:
         raise ValueError(f"{value.name} has no data yet: bind the checkpoint's tensors first")
@@ -25,7 +32,9 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir
     """Register `tensor` as the initializer `name`; one that is there already is returned."""
     if name in graph.initializers:
         return graph.initializers[name]
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+    )
     value.const_value = tensor
     graph.register_initializer(value)
     return value
@@ -34,7 +43,7 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir
 def add_lazy_initializer(
     graph: ir.Graph,
     name: str,
-    make: Callable[[], NDArray[object]],
+    make: Callable[[], NDArray[Any]],
     *,
     dtype: ir.DataType,
     shape: tuple[int, ...],
@@ -48,6 +57,14 @@ def add_lazy_initializer(
         cache=False,
     )
     return add_initializer(graph, name, tensor)
+
+
+def static_shape(value: ir.Value) -> tuple[int, ...]:
+    """The shape of a value whose dimensions are all known."""
+    shape = value.shape
+    if shape is None or not shape.is_static():
+        raise ValueError(f"the shape of {value.name} is not known: {shape}")
+    return shape.numpy()
 
 
 def is_parameter(value: ir.Value | None) -> bool:

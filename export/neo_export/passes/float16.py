@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from neo_runtime.errors import CheckpointError
 
-from neo_export.passes._tensors import add_lazy_initializer, read
+from neo_export.passes._tensors import add_lazy_initializer, read, static_shape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +27,7 @@ __all__ = ["float16", "to_float16"]
 
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 _STATISTICS = {"SkipLayerNormalization": (1, 2)}
-"""Outputs (mean, inverse deviation) that the operator defines as float32 whatever it computes in."""
+"""Outputs (mean, inverse deviation) that the operator defines as float32 in any case."""
 
 
 def to_float16(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
@@ -61,7 +61,7 @@ def float16(model: ir.Model) -> int:
                 output.type = ir.TensorType(_FLOAT if index in statistics else dtype)
     for name in [n for n, v in graph.initializers.items() if v.dtype == _FLOAT and not v.uses()]:
         del graph.initializers[name]
-    return sum(name.startswith("transformer") or name.startswith("lm_head") for name in halves)
+    return sum(name.startswith(("transformer", "lm_head")) for name in halves)
 
 
 def _computes_in(node: ir.Node) -> ir.DataType | None:
@@ -91,12 +91,10 @@ def _halve_parameters(graph: ir.Graph, node: ir.Node, halves: dict[str, ir.Value
 
 
 def _half(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    assert value.shape is not None
-    name = f"{value.name}.float16"
     return add_lazy_initializer(
         graph,
-        name,
+        f"{value.name}.float16",
         lambda: to_float16(read(value), str(value.name)),  # type: ignore[arg-type]
         dtype=_HALF,
-        shape=tuple(int(n) for n in value.shape),
+        shape=static_shape(value),
     )

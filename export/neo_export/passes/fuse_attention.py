@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
-from onnxscript.rewriter import pattern
 
 from neo_export.model import WINDOW_KEY
 from neo_export.passes._insert import insert_at_head
+from neo_export.passes._rule import MatchResult, Rule, apply
 
 if TYPE_CHECKING:
     from onnxscript import OpBuilder
@@ -37,7 +37,7 @@ HEAD_SIZE_MULTIPLE = 8
 GUARD_NODE = "attention_mask_must_be_right_padded"
 
 
-class _GroupQueryAttention(pattern.RewriteRuleClassBase):
+class _GroupQueryAttention(Rule):
     def __init__(self, seqlens: ir.Value, total: ir.Value) -> None:
         super().__init__()
         self.seqlens, self.total = seqlens, total
@@ -68,10 +68,8 @@ class _GroupQueryAttention(pattern.RewriteRuleClassBase):
         merged = op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), merge)
         return merged, present_key, present_value
 
-    def check(
-        self, context: Any, mask: ir.Value, past_key: ir.Value, **_: Any
-    ) -> pattern.MatchResult:
-        result = pattern.MatchResult()
+    def check(self, context: Any, mask: ir.Value, past_key: ir.Value, **_: Any) -> MatchResult:
+        result = MatchResult()
         if WINDOW_KEY not in mask.metadata_props:
             return result.fail("the mask is not one of the model's own", mask)
         size = past_key.shape[3] if past_key.shape is not None else None
@@ -117,14 +115,15 @@ def fuse_attention(model: ir.Model) -> int:
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
     past_key = inputs["past_key_values.0.key"]
-    if past_key.shape is None or int(past_key.shape[3]) % HEAD_SIZE_MULTIPLE:
+    size = past_key.shape[3] if past_key.shape is not None else None
+    if not isinstance(size, int) or size % HEAD_SIZE_MULTIPLE:
         return 0
     seqlens, total = insert_at_head(
         graph,
         "lengths",
         lambda op: _lengths(op, inputs["input_ids"], inputs["attention_mask"], past_key),
     )
-    return pattern.RewriteRuleSet([_GroupQueryAttention.rule(seqlens, total)]).apply_to_model(model)
+    return apply(_GroupQueryAttention, model, seqlens, total)
 
 
 def _lengths(
@@ -148,7 +147,9 @@ def _lengths(
     longest = op.ReduceMax(lengths, keepdims=1)
     first_prompt = op.Equal(width, new)
     least = op.Where(first_prompt, [1], new)
-    least = op.Where(op.And(op.Equal(width, op.Add(past, new)), op.Greater(past, [0])), width, least)
+    least = op.Where(
+        op.And(op.Equal(width, op.Add(past, new)), op.Greater(past, [0])), width, least
+    )
     most = op.Where(first_prompt, width, op.Add(past, new))
     broken = op.Or(op.Less(shortest, least), op.Greater(longest, most))
     broken = op.Or(broken, op.Greater(op.ReduceMax(misplaced, keepdims=0), 0))

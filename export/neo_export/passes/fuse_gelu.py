@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from onnxscript.rewriter import pattern
-
+from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import constant_value, is_parameter
 
 if TYPE_CHECKING:
@@ -25,15 +24,17 @@ __all__ = ["fuse_gelu"]
 _CONSTANTS = {"cubic": 0.044715, "root": math.sqrt(2.0 / math.pi), "half": 0.5, "one": 1.0}
 
 
-class _FastGelu(pattern.RewriteRuleClassBase):
-    def pattern(self, op: Any, y: Any, bias: Any, cubic: Any, root: Any, half: Any, one: Any) -> Any:
+class _FastGelu(Rule):
+    def pattern(
+        self, op: Any, y: Any, bias: Any, cubic: Any, root: Any, half: Any, one: Any
+    ) -> Any:
         x = op.Add(y, bias)
         cube = op.Mul(op.Mul(x, x), x)
         inner = op.Mul(op.Add(x, op.Mul(cube, cubic)), root)
         return op.Mul(op.Mul(x, half), op.Add(op.Tanh(inner), one))
 
-    def check(self, context: Any, bias: ir.Value, **captured: Any) -> pattern.MatchResult:
-        result = pattern.MatchResult()
+    def check(self, context: Any, bias: ir.Value, **captured: Any) -> MatchResult:
+        result = MatchResult()
         if not is_parameter(bias) or bias.shape is None or len(bias.shape) != 1:
             return result.fail("the bias is not a stored vector", bias)
         for name, expected in _CONSTANTS.items():
@@ -48,4 +49,4 @@ class _FastGelu(pattern.RewriteRuleClassBase):
 
 def fuse_gelu(model: ir.Model) -> int:
     """Apply to the whole model; returns how many activations were fused."""
-    return pattern.RewriteRuleSet([_FastGelu.rule()]).apply_to_model(model)
+    return apply(_FastGelu, model)

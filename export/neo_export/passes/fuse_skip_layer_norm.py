@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from onnxscript.rewriter import pattern
-
+from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import is_parameter
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["fuse_skip_layer_norm"]
 
 
-class _SkipLayerNorm(pattern.RewriteRuleClassBase):
+class _SkipLayerNorm(Rule):
     def pattern(self, op: Any, a: Any, b: Any, gamma: Any, beta: Any) -> Any:
         total = op.Add(a, b)
         norm = op.LayerNormalization(
@@ -30,8 +29,8 @@ class _SkipLayerNorm(pattern.RewriteRuleClassBase):
         )
         return norm, total
 
-    def check(self, context: Any, a: ir.Value, b: ir.Value, **_: Any) -> pattern.MatchResult:
-        result = pattern.MatchResult()
+    def check(self, context: Any, a: ir.Value, b: ir.Value, **_: Any) -> MatchResult:
+        result = MatchResult()
         for addend in (a, b):
             if is_parameter(addend) or addend.shape is None or len(addend.shape) != 3:
                 return result.fail("an addend is not [batch, sequence, hidden]", addend)
@@ -58,4 +57,4 @@ class _SkipLayerNorm(pattern.RewriteRuleClassBase):
 
 def fuse_skip_layer_norm(model: ir.Model) -> int:
     """Apply to the whole model; returns how many norms were fused."""
-    return pattern.RewriteRuleSet([_SkipLayerNorm.rule()]).apply_to_model(model)
+    return apply(_SkipLayerNorm, model)

@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from onnxscript.rewriter import pattern
 
-from neo_export.passes._tensors import add_lazy_initializer, is_parameter, read
+from neo_export.passes._rule import MatchResult, Rule, apply
+from neo_export.passes._tensors import add_lazy_initializer, is_parameter, read, static_shape
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,9 +27,19 @@ PACKED_PLACE = "qkv"
 """Stable name of the packed value, in place of "key" and "value"."""
 
 
-class _PackQKV(pattern.RewriteRuleClassBase):
-    def pattern(self, op: Any, x: Any, wq: Any, wk: Any, wv: Any, past_key: Any, past_value: Any,
-                seqlens: Any, total: Any) -> Any:
+class _PackQKV(Rule):
+    def pattern(
+        self,
+        op: Any,
+        x: Any,
+        wq: Any,
+        wk: Any,
+        wv: Any,
+        past_key: Any,
+        past_value: Any,
+        seqlens: Any,
+        total: Any,
+    ) -> Any:
         return op.GroupQueryAttention(
             op.MatMul(x, op.Transpose(wq, perm=[1, 0])),
             op.MatMul(x, op.Transpose(wk, perm=[1, 0])),
@@ -45,8 +55,8 @@ class _PackQKV(pattern.RewriteRuleClassBase):
 
     def check(
         self, context: Any, wq: ir.Value, wk: ir.Value, wv: ir.Value, **_: Any
-    ) -> pattern.MatchResult:
-        result = pattern.MatchResult()
+    ) -> MatchResult:
+        result = MatchResult()
         for weight in (wq, wk, wv):
             if not is_parameter(weight):
                 return result.fail("a projection is computed, not stored", weight)
@@ -54,16 +64,26 @@ class _PackQKV(pattern.RewriteRuleClassBase):
                 return result.fail("the projections differ in shape or type", weight)
         return result
 
-    def rewrite(self, op: Any, x: ir.Value, wq: ir.Value, wk: ir.Value, wv: ir.Value,
-                past_key: ir.Value, past_value: ir.Value, seqlens: ir.Value, total: ir.Value,
-                attended: ir.Value, **_: Any) -> Any:
+    def rewrite(
+        self,
+        op: Any,
+        x: ir.Value,
+        wq: ir.Value,
+        wk: ir.Value,
+        wv: ir.Value,
+        past_key: ir.Value,
+        past_value: ir.Value,
+        seqlens: ir.Value,
+        total: ir.Value,
+        attended: ir.Value,
+        **_: Any,
+    ) -> Any:
         node, graph = attended.producer(), wq.graph
         assert node is not None
         assert graph is not None
-        assert wq.shape is not None
         assert wq.dtype is not None
         assert wq.name is not None
-        rows, columns = (int(n) for n in wq.shape)
+        rows, columns = static_shape(wq)
         packed = add_lazy_initializer(
             graph,
             wq.name.replace("q_proj", "qkv_proj"),
@@ -74,11 +94,19 @@ class _PackQKV(pattern.RewriteRuleClassBase):
         product = op.MatMul(x, op.Transpose(packed, perm=[1, 0]))
         product.name = wq.name.split(".attn.")[0] + f".{PACKED_PLACE}"
         return op.GroupQueryAttention(
-            product, None, None, past_key, past_value, seqlens, total,
-            _domain="com.microsoft", _outputs=3, **dict(node.attributes),
+            product,
+            None,
+            None,
+            past_key,
+            past_value,
+            seqlens,
+            total,
+            _domain="com.microsoft",
+            _outputs=3,
+            **dict(node.attributes),
         )
 
 
 def pack_qkv(model: ir.Model) -> int:
     """Apply to the whole model; returns how many layers were packed."""
-    return pattern.RewriteRuleSet([_PackQKV.rule()]).apply_to_model(model)
+    return apply(_PackQKV, model)

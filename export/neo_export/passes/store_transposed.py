@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from onnxscript.rewriter import pattern
 
-from neo_export.passes._tensors import add_lazy_initializer, is_parameter, read
+from neo_export.passes._rule import MatchResult, Rule, apply
+from neo_export.passes._tensors import add_lazy_initializer, is_parameter, read, static_shape
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,22 +22,21 @@ if TYPE_CHECKING:
 __all__ = ["store_transposed"]
 
 
-class _StoreTransposed(pattern.RewriteRuleClassBase):
+class _StoreTransposed(Rule):
     def pattern(self, op: Any, x: Any, weight: Any) -> Any:
         return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
 
-    def check(self, context: Any, weight: ir.Value, **_: Any) -> pattern.MatchResult:
-        result = pattern.MatchResult()
+    def check(self, context: Any, weight: ir.Value, **_: Any) -> MatchResult:
+        result = MatchResult()
         if not is_parameter(weight):
             return result.fail("the transposed operand is computed, not stored", weight)
         return result
 
     def rewrite(self, op: Any, x: ir.Value, weight: ir.Value) -> Any:
-        graph, dtype, shape = weight.graph, weight.dtype, weight.shape
+        graph, dtype = weight.graph, weight.dtype
         assert graph is not None
         assert dtype is not None
-        assert shape is not None
-        rows, columns = (int(n) for n in shape)
+        rows, columns = static_shape(weight)
         stored = add_lazy_initializer(
             graph,
             f"{weight.name}.transposed",
@@ -50,4 +49,4 @@ class _StoreTransposed(pattern.RewriteRuleClassBase):
 
 def store_transposed(model: ir.Model) -> int:
     """Apply to the whole model; returns how many weights were turned."""
-    return pattern.RewriteRuleSet([_StoreTransposed.rule()]).apply_to_model(model)
+    return apply(_StoreTransposed, model)
