@@ -1,0 +1,89 @@
+"""`python -m neo_tools.peers`: set up the rivals and drive them from a shell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.errors import NeoError, VerificationError
+
+from neo_tools.peers import environments, exports, portable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its result is one JSON object on stdout, progress goes to stderr."""
+    arguments = _parser().parse_args(argv)
+    root = arguments.root.absolute() if arguments.root else None
+    try:
+        result = arguments.run(arguments, root)
+    except NeoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, VerificationError) else 2
+    print(json.dumps(result, indent=1))
+    return 0 if result.get("passed", True) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m neo_tools.peers", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "--root",
+            type=Path,
+            help="where the environments live (default: $NEO_PEERS, else build/peers)",
+        )
+        command.set_defaults(run=run)
+        return command
+
+    peers = sorted(environments.PEERS)
+    command = add("setup", _setup, "create a peer's environment")
+    command.add_argument("peer", choices=peers)
+    command = add("export", _export, "export a checkpoint for a peer, once")
+    command.add_argument("peer", choices=peers)
+    command.add_argument("model", type=Path)
+    command.add_argument("--precision")
+    command = add("export-time", _export_time, "measure `optimum-cli export onnx`")
+    command.add_argument("model", type=Path)
+    command.add_argument("out", type=Path, nargs="?", help="keep the result here")
+    command = add("load-portable", _load_portable, "run a portable bundle under Optimum")
+    command.add_argument("bundle", type=Path)
+    command.add_argument("--model", type=Path, help="its checkpoint (default: the demo model)")
+    return parser
+
+
+def _setup(arguments: argparse.Namespace, root: Path | None) -> dict[str, Any]:
+    python = environments.setup(arguments.peer, root)
+    return {"peer": arguments.peer, "python": str(python)}
+
+
+def _export(arguments: argparse.Namespace, root: Path | None) -> dict[str, Any]:
+    precision = arguments.precision or environments.PEERS[arguments.peer].precisions[0]
+    folder = exports.ensure_export(arguments.peer, arguments.model, precision, root)
+    return {"peer": arguments.peer, "precision": precision, "folder": str(folder)}
+
+
+def _export_time(arguments: argparse.Namespace, root: Path | None) -> dict[str, Any]:
+    if arguments.out is not None:
+        return asdict(exports.export_time(arguments.model, arguments.out, root))
+    place = environments.root_folder(root)
+    with tempfile.TemporaryDirectory(dir=place if place.is_dir() else None) as folder:
+        return asdict(exports.export_time(arguments.model, Path(folder, "out"), root))
+
+
+def _load_portable(arguments: argparse.Namespace, root: Path | None) -> dict[str, Any]:
+    report = portable.load_portable(arguments.bundle, checkpoint=arguments.model, root=root)
+    return {**asdict(report), "passed": report.passed}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

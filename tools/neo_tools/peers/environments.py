@@ -1,0 +1,229 @@
+"""One virtual environment a peer: `python -m neo_tools.peers setup openvino`.
+
+Each has a file of pinned versions beside this module, which were seen working together. torch is
+installed first and alone: a looser requirement of a later package could otherwise bring a CUDA
+build of several gigabytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neo_runtime.errors import DependencyError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "PEERS",
+    "PeerSpec",
+    "is_ready",
+    "python_of",
+    "root_folder",
+    "setup",
+    "spec_of",
+    "worker_environ",
+]
+
+_FOLDER = Path(__file__).resolve().parent
+_MARKER = "neo-peer.json"
+_TAIL_LINES = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerSpec:
+    """One rival and what its environment is made of."""
+
+    name: str
+    requirements: tuple[str, ...]
+    """What pip installs after torch, within the peer's constraints."""
+    probe: str
+    """A statement that fails where the environment does not work."""
+    worker: str
+    """Module of this folder that its interpreter runs."""
+    precisions: tuple[str, ...]
+    """What the worker can load; the first is the default."""
+    exports: bool
+    """Whether a checkpoint has to be exported before the worker can load it."""
+    remove: tuple[str, ...] = ()
+    """Packages to take out again once all is installed."""
+
+    @property
+    def constraints(self) -> Path:
+        """The file of pinned versions."""
+        return _FOLDER / f"constraints-{self.name}.txt"
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that `setup` would install."""
+        text = repr((self.requirements, self.remove)) + self.constraints.read_text("utf-8")
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+PEERS: dict[str, PeerSpec] = {
+    spec.name: spec
+    for spec in (
+        PeerSpec(
+            name="torch",
+            requirements=("transformers",),
+            probe="from transformers import GPTNeoForCausalLM",
+            worker="worker_torch",
+            precisions=("fp32", "bf16"),
+            exports=False,
+        ),
+        PeerSpec(
+            name="optimum",
+            requirements=("optimum-onnx[onnxruntime]",),
+            probe="from optimum.onnxruntime import ORTModelForCausalLM",
+            worker="worker_optimum",
+            precisions=("fp32",),
+            exports=True,
+        ),
+        PeerSpec(
+            name="openvino",
+            requirements=("optimum-intel", "openvino", "openvino-tokenizers", "nncf"),
+            probe="import openvino; from optimum.exporters.openvino import main_export",
+            worker="worker_openvino",
+            precisions=("int8", "int4", "fp32"),
+            exports=True,
+            # optimum-intel requires it, transformers imports it where it finds it, and the build
+            # from the registry does not load beside a CPU build of torch. Nothing here needs it.
+            remove=("torchvision",),
+        ),
+    )
+}
+
+
+def root_folder(root: Path | None = None) -> Path:
+    """Where the environments and their exported models live.
+
+    Args:
+        root: what the user asked for; otherwise $NEO_PEERS, otherwise `build/peers`.
+    """
+    return (root or Path(os.environ.get("NEO_PEERS") or Path("build", "peers"))).absolute()
+
+
+def spec_of(name: str) -> PeerSpec:
+    """The peer of that name.
+
+    Raises:
+        DependencyError: there is none.
+    """
+    if name not in PEERS:
+        raise DependencyError(f"no peer is called {name!r}; there are {', '.join(sorted(PEERS))}")
+    return PEERS[name]
+
+
+def is_ready(name: str, root: Path | None = None) -> bool:
+    """Whether `setup` has finished for this peer."""
+    try:
+        python_of(name, root)
+    except DependencyError:
+        return False
+    return True
+
+
+def python_of(name: str, root: Path | None = None) -> Path:
+    """The peer's interpreter.
+
+    Raises:
+        DependencyError: its environment is not set up, or was set up for other versions.
+    """
+    spec = spec_of(name)
+    folder = root_folder(root) / name
+    command = _setup_command(name, root)
+    marker = folder / _MARKER
+    if not marker.is_file():
+        raise DependencyError(f"the peer {name} has no environment in {folder}; run `{command}`")
+    if json.loads(marker.read_text("utf-8")).get("fingerprint") != spec.fingerprint:
+        raise DependencyError(
+            f"the environment in {folder} was set up for other versions than "
+            f"{spec.constraints.name} names; run `{command}` again"
+        )
+    return _interpreter(folder)
+
+
+def setup(name: str, root: Path | None = None) -> Path:
+    """Create the peer's environment, or complete one; does nothing where it is up to date.
+
+    Takes minutes and one to two gigabytes the first time. Progress goes to stderr.
+
+    Returns:
+        The peer's interpreter.
+
+    Raises:
+        DependencyError: a step failed; the message ends with the last lines that it printed.
+    """
+    spec = spec_of(name)
+    if is_ready(name, root):
+        return python_of(name, root)
+    folder = root_folder(root) / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    python = _interpreter(folder)
+    if not python.exists():
+        _run((sys.executable, "-m", "venv", str(folder)), f"create {folder}")
+    pip = (str(python), "-m", "pip", "--disable-pip-version-check")
+    install = (*pip, "install", "--quiet", "--constraint", str(spec.constraints))
+    _run((*install, "torch"), f"install torch for {name}")
+    _run((*install, "torch", *spec.requirements), f"install {', '.join(spec.requirements)}")
+    if spec.remove:
+        _run((*pip, "uninstall", "--quiet", "--yes", *spec.remove), f"remove {spec.remove[0]}")
+    _run((str(python), "-c", spec.probe), f"try out {name}")
+    marker = {"fingerprint": spec.fingerprint}
+    (folder / _MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+    return python
+
+
+def worker_environ(threads: int | None = None) -> dict[str, str]:
+    """Environment variables for a peer's process: offline, no telemetry, so many threads."""
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONWARNINGS")
+    }
+    environ.update(
+        HF_HUB_OFFLINE="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONUNBUFFERED="1",
+    )
+    if threads is not None:
+        environ["OMP_NUM_THREADS"] = str(threads)
+    return environ
+
+
+def _interpreter(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _setup_command(name: str, root: Path | None) -> str:
+    command = f"python -m neo_tools.peers setup {name}"
+    return command if root is None else f"{command} --root {root}"
+
+
+def _run(command: Sequence[str], what: str) -> None:
+    """Run one step, its output on our stderr."""
+    print(f"{what} …", file=sys.stderr, flush=True)
+    tail: deque[str] = deque(maxlen=_TAIL_LINES)
+    environ = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            tail.append(line.rstrip())
+            print(f"  {line.rstrip()}", file=sys.stderr, flush=True)
+    if process.returncode:
+        raise DependencyError(
+            f"could not {what}: `{' '.join(command)}` ended with status {process.returncode}; "
+            "its last lines:\n" + "\n".join(tail)
+        )

@@ -1,0 +1,182 @@
+"""Show that any runtime loads a portable bundle: Optimum's `ORTModelForCausalLM`, for one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neo_runtime.errors import (
+    BundleError,
+    BundleUnsupportedError,
+    CheckpointError,
+    DependencyError,
+    NeoError,
+)
+from neo_runtime.manifest import MANIFEST_NAME, Manifest
+
+from neo_tools.peers.environments import python_of, worker_environ
+from neo_tools.peers.worker_protocol import context_ids
+
+__all__ = ["PortableReport", "demo_checkpoint", "load_portable"]
+
+_START = Path(__file__).resolve().parent / "worker_start.py"
+_LENGTHS = (1, 3, 9, 24, 40)
+_NEW_TOKENS = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortableReport:
+    """Greedy tokens of a bundle under Optimum against PyTorch eager."""
+
+    prompts: int
+    new_tokens: int
+    alone_equal: int
+    """Prompts whose tokens equal PyTorch's, generated one by one."""
+    batch_equal: int
+    """Prompts whose tokens equal PyTorch's own left-padded batch."""
+    batch_equals_alone: int
+    """Prompts whose tokens in the bundle's left-padded batch equal PyTorch's alone."""
+    versions: dict[str, str]
+    bundle_io: dict[str, list[Any]]
+    """Type and dimensions of every input and output, as onnxruntime reports them."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every token is equal everywhere."""
+        return self.alone_equal == self.batch_equal == self.batch_equals_alone == self.prompts
+
+
+def load_portable(
+    bundle: Path,
+    *,
+    checkpoint: Path | None = None,
+    root: Path | None = None,
+    timeout: float = 1800.0,
+) -> PortableReport:
+    """Generate greedily from a portable bundle with Optimum, and from its checkpoint with PyTorch.
+
+    Prompts of different lengths run one by one and in one left-padded batch, past the local
+    window of neo-mini.
+
+    Args:
+        bundle: written by `neo-export --target portable`.
+        checkpoint: what it was exported from; the demo model if None.
+        root: where the peers live.
+        timeout: seconds.
+
+    Raises:
+        BundleError: not a bundle, or not a portable one.
+        CheckpointError: no checkpoint there, or one of another shape than the bundle.
+        DependencyError: the optimum environment is not set up.
+        NeoError: Optimum or PyTorch failed; the message ends with the last lines.
+    """
+    manifest = _portable_manifest(bundle)
+    checkpoint = checkpoint or demo_checkpoint()
+    _check_same_model(manifest, bundle, checkpoint)
+    new_tokens = min(_NEW_TOKENS, manifest.max_length - max(_LENGTHS))
+    prompts = [context_ids(length, 1, length, manifest.model.vocab_size)[0] for length in _LENGTHS]
+    request = json.dumps({"prompts": prompts, "new_tokens": new_tokens})
+    command = [
+        str(python_of("optimum", root)),
+        str(_START),
+        "worker_portable",
+        "--bundle",
+        str(bundle.resolve()),
+        "--file-name",
+        manifest.graphs["score"].file,
+        "--checkpoint",
+        str(checkpoint.resolve()),
+    ]
+    answer = _run(command, request, timeout)
+    alone, batch = answer["alone"], answer["batch"]
+    return PortableReport(
+        prompts=len(prompts),
+        new_tokens=new_tokens,
+        alone_equal=_equal(alone["bundle"], alone["torch"]),
+        batch_equal=_equal(batch["bundle"], batch["torch"]),
+        batch_equals_alone=_equal(batch["bundle"], alone["torch"]),
+        versions=answer["versions"],
+        bundle_io=answer["bundle_io"],
+    )
+
+
+def demo_checkpoint() -> Path:
+    """The demo model's folder inside neo_export, found without importing it.
+
+    Raises:
+        CheckpointError: neo_export is not installed.
+    """
+    spec = importlib.util.find_spec("neo_export")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder, "demo", "neo-mini")
+        if path.is_dir():
+            return path
+    raise CheckpointError("the demo model is not installed; name a checkpoint with --model")
+
+
+def _portable_manifest(bundle: Path) -> Manifest:
+    path = bundle / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BundleError(
+            f"{bundle} is no bundle: cannot read {path} ({error.strerror}); "
+            "write one with `neo-export MODEL -o BUNDLE --target portable`"
+        ) from error
+    manifest = Manifest.from_json(text, str(path))
+    if manifest.target != "portable" or "score" not in manifest.graphs:
+        raise BundleUnsupportedError(
+            f"{bundle} was exported for {manifest.target!r}; Optimum needs standard operators and "
+            "the score graph: export it with `--target portable`"
+        )
+    return manifest
+
+
+def _check_same_model(manifest: Manifest, bundle: Path, checkpoint: Path) -> None:
+    try:
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint: cannot read its config.json ({error})"
+        ) from error
+    model = manifest.model
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
+        expected = getattr(model, name)
+        if config.get(name) != expected:
+            raise CheckpointError(
+                f"{checkpoint} has {name} {config.get(name)}, the bundle {bundle} has {expected}; "
+                "name the checkpoint that it was exported from with --model"
+            )
+
+
+def _run(command: list[str], request: str, timeout: float) -> dict[str, Any]:
+    try:
+        done = subprocess.run(
+            command,
+            input=request,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=worker_environ(1),
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise NeoError(f"Optimum was not done with the bundle after {timeout:.0f} s") from error
+    except OSError as error:
+        raise DependencyError(
+            f"the optimum environment does not start ({error}); "
+            "run `python -m neo_tools.peers setup optimum` again"
+        ) from error
+    if done.returncode:
+        tail = "\n".join(done.stderr.splitlines()[-15:])
+        raise NeoError(f"Optimum could not run the bundle; its last lines:\n{tail}")
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def _equal(one: list[list[int]], other: list[list[int]]) -> int:
+    return sum(a == b for a, b in zip(one, other, strict=True))

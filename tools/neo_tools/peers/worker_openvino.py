@@ -1,0 +1,144 @@
+"""OpenVINO on the CPU: optimum-intel's stateful model, run through OpenVINO's own API.
+
+The cache lives inside the inference request (no copies, fused into its attention kernel), and
+the head runs on the last position only, as OpenVINO GenAI rewrites the model: the fastest way in
+which this engine's users run it. Weights int8 or int4 leave activations, attention and cache to
+the plugin's defaults, which it picks for speed on the machine at hand (bfloat16 and a uint8 cache
+where the CPU has the instructions); `load` reports what it picked. fp32 asks for accuracy instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from neo_tools.peers.worker_protocol import claim_stdout, parse_arguments, serve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PRECISIONS = ("int8", "int4", "fp32")
+
+_REPORTED = (
+    "INFERENCE_PRECISION_HINT",
+    "KV_CACHE_PRECISION",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+    "INFERENCE_NUM_THREADS",
+    "NUM_STREAMS",
+    "EXECUTION_MODE_HINT",
+)
+
+
+class OpenVinoEngine:
+    """One inference request; its state variables are the cache."""
+
+    packages = ("openvino", "optimum-intel", "nncf", "transformers", "torch")
+
+    def __init__(self, model: Path, precision: str, threads: int) -> None:
+        self._folder = model
+        self._precision = precision
+        self._threads = threads
+        self._depth = 0
+        self._compiled: Any = None
+        self._request: Any = None
+        self._config: dict[str, Any] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return int(self._config["vocab_size"])
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the model has."""
+        return int(self._config["max_position_embeddings"])
+
+    def load(self) -> dict[str, Any]:
+        """Read, rewrite and compile the exported model."""
+        # By name: these packages exist in the peer's environment only.
+        openvino = importlib.import_module("openvino")
+        self._numpy = importlib.import_module("numpy")
+        self._config = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
+        options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": self._threads,
+            "NUM_STREAMS": 1,
+        }
+        if self._precision == "fp32":
+            options["EXECUTION_MODE_HINT"] = "ACCURACY"
+        core = openvino.Core()
+        model = core.read_model(self._folder / "openvino_model.xml")
+        head = _last_position_only(openvino, model)
+        compiled = core.compile_model(model, "CPU", options)
+        self._compiled = compiled
+        self._inputs = {name for port in compiled.inputs for name in port.get_names()}
+        details = {name: _plain(compiled, name) for name in _REPORTED}
+        return {**details, "head": head, "cache": "inside the request"}
+
+    def reset(self) -> None:
+        """Forget the cache: a new request.
+
+        `reset_state()` would keep the old one, but OpenVINO 2026.4.1 then returns NaN for the
+        second row of a batch that follows a single row (bfloat16 with a uint8 cache, fed in more
+        than one piece).
+        """
+        self._request = None
+        self._request = self._compiled.create_infer_request()
+        self._depth = 0
+
+    def forward(self, ids: list[list[int]]) -> list[int]:
+        """Append rows of ids."""
+        np = self._numpy
+        batch, length = len(ids), len(ids[0])
+        total = self._depth + length
+        offered = {
+            "input_ids": np.array(ids, dtype=np.int64),
+            "attention_mask": np.ones((batch, total), dtype=np.int64),
+            "position_ids": np.tile(np.arange(self._depth, total, dtype=np.int64), (batch, 1)),
+            "beam_idx": np.arange(batch, dtype=np.int32),
+        }
+        feed = {name: value for name, value in offered.items() if name in self._inputs}
+        self._request.start_async(feed, share_inputs=True)
+        self._request.wait()
+        logits = self._request.get_tensor("logits").data
+        self._depth = total
+        tokens: list[int] = logits[:, -1].argmax(-1).tolist()
+        return tokens
+
+
+def _last_position_only(openvino: Any, model: Any) -> str:
+    """Gather the last position before the head's product, as OpenVINO GenAI does."""
+    opset = importlib.import_module("openvino.opset15")
+    result = model.output("logits").get_node()
+    head = result.input(0).get_source_output().get_node()
+    if head.get_type_name() != "MatMul":
+        return "every position"
+    hidden = head.input(0).get_source_output()
+    numpy = importlib.import_module("numpy")
+    last = opset.gather(
+        hidden, opset.constant(numpy.array([-1], dtype=numpy.int64)), opset.constant(1)
+    )
+    head.input(0).replace_source_output(last.output(0))
+    model.validate_nodes_and_infer_types()
+    return "last position"
+
+
+def _plain(compiled: Any, name: str) -> str:
+    try:
+        return str(compiled.get_property(name))
+    except RuntimeError:  # a property that this version of the plugin does not have
+        return "unknown"
+
+
+def main(argv: list[str]) -> None:
+    """Serve requests from stdin."""
+    answers = claim_stdout()
+    arguments = parse_arguments(argv, PRECISIONS)
+    engine = OpenVinoEngine(arguments.model, arguments.precision, arguments.threads)
+    serve(engine, sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

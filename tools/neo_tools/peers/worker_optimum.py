@@ -1,0 +1,94 @@
+"""Optimum's `ORTModelForCausalLM` on ONNX Runtime's CPU provider, from an exported folder.
+
+The exported graph computes logits at every position, prefill included; that is part of what its
+users get, so it is part of what is measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from neo_tools.peers.worker_protocol import claim_stdout, parse_arguments, serve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PRECISIONS = ("fp32",)
+
+
+class OptimumEngine:
+    """Calls the model itself, not `generate`: the same graph without generate's bookkeeping."""
+
+    packages = ("optimum", "optimum-onnx", "onnxruntime", "transformers", "torch")
+
+    def __init__(self, model: Path, threads: int, file_name: str | None = None) -> None:
+        self._folder = model
+        self._threads = threads
+        self._file_name = file_name
+        self._past: Any = None
+        self._depth = 0
+        self._model: Any = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return int(self._model.config.vocab_size)
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the model has."""
+        return int(self._model.config.max_position_embeddings)
+
+    def load(self) -> dict[str, Any]:
+        """Open one session over the exported graph."""
+        # By name: these packages exist in the peer's environment only.
+        onnxruntime = importlib.import_module("onnxruntime")
+        optimum = importlib.import_module("optimum.onnxruntime")
+        self._torch = importlib.import_module("torch")
+        self._torch.set_num_threads(self._threads)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        self._model = optimum.ORTModelForCausalLM.from_pretrained(
+            self._folder,
+            file_name=self._file_name,
+            session_options=options,
+            provider="CPUExecutionProvider",
+            local_files_only=True,
+        )
+        return {"threads": self._threads, "cache": "append", "logits": "every position"}
+
+    def reset(self) -> None:
+        """Forget the cache."""
+        self._past, self._depth = None, 0
+
+    def forward(self, ids: list[list[int]]) -> list[int]:
+        """Append rows of ids."""
+        torch = self._torch
+        batch, length = len(ids), len(ids[0])
+        total = self._depth + length
+        with torch.inference_mode():
+            positions = torch.arange(self._depth, total).expand(batch, -1).contiguous()
+            output = self._model(
+                torch.tensor(ids, dtype=torch.int64),
+                attention_mask=torch.ones(batch, total, dtype=torch.int64),
+                position_ids=positions,
+                past_key_values=self._past,
+                use_cache=True,
+            )
+            self._past = output.past_key_values
+            tokens: list[int] = output.logits[:, -1].argmax(-1).tolist()
+        self._depth = total
+        return tokens
+
+
+def main(argv: list[str]) -> None:
+    """Serve requests from stdin."""
+    answers = claim_stdout()
+    arguments = parse_arguments(argv, PRECISIONS)
+    serve(OptimumEngine(arguments.model, arguments.threads), sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,33 @@
+"""Starts a worker of this folder in an interpreter where this project is not installed.
+
+    peer_python worker_start.py worker_torch --model DIR --precision fp32 --threads 2
+
+The two parent packages are made up on the spot and point at this folder alone. Putting a folder
+on `sys.path` instead would also offer the peer everything else that is installed beside this
+project, in versions that are not the peer's.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+
+
+def main() -> None:
+    """Run `neo_tools.peers.<first argument>` as the main module."""
+    folder = Path(__file__).resolve().parent
+    package, peers = ModuleType("neo_tools"), ModuleType("neo_tools.peers")
+    package.__path__ = []
+    peers.__path__ = [str(folder)]
+    sys.modules.update({"neo_tools": package, "neo_tools.peers": peers})
+    if sys.path and Path(sys.path[0] or ".").resolve() == folder:
+        del sys.path[0]  # where Python puts a script's own folder
+    name = sys.argv[1]
+    sys.argv = [str(folder / f"{name}.py"), *sys.argv[2:]]
+    runpy.run_module(f"neo_tools.peers.{name}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
