@@ -9,6 +9,8 @@ import onnx
 from neo_runtime.errors import VerificationError
 from neo_runtime.installation import require_onnxruntime
 
+from neo_export.passes.window_caches import WINDOW_DIMENSION
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -45,9 +47,16 @@ def open_session(path: Path) -> Any:
 
 
 def run_graph(
-    session: Any, graph: GraphSpec, ids: np.ndarray[Any, np.dtype[np.int64]]
+    session: Any, graph: GraphSpec, ids: np.ndarray[Any, np.dtype[np.int64]], window: int | None
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Run on token ids [B, S] with an empty cache; returns every output by name."""
+    """Run on token ids [B, S] as a first prompt; returns every output by name.
+
+    Args:
+        session: of the graph.
+        graph: its inputs.
+        ids: token ids.
+        window: `CacheSpec.window`.
+    """
     batch, sequence = ids.shape
     feeds: dict[str, np.ndarray[Any, Any]] = {
         "input_ids": ids,
@@ -56,8 +65,9 @@ def run_graph(
     }
     for tensor in graph.inputs:
         if tensor.name.startswith("past_key_values."):
-            heads, size = int(tensor.shape[1]), int(tensor.shape[3])
-            feeds[tensor.name] = np.zeros((batch, heads, 0, size), dtype=tensor.dtype)
+            heads, length, size = tensor.shape[1:]
+            past = window if length == WINDOW_DIMENSION else 0
+            feeds[tensor.name] = np.zeros((batch, heads, past, size), dtype=tensor.dtype)
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, feeds), strict=True))
 
@@ -65,8 +75,9 @@ def run_graph(
 def _short_run(path: Path, name: str, graph: GraphSpec, manifest: Manifest) -> None:
     length = 1 if name == "decode" else min(_PROMPT, manifest.max_length)
     ids = (np.arange(length, dtype=np.int64)[None] * 7919) % manifest.model.vocab_size
-    outputs = run_graph(open_session(path), graph, ids)
+    outputs = run_graph(open_session(path), graph, ids, manifest.cache.window)
     sizes = {"batch": 1, "sequence": length, "present_sequence": length}
+    sizes[WINDOW_DIMENSION] = manifest.cache.window or 0
     for tensor in graph.outputs:
         _check_output(graph.file, tensor, outputs[tensor.name], sizes)
     if not np.isfinite(outputs["logits"]).all():

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.errors import NeoError, VerificationError
+from neo_runtime.errors import NeoError, RequestError, VerificationError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from neo_export.exporter import ExportSummary
+    from neo_export.targets import Quantization
 
 __all__ = ["main"]
 
@@ -45,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("fp32", "weights and arithmetic in float32 (the default)"),
         ("fp16", "weights, activations and cache in float16"),
+        ("int8", "weights in 7 of 8 bits, a scale a channel; activations in 8, a scale a token"),
+        ("int4", "weights in 4 bits, a scale a block; activations in 8, a scale a block"),
     ):
         precision.add_argument(
             f"--{name}", dest="precision", action="store_const", const=name, help=text
@@ -56,6 +59,27 @@ def _parser() -> argparse.ArgumentParser:
         choices=("cpu", "portable"),
         help="cpu: onnxruntime's fused operators, cache updated in place, right padding only; "
         "portable: standard ONNX operators, any attention mask (default: cpu)",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="int4: how many inputs share a scale: 16, 32, 64, 128 or 256; fewer are more exact, "
+        "more are smaller (default: 64)",
+    )
+    parser.add_argument(
+        "--keep-fp32",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="int8, int4: leave the weights of these names in float32 (a shell pattern of the "
+        "checkpoint's names, such as '*.mlp.c_proj.weight'; repeatable)",
+    )
+    parser.add_argument(
+        "--int8-prefill",
+        action="store_true",
+        help="int4: a second, int8 copy of the weights for prompts and scoring; prompts run "
+        "faster, and the bundle is three times as large",
     )
     parser.add_argument(
         "--max-length",
@@ -84,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ExportOptions(
                 target=arguments.target,
                 precision=arguments.precision,
+                quantization=_quantization(arguments),
                 max_length=arguments.max_length,
                 verify=arguments.verify,
                 force=arguments.force,
@@ -109,6 +134,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     bar.end()
     print(json.dumps(asdict(summary), indent=1) if arguments.json else _report(summary))
     return 0
+
+
+def _quantization(arguments: argparse.Namespace) -> Quantization:
+    """The options of int8 and int4; given without them, they are a mistake."""
+    from neo_export.targets import Quantization
+
+    precision = arguments.precision
+    for given, flag, needs in (
+        (arguments.block_size is not None, "--block-size", ("int4",)),
+        (arguments.int8_prefill, "--int8-prefill", ("int4",)),
+        (bool(arguments.keep_fp32), "--keep-fp32", ("int8", "int4")),
+    ):
+        if given and precision not in needs:
+            wanted = " or ".join(f"--{name}" for name in needs)
+            raise RequestError(f"{flag} was given with --{precision}, it goes with {wanted}")
+    return Quantization(
+        block_size=arguments.block_size or Quantization.block_size,
+        keep=tuple(arguments.keep_fp32),
+        int8_prefill=arguments.int8_prefill,
+    )
 
 
 class _Progress:

@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,13 @@ from neo_export.memory import PeakMemory
 from neo_export.probes import probes_of
 from neo_export.sidecars import write_sidecars
 from neo_export.staging import record_files, staged_folder
-from neo_export.targets import passes_for, target_named
-from neo_export.weights import ReadParameter, bind_parameters, write_weights
+from neo_export.targets import Quantization, passes_for, target_named
+from neo_export.weights import (
+    ReadParameter,
+    bind_parameters,
+    sort_initializers,
+    write_weights,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +50,7 @@ class ExportOptions:
 
     target: str = "cpu"
     precision: str = "fp32"
+    quantization: Quantization = field(default_factory=Quantization)
     max_length: int | None = None
     """Positions a sequence may have; None for all that the checkpoint has."""
     verify: bool = False
@@ -115,7 +121,10 @@ def export_bundle(
     """
     options = options or ExportOptions()
     target = target_named(options.target)
-    passes = passes_for(target, options.precision)
+    passes = {
+        name: passes_for(target, options.precision, name, options.quantization)
+        for name in GRAPH_NAMES
+    }
     say = progress or (lambda stage, done, total: None)
     started = time.monotonic()
     with (
@@ -184,7 +193,7 @@ def _max_length(asked: int | None, spec: ModelSpec) -> int:
 
 
 def _build(
-    spec: ModelSpec, passes: tuple[Pass, ...], read: ReadParameter
+    spec: ModelSpec, passes: dict[str, tuple[Pass, ...]], read: ReadParameter
 ) -> tuple[dict[str, ir.Model], dict[str, Callable[[int], GraphSummary]]]:
     """Every graph with its passes applied; `read` is called when the weights are written."""
     models, summaries = {}, {}
@@ -192,11 +201,12 @@ def _build(
         model = build_graph(name, spec)
         bind_parameters(model, read)
         before, steps = len(model.graph), []
-        for rewrite in passes:
+        for rewrite in passes[name]:
             fired = rewrite(model)
             RemoveUnusedNodesPass()(model)
             steps.append(PassSummary(rewrite.__name__, fired, len(model.graph)))
         RemoveUnusedNodesPass()(model)
+        sort_initializers(model.graph)
         operators = dict(sorted(Counter(node.op_type for node in model.graph).items()))
         models[name] = model
         summaries[name] = _summarize(name, before, tuple(steps), operators)

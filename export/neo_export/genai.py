@@ -1,57 +1,163 @@
-"""`genai_config.json`: lets onnxruntime-genai run the bundle.
+"""`genai_config.json`: what onnxruntime-genai needs to know to run the bundle.
 
-Its plain decoder wants one graph for prompt and continuation, with logits at every position:
-that is `score.onnx`. It pads on the right of nothing (one sequence, or prompts of one length).
+The library reads it with the parser in its `src/config.cpp`; an unknown key is an error there, a
+key left out has the default in `src/config.h`. What was chosen, and why:
+
+`model.type` is "decoder", its model class for any decoder-only graph with one past tensor each
+for keys and values. ("gpt2" wants both stacked in one tensor. "decoder-pipeline" with prefill and
+decode as two sessions works too, but holds the prepacked weights twice and cannot rewind.)
+
+`decoder.filename` is prefill.onnx, for the prompt and for every step: it takes a past and any
+number of new tokens, and it gives logits [B, 1, V]. The library recognizes that shape and uses it
+as it is. From logits at every position (score.onnx) it picks the last one that is not
+`pad_token_id` itself, and so goes wrong on a prompt that ends in `<|endoftext|>`, which is
+GPT-Neo's padding as well.
+
+`sliding_window` stays out, the window is inside the graph. Every layer gets a cache of full length,
+which the graphs take whether or not their local layers evict, and then a generator can be rewound
+to any position.
+
+docs/onnxruntime-genai.md says what can be done with it and what is refused.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from neo_export.targets import target_named
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from neo_runtime.manifest import ModelSpec
 
 __all__ = ["genai_config"]
 
+_SEARCH_DEFAULTS: dict[str, bool | int | float] = {
+    "do_sample": False,
+    "early_stopping": False,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+}
+"""Options that mean the same there and in a `generation_config.json`, with the latter's defaults.
 
-def genai_config(spec: ModelSpec, target: str, max_length: int) -> dict[str, Any]:
-    """The configuration, as onnxruntime-genai's documentation defines it."""
-    eos = list(spec.eos_token_id)
-    end: int | list[int] = eos[0] if len(eos) == 1 else eos
+All are written: the library's own defaults for early_stopping (true) and top_p (0) are others.
+"""
+
+
+def genai_config(
+    spec: ModelSpec, target: str, max_length: int, generation: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of `genai_config.json`, as of onnxruntime-genai 0.18.
+
+    Args:
+        spec: the model.
+        target: name of the target that the graphs were built for.
+        max_length: positions that a sequence may have, prompt and continuation together.
+        generation: the checkpoint's `generation_config.json`, whose defaults are taken over where
+            the library has an option of that name and meaning.
+
+    Raises:
+        RequestError: there is no such target.
+    """
+    generation = generation or {}
+    eos, pad = _eos_and_pad(spec, generation)
+    model: dict[str, Any] = {
+        "type": "decoder",
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        "vocab_size": spec.vocab_size,
+        # A generator whose max_length is larger is refused: the position table ends here.
+        "context_length": max_length,
+        "decoder": _decoder(spec),
+    }
+    if spec.bos_token_id is not None:
+        model["bos_token_id"] = spec.bos_token_id
+    # How the cache is laid out does not depend on the precision, only its element type does.
+    in_place = target_named(target).cache(spec, "fp32").layout == "in_place"
+    search = {
+        **_search(spec, generation),
+        "max_length": max_length,
+        # One buffer of max_length positions, bound as past and as present of every step. Off,
+        # each step gets a past of exactly the positions so far and a present of its own.
+        "past_present_share_buffer": not in_place,
+    }
+    return {"model": model, "search": search}
+
+
+def _decoder(spec: ModelSpec) -> dict[str, Any]:
+    """The graph: its file, its sizes, and what its inputs and outputs are called."""
     return {
-        "model": {
-            "type": "gpt2",
-            "bos_token_id": spec.bos_token_id if spec.bos_token_id is not None else 0,
-            "eos_token_id": end if eos else 0,
-            "pad_token_id": spec.pad_token_id if spec.pad_token_id is not None else (eos or [0])[0],
-            "context_length": max_length,
-            "vocab_size": spec.vocab_size,
-            "decoder": {
-                "filename": "score.onnx",
-                "session_options": {"log_id": "neo-onnx", "provider_options": []},
-                "head_size": spec.head_dim,
-                "hidden_size": spec.hidden_size,
-                "num_attention_heads": spec.num_heads,
-                "num_key_value_heads": spec.num_heads,
-                "num_hidden_layers": spec.num_layers,
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "position_ids": "position_ids",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
-            },
+        "filename": "prefill.onnx",
+        # No provider named: the CPU.
+        "session_options": {"log_id": "neo-onnx", "provider_options": []},
+        # The shape of the cache that the library allocates …
+        "num_hidden_layers": spec.num_layers,
+        "num_key_value_heads": spec.num_heads,
+        "head_size": spec.head_dim,
+        # … and two values that it only stores.
+        "hidden_size": spec.hidden_size,
+        "num_attention_heads": spec.num_heads,
+        # All of these are its defaults too; the names are the graphs' contract, so they are said.
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "position_ids": "position_ids",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
         },
-        "search": {
-            "do_sample": False,
-            "max_length": max_length,
-            "num_beams": 1,
-            "past_present_share_buffer": target != "portable",
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
         },
     }
+
+
+def _eos_and_pad(spec: ModelSpec, generation: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Tokens that end a text, and the token that fills up finished rows of a batch.
+
+    As for `generate`, `generation_config.json` goes before `config.json`, and the first end token
+    pads where nothing else is set. The library refuses an end token outside the vocabulary (a
+    small model may well carry 50256, the architecture's default) and cannot do without one: where
+    none is left it is the padding, at last the last token of the vocabulary.
+    """
+    eos = _in_vocabulary(spec, _ids(generation.get("eos_token_id")) or spec.eos_token_id)
+    pads = (*_ids(generation.get("pad_token_id")), *_ids(spec.pad_token_id), *eos)
+    pad = (*_in_vocabulary(spec, pads), spec.vocab_size - 1)[0]
+    return eos or [pad], pad
+
+
+def _in_vocabulary(spec: ModelSpec, ids: Iterable[int]) -> list[int]:
+    return [token for token in ids if 0 <= token < spec.vocab_size]
+
+
+def _ids(value: object) -> tuple[int, ...]:
+    """Token ids of a configuration: one, a list, or None."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return tuple(token for token in values if type(token) is int)
+
+
+def _search(spec: ModelSpec, generation: Mapping[str, Any]) -> dict[str, bool | int | float]:
+    search = {
+        name: _same_kind(generation.get(name), default)
+        for name, default in _SEARCH_DEFAULTS.items()
+    }
+    # Hugging Face clips a top_k beyond the vocabulary, the library refuses it.
+    search["top_k"] = min(search["top_k"], spec.vocab_size)
+    return search
+
+
+def _same_kind(value: object, default: bool | int | float) -> bool | int | float:
+    """`value` as the type of `default`; `default` where it is null or of another kind."""
+    if type(value) is type(default):
+        return value
+    if type(value) is int and type(default) is float:
+        return float(value)
+    return default

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from neo_export.model import CausalLM
+from neo_export.model import WINDOW_KEY, CausalLM
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,6 +49,9 @@ def build_graph(name: str, spec: ModelSpec) -> ir.Model:
         )
         for i in range(spec.num_layers)
     ]
+    for kind, pair in zip(spec.attention_layers, past, strict=True):
+        for value in pair:
+            value.metadata_props[WINDOW_KEY] = str(spec.window_size if kind == "local" else -1)
     model = CausalLM(spec)
     hidden, present = model(op, input_ids, attention_mask, position_ids, past)
     if name == "prefill":

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["WINDOW_KEY", "CausalLM", "Masks", "mark_place", "place_name"]
 
 WINDOW_KEY = "neo.window"
-"""Metadata of a mask: how many last positions it lets through, -1 for all of them."""
+"""Metadata of a mask or of a past: how many last positions its layer sees, -1 for all."""
 
 
 def place_name(layer: int | None, place: str) -> str:
@@ -85,6 +85,17 @@ class Embedding(nn.Module):
 
     def forward(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
         return op.Gather(self.weight, ids, axis=0)
+
+
+class Head(nn.Module):
+    """`lm_head` of an untied checkpoint: gives its weight as it lies, [V, H]."""
+
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([rows, size])
+
+    def forward(self, op: OpBuilder) -> ir.Value:
+        return self.weight
 
 
 class SelfAttention(nn.Module):
@@ -238,9 +249,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.spec = spec
         self.transformer = Transformer(spec)
-        self.lm_head = (
-            None if spec.tie_word_embeddings else Embedding(spec.vocab_size, spec.hidden_size)
-        )
+        self.lm_head = None if spec.tie_word_embeddings else Head(spec.vocab_size, spec.hidden_size)
 
     def forward(
         self,
@@ -259,9 +268,7 @@ class CausalLM(nn.Module):
         Gemm reads the table as it lies ([V, H], transposed in the product), so that a tied head
         shares its bytes with the embedding instead of being folded into a second copy.
         """
-        if self.lm_head is not None:
-            self.lm_head.weight._realize(op.builder)
-        table = self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
+        table = self.transformer.wte.weight if self.lm_head is None else self.lm_head(op)
         rows = op.Reshape(hidden, [-1, self.spec.hidden_size])
         scores = op.Gemm(rows, table, transB=1)
         shape = op.Concat(op.Shape(hidden, start=0, end=2), [self.spec.vocab_size], axis=0)

@@ -116,7 +116,7 @@ def _run_with_probes(
     )
     data = ir.serde.serialize_model(model).SerializeToString()
     session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return run_graph(session, graph, ids[None])
+    return run_graph(session, graph, ids[None], manifest.cache.window)
 
 
 def _probed(outputs: dict[str, NDArray[Any]], probe: Probe) -> NDArray[Any]:

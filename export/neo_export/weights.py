@@ -17,11 +17,13 @@ from neo_runtime.errors import CheckpointError
 from neo_runtime.manifest import WEIGHTS_NAME, FileRecord
 from numpy.typing import NDArray
 
+from neo_export.passes._tensors import ALIAS_KEY
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["ReadParameter", "WrittenWeights", "bind_parameters", "write_weights"]
+__all__ = ["ReadParameter", "WrittenWeights", "bind_parameters", "sort_initializers", "write_weights"]
 
 ReadParameter = Callable[[str], NDArray[np.float32]]
 """Name of a parameter → its values, mapped where possible."""
@@ -57,6 +59,23 @@ def _from_checkpoint(name: str, value: ir.Value, read: ReadParameter) -> ir.Lazy
     )
 
 
+def sort_initializers(graph: ir.Graph) -> None:
+    """Order the initializers the same way in all graphs of a bundle: weights, then constants.
+
+    onnxruntime writes prepacked weights in this order, so that the files that it writes for
+    prefill, decode and score are the same bytes, and one of them serves all. Constants differ
+    from graph to graph; they come last because it fills the place of a folded one from the end.
+    """
+    values = sorted(
+        graph.initializers.items(),
+        key=lambda item: (not isinstance(item[1].const_value, ir.LazyTensor), item[0]),
+    )
+    for name, _ in values:
+        del graph.initializers[name]
+    for _, value in values:
+        graph.register_initializer(value)
+
+
 def write_weights(
     models: Mapping[str, ir.Model],
     folder: Path,
@@ -78,7 +97,7 @@ def write_weights(
     tensors: dict[str, ir.Value] = {}
     for model in models.values():
         for name, value in model.graph.initializers.items():
-            if isinstance(value.const_value, ir.LazyTensor):
+            if isinstance(value.const_value, ir.LazyTensor) and not _alias(value):
                 tensors.setdefault(name, value)
     total = sum(_nbytes(value) for value in tensors.values())
     path = folder / WEIGHTS_NAME
@@ -100,6 +119,11 @@ def write_weights(
     for model in models.values():
         _refer(model, places, folder)
     return WrittenWeights(FileRecord(size=offset, sha256=digest.hexdigest()), len(places))
+
+
+def _alias(value: ir.Value) -> str | None:
+    """The initializer whose bytes this one shares, if any."""
+    return value.metadata_props.get(ALIAS_KEY)
 
 
 def _nbytes(value: ir.Value) -> int:
@@ -135,8 +159,9 @@ def _require_finite(array: NDArray[np.floating], name: str) -> None:
 
 def _refer(model: ir.Model, places: Mapping[str, tuple[int, int]], folder: Path) -> None:
     for name, value in model.graph.initializers.items():
-        if name in places and isinstance(value.const_value, ir.LazyTensor):
-            offset, size = places[name]
+        stored_as = _alias(value) or name
+        if stored_as in places and isinstance(value.const_value, ir.LazyTensor):
+            offset, size = places[stored_as]
             assert value.dtype is not None
             assert value.shape is not None
             value.const_value = ir.ExternalTensor(

@@ -86,6 +86,9 @@ class CacheSpec:
     """On which side a ragged batch of prompts is padded: see the design document."""
     dtype: str
     """Element type of keys and values, a numpy name."""
+    window: int | None = None
+    """Positions that a local layer's buffers must hold at least, the graphs evict older ones;
+    None: every layer's buffers hold the whole sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +138,9 @@ class Manifest:
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:
-        """Canonical JSON text, with a newline at its end."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        """Canonical JSON text with its own checksum inside, and a newline at its end."""
+        raw = asdict(self)
+        return _canonical(raw | {"checksum": _checksum(raw)}) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = MANIFEST_NAME) -> Manifest:
@@ -169,7 +173,13 @@ class Manifest:
                 f"{source} has schema version {version}, this neo_runtime reads up to "
                 f"{SCHEMA_VERSION}; upgrade neo-onnx or export the bundle with this version"
             )
+        checksum = raw.pop("checksum", None)
         manifest: Manifest = _parse(cls, raw, source)
+        if checksum != (expected := _checksum(raw)):
+            raise BundleDamagedError(
+                f"{source} was altered after it was written: its checksum is {checksum!r}, "
+                f"expected {expected!r}; copy or export the bundle again"
+            )
         return manifest
 
     @property
@@ -177,6 +187,15 @@ class Manifest:
         """sha256 (hex) over the names and checksums of all files: what the bundle *is*."""
         lines = "".join(f"{name} {record.sha256}\n" for name, record in sorted(self.files.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _canonical(raw: dict[str, Any]) -> str:
+    return json.dumps(raw, indent=1, sort_keys=True, ensure_ascii=False)
+
+
+def _checksum(raw: dict[str, Any]) -> str:
+    """sha256 (hex) of the canonical text without the checksum: a flipped bit is not a setting."""
+    return hashlib.sha256(_canonical(raw).encode()).hexdigest()
 
 
 def _parse(kind: Any, raw: Any, where: str) -> Any:

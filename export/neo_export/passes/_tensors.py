@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -12,13 +13,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "ALIAS_KEY",
     "add_initializer",
     "add_lazy_initializer",
+    "add_lazy_parts",
+    "alias_of",
     "constant_value",
     "is_parameter",
     "read",
     "static_shape",
 ]
+
+ALIAS_KEY = "neo.alias"
+"""Metadata of an initializer that is the bytes of another one in another shape: its name."""
 
 
 def read(value: ir.Value) -> NDArray[Any]:
@@ -57,6 +64,47 @@ def add_lazy_initializer(
         cache=False,
     )
     return add_initializer(graph, name, tensor)
+
+
+def add_lazy_parts(
+    graph: ir.Graph,
+    parts: dict[str, tuple[ir.DataType, tuple[int, ...]]],
+    make: Callable[[], tuple[NDArray[Any], ...]],
+) -> tuple[ir.Value, ...]:
+    """Register initializers that are computed together (a weight's integers and its scales).
+
+    Args:
+        graph: where they are registered.
+        parts: name → type and shape, in the order in which `make` returns them.
+        make: called when the first part is asked for; the others are kept until they are, too.
+    """
+    kept: dict[int, NDArray[Any]] = {}
+
+    def take(index: int) -> NDArray[Any]:
+        if index not in kept:
+            kept.update(enumerate(make()))
+        return kept.pop(index)
+
+    return tuple(
+        add_lazy_initializer(graph, name, partial(take, index), dtype=dtype, shape=shape)
+        for index, (name, (dtype, shape)) in enumerate(parts.items())
+    )
+
+
+def alias_of(value: ir.Value, name: str, shape: tuple[int, ...]) -> ir.Value:
+    """An initializer over the same bytes of the weight file, in another shape."""
+    assert value.graph is not None
+    assert value.dtype is not None
+    assert value.name is not None
+    alias = add_lazy_initializer(
+        value.graph,
+        name,
+        lambda: read(value).reshape(shape),
+        dtype=value.dtype,
+        shape=shape,
+    )
+    alias.metadata_props[ALIAS_KEY] = value.name
+    return alias
 
 
 def static_shape(value: ir.Value) -> tuple[int, ...]:

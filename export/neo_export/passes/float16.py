@@ -94,7 +94,7 @@ def _half(graph: ir.Graph, value: ir.Value) -> ir.Value:
     return add_lazy_initializer(
         graph,
         f"{value.name}.float16",
-        lambda: to_float16(read(value), str(value.name)),  # type: ignore[arg-type]
+        lambda: to_float16(read(value), str(value.name)),
         dtype=_HALF,
         shape=static_shape(value),
     )

@@ -114,7 +114,7 @@ def fuse_attention(model: ir.Model) -> int:
     """Apply to the whole model; returns how many layers were fused."""
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
-    past_key = inputs["past_key_values.0.key"]
+    past_key = _longest_past(graph)
     size = past_key.shape[3] if past_key.shape is not None else None
     if not isinstance(size, int) or size % HEAD_SIZE_MULTIPLE:
         return 0
@@ -126,6 +126,12 @@ def fuse_attention(model: ir.Model) -> int:
     return apply(_GroupQueryAttention, model, seqlens, total)
 
 
+def _longest_past(graph: ir.Graph) -> ir.Value:
+    """The past keys of the first global layer: local ones may come to keep only their window."""
+    pasts = [value for value in graph.inputs if (value.name or "").endswith(".key")]
+    return next((past for past in pasts if past.metadata_props[WINDOW_KEY] == "-1"), pasts[0])
+
+
 def _lengths(
     op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value, past_key: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
@@ -134,8 +140,9 @@ def _lengths(
     The operator reads the mask's width W against the new tokens S and the cache's length P:
     W = S is a first prompt, and whatever lies in the cache is overwritten; otherwise row b's new
     tokens are the last S of its n_b valid positions, and its past is the n_b − S before them. So:
-    every row is ones, then zeros; 1 ≤ n_b; with a past also S ≤ n_b ≤ P + S, and n_b = W where
-    the cache is exactly the past (W = P + S): there a shorter row would mean padded new tokens.
+    every row is ones, then zeros; 1 ≤ n_b; with a past also S ≤ n_b ≤ P + S. There n_b = W, too,
+    where the cache is exactly the past (W = P + S: a shorter row would mean padded new tokens),
+    and for several new tokens (the model looks for the last valid one at the end of the mask).
     """
     new, width = op.Shape(input_ids, start=1, end=2), op.Shape(attention_mask, start=1, end=2)
     past = op.Shape(past_key, start=2, end=3)
@@ -146,10 +153,8 @@ def _lengths(
     shortest = op.ReduceMin(lengths, keepdims=1)
     longest = op.ReduceMax(lengths, keepdims=1)
     first_prompt = op.Equal(width, new)
-    least = op.Where(first_prompt, [1], new)
-    least = op.Where(
-        op.And(op.Equal(width, op.Add(past, new)), op.Greater(past, [0])), width, least
-    )
+    exact = op.Or(op.Greater(new, [1]), op.Equal(width, op.Add(past, new)))
+    least = op.Where(first_prompt, [1], op.Where(exact, op.Max(width, new), new))
     most = op.Where(first_prompt, width, op.Add(past, new))
     broken = op.Or(op.Less(shortest, least), op.Greater(longest, most))
     broken = op.Or(broken, op.Greater(op.ReduceMax(misplaced, keepdims=0), 0))

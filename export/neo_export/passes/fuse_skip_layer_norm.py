@@ -34,8 +34,10 @@ class _SkipLayerNorm(Rule):
         for addend in (a, b):
             if is_parameter(addend) or addend.shape is None or len(addend.shape) != 3:
                 return result.fail("an addend is not [batch, sequence, hidden]", addend)
-        if a.shape is None or b.shape is None or a.shape[2] != b.shape[2]:
-            return result.fail("the addends differ in width")
+        assert a.shape is not None
+        assert b.shape is not None
+        if any(_known(m) and _known(n) and m != n for m, n in zip(a.shape, b.shape, strict=True)):
+            return result.fail(f"the addends differ in shape: {a.shape} and {b.shape}")
         return result
 
     def rewrite(
@@ -53,6 +55,11 @@ class _SkipLayerNorm(Rule):
             _outputs=4,
         )
         return fused, total
+
+
+def _known(size: int | ir.SymbolicDim) -> bool:
+    """Shape inference loses the name of the sequence in attention's Reshape: None is any size."""
+    return isinstance(size, int) or size.value is not None
 
 
 def fuse_skip_layer_norm(model: ir.Model) -> int:

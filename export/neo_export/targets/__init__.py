@@ -12,27 +12,47 @@ from neo_export.passes.float16 import float16
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE, fuse_attention
 from neo_export.passes.fuse_gelu import fuse_gelu
 from neo_export.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
+from neo_export.passes.half_positions import half_positions
 from neo_export.passes.pack_qkv import pack_qkv
+from neo_export.passes.quantize_int4 import quantize_int4_weights
+from neo_export.passes.quantize_int8 import quantize_int8_weights
 from neo_export.passes.store_transposed import store_transposed
+from neo_export.passes.window_caches import window_caches
 
 if TYPE_CHECKING:
     from neo_runtime.manifest import ModelSpec
 
     from neo_export.passes import Pass
 
-__all__ = ["PRECISIONS", "TARGETS", "Target", "passes_for", "target_named"]
+__all__ = ["PRECISIONS", "TARGETS", "Quantization", "Target", "passes_for", "target_named"]
 
-PRECISIONS: dict[str, tuple[Pass, ...]] = {"fp32": (), "fp16": (float16,)}
-"""The passes that a precision adds, after those of the target."""
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """How int8 and int4 bundles store their weights; the others ignore it."""
+
+    block_size: int = 64
+    """int4: inputs that share a scale."""
+    keep: tuple[str, ...] = ()
+    """Shell patterns of the checkpoint's names: these weights stay float32."""
+    int8_prefill: bool = False
+    """int4: prefill and score read a second, int8 copy of the weights."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of machine, as a list of passes in the order in which they run."""
+    """A kind of machine, as lists of passes in the order in which they run.
+
+    Those of the precision run between `fusions` and `storage`.
+    """
 
     name: str
     summary: str
-    passes: tuple[Pass, ...]
+    precisions: tuple[str, ...]
+    fusions: tuple[Pass, ...]
+    storage: tuple[Pass, ...]
     fused: bool
     """Uses onnxruntime's own operators: right padding, cache updated in place."""
     minimum_onnxruntime: str
@@ -40,9 +60,10 @@ class Target:
     def cache(self, spec: ModelSpec, precision: str) -> CacheSpec:
         """How this target keeps keys and values for this model."""
         dtype = "float16" if precision == "fp16" else "float32"
-        if self.fused and spec.head_dim % HEAD_SIZE_MULTIPLE == 0:
-            return CacheSpec(layout="in_place", padding="right", dtype=dtype)
-        return CacheSpec(layout="append", padding="left", dtype=dtype)
+        if not self.fused or spec.head_dim % HEAD_SIZE_MULTIPLE:
+            return CacheSpec(layout="append", padding="left", dtype=dtype, window=None)
+        window = spec.window_size if "global" in spec.attention_layers else None
+        return CacheSpec(layout="in_place", padding="right", dtype=dtype, window=window)
 
 
 TARGETS: dict[str, Target] = {
@@ -51,13 +72,9 @@ TARGETS: dict[str, Target] = {
         Target(
             name="cpu",
             summary="onnxruntime on a CPU: fused operators, cache updated in place",
-            passes=(
-                fuse_attention,
-                pack_qkv,
-                fuse_gelu,
-                fuse_skip_layer_norm,
-                store_transposed,
-            ),
+            precisions=("fp32", "fp16", "int8", "int4"),
+            fusions=(fuse_attention, window_caches, pack_qkv, fuse_gelu, fuse_skip_layer_norm),
+            storage=(store_transposed,),
             fused=True,
             # The first whose GroupQueryAttention counts the current position into the window.
             minimum_onnxruntime="1.23.0",
@@ -65,7 +82,9 @@ TARGETS: dict[str, Target] = {
         Target(
             name="portable",
             summary="standard ONNX operators only: any runtime, any attention mask",
-            passes=(store_transposed,),
+            precisions=("fp32", "fp16"),
+            fusions=(),
+            storage=(store_transposed,),
             fused=False,
             minimum_onnxruntime="1.17.0",
         ),
@@ -84,14 +103,27 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
-def passes_for(target: Target, precision: str) -> tuple[Pass, ...]:
-    """Every pass of an export, in order.
+def passes_for(
+    target: Target, precision: str, graph: str, quantization: Quantization | None = None
+) -> tuple[Pass, ...]:
+    """Every pass that one graph of an export goes through, in order.
 
     Raises:
-        RequestError: there is no such precision.
+        RequestError: the target has no such precision.
     """
-    if precision not in PRECISIONS:
+    if precision not in target.precisions:
         raise RequestError(
-            f"precision {precision!r} is unknown, expected one of {', '.join(PRECISIONS)}"
+            f"target {target.name} has no precision {precision!r}, "
+            f"expected one of {', '.join(target.precisions)}"
         )
-    return target.passes + PRECISIONS[precision]
+    quantization = quantization or Quantization()
+    keep = quantization.keep
+    if precision == "int4" and quantization.int8_prefill and graph != "decode":
+        precision = "int8"
+    of_precision: dict[str, tuple[Pass, ...]] = {
+        "fp32": (),
+        "fp16": (float16,),
+        "int8": (quantize_int8_weights(keep), half_positions),
+        "int4": (quantize_int4_weights(quantization.block_size, keep), half_positions),
+    }
+    return target.fusions + of_precision[precision] + target.storage

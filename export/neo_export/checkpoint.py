@@ -1,0 +1,275 @@
+"""A Hugging Face GPT-Neo folder → its configuration and its tensors, checked, lazily read.
+
+    with open_checkpoint(folder) as checkpoint:
+        for name, tensor in checkpoint.tensors.items():
+            use(name, tensor.read())
+
+Tensors are known by the names of `GPTNeoForCausalLM`, whatever class wrote the file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.errors import CheckpointError
+
+from neo_export.config import CONFIG_NAME, read_config, read_json_object
+from neo_export.lazy_tensor import FLOAT_DTYPES, LazyTensor
+from neo_export.tokenizer_files import find_tokenizer_files, read_tokenizer_json
+from neo_export.weight_files import WeightFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    from neo_runtime.manifest import ModelSpec
+
+__all__ = ["Checkpoint", "expected_shapes", "open_checkpoint"]
+
+GENERATION_CONFIG_NAME = "generation_config.json"
+HEAD = "lm_head.weight"
+EMBEDDING = "transformer.wte.weight"
+
+# Buffers that old versions of transformers stored: the causal mask and the value of a masked score.
+_OLD_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.attention\.(bias|masked_bias)")
+_OTHER_HEADS = ("score.", "classifier.", "qa_outputs.")
+_ADAPTER_MARKS = ("lora_", "base_layer.", "base_model.model.")
+_QUANTIZED_MARKS = (".SCB", ".absmax", ".quant_state", ".qweight", ".qzeros", ".weight_format")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """An open checkpoint: everything is known and checked but the values of the tensors."""
+
+    folder: Path
+    spec: ModelSpec
+    """The architecture."""
+    tensors: Mapping[str, LazyTensor]
+    """Exactly the names of `expected_shapes(spec)`, in that order, with those shapes; float32,
+    float16 or bfloat16. Private memory holds no more than what the caller keeps."""
+    config_json: dict[str, Any]
+    """`config.json` as it stands."""
+    generation_config: dict[str, Any] | None
+    """`generation_config.json` as it stands, None where there is none."""
+    tokenizer_files: tuple[Path, ...]
+    """The tokenizer's files that exist."""
+    files: WeightFiles
+    """Owner of the mapped files."""
+
+    def tokenizer_json(self) -> bytes | None:
+        """Contents of a `tokenizer.json`, built from `vocab.json` and `merges.txt` where only
+        those exist; None for a checkpoint without a tokenizer.
+
+        Raises:
+            CheckpointError: the tokenizer's files cannot be used.
+        """  # noqa: D205
+        return read_tokenizer_json(self.folder)
+
+    def verify_finite(self, progress: Callable[[str], None] | None = None) -> None:
+        """Look at every value of every tensor, streaming.
+
+        Args:
+            progress: called with each tensor's name before it is read.
+
+        Raises:
+            CheckpointError: a tensor has a NaN or an infinity.
+        """
+        for name, tensor in self.tensors.items():
+            if progress is not None:
+                progress(name)
+            tensor.check_finite()
+
+    def close(self) -> None:
+        """Let go of the files. Arrays that were read stay valid."""
+        self.files.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(folder: Path | str) -> Checkpoint:
+    """Open and check a checkpoint folder; no tensor is read but to compare a stored tied head.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin`, one file or
+            shards, with or without the `transformer.` prefix.
+
+    Raises:
+        CheckpointError: the folder holds no GPT-Neo language model that can be exported.
+        DependencyError: torch is needed and not installed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; expected a Hugging Face model folder")
+    spec = read_config(folder)
+    generation = folder / GENERATION_CONFIG_NAME
+    generation_config = read_json_object(generation) if generation.is_file() else None
+    files = WeightFiles(folder)
+    try:
+        tensors = _match(files.tensors, spec, folder)
+    except BaseException:
+        files.close()
+        raise
+    return Checkpoint(
+        folder=folder,
+        spec=spec,
+        tensors=tensors,
+        config_json=read_json_object(folder / CONFIG_NAME),
+        generation_config=generation_config,
+        tokenizer_files=find_tokenizer_files(folder),
+        files=files,
+    )
+
+
+def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of `GPTNeoForCausalLM`, in the order of its layers."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (spec.vocab_size, hidden),
+        "transformer.wpe.weight": (spec.max_position_embeddings, hidden),
+    }
+    for i in range(spec.num_layers):
+        layer = f"transformer.h.{i}"
+        shapes |= {
+            f"{layer}.ln_1.weight": (hidden,),
+            f"{layer}.ln_1.bias": (hidden,),
+            f"{layer}.attn.attention.q_proj.weight": (hidden, hidden),
+            f"{layer}.attn.attention.k_proj.weight": (hidden, hidden),
+            f"{layer}.attn.attention.v_proj.weight": (hidden, hidden),
+            f"{layer}.attn.attention.out_proj.weight": (hidden, hidden),
+            f"{layer}.attn.attention.out_proj.bias": (hidden,),
+            f"{layer}.ln_2.weight": (hidden,),
+            f"{layer}.ln_2.bias": (hidden,),
+            f"{layer}.mlp.c_fc.weight": (inner, hidden),
+            f"{layer}.mlp.c_fc.bias": (inner,),
+            f"{layer}.mlp.c_proj.weight": (hidden, inner),
+            f"{layer}.mlp.c_proj.bias": (hidden,),
+        }
+    shapes["transformer.ln_f.weight"] = (hidden,)
+    shapes["transformer.ln_f.bias"] = (hidden,)
+    if not spec.tie_word_embeddings:
+        shapes[HEAD] = (spec.vocab_size, hidden)
+    return shapes
+
+
+def _match(found: dict[str, LazyTensor], spec: ModelSpec, folder: Path) -> dict[str, LazyTensor]:
+    """The tensors that the architecture has, renamed, each checked; the harmless rest dropped."""
+    expected = expected_shapes(spec)
+    named = _canonical(found)
+    unexpected = named.keys() - expected.keys() - {HEAD}
+    if unexpected:
+        raise _unexpected_error(sorted(named[name].name for name in unexpected), spec, folder)
+    if missing := [name for name in expected if name not in named]:
+        raise _missing_error(missing, folder)
+    for name, shape in expected.items():
+        _check_tensor(name, named[name], shape, folder)
+    if spec.tie_word_embeddings and HEAD in named:
+        _check_tied_head(named[HEAD], named[EMBEDDING], expected[EMBEDDING], folder)
+    return {
+        name: LazyTensor(name, named[name].shape, named[name].dtype, named[name].load)
+        for name in expected
+    }
+
+
+def _canonical(found: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """By the names of `GPTNeoForCausalLM`; `GPTNeoModel` stores them without `transformer.`."""
+    named: dict[str, LazyTensor] = {}
+    for name, tensor in found.items():
+        if _OLD_BUFFER.fullmatch(name):
+            continue
+        plain = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if plain in named:
+            raise CheckpointError(
+                f"the checkpoint has both {plain!r} and {plain.removeprefix('transformer.')!r}; "
+                "expected every tensor once, with or without the prefix"
+            )
+        named[plain] = tensor
+    return named
+
+
+def _unexpected_error(names: list[str], spec: ModelSpec, folder: Path) -> CheckpointError:
+    first = names[0]
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    for name in names:
+        if any(mark in name for mark in _ADAPTER_MARKS):
+            return CheckpointError(
+                f"{folder}: tensor {name!r} belongs to a LoRA adapter; merge it into the model "
+                "first with peft's merge_and_unload() and save that"
+            )
+        if any(mark in name for mark in _QUANTIZED_MARKS):
+            return CheckpointError(
+                f"{folder}: tensor {name!r} belongs to an already quantized checkpoint; export "
+                "the original float32, float16 or bfloat16 checkpoint instead"
+            )
+        if name.startswith(_OTHER_HEADS):
+            return CheckpointError(
+                f"{folder}: tensor {name!r} is the head of a classification or "
+                "question-answering checkpoint, expected a causal language model "
+                "(GPTNeoForCausalLM); export the model it was tuned from"
+            )
+    for prefix in ("module.", "_orig_mod."):
+        if first.startswith(prefix):
+            return CheckpointError(
+                f"{folder}: tensor {first!r}{more} was saved from a wrapped model; strip the "
+                f"prefix {prefix!r} from the names, or call save_pretrained on the model inside"
+            )
+    return CheckpointError(
+        f"{folder}: unexpected tensor {first!r}{more}; {CONFIG_NAME} describes a GPT-Neo of "
+        f"{spec.num_layers} layers, which has none of that name. Is the {CONFIG_NAME} of "
+        "another checkpoint?"
+    )
+
+
+def _missing_error(missing: list[str], folder: Path) -> CheckpointError:
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    advice = "is the download complete, and the config.json this checkpoint's own?"
+    if missing == [HEAD]:
+        advice = (
+            "config.json says tie_word_embeddings false, which needs a head of its own; set it "
+            "to true if the head is the embedding table"
+        )
+    return CheckpointError(f"{folder}: tensor {missing[0]!r} is missing{more}; {advice}")
+
+
+def _check_tensor(name: str, tensor: LazyTensor, shape: tuple[int, ...], folder: Path) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{folder}: tensor {name!r} has type {tensor.dtype}, expected one of "
+            f"{', '.join(FLOAT_DTYPES)}; convert it, or export the original checkpoint"
+        )
+    if tensor.shape == shape:
+        return
+    advice = "is the config.json this checkpoint's own?"
+    if name in (EMBEDDING, HEAD) and tensor.shape[1:] == shape[1:]:
+        advice = (
+            f"the table has {tensor.shape[0]} rows and config.json says vocab_size {shape[0]}: if "
+            "the vocabulary was resized, set vocab_size to the table's rows"
+        )
+    raise CheckpointError(
+        f"{folder}: tensor {name!r} has shape {list(tensor.shape)}, expected {list(shape)}; "
+        f"{advice}"
+    )
+
+
+def _check_tied_head(
+    head: LazyTensor, embedding: LazyTensor, shape: tuple[int, ...], folder: Path
+) -> None:
+    """A tied checkpoint may store the head again; it may not store another one."""
+    _check_tensor(HEAD, head, shape, folder)
+    if not head.same_values(embedding):
+        raise CheckpointError(
+            f"{folder}: config.json says tie_word_embeddings true and {HEAD!r} differs from "
+            f"{EMBEDDING!r}; set tie_word_embeddings to false if the head is its own, or remove "
+            f"{HEAD!r} if it is stale"
+        )

@@ -1,0 +1,128 @@
+"""int4 weights in blocks.
+
+    before                            after
+    MatMul(x, Transpose(w))           MatMulNBits(x, w.int4, scales)
+    Gemm(x, table, transB=1)          the same
+    Gather(table, ids)                GatherBlockQuantized over the same bytes and scales
+
+`accuracy_level=4` lets the kernel quantize activations to int8, a block of a row at a time, so
+that no row depends on its neighbours. The tied table is stored once: the two operators want its
+bytes in two shapes, so two initializers refer to one place of the weight file.
+Must not fire for a weight that is kept wider, or that is computed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from neo_export.passes._rule import MatchResult, apply
+from neo_export.passes._tensors import add_lazy_parts, alias_of, read, static_shape
+from neo_export.passes.quantize_int8 import _Int8
+from neo_export.quantize.int4 import check_block_size, quantize_int4
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from neo_export.passes import Pass
+
+__all__ = ["quantize_int4_weights"]
+
+_BITS = 4
+_INT8_ACTIVATIONS = 4
+
+
+class _Int4(_Int8):
+    def __init__(self, keep: tuple[str, ...], block_size: int) -> None:
+        super().__init__(keep)
+        self.block_size = block_size
+
+    def product(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
+        rows, columns = static_shape(weight)
+        packed, scales = _stored(weight, self.block_size)
+        result: ir.Value = op.MatMulNBits(
+            x,
+            packed,
+            scales,
+            K=columns,
+            N=rows,
+            bits=_BITS,
+            block_size=self.block_size,
+            accuracy_level=_INT8_ACTIVATIONS,
+            _domain="com.microsoft",
+        )
+        return result
+
+
+class _Product(_Int4):
+    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
+        return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+
+    def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
+        return self.product(op, x, weight)
+
+
+class _Head(_Int4):
+    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
+        return op.Gemm(x, weight, transB=1)
+
+    def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
+        return self.product(op, x, weight)
+
+
+class _Table(_Int4):
+    def pattern(self, op: Any, weight: Any, ids: Any) -> Any:
+        return op.Gather(weight, ids, axis=0)
+
+    def check(self, context: Any, weight: ir.Value, **_: Any) -> Any:
+        if weight.name is not None and weight.name.endswith("wpe.weight"):
+            return MatchResult().fail("positions are stored by their own pass", weight)
+        return super().check(context, weight)
+
+    def rewrite(self, op: Any, weight: ir.Value, ids: ir.Value, **_: Any) -> Any:
+        rows, columns = static_shape(weight)
+        packed, scales = _stored(weight, self.block_size)
+        table = alias_of(packed, f"{weight.name}.int4.rows", (rows, columns // 2))
+        return op.GatherBlockQuantized(
+            table,
+            ids,
+            scales,
+            bits=_BITS,
+            block_size=self.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+            _domain="com.microsoft",
+        )
+
+
+def _stored(weight: ir.Value, block_size: int) -> tuple[ir.Value, ir.Value]:
+    """The weight's packed integers and scales; made once, however often it is read."""
+    graph = weight.graph
+    assert graph is not None
+    rows, columns = static_shape(weight)
+    check_block_size(block_size, columns, str(weight.name))
+    blocks = columns // block_size
+
+    def make() -> tuple[NDArray[Any], ...]:
+        stored = quantize_int4(read(weight), block_size)
+        return stored.packed, stored.scales
+
+    packed, scales = add_lazy_parts(
+        graph,
+        {
+            f"{weight.name}.int4": (ir.DataType.UINT8, (rows, blocks, block_size // 2)),
+            f"{weight.name}.scales": (ir.DataType.FLOAT, (rows, blocks)),
+        },
+        make,
+    )
+    return packed, scales
+
+
+def quantize_int4_weights(block_size: int, keep: tuple[str, ...] = ()) -> Pass:
+    """The pass, for all matrices but those whose names match one of the shell patterns `keep`."""
+
+    def quantize_int4(model: ir.Model) -> int:
+        return sum(apply(rule, model, keep, block_size) for rule in (_Product, _Head, _Table))
+
+    return quantize_int4

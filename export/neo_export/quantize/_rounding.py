@@ -1,0 +1,77 @@
+"""Scales chosen by squared error, a slab of rows at a time so that the work stays in cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["in_slabs", "search_scale"]
+
+_SLAB = 1 << 17  # numbers: half a megabyte of float32
+
+Quantizer = Callable[[NDArray[np.float32]], tuple[NDArray[Any], ...]]
+
+
+def in_slabs(weight: NDArray[np.float32], quantize: Quantizer) -> tuple[NDArray[Any], ...]:
+    """Apply `quantize` to slabs of rows of `weight` [rows, columns], and join what it returns.
+
+    numpy lets go of the interpreter lock, so the slabs run on all cores.
+    """
+    rows = max(1, _SLAB // weight.shape[1])
+    slabs = [weight[start : start + rows] for start in range(0, len(weight), rows)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        parts = list(pool.map(quantize, slabs))
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+
+def search_scale(
+    groups: NDArray[np.float32],
+    base: NDArray[np.float32],
+    low: int,
+    high: int,
+    factors: tuple[float, ...],
+) -> NDArray[np.float32]:
+    """For each group the scale, among `base` × `factors`, of least squared error, then refined.
+
+    Args:
+        groups: [n, size] numbers that share a scale.
+        base: [n, 1] the scale of plain rounding, never 0.
+        low: smallest integer.
+        high: largest integer.
+        factors: candidates; 1.0 among them, so that the result is never worse than plain rounding.
+
+    Returns:
+        [n, 1] scales. The refinement is the least-squares scale for the chosen integers,
+        Σ w·q / Σ q², taken where it lowers the error once more.
+    """
+    best = base.copy()
+    least = _error(groups, base, low, high)
+    for factor in factors:
+        scale = base * np.float32(factor)
+        error = _error(groups, scale, low, high)
+        better = error < least
+        best[better], least[better] = scale[better], error[better]
+    integers = np.clip(np.rint(groups / best), low, high)
+    power = np.sum(integers * integers, axis=1, keepdims=True)
+    fitted = np.sum(groups * integers, axis=1, keepdims=True) / np.maximum(power, 1)
+    fitted = np.where(power > 0, fitted, best).astype(np.float32)
+    fitted[fitted == 0] = best[fitted == 0]
+    better = _error(groups, fitted, low, high) < least
+    best[better] = fitted[better]
+    return best
+
+
+def _error(
+    groups: NDArray[np.float32], scale: NDArray[np.float32], low: int, high: int
+) -> NDArray[np.float32]:
+    integers = np.rint(groups / scale)
+    np.clip(integers, low, high, out=integers)
+    integers *= scale
+    integers -= groups
+    result: NDArray[np.float32] = np.einsum("ij,ij->i", integers, integers)[:, None]
+    return result

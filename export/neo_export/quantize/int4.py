@@ -1,0 +1,80 @@
+"""int4: a signed scale for each block of consecutive inputs, integers from −8 to 7.
+
+The scale carries the sign of the block's largest weight, so that this one gets the ninth level
+(−8) on its side: the zero point is always 8, and no zero points are stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from neo_runtime.errors import RequestError
+
+from neo_export.quantize._rounding import in_slabs, search_scale
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["BLOCK_SIZES", "Int4Weight", "check_block_size", "dequantize_int4", "quantize_int4"]
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+_LOW, _HIGH = -8, 7
+_FACTORS = (1.0, 1.1, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75)
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """A matrix in int4, in the layout of com.microsoft.MatMulNBits."""
+
+    packed: NDArray[np.uint8]
+    """[out, in / block, block / 2]: two integers + 8 a byte, the first in the low half."""
+    scales: NDArray[np.float32]
+    """[out, in / block]; weight = (integer) · scale of its block."""
+
+
+def check_block_size(block_size: int, width: int, name: str) -> None:
+    """Refuse a block size that the operators do not take, or that does not divide the width.
+
+    Raises:
+        RequestError: says which sizes would do.
+    """
+    if block_size not in BLOCK_SIZES or width % block_size:
+        fitting = [str(size) for size in BLOCK_SIZES if width % size == 0]
+        raise RequestError(
+            f"block size {block_size} does not fit {name}, which has {width} inputs; "
+            + (f"use one of {', '.join(fitting)}" if fitting else "export with --int8")
+        )
+
+
+def quantize_int4(weight: NDArray[np.float32], block_size: int) -> Int4Weight:
+    """Quantize [out, in] in blocks along `in`, by least squared error."""
+    rows, columns = weight.shape
+    packed, scales = in_slabs(weight, lambda slab: _quantize(slab, block_size))
+    blocks = columns // block_size
+    return Int4Weight(packed.reshape(rows, blocks, block_size // 2), scales.reshape(rows, blocks))
+
+
+def dequantize_int4(weight: NDArray[np.float32], block_size: int) -> NDArray[np.float32]:
+    """What [out, in] becomes when it is quantized and read back."""
+    stored = quantize_int4(weight, block_size)
+    integers = np.empty((*stored.packed.shape[:2], block_size), np.float32)
+    integers[..., 0::2] = stored.packed & 15
+    integers[..., 1::2] = stored.packed >> 4
+    result: NDArray[np.float32] = (integers - 8) * stored.scales[..., None]
+    return result.reshape(weight.shape)
+
+
+def _quantize(
+    slab: NDArray[np.float32], block_size: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    blocks = slab.reshape(-1, block_size)
+    at = np.abs(blocks).argmax(axis=1, keepdims=True)
+    base = np.take_along_axis(blocks, at, axis=1) / np.float32(_LOW)
+    base[base == 0] = 1
+    scale = search_scale(blocks, base, _LOW, _HIGH, _FACTORS)
+    integers = np.clip(np.rint(blocks / scale), _LOW, _HIGH).astype(np.int8) + 8
+    pairs = integers.astype(np.uint8).reshape(len(slab), -1, 2)
+    packed: NDArray[np.uint8] = pairs[..., 0] | (pairs[..., 1] << 4)
+    return packed, scale.reshape(len(slab), -1)

@@ -1,0 +1,93 @@
+"""Which onnxruntime is installed, and whether it can be used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+from typing import TYPE_CHECKING
+
+from neo_runtime.errors import DependencyError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["onnxruntime_is_installed", "require_onnxruntime", "version_numbers"]
+
+_DISTRIBUTIONS = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-directml",
+    "onnxruntime-migraphx",
+    "onnxruntime-openvino",
+    "onnxruntime-qnn",
+    "onnxruntime-rocm",
+)
+"""Wheels that all install the same package, `onnxruntime`."""
+
+
+def require_onnxruntime() -> ModuleType:
+    """Import onnxruntime.
+
+    Raises:
+        DependencyError: it is missing, cannot be loaded, or two of its wheels are installed and
+            have overwritten each other's files.
+    """
+    found = _installed()
+    if len(found) > 1:
+        extra = "gpu" if "onnxruntime-gpu" in found else "cpu"
+        raise DependencyError(
+            f"{' and '.join(found)} are installed together and overwrite each other's files: "
+            f"remove all of them (pip uninstall {' '.join(found)}), then install one "
+            f"(pip install 'neo-onnx[{extra}]')"
+        )
+    repair = f"pip install --force-reinstall {found[0] if found else 'onnxruntime'}"
+    try:
+        module = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        if error.name == "onnxruntime":
+            raise DependencyError(
+                "onnxruntime is not installed: pip install 'neo-onnx[cpu]', or 'neo-onnx[gpu]' "
+                "for NVIDIA GPUs"
+            ) from error
+        raise DependencyError(
+            f"onnxruntime is installed but cannot be loaded ({error}); reinstall it: {repair}"
+        ) from error
+    if not hasattr(module, "InferenceSession"):  # What pip leaves when one of two wheels goes.
+        raise DependencyError(
+            "the folder onnxruntime in site-packages is incomplete, as it is after one of two of "
+            f"its wheels was removed; install it again: {repair}"
+        )
+    return module
+
+
+def onnxruntime_is_installed() -> bool:
+    """Whether any wheel of it is there, usable or not."""
+    return bool(_installed()) or importlib.util.find_spec("onnxruntime") is not None
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version starts with, without zeros at the end: "1.23.0rc1" → (1, 23).
+
+    Raises:
+        ValueError: it starts with no number.
+    """
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    if match is None:
+        raise ValueError(f"{version!r} is not a version")
+    numbers = [int(part) for part in match.group().split(".")]
+    while len(numbers) > 1 and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def _installed() -> list[str]:
+    found = []
+    for name in _DISTRIBUTIONS:
+        try:
+            importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found.append(name)
+    return found

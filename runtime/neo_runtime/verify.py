@@ -1,0 +1,145 @@
+"""`neo-verify BUNDLE`: read every byte of a bundle and compare it with its checksums."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.bundle import check_installation, open_bundle
+from neo_runtime.errors import BundleDamagedError, NeoError
+from neo_runtime.installation import onnxruntime_is_installed
+from neo_runtime.manifest import MANIFEST_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from neo_runtime.bundle import Bundle
+
+__all__ = ["main"]
+
+_WHOLE, _DAMAGED, _UNUSABLE, _INTERRUPTED = 0, 1, 2, 130
+_EPILOG = """exit status:
+  0  whole, and this installation can run it (or has no onnxruntime to tell)
+  1  damaged
+  2  wrong usage, not a bundle, or whole but not for this installation"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="neo-verify",
+        description="Check every file of a bundle against its recorded size and sha256.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="a folder written by neo-export")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    arguments = parser.parse_args(argv)
+    progress = _Progress()
+    report: dict[str, Any] = {"bundle": arguments.bundle}
+    try:
+        bundle = open_bundle(
+            arguments.bundle, verify=True, progress=progress.update, check_runtime=False
+        )
+        report |= _facts(bundle)
+        if onnxruntime_is_installed():
+            report["onnxruntime"] = check_installation(bundle.manifest, bundle.path)
+        status, report["status"] = _WHOLE, "whole"
+    except BundleDamagedError as error:
+        status, report["status"], report["error"] = _DAMAGED, "damaged", str(error)
+    except NeoError as error:
+        status, report["status"], report["error"] = _UNUSABLE, "unusable", str(error)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    finally:
+        progress.clear()
+    if "error" in report:
+        print(f"neo-verify: {report['error']}", file=sys.stderr)
+    return _print(json.dumps(report, indent=1) if arguments.json else _text(report), status)
+
+
+def _facts(bundle: Bundle) -> dict[str, Any]:
+    manifest, model = bundle.manifest, bundle.manifest.model
+    present = {
+        Path(parent, name).relative_to(bundle.path).as_posix()
+        for parent, _, names in os.walk(bundle.path)
+        for name in names
+    }
+    return {
+        "model": f"GPT-Neo, {model.num_layers} layers, width {model.hidden_size}, "
+        f"vocabulary {model.vocab_size}",
+        "precision": manifest.precision,
+        "target": manifest.target,
+        "max_length": manifest.max_length,
+        "graphs": sorted(manifest.graphs),
+        "files": {name: record.size for name, record in sorted(manifest.files.items())},
+        "bytes": sum(record.size for record in manifest.files.values()),
+        "not_listed": sorted(present - manifest.files.keys() - {MANIFEST_NAME}),
+        "digest": manifest.digest,
+        "minimum_onnxruntime": manifest.minimum_onnxruntime,
+        "onnxruntime": None,
+    }
+
+
+def _text(report: dict[str, Any]) -> str:
+    """The result as lines for a reader; empty where there was nothing to look at."""
+    if "digest" not in report:
+        return ""
+    width = max(len(f"{size:,}") for size in report["files"].values())
+    lines = [
+        f"{report['bundle']}: every file has its recorded size and sha256",
+        f"  {report['model']}; {report['precision']}, target {report['target']}, "
+        f"up to {report['max_length']} positions",
+        *(f"  {size:>{width},}  {name}" for name, size in report["files"].items()),
+        f"  {report['bytes']:>{width},}  bytes in {len(report['files'])} files",
+        *(f"  not listed in {MANIFEST_NAME}, not checked: {n}" for n in report["not_listed"]),
+        f"  digest {report['digest']}",
+        f"  onnxruntime {report['onnxruntime'] or 'is not installed or cannot be used'}, "
+        f"needed {report['minimum_onnxruntime']} or newer",
+    ]
+    return "\n".join(lines)
+
+
+def _print(text: str, status: int) -> int:
+    """Print and flush; a reader of the pipe that went away does not change the verdict."""
+    try:
+        if text:
+            print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
+class _Progress:
+    """A line on stderr: redrawn on a terminal, elsewhere written every ten seconds."""
+
+    def __init__(self) -> None:
+        self._tty = sys.stderr.isatty()
+        self._every = 0.1 if self._tty else 10.0
+        self._last = time.monotonic()
+        self._drawn = False
+
+    def update(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < self._every:
+            return
+        self._last = now
+        line = f"checked {done / 1e9:.1f} of {total / 1e9:.1f} GB"
+        print(f"\r{line}" if self._tty else line, end="" if self._tty else "\n", file=sys.stderr)
+        sys.stderr.flush()
+        self._drawn = True
+
+    def clear(self) -> None:
+        """Take the line off a terminal."""
+        if self._tty and self._drawn:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Which onnxruntime is there: none, one, two that overwrite each other, or the rest of one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+from neo_runtime.errors import DependencyError
+from neo_runtime.installation import (
+    onnxruntime_is_installed,
+    require_onnxruntime,
+    version_numbers,
+)
+
+
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    def distribution(name: str) -> object:
+        if name not in names:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return object()
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+
+
+def test_the_real_one() -> None:
+    import onnxruntime
+
+    assert require_onnxruntime() is onnxruntime
+    assert onnxruntime_is_installed()
+
+
+def test_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    expected = r"not installed: pip install 'neo-onnx\[cpu\]', or 'neo-onnx\[gpu\]'"
+    with pytest.raises(DependencyError, match=expected):
+        require_onnxruntime()
+    assert not onnxruntime_is_installed()
+
+
+@pytest.mark.parametrize(
+    ("names", "extra"),
+    [
+        (("onnxruntime", "onnxruntime-gpu"), "gpu"),
+        (("onnxruntime", "onnxruntime-openvino"), "cpu"),
+    ],
+)
+def test_two(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], extra: str) -> None:
+    pretend_installed(monkeypatch, *names)
+    expected = (
+        rf"{' and '.join(names)} are installed together and overwrite each other's files: "
+        rf"remove all of them \(pip uninstall {' '.join(names)}\), then install one "
+        rf"\(pip install 'neo-onnx\[{extra}\]'\)"
+    )
+    with pytest.raises(DependencyError, match=expected):
+        require_onnxruntime()
+
+
+def test_the_rest_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch, "onnxruntime-gpu")
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+    with pytest.raises(DependencyError, match=r"incomplete.*--force-reinstall onnxruntime-gpu"):
+        require_onnxruntime()
+
+
+def test_one_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> ModuleType:
+        raise ImportError("libcudart.so.13: cannot open shared object file", name="onnxruntime.x")
+
+    monkeypatch.setattr("neo_runtime.installation.importlib.import_module", fail)
+    expected = r"installed but cannot be loaded \(libcudart.*reinstall it: pip install --force-rei"
+    with pytest.raises(DependencyError, match=expected):
+        require_onnxruntime()
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [
+        ("1.23.0", (1, 23)),
+        ("1.23", (1, 23)),
+        ("1.100.2", (1, 100, 2)),
+        ("1.24.0rc1", (1, 24)),
+        ("2.0.0+cu130", (2,)),
+        ("0", (0,)),
+    ],
+)
+def test_version_numbers(version: str, numbers: tuple[int, ...]) -> None:
+    assert version_numbers(version) == numbers
+
+
+@pytest.mark.parametrize("version", ["", "new", "v1.2"])
+def test_what_is_no_version(version: str) -> None:
+    with pytest.raises(ValueError, match="is not a version"):
+        version_numbers(version)
+
+
+def test_opening_a_bundle_needs_onnxruntime_only_when_asked() -> None:
+    code = "import sys, neo_runtime.bundle; sys.exit('onnxruntime' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
