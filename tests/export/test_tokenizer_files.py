@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import neo_export
+import pytest
+from neo_export.tokenizer_files import find_tokenizer_files, read_tokenizer_json
+from neo_runtime.errors import CheckpointError
+from tokenizers import Tokenizer
+from transformers import GPT2Tokenizer
+
+DEMO = Path(neo_export.__file__).parent / "demo" / "neo-mini"
+TEXTS = [
+    "Once upon a time, there was a little fox.",
+    " two  spaces\tand\n\nlines ",
+    "naïve café — “quotes”, 日本語, 🦊👩‍👩‍👧",
+    "a<|endoftext|>b <|endoftext|> c<pad>d <extra>  <new> word<new>s",
+    "don't we'll I'M x²=4 1234567890",
+    "",
+]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """A folder with `vocab.json` and `merges.txt` only, those of the demo model."""
+    model = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    text = "#version: 0.2\n" + "\n".join(merges) + "\n"
+    (tmp_path / "merges.txt").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def built(folder: Path) -> Tokenizer:
+    data = read_tokenizer_json(folder)
+    assert data is not None
+    return Tokenizer.from_str(data.decode("utf-8"))
+
+
+def assert_equals_transformers(folder: Path) -> None:
+    ours, theirs = built(folder), GPT2Tokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text).ids == ids, text
+        for skip in (True, False):
+            expected = theirs.decode(ids, skip_special_tokens=skip)
+            assert ours.decode(ids, skip_special_tokens=skip) == expected
+    assert ours.get_vocab() == theirs.get_vocab()
+
+
+NEW = 4096  # the first id behind the demo's vocabulary
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"tokenizer_config.json": {"add_prefix_space": True}},
+        {"tokenizer_config.json": {"add_bos_token": True}},
+        {
+            "special_tokens_map.json": {
+                "eos_token": "<|endoftext|>",
+                "pad_token": {"content": "<pad>", "lstrip": True, "rstrip": False},
+            },
+            "tokenizer_config.json": {"additional_special_tokens": ["<extra>"]},
+            "added_tokens.json": {"<pad>": NEW, "<extra>": NEW + 1, "<new>": NEW + 2},
+        },
+        {
+            "tokenizer_config.json": {
+                "pad_token": "<pad>",
+                "added_tokens_decoder": {
+                    "0": {"content": "<|endoftext|>", "special": True},
+                    str(NEW + 1): {"content": "<new>", "lstrip": True},
+                    str(NEW): {"content": "<pad>", "special": True, "rstrip": True},
+                },
+            }
+        },
+    ],
+    ids=["plain", "prefix-space", "bos", "added", "decoder"],
+)
+def test_built_from_the_pair_it_encodes_as_transformers(
+    pair: Path, files: dict[str, dict[str, Any]]
+) -> None:
+    for name, content in files.items():
+        (pair / name).write_text(json.dumps(content))
+    assert_equals_transformers(pair)
+
+
+def test_the_pair_is_the_demo_tokenizer(pair: Path) -> None:
+    demo = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    for text in TEXTS:
+        assert built(pair).encode(text).ids == demo.encode(text).ids
+
+
+def test_the_same_files_give_the_same_bytes(pair: Path) -> None:
+    assert read_tokenizer_json(pair) == read_tokenizer_json(pair)
+    assert [path.name for path in find_tokenizer_files(pair)] == ["vocab.json", "merges.txt"]
+
+
+def test_a_whole_file_comes_first(pair: Path) -> None:
+    data = (DEMO / "tokenizer.json").read_bytes()
+    (pair / "tokenizer.json").write_bytes(data)
+    (pair / "vocab.json").write_text("not read")
+    assert read_tokenizer_json(pair) == data
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    assert read_tokenizer_json(tmp_path) is None
+    assert find_tokenizer_files(tmp_path) == ()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"tokenizer.json": "{}"}, "tokenizer.json cannot be used as a tokenizer"),
+        ({"tokenizer.json": "\ud800"}, "tokenizer.json cannot be used as a tokenizer"),
+        ({"vocab.json": None}, "has merges.txt and no vocab.json; expected both"),
+        ({"merges.txt": None}, "has vocab.json and no merges.txt; expected both"),
+        ({"vocab.json": "["}, "vocab.json is not valid JSON"),
+        ({"vocab.json": "[]"}, "vocab.json holds a JSON list"),
+        ({"vocab.json": '{"a": "b"}'}, "vocab.json and merges.txt cannot be used"),
+        ({"vocab.json": '{"a": 0}'}, "vocab.json and merges.txt cannot be used"),
+        ({"merges.txt": "#version: 0.2\none two three\n"}, "merges.txt cannot be used"),
+        ({"added_tokens.json": '{"<new>": 9999}'}, "'<new>' should have id 9999 and would get"),
+        ({"added_tokens.json": '{"<new>": null}'}, "the added tokens are damaged"),
+        ({"tokenizer_config.json": '{"added_tokens_decoder": {"1": 2}}'}, "tokens are damaged"),
+        ({"special_tokens_map.json": "3"}, "special_tokens_map.json holds a JSON int"),
+    ],
+)
+def test_damaged_files(pair: Path, files: dict[str, str | None], words: str) -> None:
+    for name, content in files.items():
+        if content is None:
+            (pair / name).unlink()
+        else:
+            (pair / name).write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(CheckpointError, match=words):
+        read_tokenizer_json(pair)
