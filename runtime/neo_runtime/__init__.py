@@ -1,1 +1,78 @@
-"""Generate text from a neo-onnx bundle with numpy, onnxruntime and tokenizers alone."""
+"""Generate text from a neo-onnx bundle with numpy, onnxruntime and tokenizers alone.
+
+    import neo_runtime
+
+    with neo_runtime.load("build/demo-bundle") as model:
+        print(model.generate("Once upon a time", max_new_tokens=50).text)
+
+Importing this package imports none of the three: names are looked up when first used, and
+onnxruntime is imported by `load`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neo_runtime.completion import Completion, Timings
+    from neo_runtime.errors import (
+        BundleDamagedError,
+        BundleError,
+        BundleUnsupportedError,
+        CacheLimitError,
+        ContextLengthError,
+        DependencyError,
+        NeoError,
+        RequestError,
+    )
+    from neo_runtime.kv_cache import KVCache
+    from neo_runtime.manifest import Manifest
+    from neo_runtime.model import Model, load
+    from neo_runtime.options import GenerationOptions
+    from neo_runtime.text_stream import TextStream
+    from neo_runtime.tokenizer import Tokenizer
+
+__all__ = [
+    "BundleDamagedError",
+    "BundleError",
+    "BundleUnsupportedError",
+    "CacheLimitError",
+    "Completion",
+    "ContextLengthError",
+    "DependencyError",
+    "GenerationOptions",
+    "KVCache",
+    "Manifest",
+    "Model",
+    "NeoError",
+    "RequestError",
+    "TextStream",
+    "Timings",
+    "Tokenizer",
+    "load",
+]
+
+_MODULES = {
+    "Completion": "completion",
+    "GenerationOptions": "options",
+    "KVCache": "kv_cache",
+    "Manifest": "manifest",
+    "Model": "model",
+    "TextStream": "text_stream",
+    "Timings": "completion",
+    "Tokenizer": "tokenizer",
+    "load": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that defines `name` (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

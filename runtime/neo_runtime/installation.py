@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import importlib.metadata
 import importlib.util
 import re
@@ -43,6 +44,9 @@ def require_onnxruntime() -> ModuleType:
             f"(pip install 'neo-onnx[{extra}]')"
         )
     repair = f"pip install --force-reinstall {found[0] if found else 'onnxruntime'}"
+    # The official wheels report usage, and make an identity for it in the home folder, unless
+    # this is set before the import; a library that serves private text must not.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:

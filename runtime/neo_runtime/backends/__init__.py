@@ -1,1 +1,1 @@
-"""One file an engine that runs the graphs."""
+"""One file an engine; `base` says what the runtime needs of each."""

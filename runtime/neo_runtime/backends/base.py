@@ -1,0 +1,125 @@
+"""What the runtime needs of an engine: sessions over a bundle, and caches in its memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.manifest import Manifest
+
+__all__ = ["Backend", "CacheStore", "aligned_zeros", "layer_lengths"]
+
+
+class CacheStore(ABC):
+    """Keys and values of the sequences of one request, and the bindings over them.
+
+    A store belongs to one thread at a time. Rows are the sequences of the batch; row `b` holds
+    `lengths[b]` positions. The caller has checked token ids and lengths.
+    """
+
+    lengths: NDArray[np.int64]
+    """[batch] positions that each row holds."""
+
+    @property
+    def batch(self) -> int:
+        """Rows in use; `reorder` changes it."""
+        return len(self.lengths)
+
+    @abstractmethod
+    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> NDArray[np.float32]:
+        """Append the tokens of `prompts[b]` (at least one) to row `b`.
+
+        Args:
+            prompts: one int64 array [n_b] a row.
+            chunk: most tokens of a row that go through the graph in one call.
+
+        Returns:
+            Logits of each row's last position, float32 [batch, vocab], valid until the next call.
+        """
+
+    @abstractmethod
+    def decode(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append one token to every row.
+
+        Args:
+            tokens: int64 [batch].
+
+        Returns:
+            Logits, float32 [batch, vocab], valid until the next call.
+        """
+
+    @abstractmethod
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """Make row `i` what row `rows[i]` was; rows may be dropped, permuted and repeated.
+
+        Args:
+            rows: int64 [n], n at most the batch that the store was made for.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back. The store cannot be used afterwards."""
+
+
+class Backend(ABC):
+    """The graphs of one bundle, loaded by one engine; several threads may use it at once."""
+
+    manifest: Manifest
+
+    @abstractmethod
+    def cache_bytes(self, batch: int, length: int) -> int:
+        """Bytes of keys and values that `open_cache` allocates for these arguments."""
+
+    @abstractmethod
+    def open_cache(self, batch: int, length: int) -> CacheStore:
+        """Allocate a store of `batch` rows of up to `length` positions, all empty."""
+
+    @abstractmethod
+    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits at every position: ids int64 [n] → float32 [n, vocab]."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the sessions; calls that are running finish first."""
+
+
+def layer_lengths(manifest: Manifest, length: int) -> list[int]:
+    """Positions that the cache tensors of each layer hold, for sequences of up to `length`.
+
+    A local layer whose graph evicts what has left the window needs no more than the window, and
+    no less however short the sequences are. A quarter more spares most of the work of eviction:
+    the graph moves what it keeps to the front only when the buffer is full.
+    """
+    window = manifest.cache.window
+    if window is None:
+        return [length] * manifest.model.num_layers
+    local = max(window, min(length, window + window // 4))
+    return [local if kind == "local" else length for kind in manifest.model.attention_layers]
+
+
+_PAGE = 4096
+
+
+def aligned_zeros(shapes: Sequence[tuple[int, ...]], dtype: str) -> list[NDArray[np.generic]]:
+    """Zero arrays of these shapes, page-aligned, as slices of ONE allocation.
+
+    Large zeroed memory comes from the operating system page by page as it is first written, so
+    a long cache that is only partly used only partly costs memory.
+    """
+    kind = np.dtype(dtype)
+    sizes = [int(np.prod(shape, dtype=np.int64)) * kind.itemsize for shape in shapes]
+    strides = [-(-size // _PAGE) * _PAGE for size in sizes]
+    block = np.zeros(sum(strides) + _PAGE, dtype=np.uint8)
+    offset = -block.ctypes.data % _PAGE
+    arrays: list[NDArray[np.generic]] = []
+    for shape, size, stride in zip(shapes, sizes, strides, strict=True):
+        arrays.append(block[offset : offset + size].view(kind).reshape(shape))
+        offset += stride
+    return arrays

@@ -1,0 +1,157 @@
+"""Cache layout `in_place`: one buffer a tensor, read as past and written as present.
+
+    buffer of a layer's keys, [batch, heads, length, head_dim]
+
+    row 0   k k k k k k . . . .      lengths[0] = 6: the next token is written at position 6
+    row 1   k k k . . . . . . .      lengths[1] = 3
+
+Rows are contiguous, so a row, or the first rows, can be bound as a smaller batch. The first
+prompt of all rows goes through the graph together, padded on the right; what comes later goes
+row by row, because the fused attention takes several new tokens behind a past for one row only.
+
+Where `CacheSpec.window` is set, a local layer's buffer holds little more than the window: the
+graph then keeps the last positions at its front. In this mode the fused attention takes no
+padding, so only neighbouring prompts of one length go together.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from neo_runtime.backends.base import CacheStore, aligned_zeros, layer_lengths
+from neo_runtime.backends.binding import BoundCall
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+__all__ = ["InPlaceStore"]
+
+
+class InPlaceStore(CacheStore):
+    """See the module."""
+
+    def __init__(self, backend: OnnxRuntimeBackend, batch: int, length: int) -> None:
+        model = backend.manifest.model
+        shapes = [
+            (batch, model.num_heads, positions, model.head_dim)
+            for positions in layer_lengths(backend.manifest, length)
+            for _ in ("key", "value")
+        ]
+        self._backend = backend
+        self._length = length
+        self._takes_padding = backend.manifest.cache.window is None
+        self._buffers = aligned_zeros(shapes, backend.manifest.cache.dtype)
+        self._logits = np.zeros((batch, 1, model.vocab_size), dtype=np.float32)
+        self._ids = np.zeros((batch, 1), dtype=np.int64)
+        self._positions = np.zeros((batch, 1), dtype=np.int64)
+        self._mask = np.zeros((batch, length), dtype=np.int64)
+        self._decode: BoundCall | None = None
+        self.lengths = np.zeros(batch, dtype=np.int64)
+
+    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> NDArray[np.float32]:
+        """See `CacheStore.prefill`."""
+        if self.lengths.any() or max(map(len, prompts)) > chunk:
+            for row, prompt in enumerate(prompts):
+                self._prefill_row(row, prompt, chunk)
+        elif self._takes_padding:
+            self._prefill_first(0, prompts)
+        else:
+            row = 0
+            for _, group in groupby(prompts, key=len):
+                same = list(group)
+                self._prefill_first(row, same)
+                row += len(same)
+        self._refresh_mask()
+        return self._logits[: self.batch, 0]
+
+    def _prefill_first(self, row: int, prompts: Sequence[NDArray[np.int64]]) -> None:
+        """The first tokens of the empty rows `row`, `row + 1`, …: one call, padded on the right."""
+        counts = np.array([len(prompt) for prompt in prompts])
+        ids = np.zeros((len(prompts), counts.max()), dtype=np.int64)
+        for padded, prompt in zip(ids, prompts, strict=True):
+            padded[: len(prompt)] = prompt
+        columns = np.arange(ids.shape[1], dtype=np.int64)
+        mask = (columns < counts[:, None]).astype(np.int64)
+        positions = np.ascontiguousarray(np.broadcast_to(columns, ids.shape))
+        self._call("prefill", row, ids, mask, positions).run()
+        self.lengths[row : row + len(prompts)] = counts
+
+    def _prefill_row(self, row: int, prompt: NDArray[np.int64], chunk: int) -> None:
+        """Append to one row, at most `chunk` tokens a call."""
+        for start in range(0, len(prompt), chunk):
+            ids = np.ascontiguousarray(prompt[None, start : start + chunk])
+            if not self.lengths[row]:
+                self._prefill_first(row, [ids[0]])
+                continue
+            past = int(self.lengths[row])
+            end = past + ids.shape[1]
+            mask = np.ones((1, end), dtype=np.int64)
+            positions = np.arange(past, end, dtype=np.int64)[None, :]
+            self._call("prefill", row, ids, mask, positions).run()
+            self.lengths[row] = end
+
+    def _call(
+        self,
+        graph: str,
+        row: int,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+    ) -> BoundCall:
+        """Bind the rows from `row` on, as many as `ids` has."""
+        rows = slice(row, row + len(ids))
+        cache: list[NDArray[Any]] = [buffer[rows] for buffer in self._buffers]
+        return BoundCall(
+            self._backend,
+            graph,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past=cache,
+            present=cache,
+            logits=self._logits[rows],
+        )
+
+    def decode(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `CacheStore.decode`."""
+        batch = self.batch
+        if self._decode is None:
+            self._decode = self._call(
+                "decode", 0, self._ids[:batch], self._mask[:batch], self._positions[:batch]
+            )
+        self._ids[:batch, 0] = tokens
+        self._positions[:batch, 0] = self.lengths
+        self._mask[np.arange(batch), self.lengths] = 1
+        self._decode.run()
+        self.lengths += 1
+        return self._logits[:batch, 0]
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """See `CacheStore.reorder`."""
+        moved = np.flatnonzero(rows != np.arange(len(rows)))
+        if len(moved):
+            sources = rows[moved]
+            used = int(self.lengths[sources].max())
+            for buffer in self._buffers:
+                # Indexing copies the sources first, so rows may trade places.
+                buffer[moved, :, :used] = buffer[sources, :, :used]
+        if len(rows) != self.batch:
+            self._decode = None
+        self.lengths = self.lengths[rows]
+        self._refresh_mask()
+
+    def _refresh_mask(self) -> None:
+        columns = np.arange(self._length)
+        self._mask[: self.batch] = columns < self.lengths[:, None]
+
+    def close(self) -> None:
+        """See `CacheStore.close`."""
+        self._decode = None
+        self._buffers = []

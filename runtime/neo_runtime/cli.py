@@ -1,0 +1,248 @@
+"""`neo-generate BUNDLE [PROMPT]`: continue a prompt and print the text as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from neo_runtime.cli_options import add_option_flags, chosen_options, token_ids
+from neo_runtime.errors import NeoError, RequestError, VerificationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from neo_runtime.completion import Completion
+    from neo_runtime.model import Model
+    from neo_runtime.sampling import Choice
+
+__all__ = ["main"]
+
+_WRONG, _BAD_MODEL, _INTERRUPTED, _BROKEN_PIPE = 2, 1, 130, 141
+_EPILOG = """Without PROMPT the prompt is read from standard input, less its last newline.
+Defaults come from the bundle's generation_config.json. Several completions are printed with a
+line --- between them.
+
+exit status: 0 done; 1 the model computes no usable numbers; 2 wrong usage, a bundle or a request
+that cannot be served; 130 interrupted; 141 the reader of the output went away"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the long usage."""
+        self.exit(_WRONG, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="neo-generate",
+        usage="%(prog)s [options] BUNDLE [PROMPT]",
+        description="Continue a prompt with the model of a bundle.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="a folder written by neo-export")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="default: standard input")
+    parser.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help="several prompts instead: JSON lines, each a string, a list of token ids, or an "
+        'object with "prompt" or "text"',
+    )
+    parser.add_argument(
+        "--token-ids",
+        action="store_true",
+        help="PROMPT is a list of token ids such as 1,2,3, and ids are printed",
+    )
+    parser.add_argument("--echo", action="store_true", help="print the prompt before the text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument("--timings", action="store_true", help="print timings to stderr")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
+    parser.add_argument(
+        "--max-cache-mb",
+        type=int,
+        metavar="MB",
+        help="limit for the key/value cache, 10^6 bytes",
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="prompts computed together")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the weights with their checksum first"
+    )
+    add_option_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    try:
+        arguments = _parser().parse_args(argv)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+        _run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at its end: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except (NeoError, OSError) as error:
+        print(f"neo-generate: {error}", file=sys.stderr)
+        return _BAD_MODEL if isinstance(error, VerificationError) else _WRONG
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    options = chosen_options(arguments)
+    if "logprobs" in options and not arguments.json:
+        raise RequestError("--logprobs needs --json; add it")
+    prompts = _prompts(arguments)
+    import neo_runtime
+
+    started = perf_counter()
+    limit = arguments.max_cache_mb
+    with neo_runtime.load(
+        arguments.bundle,
+        threads=arguments.threads,
+        max_cache_bytes=None if limit is None else limit * 10**6,
+        verify=arguments.verify,
+    ) as model:
+        loaded = perf_counter() - started
+        if _can_stream(arguments, model, options):
+            completions = [_stream(model, prompts[0], options, echo=arguments.echo)]
+        else:
+            completions = model.generate(prompts, batch_size=arguments.batch_size, **options)
+            _print(arguments, model, completions, loaded)
+    if arguments.timings:
+        _print_timings(completions, loaded)
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Any]:
+    """The prompts, each text or a list of ids."""
+    if arguments.prompts_file is not None:
+        if arguments.prompt is not None:
+            raise RequestError("PROMPT and --prompts-file exclude each other; give one of them")
+        return _prompts_of_file(arguments.prompts_file)
+    prompt = arguments.prompt
+    try:
+        if prompt is None:
+            prompt = sys.stdin.read().removesuffix("\n")
+        prompt.encode()  # a command line may carry bytes that are no text
+    except UnicodeError as error:
+        raise RequestError(f"the prompt is not valid UTF-8 ({error}); convert it") from error
+    if not prompt:
+        raise RequestError("the prompt is empty; give PROMPT, or text on standard input")
+    if not arguments.token_ids:
+        return [prompt]
+    try:
+        return [token_ids(prompt)]
+    except ValueError as error:
+        raise RequestError(f"--token-ids: {prompt!r} is no list of ids such as 1,2,3") from error
+
+
+def _prompts_of_file(name: str) -> list[Any]:
+    prompts = []
+    try:
+        lines = Path(name).read_text(encoding="utf-8").splitlines()
+    except UnicodeError as error:
+        raise RequestError(f"{name} is not valid UTF-8 ({error}); convert it") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise RequestError(f"{name}, line {number} is not JSON ({error})") from error
+        if isinstance(entry, dict):
+            entry = entry.get("prompt", entry.get("text"))
+        if not isinstance(entry, str | list):
+            raise RequestError(
+                f"{name}, line {number} holds no prompt; expected a string, a list of token ids, "
+                'or an object with "prompt" or "text"'
+            )
+        prompts.append(entry)
+    return prompts
+
+
+def _can_stream(arguments: argparse.Namespace, model: Model, options: dict[str, Any]) -> bool:
+    defaults = model.defaults
+    return not (
+        arguments.json
+        or arguments.token_ids
+        or arguments.prompts_file is not None
+        or model.tokenizer is None
+        or options.get("num_beams", defaults.num_beams) > 1
+        or options.get("num_return_sequences", defaults.num_return_sequences) > 1
+    )
+
+
+def _stream(model: Model, prompt: str, options: dict[str, Any], *, echo: bool) -> Completion:
+    with model.stream(prompt, **options) as pieces:
+        if echo:
+            print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print()
+    return pieces.completion
+
+
+def _print(
+    arguments: argparse.Namespace, model: Model, completions: Sequence[Completion], loaded: float
+) -> None:
+    if arguments.json:
+        report = {
+            "bundle": arguments.bundle,
+            "load_seconds": loaded,
+            "completions": [_facts(model, completion) for completion in completions],
+        }
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+        return
+    for index, completion in enumerate(completions):
+        if index:
+            print("---")
+        prompt_ids = completion.prompt_token_ids
+        if arguments.token_ids or model.tokenizer is None:
+            ids = (*prompt_ids, *completion.token_ids) if arguments.echo else completion.token_ids
+            print(",".join(map(str, ids)))
+        else:
+            print(model.tokenizer.decode(prompt_ids) if arguments.echo else "", end="")
+            print(completion.text)
+
+
+def _facts(model: Model, completion: Completion) -> dict[str, Any]:
+    facts = asdict(completion)
+    if completion.logprobs is not None:
+        facts["logprobs"] = [_choice(model, choice) for choice in completion.logprobs]
+    return facts
+
+
+def _choice(model: Model, choice: Choice) -> dict[str, Any]:
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        text = model.tokenizer.token(token) if model.tokenizer else None
+        return {"token": token, "text": text, "logprob": logprob}
+
+    best = [entry(*other) for other in choice.top_logprobs or ()]
+    return entry(choice.token, choice.logprob) | {"top_logprobs": best}
+
+
+def _print_timings(completions: Sequence[Completion], loaded: float) -> None:
+    print(f"load {loaded:.3f} s", file=sys.stderr)
+    for completion in completions:
+        times = completion.timings
+        print(
+            f"prompt of {len(completion.prompt_token_ids)} tokens: prefill "
+            f"{times.prefill_seconds:.3f} s; {len(completion.token_ids)} tokens, "
+            f"{times.tokens_per_second:.1f} a second",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""How many cores this process may compute on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["physical_cores"]
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may use: at least 1.
+
+    Of two hardware threads of a core one is counted (matrix products gain nothing from the
+    second), only processors of the affinity mask are, and a container's CPU quota is a limit.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, (os.cpu_count() or 1))
+    processors = os.sched_getaffinity(0)
+    cores = {_siblings(processor) for processor in processors}
+    quota = _cgroup_quota()
+    return max(1, min(len(cores), quota) if quota else len(cores))
+
+
+def _siblings(processor: int) -> str:
+    """A name that all hardware threads of one core share."""
+    path = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
+    try:
+        return path.read_text()
+    except OSError:
+        return str(processor)
+
+
+def _cgroup_quota() -> int | None:
+    """CPUs that a cgroup v2 quota allows, rounded up; None without one."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        return None

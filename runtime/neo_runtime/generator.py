@@ -1,0 +1,248 @@
+"""The generation loop: prefill once, then a token a row and step, until every row has ended."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neo_runtime.beam_search import BeamSearch
+from neo_runtime.completion import Completion, Timings
+from neo_runtime.sampling import RowSampler, row_generator
+from neo_runtime.text_stream import StopMatcher, StreamDecoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.beam_search import BeamResult
+    from neo_runtime.completion import FinishReason
+    from neo_runtime.model import Model
+    from neo_runtime.options import GenerationOptions
+    from neo_runtime.sampling import Choice
+    from neo_runtime.tokenizer import Tokenizer
+
+    IntArray = NDArray[np.int64]
+
+__all__ = ["Row", "beam_completions", "make_rows", "steps"]
+
+
+class Stopwatch:
+    """When things happened, in seconds after the start."""
+
+    def __init__(self) -> None:
+        self._start = perf_counter()
+        self.prefill = self.first = self.last = 0.0
+
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return perf_counter() - self._start
+
+    def timings(self, tokens: int) -> Timings:
+        """Summary for a completion of so many tokens."""
+        decode = self.last - self.first
+        return Timings(
+            prefill_seconds=self.prefill,
+            time_to_first_token=self.first,
+            decode_seconds=decode,
+            tokens_per_second=(tokens - 1) / decode if tokens > 1 and decode > 0 else 0.0,
+        )
+
+
+class Row:
+    """One continuation in the making."""
+
+    def __init__(
+        self,
+        prompt: IntArray,
+        options: GenerationOptions,
+        sampler: RowSampler,
+        total: int,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        """Begin with nothing generated.
+
+        Args:
+            prompt: int64 [n].
+            options: what was asked for.
+            sampler: the row's own.
+            total: tokens of prompt and continuation together, at most.
+            tokenizer: None where there is no text, only ids.
+        """
+        self.prompt = prompt
+        self.total = total
+        self.sampler = sampler
+        self.watch = Stopwatch()
+        self.choices: list[Choice] = []
+        self.finish_reason: FinishReason | None = None
+        self._eos = options.active_eos
+        self._keeps_logprobs = options.logprobs is not None
+        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
+        self._matcher = StopMatcher(options.stop)
+        self._pieces: list[str] = []
+
+    def push(self, choice: Choice) -> str:
+        """Take the next token.
+
+        Returns:
+            The text that is certain now, "" often; all pieces together are the completion's text.
+        """
+        self.watch.last = self.watch.seconds()
+        if not self.choices:
+            self.watch.first = self.watch.last
+        self.choices.append(choice)
+        piece = self._matcher.push(self._decoder.push(choice.token)) if self._decoder else ""
+        if choice.token in self._eos or self._matcher.found is not None:
+            self.finish_reason = "stop"
+        elif len(self.prompt) + len(self.choices) >= self.total:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and self._decoder:
+            piece += self._matcher.push(self._decoder.finish()) + self._matcher.finish()
+        self._pieces.append(piece)
+        return piece
+
+    def completion(self) -> Completion:
+        """The result of a row that has ended."""
+        assert self.finish_reason is not None
+        return Completion(
+            text="".join(self._pieces) if self._decoder else None,
+            token_ids=tuple(choice.token for choice in self.choices),
+            prompt_token_ids=tuple(self.prompt.tolist()),
+            finish_reason="stop" if self._matcher.found is not None else self.finish_reason,
+            stop=self._matcher.found,
+            timings=self.watch.timings(len(self.choices)),
+            logprobs=tuple(self.choices) if self._keeps_logprobs else None,
+        )
+
+
+def make_rows(
+    model: Model, prompts: Sequence[IntArray], options: GenerationOptions
+) -> list[list[Row]]:
+    """The rows of each prompt, `num_return_sequences` of them; nothing is computed yet.
+
+    Raises:
+        ContextLengthError: a prompt and what was asked for do not fit the model.
+        RequestError: options that do not fit the prompt.
+    """
+    groups: list[list[Row]] = []
+    for index, prompt in enumerate(prompts):
+        total = options.total_length(len(prompt), model.manifest.max_length)
+        groups.append([])
+        for copy in range(options.num_return_sequences):
+            generator = row_generator(options.seed, index, copy)
+            sampler = RowSampler(options, prompt, generator, total)
+            groups[-1].append(Row(prompt, options, sampler, total, model.tokenizer))
+    return groups
+
+
+def steps(model: Model, groups: Sequence[Sequence[Row]]) -> Generator[list[str], None, None]:
+    """Continue all rows together; each step yields the pieces of the rows still active.
+
+    Rows that have ended leave the batch, and closing the generator frees the cache.
+
+    Args:
+        model: computes the logits.
+        groups: the rows of each prompt: as many for every prompt.
+    """
+    # Some graphs take together only neighbours of one length.
+    groups = sorted(groups, key=lambda group: len(group[0].prompt))
+    rows = [row for group in groups for row in group]
+    for row in rows:
+        row.watch = Stopwatch()
+    # The last token of a row is never fed, so it needs no position.
+    length = max(row.total for row in rows) - 1
+    with model.new_cache(len(rows), model.rounded_length(length)) as cache:
+        cache.reorder(range(len(groups)))
+        logits = model.prefill(cache, [group[0].prompt for group in groups])
+        copies = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+        if len(copies) > len(groups):
+            cache.reorder(copies)
+            logits = logits[copies]
+        for row in rows:
+            row.watch.prefill = row.watch.seconds()
+        while True:
+            yield [
+                row.push(row.sampler.pick(scores)) for row, scores in zip(rows, logits, strict=True)
+            ]
+            active = [index for index, row in enumerate(rows) if row.finish_reason is None]
+            if not active:
+                return
+            if len(active) < len(rows):
+                active = _fill_holes(active)
+                cache.reorder(active)
+                rows = [rows[index] for index in active]
+            logits = model.decode(cache, [row.choices[-1].token for row in rows])
+
+
+def _fill_holes(active: Sequence[int]) -> list[int]:
+    """An order of the active rows that leaves in place as many as possible: the fewest copies."""
+    count = len(active)
+    staying = {index for index in active if index < count}
+    moving = iter([index for index in active if index >= count])
+    return [index if index in staying else next(moving) for index in range(count)]
+
+
+def beam_completions(
+    model: Model, prompt: IntArray, options: GenerationOptions
+) -> list[Completion]:
+    """Beam search for one prompt: the best `num_return_sequences` hypotheses, best first.
+
+    Raises:
+        ContextLengthError: the prompt and what was asked for do not fit the model.
+    """
+    watch = Stopwatch()
+    total = options.total_length(len(prompt), model.manifest.max_length)
+    search = BeamSearch(options, prompt, total, _stop_check(model.tokenizer, prompt, options))
+    with model.new_cache(options.num_beams, model.rounded_length(total - 1)) as cache:
+        cache.reorder([0])
+        logits = model.prefill(cache, [prompt])
+        watch.prefill = watch.seconds()
+        step = search.step(logits)
+        watch.first = watch.seconds()
+        while step is not None:
+            parents, tokens = step
+            cache.reorder(parents)
+            step = search.step(model.decode(cache, tokens))
+    watch.last = watch.seconds()
+    return [_beam_completion(model.tokenizer, prompt, options, r, watch) for r in search.results()]
+
+
+def _stop_check(
+    tokenizer: Tokenizer | None, prompt: IntArray, options: GenerationOptions
+) -> Callable[[IntArray], bool] | None:
+    """Whether a hypothesis ends with a token that completes a stop string."""
+    if tokenizer is None or not options.stop:
+        return None
+    # A token has at least one byte, and hypotheses that held a stop string before have ended.
+    tail = max(len(stop.encode()) for stop in options.stop)
+
+    def is_stopped(ids: IntArray) -> bool:
+        text = tokenizer.decode(ids[len(prompt) :][-tail:].tolist())
+        return any(stop in text for stop in options.stop)
+
+    return is_stopped
+
+
+def _beam_completion(
+    tokenizer: Tokenizer | None,
+    prompt: IntArray,
+    options: GenerationOptions,
+    result: BeamResult,
+    watch: Stopwatch,
+) -> Completion:
+    matcher = StopMatcher(options.stop)
+    text = None
+    if tokenizer is not None:
+        text = matcher.push(tokenizer.decode(result.token_ids)) + matcher.finish()
+    has_ended = matcher.found is not None or result.token_ids[-1] in options.active_eos
+    return Completion(
+        text=text,
+        token_ids=result.token_ids,
+        prompt_token_ids=tuple(prompt.tolist()),
+        finish_reason="stop" if has_ended else "length",
+        stop=matcher.found,
+        timings=watch.timings(len(result.token_ids)),
+        score=result.score,
+    )

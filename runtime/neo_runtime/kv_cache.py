@@ -1,0 +1,162 @@
+"""The key/value cache as a caller sees it, and the account of all caches of a model."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neo_runtime.errors import CacheLimitError, NeoError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.backends.base import Backend, CacheStore
+
+__all__ = ["CacheLedger", "KVCache"]
+
+
+class CacheLedger:
+    """Bytes of all live caches of a model, and their limit. Safe for threads."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._in_use = 0
+
+    @property
+    def in_use(self) -> int:
+        """Bytes of the caches that are open now."""
+        with self._lock:
+            return self._in_use
+
+    def reserve(self, size: int, batch: int, length: int) -> None:
+        """Take `size` bytes.
+
+        Raises:
+            CacheLimitError: the limit would be passed; nothing was taken.
+        """
+        with self._lock:
+            if self._limit is not None and self._in_use + size > self._limit:
+                raise CacheLimitError(
+                    f"a cache of {batch} x {length} positions needs {size} bytes; "
+                    f"{self._in_use} of the limit of {self._limit} bytes are in use "
+                    "(max_cache_bytes); ask for fewer or shorter sequences at once, close "
+                    "other requests, or raise the limit"
+                )
+            self._in_use += size
+
+    def release(self, size: int) -> None:
+        """Give `size` bytes back."""
+        with self._lock:
+            self._in_use -= size
+
+
+class KVCache:
+    """Keys and values of `batch` sequences of up to `length` positions. One thread at a time.
+
+    Made by `Model.new_cache`. The memory is allocated once, and given back by `close`, at the end
+    of a `with` block, or when the object is garbage.
+    """
+
+    def __init__(self, backend: Backend, ledger: CacheLedger, batch: int, length: int) -> None:
+        """Allocate.
+
+        Raises:
+            CacheLimitError: the ledger has no room, or the system has no memory.
+        """
+        self._max_batch = batch
+        self._length = length
+        self._nbytes = backend.cache_bytes(batch, length)
+        ledger.reserve(self._nbytes, batch, length)
+        try:
+            self._open_store: CacheStore | None = backend.open_cache(batch, length)
+        except BaseException as error:
+            ledger.release(self._nbytes)
+            if isinstance(error, MemoryError):
+                raise CacheLimitError(
+                    f"a cache of {batch} x {length} positions needs {self._nbytes} bytes, more "
+                    "than the system gives; ask for fewer or shorter sequences at once"
+                ) from error
+            raise
+        self._release = weakref.finalize(self, ledger.release, self._nbytes)
+
+    @property
+    def store(self) -> CacheStore:
+        """The engine's part of the cache.
+
+        Raises:
+            NeoError: the cache is closed.
+        """
+        if self._open_store is None:
+            raise NeoError("the cache is closed; make another one with Model.new_cache")
+        return self._open_store
+
+    @property
+    def batch(self) -> int:
+        """Sequences in use; `reorder` changes it."""
+        return self.store.batch
+
+    @property
+    def length(self) -> int:
+        """Positions that each sequence may have."""
+        return self._length
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Positions that each sequence has now: int64 [batch], a copy."""
+        return self.store.lengths.copy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that were allocated."""
+        return self._nbytes
+
+    def reorder(self, rows: Sequence[int] | NDArray[np.int64]) -> None:
+        """Make sequence `i` what sequence `rows[i]` was; only positions in use are copied.
+
+        Rows may be left out (finished sequences), permuted or repeated (beams). The new batch is
+        `len(rows)`, at most the batch that the cache was made for.
+
+        Raises:
+            RequestError: a row that does not exist, none, or too many.
+        """
+        chosen = np.asarray(rows, dtype=np.int64)
+        batch = self.batch
+        if not 0 < len(chosen) <= self._max_batch:
+            raise RequestError(
+                f"reorder got {len(chosen)} rows, expected 1 to {self._max_batch}: the batch "
+                "that the cache was made for"
+            )
+        if chosen.min() < 0 or chosen.max() >= batch:
+            raise RequestError(f"reorder got rows {chosen.tolist()}, expected 0 to {batch - 1}")
+        self.store.reorder(chosen)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the memory was given back."""
+        return self._open_store is None
+
+    def close(self) -> None:
+        """Give the memory back; further calls do nothing."""
+        if self._open_store is not None:
+            self._open_store.close()
+            self._open_store = None
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,82 @@
+"""From what a caller gives as a prompt to token ids that the graphs can take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from neo_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.options import GenerationOptions
+    from neo_runtime.tokenizer import Tokenizer
+
+__all__ = ["Prompt", "as_list", "token_array", "with_bad_words"]
+
+Prompt: TypeAlias = "str | Sequence[int]"
+"""Text, or token ids."""
+
+
+def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """The prompts, and whether it was a single one: text, or a flat row of ids."""
+    given: Any = prompt
+    if isinstance(given, str):
+        return [given], True
+    is_single = len(given) > 0 and not isinstance(given[0], str) and np.ndim(given[0]) == 0
+    return ([given], True) if is_single else (list(given), False)
+
+
+def token_array(
+    prompt: Prompt | NDArray[Any], vocab_size: int, tokenizer: Tokenizer | None = None
+) -> NDArray[np.int64]:
+    """Token ids of a prompt, checked: int64 [n], n at least 1.
+
+    Raises:
+        RequestError: text without a tokenizer, no tokens, or ids that the model does not have.
+    """
+    ids: Any = prompt
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise RequestError("the bundle has no tokenizer; give the prompt as token ids")
+        ids = tokenizer.encode(prompt)
+    found = np.asarray(ids)
+    if not found.size:
+        raise RequestError("the prompt is empty; give at least one token")
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise RequestError(
+            f"token ids of type {found.dtype} and shape {list(found.shape)}, expected a flat "
+            "sequence of integers"
+        )
+    if found.min() < 0 or found.max() >= vocab_size:
+        place = int(np.flatnonzero((found < 0) | (found >= vocab_size))[0])
+        raise RequestError(
+            f"token id {found[place]} at place {place} is out of range; the model has "
+            f"{vocab_size} tokens (0 to {vocab_size - 1})"
+        )
+    return found.astype(np.int64, copy=False)
+
+
+def with_bad_words(
+    options: GenerationOptions, words: Sequence[str], tokenizer: Tokenizer | None
+) -> GenerationOptions:
+    """Add words to `bad_words_ids`: as they stand, and behind a space, as inside a text.
+
+    Raises:
+        RequestError: words without a tokenizer, or an empty word.
+    """
+    if isinstance(words, str):
+        words = [words]
+    if not words:
+        return options
+    if tokenizer is None:
+        raise RequestError("the bundle has no tokenizer; give bad_words_ids instead of bad_words")
+    if not all(word.strip() for word in words):
+        raise RequestError("bad_words holds an empty word; remove it")
+    forms = [form for word in words for form in (word.strip(), " " + word.strip())]
+    ids = [tokenizer.encode(form, add_special_tokens=False) for form in forms]
+    return options.merged(bad_words_ids=(*options.bad_words_ids, *map(tuple, ids)))

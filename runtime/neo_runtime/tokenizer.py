@@ -1,0 +1,60 @@
+"""Text to token ids and back: a thin wrapper over the `tokenizers` package."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.errors import BundleDamagedError, DependencyError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+__all__ = ["Tokenizer"]
+
+
+class Tokenizer:
+    """The tokenizer of a bundle (its `tokenizer.json`). Several threads may use it at once."""
+
+    def __init__(self, path: Path) -> None:
+        """Load a `tokenizer.json`.
+
+        Raises:
+            DependencyError: the package `tokenizers` is missing.
+            BundleDamagedError: the file cannot be read as a tokenizer.
+        """
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise DependencyError(
+                "the package tokenizers is missing; install it with: pip install tokenizers"
+            ) from error
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exception
+            raise BundleDamagedError(
+                f"{path} is no tokenizer that tokenizers {tokenizers.__version__} can read "
+                f"({error}); export the bundle again"
+            ) from error
+        # Settings of the training run: a file may hold them, a prompt must not be cut by them.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the tokenizer knows, added ones included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, with the special tokens that the file itself adds, if any."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token(self, token_id: int) -> str:
+        """Text of one token, special ones included; U+FFFD for a part of a character."""
+        return self.decode([token_id], skip_special_tokens=False)

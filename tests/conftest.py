@@ -1,0 +1,37 @@
+"""Fixtures that every folder of tests may use: the demo model, exported, and PyTorch's answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from helpers.models import DEMO, Reference
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def _export(factory: pytest.TempPathFactory, target: str) -> Path:
+    from neo_export.exporter import ExportOptions, export_bundle  # the runtime's tests do without
+
+    bundle = factory.mktemp("demo") / target
+    export_bundle(str(DEMO), bundle, ExportOptions(target=target))
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def mini_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model for the target `cpu`, float32. Read only: the whole session shares it."""
+    return _export(tmp_path_factory, "cpu")
+
+
+@pytest.fixture(scope="session")
+def portable_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model for the target `portable`, float32. Read only."""
+    return _export(tmp_path_factory, "portable")
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    """The demo model in PyTorch, float32; `reference.model` is the module itself."""
+    return Reference(DEMO)

@@ -1,0 +1,242 @@
+"""`neo-generate`, called as a function and as a process."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import neo_runtime
+import pytest
+from helpers.derived_bundles import without_tokenizer
+from neo_runtime.cli import main
+from neo_runtime.cli_options import add_option_flags, chosen_options
+from neo_runtime.options import GenerationOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from neo_runtime import Model
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def model(mini_bundle: Path) -> Iterator[Model]:
+    with neo_runtime.load(mini_bundle, threads=1) as loaded:
+        yield loaded
+
+
+def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
+
+def test_it_prints_the_continuation(
+    mini_bundle: Path, model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = model.generate(PROMPT, max_new_tokens=30).text
+    assert main([str(mini_bundle), PROMPT, "--max-new-tokens", "30", "--threads", "1"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{expected}\n"
+    assert printed.err == ""
+    flags = ["--max-new-tokens", "30", "--echo", "--timings", "--verify"]
+    assert main([str(mini_bundle), PROMPT, *flags]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{PROMPT}{expected}\n"
+    assert "30 tokens" in printed.err
+
+
+def test_it_reads_standard_input(
+    mini_bundle: Path,
+    model: Model,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stdin(monkeypatch, b"One day,\nTom\n")
+    assert main([str(mini_bundle), "--max-new-tokens", "5"]) == 0
+    expected = model.generate("One day,\nTom", max_new_tokens=5).text
+    assert capsys.readouterr().out == f"{expected}\n"
+    for data, message in ((b"", "prompt is empty"), (b"\n", "empty"), (b"\xff\xfe", "UTF-8")):
+        stdin(monkeypatch, data)
+        assert main([str(mini_bundle)]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert message in printed.err
+        assert printed.err.count("\n") == 1
+
+
+def test_json_holds_everything(
+    mini_bundle: Path, model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--json", "--max-new-tokens", "40", "--logprobs", "2", "--stop", "girl", "--stop", "q"]
+    assert main([str(mini_bundle), PROMPT, *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    expected = model.generate(PROMPT, max_new_tokens=40, logprobs=2, stop=["girl", "q"])
+    assert report["bundle"] == str(mini_bundle)
+    [found] = report["completions"]
+    assert set(found) == {spec.name for spec in dataclasses.fields(expected)}
+    assert (found["text"], found["stop"], found["finish_reason"]) == (expected.text, "girl", "stop")
+    assert tuple(found["token_ids"]) == expected.token_ids
+    assert tuple(found["prompt_token_ids"]) == expected.prompt_token_ids
+    assert found["timings"]["prefill_seconds"] > 0
+    assert expected.logprobs is not None
+    assert [entry["token"] for entry in found["logprobs"]] == list(expected.token_ids)
+    assert "".join(entry["text"] for entry in found["logprobs"]).startswith(found["text"])
+    assert [len(entry["top_logprobs"]) for entry in found["logprobs"]] == [2] * len(
+        expected.token_ids
+    )
+
+
+def test_several_completions_and_prompts(
+    mini_bundle: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {
+        "do_sample": True, "seed": 4, "max_new_tokens": 8, "num_return_sequences": 2
+    }  # fmt: skip
+    flags = ["--do-sample", "--seed", "4", "--max-new-tokens", "8", "--num-return-sequences", "2"]
+    texts = [c.text for c in model.generate([PROMPT], **options)]
+    assert main([str(mini_bundle), PROMPT, *flags]) == 0
+    assert capsys.readouterr().out == "\n---\n".join(map(str, texts)) + "\n"
+
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('"Tom"\n\n{"prompt": "Sue", "id": 3}\n{"text": "The dog"}\n[5, 6, 7]\n')
+    prompts: list[Any] = ["Tom", "Sue", "The dog", [5, 6, 7]]
+    texts = [c.text for c in model.generate(prompts, **options)]
+    flags += ["--prompts-file", str(path), "--batch-size", "3"]
+    assert main([str(mini_bundle), *flags]) == 0
+    assert capsys.readouterr().out == "\n---\n".join(map(str, texts)) + "\n"
+
+    beams = model.generate(PROMPT, num_beams=3, max_new_tokens=9).text
+    assert main([str(mini_bundle), PROMPT, "--num-beams", "3", "--max-new-tokens", "9"]) == 0
+    assert capsys.readouterr().out == f"{beams}\n"
+
+
+def test_token_ids(
+    mini_bundle: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = ",".join(map(str, model.generate([5, 6, 7], max_new_tokens=6).token_ids))
+    bare = without_tokenizer(mini_bundle, tmp_path / "ids")
+    for bundle in (mini_bundle, bare):
+        assert main([str(bundle), "5, 6 7", "--token-ids", "--max-new-tokens", "6"]) == 0
+        assert capsys.readouterr().out == f"{ids}\n"
+        flags = ["--token-ids", "--max-new-tokens", "6", "--echo"]
+        assert main([str(bundle), "5,6,7", *flags]) == 0
+        assert capsys.readouterr().out == f"5,6,7,{ids}\n"
+    assert main([str(bare), PROMPT]) == 2
+    assert "no tokenizer" in capsys.readouterr().err
+
+
+def test_every_option_has_a_flag() -> None:
+    parser = argparse.ArgumentParser()
+    add_option_flags(parser)
+    flags = {action.dest for action in parser._actions} - {"help"}
+    assert flags == {spec.name for spec in dataclasses.fields(GenerationOptions)} | {"bad_words"}
+    line = (
+        "--stop a --stop b --logit-bias 3=-1.5 --logit-bias 4=2 --sequence-bias 1,2=0.5 "
+        "--bad-words-ids 7,8 --bad-words-ids 9 --eos-token-id 1,2 --early-stopping true "
+        "--exponential-decay-length-penalty 5,1.1 --no-do-sample --num-beams 2 --min-length 7"
+    )
+    chosen = chosen_options(parser.parse_args(line.split()))
+    assert chosen == {
+        "stop": ["a", "b"],
+        "logit_bias": {3: -1.5, 4: 2.0},
+        "sequence_bias": [((1, 2), 0.5)],
+        "bad_words_ids": [[7, 8], [9]],
+        "eos_token_id": [1, 2],
+        "early_stopping": True,
+        "exponential_decay_length_penalty": (5, 1.1),
+        "do_sample": False,
+        "num_beams": 2,
+        "min_length": 7,
+    }
+    assert chosen_options(parser.parse_args([])) == {}
+    GenerationOptions().merged(**chosen)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top-p", "2", "--do-sample"], "top_p is 2"),
+        (["--temperature", "2"], "do_sample"),
+        (["--temprature", "2"], "unrecognized arguments: --temprature"),
+        (["--max-new-tokens", "x"], "invalid int value"),
+        (["--logit-bias", "x"], "invalid ID=BIAS value"),
+        (["--max-new-tokens", "600"], "600"),
+        (["--logprobs", "2"], "--json"),
+        (["--token-ids"], "no list of ids"),
+        (["--threads", "0"], "threads is 0"),
+        (["--max-cache-mb", "1", "--max-new-tokens", "400"], "max_cache_bytes"),
+        (["--prompts-file", "p.jsonl"], "exclude each other"),
+        (["--bad-words-ids", "5000"], "5000"),
+    ],
+)
+def test_an_error_is_one_line(
+    flags: list[str], message: str, mini_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        sys.exit(main([str(mini_bundle), PROMPT, *flags]))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert printed.err.startswith("neo-generate: ")
+    assert printed.err.count("\n") == 1
+
+
+def test_files_that_cannot_be_used(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    for contents, message in (
+        (b"\n", "empty"),
+        (b'"a"\n{', "line 2 is not JSON"),
+        (b'"a"\n{"b": 1}', "line 2 holds no prompt"),
+        (b"\xff", "UTF-8"),
+    ):
+        path.write_bytes(contents)
+        assert main([str(mini_bundle), "--prompts-file", str(path)]) == 2
+        assert message in capsys.readouterr().err
+    assert main([str(mini_bundle), "--prompts-file", str(tmp_path / "none")]) == 2
+    assert "none" in capsys.readouterr().err
+    assert main([str(tmp_path / "none"), PROMPT]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_interruption_is_quiet(
+    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("neo_runtime.model.Model.decode", interrupt)
+    assert main([str(mini_bundle), PROMPT]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_process_streams_and_leaves_quietly_when_nobody_reads(mini_bundle: Path) -> None:
+    command = [sys.executable, "-m", "neo_runtime.cli", str(mini_bundle), PROMPT, "--threads", "1"]
+    with subprocess.Popen(
+        [*command, "--ignore-eos"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_help_needs_no_numpy() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['numpy'] = sys.modules['onnxruntime'] = sys.modules['tokenizers'] = None\n"
+        "from neo_runtime.cli import main\n"
+        "main(['--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--repetition-penalty" in done.stdout

@@ -1,0 +1,186 @@
+"""The cache: its size and limit, what it gives back, and rows that move."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import TYPE_CHECKING
+
+import neo_runtime
+import numpy as np
+import pytest
+from helpers.hf_reference import reference_logits, relative_error, varied_prompts
+from neo_runtime.backends.base import aligned_zeros
+from neo_runtime.errors import CacheLimitError, NeoError, RequestError
+from neo_runtime.kv_cache import CacheLedger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from neo_runtime import Model
+
+
+@pytest.fixture(scope="module", params=["mini_bundle", "portable_bundle"])
+def model(request: pytest.FixtureRequest) -> Iterator[Model]:
+    with neo_runtime.load(request.getfixturevalue(request.param), threads=1) as loaded:
+        yield loaded
+
+
+def test_its_size_is_known_before(model: Model) -> None:
+    # 3 rows, keys and values, 3 heads of 64 channels, float32. Appending needs two sets of four
+    # layers; in place the two local layers hold their window of 64 and a quarter.
+    sets = 2 if model.manifest.cache.layout == "append" else 1
+    positions = 2 * 4 * 100 if sets == 2 else 2 * 100 + 2 * 80
+    assert model.cache_bytes(3, 100) == positions * 3 * 2 * 3 * 64 * 4
+    with model.new_cache(3, 100) as cache:
+        assert cache.nbytes == model.cache_bytes(3, 100) == model.cache_bytes_in_use
+        store = cache.store
+        names = ("_buffers",) if sets == 1 else ("_past", "_present")
+        arrays = [array for name in names for array in getattr(store, name)]
+        assert sum(array.nbytes for array in arrays) == cache.nbytes
+        assert all(array.ctypes.data % 4096 == 0 for array in arrays)
+        with model.new_cache(1, 8) as other:
+            assert model.cache_bytes_in_use == cache.nbytes + other.nbytes
+    assert model.cache_bytes_in_use == 0
+
+
+def test_it_is_given_back(model: Model) -> None:
+    cache = model.new_cache(1, 8)
+    assert not cache.closed
+    cache.close()
+    cache.close()
+    assert cache.closed
+    assert model.cache_bytes_in_use == 0
+    for call in (
+        lambda: cache.lengths,
+        lambda: cache.reorder([0]),
+        lambda: model.prefill(cache, [[1]]),
+        lambda: model.decode(cache, [1]),
+    ):
+        with pytest.raises(NeoError, match="cache is closed"):
+            call()
+    model.prefill(model.new_cache(2, 8), [[1], [2]])
+    gc.collect()
+    assert model.cache_bytes_in_use == 0
+    with pytest.raises(RequestError, match="0 x 8"):
+        model.new_cache(0, 8)
+
+
+def test_a_limit_holds_for_all_caches_together(mini_bundle: Path) -> None:
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+        one, whole = model.cache_bytes(1, 16), model.cache_bytes(1, 144)
+    assert 2 * one < whole
+    with neo_runtime.load(mini_bundle, threads=1, max_cache_bytes=2 * one) as model:
+        with model.new_cache(1, 16) as first, model.new_cache(1, 16):
+            assert first.nbytes == one
+            with pytest.raises(CacheLimitError, match=rf"1 x 16 .*{one} bytes; {2 * one} of"):
+                model.new_cache(1, 16)
+            with pytest.raises(CacheLimitError):
+                model.generate([1], max_new_tokens=1)
+            assert model.cache_bytes_in_use == 2 * one
+        assert model.cache_bytes_in_use == 0
+    with neo_runtime.load(mini_bundle, threads=1, max_cache_bytes=whole) as model:
+        # Exactly the limit: the last token needs no position.
+        prompt, options = [1] * 125, {"max_new_tokens": 20, "ignore_eos": True}
+        assert len(model.generate(prompt, **options).token_ids) == 20
+        with pytest.raises(CacheLimitError):
+            model.generate(prompt, **options | {"max_new_tokens": 21})
+        with pytest.raises(CacheLimitError):
+            model.generate([prompt] * 2, **options)
+        assert len(model.generate([prompt] * 2, **options, batch_size=1)) == 2
+        assert model.cache_bytes_in_use == 0
+
+
+def test_more_than_the_system_has_is_a_limit_too(
+    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+
+        def refuse(*_: object) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr("neo_runtime.backends.in_place.aligned_zeros", refuse)
+        with pytest.raises(CacheLimitError, match="than the system gives"):
+            model.new_cache(1, 8)
+        assert model.cache_bytes_in_use == 0
+
+
+def test_the_account_is_safe_for_threads() -> None:
+    ledger = CacheLedger(limit=1000)
+    refused = []
+
+    def work() -> None:
+        for _ in range(2000):
+            try:
+                ledger.reserve(300, 1, 1)
+            except CacheLimitError:
+                refused.append(1)
+            else:
+                assert ledger.in_use <= 1000
+                ledger.release(300)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ledger.in_use == 0
+
+
+def test_rows_can_be_dropped_permuted_and_repeated(model: Model) -> None:
+    said = [prompt[:n] for prompt, n in zip(varied_prompts(), (70, 3, 90, 20), strict=False)]
+    with model.new_cache(5, 128) as cache:
+        cache.reorder(range(4))
+        model.prefill(cache, said)
+        token = 7
+        for rows in ([0, 1, 2, 3], [2, 0, 3, 1], [3, 3, 0, 1, 0], [4, 0], [1, 1, 0, 1], [2]):
+            cache.reorder(rows)
+            said = [said[row] for row in rows]
+            token += 1
+            tokens = [token + 13 * place for place in range(len(rows))]
+            found = model.decode(cache, tokens)
+            said = [[*ids, new] for ids, new in zip(said, tokens, strict=True)]
+            expected = np.stack([reference_logits(ids)[-1] for ids in said])
+            assert cache.lengths.tolist() == [len(ids) for ids in said]
+            assert relative_error(found, expected) < 1e-5, rows
+        for rows, message in (([], "0 rows"), ([0] * 6, "6 rows"), ([1], "0 to 0"), ([-1], "0 to")):
+            with pytest.raises(RequestError, match=message):
+                cache.reorder(rows)
+
+
+def test_other_rows_stay_where_they_are(mini_bundle: Path) -> None:
+    """A row that ends is replaced by the last one: nothing else is copied."""
+    from neo_runtime.generator import _fill_holes
+
+    assert _fill_holes([0, 1, 2]) == [0, 1, 2]
+    assert _fill_holes([1, 2, 3]) == [3, 1, 2]
+    assert _fill_holes([2, 5]) == [2, 5]
+    assert _fill_holes([0, 4, 5, 2]) == [0, 4, 2, 5]
+
+
+def test_decode_binds_once_and_writes_in_place(mini_bundle: Path) -> None:
+    with neo_runtime.load(mini_bundle, threads=1) as model, model.new_cache(2, 16) as cache:
+        logits = model.prefill(cache, [[1, 2], [3]])
+        first = model.decode(cache, [4, 5])
+        binding = cache.store._decode  # type: ignore[attr-defined]
+        assert binding is not None
+        kept = first.copy()
+        second = model.decode(cache, [6, 7])
+        assert cache.store._decode is binding  # type: ignore[attr-defined]
+        assert second.ctypes.data == first.ctypes.data == logits.ctypes.data
+        assert not np.array_equal(kept, second)
+        cache.reorder([1, 0])
+        assert cache.store._decode is binding  # type: ignore[attr-defined]
+        cache.reorder([1])
+        model.decode(cache, [4])
+        assert cache.store._decode is not binding  # type: ignore[attr-defined]
+
+
+def test_memory_is_one_aligned_block() -> None:
+    arrays = aligned_zeros([(3, 5), (1, 7), (2, 2)], "float16")
+    assert [array.shape for array in arrays] == [(3, 5), (1, 7), (2, 2)]
+    assert all(array.ctypes.data % 4096 == 0 and array.dtype == np.float16 for array in arrays)
+    assert not any(array.any() for array in arrays)
+    arrays[0][:] = 1
+    assert not arrays[1].any()
