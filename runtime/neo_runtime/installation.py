@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 import importlib.metadata
 import importlib.util
+import os
 import re
 from typing import TYPE_CHECKING
 

@@ -49,6 +49,7 @@ def load(
     verify: bool = False,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     session_config: Mapping[str, str] | None = None,
+    keep_prepacked: bool = True,
 ) -> Model:
     """Open a bundle. Graphs are loaded when they are first used.
 
@@ -60,6 +61,9 @@ def load(
         verify: also compare the weights with their checksum, which reads the whole file.
         prefill_chunk: tokens of a prompt that go through the graph at once.
         session_config: more onnxruntime session configuration entries.
+        keep_prepacked: keep what this CPU's kernels make of quantized weights in a cache folder
+            (`NEO_CACHE_DIR`, by default in the user's cache folder), and map it from there: later
+            loads are faster, and all graphs and processes share one copy.
 
     Raises:
         BundleError: the folder is no usable bundle (see its subclasses).
@@ -80,6 +84,7 @@ def load(
         max_cache_bytes=max_cache_bytes,
         prefill_chunk=prefill_chunk,
         session_config=session_config,
+        keep_prepacked=keep_prepacked,
     )
 
 
@@ -94,6 +99,7 @@ class Model:
         max_cache_bytes: int | None = None,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
         session_config: Mapping[str, str] | None = None,
+        keep_prepacked: bool = True,
     ) -> None:
         self.manifest: Manifest = bundle.manifest
         self.tokenizer: Tokenizer | None = None
@@ -101,7 +107,9 @@ class Model:
         if self.manifest.has_tokenizer:
             self.tokenizer = Tokenizer(bundle.file("tokenizer.json"))
         self._bundle = bundle
-        self._backend = OnnxRuntimeBackend(bundle, threads=threads, session_config=session_config)
+        self._backend = OnnxRuntimeBackend(
+            bundle, threads=threads, session_config=session_config, keep_prepacked=keep_prepacked
+        )
         self._ledger = CacheLedger(max_cache_bytes)
         self._prefill_chunk = prefill_chunk
         self._is_closed = False
@@ -130,6 +138,11 @@ class Model:
     def cache_bytes_in_use(self) -> int:
         """Bytes of the caches that are open now."""
         return self._ledger.in_use
+
+    @property
+    def prepacked_bytes(self) -> int:
+        """Bytes of prepacked weights that are kept on disk for this bundle."""
+        return self._backend.prepacked_bytes
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """Allocate an empty cache of `batch` sequences of up to `length` positions.

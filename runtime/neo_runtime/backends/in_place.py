@@ -16,7 +16,6 @@ padding, so only neighbouring prompts of one length go together.
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +45,6 @@ class InPlaceStore(CacheStore):
         ]
         self._backend = backend
         self._length = length
-        self._takes_padding = backend.manifest.cache.window is None
         self._buffers = aligned_zeros(shapes, backend.manifest.cache.dtype)
         self._logits = np.zeros((batch, 1, model.vocab_size), dtype=np.float32)
         self._ids = np.zeros((batch, 1), dtype=np.int64)
@@ -60,14 +58,8 @@ class InPlaceStore(CacheStore):
         if self.lengths.any() or max(map(len, prompts)) > chunk:
             for row, prompt in enumerate(prompts):
                 self._prefill_row(row, prompt, chunk)
-        elif self._takes_padding:
-            self._prefill_first(0, prompts)
         else:
-            row = 0
-            for _, group in groupby(prompts, key=len):
-                same = list(group)
-                self._prefill_first(row, same)
-                row += len(same)
+            self._prefill_first(0, prompts)
         self._refresh_mask()
         return self._logits[: self.batch, 0]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,40 +10,30 @@ import numpy as np
 from neo_runtime.backends.append import AppendStore
 from neo_runtime.backends.base import Backend, CacheStore, layer_lengths
 from neo_runtime.backends.in_place import InPlaceStore
-from neo_runtime.errors import BundleError, NeoError, RequestError
-from neo_runtime.installation import require_onnxruntime
+from neo_runtime.backends.sessions import SessionFactory
+from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
+    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
     from neo_runtime.bundle import Bundle
-    from neo_runtime.manifest import Manifest
 
-__all__ = ["OnnxRuntimeBackend", "session_settings"]
-
-
-def session_settings(manifest: Manifest, graph: str) -> dict[str, str]:
-    """Session configuration entries for one graph of a bundle.
-
-    Args:
-        manifest: of the bundle.
-        graph: "prefill", "decode" or "score".
-    """
-    settings = {"session.intra_op.allow_spinning": "1" if graph == "decode" else "0"}
-    if manifest.precision == "fp32" and manifest.cache.layout == "in_place":
-        # Prepacking would copy every weight once a session. Float32 decode runs as fast from
-        # the file's own layout, and so the weights stay one mapping that all sessions share.
-        settings["session.disable_prepacking"] = "1"
-    return settings
+__all__ = ["OnnxRuntimeBackend"]
 
 
 class OnnxRuntimeBackend(Backend):
     """Sessions are made when first used, one a graph, and shared by all threads."""
 
     def __init__(
-        self, bundle: Bundle, *, threads: int, session_config: Mapping[str, str] | None = None
+        self,
+        bundle: Bundle,
+        *,
+        threads: int,
+        session_config: Mapping[str, str] | None = None,
+        keep_prepacked: bool = True,
     ) -> None:
         """Prepare; no graph is loaded yet.
 
@@ -53,11 +42,11 @@ class OnnxRuntimeBackend(Backend):
             threads: threads that one operator may use.
             session_config: more session configuration entries, such as
                 `{"session.intra_op.allow_spinning": "0"}`; they win over `session_settings`.
+            keep_prepacked: store prepacked weights on disk, and map stored ones.
         """
-        self._ort: Any = require_onnxruntime()
-        self._bundle = bundle
-        self._threads = threads
-        self._session_config = dict(session_config or {})
+        self._factory = SessionFactory(
+            bundle, threads=threads, session_config=session_config, keep_prepacked=keep_prepacked
+        )
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -69,53 +58,18 @@ class OnnxRuntimeBackend(Backend):
             if self._closed:
                 raise NeoError("the model is closed; call neo_runtime.load again")
             if graph not in self._sessions:
-                self._sessions[graph] = self._load(graph)
+                self._sessions[graph] = self._factory.session(graph)
             return self._sessions[graph]
 
-    def _load(self, graph: str) -> Any:
-        options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # what fails is raised; no second account on stderr
-        # Shapes repeat in decode alone; elsewhere a plan a shape would only collect memory, and
-        # score, whose logits can be large, gives its memory back to the system after each call.
-        options.enable_mem_pattern = graph == "decode"
-        options.enable_cpu_mem_arena = graph != "score"
-        settings = session_settings(self.manifest, graph) | self._session_config
-        for key, value in settings.items():
-            options.add_session_config_entry(key, value)
-        path = self._bundle.file(self.manifest.graphs[graph].file)
-        try:
-            return self._ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except self._failures() as error:
-            raise BundleError(
-                f"onnxruntime {self._ort.__version__} cannot load {path}: {_reason(error)}; "
-                "check the bundle with neo-verify, or export it again"
-            ) from error
+    @property
+    def prepacked_bytes(self) -> int:
+        """Bytes of prepacked weights that are kept on disk for this bundle."""
+        store = self._factory.prepacked
+        return store.bytes_on_disk if store is not None else 0
 
-    def _failures(self) -> tuple[type[Exception], ...]:
-        """What onnxruntime raises."""
-        state = self._ort.capi.onnxruntime_pybind11_state
-        kinds = [kind for kind in vars(state).values() if isinstance(kind, type)]
-        found = tuple(kind for kind in kinds if issubclass(kind, Exception))
-        return (*found, RuntimeError)
-
-    @contextmanager
-    def translated(self) -> Iterator[None]:
+    def translated(self) -> AbstractContextManager[None]:
         """Turn what onnxruntime raises while running into this project's errors."""
-        try:
-            yield
-        except NeoError:
-            raise
-        except self._failures() as error:
-            reason = _reason(error)
-            if "out of data bounds" in reason:
-                raise RequestError(
-                    f"a token id or position lies outside the model's tables: {reason}"
-                ) from error
-            raise NeoError(f"onnxruntime failed: {reason}") from error
+        return self._factory.translated()
 
     def cache_bytes(self, batch: int, length: int) -> int:
         """See `Backend.cache_bytes`."""
@@ -155,9 +109,3 @@ class OnnxRuntimeBackend(Backend):
         with self._lock:
             self._closed = True
             self._sessions.clear()
-
-
-def _reason(error: Exception) -> str:
-    """The first line of onnxruntime's message, without its prefix."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].removeprefix("[ONNXRuntimeError] : ")

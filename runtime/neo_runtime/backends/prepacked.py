@@ -134,7 +134,7 @@ class PrepackedCache:
     def _share(self, weights: Path) -> None:
         """Let an equal file of another graph stand for this one: one file, mapped once."""
         for other in self.folder.glob(f"*/{_WEIGHTS}"):
-            if filecmp.cmp(other, weights, shallow=False):
+            if other != weights and filecmp.cmp(other, weights, shallow=False):
                 link = weights.with_suffix(".link")
                 with contextlib.suppress(OSError):  # no hard links here: two files it is
                     os.link(other, link)

@@ -1,0 +1,149 @@
+"""onnxruntime sessions over the graphs of a bundle, and what their failures mean."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.backends.prepacked import PrepackedCache
+from neo_runtime.errors import BundleError, NeoError, RequestError
+from neo_runtime.installation import require_onnxruntime
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from neo_runtime.bundle import Bundle
+    from neo_runtime.manifest import Manifest
+
+__all__ = ["SessionFactory", "keeps_prepacked", "session_settings"]
+
+_QUANTIZED = ("int8", "int4")
+
+
+def session_settings(manifest: Manifest, graph: str) -> dict[str, str]:
+    """Session configuration entries for one graph of a bundle.
+
+    Args:
+        manifest: of the bundle.
+        graph: "prefill", "decode" or "score".
+    """
+    settings = {"session.intra_op.allow_spinning": "1" if graph == "decode" else "0"}
+    if manifest.precision == "fp32" and manifest.cache.layout == "in_place":
+        # Prepacking would copy every weight once a session. Float32 runs as fast from the
+        # file's own layout, and so the weights stay one mapping that all sessions share.
+        settings["session.disable_prepacking"] = "1"
+    return settings
+
+
+def keeps_prepacked(manifest: Manifest) -> bool:
+    """Whether prepacked weights are worth a file: kernels of quantized products need them."""
+    return manifest.precision in _QUANTIZED
+
+
+class SessionFactory:
+    """Makes sessions; holds none."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int,
+        session_config: Mapping[str, str] | None = None,
+        keep_prepacked: bool = True,
+    ) -> None:
+        """Prepare; no graph is loaded yet.
+
+        Args:
+            bundle: an opened bundle.
+            threads: threads that one operator may use.
+            session_config: more session configuration entries; they win over `session_settings`.
+            keep_prepacked: store prepacked weights, and map stored ones.
+        """
+        self._ort: Any = require_onnxruntime()
+        self._bundle = bundle
+        self._threads = threads
+        self._session_config = dict(session_config or {})
+        self.prepacked: PrepackedCache | None = None
+        """Prepacked weights on disk; None where this bundle has no use for them."""
+        if keep_prepacked and keeps_prepacked(bundle.manifest):
+            self.prepacked = PrepackedCache(bundle.manifest.digest, self._ort.__version__)
+
+    def session(self, graph: str) -> Any:
+        """A new `InferenceSession` of "prefill", "decode" or "score".
+
+        Raises:
+            BundleError: onnxruntime cannot load the graph.
+        """
+        path = self._bundle.file(self._bundle.manifest.graphs[graph].file)
+        stored = None
+        if self.prepacked is not None:
+            stored = self.prepacked.graph(
+                graph, lambda to, settings: self._store(graph, path, to, settings)
+            )
+        if stored is None:
+            return self._open(path, self._options(graph))
+        options = self._options(graph)
+        # It was optimized when it was stored.
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return self._open(stored, options)
+
+    def _store(self, graph: str, path: Path, to: Path, settings: dict[str, str]) -> None:
+        options = self._options(graph)
+        options.optimized_model_filepath = str(to)
+        for key, value in settings.items():
+            options.add_session_config_entry(key, value)
+        self._open(path, options)
+
+    def _options(self, graph: str) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4  # what fails is raised; no second account on stderr
+        # Shapes repeat in decode alone; elsewhere a plan a shape would only collect memory, and
+        # score, whose logits can be large, gives its memory back to the system after each call.
+        options.enable_mem_pattern = graph == "decode"
+        options.enable_cpu_mem_arena = graph != "score"
+        settings = session_settings(self._bundle.manifest, graph) | self._session_config
+        for key, value in settings.items():
+            options.add_session_config_entry(key, value)
+        return options
+
+    def _open(self, path: Path, options: Any) -> Any:
+        try:
+            return self._ort.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except self._failures() as error:
+            raise BundleError(
+                f"onnxruntime {self._ort.__version__} cannot load {path}: {_reason(error)}; "
+                "check the bundle with neo-verify, or export it again"
+            ) from error
+
+    def _failures(self) -> tuple[type[Exception], ...]:
+        """What onnxruntime raises."""
+        state = self._ort.capi.onnxruntime_pybind11_state
+        kinds = [kind for kind in vars(state).values() if isinstance(kind, type)]
+        found = tuple(kind for kind in kinds if issubclass(kind, Exception))
+        return (*found, RuntimeError)
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Turn what onnxruntime raises while running into this project's errors."""
+        try:
+            yield
+        except NeoError:
+            raise
+        except self._failures() as error:
+            reason = _reason(error)
+            if "out of data bounds" in reason:
+                raise RequestError(
+                    f"a token id or position lies outside the model's tables: {reason}"
+                ) from error
+            raise NeoError(f"onnxruntime failed: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of onnxruntime's message, without its prefix."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].removeprefix("[ONNXRuntimeError] : ")
