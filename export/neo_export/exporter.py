@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-from neo_runtime.errors import RequestError
+from neo_runtime.errors import CheckpointError, RequestError
 from neo_runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, TensorSpec
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -136,7 +136,11 @@ def export_bundle(
         max_length = _max_length(options.max_length, spec)
         say("building the graphs", 0, 0)
         models, summaries = _build(spec, passes, lambda name: checkpoint.tensors[name].read())
-        weights = write_weights(models, folder, lambda done, all_: say("weights", done, all_))
+        try:
+            weights = write_weights(models, folder, lambda done, all_: say("weights", done, all_))
+        except CheckpointError:
+            checkpoint.verify_finite()  # names the checkpoint's own tensor, not what became of it
+            raise
         for name, graph in models.items():
             ir.save(graph, folder / f"{name}.onnx")
         has_tokenizer = write_sidecars(checkpoint, spec, target.name, max_length, folder)

@@ -86,7 +86,7 @@ def genai_config(
         "max_length": max_length,
         # One buffer of max_length positions, bound as past and as present of every step. Off,
         # each step gets a past of exactly the positions so far and a present of its own.
-        "past_present_share_buffer": not in_place,
+        "past_present_share_buffer": in_place,
     }
     return {"model": model, "search": search}
 

@@ -30,7 +30,10 @@ def write_sidecars(
     tokenizer = checkpoint.tokenizer_json()
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(tokenizer)
-    _write_json(folder / "genai_config.json", genai_config(spec, target, max_length))
+    _write_json(
+        folder / "genai_config.json",
+        genai_config(spec, target, max_length, checkpoint.generation_config),
+    )
     return tokenizer is not None
 
 

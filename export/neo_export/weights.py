@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["ReadParameter", "WrittenWeights", "bind_parameters", "sort_initializers", "write_weights"]
+__all__ = [
+    "ReadParameter",
+    "WrittenWeights",
+    "bind_parameters",
+    "sort_initializers",
+    "write_weights",
+]
 
 ReadParameter = Callable[[str], NDArray[np.float32]]
 """Name of a parameter → its values, mapped where possible."""

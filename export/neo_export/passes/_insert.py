@@ -1,4 +1,4 @@
-"""New nodes at the head of a graph that is already built."""
+"""New nodes in a graph that is already built."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ if TYPE_CHECKING:
 
     from onnxscript import OpBuilder
 
-__all__ = ["insert_at_head"]
+__all__ = ["insert_before"]
 
 
-def insert_at_head(
-    graph: ir.Graph, scope: str, build: Callable[[OpBuilder], tuple[ir.Value, ...]]
+def insert_before(
+    node: ir.Node, scope: str, build: Callable[[OpBuilder], tuple[ir.Value, ...]]
 ) -> tuple[ir.Value, ...]:
-    """Put what `build` writes before the first node; returns what `build` returns.
+    """Put what `build` writes before `node`; returns what `build` returns.
 
     It is written into a scratch graph first: a builder names its constants afresh, and they would
     collide with those that are there. `scope` goes before every new name that `build` left alone.
     """
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
     scratch = ir.Graph([], [], nodes=[], opset_imports=dict(graph.opset_imports), name=scope)
     results = build(GraphBuilder(scratch).op)
     for name, constant in list(scratch.initializers.items()):
@@ -30,9 +32,11 @@ def insert_at_head(
         constant.name = f"{scope}.{name}"
         graph.register_initializer(constant)
     nodes = list(scratch)
-    for node in nodes:
-        for value in node.outputs:
+    for new in nodes:
+        if new.name is not None and new.name.startswith(f"{new.op_type}_node_"):
+            new.name = f"{scope}.{new.name}"
+        for value in new.outputs:
             value.name = value.name if value in results else f"{scope}.{value.name}"
     scratch.remove(nodes)
-    graph.insert_before(graph[0], nodes)
+    graph.insert_before(node, nodes)
     return results

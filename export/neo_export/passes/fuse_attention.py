@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 
 from neo_export.model import WINDOW_KEY
-from neo_export.passes._insert import insert_at_head
+from neo_export.passes._insert import insert_before
 from neo_export.passes._rule import MatchResult, Rule, apply
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def fuse_attention(model: ir.Model) -> int:
     size = past_key.shape[3] if past_key.shape is not None else None
     if not isinstance(size, int) or size % HEAD_SIZE_MULTIPLE:
         return 0
-    seqlens, total = insert_at_head(
-        graph,
+    seqlens, total = insert_before(
+        graph[0],
         "lengths",
         lambda op: _lengths(op, inputs["input_ids"], inputs["attention_mask"], past_key),
     )

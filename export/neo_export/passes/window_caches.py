@@ -1,7 +1,8 @@
 """Local layers keep only their window in the cache.
 
     before                                    after
-    GroupQueryAttention(local_window_size=W)  the same with sliding_window_cache=1
+    GroupQueryAttention(local_window_size=W)  the same with sliding_window_cache=1, and with
+                                              query_seqlens: how many new tokens are no padding
 
 The operator then evicts by itself: it takes buffers of any capacity C ≥ W for these layers, and
 keeps the most recent positions at their front, contiguous. Where C ≥ the positions in use nothing
@@ -14,7 +15,14 @@ off a full-length buffer.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import onnx_ir as ir
+
+from neo_export.passes._insert import insert_before
+
+if TYPE_CHECKING:
+    from onnxscript import OpBuilder
 
 __all__ = ["WINDOW_DIMENSION", "window_caches"]
 
@@ -22,6 +30,7 @@ WINDOW_DIMENSION = "window_sequence"
 """Name of the length of a local layer's cache, in the graphs' inputs and outputs."""
 
 _ATTRIBUTE = "sliding_window_cache"
+_SEQLENS_K, _QUERY_SEQLENS = 5, 16  # places among the operator's inputs
 
 
 def window_caches(model: ir.Model) -> int:
@@ -30,9 +39,37 @@ def window_caches(model: ir.Model) -> int:
     local = [node for node in nodes if node.attributes.get_int("local_window_size", -1) > 0]
     if len(local) == len(nodes):
         return 0
+    if not local:
+        return 0
+    inputs = {value.name: value for value in model.graph.inputs}
+    seqlens = local[0].inputs[_SEQLENS_K]
+    assert seqlens is not None
+    (query_seqlens,) = insert_before(
+        nodes[0],
+        "query_lengths",
+        lambda op: _query_seqlens(op, inputs["input_ids"], inputs["attention_mask"], seqlens),
+    )
     for node in local:
+        node.resize_inputs(_QUERY_SEQLENS + 1)
+        node.replace_input_with(_QUERY_SEQLENS, query_seqlens)
         node.attributes[_ATTRIBUTE] = ir.AttrInt64(_ATTRIBUTE, 1)
         for value in (*node.inputs[3:5], *node.outputs[1:3]):
             if value is not None and value.shape is not None:
                 value.shape[2] = WINDOW_DIMENSION
     return len(local)
+
+
+def _query_seqlens(
+    op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value, seqlens_k: ir.Value
+) -> tuple[ir.Value]:
+    """New tokens of each row that are no padding, int32 [B].
+
+    A first prompt (mask as wide as the new tokens) may be padded: its rows have seqlens_k + 1.
+    Later tokens are never padded: the guard of `fuse_attention` sees to that.
+    """
+    new, width = op.Shape(input_ids, start=1, end=2), op.Shape(attention_mask, start=1, end=2)
+    valid = op.Add(op.Cast(seqlens_k, to=ir.DataType.INT64), 1)
+    lengths = op.Where(op.Equal(width, new), valid, new)
+    lengths = op.Cast(lengths, to=ir.DataType.INT32)
+    lengths.name = "query_seqlens"
+    return (lengths,)

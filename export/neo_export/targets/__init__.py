@@ -73,7 +73,7 @@ TARGETS: dict[str, Target] = {
             name="cpu",
             summary="onnxruntime on a CPU: fused operators, cache updated in place",
             precisions=("fp32", "fp16", "int8", "int4"),
-            fusions=(fuse_attention, window_caches, pack_qkv, fuse_gelu, fuse_skip_layer_norm),
+            fusions=(fuse_attention, pack_qkv, window_caches, fuse_gelu, fuse_skip_layer_norm),
             storage=(store_transposed,),
             fused=True,
             # The first whose GroupQueryAttention counts the current position into the window.
