@@ -8,7 +8,17 @@ import pytest
 from helpers.models import DEMO, Reference
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Prepacked weights of the whole session: no test writes into the user's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEO_CACHE_DIR", str(folder))
+        yield folder
 
 
 def _export(factory: pytest.TempPathFactory, target: str) -> Path:

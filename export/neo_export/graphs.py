@@ -73,6 +73,7 @@ def _last_valid(
     new = op.Shape(input_ids, start=1, end=2)
     total = op.Shape(attention_mask, start=1, end=2)
     valid = op.Slice(attention_mask, op.Sub(total, new), total, [1])
+    valid = op.Cast(op.Cast(valid, to=ir.DataType.BOOL), to=ir.DataType.INT64)
     slots = op.Range(0, op.Squeeze(new), 1)
     last = op.ReduceMax(op.Mul(valid, slots), [1], keepdims=1)
     return op.GatherND(hidden, op.Unsqueeze(last, [2]), batch_dims=1)

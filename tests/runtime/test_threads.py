@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import pytest
 from helpers.hf_reference import heldout_texts
-from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from neo_runtime.backends.sessions import SessionFactory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,13 +75,13 @@ def test_streams_of_several_threads_do_not_mix(mini_bundle: Path) -> None:
 
 def test_each_graph_is_loaded_once(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
-    load = OnnxRuntimeBackend._load
+    load = SessionFactory.session
 
-    def counted(self: OnnxRuntimeBackend, graph: str) -> Any:
+    def counted(self: SessionFactory, graph: str) -> Any:
         loaded.append(graph)
         return load(self, graph)
 
-    monkeypatch.setattr(OnnxRuntimeBackend, "_load", counted)
+    monkeypatch.setattr(SessionFactory, "session", counted)
     with neo_runtime.load(mini_bundle, threads=1) as model:
         assert loaded == []
         with ThreadPoolExecutor(THREADS) as pool:
