@@ -8,8 +8,9 @@ INPUTS := pyproject.toml constraints.txt
 .PHONY: demo test lint scale clean
 
 demo: $(VENV)/.demo
+	mkdir -p build
 	$(BIN)/neo-export -o build/demo-bundle --force
-	$(BIN)/neo-generate build/demo-bundle "Once upon a time" --max-new-tokens 120
+	$(BIN)/neo-generate build/demo-bundle "Once upon a time" --echo --max-new-tokens 120
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 -q
@@ -21,6 +22,7 @@ lint: $(VENV)/.test
 
 # The checks on the published 1.3B shape: tens of minutes, 25 GB of disk. Writes build/scale-report.md.
 scale: $(VENV)/.test
+	mkdir -p build
 	$(BIN)/python -m tests.scale --report build/scale-report.md
 
 $(BIN)/python:
