@@ -76,8 +76,8 @@ TARGETS: dict[str, Target] = {
             fusions=(fuse_attention, pack_qkv, window_caches, fuse_gelu, fuse_skip_layer_norm),
             storage=(store_transposed,),
             fused=True,
-            # The first whose GroupQueryAttention counts the current position into the window.
-            minimum_onnxruntime="1.23.0",
+            # The first whose GroupQueryAttention takes padded rows into window-sized caches.
+            minimum_onnxruntime="1.32.0",
         ),
         Target(
             name="portable",
