@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="int4: how many inputs share a scale: 16, 32, 64, 128 or 256; fewer are more exact, "
-        "more are smaller (default: 64)",
+        "more are smaller (default: the largest up to 128 that divides every width)",
     )
     parser.add_argument(
         "--keep-fp32",
@@ -150,7 +150,7 @@ def _quantization(arguments: argparse.Namespace) -> Quantization:
             wanted = " or ".join(f"--{name}" for name in needs)
             raise RequestError(f"{flag} was given with --{precision}, it goes with {wanted}")
     return Quantization(
-        block_size=arguments.block_size or Quantization.block_size,
+        block_size=arguments.block_size,
         keep=tuple(arguments.keep_fp32),
         int8_prefill=arguments.int8_prefill,
     )

@@ -121,10 +121,6 @@ def export_bundle(
     """
     options = options or ExportOptions()
     target = target_named(options.target)
-    passes = {
-        name: passes_for(target, options.precision, name, options.quantization)
-        for name in GRAPH_NAMES
-    }
     say = progress or (lambda stage, done, total: None)
     started = time.monotonic()
     with (
@@ -134,6 +130,10 @@ def export_bundle(
     ):
         spec = checkpoint.spec
         max_length = _max_length(options.max_length, spec)
+        passes = {
+            name: passes_for(target, options.precision, name, spec, options.quantization)
+            for name in GRAPH_NAMES
+        }
         say("building the graphs", 0, 0)
         models, summaries = _build(spec, passes, lambda name: checkpoint.tensors[name].read())
         try:

@@ -50,9 +50,9 @@ TOLERANCES: dict[str, Tolerance] = {
             "product. A value on the edge between two integers falls to either side by the order "
             "of float32 sums, and that is passed on: PyTorch with the same rounding differs from "
             "onnxruntime by 7e-3 in the median. Measured: median 1.2e-2, worst position 3.9e-2 on "
-            "text and 5.5e-2 on random token ids, worst place inside 4.8e-2. A window off by one "
-            "gives 1.1e-1. "
-            "With activations left exact the same graphs agree within the limit of fp32."
+            "text and 5.5e-2 on random token ids, worst place inside 4.8e-2; a window off by one "
+            "gives 1.1e-1. With activations left exact the same graphs agree within the limit of "
+            "fp32."
         ),
     ),
     "int4": Tolerance(
@@ -61,8 +61,9 @@ TOLERANCES: dict[str, Tolerance] = {
         typical=1.2e-2,
         reason=(
             "As int8, but a block of a row has a scale of its own, so that less is lost. Measured, "
-            "blocks of 16 to 64: median 1.0e-2, worst position 4.2e-2; a window off by one gives 1.2e-1. With activations left "
-            "exact the same graphs agree within the limit of fp32."
+            "blocks of 16 to 64: median 1.0e-2, worst position 4.2e-2; a window off by one "
+            "gives 1.2e-1. With activations left exact the same graphs agree within the limit of "
+            "fp32."
         ),
     ),
 }

@@ -17,7 +17,14 @@ from neo_export.quantize._rounding import in_slabs, search_scale
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BLOCK_SIZES", "Int4Weight", "check_block_size", "dequantize_int4", "quantize_int4"]
+__all__ = [
+    "BLOCK_SIZES",
+    "Int4Weight",
+    "check_block_size",
+    "dequantize_int4",
+    "largest_block_size",
+    "quantize_int4",
+]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 _LOW, _HIGH = -8, 7
@@ -46,6 +53,23 @@ def check_block_size(block_size: int, width: int, name: str) -> None:
             f"block size {block_size} does not fit {name}, which has {width} inputs; "
             + (f"use one of {', '.join(fitting)}" if fitting else "export with --int8")
         )
+
+
+def largest_block_size(widths: tuple[int, ...]) -> int:
+    """The largest usual block size (up to 128) that divides every width.
+
+    128 is what GPTQ, AWQ and OpenVINO take by default; fewer scales are fewer bytes a token.
+
+    Raises:
+        RequestError: none does.
+    """
+    for size in (128, 64, 32, 16):
+        if not any(width % size for width in widths):
+            return size
+    raise RequestError(
+        f"no int4 block size divides all of the widths {', '.join(map(str, widths))}; "
+        "export with --int8"
+    )
 
 
 def quantize_int4(weight: NDArray[np.float32], block_size: int) -> Int4Weight:

@@ -18,6 +18,7 @@ from neo_export.passes.quantize_int4 import quantize_int4_weights
 from neo_export.passes.quantize_int8 import quantize_int8_weights
 from neo_export.passes.store_transposed import store_transposed
 from neo_export.passes.window_caches import window_caches
+from neo_export.quantize.int4 import largest_block_size
 
 if TYPE_CHECKING:
     from neo_runtime.manifest import ModelSpec
@@ -33,8 +34,8 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 class Quantization:
     """How int8 and int4 bundles store their weights; the others ignore it."""
 
-    block_size: int = 64
-    """int4: inputs that share a scale."""
+    block_size: int | None = None
+    """int4: inputs that share a scale; None for the largest up to 128 that divides every width."""
     keep: tuple[str, ...] = ()
     """Shell patterns of the checkpoint's names: these weights stay float32."""
     int8_prefill: bool = False
@@ -104,7 +105,11 @@ def target_named(name: str) -> Target:
 
 
 def passes_for(
-    target: Target, precision: str, graph: str, quantization: Quantization | None = None
+    target: Target,
+    precision: str,
+    graph: str,
+    spec: ModelSpec,
+    quantization: Quantization | None = None,
 ) -> tuple[Pass, ...]:
     """Every pass that one graph of an export goes through, in order.
 
@@ -117,13 +122,18 @@ def passes_for(
             f"expected one of {', '.join(target.precisions)}"
         )
     quantization = quantization or Quantization()
-    keep = quantization.keep
     if precision == "int4" and quantization.int8_prefill and graph != "decode":
         precision = "int8"
-    of_precision: dict[str, tuple[Pass, ...]] = {
-        "fp32": (),
-        "fp16": (float16,),
-        "int8": (quantize_int8_weights(keep), half_positions),
-        "int4": (quantize_int4_weights(quantization.block_size, keep), half_positions),
-    }
-    return target.fusions + of_precision[precision] + target.storage
+    return target.fusions + _of_precision(precision, spec, quantization) + target.storage
+
+
+def _of_precision(precision: str, spec: ModelSpec, quantization: Quantization) -> tuple[Pass, ...]:
+    if precision == "fp16":
+        return (float16,)
+    if precision == "int8":
+        return (quantize_int8_weights(quantization.keep), half_positions)
+    if precision == "int4":
+        widths = (spec.hidden_size, spec.intermediate_size)
+        block_size = quantization.block_size or largest_block_size(widths)
+        return (quantize_int4_weights(block_size, quantization.keep), half_positions)
+    return ()

@@ -1,0 +1,272 @@
+"""`neo-bench BUNDLE`: how fast a bundle is here, and how much faster than its rivals."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from neo_runtime.cores import physical_cores
+from neo_runtime.errors import NeoError, OutputError, RequestError
+
+from neo_tools.bench.cases import PeerChoice, Settings, make_cases
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
+
+__all__ = ["main"]
+
+_WRONG, _INTERRUPTED, _TERMINATED, _BROKEN_PIPE = 2, 130, 143, 141
+_EPILOG = """LIST is numbers with commas, and the option may be repeated: -p 128,1024 -p 16. Every
+combination is measured: prefill of each -p, decode of each -n at each -d, for each -b and -t.
+Tests are named as llama-bench does: pp128 is prefill of 128 tokens, tg32 @ d1900 is 32 decode
+steps behind a cache of 1900 positions. -p 0 or -n 0 leaves a kind out.
+
+Every bundle and peer has a process of its own. They take turns: in each of -r rounds everyone
+does the test once, in an order that rotates, while the others are stopped. A ratio is a peer's
+time / the bundle's time in the same round; the report gives the median of the rounds, and the
+smallest and largest.
+
+Peers run the checkpoint --model on the same token ids, in environments that
+`python -m neo_tools.peers setup PEER` makes.
+
+  neo-bench mini-int4 -p 128 -n 32 -d 128,1900
+  neo-bench mini-fp32 mini-int8 --peer torch --peer openvino:int8 --model neo-mini -o json
+
+exit status: 0 done; 2 wrong usage, or a bundle or peer that cannot run; 130 interrupted"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the long usage."""
+        self.exit(_WRONG, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    try:
+        arguments = _parser().parse_args(argv)
+        previous = signal.signal(signal.SIGTERM, _terminate)
+        try:
+            _run(arguments)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at its end: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except (NeoError, OSError) as error:
+        print(f"neo-bench: {_one_line(str(error))}", file=sys.stderr)
+        return _WRONG
+    return 0
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """End as an exception, so that stopped workers are woken and ended too."""
+    raise SystemExit(_TERMINATED)
+
+
+def _one_line(message: str) -> str:
+    """A message whose tail is a worker's last lines: the first of all, and the last of those."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[0] if len(lines) < 2 else f"{lines[0]} {lines[-1]}"
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    settings = _settings(arguments)
+    if arguments.plot is not None:
+        from neo_tools.bench.plot import check_plot
+
+        check_plot(arguments.plot)
+    # Only now what is slow to import: --help and wrong usage answer at once.
+    from neo_tools.bench.report import write
+    from neo_tools.bench.run import run
+
+    results = run(settings, _Progress(quiet=arguments.quiet))
+    for warning in results.warnings:
+        print(f"neo-bench: warning: {warning}", file=sys.stderr)
+    sys.stdout.write(write(results, arguments.output))
+    if arguments.plot is not None:
+        from neo_tools.bench.plot import write_plot
+
+        try:
+            write_plot(results, arguments.plot)
+        except OSError as error:
+            raise OutputError(f"the picture cannot be written: {error}") from error
+
+
+class _Progress:
+    """Lines on stderr."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+
+    def __call__(self, line: str) -> None:
+        if not self._quiet:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    """Raises RequestError or DependencyError for what cannot be measured."""
+    lists = {
+        "prompts": _chosen(arguments.prompt, (128,)),
+        "new_tokens": _chosen(arguments.new_tokens, (32,)),
+        "depths": _chosen(arguments.depth, (128,)),
+        "batches": _chosen(arguments.batch, (1,)),
+        "threads": _chosen(arguments.threads, (physical_cores(),)),
+    }
+    if arguments.peer and arguments.model is None:
+        raise RequestError("--peer runs the checkpoint itself; name its folder with --model")
+    peers = tuple(_peer(text, arguments.root) for text in arguments.peer)
+    megabytes = arguments.probe_mb
+    return Settings(
+        bundles=tuple(arguments.bundles),
+        peers=tuple(dict.fromkeys(peers)),
+        model=arguments.model,
+        peers_root=arguments.root.absolute() if arguments.root else None,
+        **lists,
+        repetitions=arguments.repetitions,
+        seed=arguments.seed,
+        warmup=not arguments.no_warmup,
+        keep_context=arguments.keep_context,
+        prefill_chunk=arguments.prefill_chunk,
+        probe_bytes=None if megabytes is None else megabytes * 10**6,
+        timeout=arguments.timeout,
+        cases=make_cases(**lists),
+    )
+
+
+def _chosen(given: list[list[int]] | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    """The numbers of all uses of an option, each once."""
+    if not given:
+        return default
+    return tuple(dict.fromkeys(number for numbers in given for number in numbers))
+
+
+def _peer(text: str, root: Path | None) -> PeerChoice:
+    """Parse and check `NAME[:PRECISION]`.
+
+    Raises:
+        DependencyError: there is no such peer, or its environment is not set up.
+        RequestError: it has no such precision.
+    """
+    from neo_tools.peers.environments import python_of, spec_of
+
+    name, _, precision = text.partition(":")
+    spec = spec_of(name)
+    if precision and precision not in spec.precisions:
+        raise RequestError(
+            f"the peer {name} has no precision {precision!r}; it has {', '.join(spec.precisions)}"
+        )
+    python_of(name, root)
+    return PeerChoice(name=name, precision=precision or spec.precisions[0])
+
+
+def _numbers(least: int) -> type[argparse.Action]:
+    """An action that collects lists of whole numbers, each at least `least`."""
+
+    class Collect(argparse.Action):
+        def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: object,
+            option_string: str | None = None,
+        ) -> None:
+            try:
+                numbers = [int(part) for part in str(values).split(",")]
+            except ValueError:
+                parser.error(f"{option_string}: {values!r} is no list of numbers such as 128,1024")
+            if min(numbers) < least:
+                parser.error(f"{option_string}: {min(numbers)} is too small; at least {least}")
+            collected = getattr(namespace, self.dest) or []
+            setattr(namespace, self.dest, [*collected, numbers])
+
+    return Collect
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too small; at least 1")
+    return number
+
+
+_count.__name__ = "number"  # what argparse calls it in its message
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="neo-bench",
+        usage="%(prog)s [options] BUNDLE [BUNDLE ...]",
+        description="Measure bundles, in the manner of llama-bench.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("bundles", metavar="BUNDLE", nargs="+", type=Path)
+    lists = (
+        ("-p", "--prompt", 0, "prompt lengths (128)"),
+        ("-n", "--new-tokens", 0, "numbers of new tokens (32)"),
+        ("-d", "--depth", 1, "positions in the cache before them (128)"),
+        ("-b", "--batch", 1, "sequences at once (1)"),
+        ("-t", "--threads", 1, "threads (physical cores)"),
+    )
+    for short, long, least, text in lists:
+        parser.add_argument(short, long, metavar="LIST", action=_numbers(least), help=text)
+    parser.add_argument(
+        "-r", "--repetitions", metavar="N", type=_count, default=5, help="rounds of each test (5)"
+    )
+    parser.add_argument("-o", "--output", choices=("md", "json", "csv"), default="md")
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="write a roofline picture, .svg or .png"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    peers = parser.add_argument_group("peers")
+    peers.add_argument(
+        "--peer",
+        metavar="NAME[:PRECISION]",
+        action="append",
+        default=[],
+        help="torch[:fp32|bf16], optimum[:fp32], openvino[:int8|int4|fp32]; may be repeated",
+    )
+    peers.add_argument("--model", metavar="CHECKPOINT", type=Path, help="what the peers run")
+    peers.add_argument(
+        "--root", type=Path, help="where their environments are ($NEO_PEERS, else build/peers)"
+    )
+    _add_details(parser.add_argument_group("details"))
+    return parser
+
+
+def _add_details(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--seed", type=int, default=1, help="of the token ids (1)")
+    group.add_argument("--no-warmup", action="store_true", help="count the very first turn too")
+    group.add_argument(
+        "--keep-context",
+        action="store_true",
+        help="decode goes on behind the round before instead of filling the cache again: faster "
+        "with deep contexts, but round r starts (r - 1) × n positions deeper, for everyone alike",
+    )
+    group.add_argument(
+        "--prefill-chunk", metavar="N", type=_count, help="tokens of a prompt at once, of bundles"
+    )
+    group.add_argument(
+        "--probe-mb",
+        metavar="MB",
+        type=_count,
+        help="buffer of the bandwidth measurement (16 times the last-level cache, at least 1074)",
+    )
+    group.add_argument(
+        "--timeout", metavar="S", type=float, default=3600.0, help="for one answer (3600)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

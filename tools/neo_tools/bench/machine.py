@@ -1,0 +1,194 @@
+"""The machine that was measured on, and whether it had anything else to do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from neo_runtime.cores import physical_cores
+
+__all__ = [
+    "BUSY_SHARE",
+    "CpuWatch",
+    "Machine",
+    "busy_warning",
+    "l3_bytes",
+    "machine_facts",
+    "memory_bytes",
+    "small_buffer_warning",
+]
+
+BUSY_SHARE = 0.15
+"""Of the processors: what others may use before a report warns."""
+
+_FLAGS = (
+    "avx2",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "neo-onnx", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Facts for a report."""
+
+    cpu: str
+    flags: tuple[str, ...]
+    """Of the instruction sets that matter here, those it has."""
+    cores: int
+    """Physical ones that this process may use."""
+    processors: int
+    """Hardware threads that this process may use."""
+    l3_bytes: int | None
+    memory_bytes: int | None
+    system: str
+    python: str
+    versions: dict[str, str]
+    load_average: float | None
+    """Of the last minute before the run; None where the system has none."""
+
+
+def machine_facts() -> Machine:
+    """Look at /proc and the installed packages; what is not there is left out."""
+    cpu, flags = _cpu()
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    affinity = getattr(os, "sched_getaffinity", None)
+    return Machine(
+        cpu=cpu,
+        flags=flags,
+        cores=physical_cores(),
+        processors=len(affinity(0)) if affinity else os.cpu_count() or 1,
+        l3_bytes=l3_bytes(),
+        memory_bytes=memory_bytes("MemTotal"),
+        system=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        versions=versions,
+        load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    )
+
+
+def busy_warning(machine: Machine) -> str | None:
+    """A line for the report where the load average says that others compute here."""
+    load = machine.load_average
+    if load is None or load <= BUSY_SHARE * machine.processors:
+        return None
+    return (
+        f"the load average was {load:.2f} on {machine.processors} processors before the run: "
+        "the machine is busy, and the times are no measure of it"
+    )
+
+
+def small_buffer_warning(machine: Machine, probe_bytes: int | None) -> str | None:
+    """A line for the report where a buffer that the user chose measures the cache."""
+    if probe_bytes is None or probe_bytes >= 4 * (machine.l3_bytes or 0):
+        return None
+    return (
+        f"the buffer of the bandwidth measurement, {probe_bytes / 1e6:.0f} MB, is not much larger "
+        f"than the last-level cache of {(machine.l3_bytes or 0) / 1e6:.0f} MB: part of what was "
+        "measured is the cache"
+    )
+
+
+def _cpu() -> tuple[str, tuple[str, ...]]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), ()
+    found: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    flags = set((found.get("flags") or found.get("Features") or "").split())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    return name, tuple(flag for flag in _FLAGS if flag in flags)
+
+
+def l3_bytes() -> int | None:
+    """Bytes of the last-level cache of the first processor; None where the system hides it."""
+    folder = Path("/sys/devices/system/cpu/cpu0/cache")
+    sizes = []
+    for path in folder.glob("index*/size"):
+        text = path.read_text(encoding="utf-8").strip()
+        unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 0)
+        if unit and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) * unit)
+    return max(sizes, default=None)
+
+
+def memory_bytes(field: str) -> int | None:
+    """A field of /proc/meminfo, such as "MemAvailable"."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    return None
+
+
+class CpuWatch:
+    """How much of the processors other programs used between construction and `others`."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._system = _system_seconds()
+        self._own = _own_seconds()
+
+    def others(self) -> float | None:
+        """Processors that others kept busy on average; call it when all children have ended.
+
+        Time that the hypervisor gave to others counts. None where the system does not tell.
+        """
+        system = _system_seconds()
+        elapsed = time.monotonic() - self._started
+        if self._system is None or system is None or elapsed <= 0:
+            return None
+        return max(0.0, (system - self._system) - (_own_seconds() - self._own)) / elapsed
+
+    def warning(self, processors: int) -> str | None:
+        """A line for the report where that was much."""
+        others = self.others()
+        if others is None or others <= BUSY_SHARE * processors:
+            return None
+        return (
+            f"other programs used {others:.2f} of {processors} processors during the run; "
+            "repeat it on a quiet machine"
+        )
+
+
+def _own_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _system_seconds() -> float | None:
+    """Processor time of all programs since the start, steal included (proc_stat(5))."""
+    try:
+        first = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, first[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

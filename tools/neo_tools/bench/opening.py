@@ -1,0 +1,99 @@
+"""The bundles and the checkpoint of a run, checked before anything is started."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.bundle import open_bundle
+from neo_runtime.errors import CheckpointError, RequestError
+
+from neo_tools.bench import traffic
+from neo_tools.bench.cases import check_lengths
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from neo_runtime.manifest import Manifest
+
+    from neo_tools.bench.cases import Settings
+    from neo_tools.bench.traffic import StepWeights
+
+__all__ = ["BundleInfo", "check_checkpoint", "labels_of", "open_bundles"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleInfo:
+    """A bundle that takes part."""
+
+    label: str
+    path: Path
+    manifest: Manifest
+    weights: StepWeights
+
+
+def labels_of(paths: tuple[Path, ...]) -> list[str]:
+    """Folder names, or whole paths where two have the same name.
+
+    Raises:
+        RequestError: a bundle is named twice.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise RequestError("a bundle is named twice; name each of them once")
+    names = [path.resolve().name for path in paths]
+    return [
+        name if names.count(name) == 1 else str(path)
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def open_bundles(settings: Settings) -> list[BundleInfo]:
+    """Open all bundles of a run.
+
+    Raises:
+        BundleError: one cannot be used.
+        RequestError: a case does not fit one, or they are different models.
+        DependencyError: onnx, which reads the graphs, is not installed.
+    """
+    found = []
+    for label, path in zip(labels_of(settings.bundles), settings.bundles, strict=True):
+        bundle = open_bundle(path)
+        check_lengths(settings, bundle.manifest.max_length, str(path))
+        graph = bundle.file(bundle.manifest.graphs["decode"].file)
+        weights = traffic.decode_weights(graph)
+        found.append(BundleInfo(label=label, path=path, manifest=bundle.manifest, weights=weights))
+    sizes = {info.manifest.model.vocab_size for info in found}
+    if len(sizes) > 1:
+        raise RequestError(
+            f"the bundles have vocabularies of {sorted(sizes)} tokens: they are different models, "
+            "and cannot get the same token ids; run them one by one"
+        )
+    return found
+
+
+def check_checkpoint(settings: Settings, manifest: Manifest) -> None:
+    """The checkpoint of the peers is the model that was exported, as far as sizes tell.
+
+    Raises:
+        RequestError: peers without a checkpoint.
+        CheckpointError: it is no checkpoint, or another model.
+    """
+    if not settings.peers:
+        return
+    if settings.model is None:
+        raise RequestError("a peer runs the checkpoint itself; name its folder with --model")
+    path = settings.model / "config.json"
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        found = {name: config.get(name) for name in ("vocab_size", "hidden_size", "num_layers")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); --model expects a Hugging Face model folder"
+        ) from error
+    expected = {name: getattr(manifest.model, name) for name in found}
+    if found != expected:
+        raise CheckpointError(
+            f"{settings.model} is another model than the bundle: it has {found}, the bundle "
+            f"{expected}; name the checkpoint that the bundle was exported from"
+        )

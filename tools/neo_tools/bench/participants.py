@@ -1,0 +1,181 @@
+"""Who takes part: a process each, of which only one computes at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from neo_runtime.errors import NeoError
+
+from neo_tools.peers.client import Peer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from neo_tools.peers.client import LoadResult
+
+__all__ = ["BandwidthWorker", "Guard", "NeoWorker", "Overhead", "Participant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """Seconds a token outside of onnxruntime: see `worker.NeoEngine`."""
+
+    step: float
+    """Around `Model.decode` and the greedy choice."""
+    generate: float
+    """Around everything that `Model.generate` does."""
+
+
+class NeoWorker(Peer):
+    """A bundle's process, `worker.py`."""
+
+    def __init__(
+        self,
+        label: str,
+        bundle: Path,
+        *,
+        precision: str,
+        threads: int,
+        prefill_chunk: int | None = None,
+        timeout: float = 3600.0,
+    ) -> None:
+        command = [sys.executable, "-m", "neo_tools.bench.worker", "--bundle", str(bundle)]
+        command += ["--threads", str(threads)]
+        if prefill_chunk is not None:
+            command += ["--prefill-chunk", str(prefill_chunk)]
+        super().__init__(
+            label, bundle, precision=precision, threads=threads, timeout=timeout, command=command
+        )
+
+    def reserve(self, batch: int, length: int) -> int:
+        """Make the next cache for so many positions; its bytes."""
+        answer = self._ask({"op": "reserve", "batch": batch, "length": length})
+        return int(answer["cache_bytes"])
+
+    def score(self, length: int) -> float:
+        """Run the score graph; seconds."""
+        return float(self._ask({"op": "score", "length": length})["seconds"])
+
+    def overhead(self, batch: int, steps: int) -> Overhead:
+        """What Python costs a token."""
+        answer = self._ask({"op": "overhead", "batch": batch, "steps": steps})
+        return Overhead(step=answer["step"], generate=answer["generate"])
+
+    def first_token(self, length: int) -> tuple[float, float]:
+        """Seconds from `load()` to the first token, and of the same request again."""
+        answer = self._ask({"op": "first_token", "length": length})
+        return float(answer["seconds"]), float(answer["prefill"])
+
+
+class BandwidthWorker(Peer):
+    """The process that measures the machine, `bandwidth.py`."""
+
+    def __init__(self, model: Path, *, threads: int, size: int | None, timeout: float) -> None:
+        command = [sys.executable, "-m", "neo_tools.bench.bandwidth", "--threads", str(threads)]
+        if size is not None:
+            command += ["--bytes", str(size)]
+        super().__init__(
+            "bandwidth", model, precision="-", threads=threads, timeout=timeout, command=command
+        )
+
+    def rates(self, op: Literal["read", "peak"]) -> dict[str, float]:
+        """Bytes or operations a second, by kernel."""
+        rates: dict[str, float] = self._ask({"op": op})["rates"]
+        return rates
+
+
+class Guard:
+    """A small process that wakes the workers if this one is killed.
+
+    A stopped worker could not notice the end of its input, and would stay with all its memory.
+    """
+
+    _CODE = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+pids = [int(line) for line in sys.stdin]
+for pid in pids:
+    try:
+        os.kill(pid, signal.SIGCONT)
+    except OSError:
+        pass
+"""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", self._CODE], stdin=subprocess.PIPE, text=True
+        )
+
+    def watch(self, pid: int) -> None:
+        """Wake this process too."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{pid}\n")
+        self._process.stdin.flush()
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@dataclass(kw_only=True)
+class Participant:
+    """A worker with its name; it is stopped (SIGSTOP) whenever it is not its turn.
+
+    So no idle one can burn processor time, whatever its threads do while they wait.
+    """
+
+    label: str
+    kind: Literal["bundle", "peer", "machine"]
+    precision: str
+    worker: Any
+    """A `Peer`, or anything with its methods."""
+    guard: Guard | None = None
+    loaded: LoadResult | None = None
+
+    @contextmanager
+    def turn(self) -> Iterator[Any]:
+        """Let it run; inside, `worker` answers.
+
+        Raises:
+            NeoError: it does not run any more.
+        """
+        self._signal("SIGCONT")
+        try:
+            yield self.worker
+        finally:
+            with suppress(NeoError):  # what went wrong inside matters more
+                self._signal("SIGSTOP")
+
+    def __enter__(self) -> Participant:
+        self.worker.__enter__()
+        if self.guard is not None:
+            self.guard.watch(self.worker.pid)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(NeoError):
+            self._signal("SIGCONT")  # it must run to hear that it should end
+        self.worker.close()
+
+    def _signal(self, name: str) -> None:
+        number = getattr(signal, name, None)
+        if number is not None:  # Windows has neither
+            with suppress(ProcessLookupError):
+                os.kill(self.worker.pid, number)
+
+
+def rotated(items: Sequence[Participant], by: int) -> list[Participant]:
+    """The order of a round: whoever began the last one comes last."""
+    by %= max(1, len(items))
+    return [*items[by:], *items[:by]]

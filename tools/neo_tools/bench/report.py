@@ -1,0 +1,287 @@
+"""Results as Markdown, JSON or CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+from neo_tools.bench.cases import threads_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from neo_tools.bench.machine import Machine
+    from neo_tools.bench.results import Limits, ParticipantFacts, Ratio, Results, Row
+
+__all__ = ["CSV_COLUMNS", "to_csv", "to_json", "to_markdown", "write"]
+
+CSV_COLUMNS = (
+    "label",
+    "kind",
+    "precision",
+    "threads",
+    "batch",
+    "test",
+    "prompt",
+    "new_tokens",
+    "depth",
+    "rounds",
+    "tokens_per_second",
+    "tokens_per_second_min",
+    "tokens_per_second_max",
+    "first_token_seconds",
+    "token_p50_seconds",
+    "token_p99_seconds",
+    "load_seconds",
+    "load_to_first_token_seconds",
+    "private_bytes",
+    "proportional_bytes",
+    "cache_bytes",
+    "bytes_per_token",
+    "bytes_are_nominal",
+    "read_rate",
+    "limit",
+    "limit_share",
+    "python_seconds",
+    "generate_python_seconds",
+)
+"""Of the CSV, before three for each bundle that ratios were taken against (`ratio to NAME`,
+`… min`, `… max`). Seconds, bytes, bytes a second; empty where there is no such number."""
+
+
+def write(results: Results, form: Literal["md", "json", "csv"]) -> str:
+    """The whole report as text, with a newline at its end."""
+    return {"md": to_markdown, "json": to_json, "csv": to_csv}[form](results)
+
+
+def to_json(results: Results) -> str:
+    """Everything, the seconds of every round included."""
+    return json.dumps(results.to_dict(), indent=1, ensure_ascii=False) + "\n"
+
+
+def to_csv(results: Results) -> str:
+    """A line a participant and case."""
+    bundles = sorted({ratio.bundle for ratio in results.ratios})
+    ratio_columns = [f"ratio to {b}{end}" for b in bundles for end in ("", " min", " max")]
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, (*CSV_COLUMNS, *ratio_columns), lineterminator="\n")
+    writer.writeheader()
+    for row in results.rows:
+        writer.writerow(_flat(results, row) | _flat_ratios(results, row))
+    return stream.getvalue()
+
+
+def _flat(results: Results, row: Row) -> dict[str, Any]:
+    facts = _facts_of(results, row)
+    [limits] = [limit for limit in results.limits if limit.threads == row.threads]
+    derived = {
+        "rounds": len(row.round_seconds),
+        "tokens_per_second": row.tokens_per_second.median,
+        "tokens_per_second_min": row.tokens_per_second.min,
+        "tokens_per_second_max": row.tokens_per_second.max,
+        "load_seconds": facts.load_seconds,
+        "load_to_first_token_seconds": facts.first_token_seconds,
+        "limit": limits.bandwidth,
+    }
+    return {name: derived[name] if name in derived else getattr(row, name) for name in CSV_COLUMNS}
+
+
+def _flat_ratios(results: Results, row: Row) -> dict[str, float]:
+    found: dict[str, float] = {}
+    case = (row.test, row.threads, row.batch, row.label)
+    for ratio in results.ratios:
+        if (ratio.test, ratio.threads, ratio.batch, ratio.other) == case:
+            found[f"ratio to {ratio.bundle}"] = ratio.spread.median
+            found[f"ratio to {ratio.bundle} min"] = ratio.spread.min
+            found[f"ratio to {ratio.bundle} max"] = ratio.spread.max
+    return found
+
+
+def to_markdown(results: Results) -> str:
+    """Tables for a reader."""
+    parts = [
+        "\n".join(f"**Warning: {warning}**  " for warning in results.warnings),
+        _machine_lines(results.machine, results.limits),
+        _table(_LOAD_HEAD, [_load_cells(facts) for facts in results.participants]),
+        _prefill_table(results.rows),
+        _decode_table(results.rows),
+        _table(_MEMORY_HEAD, [_memory_cells(results, row) for row in results.rows]),
+        _ratio_table(results.ratios),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _machine_lines(machine: Machine, limits: Sequence[Limits]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    cache = f", L3 {_size(machine.l3_bytes)}" if machine.l3_bytes else ""
+    lines = [
+        f"- CPU: {machine.cpu}; {machine.cores} cores{cache}; "
+        f"{' '.join(machine.flags) or 'instruction sets unknown'}",
+        f"- memory {_size(machine.memory_bytes)}; {machine.system}; Python {machine.python}; "
+        f"{versions}",
+        f"- load average before the run: {_number(machine.load_average, 2)}",
+    ]
+    for limit in limits:
+        kernels = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in limit.read.items())
+        peak = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limit.peak.items())
+        lines.append(
+            f"- {threads_text(limit.threads)}: best read bandwidth "
+            f"{limit.bandwidth / 1e9:.1f} GB/s ({limit.kernel}; GB/s by kernel: {kernels}), "
+            f"median of {len(limit.rounds)} measurements {median(limit.rounds) / 1e9:.1f}; "
+            f"peak G operations/s: {peak}"
+        )
+    return "\n".join(lines)
+
+
+_LOAD_HEAD = (
+    "model",
+    "precision",
+    "threads",
+    "first load s",
+    "load s",
+    "load to first token s",
+    "more than prefill s",
+    "weight file MB",
+    "prepacked MB",
+)
+
+
+def _load_cells(facts: ParticipantFacts) -> list[str]:
+    return [
+        facts.label,
+        facts.precision,
+        str(facts.threads),
+        _number(facts.first_load_seconds, 3),
+        _number(facts.load_seconds, 3),
+        _number(facts.first_token_seconds, 3),
+        _number(facts.first_token_excess_seconds, 3),
+        _megabytes(facts.weights_bytes),
+        _megabytes(facts.prepacked_bytes),
+    ]
+
+
+_CASE_HEAD = ("model", "precision", "threads", "batch", "test")
+
+
+def _case_cells(row: Row) -> list[str]:
+    return [row.label, row.precision, str(row.threads), str(row.batch), row.test]
+
+
+def _prefill_table(rows: Sequence[Row]) -> str:
+    head = (*_CASE_HEAD, "tok/s", "min – max", "first token ms")
+    cells = [
+        [*_case_cells(row), *_rate_cells(row), _milliseconds(row.first_token_seconds)]
+        for row in rows
+        if row.prompt
+    ]
+    return _table(head, cells)
+
+
+def _decode_table(rows: Sequence[Row]) -> str:
+    head = (
+        *_CASE_HEAD,
+        "tok/s",
+        "min – max",
+        "p50 ms",
+        "p99 ms",
+        "MB read/token",
+        "GB/s",
+        "of the limit",
+        "Python ms",
+        "generate() ms",
+    )
+    cells = [
+        [
+            *_case_cells(row),
+            *_rate_cells(row),
+            _milliseconds(row.token_p50_seconds),
+            _milliseconds(row.token_p99_seconds),
+            _megabytes(row.bytes_per_token) + ("*" if row.bytes_are_nominal else ""),
+            _number(None if row.read_rate is None else row.read_rate / 1e9, 2),
+            "–" if row.limit_share is None else f"{row.limit_share:.0%}",
+            _milliseconds(row.python_seconds, 3),
+            _milliseconds(row.generate_python_seconds, 3),
+        ]
+        for row in rows
+        if row.new_tokens
+    ]
+    note = "\\* nominal: what the precision needs at least, not counted in the rival's graph."
+    has_nominal = any(row.bytes_are_nominal for row in rows if row.new_tokens)
+    return _table(head, cells) + (f"\n\n{note}" if has_nominal else "")
+
+
+_MEMORY_HEAD = (*_CASE_HEAD, "private MB", "proportional MB", "cache MB", "÷ (weights + cache)")
+
+
+def _memory_cells(results: Results, row: Row) -> list[str]:
+    sizes = (row.private_bytes, row.proportional_bytes, row.cache_bytes)
+    weights = _facts_of(results, row).weights_bytes
+    share = "–"
+    if weights is not None and row.cache_bytes is not None and row.proportional_bytes is not None:
+        share = f"{row.proportional_bytes / (weights + row.cache_bytes):.2f}"
+    return [*_case_cells(row), *(_megabytes(size) for size in sizes), share]
+
+
+def _facts_of(results: Results, row: Row) -> ParticipantFacts:
+    [facts] = [p for p in results.participants if (p.label, p.threads) == (row.label, row.threads)]
+    return facts
+
+
+def _ratio_table(ratios: Sequence[Ratio]) -> str:
+    head = ("threads", "batch", "test", "time of", "÷ time of", "median", "min – max", "rounds")
+    return _table(
+        head,
+        [
+            [
+                str(ratio.threads),
+                str(ratio.batch),
+                ratio.test,
+                ratio.other,
+                ratio.bundle,
+                f"{ratio.spread.median:.2f}×",
+                f"{ratio.spread.min:.2f} – {ratio.spread.max:.2f}",
+                str(len(ratio.rounds)),
+            ]
+            for ratio in ratios
+        ],
+    )
+
+
+def _rate_cells(row: Row) -> list[str]:
+    rate = row.tokens_per_second
+    return [f"{rate.median:.2f}", f"{rate.min:.2f} – {rate.max:.2f}"]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its columns aligned for reading as text too; "" without rows."""
+    if not rows:
+        return ""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in escaped
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _milliseconds(seconds: float | None, digits: int = 2) -> str:
+    return _number(None if seconds is None else 1000 * seconds, digits)
+
+
+def _megabytes(size: float | None) -> str:
+    return _number(None if size is None else size / 1e6, 1)
+
+
+def _size(size: int | None) -> str:
+    if size is None:
+        return "unknown"
+    return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:.0f} MiB"

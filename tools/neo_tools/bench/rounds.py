@@ -1,0 +1,112 @@
+"""One case, in rounds: every participant once a round, in an order that rotates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from neo_tools.bench.cases import positions_needed
+from neo_tools.bench.participants import NeoWorker, rotated
+from neo_tools.peers.worker_protocol import context_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from neo_tools.bench.cases import Case, Settings
+    from neo_tools.bench.participants import Overhead, Participant
+    from neo_tools.peers.client import MemoryResult, Peer
+
+__all__ = ["Measured", "measure_case"]
+
+_WARMUP_DEPTH = 16
+_OVERHEAD_STEPS = 24
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """One participant in one case, as measured."""
+
+    rounds: list[list[float]] = field(default_factory=list)
+    """[round][step] seconds; a prefill is one step."""
+    memory: MemoryResult | None = None
+    cache_bytes: int | None = None
+    overhead: Overhead | None = None
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """A round each."""
+        return tuple(sum(steps) for steps in self.rounds)
+
+    @property
+    def steps(self) -> list[float]:
+        """All of them, of all rounds."""
+        return [seconds for steps in self.rounds for seconds in steps]
+
+
+def measure_case(
+    case: Case,
+    participants: Sequence[Participant],
+    settings: Settings,
+    vocab_size: int,
+    *,
+    progress: Callable[[str], None],
+    between: Callable[[], None],
+) -> dict[str, Measured]:
+    """Time `case`; only one participant runs at any moment.
+
+    Args:
+        case: what to do.
+        participants: loaded and stopped.
+        settings: of the run.
+        vocab_size: of the model, for the token ids.
+        progress: told what happens next.
+        between: called after each round, when nobody runs (measures the machine).
+
+    Returns:
+        By label.
+    """
+    found = {participant.label: Measured() for participant in participants}
+    ids = context_ids(case.prompt, case.batch, settings.seed, vocab_size)
+    for participant in participants:
+        with participant.turn() as worker:
+            _prepare(case, worker, settings, ids, found[participant.label])
+    for index in range(settings.repetitions):
+        for participant in rotated(participants, index):
+            progress(f"{case.title}: round {index + 1}/{settings.repetitions}, {participant.label}")
+            with participant.turn() as worker:
+                if case.kind == "prefill":
+                    steps = [worker.prefill(ids).seconds]
+                else:
+                    if index == 0 or not settings.keep_context:
+                        worker.context(case.depth, batch=case.batch, seed=settings.seed)
+                    steps = worker.decode(case.new_tokens).seconds
+            found[participant.label].rounds.append(steps)
+        between()
+    for participant in participants:
+        with participant.turn() as worker:
+            _conclude(case, worker, found[participant.label])
+    return found
+
+
+def _prepare(
+    case: Case, worker: Peer, settings: Settings, ids: list[list[int]], measured: Measured
+) -> None:
+    """Room in the cache, every graph loaded, and a turn that does not count."""
+    if isinstance(worker, NeoWorker):
+        length = positions_needed(case, settings.repetitions, keep_context=settings.keep_context)
+        measured.cache_bytes = worker.reserve(case.batch, length)
+        worker.score(1)
+    if not settings.warmup:
+        return
+    if case.kind == "prefill":
+        worker.prefill(ids)
+    else:
+        worker.context(min(case.depth, _WARMUP_DEPTH), batch=case.batch, seed=settings.seed)
+        worker.decode(min(case.new_tokens, 2))
+
+
+def _conclude(case: Case, worker: Peer, measured: Measured) -> None:
+    """Memory with the case's cache still there; then what Python costs."""
+    measured.memory = worker.memory()
+    if isinstance(worker, NeoWorker) and case.kind == "decode":
+        measured.overhead = worker.overhead(case.batch, _OVERHEAD_STEPS)

@@ -1,0 +1,256 @@
+"""A whole run: open, load, take turns, count, compare."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.manifest import WEIGHTS_NAME
+
+from neo_tools.bench.cases import threads_text
+from neo_tools.bench.machine import CpuWatch, busy_warning, machine_facts, small_buffer_warning
+from neo_tools.bench.opening import check_checkpoint, open_bundles
+from neo_tools.bench.participants import BandwidthWorker, Guard, NeoWorker, Participant
+from neo_tools.bench.results import Limits, ParticipantFacts, Results
+from neo_tools.bench.rounds import measure_case
+from neo_tools.bench.rows import make_ratios, make_row, with_limits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from neo_tools.bench.cases import Settings
+    from neo_tools.bench.opening import BundleInfo
+    from neo_tools.bench.results import Ratio, Row
+
+__all__ = ["run"]
+
+_FIRST_TOKEN_PROMPT = 16
+
+
+def run(settings: Settings, progress: Callable[[str], None]) -> Results:
+    """Measure everything that `settings` names.
+
+    Args:
+        settings: with at least one bundle and one case.
+        progress: told what happens next, a line each time.
+
+    Raises:
+        NeoError: a bundle, a checkpoint or a peer cannot be used, or a worker failed.
+    """
+    bundles = open_bundles(settings)
+    check_checkpoint(settings, bundles[0].manifest)
+    machine, watch = machine_facts(), CpuWatch()
+    parts: list[_Part] = [
+        _run_threads(settings, bundles, threads, progress) for threads in settings.threads
+    ]
+    warnings = [
+        busy_warning(machine),
+        watch.warning(machine.processors),
+        small_buffer_warning(machine, settings.probe_bytes),
+    ]
+    return Results(
+        machine=machine,
+        limits=tuple(part.limits for part in parts),
+        settings=_plain_settings(settings),
+        participants=tuple(facts for part in parts for facts in part.participants),
+        rows=tuple(row for part in parts for row in part.rows),
+        ratios=tuple(ratio for part in parts for ratio in part.ratios),
+        warnings=tuple(warning for warning in warnings if warning is not None),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """The results with one number of threads."""
+
+    limits: Limits
+    participants: list[ParticipantFacts]
+    rows: list[Row]
+    ratios: list[Ratio]
+
+
+def _run_threads(
+    settings: Settings, bundles: list[BundleInfo], threads: int, progress: Callable[[str], None]
+) -> _Part:
+    """All cases with so many threads: the number is fixed when a worker starts."""
+    loading = {info.label: _loading(settings, info, threads, progress) for info in bundles}
+    with ExitStack() as stack:
+        guard = stack.enter_context(Guard())
+        probe = stack.enter_context(_bandwidth(settings, bundles[0].path, threads, guard))
+        best: dict[str, float] = {}
+        each: list[float] = []
+
+        def measure_machine() -> None:
+            with probe.turn() as worker:
+                rates = worker.rates("read")
+            each.append(max(rates.values()))
+            for kernel, rate in rates.items():
+                best[kernel] = max(rate, best.get(kernel, 0.0))
+
+        progress(f"machine, {threads_text(threads)}: reading and products")
+        measure_machine()
+        with probe.turn() as worker:
+            peak = worker.rates("peak")
+        participants = []
+        for participant in _participants(settings, bundles, threads, guard):
+            progress(f"load {participant.label}")
+            participants.append(stack.enter_context(participant))
+            with participant.turn() as worker:
+                participant.loaded = worker.load()
+        rows: list[Row] = []
+        ratios: list[Ratio] = []
+        for case in settings.cases:
+            if case.threads != threads:
+                continue
+            measured = measure_case(
+                case,
+                participants,
+                settings,
+                bundles[0].manifest.model.vocab_size,
+                progress=progress,
+                between=measure_machine,
+            )
+            rows += [
+                make_row(case, participant, measured[participant.label], bundles)
+                for participant in participants
+            ]
+            ratios += make_ratios(case, participants, measured)
+    rows, best = with_limits(rows, best)
+    facts = [_facts(p, settings, bundles, threads, loading.get(p.label)) for p in participants]
+    limits = Limits(
+        threads=threads,
+        read=best,
+        rounds=tuple(each),
+        peak=peak,
+        buffer_bytes=settings.probe_bytes,
+    )
+    return _Part(limits=limits, participants=facts, rows=rows, ratios=ratios)
+
+
+def _bandwidth(settings: Settings, path: Path, threads: int, guard: Guard) -> Participant:
+    worker = BandwidthWorker(
+        path, threads=threads, size=settings.probe_bytes, timeout=settings.timeout
+    )
+    return Participant(label="machine", kind="machine", precision="-", worker=worker, guard=guard)
+
+
+def _participants(
+    settings: Settings, bundles: list[BundleInfo], threads: int, guard: Guard
+) -> list[Participant]:
+    """All of them, not started."""
+    from neo_tools.peers.client import Peer
+
+    found = [
+        Participant(
+            label=info.label,
+            kind="bundle",
+            precision=info.manifest.precision,
+            worker=_neo_worker(settings, info, threads),
+            guard=guard,
+        )
+        for info in bundles
+    ]
+    for choice in settings.peers:
+        assert settings.model is not None
+        worker = Peer(
+            choice.name,
+            settings.model,
+            precision=choice.precision,
+            threads=threads,
+            root=settings.peers_root,
+            timeout=settings.timeout,
+        )
+        found.append(
+            Participant(
+                label=choice.label,
+                kind="peer",
+                precision=choice.precision,
+                worker=worker,
+                guard=guard,
+            )
+        )
+    return found
+
+
+def _neo_worker(settings: Settings, info: BundleInfo, threads: int) -> NeoWorker:
+    return NeoWorker(
+        info.label,
+        info.path,
+        precision=info.manifest.precision,
+        threads=threads,
+        prefill_chunk=settings.prefill_chunk,
+        timeout=settings.timeout,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loading:
+    """Seconds: see the fields of the same names in `ParticipantFacts`."""
+
+    first_load_seconds: float
+    first_token_seconds: float
+    first_token_prefill_seconds: float
+
+
+def _loading(
+    settings: Settings, info: BundleInfo, threads: int, progress: Callable[[str], None]
+) -> _Loading:
+    """Two new processes: one that finds what it finds, and one behind it."""
+    progress(f"load {info.label} for the first time")
+    with _neo_worker(settings, info, threads) as worker:
+        first_load = worker.load().details["load_seconds"]
+        worker.score(1)  # whatever a first use leaves behind for later ones is there now
+    progress(f"load {info.label} for a first token")
+    with _neo_worker(settings, info, threads) as worker:
+        first, prefill = worker.first_token(_FIRST_TOKEN_PROMPT)
+    return _Loading(
+        first_load_seconds=first_load,
+        first_token_seconds=first,
+        first_token_prefill_seconds=prefill,
+    )
+
+
+def _facts(
+    participant: Participant,
+    settings: Settings,
+    bundles: list[BundleInfo],
+    threads: int,
+    loading: _Loading | None,
+) -> ParticipantFacts:
+    loaded = participant.loaded
+    assert loaded is not None
+    shared: dict[str, Any] = {
+        "label": participant.label,
+        "precision": participant.precision,
+        "threads": threads,
+        "versions": loaded.versions,
+        "details": loaded.details,
+    }
+    if participant.kind == "peer":
+        source = str(settings.model)
+        return ParticipantFacts(kind="peer", source=source, load_seconds=loaded.seconds, **shared)
+    [info] = [info for info in bundles if info.label == participant.label]
+    assert loading is not None
+    return ParticipantFacts(
+        kind="bundle",
+        source=str(info.path),
+        load_seconds=loaded.details["load_seconds"],
+        import_seconds=loaded.details["import_seconds"],
+        **asdict(loading),
+        prepacked_bytes=loaded.details["prepacked_bytes"],
+        weights_bytes=info.manifest.files[WEIGHTS_NAME].size,
+        **shared,
+    )
+
+
+def _plain_settings(settings: Settings) -> dict[str, Any]:
+    """For a report: without the cases, which its rows show."""
+    found = asdict(settings)
+    del found["cases"]
+    found["bundles"] = [str(path) for path in settings.bundles]
+    found["peers"] = [choice.label for choice in settings.peers]
+    for name in ("model", "peers_root"):
+        found[name] = None if found[name] is None else str(found[name])
+    return found

@@ -1,0 +1,201 @@
+"""Bytes that a decode step must read, and arithmetic that a step takes: counted, not measured.
+
+Weights are counted in the decode graph itself: the bytes of every tensor that a node reads, once
+each however many names it has. A table that only Gather nodes read counts for one row a sequence
+(positions); a tied table is the head's matrix too, so it counts whole, and once. The cache counts
+with what attention needs: every position in a global layer, the window in a local one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from neo_runtime.errors import DependencyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from neo_runtime.manifest import ModelSpec
+
+__all__ = [
+    "NOMINAL_BYTES",
+    "StepWeights",
+    "cache_bytes_per_step",
+    "decode_flops",
+    "decode_weights",
+    "nominal_weights",
+    "prefill_flops",
+    "require_onnx",
+]
+
+_GATHERS = {"Gather": ("axis", (0,)), "GatherBlockQuantized": ("gather_axis", (0, 2, 3))}
+"""Operators that read rows of a table: the axis' attribute, and which inputs are tables."""
+
+NOMINAL_BYTES: dict[str, tuple[float, float]] = {
+    "fp32": (4.0, 4.0),
+    "bf16": (2.0, 2.0),
+    "int8": (1.0, 1.0),
+    # optimum-intel's int4: groups of 128 with a float16 scale and a 4-bit zero point; head int8.
+    "int4": (0.5 + 2.5 / 128, 1.0),
+}
+"""Bytes a weight of a rival's precision: of the layers' matrices, of the head's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWeights:
+    """Bytes of weights that one decode step reads."""
+
+    dense: int
+    """Whatever the batch."""
+    per_row: int
+    """More for each sequence of the batch: rows of tables that are only looked up."""
+
+    def total(self, batch: int) -> int:
+        """Bytes for a batch."""
+        return self.dense + self.per_row * batch
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """Where a tensor's bytes are."""
+
+    location: str
+    start: int
+    stop: int
+
+
+def require_onnx() -> Any:
+    """Import onnx, which reads the graphs.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise DependencyError(
+            "neo-bench reads graphs with the package onnx, which is not installed: "
+            "pip install 'neo-onnx[bench]'"
+        ) from error
+    return onnx
+
+
+def decode_weights(graph: Path) -> StepWeights:
+    """Count a decode graph.
+
+    Args:
+        graph: path of `decode.onnx`; its external data is not opened.
+    """
+    onnx = require_onnx()
+    model = onnx.load(graph, load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    dense: set[str] = set()
+    looked_up: dict[str, int] = {}
+    for node in model.graph.node:
+        attribute, tables = _GATHERS.get(node.op_type, ("", ()))
+        axis = next((a.i for a in node.attribute if a.name == attribute), 0)
+        for index, name in enumerate(node.input):
+            if name not in tensors:
+                continue
+            if index in tables:
+                looked_up[name] = axis
+            else:
+                dense.add(name)
+    whole = {_extent(onnx, tensors[name]) for name in dense}
+    per_row = 0
+    for name, axis in looked_up.items():
+        extent = _extent(onnx, tensors[name])
+        if not any(_overlap(extent, other) for other in whole):
+            per_row += (extent.stop - extent.start) // max(1, tensors[name].dims[axis])
+    return StepWeights(dense=_union_bytes(whole), per_row=per_row)
+
+
+def _extent(onnx: Any, tensor: Any) -> _Extent:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if "location" not in entries:
+        size = len(tensor.raw_data) or _computed_size(onnx, tensor)
+        return _Extent(f"inside the graph: {tensor.name}", 0, size)
+    start = int(entries.get("offset", 0))
+    size = int(entries.get("length", 0)) or _computed_size(onnx, tensor)
+    return _Extent(entries["location"], start, start + size)
+
+
+def _computed_size(onnx: Any, tensor: Any) -> int:
+    itemsize = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+    return math.prod(map(int, tensor.dims)) * int(itemsize)
+
+
+def _overlap(a: _Extent, b: _Extent) -> bool:
+    return a.location == b.location and a.start < b.stop and b.start < a.stop
+
+
+def _union_bytes(extents: Iterable[_Extent]) -> int:
+    """Bytes that the extents cover together; overlaps count once."""
+    total = 0
+    place, end = "", 0
+    for extent in sorted(extents, key=lambda e: (e.location, e.start)):
+        if extent.location != place:
+            place, end = extent.location, 0
+        total += max(0, extent.stop - max(extent.start, end))
+        end = max(end, extent.stop)
+    return total
+
+
+def nominal_weights(model: ModelSpec, precision: str) -> StepWeights:
+    """Bytes that a rival's precision needs at least: its matrices at their nominal width."""
+    layer, head = NOMINAL_BYTES[precision]
+    count = model.num_layers * _layer_weights(model)
+    return StepWeights(
+        dense=round(count * layer + model.vocab_size * model.hidden_size * head), per_row=0
+    )
+
+
+def cache_bytes_per_step(
+    model: ModelSpec, *, itemsize: int, batch: int, depth: int, steps: int = 1
+) -> float:
+    """Bytes of keys and values that a step reads, the mean of `steps` steps.
+
+    Args:
+        model: the architecture.
+        itemsize: bytes of a cache element.
+        batch: sequences.
+        depth: positions in the cache before the first of the steps.
+        steps: the step `i` attends to `depth + i + 1` positions, its own included.
+    """
+    position = 2 * model.num_heads * model.head_dim * itemsize
+    return position * batch * sum(_attended(model, depth + i + 1) for i in range(steps)) / steps
+
+
+def decode_flops(model: ModelSpec, *, batch: int, depth: int, steps: int = 1) -> float:
+    """Floating-point operations of a decode step (a multiply-add counts two), mean of `steps`."""
+    matrices = _layer_weights(model) * model.num_layers + model.vocab_size * model.hidden_size
+    width = model.num_heads * model.head_dim
+    attended = sum(_attended(model, depth + i + 1) for i in range(steps)) / steps
+    # Each attended position takes a product with the query and one with the weights.
+    return batch * (2.0 * matrices + 4.0 * width * attended)
+
+
+def prefill_flops(model: ModelSpec, *, batch: int, length: int) -> float:
+    """Operations of a prompt into an empty cache; the head runs on the last position only."""
+    width = model.num_heads * model.head_dim
+    attended = sum(_attended(model, position + 1) for position in range(length))
+    layers = 2.0 * _layer_weights(model) * model.num_layers * length
+    return batch * (layers + 2.0 * model.vocab_size * model.hidden_size + 4.0 * width * attended)
+
+
+def _layer_weights(model: ModelSpec) -> int:
+    """Elements of a layer's matrices: q, k, v, out, and the two of the MLP."""
+    width = model.num_heads * model.head_dim
+    return 4 * model.hidden_size * width + 2 * model.hidden_size * model.intermediate_size
+
+
+def _attended(model: ModelSpec, positions: int) -> int:
+    """Positions that all layers together attend to, of a sequence that has so many."""
+    return sum(
+        min(positions, model.window_size) if kind == "local" else positions
+        for kind in model.attention_layers
+    )

@@ -1,0 +1,256 @@
+"""A bundle in a process of its own, driven like the rivals: JSON lines on stdin and stdout.
+
+Besides the requests of `neo_tools.peers.worker_protocol`:
+
+    {"op": "reserve", "length": 1056}     → the next cache has room for so many positions
+    {"op": "score", "length": 16}         → seconds; the score graph is loaded from then on
+    {"op": "overhead", "batch": 1, "steps": 32}   → what Python costs a token, see `_overhead`
+    {"op": "first_token", "length": 16}   → in a process that has loaded nothing: see `_first_token`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from neo_tools.peers.worker_protocol import claim_stdout, context_ids, serve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from neo_runtime.kv_cache import KVCache
+    from neo_runtime.model import Model
+
+__all__ = ["NeoEngine", "main"]
+
+_OVERHEAD_PROMPT = 16
+
+
+class NeoEngine:
+    """Our runtime behind the protocol's `Engine`: what a caller of `Model` would write."""
+
+    packages = ("neo-onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
+
+    def __init__(self, bundle: Path, threads: int, prefill_chunk: int | None) -> None:
+        self._bundle = bundle
+        self._options: dict[str, Any] = {"threads": threads}
+        if prefill_chunk is not None:
+            self._options["prefill_chunk"] = prefill_chunk
+        self._opened: Model | None = None
+        self._cache: KVCache | None = None
+        self._length: int | None = None
+
+    @property
+    def _model(self) -> Model:
+        if self._opened is None:
+            raise ValueError("nothing is loaded")
+        return self._opened
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return self._model.manifest.model.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """Positions that a sequence may have."""
+        return self._model.manifest.max_length
+
+    def load(self) -> dict[str, Any]:
+        """Open the bundle, and the sessions of prefill and decode."""
+        started = perf_counter()
+        import neo_runtime
+        import neo_runtime.model
+
+        imported = perf_counter()
+        self._opened = neo_runtime.load(self._bundle, **self._options)
+        for graph in ("prefill", "decode"):
+            self._opened._backend.session(graph)
+        ready = perf_counter()
+        manifest = self._opened.manifest
+        return {
+            "import_seconds": imported - started,
+            "load_seconds": ready - imported,
+            "precision": manifest.precision,
+            "target": manifest.target,
+            "cache": manifest.cache.layout,
+            "window": manifest.cache.window,
+            "prepacked_bytes": self._opened.prepacked_bytes,
+        }
+
+    def reset(self) -> None:
+        """Forget the cache."""
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+
+    def forward(self, ids: list[list[int]]) -> list[int]:
+        """Append rows of ids; a new sequence allocates its cache, on the clock."""
+        model = self._model
+        if self._cache is None:
+            length = model.rounded_length(self._length or model.manifest.max_length)
+            self._cache = model.new_cache(len(ids), length)
+        elif len(ids[0]) == 1:
+            return _greedy(model.decode(self._cache, [row[0] for row in ids]))
+        return _greedy(model.prefill(self._cache, ids))
+
+    def handlers(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+        """Requests that only this worker knows."""
+        return {
+            "reserve": self._reserve,
+            "score": self._score,
+            "overhead": self._overhead,
+            "first_token": self._first_token,
+        }
+
+    def _reserve(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._length = request["length"]
+        length = self._model.rounded_length(request["length"])
+        return {"cache_bytes": self._model.cache_bytes(request["batch"], length)}
+
+    def _score(self, request: dict[str, Any]) -> dict[str, Any]:
+        [ids] = context_ids(request["length"], 1, 0, self.vocab_size)
+        started = perf_counter()
+        self._model.logits(ids)
+        return {"seconds": perf_counter() - started}
+
+    def _overhead(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Time of decode steps that is not spent inside onnxruntime's native run.
+
+        Returns:
+            `step`: median seconds a step of `Model.decode`, the greedy choice, and the lists
+            around them; `generate`: the same for `Model.generate`, whose bookkeeping comes on
+            top: (its seconds − native seconds) / new tokens, prefill's own bookkeeping and the
+            cache's allocation included; `native`: median seconds a step inside onnxruntime.
+        """
+        from neo_runtime.options import GenerationOptions
+
+        batch, steps = request["batch"], request["steps"]
+        model = self._model
+        ids = context_ids(_OVERHEAD_PROMPT, batch, 0, self.vocab_size)
+        outside, inside = [], []
+        with native_seconds() as spent:
+            length = model.rounded_length(_OVERHEAD_PROMPT + steps)
+            with model.new_cache(batch, length) as cache:
+                tokens = _greedy(model.prefill(cache, ids))
+                for _ in range(steps):
+                    calls, before = len(spent), perf_counter()
+                    tokens = _greedy(model.decode(cache, tokens))
+                    whole = perf_counter() - before
+                    if len(spent) == calls:
+                        raise RuntimeError(
+                            "no call of onnxruntime was seen in a decode step: the runtime "
+                            "calls it in a way that native_seconds does not know"
+                        )
+                    native = sum(spent[calls:])
+                    inside.append(native)
+                    outside.append(whole - native)
+            options = GenerationOptions(max_new_tokens=steps, ignore_eos=True)
+            model.generate(ids, options.merged(max_new_tokens=2))
+            calls, before = len(spent), perf_counter()
+            model.generate(ids, options)
+            around = perf_counter() - before - sum(spent[calls:])
+        return {"step": median(outside), "native": median(inside), "generate": around / steps}
+
+    def _first_token(self, request: dict[str, Any]) -> dict[str, Any]:
+        """From `load()` to the first token of a prompt, in a process that has not loaded anything.
+
+        Returns:
+            `seconds`, and `prefill`: the same request again, now that all is loaded.
+        """
+        if self._opened is not None:
+            raise ValueError("first_token wants a process that has loaded nothing")
+        import neo_runtime
+        import neo_runtime.model
+        from neo_runtime.options import GenerationOptions
+
+        options = GenerationOptions(max_new_tokens=1, ignore_eos=True)
+        started = perf_counter()
+        self._opened = neo_runtime.load(self._bundle, **self._options)
+        [ids] = context_ids(request["length"], 1, 0, self.vocab_size)
+        self._opened.generate(ids, options)
+        first = perf_counter()
+        self._opened.generate(ids, options)
+        return {"seconds": first - started, "prefill": perf_counter() - first}
+
+
+def _greedy(logits: Any) -> list[int]:
+    """[batch, vocab] → each row's best token."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    return tokens
+
+
+@contextmanager
+def native_seconds() -> Iterator[list[float]]:
+    """Collect the seconds of every native run of onnxruntime, a number a call.
+
+    The wrapper sits below onnxruntime's own Python, on its extension class, so that all Python
+    counts as Python, whichever way the runtime calls a session.
+    """
+    from onnxruntime.capi import onnxruntime_pybind11_state
+
+    native = onnxruntime_pybind11_state.InferenceSession
+    spent: list[float] = []
+    kept = {
+        name: getattr(native, name) for name in ("run", "run_with_iobinding", "run_with_ort_values")
+    }
+
+    def timed(function: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            started = perf_counter()
+            try:
+                return function(*arguments, **more)
+            finally:
+                spent.append(perf_counter() - started)
+
+        return call
+
+    for name, function in kept.items():
+        setattr(native, name, timed(function))
+    try:
+        yield spent
+    finally:
+        for name, function in kept.items():
+            setattr(native, name, function)
+
+
+def _others(engine: NeoEngine, requests: TextIO, answers: TextIO) -> Iterator[str]:
+    """Answer this worker's own requests; hand the protocol's on."""
+    handlers = engine.handlers()
+    for line in requests:
+        request = json.loads(line)
+        handler = handlers.get(request.get("op"))
+        if handler is None:
+            yield line
+            continue
+        try:
+            answer = {"ok": True, **handler(request)}
+        except Exception as error:  # a worker outlives a request that fails
+            traceback.print_exc(file=sys.stderr)
+            answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def main(argv: list[str]) -> None:
+    """Serve requests from stdin."""
+    answers = claim_stdout()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prefill-chunk", type=int)
+    arguments = parser.parse_args(argv)
+    engine = NeoEngine(arguments.bundle, arguments.threads, arguments.prefill_chunk)
+    # `serve` only iterates over its requests.
+    serve(engine, cast("TextIO", _others(engine, sys.stdin, answers)), answers)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
