@@ -21,6 +21,7 @@ from neo_export.graphs import GRAPH_NAMES, build_graph
 from neo_export.hub import resolve_model
 from neo_export.memory import PeakMemory
 from neo_export.probes import probes_of
+from neo_export.quantize.stored import StoredWeights
 from neo_export.sidecars import write_sidecars
 from neo_export.staging import record_files, staged_folder
 from neo_export.targets import Quantization, passes_for, target_named
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    import numpy as np
     from neo_runtime.manifest import ModelSpec
+    from numpy.typing import NDArray
 
     from neo_export.checkpoint import Checkpoint
     from neo_export.passes import Pass
@@ -135,7 +138,11 @@ def export_bundle(
             for name in GRAPH_NAMES
         }
         say("building the graphs", 0, 0)
-        models, summaries = _build(spec, passes, lambda name: checkpoint.tensors[name].read())
+
+        def read(name: str) -> NDArray[np.float32]:
+            return checkpoint.tensors[name].read()
+
+        models, summaries = _build(spec, passes, read)
         try:
             weights = write_weights(models, folder, lambda done, all_: say("weights", done, all_))
         except CheckpointError:
@@ -164,7 +171,14 @@ def export_bundle(
         if options.verify:
             from neo_export.verify import verify_bundle
 
-            verification = verify_bundle(folder, manifest, checkpoint, progress)
+            quantization = options.quantization.resolved(options.precision, spec)
+            stored = StoredWeights(
+                read,
+                quantization.precision_of("score", options.precision),
+                quantization.block_size,
+                quantization.keep,
+            )
+            verification = verify_bundle(folder, manifest, checkpoint, stored, progress)
         sizes = {name: record.size for name, record in manifest.files.items()}
         say("putting it in place", 0, 0)
     return ExportSummary(

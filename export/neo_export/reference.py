@@ -12,7 +12,7 @@ import numpy as np
 from neo_runtime.errors import DependencyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -26,7 +26,18 @@ Place = tuple[int | None, str]
 class LayeredReference:
     """Runs token ids through the checkpoint, yielding hidden states place by place."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, read: Callable[[str], NDArray[np.float32]] | None = None
+    ) -> None:
+        """Prepare; nothing is loaded yet.
+
+        Args:
+            checkpoint: the model.
+            read: gives a weight by name, in place of the checkpoint's own.
+
+        Raises:
+            DependencyError: torch or transformers is missing.
+        """
         try:
             import torch
             from transformers import GPTNeoConfig
@@ -40,7 +51,8 @@ class LayeredReference:
         self._modules: Any = modeling_gpt_neo
         self._config = GPTNeoConfig.from_dict(checkpoint.config_json)
         self._config._attn_implementation = "eager"
-        self._checkpoint = checkpoint
+        self._tied = checkpoint.spec.tie_word_embeddings
+        self._read = read or (lambda name: checkpoint.tensors[name].read())
 
     def places(self, ids: NDArray[np.int64]) -> Iterator[tuple[Place, NDArray[np.float32]]]:
         """Yield ((layer, place), hidden states [S, width]) in the order of computation.
@@ -65,8 +77,7 @@ class LayeredReference:
 
     def logits(self, final: NDArray[np.float32]) -> NDArray[np.float32]:
         """The head: [S, H] after the final norm → [S, V]."""
-        tied = self._checkpoint.spec.tie_word_embeddings
-        table = self._read("transformer.wte.weight" if tied else "lm_head.weight")
+        table = self._read("transformer.wte.weight" if self._tied else "lm_head.weight")
         torch = self._torch
         with torch.inference_mode():
             scores = torch.nn.functional.linear(torch.tensor(final), torch.from_numpy(table.copy()))
@@ -99,6 +110,3 @@ class LayeredReference:
         }
         module.load_state_dict(state, assign=True)
         return module
-
-    def _read(self, name: str) -> NDArray[np.float32]:
-        return self._checkpoint.tensors[name].read()

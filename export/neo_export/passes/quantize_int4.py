@@ -112,7 +112,7 @@ def _stored(weight: ir.Value, block_size: int) -> tuple[ir.Value, ir.Value]:
         graph,
         {
             f"{weight.name}.int4": (ir.DataType.UINT8, (rows, blocks, block_size // 2)),
-            f"{weight.name}.scales": (ir.DataType.FLOAT, (rows, blocks)),
+            f"{weight.name}.int4.scales": (ir.DataType.FLOAT, (rows, blocks)),
         },
         make,
     )

@@ -14,7 +14,6 @@ Must not fire for a weight that is kept wider, or that is computed.
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,22 +28,18 @@ from neo_export.passes._tensors import (
     static_shape,
 )
 from neo_export.quantize.int8 import quantize_int8
+from neo_export.quantize.stored import is_kept
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.passes import Pass
 
-__all__ = ["is_kept", "quantize_int8_weights"]
+__all__ = ["quantize_int8_weights"]
 
 _LEVELS = 127
 _ZERO = 128
 _TINY = 1e-30  # a row of zeros must not divide by zero
-
-
-def is_kept(name: str | None, keep: tuple[str, ...]) -> bool:
-    """Whether a weight is among those that stay wide, by shell pattern."""
-    return name is not None and any(fnmatchcase(name, pattern) for pattern in keep)
 
 
 class _Int8(Rule):
@@ -126,7 +121,7 @@ def _stored(weight: ir.Value) -> tuple[ir.Value, ir.Value]:
         graph,
         {
             f"{weight.name}.int8": (ir.DataType.INT8, (columns, rows)),
-            f"{weight.name}.scales": (ir.DataType.FLOAT, (rows,)),
+            f"{weight.name}.int8.scales": (ir.DataType.FLOAT, (rows,)),
         },
         make,
     )

@@ -2,7 +2,7 @@
 
 Seven of the eight bits: the u8×s8 kernels of x86 CPUs without VNNI add two products in a signed
 16-bit register, and 2 · 255 · 64 = 32640 is the most that fits. With −127…127 they saturate
-silently (docs/performance.md has the proof by extreme values).
+silently (docs/int8-saturation.md has the proof by extreme values).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from neo_runtime.errors import RequestError
@@ -40,6 +40,20 @@ class Quantization:
     """Shell patterns of the checkpoint's names: these weights stay float32."""
     int8_prefill: bool = False
     """int4: prefill and score read a second, int8 copy of the weights."""
+
+    def resolved(self, precision: str, spec: ModelSpec) -> Quantization:
+        """The same with the block size decided, where int4 needs one."""
+        if precision != "int4" or self.block_size is not None:
+            return self
+        return replace(
+            self, block_size=largest_block_size((spec.hidden_size, spec.intermediate_size))
+        )
+
+    def precision_of(self, graph: str, precision: str) -> str:
+        """How one graph of a bundle of this precision reads its weights."""
+        if precision == "int4" and self.int8_prefill and graph != "decode":
+            return "int8"
+        return precision
 
 
 @dataclass(frozen=True)
@@ -122,8 +136,7 @@ def passes_for(
             f"expected one of {', '.join(target.precisions)}"
         )
     quantization = quantization or Quantization()
-    if precision == "int4" and quantization.int8_prefill and graph != "decode":
-        precision = "int8"
+    precision = quantization.precision_of(graph, precision)
     return target.fusions + _of_precision(precision, spec, quantization) + target.storage
 
 
@@ -133,7 +146,7 @@ def _of_precision(precision: str, spec: ModelSpec, quantization: Quantization) -
     if precision == "int8":
         return (quantize_int8_weights(quantization.keep), half_positions)
     if precision == "int4":
-        widths = (spec.hidden_size, spec.intermediate_size)
-        block_size = quantization.block_size or largest_block_size(widths)
+        block_size = quantization.resolved(precision, spec).block_size
+        assert block_size is not None
         return (quantize_int4_weights(block_size, quantization.keep), half_positions)
     return ()

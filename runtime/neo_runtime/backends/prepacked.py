@@ -4,12 +4,13 @@ Kernels of quantized products read weights in an order of their own. Left alone,
 would write that order into private memory: once a graph, once a process. Here the first session
 of a graph stores it, and all later ones map it:
 
-    CACHE/neo-onnx/prepacked/KEY/decode/     decode.onnx  prepacked.bin ─┐ one file, by hard
-    CACHE/neo-onnx/prepacked/KEY/prefill/    prefill.onnx prepacked.bin ─┘ links, where equal
+    CACHE/prepacked/KEY/decode/     files.json decode.onnx  prepacked.bin ─┐ one file, by hard
+    CACHE/prepacked/KEY/prefill/    files.json prefill.onnx prepacked.bin ─┘ links, where equal
 
 The exporter orders weights alike in all graphs, so that the files are equal. KEY says what they
 depend on: the bundle's digest, the CPU's kind, onnxruntime's version, this layout. A graph's folder
-appears by one rename; a lock lets two processes build it once. Deleting it all is always safe.
+appears by one rename; a lock lets two processes build it once. `files.json` records what was
+written: a folder that no longer agrees with it is built again. Deleting it all is always safe.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -24,15 +26,18 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.errors import BundleError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 __all__ = ["PrepackedCache", "cache_root", "cpu_kind"]
 
-_LAYOUT = "1"
+_LAYOUT = "2"
 _WEIGHTS = "prepacked.bin"
+_RECORD = "files.json"
 _MINIMUM_BYTES = "1024"  # smaller tensors stay inside the graph
 
 _log = logging.getLogger("neo_runtime")
@@ -81,21 +86,24 @@ class PrepackedCache:
             The graph's path; None where the cache cannot be used (logged as a warning): then
             each session prepacks for itself.
         """
-        path = self.folder / name / f"{name}.onnx"
-        if path.exists():
+        folder = self.folder / name
+        path = folder / f"{name}.onnx"
+        if _is_whole(folder):
             return path
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with _locked(self.folder / "lock"):
-                if not path.exists():
+                if not _is_whole(folder):
+                    self._discard(name)
                     self._build(name, build)
         except OSError as error:
-            _log.warning(
-                "prepacked weights cannot be kept in %s (%s): each session makes its own copy, "
-                "loading is slower; set NEO_CACHE_DIR to a folder that can be written",
-                self.folder,
-                error.strerror or error,
-            )
+            self._warn(error.strerror or str(error))
+            return None
+        except BundleError as error:
+            # So onnxruntime reports a full disk. If it is the bundle's own graph that cannot be
+            # loaded, the session without a cache says so next.
+            self._warn("onnxruntime could not write them, is the disk full?")
+            _log.debug("%s", error)
             return None
         return path
 
@@ -108,6 +116,21 @@ class PrepackedCache:
                 status = path.stat()
                 sizes[status.st_ino] = status.st_size if path.is_file() else 0
         return sum(sizes.values())
+
+    def _warn(self, reason: str) -> None:
+        _log.warning(
+            "prepacked weights cannot be kept in %s (%s): each session makes its own copy, "
+            "loading is slower; set NEO_CACHE_DIR to a folder with room that can be written",
+            self.folder,
+            reason,
+        )
+
+    def _discard(self, name: str) -> None:
+        """Remove a damaged folder; sessions that have mapped its files keep them."""
+        folder = self.folder / name
+        if folder.exists():
+            _log.warning("%s is damaged: prepacked weights are built again", folder)
+            shutil.rmtree(folder)
 
     def _build(self, name: str, build: Callable[[Path, dict[str, str]], None]) -> None:
         for left_over in self.folder.glob(".partial-*"):  # a killed build: we hold the lock
@@ -125,6 +148,7 @@ class PrepackedCache:
                 },
             )
             self._share(partial / _WEIGHTS)
+            _record(partial)
             for path in partial.iterdir():
                 _sync(path)
             partial.rename(self.folder / name)
@@ -140,6 +164,29 @@ class PrepackedCache:
                     os.link(other, link)
                     link.replace(weights)
                 return
+
+
+def _record(folder: Path) -> None:
+    """Write down what lies in a graph's folder."""
+    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    (folder / _RECORD).write_text(json.dumps(files), encoding="utf-8")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a graph's folder holds what was written into it."""
+    try:
+        files = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        return bool(files == {name: _describe(folder / name) for name in files} != {})
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Size, and a checksum of all but the weights: reading those would undo the mapping."""
+    if path.name == _WEIGHTS:
+        return {"size": path.stat().st_size}
+    data = path.read_bytes()
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 @contextmanager

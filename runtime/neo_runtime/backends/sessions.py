@@ -86,7 +86,10 @@ class SessionFactory:
         options = self._options(graph)
         # It was optimized when it was stored.
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return self._open(stored, options)
+        try:
+            return self._open(stored, options)
+        except BundleError:  # somebody emptied the cache this very moment
+            return self._open(path, self._options(graph))
 
     def _store(self, graph: str, path: Path, to: Path, settings: dict[str, str]) -> None:
         options = self._options(graph)
@@ -100,10 +103,10 @@ class SessionFactory:
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what fails is raised; no second account on stderr
-        # Shapes repeat in decode alone; elsewhere a plan a shape would only collect memory, and
-        # score, whose logits can be large, gives its memory back to the system after each call.
+        # Shapes repeat in decode alone. Elsewhere a plan a shape would only collect memory, and
+        # activations and logits can be large: they go back to the system after each call.
         options.enable_mem_pattern = graph == "decode"
-        options.enable_cpu_mem_arena = graph != "score"
+        options.enable_cpu_mem_arena = graph == "decode"
         settings = session_settings(self._bundle.manifest, graph) | self._session_config
         for key, value in settings.items():
             options.add_session_config_entry(key, value)

@@ -1,0 +1,351 @@
+"""Prepacked weights on disk: shared, keyed, built once, and never the reason for a wrong answer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import neo_runtime
+import numpy as np
+import onnxruntime as ort
+import pytest
+from helpers.bundles import record
+from helpers.models import TinyConfig, make_checkpoint
+from neo_export.exporter import ExportOptions, export_bundle
+from neo_export.targets import Quantization
+from neo_runtime.backends import prepacked
+from neo_runtime.backends.prepacked import PrepackedCache, cache_root
+from neo_runtime.errors import BundleError
+from neo_runtime.manifest import Manifest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CONFIG = TinyConfig(vocab_size=300, num_heads=4, head_dim=16, max_position_embeddings=48)
+IDS = np.arange(7, 31)
+PRECISIONS = ("int8", "int4")
+GRAPHS = {"prefill", "decode", "score"}
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    make_checkpoint(folder / "checkpoint", CONFIG)
+    options = ExportOptions(precision=request.param, quantization=Quantization(block_size=32))
+    export_bundle(str(folder / "checkpoint"), folder / "bundle", options)
+    return folder / "bundle"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder of this test, which is not there yet."""
+    monkeypatch.setenv("NEO_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def answers(bundle: Path, **options: Any) -> NDArray[np.float32]:
+    """Logits of all three graphs, from a model of its own."""
+    with neo_runtime.load(bundle, threads=1, **options) as model:
+        scored = model.logits(IDS)
+        kept = model.new_cache(1, len(IDS) + 1)
+        prompt = model.prefill(kept, [IDS]).copy()
+        return np.concatenate([scored, prompt, model.decode(kept, [5])])
+
+
+def key_folder(cache: Path) -> Path:
+    [folder] = (cache / "prepacked").iterdir()
+    return folder
+
+
+def stored(cache: Path) -> dict[str, os.stat_result]:
+    """Every file of the cache but locks, by its path."""
+    found = (path for path in cache.rglob("*") if path.is_file() and path.name != "lock")
+    return {path.relative_to(cache).as_posix(): path.stat() for path in found}
+
+
+def inodes(cache: Path) -> dict[str, tuple[int, int]]:
+    """What changes when a file is written anew."""
+    return {path: (status.st_ino, status.st_mtime_ns) for path, status in stored(cache).items()}
+
+
+def test_same_answers_with_and_without(bundle: Path, cache: Path) -> None:
+    without = answers(bundle, keep_prepacked=False)
+    assert not cache.exists()
+    building, using = answers(bundle), answers(bundle)
+    assert np.array_equal(building, without)
+    assert np.array_equal(using, without)
+
+
+def test_built_once_and_used_after(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(bundle)
+    assert {path.name for path in key_folder(cache).iterdir()} == {*GRAPHS, "lock"}
+    before, opened = inodes(cache), []
+    session = ort.InferenceSession
+
+    def remember(path: str, *arguments: Any, **options: Any) -> Any:
+        opened.append(Path(path))
+        return session(path, *arguments, **options)
+
+    monkeypatch.setattr(ort, "InferenceSession", remember)
+    answers(bundle)
+    assert inodes(cache) == before
+    assert {path.stem for path in opened} == GRAPHS
+    assert all(path.is_relative_to(cache) for path in opened)
+
+
+def test_one_file_serves_all_graphs(bundle: Path, cache: Path) -> None:
+    answers(bundle)
+    weights = {s.st_ino: s.st_size for p, s in stored(cache).items() if p.endswith("prepacked.bin")}
+    assert len(weights) == 1
+    assert min(weights.values()) > (bundle / "weights.bin").stat().st_size
+
+
+def test_size_counts_a_shared_file_once(bundle: Path, cache: Path) -> None:
+    with neo_runtime.load(bundle, threads=1) as model:
+        assert model.prepacked_bytes == 0
+        model.logits(IDS)
+        scored = model.prepacked_bytes
+        model.prefill(model.new_cache(1, 32), [IDS])
+        both = model.prepacked_bytes
+    files = stored(cache)
+    assert both == sum({s.st_ino: s.st_size for s in files.values()}.values())
+    weights = next(s.st_size for path, s in files.items() if path.endswith("prepacked.bin"))
+    assert scored > weights
+    assert both - scored < weights
+    with neo_runtime.load(bundle, threads=1, keep_prepacked=False) as model:
+        assert model.prepacked_bytes == 0
+
+
+def test_float32_keeps_none(mini_bundle: Path, cache: Path) -> None:
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+        model.logits(IDS)
+        assert model.prepacked_bytes == 0
+    assert not cache.exists()
+
+
+def test_deleted_while_loaded(bundle: Path, cache: Path) -> None:
+    expected = answers(bundle)
+    with neo_runtime.load(bundle, threads=1) as model:
+        first = model.logits(IDS)
+        shutil.rmtree(cache)
+        assert np.array_equal(model.logits(IDS), first)
+        kept = model.new_cache(1, 32)
+        prompt = model.prefill(kept, [IDS])  # a graph that was not loaded yet
+        assert np.array_equal(prompt[0], expected[len(IDS)])
+    assert {path.split("/")[2] for path in stored(cache)} == {"prefill"}
+    assert np.array_equal(answers(bundle), expected)
+    assert {path.split("/")[2] for path in stored(cache)} == GRAPHS
+
+
+@pytest.mark.parametrize("kind", ["file", "read-only"])
+def test_unwritable_folder(
+    kind: str, bundle: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Costs speed, and says so."""
+    if kind == "file":
+        cache.write_text("in the way")
+    else:
+        cache.mkdir(mode=0o500)
+        if os.access(cache, os.W_OK):
+            pytest.skip("this user may write anywhere")
+    expected = answers(bundle, keep_prepacked=False)
+    with caplog.at_level(logging.WARNING, "neo_runtime"):
+        found = answers(bundle)
+    assert np.array_equal(found, expected)
+    message = caplog.records[0].getMessage()
+    assert str(cache) in message
+    assert "loading is slower" in message
+    assert "NEO_CACHE_DIR" in message
+
+
+DISK_FULL = """
+import logging, resource, sys
+import neo_runtime
+logging.basicConfig()
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+with neo_runtime.load(sys.argv[1], threads=1) as model:
+    print(model.logits(range(7, 31)).argmax(axis=1).tolist(), model.prepacked_bytes)
+"""
+
+
+def test_disk_full(bundle: Path, cache: Path) -> None:
+    """onnxruntime fails to write its file: the same answers, a warning, and nothing left."""
+    result = _python(DISK_FULL, str(bundle))
+    expected = answers(bundle, keep_prepacked=False)[: len(IDS)].argmax(axis=1).tolist()
+    assert result.stdout.split("\n")[0] == f"{expected} 0"
+    assert "is the disk full?" in result.stderr
+    assert not stored(cache)
+
+
+def test_a_bundle_that_cannot_be_loaded_is_the_bundles_fault(
+    bundle: Path, cache: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bundle, tmp_path / "broken")
+    path = tmp_path / "broken" / "score.onnx"
+    path.write_bytes(path.read_bytes().replace(b"LayerNorm", b"LaierNorm"))
+    manifest = Manifest.from_json((bundle / "neo.json").read_text())
+    files = {**manifest.files, "score.onnx": record(path)}
+    (tmp_path / "broken" / "neo.json").write_text(replace(manifest, files=files).to_json())
+    with (
+        neo_runtime.load(tmp_path / "broken", threads=1) as model,
+        pytest.raises(BundleError, match=r"broken/score\.onnx"),
+    ):
+        model.logits(IDS)
+    assert not stored(cache)
+
+
+def _truncate(path: Path) -> None:
+    size = path.stat().st_size
+    path.unlink()  # the file may be shared with other graphs, or mapped
+    path.write_bytes(bytes(size // 2))
+
+
+def _truncate_shared(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("prepacked.bin", _truncate),
+        ("prepacked.bin", _truncate_shared),
+        ("prepacked.bin", Path.unlink),
+        ("score.onnx", _truncate),
+        ("score.onnx", _flip),
+        ("score.onnx", Path.unlink),
+        ("files.json", _truncate),
+        ("files.json", Path.unlink),
+        ("files.json", lambda path: path.write_text("[1]")),
+        ("files.json", lambda path: path.write_text("{}")),
+    ],
+)
+def test_damaged_files_are_built_again(
+    name: str, damage: Any, bundle: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = answers(bundle)
+    damage(key_folder(cache) / "score" / name)
+    with caplog.at_level(logging.WARNING, "neo_runtime"):
+        found = answers(bundle)
+    assert np.array_equal(found, expected)
+    assert "is damaged: prepacked weights are built again" in caplog.records[0].getMessage()
+    repaired = inodes(cache)
+    assert np.array_equal(answers(bundle), expected)
+    assert inodes(cache) == repaired
+    weights = [s for path, s in stored(cache).items() if path.endswith("prepacked.bin")]
+    assert {s.st_size for s in weights} == {weights[0].st_size}
+    assert not list(key_folder(cache).glob(".partial-*"))
+
+
+def test_left_overs_of_a_killed_build_go(bundle: Path, cache: Path) -> None:
+    answers(bundle)
+    folder = key_folder(cache)
+    (folder / "score").rename(folder / ".partial-killed")
+    answers(bundle)
+    assert {path.name for path in folder.iterdir()} == {*GRAPHS, "lock"}
+
+
+TWO_AT_ONCE = """
+import sys
+import neo_runtime
+with neo_runtime.load(sys.argv[1], threads=1) as model:
+    sys.stdin.readline()
+    print(model.logits(range(7, 31)).argmax(axis=1).tolist())
+    print(model.prefill(model.new_cache(1, 32), [range(7, 31)]).argmax())
+"""
+
+
+def test_two_processes_build_at_once(bundle: Path, cache: Path) -> None:
+    expected = answers(bundle, keep_prepacked=False)[: len(IDS) + 1].argmax(axis=1).tolist()
+    processes = [_start(TWO_AT_ONCE, str(bundle)) for _ in range(2)]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error
+        assert out.splitlines() == [str(expected[:-1]), str(expected[-1])]
+        assert error == ""
+    names = {path.name for path in key_folder(cache).iterdir()}
+    assert names == {"score", "prefill", "lock"}
+    before = inodes(cache)
+    answers(bundle)
+    assert before.items() <= inodes(cache).items()
+
+
+def _start(program: str, *arguments: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def _python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+
+
+def test_key_says_what_the_files_depend_on(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = Manifest.from_json((bundle / "neo.json").read_text()).digest
+    keys = {
+        PrepackedCache(digest, "1.32.0", tmp_path).folder,
+        PrepackedCache(digest, "1.32.1", tmp_path).folder,
+        PrepackedCache(digest[::-1], "1.32.0", tmp_path).folder,
+    }
+    kind = prepacked.cpu_kind()
+    monkeypatch.setattr(prepacked, "cpu_kind", lambda: f"{kind} avx10")
+    keys.add(PrepackedCache(digest, "1.32.0", tmp_path).folder)
+    monkeypatch.setattr(prepacked, "_LAYOUT", "0")
+    keys.add(PrepackedCache(digest, "1.32.0", tmp_path).folder)
+    assert len(keys) == 5
+    monkeypatch.undo()
+    again = PrepackedCache(digest, "1.32.0", tmp_path).folder
+    assert again in keys
+    assert again.parent == tmp_path / "prepacked"
+
+
+def test_bundles_do_not_share(bundle: Path, cache: Path, tmp_path: Path) -> None:
+    """A copy of a bundle is the same bundle, another export is not."""
+    shutil.copytree(bundle, tmp_path / "copy")
+    answers(bundle)
+    before = inodes(cache)
+    answers(tmp_path / "copy")
+    assert inodes(cache) == before
+    make_checkpoint(tmp_path / "checkpoint", CONFIG, seed=1)
+    export_bundle(str(tmp_path / "checkpoint"), tmp_path / "other", ExportOptions(precision="int8"))
+    found = answers(tmp_path / "other")
+    assert len(list((cache / "prepacked").iterdir())) == 2
+    assert np.array_equal(found, answers(tmp_path / "other", keep_prepacked=False))
+
+
+def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cache_root() != Path.home() / ".cache" / "neo-onnx", "the session's own, see conftest"
+    monkeypatch.setenv("NEO_CACHE_DIR", str(tmp_path))
+    assert cache_root() == tmp_path
+    monkeypatch.delenv("NEO_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_root() == tmp_path / "xdg" / "neo-onnx"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_root() == tmp_path / "home" / ".cache" / "neo-onnx"
