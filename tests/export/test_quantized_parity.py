@@ -26,6 +26,7 @@ from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint, random
 from helpers.running import Graphs, assert_agrees, relative_l2
 from neo_export.checkpoint import open_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
+from neo_export.quantize.stored import StoredWeights
 from neo_export.targets import Quantization
 from neo_export.tolerances import TOLERANCES
 from neo_export.verify import verify_bundle
@@ -192,5 +193,10 @@ def test_every_place_of_every_layer(name: str, cases: Callable[[str], Case]) -> 
     case = cases(name)
     graphs = Graphs(case.shipped)
     with open_checkpoint(case.checkpoint) as checkpoint:
-        found = verify_bundle(case.shipped, graphs.manifest, checkpoint)
+        weights = StoredWeights(lambda name: checkpoint.tensors[name].read(), "fp32")
+        found = verify_bundle(case.shipped, graphs.manifest, checkpoint, weights)
     assert len(found.places) == len(graphs.manifest.probes)
+    limit = TOLERANCES[case.precision]
+    assert found.worst_place.error <= limit.hidden
+    assert limit.typical is not None
+    assert found.typical_error <= limit.typical

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def install(tmp_path: Path) -> Callable[..., None]:
-    """Lay out an installed distribution in tmp_path/site: `install(name, {file: bytes}, requires)`."""
+    """`install(name, {file: bytes}, requires)` lays out a distribution in tmp_path/site."""
 
     site = tmp_path / "site"
     site.mkdir()
