@@ -13,13 +13,13 @@ Must not fire for a weight that is kept wider, or that is computed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from neo_export.passes._rule import MatchResult, apply
+from neo_export.passes._stored_weight import store_weights
 from neo_export.passes._tensors import add_lazy_parts, alias_of, read, static_shape
-from neo_export.passes.quantize_int8 import _Int8
 from neo_export.quantize.int4 import check_block_size, quantize_int4
 
 if TYPE_CHECKING:
@@ -33,10 +33,11 @@ _BITS = 4
 _INT8_ACTIVATIONS = 4
 
 
-class _Int4(_Int8):
-    def __init__(self, keep: tuple[str, ...], block_size: int) -> None:
-        super().__init__(keep)
-        self.block_size = block_size
+@dataclass(frozen=True)
+class _Int4:
+    """See the module."""
+
+    block_size: int
 
     def product(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
         rows, columns = static_shape(weight)
@@ -54,37 +55,11 @@ class _Int4(_Int8):
         )
         return result
 
-
-class _Product(_Int4):
-    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
-        return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
-
-    def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
-        return self.product(op, x, weight)
-
-
-class _Head(_Int4):
-    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
-        return op.Gemm(x, weight, transB=1)
-
-    def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
-        return self.product(op, x, weight)
-
-
-class _Table(_Int4):
-    def pattern(self, op: Any, weight: Any, ids: Any) -> Any:
-        return op.Gather(weight, ids, axis=0)
-
-    def check(self, context: Any, weight: ir.Value, **_: Any) -> Any:
-        if weight.name is not None and weight.name.endswith("wpe.weight"):
-            return MatchResult().fail("positions are stored by their own pass", weight)
-        return super().check(context, weight)
-
-    def rewrite(self, op: Any, weight: ir.Value, ids: ir.Value, **_: Any) -> Any:
+    def rows(self, op: Any, weight: ir.Value, ids: ir.Value) -> ir.Value:
         rows, columns = static_shape(weight)
         packed, scales = _stored(weight, self.block_size)
         table = alias_of(packed, f"{weight.name}.int4.rows", (rows, columns // 2))
-        return op.GatherBlockQuantized(
+        embedded: ir.Value = op.GatherBlockQuantized(
             table,
             ids,
             scales,
@@ -94,6 +69,7 @@ class _Table(_Int4):
             quantize_axis=1,
             _domain="com.microsoft",
         )
+        return embedded
 
 
 def _stored(weight: ir.Value, block_size: int) -> tuple[ir.Value, ir.Value]:
@@ -123,6 +99,6 @@ def quantize_int4_weights(block_size: int, keep: tuple[str, ...] = ()) -> Pass:
     """The pass, for all matrices but those whose names match one of the shell patterns `keep`."""
 
     def quantize_int4(model: ir.Model) -> int:
-        return sum(apply(rule, model, keep, block_size) for rule in (_Product, _Head, _Table))
+        return store_weights(model, _Int4(block_size), keep)
 
     return quantize_int4

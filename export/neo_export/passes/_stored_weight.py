@@ -1,0 +1,84 @@
+"""The three places that read a weight matrix, for passes that store it another way.
+
+MatMul(x, Transpose(w))      a projection
+Gemm(x, table, transB=1)     the head
+Gather(table, ids)           the embedding
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import onnx_ir as ir
+
+from neo_export.passes._rule import MatchResult, Rule, apply
+from neo_export.passes._tensors import is_parameter
+from neo_export.quantize.stored import is_kept
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["WeightFormat", "store_weights"]
+
+
+class WeightFormat(Protocol):
+    """How a pass writes the two operations on a weight [out, in]."""
+
+    def product(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """X · weightᵀ."""
+
+    def rows(self, op: Any, weight: ir.Value, ids: ir.Value) -> ir.Value:
+        """weight[ids]."""
+
+
+class _StoreWeight(Rule):
+    def __init__(self, weights: WeightFormat, keep: Sequence[str]) -> None:
+        super().__init__()
+        self.weights, self.keep = weights, tuple(keep)
+
+    def check(self, context: Any, weight: ir.Value, **_: Any) -> Any:
+        result = MatchResult()
+        if not is_parameter(weight) or weight.dtype != ir.DataType.FLOAT:
+            return result.fail("the weight is computed, or not float32", weight)
+        if weight.shape is None or len(weight.shape) != 2 or is_kept(weight.name, self.keep):
+            return result.fail("the weight is kept as it is", weight)
+        return result
+
+
+class _Projection(_StoreWeight):
+    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
+        return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+
+    def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
+        return self.weights.product(op, x, weight)
+
+
+class _Head(_StoreWeight):
+    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
+        return op.Gemm(x, weight, transB=1)
+
+    def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
+        return self.weights.product(op, x, weight)
+
+
+class _Embedding(_StoreWeight):
+    def pattern(self, op: Any, weight: Any, ids: Any) -> Any:
+        return op.Gather(weight, ids, axis=0)
+
+    def check(self, context: Any, weight: ir.Value, **_: Any) -> Any:
+        if weight.name is not None and weight.name.endswith("wpe.weight"):
+            return MatchResult().fail("positions are stored by a pass of their own", weight)
+        return super().check(context, weight)
+
+    def rewrite(self, op: Any, weight: ir.Value, ids: ir.Value, **_: Any) -> Any:
+        return self.weights.rows(op, weight, ids)
+
+
+def store_weights(model: ir.Model, weights: WeightFormat, keep: Sequence[str]) -> int:
+    """Rewrite every matrix whose name matches none of the shell patterns `keep`.
+
+    Returns:
+        How many places were rewritten.
+    """
+    rules = (_Projection, _Head, _Embedding)
+    return sum(apply(rule, model, weights, keep) for rule in rules)
