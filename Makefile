@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
+# onnxruntime's wheels report usage to their maker otherwise.
+export ORT_DISABLE_TELEMETRY := 1
 
 .PHONY: demo test lint scale clean
 
