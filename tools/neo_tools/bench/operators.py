@@ -129,6 +129,8 @@ def measure(
         write(graph, rng)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
+        # Or the threads of the candidate before would spin beside the one that is measured.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
         sessions[name] = ort.InferenceSession(graph.serialized(), options)
         print(f"prepared: {name}", file=sys.stderr)
