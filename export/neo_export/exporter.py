@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-from neo_runtime.errors import CheckpointError, RequestError
+from neo_runtime.errors import RequestError
 from neo_runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, TensorSpec
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -140,14 +140,12 @@ def export_bundle(
         say("building the graphs", 0, 0)
 
         def read(name: str) -> NDArray[np.float32]:
-            return checkpoint.tensors[name].read()
+            tensor = checkpoint.tensors[name]
+            tensor.check_finite()  # here, where the checkpoint's own name is known
+            return tensor.read()
 
         models, summaries = _build(spec, passes, read)
-        try:
-            weights = write_weights(models, folder, lambda done, all_: say("weights", done, all_))
-        except CheckpointError:
-            checkpoint.verify_finite()  # names the checkpoint's own tensor, not what became of it
-            raise
+        weights = write_weights(models, folder, lambda done, all_: say("weights", done, all_))
         for name, graph in models.items():
             ir.save(graph, folder / f"{name}.onnx")
         has_tokenizer = write_sidecars(checkpoint, spec, target.name, max_length, folder)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from neo_runtime.errors import CheckpointError
 from neo_runtime.manifest import WEIGHTS_NAME, FileRecord
 from numpy.typing import NDArray
 
@@ -96,9 +95,6 @@ def write_weights(
         models: by graph name; their lazy initializers become references into the file.
         folder: where `weights.bin` is created.
         progress: called with bytes written and bytes in all.
-
-    Raises:
-        CheckpointError: a tensor holds NaN or infinity.
     """
     tensors: dict[str, ir.Value] = {}
     for model in models.values():
@@ -142,25 +138,10 @@ def _chunks(value: ir.Value) -> list[memoryview]:
     """The tensor's bytes, little endian, in pieces; the array lives until the last is used."""
     assert value.const_value is not None
     array = np.ascontiguousarray(value.const_value.numpy())
-    if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
-        _require_finite(array, value.name or "a tensor")
     flat = array.reshape(-1).view(np.uint8).data
     if len(flat) != _nbytes(value):
         raise AssertionError(f"{value.name}: {len(flat)} bytes made, {_nbytes(value)} announced")
     return [flat[start : start + _CHUNK] for start in range(0, len(flat), _CHUNK)]
-
-
-def _require_finite(array: NDArray[np.floating], name: str) -> None:
-    # A sum is finite only if every term is (barring overflow, which the exact count settles).
-    with np.errstate(all="ignore"):
-        if np.isfinite(np.sum(array, dtype=np.float64)):
-            return
-    bad = int(array.size - np.count_nonzero(np.isfinite(array)))
-    if bad:
-        raise CheckpointError(
-            f"{name} holds {bad} values that are NaN or infinite, expected finite weights; "
-            "the checkpoint is damaged or its training diverged"
-        )
 
 
 def _refer(model: ir.Model, places: Mapping[str, tuple[int, int]], folder: Path) -> None:

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
     from neo_export.passes import Pass
 
-__all__ = ["PRECISIONS", "TARGETS", "Quantization", "Target", "passes_for", "target_named"]
-
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+__all__ = ["TARGETS", "Quantization", "Target", "passes_for", "target_named"]
 
 
 @dataclass(frozen=True, kw_only=True)
