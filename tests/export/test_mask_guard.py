@@ -284,3 +284,16 @@ def test_the_guard_names_itself(
     outcome = _run(model, graph, Situation(new, past, tuple(map(tuple, mask))))
     assert isinstance(outcome, str)
     assert GUARD_NODE in outcome
+
+
+@pytest.mark.parametrize("fixture", ["mini_bundle", "portable_bundle"])
+def test_any_number_but_zero_lets_through(fixture: str, request: pytest.FixtureRequest) -> None:
+    """As in PyTorch, a mask is what it is as a boolean: 2 is no other position than 1."""
+    graphs = Graphs(request.getfixturevalue(fixture))
+    ids = np.arange(3, 8)[None]
+    # The fused graphs want room for a local layer's window even without a past.
+    ones, twos = (
+        graphs.run("prefill", ids, graphs.cache(), attention_mask=np.full_like(ids, value))
+        for value in (1, 2)
+    )
+    np.testing.assert_array_equal(ones, twos)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -100,3 +101,19 @@ def test_what_is_no_version(version: str) -> None:
 def test_opening_a_bundle_needs_onnxruntime_only_when_asked() -> None:
     code = "import sys, neo_runtime.bundle; sys.exit('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("set_to", "found"), [(None, "1"), ("0", "0")])
+def test_usage_reports_are_off_unless_the_user_decided(set_to: str | None, found: str) -> None:
+    """Before onnxruntime is imported, or it has made an identity already."""
+    code = (
+        "import os, sys; from neo_runtime.installation import require_onnxruntime as require; "
+        "assert 'onnxruntime' not in sys.modules; require(); "
+        "print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    if set_to is not None:
+        environment["ORT_DISABLE_TELEMETRY"] = set_to
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == found

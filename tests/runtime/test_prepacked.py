@@ -145,6 +145,22 @@ def test_deleted_while_loaded(bundle: Path, cache: Path) -> None:
     assert {path.split("/")[2] for path in stored(cache)} == GRAPHS
 
 
+def test_deleted_just_before_it_is_read(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody empties the folder between the look and the load: the bundle's own graph serves."""
+    expected = answers(bundle)
+    look = PrepackedCache.graph
+
+    def look_and_lose(self: PrepackedCache, name: str, build: Any) -> Path | None:
+        path = look(self, name, build)
+        shutil.rmtree(self.folder)
+        return path
+
+    monkeypatch.setattr(PrepackedCache, "graph", look_and_lose)
+    np.testing.assert_array_equal(answers(bundle), expected)
+
+
 @pytest.mark.parametrize("kind", ["file", "read-only"])
 def test_unwritable_folder(
     kind: str, bundle: Path, cache: Path, caplog: pytest.LogCaptureFixture
