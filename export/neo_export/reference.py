@@ -62,18 +62,29 @@ class LayeredReference:
         """
         torch = self._torch
         with torch.inference_mode():
-            rows = self._read("transformer.wte.weight")[ids]
-            hidden = torch.from_numpy(rows + self._read("transformer.wpe.weight")[: len(ids)])[None]
+            hidden = torch.from_numpy(self.embed(ids))[None]
             yield (None, "embedding"), hidden[0].numpy()
             for layer in range(self._config.num_layers):
                 for place, value in self._block(layer, hidden):
                     hidden = value if place == "residual" else hidden
                     yield (layer, place), value[0].numpy()
-            norm = self._load(
-                torch.nn.LayerNorm(self._config.hidden_size, self._config.layer_norm_epsilon),
-                "transformer.ln_f.",
-            )
-            yield (None, "final_norm"), norm(hidden)[0].numpy()
+            yield (None, "final_norm"), self.load_final_norm()(hidden)[0].numpy()
+
+    def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Token ids [S] from position 0 → the sum of both tables' rows, [S, H]."""
+        positions = self._read("transformer.wpe.weight")[: len(ids)]
+        embedded: NDArray[np.float32] = self._read("transformer.wte.weight")[ids] + positions
+        return embedded
+
+    def load_block(self, layer: int) -> Any:
+        """The `GPTNeoBlock` of one layer, ready to run; its weights are private copies."""
+        block = self._modules.GPTNeoBlock(self._config, layer).eval()
+        return self._load(block, f"transformer.h.{layer}.")
+
+    def load_final_norm(self) -> Any:
+        """The `torch.nn.LayerNorm` behind the last layer."""
+        norm = self._torch.nn.LayerNorm(self._config.hidden_size, self._config.layer_norm_epsilon)
+        return self._load(norm, "transformer.ln_f.")
 
     def logits(self, final: NDArray[np.float32]) -> NDArray[np.float32]:
         """The head: [S, H] after the final norm → [S, V]."""
@@ -85,9 +96,7 @@ class LayeredReference:
         return result
 
     def _block(self, layer: int, hidden: Any) -> Iterator[tuple[str, Any]]:
-        block = self._load(
-            self._modules.GPTNeoBlock(self._config, layer).eval(), f"transformer.h.{layer}."
-        )
+        block = self.load_block(layer)
         seen: dict[str, Any] = {}
         attention = block.attn.attention
         for name, module in (

@@ -11,6 +11,7 @@
     ├── CacheLimitError        the key/value cache would pass the limit that was set
     ├── DependencyError        a package is missing, or two packages exclude each other
     ├── OutputError            a result cannot be written where it was asked for
+    ├── StatisticsError        calibration statistics, or the text for them, cannot be used
     └── VerificationError      what was written does not compute what it should
 
 A message says what was found, what was expected, and what to do. Command lines print it as
@@ -31,6 +32,7 @@ __all__ = [
     "NeoError",
     "OutputError",
     "RequestError",
+    "StatisticsError",
     "VerificationError",
 ]
 
@@ -77,6 +79,10 @@ class DependencyError(NeoError, ImportError):
 
 class OutputError(NeoError, OSError):
     """A result cannot be written."""
+
+
+class StatisticsError(NeoError):
+    """Statistics of another model, damaged ones, or text that gives none."""
 
 
 class VerificationError(NeoError):

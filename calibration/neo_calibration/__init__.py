@@ -1,0 +1,1 @@
+"""Run real text through a checkpoint and keep what quantization needs to know about it."""

@@ -1,0 +1,83 @@
+"""One layer of PyTorch's GPT-Neo, with every place inside it looked at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from neo_export.reference import LayeredReference
+    from neo_runtime.manifest import ModelSpec
+    from numpy.typing import NDArray
+
+__all__ = ["ObservedLayer"]
+
+
+class ObservedLayer:
+    """Runs contexts through one `GPTNeoBlock`."""
+
+    def __init__(self, reference: LayeredReference, spec: ModelSpec, layer: int) -> None:
+        """Load the layer's weights.
+
+        Args:
+            reference: gives the block, float32, `attn_implementation="eager"`.
+            spec: the architecture.
+            layer: its index.
+        """
+        import torch
+
+        self._torch: Any = torch
+        self._heads, self._head_dim = spec.num_heads, spec.head_dim
+        local = spec.attention_layers[layer] == "local"
+        self._window = spec.window_size if local else None
+        self._block: Any = reference.load_block(layer)
+        self._seen: dict[str, Any] = {}
+        attention, mlp = self._block.attn.attention, self._block.mlp
+        for place, module in (
+            ("ln_1", self._block.ln_1),
+            ("query", attention.q_proj),
+            ("key", attention.k_proj),
+            ("value", attention.v_proj),
+            ("attention", attention.out_proj),
+            ("ln_2", self._block.ln_2),
+            ("c_fc", mlp.c_fc),
+            ("gelu", mlp.act),
+            ("mlp", mlp),
+        ):
+            module.register_forward_hook(
+                lambda _module, _inputs, output, place=place: self._see(place, output)
+            )
+        attention.out_proj.register_forward_pre_hook(
+            lambda _module, inputs: self._see("attended", inputs[0])
+        )
+
+    def run(self, hidden: NDArray[np.float32]) -> dict[str, Any]:
+        """One context, hidden states [S, H] → torch tensors [S, C] by place, in no order."""
+        self._seen = {}
+        with self._torch.inference_mode():
+            output = self._block(self._torch.from_numpy(hidden)[None])
+        self._see("residual", output[0] if isinstance(output, tuple) else output)
+        return self._seen
+
+    def score_max(self, query: Any, key: Any) -> NDArray[np.float32]:
+        """Largest |q·k| of each head [N] over the pairs that attend to each other.
+
+        Args:
+            query: [S, H].
+            key: [S, H].
+        """
+        torch = self._torch
+        length = len(query)
+        visible = torch.ones(length, length, dtype=torch.bool).tril_()
+        if self._window is not None:
+            visible = visible.triu_(1 - self._window)
+        found = np.empty(self._heads, np.float32)
+        for head in range(self._heads):
+            columns = slice(head * self._head_dim, (head + 1) * self._head_dim)
+            scores = query[:, columns] @ key[:, columns].T
+            found[head] = float(scores.abs_().mul_(visible).max())
+        return found
+
+    def _see(self, place: str, value: Any) -> None:
+        self._seen[place] = value[0]

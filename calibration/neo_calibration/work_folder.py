@@ -1,0 +1,154 @@
+"""Where an unfinished calibration lies, so that the next call can go on with it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from neo_export.output_errors import as_output_error
+from neo_export.renames import exchange, rename_exclusive
+from neo_export.statistics import STATISTICS_NAME, PlaceSummary
+from neo_runtime.errors import OutputError
+
+from neo_calibration.arrays import write_arrays, write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from neo_calibration.accumulate import PlaceResult
+
+__all__ = ["WorkFolder"]
+
+
+class WorkFolder:
+    """The hidden folder beside the destination; see `neo_calibration.collect` for its layout."""
+
+    def __init__(self, root: Path, target: Path) -> None:
+        self.root, self.target = root, target
+        self.new, self._parts = root / "new", root / "parts"
+
+    @classmethod
+    @contextmanager
+    def acquire(cls, output: Path, request: Mapping[str, Any], *, force: bool) -> Iterator[Self]:
+        """Take up the unfinished work of the same request, or begin.
+
+        The folder stays when the block raises: what is finished in it is finished.
+
+        Raises:
+            OutputError: `output` is taken, another process works on it, or it cannot be written.
+        """
+        target = Path(os.path.realpath(output))
+        _check_target(target, force=force)
+        root = target.with_name(f".{target.name}.calibrating")
+        try:
+            root.mkdir(exist_ok=True)
+            with (root / "lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise OutputError(
+                        f"{target} is being written by another neo-calibrate; wait for it"
+                    ) from None
+                work = cls(root, target)
+                work._begin(json.dumps(request, indent=1, sort_keys=True) + "\n")
+                yield work
+        except OSError as error:
+            if failure := as_output_error(error, output, root):
+                raise failure from error
+            raise
+
+    def _begin(self, request: str) -> None:
+        file = self.root / "request.json"
+        same = file.is_file() and file.read_text(encoding="utf-8") == request
+        if same and self.new.is_dir():
+            return
+        file.unlink(missing_ok=True)  # first: what is half removed belongs to no request
+        for entry in self.root.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self.new.mkdir()
+        self._parts.mkdir()
+        write_whole(file, request)
+
+    def file_name(self, name: str) -> str:
+        """The safetensors file of a part, relative to the folder of statistics."""
+        return f"{name}.safetensors"
+
+    def has_part(self, name: str) -> bool:
+        """Whether a part is finished."""
+        return (self._parts / f"{name}.json").is_file()
+
+    def write_part(
+        self,
+        name: str,
+        results: Sequence[PlaceResult],
+        scores: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Finish a part: its arrays, then its summary, whose presence says that it is finished."""
+        arrays = {key: array for result in results for key, array in result.arrays.items()}
+        write_arrays(self.new / self.file_name(name), arrays)
+        places = {r.place: asdict(r.summary) for r in results}
+        heads = [] if scores is None else [float(score) for score in scores]
+        write_whole(
+            self._parts / f"{name}.json", json.dumps({"places": places, "score_max": heads})
+        )
+
+    def read_part(self, name: str) -> tuple[dict[str, PlaceSummary], tuple[float, ...]]:
+        """Summaries by place, and the largest score of each head (none where there are none)."""
+        raw = json.loads((self._parts / f"{name}.json").read_text(encoding="utf-8"))
+        places = {
+            place: PlaceSummary(**(s | {"outlier_channels": tuple(s["outlier_channels"])}))
+            for place, s in raw["places"].items()
+        }
+        return places, tuple(raw["score_max"])
+
+    def hidden(self, layer: int, tokens: int, width: int) -> NDArray[np.float32]:
+        """Input of a layer, float32 [tokens, width], mapped."""
+        return np.memmap(self.root / f"hidden.{layer}", np.float32, "r", shape=(tokens, width))
+
+    @contextmanager
+    def hidden_to_write(self, layer: int, tokens: int, width: int) -> Iterator[NDArray[np.float32]]:
+        """The same, to be filled; it is there once the block has ended normally."""
+        partial = self.root / f"hidden.{layer}.partial"
+        rows: np.memmap[Any, Any] = np.memmap(partial, np.float32, "w+", shape=(tokens, width))
+        yield rows
+        rows.flush()
+        partial.replace(self.root / f"hidden.{layer}")
+
+    def forget_hidden(self, layer: int) -> None:
+        """Remove the input of a layer that is finished."""
+        (self.root / f"hidden.{layer}").unlink(missing_ok=True)
+
+    def finish(self, *, force: bool) -> None:
+        """Put the folder of statistics in place, and remove everything else."""
+        try:
+            rename_exclusive(self.new, self.target)
+        except FileExistsError:
+            _check_target(self.target, force=force)
+            if not exchange(self.new, self.target):
+                shutil.rmtree(self.target)
+                self.new.rename(self.target)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _check_target(target: Path, *, force: bool) -> None:
+    if not target.parent.is_dir():
+        raise OutputError(f"cannot write {target}: there is no folder {target.parent}; make it")
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise OutputError(f"{target} exists already; use --force to replace it")
+    empty = target.is_dir() and not any(target.iterdir())
+    if not (empty or (target / STATISTICS_NAME).is_file()):
+        raise OutputError(
+            f"{target} holds no {STATISTICS_NAME}, refusing to replace it; choose another path"
+        )

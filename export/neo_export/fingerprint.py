@@ -1,0 +1,54 @@
+"""Which checkpoint something was made from: a digest of every tensor, and one over them all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from neo_export.checkpoint import Checkpoint
+    from neo_export.lazy_tensor import LazyTensor
+
+__all__ = ["fingerprint", "tensor_digests"]
+
+_CHUNK = 1 << 24
+
+
+def tensor_digests(
+    checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None
+) -> dict[str, str]:
+    """sha256 (hex) of every tensor's type, shape and bytes, by name; reads the whole checkpoint.
+
+    Args:
+        checkpoint: an open one.
+        progress: called with tensors done and in all.
+    """
+    digests: dict[str, str] = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing lets go of the lock
+        for name, digest in zip(
+            checkpoint.tensors, pool.map(_digest, checkpoint.tensors.values()), strict=True
+        ):
+            digests[name] = digest
+            if progress is not None:
+                progress(len(digests), len(checkpoint.tensors))
+    return digests
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """One sha256 (hex) over the names and digests of all tensors."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _digest(tensor: LazyTensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+    flat = np.ascontiguousarray(tensor.read_raw()).reshape(-1).view(np.uint8)
+    for start in range(0, flat.size, _CHUNK):
+        digest.update(flat[start : start + _CHUNK].data)
+    return digest.hexdigest()

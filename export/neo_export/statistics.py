@@ -1,0 +1,297 @@
+"""What real text does inside a model: the statistics that `neo-calibrate` wrote, read here.
+
+    statistics = Statistics.open("stats")
+    statistics.check_model(checkpoint)
+    statistics.channel_max("transformer.h.0.key")      # float32 [hidden]
+
+The folder's format is described in docs/calibration.md: `statistics.json`, and one safetensors file
+a layer. Arrays are views of the mapped files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from neo_runtime.errors import CheckpointError, StatisticsError
+
+from neo_export.fingerprint import tensor_digests
+from neo_export.safetensors_file import SafetensorsFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import NDArray
+
+    from neo_export.checkpoint import Checkpoint
+
+__all__ = [
+    "INPUT_PLACES",
+    "LAYER_PLACES",
+    "SCHEMA_VERSION",
+    "STATISTICS_NAME",
+    "PlaceSummary",
+    "Statistics",
+    "StatisticsHeader",
+    "input_place",
+]
+
+STATISTICS_NAME = "statistics.json"
+SCHEMA_VERSION = 1
+
+LAYER_PLACES = (
+    "ln_1",
+    "query",
+    "key",
+    "value",
+    "attended",
+    "attention",
+    "ln_2",
+    "c_fc",
+    "gelu",
+    "mlp",
+    "residual",
+)
+"""Places of a layer, in the order of computation."""
+
+INPUT_PLACES = ("ln_1", "attended", "ln_2", "gelu", "final_norm")
+"""Places that a matrix reads: they have second moments and samples."""
+
+_INPUTS = {
+    "attn.attention.q_proj": "ln_1",
+    "attn.attention.k_proj": "ln_1",
+    "attn.attention.v_proj": "ln_1",
+    "attn.attention.out_proj": "attended",
+    "mlp.c_fc": "ln_2",
+    "mlp.c_proj": "gelu",
+}
+_LAYER_WEIGHT = re.compile(r"(transformer\.h\.\d+)\.(.+)\.weight")
+
+
+def input_place(weight_name: str) -> str:
+    """The place whose values a matrix is multiplied with.
+
+    Args:
+        weight_name: the checkpoint's name of a matrix, such as
+            "transformer.h.3.mlp.c_fc.weight"; the token table counts as the (tied) head.
+
+    Raises:
+        ValueError: no matrix of that name multiplies activations.
+    """
+    if weight_name in ("transformer.wte.weight", "lm_head.weight"):
+        return "transformer.final_norm"
+    match = _LAYER_WEIGHT.fullmatch(weight_name)
+    if match is None or match[2] not in _INPUTS:
+        raise ValueError(f"{weight_name!r} is no matrix that multiplies activations")
+    return f"{match[1]}.{_INPUTS[match[2]]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceSummary:
+    """What `statistics.json` says of one place."""
+
+    channels: int
+    low: float
+    """Smallest value seen."""
+    high: float
+    """Largest value seen."""
+    mean_square: float
+    percentiles: dict[str, float]
+    """Of |x| over all values: "50", "90", "99", "99.9", "99.99", "99.999"; each is at most 0.8 %
+    off, see docs/calibration.md."""
+    outlier_channels: tuple[int, ...]
+    """Channels whose largest |x| is at least 6 times the median channel's."""
+    file: str
+    """The safetensors file with the arrays."""
+    second_moment: bool
+    """Whether the full matrix of second moments was kept."""
+
+    @property
+    def largest(self) -> float:
+        """The largest |x| seen."""
+        return max(-self.low, self.high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsHeader:
+    """`statistics.json`."""
+
+    schema_version: int
+    model: dict[str, Any]
+    """`spec`: the architecture, as a bundle's manifest has it; `tensors`: name → sha256."""
+    text: dict[str, Any]
+    """`digest`: sha256 of the token ids; `tokens`, `contexts`, `max_length`, `files`."""
+    places: dict[str, PlaceSummary]
+    """In the order of computation."""
+    score_max: dict[str, tuple[float, ...]]
+    """Layer ("transformer.h.0") → largest |q·k|, unscaled and causal, of each head."""
+    tools: dict[str, str]
+    """Versions of the packages that ran the model."""
+
+    def to_json(self) -> str:
+        """JSON text with a newline at its end; the same content has the same bytes."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = STATISTICS_NAME) -> Self:
+        """Parse and check.
+
+        Raises:
+            StatisticsError: not what `to_json` writes, or a newer schema.
+        """
+        try:
+            raw = json.loads(text)
+            version = raw["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise StatisticsError(
+                    f"{source} has schema version {version}, expected {SCHEMA_VERSION}; run "
+                    "neo-calibrate of this version again"
+                )
+            raw["places"] = {
+                name: PlaceSummary(
+                    **(place | {"outlier_channels": tuple(place["outlier_channels"])})
+                )
+                for name, place in raw["places"].items()
+            }
+            raw["score_max"] = {name: tuple(heads) for name, heads in raw["score_max"].items()}
+            return cls(**raw)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise StatisticsError(
+                f"{source} is damaged ({error!r}); run neo-calibrate again"
+            ) from error
+
+
+class Statistics:
+    """A folder of statistics, open.
+
+    Attributes:
+        folder: where it lies.
+        header: `statistics.json`.
+    """
+
+    def __init__(self, folder: Path, header: StatisticsHeader) -> None:
+        self.folder = folder
+        self.header = header
+        self._files: dict[str, SafetensorsFile] = {}
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Open a folder that `neo-calibrate` wrote; arrays are read when asked for.
+
+        Raises:
+            StatisticsError: it is none, or damaged.
+        """
+        folder = Path(path)
+        file = folder / STATISTICS_NAME
+        if not file.is_file():
+            raise StatisticsError(
+                f"{folder} holds no {STATISTICS_NAME}; expected a folder written by "
+                "neo-calibrate MODEL --text FILE -o FOLDER"
+            )
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise StatisticsError(f"{file} cannot be read: {error}") from error
+        return cls(folder, StatisticsHeader.from_json(text, str(file)))
+
+    @property
+    def places(self) -> Mapping[str, PlaceSummary]:
+        """Every place's summary, by name, in the order of computation."""
+        return self.header.places
+
+    @property
+    def tokens(self) -> int:
+        """Positions that were run."""
+        return int(self.header.text["tokens"])
+
+    def check_model(
+        self, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Make sure that these are this checkpoint's statistics; reads the whole checkpoint.
+
+        Args:
+            checkpoint: the model at hand.
+            progress: called with tensors done and in all.
+
+        Raises:
+            StatisticsError: they are another model's; says what differs.
+        """
+        theirs, ours = self.header.model["spec"], json.loads(json.dumps(asdict(checkpoint.spec)))
+        for field in ours:
+            if theirs.get(field) != ours[field] and not field.endswith("_token_id"):
+                raise self._another(checkpoint, f"{field} {theirs.get(field)}", ours[field])
+        digests = tensor_digests(checkpoint, progress)
+        recorded = self.header.model["tensors"]
+        for name, digest in digests.items():
+            if recorded.get(name) != digest:
+                raise self._another(checkpoint, f"other values of {name!r}", "its own")
+
+    def _another(self, checkpoint: Checkpoint, found: str, expected: object) -> StatisticsError:
+        return StatisticsError(
+            f"{self.folder} holds the statistics of another model: it has {found}, "
+            f"{checkpoint.folder} has {expected}; run neo-calibrate on {checkpoint.folder}"
+        )
+
+    def channel_max(self, place: str) -> NDArray[np.float32]:
+        """Largest |x| of each channel, [C]."""
+        low, high = self.channel_range(place)
+        return np.maximum(-low, high)
+
+    def channel_range(self, place: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Smallest and largest value of each channel, [C] each."""
+        return self._array(place, "low"), self._array(place, "high")
+
+    def channel_mean(self, place: str) -> NDArray[np.float32]:
+        """Mean of each channel, [C]."""
+        return self._array(place, "mean")
+
+    def channel_mean_square(self, place: str) -> NDArray[np.float32]:
+        """Mean square of each channel, [C]: the diagonal of the second moments."""
+        return self._array(place, "mean_square")
+
+    def second_moment(self, place: str) -> NDArray[np.float32]:
+        """E[x xᵀ] over all positions, [C, C], exactly symmetric; mapped.
+
+        Raises:
+            StatisticsError: it was not kept: only places that a matrix reads have one, and only
+                with `--second-moments full`.
+        """
+        return self._array(place, "second_moment")
+
+    def sample(self, place: str) -> NDArray[np.float32]:
+        """Values at some positions, spread evenly over the text, [n, C]; mapped.
+
+        The positions are the same at every place. Only places that a matrix reads have them.
+        """
+        return self._array(place, "sample")
+
+    def score_max(self, layer: int) -> tuple[float, ...]:
+        """Largest |q·k| (unscaled, causal) of each head of a layer."""
+        return self.header.score_max[f"transformer.h.{layer}"]
+
+    @cached_property
+    def has_second_moments(self) -> bool:
+        """Whether the matrices of second moments were kept."""
+        return any(place.second_moment for place in self.places.values())
+
+    def _array(self, place: str, kind: str) -> NDArray[np.float32]:
+        summary = self.places.get(place)
+        if summary is None:
+            raise StatisticsError(f"{self.folder} has no place {place!r}; run neo-calibrate again")
+        try:
+            if summary.file not in self._files:
+                self._files[summary.file] = SafetensorsFile(self.folder / summary.file)
+            tensor = self._files[summary.file].tensors.get(f"{place}.{kind}")
+        except CheckpointError as error:
+            raise StatisticsError(f"{error} (a part of {self.folder}: calibrate again)") from error
+        if tensor is None:
+            raise StatisticsError(
+                f"{self.folder} has no {kind} of {place}; run neo-calibrate again"
+                + (" with --second-moments full" if kind == "second_moment" else "")
+            )
+        return tensor.read()
