@@ -52,7 +52,13 @@ def _parser() -> argparse.ArgumentParser:
         precision.add_argument(
             f"--{name}", dest="precision", action="store_const", const=name, help=text
         )
-    parser.set_defaults(precision="fp32")
+    precision.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="a storage for each matrix, from a JSON file (docs/quantization.md): fp32, int8, and "
+        "int4 with block sizes of its own",
+    )
     parser.add_argument(
         "--target",
         default="cpu",
@@ -72,13 +78,13 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="int8, int4: leave the weights of these names in float32 (a shell pattern of the "
-        "checkpoint's names, such as '*.mlp.c_proj.weight'; repeatable)",
+        help="int8, int4, plan: leave the weights of these names in float32 (a shell pattern of "
+        "the checkpoint's names, such as '*.mlp.c_proj.weight'; repeatable)",
     )
     parser.add_argument(
         "--int8-prefill",
         action="store_true",
-        help="int4: a second, int8 copy of the weights for prompts and scoring; prompts run "
+        help="int4, plan: a second, int8 copy of the weights for prompts and scoring; prompts run "
         "faster, and the bundle is three times as large",
     )
     parser.add_argument(
@@ -102,13 +108,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from neo_export.exporter import ExportOptions, export_bundle
 
+        precision, quantization = _quantization(arguments)
         summary = export_bundle(
             arguments.model or str(DEMO),
             arguments.output,
             ExportOptions(
                 target=arguments.target,
-                precision=arguments.precision,
-                quantization=_quantization(arguments),
+                precision=precision,
+                quantization=quantization,
                 max_length=arguments.max_length,
                 verify=arguments.verify,
                 force=arguments.force,
@@ -136,23 +143,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _quantization(arguments: argparse.Namespace) -> Quantization:
-    """The options of int8 and int4; given without them, they are a mistake."""
+def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
+    """The precision, and the options of the quantized ones; elsewhere these are a mistake."""
+    from neo_export.quantize.plan import WeightPlan
     from neo_export.targets import Quantization
 
-    precision = arguments.precision
+    plan = None if arguments.plan is None else WeightPlan.read(arguments.plan)
+    precision = arguments.precision or ("fp32" if plan is None else "mixed")
+    asked = "--plan" if plan is not None else f"--{precision}"
     for given, flag, needs in (
-        (arguments.block_size is not None, "--block-size", ("int4",)),
-        (arguments.int8_prefill, "--int8-prefill", ("int4",)),
-        (bool(arguments.keep_fp32), "--keep-fp32", ("int8", "int4")),
+        (arguments.block_size is not None, "--block-size", ("--int4",)),
+        (arguments.int8_prefill, "--int8-prefill", ("--int4", "--plan")),
+        (bool(arguments.keep_fp32), "--keep-fp32", ("--int8", "--int4", "--plan")),
     ):
-        if given and precision not in needs:
-            wanted = " or ".join(f"--{name}" for name in needs)
-            raise RequestError(f"{flag} was given with --{precision}, it goes with {wanted}")
-    return Quantization(
+        if given and asked not in needs:
+            wanted = " or ".join(needs)
+            raise RequestError(f"{flag} was given with {asked}, it goes with {wanted}")
+    return precision, Quantization(
         block_size=arguments.block_size,
         keep=tuple(arguments.keep_fp32),
         int8_prefill=arguments.int8_prefill,
+        plan=plan,
     )
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 from neo_runtime.errors import RequestError
-from neo_runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, TensorSpec
+from neo_runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, TensorSpec, is_quantized
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from neo_export.check import check_bundle
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint import expected_shapes, open_checkpoint
 from neo_export.graphs import GRAPH_NAMES, build_graph
 from neo_export.hub import resolve_model
 from neo_export.memory import PeakMemory
@@ -133,6 +133,8 @@ def export_bundle(
     ):
         spec = checkpoint.spec
         max_length = _max_length(options.max_length, spec)
+        if options.quantization.plan is not None:
+            options.quantization.plan.check_model(expected_shapes(spec), "the plan")
         passes = {
             name: passes_for(target, options.precision, name, spec, options.quantization)
             for name in GRAPH_NAMES
@@ -169,13 +171,8 @@ def export_bundle(
         if options.verify:
             from neo_export.verify import verify_bundle
 
-            quantization = options.quantization.resolved(options.precision, spec)
-            stored = StoredWeights(
-                read,
-                quantization.precision_of("score", options.precision),
-                quantization.block_size,
-                quantization.keep,
-            )
+            plan = options.quantization.plan_for("score", options.precision, spec)
+            stored = StoredWeights(read, plan, half_positions=is_quantized(options.precision))
             verification = verify_bundle(folder, manifest, checkpoint, stored, progress)
         sizes = {name: record.size for name, record in manifest.files.items()}
         say("putting it in place", 0, 0)

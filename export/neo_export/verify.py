@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from neo_runtime.errors import VerificationError
 from neo_runtime.installation import require_onnxruntime
+from neo_runtime.manifest import is_quantized
 
 from neo_export.check import run_graph
 from neo_export.reference import LayeredReference
@@ -123,7 +124,7 @@ def _run_with_probes(
         model.graph.outputs.append(values[name])
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if manifest.precision not in ("int8", "int4"):
+    if not is_quantized(manifest.precision):
         # Quantized products have other kernels for prepacked weights: check those that will run.
         options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry(

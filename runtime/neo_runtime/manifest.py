@@ -25,11 +25,20 @@ __all__ = [
     "ModelSpec",
     "Probe",
     "TensorSpec",
+    "is_quantized",
 ]
 
 MANIFEST_NAME = "neo.json"
 WEIGHTS_NAME = "weights.bin"
 SCHEMA_VERSION = 1
+
+
+def is_quantized(precision: str) -> bool:
+    """Whether products of a bundle of this precision round weights and activations to integers.
+
+    "mixed" is int8, int4 and float32 matrices side by side.
+    """
+    return precision in ("int8", "int4", "mixed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +127,7 @@ class Manifest:
     """Everything a runtime must know before it opens a graph."""
 
     precision: str
-    """How weights are stored: "fp32", "fp16", …"""
+    """How weights are stored: "fp32", "fp16", "int8", "int4", or "mixed" (not all alike)."""
     target: str
     """Which operators the graphs use: "cpu", "portable", …"""
     max_length: int

@@ -26,6 +26,7 @@ from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint, random
 from helpers.running import Graphs, assert_agrees, relative_l2
 from neo_export.checkpoint import open_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
+from neo_export.quantize.plan import Storage, WeightPlan
 from neo_export.quantize.stored import StoredWeights
 from neo_export.targets import Quantization
 from neo_export.tolerances import TOLERANCES
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 EXACT = TOLERANCES["fp32"].logits
-DEMO_CASES = ("demo-int8", "demo-int4-32", "demo-int4-64")
+DEMO_CASES = ("demo-int8", "demo-int4-32", "demo-int4-64", "demo-mixed-32")
 TINY = (
     "plain",
     "untied_head",
@@ -52,6 +53,24 @@ TINY = (
     "head_size_80",
 )
 TINY_CASES = tuple(f"{name}-{precision}" for name in TINY for precision in ("int8", "int4-16"))
+TINY_CASES += ("plain-mixed-16", "untied_head-mixed-16", "head_size_4-mixed-16")
+
+
+def mixed_plan(block: int) -> WeightPlan:
+    """Each storage in each kind of place, a layer whose q, k and v differ among them."""
+    int8, fp32, half = Storage("int8"), Storage("fp32"), Storage("int4", block // 2)
+    layer = "transformer.h.{}.attn.attention.{}_proj.weight"
+    return WeightPlan(
+        Storage("int4", block),
+        (
+            ("transformer.wte.weight", int8 if block == 32 else Storage("int4", block)),
+            (layer.format(0, "q"), int8),
+            (layer.format(0, "v"), fp32),
+            ("transformer.h.0.mlp.c_proj.weight", half if block > 16 else int8),
+            (layer.format(1, "out"), fp32),
+            ("transformer.h.1.mlp.c_fc.weight", int8),
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         model, precision, *block = name.split("-")
         folder = tmp_path_factory.mktemp(name)
         quantization = Quantization(block_size=int(block[0])) if block else Quantization()
+        if precision == "mixed":
+            quantization = Quantization(plan=mixed_plan(int(block[0])))
         if model == "demo":
             source, ids, size = DEMO, held_out_ids(1, 512), 64
         else:
@@ -184,7 +205,9 @@ def test_a_wrong_graph_is_found_out(
     assert errors(Graphs(wrong), case).max() > limit.logits
 
 
-@pytest.mark.parametrize("name", ["demo-int8", "demo-int4-64", "plain-int8", "local_first-int4-16"])
+@pytest.mark.parametrize(
+    "name", ["demo-int8", "demo-int4-64", "demo-mixed-32", "plain-int8", "local_first-int4-16"]
+)
 def test_every_place_of_every_layer(name: str, cases: Callable[[str], Case]) -> None:
     """Hidden states between the layers, by the comparison that `neo-export --verify` makes.
 
@@ -193,7 +216,9 @@ def test_every_place_of_every_layer(name: str, cases: Callable[[str], Case]) -> 
     case = cases(name)
     graphs = Graphs(case.shipped)
     with open_checkpoint(case.checkpoint) as checkpoint:
-        weights = StoredWeights(lambda name: checkpoint.tensors[name].read(), "fp32")
+        weights = StoredWeights(
+            lambda name: checkpoint.tensors[name].read(), WeightPlan.uniform("fp32")
+        )
         found = verify_bundle(case.shipped, graphs.manifest, checkpoint, weights)
     assert len(found.places) == len(graphs.manifest.probes)
     limit = TOLERANCES[case.precision]

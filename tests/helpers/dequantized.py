@@ -8,13 +8,13 @@ takes that away too: then only the order of float32 sums is left, as in a float3
 from __future__ import annotations
 
 import shutil
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 from neo_export.quantize.int4 import dequantize_int4
 from neo_export.quantize.int8 import dequantize_int8
-from neo_export.quantize.stored import is_kept
 from onnx import helper
 from safetensors.numpy import load_file, save_file
 
@@ -46,12 +46,19 @@ def _stored(
 ) -> NDArray[np.float32]:
     if name.endswith("wpe.weight"):
         return tensor.astype(np.float16).astype(np.float32)
-    if is_kept(name, quantization.keep):
+    if any(fnmatchcase(name, pattern) for pattern in quantization.keep):
         return tensor
-    if precision == "int8":
+    kind, block_size = precision, quantization.block_size
+    if quantization.plan is not None:
+        planned = dict(quantization.plan.weights)  # of whole names, no patterns
+        storage = planned.get(name, quantization.plan.default)
+        kind, block_size = storage.kind, storage.block_size
+    if kind == "fp32":
+        return tensor
+    if kind == "int8":
         return dequantize_int8(tensor)
-    assert quantization.block_size is not None
-    return dequantize_int4(tensor, quantization.block_size)
+    assert block_size is not None
+    return dequantize_int4(tensor, block_size)
 
 
 def altered(bundle: Path, folder: Path, *changes: Callable[[onnx.ModelProto], int]) -> Path:

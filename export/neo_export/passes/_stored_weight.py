@@ -13,10 +13,9 @@ import onnx_ir as ir
 
 from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import is_parameter
-from neo_export.quantize.stored import is_kept
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
 __all__ = ["WeightFormat", "store_weights"]
 
@@ -32,16 +31,16 @@ class WeightFormat(Protocol):
 
 
 class _StoreWeight(Rule):
-    def __init__(self, weights: WeightFormat, keep: Sequence[str]) -> None:
+    def __init__(self, weights: WeightFormat, wanted: Callable[[str], bool]) -> None:
         super().__init__()
-        self.weights, self.keep = weights, tuple(keep)
+        self.weights, self.wanted = weights, wanted
 
     def check(self, context: Any, weight: ir.Value, **_: Any) -> Any:
         result = MatchResult()
         if not is_parameter(weight) or weight.dtype != ir.DataType.FLOAT:
             return result.fail("the weight is computed, or not float32", weight)
-        if weight.shape is None or len(weight.shape) != 2 or is_kept(weight.name, self.keep):
-            return result.fail("the weight is kept as it is", weight)
+        if weight.shape is None or len(weight.shape) != 2 or not self.wanted(str(weight.name)):
+            return result.fail("the weight is stored in another way", weight)
         return result
 
 
@@ -74,11 +73,11 @@ class _Embedding(_StoreWeight):
         return self.weights.rows(op, weight, ids)
 
 
-def store_weights(model: ir.Model, weights: WeightFormat, keep: Sequence[str]) -> int:
-    """Rewrite every matrix whose name matches none of the shell patterns `keep`.
+def store_weights(model: ir.Model, weights: WeightFormat, wanted: Callable[[str], bool]) -> int:
+    """Rewrite every matrix whose name is `wanted`.
 
     Returns:
         How many places were rewritten.
     """
     rules = (_Projection, _Head, _Embedding)
-    return sum(apply(rule, model, weights, keep) for rule in rules)
+    return sum(apply(rule, model, weights, wanted) for rule in rules)

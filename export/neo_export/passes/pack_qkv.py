@@ -6,7 +6,8 @@
                         MatMul(x, Wvᵀ), …)
 
 `packed` is [3·hidden, hidden]: Wq, Wk and Wv one below the other. New keys and values are then
-channels of the packed value (`channels_of`). Must not fire when the three read different inputs.
+channels of the packed value (`channels_of`). Must not fire when the three read different inputs,
+or where the plan stores them differently.
 """
 
 from __future__ import annotations
@@ -17,17 +18,27 @@ import numpy as np
 
 from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import add_lazy_initializer, is_parameter, read, static_shape
+from neo_export.quantize.plan import PACKED_PROJECTION
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import onnx_ir as ir
 
-__all__ = ["PACKED_PLACE", "pack_qkv"]
+    from neo_export.passes import Pass
+    from neo_export.quantize.plan import WeightPlan
+
+__all__ = ["PACKED_PLACE", "pack_qkv", "pack_qkv_alike"]
 
 PACKED_PLACE = "qkv"
 """Stable name of the packed value, in place of "key" and "value"."""
 
 
 class _PackQKV(Rule):
+    def __init__(self, alike: Callable[[list[str]], bool]) -> None:
+        super().__init__()
+        self.alike = alike
+
     def pattern(
         self,
         op: Any,
@@ -62,6 +73,8 @@ class _PackQKV(Rule):
                 return result.fail("a projection is computed, not stored", weight)
             if weight.shape != wq.shape or weight.dtype != wq.dtype:
                 return result.fail("the projections differ in shape or type", weight)
+        if not self.alike([str(weight.name) for weight in (wq, wk, wv)]):
+            return result.fail("the projections are stored in different ways", wq)
         return result
 
     def rewrite(
@@ -86,7 +99,7 @@ class _PackQKV(Rule):
         rows, columns = static_shape(wq)
         packed = add_lazy_initializer(
             graph,
-            wq.name.replace("q_proj", "qkv_proj"),
+            wq.name.replace("q_proj", PACKED_PROJECTION),
             lambda: np.concatenate([read(wq), read(wk), read(wv)]),
             dtype=wq.dtype,
             shape=(3 * rows, columns),
@@ -109,4 +122,13 @@ class _PackQKV(Rule):
 
 def pack_qkv(model: ir.Model) -> int:
     """Apply to the whole model; returns how many layers were packed."""
-    return apply(_PackQKV, model)
+    return apply(_PackQKV, model, lambda names: True)
+
+
+def pack_qkv_alike(plan: WeightPlan) -> Pass:
+    """The same for layers whose three projections the plan stores alike."""
+
+    def pack_qkv(model: ir.Model) -> int:
+        return apply(_PackQKV, model, plan.packs)
+
+    return pack_qkv

@@ -20,12 +20,15 @@ import onnx_ir as ir
 
 from neo_export.passes._stored_weight import store_weights
 from neo_export.passes._tensors import add_lazy_parts, alias_of, read, static_shape
-from neo_export.quantize.int4 import check_block_size, quantize_int4
+from neo_export.quantize.int4 import check_block_size
+from neo_export.quantize.quantizer import RoundToNearest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.passes import Pass
+    from neo_export.quantize.plan import WeightPlan
+    from neo_export.quantize.quantizer import WeightQuantizer
 
 __all__ = ["quantize_int4_weights"]
 
@@ -37,11 +40,12 @@ _INT8_ACTIVATIONS = 4
 class _Int4:
     """See the module."""
 
-    block_size: int
+    plan: WeightPlan
+    quantizer: WeightQuantizer
 
     def product(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
         rows, columns = static_shape(weight)
-        packed, scales = _stored(weight, self.block_size)
+        packed, scales, block_size = self._stored(weight)
         result: ir.Value = op.MatMulNBits(
             x,
             packed,
@@ -49,7 +53,7 @@ class _Int4:
             K=columns,
             N=rows,
             bits=_BITS,
-            block_size=self.block_size,
+            block_size=block_size,
             accuracy_level=_INT8_ACTIVATIONS,
             _domain="com.microsoft",
         )
@@ -57,48 +61,50 @@ class _Int4:
 
     def rows(self, op: Any, weight: ir.Value, ids: ir.Value) -> ir.Value:
         rows, columns = static_shape(weight)
-        packed, scales = _stored(weight, self.block_size)
+        packed, scales, block_size = self._stored(weight)
         table = alias_of(packed, f"{weight.name}.int4.rows", (rows, columns // 2))
         embedded: ir.Value = op.GatherBlockQuantized(
             table,
             ids,
             scales,
             bits=_BITS,
-            block_size=self.block_size,
+            block_size=block_size,
             gather_axis=0,
             quantize_axis=1,
             _domain="com.microsoft",
         )
         return embedded
 
+    def _stored(self, weight: ir.Value) -> tuple[ir.Value, ir.Value, int]:
+        """Packed integers, scales, block size; made once, however often the weight is read."""
+        graph, name = weight.graph, str(weight.name)
+        assert graph is not None
+        rows, columns = static_shape(weight)
+        size = self.plan.of(name).block_size
+        assert size is not None
+        check_block_size(size, columns, name)
+        blocks = columns // size
 
-def _stored(weight: ir.Value, block_size: int) -> tuple[ir.Value, ir.Value]:
-    """The weight's packed integers and scales; made once, however often it is read."""
-    graph = weight.graph
-    assert graph is not None
-    rows, columns = static_shape(weight)
-    check_block_size(block_size, columns, str(weight.name))
-    blocks = columns // block_size
+        def make() -> tuple[NDArray[Any], ...]:
+            stored = self.quantizer.int4(name, read(weight), size)
+            return stored.packed, stored.scales
 
-    def make() -> tuple[NDArray[Any], ...]:
-        stored = quantize_int4(read(weight), block_size)
-        return stored.packed, stored.scales
-
-    packed, scales = add_lazy_parts(
-        graph,
-        {
-            f"{weight.name}.int4": (ir.DataType.UINT8, (rows, blocks, block_size // 2)),
-            f"{weight.name}.int4.scales": (ir.DataType.FLOAT, (rows, blocks)),
-        },
-        make,
-    )
-    return packed, scales
+        packed, scales = add_lazy_parts(
+            graph,
+            {
+                f"{name}.int4": (ir.DataType.UINT8, (rows, blocks, size // 2)),
+                f"{name}.int4.scales": (ir.DataType.FLOAT, (rows, blocks)),
+            },
+            make,
+        )
+        return packed, scales, size
 
 
-def quantize_int4_weights(block_size: int, keep: tuple[str, ...] = ()) -> Pass:
-    """The pass, for all matrices but those whose names match one of the shell patterns `keep`."""
+def quantize_int4_weights(plan: WeightPlan, quantizer: WeightQuantizer | None = None) -> Pass:
+    """The pass, for the matrices that the plan stores in int4."""
 
     def quantize_int4(model: ir.Model) -> int:
-        return store_weights(model, _Int4(block_size), keep)
+        weights = _Int4(plan, quantizer or RoundToNearest())
+        return store_weights(model, weights, lambda name: plan.of(name).kind == "int4")
 
     return quantize_int4

@@ -14,6 +14,7 @@ Must not fire for a weight that is kept wider, or that is computed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,12 +27,14 @@ from neo_export.passes._tensors import (
     read,
     static_shape,
 )
-from neo_export.quantize.int8 import quantize_int8
+from neo_export.quantize.quantizer import RoundToNearest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.passes import Pass
+    from neo_export.quantize.plan import WeightPlan
+    from neo_export.quantize.quantizer import WeightQuantizer
 
 __all__ = ["quantize_int8_weights"]
 
@@ -40,11 +43,14 @@ _ZERO = 128
 _TINY = 1e-30  # a row of zeros must not divide by zero
 
 
+@dataclass(frozen=True)
 class _Int8:
     """See the module."""
 
+    quantizer: WeightQuantizer
+
     def rows(self, op: Any, weight: ir.Value, ids: ir.Value) -> ir.Value:
-        integers, scales = _stored(weight)
+        integers, scales = self._stored(weight)
         columns = op.Transpose(op.Gather(integers, ids, axis=1), perm=[1, 2, 0])
         scale = op.Unsqueeze(op.Gather(scales, ids, axis=0), _last_axis(weight))
         embedded: ir.Value = op.Mul(op.Cast(columns, to=ir.DataType.FLOAT), scale)
@@ -53,7 +59,7 @@ class _Int8:
     def product(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
         graph = weight.graph
         assert graph is not None
-        integers, scales = _stored(weight)
+        integers, scales = self._stored(weight)
         step = add_initializer(graph, "int8.step", _scalar(np.float32(1 / _LEVELS)))
         zero = add_initializer(graph, "int8.zero", _scalar(np.uint8(_ZERO)))
         tiny = add_initializer(graph, "int8.tiny", _scalar(np.float32(_TINY)))
@@ -66,26 +72,25 @@ class _Int8:
         scaled: ir.Value = op.Mul(product, row)
         return scaled
 
+    def _stored(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The integers [in, out] and scales [out]; made once, however often the weight is read."""
+        graph, name = weight.graph, str(weight.name)
+        assert graph is not None
+        rows, columns = static_shape(weight)
 
-def _stored(weight: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The weight's integers [in, out] and scales [out]; made once, however often it is read."""
-    graph = weight.graph
-    assert graph is not None
-    rows, columns = static_shape(weight)
+        def make() -> tuple[NDArray[Any], ...]:
+            stored = self.quantizer.int8(name, read(weight))
+            return np.ascontiguousarray(stored.integers.T), stored.scales
 
-    def make() -> tuple[NDArray[Any], ...]:
-        stored = quantize_int8(read(weight))
-        return np.ascontiguousarray(stored.integers.T), stored.scales
-
-    integers, scales = add_lazy_parts(
-        graph,
-        {
-            f"{weight.name}.int8": (ir.DataType.INT8, (columns, rows)),
-            f"{weight.name}.int8.scales": (ir.DataType.FLOAT, (rows,)),
-        },
-        make,
-    )
-    return integers, scales
+        integers, scales = add_lazy_parts(
+            graph,
+            {
+                f"{name}.int8": (ir.DataType.INT8, (columns, rows)),
+                f"{name}.int8.scales": (ir.DataType.FLOAT, (rows,)),
+            },
+            make,
+        )
+        return integers, scales
 
 
 def _last_axis(weight: ir.Value) -> ir.Value:
@@ -97,10 +102,11 @@ def _scalar(value: np.generic) -> ir.TensorProtocol:
     return ir.tensor(np.asarray(value))
 
 
-def quantize_int8_weights(keep: tuple[str, ...] = ()) -> Pass:
-    """The pass, for all matrices but those whose names match one of the shell patterns `keep`."""
+def quantize_int8_weights(plan: WeightPlan, quantizer: WeightQuantizer | None = None) -> Pass:
+    """The pass, for the matrices that the plan stores in int8."""
 
     def quantize_int8(model: ir.Model) -> int:
-        return store_weights(model, _Int8(), keep)
+        weights = _Int8(quantizer or RoundToNearest())
+        return store_weights(model, weights, lambda name: plan.of(name).kind == "int8")
 
     return quantize_int8

@@ -22,6 +22,7 @@ __all__ = [
     "Int4Weight",
     "check_block_size",
     "dequantize_int4",
+    "pack_int4",
     "largest_block_size",
     "quantize_int4",
 ]
@@ -39,6 +40,15 @@ class Int4Weight:
     """[out, in / block, block / 2]: two integers + 8 a byte, the first in the low half."""
     scales: NDArray[np.float32]
     """[out, in / block]; weight = (integer) · scale of its block."""
+
+    def read_back(self) -> NDArray[np.float32]:
+        """The matrix [out, in] that this stands for."""
+        rows, blocks, half = self.packed.shape
+        integers = np.empty((rows, blocks, 2 * half), np.float32)
+        integers[..., 0::2] = self.packed & 15
+        integers[..., 1::2] = self.packed >> 4
+        result: NDArray[np.float32] = (integers - 8) * self.scales[..., None]
+        return result.reshape(rows, -1)
 
 
 def check_block_size(block_size: int, width: int, name: str) -> None:
@@ -82,12 +92,14 @@ def quantize_int4(weight: NDArray[np.float32], block_size: int) -> Int4Weight:
 
 def dequantize_int4(weight: NDArray[np.float32], block_size: int) -> NDArray[np.float32]:
     """What [out, in] becomes when it is quantized and read back."""
-    stored = quantize_int4(weight, block_size)
-    integers = np.empty((*stored.packed.shape[:2], block_size), np.float32)
-    integers[..., 0::2] = stored.packed & 15
-    integers[..., 1::2] = stored.packed >> 4
-    result: NDArray[np.float32] = (integers - 8) * stored.scales[..., None]
-    return result.reshape(weight.shape)
+    return quantize_int4(weight, block_size).read_back()
+
+
+def pack_int4(integers: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """[…, n] integers −8…7 → [..., n / 2] bytes, the first of each pair in the low half."""
+    pairs = (integers + np.int8(8)).astype(np.uint8).reshape(*integers.shape[:-1], -1, 2)
+    packed: NDArray[np.uint8] = np.left_shift(pairs[..., 1], 4, dtype=np.uint8)
+    return packed | pairs[..., 0]
 
 
 def _quantize(
@@ -98,7 +110,5 @@ def _quantize(
     base = np.take_along_axis(blocks, at, axis=1) / np.float32(_LOW)
     base[base == 0] = 1
     scale = search_scale(blocks, base, _LOW, _HIGH, _FACTORS)
-    integers = np.clip(np.rint(blocks / scale), _LOW, _HIGH).astype(np.int8) + 8
-    pairs = integers.astype(np.uint8).reshape(len(slab), -1, 2)
-    packed: NDArray[np.uint8] = pairs[..., 0] | (pairs[..., 1] << 4)
-    return packed, scale.reshape(len(slab), -1)
+    integers = np.clip(np.rint(blocks / scale), _LOW, _HIGH).astype(np.int8)
+    return pack_int4(integers.reshape(len(slab), -1)), scale.reshape(len(slab), -1)

@@ -32,6 +32,10 @@ class Int8Weight:
     scales: NDArray[np.float32]
     """[out]; weight = integers · scales[:, None]."""
 
+    def read_back(self) -> NDArray[np.float32]:
+        """The matrix [out, in] that this stands for."""
+        return self.integers.astype(np.float32) * self.scales[:, None]
+
 
 def quantize_int8(weight: NDArray[np.float32]) -> Int8Weight:
     """Quantize [out, in]; a row's scale is the one of least squared error near max|w| / 63."""
@@ -41,8 +45,7 @@ def quantize_int8(weight: NDArray[np.float32]) -> Int8Weight:
 
 def dequantize_int8(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     """What [out, in] becomes when it is quantized and read back."""
-    stored = quantize_int8(weight)
-    return stored.integers.astype(np.float32) * stored.scales[:, None]
+    return quantize_int8(weight).read_back()
 
 
 def _quantize(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_export.quantize.int4 import dequantize_int4
-from neo_export.quantize.int8 import dequantize_int8
+from neo_export.quantize.plan import is_planned
+from neo_export.quantize.quantizer import RoundToNearest, WeightQuantizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-__all__ = ["StoredWeights", "is_kept"]
+    from neo_export.quantize.plan import WeightPlan
 
-_POSITIONS = "wpe.weight"
-
-
-def is_kept(name: str | None, keep: tuple[str, ...]) -> bool:
-    """Whether a weight is among those that stay wide, by shell pattern."""
-    return name is not None and any(fnmatchcase(name, pattern) for pattern in keep)
+__all__ = ["StoredWeights"]
 
 
 @dataclass(frozen=True)
@@ -35,21 +29,24 @@ class StoredWeights:
 
     read: Callable[[str], NDArray[np.float32]]
     """Reads a weight of the checkpoint."""
-    precision: str
-    """Of the graph: "fp32", "fp16", "int8" or "int4"."""
-    block_size: int | None = None
-    keep: tuple[str, ...] = ()
+    plan: WeightPlan
+    """Of the graph."""
+    quantizer: WeightQuantizer = field(default_factory=RoundToNearest)
+    """What made the integers."""
+    half_positions: bool = False
+    """The position table is stored in float16."""
 
     def __call__(self, name: str) -> NDArray[np.float32]:
         """The weight of this name, quantized and read back where the bundle quantizes it."""
         weight = self.read(name)
-        if self.precision not in ("int8", "int4") or weight.ndim != 2:
+        if not is_planned(name, weight.shape):
+            if self.half_positions and weight.ndim == 2:
+                return weight.astype(np.float16).astype(np.float32)
             return weight
-        if name.endswith(_POSITIONS):
-            return weight.astype(np.float16).astype(np.float32)
-        if is_kept(name, self.keep):
-            return weight
-        if self.precision == "int8":
-            return dequantize_int8(weight)
-        assert self.block_size is not None
-        return dequantize_int4(weight, self.block_size)
+        storage = self.plan.of(name)
+        if storage.kind == "int8":
+            return self.quantizer.int8(name, weight).read_back()
+        if storage.kind == "int4":
+            assert storage.block_size is not None
+            return self.quantizer.int4(name, weight, storage.block_size).read_back()
+        return weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from neo_runtime.errors import RequestError
@@ -13,45 +13,51 @@ from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE, fuse_attention
 from neo_export.passes.fuse_gelu import fuse_gelu
 from neo_export.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
 from neo_export.passes.half_positions import half_positions
-from neo_export.passes.pack_qkv import pack_qkv
+from neo_export.passes.pack_qkv import pack_qkv, pack_qkv_alike
 from neo_export.passes.quantize_int4 import quantize_int4_weights
 from neo_export.passes.quantize_int8 import quantize_int8_weights
 from neo_export.passes.store_transposed import store_transposed
 from neo_export.passes.window_caches import window_caches
 from neo_export.quantize.int4 import largest_block_size
+from neo_export.quantize.plan import Storage, WeightPlan
 
 if TYPE_CHECKING:
     from neo_runtime.manifest import ModelSpec
 
     from neo_export.passes import Pass
+    from neo_export.quantize.quantizer import WeightQuantizer
 
 __all__ = ["TARGETS", "Quantization", "Target", "passes_for", "target_named"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How int8 and int4 bundles store their weights; the others ignore it."""
+    """How int8, int4 and mixed bundles store their weights; the others ignore it."""
 
     block_size: int | None = None
     """int4: inputs that share a scale; None for the largest up to 128 that divides every width."""
     keep: tuple[str, ...] = ()
     """Shell patterns of the checkpoint's names: these weights stay float32."""
     int8_prefill: bool = False
-    """int4: prefill and score read a second, int8 copy of the weights."""
+    """int4, mixed: prefill and score read a second, int8 copy of the int4 weights."""
+    plan: WeightPlan | None = None
+    """mixed: the storage of every matrix."""
 
-    def resolved(self, precision: str, spec: ModelSpec) -> Quantization:
-        """The same with the block size decided, where int4 needs one."""
-        if precision != "int4" or self.block_size is not None:
-            return self
-        return replace(
-            self, block_size=largest_block_size((spec.hidden_size, spec.intermediate_size))
-        )
-
-    def precision_of(self, graph: str, precision: str) -> str:
-        """How one graph of a bundle of this precision reads its weights."""
-        if precision == "int4" and self.int8_prefill and graph != "decode":
-            return "int8"
-        return precision
+    def plan_for(self, graph: str, precision: str, spec: ModelSpec) -> WeightPlan:
+        """The storage of every matrix as one graph of a bundle of this precision reads it."""
+        if precision in ("fp32", "fp16"):
+            return WeightPlan.uniform(precision)
+        if precision == "mixed":
+            assert self.plan is not None
+            plan = self.plan
+        elif precision == "int4":
+            widths = (spec.hidden_size, spec.intermediate_size)
+            plan = WeightPlan.uniform("int4", self.block_size or largest_block_size(widths))
+        else:
+            plan = WeightPlan.uniform(precision)
+        if self.int8_prefill and graph != "decode":
+            plan = plan.replacing("int4", Storage("int8"))
+        return plan.keeping(self.keep)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ TARGETS: dict[str, Target] = {
         Target(
             name="cpu",
             summary="onnxruntime on a CPU: fused operators, cache updated in place",
-            precisions=("fp32", "fp16", "int8", "int4"),
+            precisions=("fp32", "fp16", "int8", "int4", "mixed"),
             fusions=(fuse_attention, pack_qkv, window_caches, fuse_gelu, fuse_skip_layer_norm),
             storage=(store_transposed,),
             fused=True,
@@ -122,6 +128,7 @@ def passes_for(
     graph: str,
     spec: ModelSpec,
     quantization: Quantization | None = None,
+    quantizer: WeightQuantizer | None = None,
 ) -> tuple[Pass, ...]:
     """Every pass that one graph of an export goes through, in order.
 
@@ -133,24 +140,27 @@ def passes_for(
             f"target {target.name} has no precision {precision!r}, "
             f"expected one of {', '.join(target.precisions)}"
         )
-    quantization = quantization or Quantization()
-    precision = quantization.precision_of(graph, precision)
-    fusions = target.fusions
+    plan = (quantization or Quantization()).plan_for(graph, precision, spec)
+    fusions = tuple(pack_qkv_alike(plan) if f is pack_qkv else f for f in target.fusions)
     if precision != "fp16":
         # The CPU's kernel is half as exact as Add and LayerNormalization are (1.3B shape: logits
         # 1.9e-5 from float64 with it, 1.1e-5 without, PyTorch 1.3e-5), and three times as slow
         # for prompts. In half precision it spares the casts between the two.
         fusions = tuple(fusion for fusion in fusions if fusion is not fuse_skip_layer_norm)
-    return fusions + _of_precision(precision, spec, quantization) + target.storage
+    return fusions + _of_precision(precision, plan, quantizer) + target.storage
 
 
-def _of_precision(precision: str, spec: ModelSpec, quantization: Quantization) -> tuple[Pass, ...]:
+def _of_precision(
+    precision: str, plan: WeightPlan, quantizer: WeightQuantizer | None
+) -> tuple[Pass, ...]:
     if precision == "fp16":
         return (float16,)
-    if precision == "int8":
-        return (quantize_int8_weights(quantization.keep), half_positions)
-    if precision == "int4":
-        block_size = quantization.resolved(precision, spec).block_size
-        assert block_size is not None
-        return (quantize_int4_weights(block_size, quantization.keep), half_positions)
-    return ()
+    if precision == "fp32":
+        return ()
+    found = {storage.kind for storage in (plan.default, *(s for _, s in plan.weights))}
+    passes: tuple[Pass, ...] = ()
+    if "int8" in found:
+        passes += (quantize_int8_weights(plan, quantizer),)
+    if "int4" in found:
+        passes += (quantize_int4_weights(plan, quantizer),)
+    return (*passes, half_positions)

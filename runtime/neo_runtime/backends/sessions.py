@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from neo_runtime.backends.prepacked import PrepackedCache
 from neo_runtime.errors import BundleError, NeoError, RequestError
 from neo_runtime.installation import require_onnxruntime
+from neo_runtime.manifest import is_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import Manifest
 
 __all__ = ["SessionFactory", "keeps_prepacked", "session_settings"]
-
-_QUANTIZED = ("int8", "int4")
 
 
 def session_settings(manifest: Manifest, graph: str) -> dict[str, str]:
@@ -38,7 +37,7 @@ def session_settings(manifest: Manifest, graph: str) -> dict[str, str]:
 
 def keeps_prepacked(manifest: Manifest) -> bool:
     """Whether prepacked weights are worth a file: kernels of quantized products need them."""
-    return manifest.precision in _QUANTIZED
+    return is_quantized(manifest.precision)
 
 
 class SessionFactory:

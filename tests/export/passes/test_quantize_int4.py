@@ -28,6 +28,7 @@ from neo_export.passes.half_positions import half_positions
 from neo_export.passes.quantize_int4 import quantize_int4_weights
 from neo_export.probes import probes_of
 from neo_export.quantize.int4 import dequantize_int4, quantize_int4
+from neo_export.quantize.plan import WeightPlan
 from neo_export.targets import Quantization
 from neo_export.weights import write_weights
 from neo_runtime.errors import RequestError
@@ -47,7 +48,9 @@ WIDE = TinyConfig(num_heads=8, head_dim=64, vocab_size=8000, max_position_embedd
 
 def quantized(name: str = "score", config: TinyConfig = CONFIG, block: int = BLOCK) -> ir.Model:
     model = bound_graph(name, config)
-    assert apply_pass(quantize_int4_weights(block), model) == PRODUCTS + 1
+    assert (
+        apply_pass(quantize_int4_weights(WeightPlan.uniform("int4", block)), model) == PRODUCTS + 1
+    )
     return model
 
 
@@ -142,7 +145,7 @@ def test_an_untied_head_is_a_table_of_its_own() -> None:
 )
 def test_kept_weights_stay(keep: tuple[str, ...], kept: int) -> None:
     model = bound_graph("score", CONFIG)
-    apply_pass(quantize_int4_weights(BLOCK, keep), model)
+    apply_pass(quantize_int4_weights(WeightPlan.uniform("int4", BLOCK, keep)), model)
     assert len(nodes_of(model, "MatMulNBits")) == PRODUCTS - kept
     assert operators(model)["GatherBlockQuantized"] == ("wte" not in keep[0] and keep != ("*",))
 
@@ -155,7 +158,7 @@ def test_must_not_fire_for_a_computed_weight() -> None:
         if "transformer.h.1.mlp.c_fc.weight" in _names(node)
     )
     through_identity(model, turn, 0)
-    assert apply_pass(quantize_int4_weights(BLOCK), model) == PRODUCTS
+    assert apply_pass(quantize_int4_weights(WeightPlan.uniform("int4", BLOCK)), model) == PRODUCTS
     assert turn in list(model.graph)
 
 

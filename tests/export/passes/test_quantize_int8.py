@@ -26,6 +26,7 @@ from neo_export.passes.half_positions import half_positions
 from neo_export.passes.quantize_int8 import quantize_int8_weights
 from neo_export.probes import probes_of
 from neo_export.quantize.int8 import dequantize_int8, quantize_int8
+from neo_export.quantize.plan import WeightPlan
 from neo_export.weights import write_weights
 
 if TYPE_CHECKING:
@@ -44,14 +45,14 @@ WIDE = TinyConfig(num_heads=8, head_dim=64, vocab_size=2000, max_position_embedd
 
 def quantized(name: str = "score", config: TinyConfig = CONFIG, *keep: str) -> ir.Model:
     model = bound_graph(name, config)
-    assert apply_pass(quantize_int8_weights(keep), model) > 0
+    assert apply_pass(quantize_int8_weights(WeightPlan.uniform("int8", keep=keep)), model) > 0
     return model
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_every_product_and_the_table(name: str) -> None:
     before, after = bound_graph(name, CONFIG), bound_graph(name, CONFIG)
-    assert apply_pass(quantize_int8_weights(), after) == PRODUCTS + 1
+    assert apply_pass(quantize_int8_weights(WeightPlan.uniform("int8")), after) == PRODUCTS + 1
     found, was = operators(after), operators(before)
     assert found["MatMulIntegerToFloat"] == found["QuantizeLinear"] == PRODUCTS
     assert found["Gemm"] == 0
@@ -79,7 +80,7 @@ def test_a_row_of_zeros_does_no_harm(zero_row: int) -> None:
         if key.endswith("bias"):
             value[:] = 0
     model = bound_graph("score", CONFIG, parameters)
-    apply_pass(quantize_int8_weights(), model)
+    apply_pass(quantize_int8_weights(WeightPlan.uniform("int8")), model)
     inputs = situations("score", CONFIG)[0]
     inputs["input_ids"][0, 0] = zero_row
     read_back = {
@@ -151,7 +152,7 @@ def test_an_untied_head_is_a_table_of_its_own() -> None:
 )
 def test_kept_weights_stay(keep: tuple[str, ...], kept: int) -> None:
     model = bound_graph("score", CONFIG)
-    apply_pass(quantize_int8_weights(keep), model)
+    apply_pass(quantize_int8_weights(WeightPlan.uniform("int8", keep=keep)), model)
     assert len(nodes_of(model, "MatMulIntegerToFloat")) == PRODUCTS - kept
     assert operators(model)["Gemm"] == (keep in (("transformer.wte.weight",), ("*",)))
 
@@ -164,7 +165,7 @@ def test_must_not_fire_for_a_computed_weight() -> None:
         if "transformer.h.1.mlp.c_fc.weight" in _names(node)
     )
     through_identity(model, turn, 0)
-    assert apply_pass(quantize_int8_weights(), model) == PRODUCTS
+    assert apply_pass(quantize_int8_weights(WeightPlan.uniform("int8")), model) == PRODUCTS
     assert turn in list(model.graph)
 
 

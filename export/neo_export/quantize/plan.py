@@ -1,0 +1,233 @@
+"""Which storage each weight matrix of a bundle has, and the small JSON file that says so.
+
+    {
+     "schema_version": 1,
+     "default": "int4:32",
+     "weights": {
+      "transformer.wte.weight": "int8",
+      "transformer.h.*.mlp.c_proj.weight": "int4:16"
+     }
+    }
+
+A storage is `fp32`, `int8`, or `int4:` and its block size. Keys are names of the checkpoint or
+shell patterns of them; a name goes before a pattern, and two patterns that disagree about a weight
+are an error, so that the order of the file does not matter. A tied table is one weight: embedding
+and head read the same storage. The position table is no part of a plan.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.errors import RequestError
+
+from neo_export.quantize.int4 import BLOCK_SIZES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+__all__ = ["PACKED_PROJECTION", "PLAN_SCHEMA_VERSION", "Storage", "WeightPlan", "is_planned"]
+
+PLAN_SCHEMA_VERSION = 1
+PACKED_PROJECTION = "qkv_proj"
+"""In the name of a matrix that holds a layer's q_proj, k_proj and v_proj, one below the other."""
+_POSITIONS = "wpe.weight"
+_KINDS = ("fp32", "fp16", "int8", "int4")
+
+
+@dataclass(frozen=True, order=True)
+class Storage:
+    """How one matrix is stored."""
+
+    kind: str
+    """"fp32", "fp16", "int8" or "int4"."""
+    block_size: int | None = None
+    """int4: how many consecutive inputs share a scale; None for the other kinds."""
+
+    @classmethod
+    def parse(cls, text: str) -> Storage:
+        """Read `fp32`, `fp16`, `int8`, or `int4:32`.
+
+        Raises:
+            RequestError: it is none of these.
+        """
+        kind, colon, block = text.partition(":")
+        if kind == "int4" and block.isdecimal() and int(block) in BLOCK_SIZES:
+            return cls(kind, int(block))
+        if kind in _KINDS and kind != "int4" and not colon:
+            return cls(kind)
+        sizes = ", ".join(str(size) for size in BLOCK_SIZES)
+        raise RequestError(
+            f"storage {text!r} is unknown, expected fp32, fp16, int8, or int4: and a block size "
+            f"({sizes}), such as int4:32"
+        )
+
+    def __str__(self) -> str:
+        return self.kind if self.block_size is None else f"{self.kind}:{self.block_size}"
+
+    def bytes_of(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix [rows, columns] and its scales in the weight file."""
+        if self.kind == "int4":
+            assert self.block_size is not None
+            return rows * columns // 2 + 4 * rows * (columns // self.block_size)
+        if self.kind == "int8":
+            return rows * columns + 4 * rows
+        return rows * columns * (2 if self.kind == "fp16" else 4)
+
+
+def is_planned(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a plan says how this parameter is stored: matrices, but not the position table."""
+    return len(shape) == 2 and not name.endswith(_POSITIONS)
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """A storage for every matrix."""
+
+    default: Storage
+    weights: tuple[tuple[str, Storage], ...] = ()
+    """Names or shell patterns of the checkpoint's names; the first that matches counts."""
+
+    @classmethod
+    def uniform(
+        cls, kind: str, block_size: int | None = None, keep: Iterable[str] = ()
+    ) -> WeightPlan:
+        """The same for all but those that match one of `keep`, which stay float32."""
+        return cls(Storage(kind, block_size)).keeping(keep)
+
+    def of(self, name: str) -> Storage:
+        """The storage of a matrix, by the checkpoint's name of it.
+
+        The packed projection of a layer is stored as its parts are: it exists only where they
+        agree (`packs`).
+        """
+        name = name.replace(PACKED_PROJECTION, "q_proj")
+        for pattern, storage in self.weights:
+            if name == pattern or fnmatchcase(name, pattern):
+                return storage
+        return self.default
+
+    def packs(self, names: Iterable[str]) -> bool:
+        """Whether these matrices are stored alike, so that one may hold them all."""
+        return len({self.of(name) for name in names}) == 1
+
+    def keeping(self, patterns: Iterable[str]) -> WeightPlan:
+        """The same with the weights of these shell patterns in float32."""
+        kept = tuple((pattern, Storage("fp32")) for pattern in patterns)
+        return replace(self, weights=kept + self.weights)
+
+    def replacing(self, old: str, new: Storage) -> WeightPlan:
+        """The same with another storage for everything of the kind `old`."""
+        return WeightPlan(
+            new if self.default.kind == old else self.default,
+            tuple((n, new if s.kind == old else s) for n, s in self.weights),
+        )
+
+    def kinds(self, names: Iterable[str]) -> set[str]:
+        """The kinds of storage that these matrices have between them."""
+        return {self.of(name).kind for name in names}
+
+    def bytes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes of all the matrices among these parameters, scales included."""
+        return sum(
+            self.of(name).bytes_of(*shape)
+            for name, shape in shapes.items()
+            if is_planned(name, shape)
+        )
+
+    def check_model(self, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+        """Refuse a plan that does not fit a model.
+
+        Args:
+            shapes: of the model's parameters, by name.
+            source: what to call the plan in errors.
+
+        Raises:
+            RequestError: a name that the model does not have, two patterns that disagree, or a
+                mixture that no graph computes.
+        """
+        names = [name for name, shape in shapes.items() if is_planned(name, shape)]
+        for pattern, _ in self.weights:
+            if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
+                raise RequestError(
+                    f"{source}: {pattern!r} matches no weight matrix of this model; the first are "
+                    f"{', '.join(names[:3])}. Is it the plan of another model?"
+                )
+        for name in names:
+            self._check_name(name, source)
+        kinds = self.kinds(names)
+        if "fp16" in kinds and len(kinds) > 1:
+            raise RequestError(
+                f"{source} mixes {', '.join(sorted(kinds))}; fp16 goes with no other storage, "
+                "because its graphs compute in float16. Use fp32 for what shall stay exact"
+            )
+
+    def _check_name(self, name: str, source: str) -> None:
+        if any(name == exact for exact, _ in self.weights):
+            return
+        found = {s: p for p, s in reversed(self.weights) if fnmatchcase(name, p)}
+        if len(found) > 1:
+            one, two = list(found.items())[:2]
+            raise RequestError(
+                f"{source}: {one[1]!r} says {one[0]} for {name}, and {two[1]!r} says {two[0]}; "
+                "name the weight itself, or make the patterns agree"
+            )
+
+    def to_json(self) -> str:
+        """The text of a plan file, canonical: the same plan gives the same bytes."""
+        raw = {
+            "schema_version": PLAN_SCHEMA_VERSION,
+            "default": str(self.default),
+            "weights": {name: str(storage) for name, storage in self.weights},
+        }
+        return json.dumps(raw, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> WeightPlan:
+        """Read a plan file.
+
+        Raises:
+            RequestError: it cannot be read, or is no plan.
+        """
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        except OSError as error:
+            raise RequestError(f"the plan {path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise RequestError(f"the plan {path} is not valid JSON: {error}") from error
+        if not isinstance(raw, dict) or raw.keys() != {"schema_version", "default", "weights"}:
+            raise RequestError(
+                f"the plan {path} is no object with the keys schema_version, default and weights"
+            )
+        if raw["schema_version"] != PLAN_SCHEMA_VERSION:
+            raise RequestError(
+                f"the plan {path} has schema version {raw['schema_version']!r}, this neo-export "
+                f"reads {PLAN_SCHEMA_VERSION}"
+            )
+        weights = raw["weights"]
+        texts = [raw["default"], *weights.values()] if isinstance(weights, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise RequestError(
+                f"the plan {path}: expected a storage such as 'int8' as default, and an object of "
+                "names and storages as weights"
+            )
+        try:
+            pairs = [(name, Storage.parse(text)) for name, text in weights.items()]
+            default = Storage.parse(raw["default"])
+        except RequestError as error:
+            raise RequestError(f"the plan {path}: {error}") from error
+        patterns = [pair for pair in pairs if set(pair[0]) & set("*?[")]
+        return cls(default, tuple(pair for pair in pairs if pair not in patterns) + tuple(patterns))
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice")
+        found[key] = value
+    return found

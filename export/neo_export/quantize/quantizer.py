@@ -1,0 +1,39 @@
+"""What turns the numbers of one matrix into integers and scales."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from neo_export.quantize.int4 import quantize_int4
+from neo_export.quantize.int8 import quantize_int8
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from neo_export.quantize.int4 import Int4Weight
+    from neo_export.quantize.int8 import Int8Weight
+
+__all__ = ["RoundToNearest", "WeightQuantizer"]
+
+
+class WeightQuantizer(Protocol):
+    """Quantizes a matrix, given its name: the same input gives the same integers and scales."""
+
+    def int8(self, name: str, weight: NDArray[np.float32]) -> Int8Weight:
+        """[out, in] with a scale a row."""
+
+    def int4(self, name: str, weight: NDArray[np.float32], block_size: int) -> Int4Weight:
+        """[out, in] with a scale for each `block_size` consecutive inputs of a row."""
+
+
+class RoundToNearest:
+    """Each number to the nearest level, scales by squared error: needs no data."""
+
+    def int8(self, name: str, weight: NDArray[np.float32]) -> Int8Weight:
+        """See `neo_export.quantize.int8`."""
+        return quantize_int8(weight)
+
+    def int4(self, name: str, weight: NDArray[np.float32], block_size: int) -> Int4Weight:
+        """See `neo_export.quantize.int4`."""
+        return quantize_int4(weight, block_size)
