@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.manifest import GraphSpec, Manifest, TensorSpec
 
-__all__ = ["check_bundle", "open_session", "run_graph"]
+__all__ = ["check_bundle", "first_prompt_feeds", "open_session", "run_graph"]
 
 _PROMPT = 8  # tokens of the short run
 
@@ -60,6 +60,15 @@ def run_graph(
         ids: token ids.
         window: `CacheSpec.window`.
     """
+    feeds = first_prompt_feeds(graph, ids, window)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def first_prompt_feeds(
+    graph: GraphSpec, ids: np.ndarray[Any, np.dtype[np.int64]], window: int | None
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs of token ids [B, S] as a first prompt: nothing in the cache, no padding."""
     batch, sequence = ids.shape
     feeds: dict[str, np.ndarray[Any, Any]] = {
         "input_ids": ids,
@@ -71,8 +80,7 @@ def run_graph(
             heads, length, size = tensor.shape[1:]
             past = window if length == WINDOW_DIMENSION else 0
             feeds[tensor.name] = np.zeros((batch, heads, past, size), dtype=tensor.dtype)
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
+    return feeds
 
 
 def _short_run(path: Path, name: str, graph: GraphSpec, manifest: Manifest) -> None:

@@ -133,13 +133,14 @@ class SelfAttention(nn.Module):
     def forward(
         self, op: OpBuilder, x: ir.Value, mask: ir.Value, past: tuple[ir.Value, ir.Value]
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        query = self.q_proj(op, x)
+        query = mark_place(self.q_proj(op, x), self.layer, "query")
         key = mark_place(self.k_proj(op, x), self.layer, "key")
         value = mark_place(self.v_proj(op, x), self.layer, "value")
         query = self._split_heads(op, query)
         key = op.Concat(past[0], self._split_heads(op, key), axis=2)
         value = op.Concat(past[1], self._split_heads(op, value), axis=2)
         attended = self._merge_heads(op, self._attend(op, query, key, value, mask))
+        mark_place(attended, self.layer, "attended")
         return self.out_proj(op, attended), key, value
 
 

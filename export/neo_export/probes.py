@@ -25,7 +25,7 @@ def probes_of(model: ir.Model, spec: ModelSpec) -> tuple[Probe, ...]:
     probes = [Probe(layer=None, place="embedding", value=place_name(None, "embedding"))]
     for layer in range(spec.num_layers):
         packed = place_name(layer, PACKED_PLACE)
-        for part, place in enumerate(("key", "value"), start=1):
+        for part, place in enumerate(("query", "key", "value")):
             if packed in names:
                 channels = (part * spec.hidden_size, (part + 1) * spec.hidden_size)
                 probes.append(Probe(layer=layer, place=place, value=packed, channels=channels))
@@ -33,7 +33,7 @@ def probes_of(model: ir.Model, spec: ModelSpec) -> tuple[Probe, ...]:
                 probes.append(Probe(layer=layer, place=place, value=place_name(layer, place)))
         probes += [
             Probe(layer=layer, place=place, value=place_name(layer, place))
-            for place in ("attention", "mlp", "residual")
+            for place in ("attended", "attention", "mlp", "residual")
         ]
     probes.append(Probe(layer=None, place="final_norm", value=place_name(None, "final_norm")))
     lost = [probe.value for probe in probes if probe.value not in names]

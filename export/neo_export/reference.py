@@ -2,6 +2,15 @@
 
 Uses transformers' own modules with `attn_implementation="eager"` (its flash-attention path
 ignores the window) in float32. Only the layer that is running has its weights loaded.
+
+    reference = LayeredReference(checkpoint)
+    hidden = reference.embed(ids)
+    for index in range(spec.num_layers):
+        layer = reference.layer(index)        # loads its weights
+        hidden = layer.places(hidden)["residual"]
+    logits = reference.logits(reference.final_norm(hidden))
+
+A layer can also be run step by step from any inputs, such as those that another engine computed.
 """
 
 from __future__ import annotations
@@ -18,13 +27,13 @@ if TYPE_CHECKING:
 
     from neo_export.checkpoint import Checkpoint
 
-__all__ = ["LayeredReference"]
+__all__ = ["LayeredReference", "ReferenceLayer"]
 
 Place = tuple[int | None, str]
 
 
 class LayeredReference:
-    """Runs token ids through the checkpoint, yielding hidden states place by place."""
+    """The parts of a checkpoint's model, each loaded when it is asked for. float32."""
 
     def __init__(
         self, checkpoint: Checkpoint, read: Callable[[str], NDArray[np.float32]] | None = None
@@ -47,34 +56,25 @@ class LayeredReference:
                 f"comparing with PyTorch needs the package {error.name}; "
                 "install neo-onnx with its extra: pip install 'neo-onnx[torch]'"
             ) from error
+        self.spec = checkpoint.spec
         self._torch: Any = torch
         self._modules: Any = modeling_gpt_neo
         self._config = GPTNeoConfig.from_dict(checkpoint.config_json)
         self._config._attn_implementation = "eager"
-        self._tied = checkpoint.spec.tie_word_embeddings
         self._read = read or (lambda name: checkpoint.tensors[name].read())
 
-    def places(self, ids: NDArray[np.int64]) -> Iterator[tuple[Place, NDArray[np.float32]]]:
-        """Yield ((layer, place), hidden states [S, width]) in the order of computation.
+    def embed(
+        self, ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Token ids [S] → rows of both tables added, [S, H]; positions from 0 unless given."""
+        chosen = np.arange(len(ids)) if positions is None else positions
+        rows = self._read("transformer.wte.weight")[ids]
+        result: NDArray[np.float32] = rows + self._read("transformer.wpe.weight")[chosen]
+        return result
 
-        Args:
-            ids: token ids [S], one sequence from position 0.
-        """
-        torch = self._torch
-        with torch.inference_mode():
-            hidden = torch.from_numpy(self.embed(ids))[None]
-            yield (None, "embedding"), hidden[0].numpy()
-            for layer in range(self._config.num_layers):
-                for place, value in self._block(layer, hidden):
-                    hidden = value if place == "residual" else hidden
-                    yield (layer, place), value[0].numpy()
-            yield (None, "final_norm"), self.load_final_norm()(hidden)[0].numpy()
-
-    def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Token ids [S] from position 0 → the sum of both tables' rows, [S, H]."""
-        positions = self._read("transformer.wpe.weight")[: len(ids)]
-        embedded: NDArray[np.float32] = self._read("transformer.wte.weight")[ids] + positions
-        return embedded
+    def layer(self, index: int) -> ReferenceLayer:
+        """Layer `index` with its weights in memory."""
+        return ReferenceLayer(self._torch, self.load_block(index))
 
     def load_block(self, layer: int) -> Any:
         """The `GPTNeoBlock` of one layer, ready to run; its weights are private copies."""
@@ -86,31 +86,37 @@ class LayeredReference:
         norm = self._torch.nn.LayerNorm(self._config.hidden_size, self._config.layer_norm_epsilon)
         return self._load(norm, "transformer.ln_f.")
 
+    def final_norm(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[S, H] → [S, H]."""
+        with self._torch.inference_mode():
+            norm = self.load_final_norm()
+            result: NDArray[np.float32] = norm(_tensor(self._torch, hidden)).numpy()
+        return result
+
     def logits(self, final: NDArray[np.float32]) -> NDArray[np.float32]:
         """The head: [S, H] after the final norm → [S, V]."""
-        table = self._read("transformer.wte.weight" if self._tied else "lm_head.weight")
+        table = self._read(
+            "transformer.wte.weight" if self.spec.tie_word_embeddings else "lm_head.weight"
+        )
         torch = self._torch
         with torch.inference_mode():
-            scores = torch.nn.functional.linear(torch.tensor(final), torch.from_numpy(table.copy()))
+            scores = torch.nn.functional.linear(_tensor(torch, final), _tensor(torch, table))
         result: NDArray[np.float32] = scores.numpy()
         return result
 
-    def _block(self, layer: int, hidden: Any) -> Iterator[tuple[str, Any]]:
-        block = self.load_block(layer)
-        seen: dict[str, Any] = {}
-        attention = block.attn.attention
-        for name, module in (
-            ("key", attention.k_proj),
-            ("value", attention.v_proj),
-            ("attention", attention.out_proj),
-            ("mlp", block.mlp),
-        ):
-            module.register_forward_hook(
-                lambda _module, _inputs, output, name=name: seen.__setitem__(name, output)
-            )
-        seen["residual"] = block(hidden)[0]
-        for place in ("key", "value", "attention", "mlp", "residual"):
-            yield place, seen[place]
+    def places(self, ids: NDArray[np.int64]) -> Iterator[tuple[Place, NDArray[np.float32]]]:
+        """Yield ((layer, place), hidden states [S, width]) in the order of computation.
+
+        Args:
+            ids: token ids [S], one sequence from position 0.
+        """
+        hidden = self.embed(ids)
+        yield (None, "embedding"), hidden
+        for index in range(self.spec.num_layers):
+            for place, value in self.layer(index).places(hidden).items():
+                hidden = value
+                yield (index, place), value
+        yield (None, "final_norm"), self.final_norm(hidden)
 
     def _load(self, module: Any, prefix: str) -> Any:
         state = {
@@ -119,3 +125,119 @@ class LayeredReference:
         }
         module.load_state_dict(state, assign=True)
         return module
+
+
+class ReferenceLayer:
+    """One `GPTNeoBlock`: whole, or step by step. All arrays are float32."""
+
+    def __init__(self, torch: Any, block: Any) -> None:
+        self._torch = torch
+        self._block = block
+        self._attention = block.attn.attention
+
+    def places(self, hidden: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Run the block on hidden states [S, H] of positions 0 to S−1.
+
+        Returns:
+            query, key, value, attended, attention, mlp and residual, each [S, H], in the order of
+            computation.
+        """
+        seen: dict[str, Any] = {}
+        attention = self._attention
+        handles = [
+            module.register_forward_hook(
+                lambda _module, _inputs, output, name=name: seen.__setitem__(name, output)
+            )
+            for name, module in (
+                ("query", attention.q_proj),
+                ("key", attention.k_proj),
+                ("value", attention.v_proj),
+                ("attention", attention.out_proj),
+                ("mlp", self._block.mlp),
+            )
+        ]
+        handles.append(
+            attention.out_proj.register_forward_pre_hook(
+                lambda _module, inputs: seen.__setitem__("attended", inputs[0])
+            )
+        )
+        with self._torch.inference_mode():
+            seen["residual"] = self._block(_tensor(self._torch, hidden)[None])[0]
+        for handle in handles:
+            handle.remove()
+        order = ("query", "key", "value", "attended", "attention", "mlp", "residual")
+        return {name: seen[name].reshape(hidden.shape).numpy() for name in order}
+
+    def project(self, hidden: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """[S, H] entering the layer → its query, key and value, [S, H] each."""
+        torch, attention = self._torch, self._attention
+        with torch.inference_mode():
+            x = self._block.ln_1(_tensor(torch, hidden))
+            parts = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj}
+            return {name: module(x).numpy() for name, module in parts.items()}
+
+    def attend(
+        self,
+        query: NDArray[np.float32],
+        key: NDArray[np.float32],
+        value: NDArray[np.float32],
+        *,
+        window: int | None = -1,
+        scale: float = 1.0,
+    ) -> NDArray[np.float32]:
+        """Attention before the output projection: [S, H] of the last S of T positions.
+
+        Args:
+            query: [S, H], of the last S positions.
+            key: [T, H], of all positions from the text's first on.
+            value: [T, H].
+            window: how many last positions each sees; None for all, −1 for what the layer has.
+            scale: what scores are multiplied by.
+        """
+        torch, attention = self._torch, self._attention
+        own = attention.bias
+        with torch.inference_mode():
+            heads = [
+                attention._split_heads(
+                    _tensor(torch, x)[None], attention.num_heads, attention.head_dim
+                )
+                for x in (query * np.float32(scale) if scale != 1.0 else query, key, value)
+            ]
+            if window != -1:
+                attention.bias = _mask(torch, len(key), window)
+            try:
+                mixed, _ = attention._attn(*heads)
+            finally:
+                attention.bias = own
+            merged = attention._merge_heads(mixed, attention.num_heads, attention.head_dim)
+            result: NDArray[np.float32] = merged[0].numpy()
+        return result
+
+    def project_out(self, attended: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`attended` → `attention`, [S, H]."""
+        with self._torch.inference_mode():
+            result: NDArray[np.float32] = self._attention.out_proj(
+                _tensor(self._torch, attended)
+            ).numpy()
+        return result
+
+    def mlp(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Hidden states [S, H] behind the attention → what the MLP adds to them."""
+        with self._torch.inference_mode():
+            result: NDArray[np.float32] = self._block.mlp(
+                self._block.ln_2(_tensor(self._torch, hidden))
+            ).numpy()
+        return result
+
+
+def _mask(torch: Any, length: int, window: int | None) -> Any:
+    """Bool [1, 1, length, length], as `GPTNeoSelfAttention.bias`."""
+    mask = torch.tril(torch.ones((length, length), dtype=torch.bool))
+    if window is not None:
+        mask = torch.bitwise_xor(mask, torch.tril(mask, -window))
+    return mask.view(1, 1, length, length)
+
+
+def _tensor(torch: Any, array: NDArray[np.float32]) -> Any:
+    """A tensor over the same memory where it may be written, else over a copy."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

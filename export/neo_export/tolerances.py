@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["TOLERANCES", "Tolerance"]
+__all__ = ["LOCAL", "TOLERANCES", "LocalLimits", "Tolerance"]
 
 
 @dataclass(frozen=True)
@@ -86,5 +86,61 @@ TOLERANCES: dict[str, Tolerance] = {
         any_checkpoint=2e-1,
         typical=1.5e-2,
         reason="As int8, whose activations are the coarser: a scale a token, not a block.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LocalLimits:
+    """Limits for one step of one layer, computed from the bundle's own inputs of that step.
+
+    Relative L2 of a position's hidden state, against PyTorch on the checkpoint's own weights.
+    """
+
+    exact: float
+    """Worst position, where no stored matrix leads to the place: the attention between its
+    projections, sums, norms, and what the cache holds."""
+    product: float
+    """Median over the positions of a region, where a stored matrix leads to the place."""
+    outlier: float
+    """Multiple of the median over the other layers' same place from which on a layer stands out.
+    Counts only from a tenth of `product` on, and where at least three other layers are there."""
+    reason: str
+
+
+LOCAL: dict[str, LocalLimits] = {
+    "fp32": LocalLimits(
+        exact=1e-4,
+        product=1e-4,
+        outlier=50.0,
+        reason=(
+            "Measured at most 3e-6; the rest is for checkpoints that amplify (see "
+            "`Tolerance.any_checkpoint`). A wrong matrix gives 1e-1 to 2, a window off by one "
+            "1e-3 to 1."
+        ),
+    ),
+    "fp16": LocalLimits(
+        exact=1e-2,
+        product=1e-2,
+        outlier=20.0,
+        reason="Measured at most 2.2e-3, 2⁻¹¹ a rounding, several a step.",
+    ),
+    "int8": LocalLimits(
+        exact=1e-4,
+        product=1e-1,
+        outlier=4.0,
+        reason=(
+            "Weights in 7 bits with a scale a channel and activations in 8: measured medians 0.7 "
+            "to 3.2 % a product. What lies between the products is computed in float32."
+        ),
+    ),
+    "int4": LocalLimits(
+        exact=1e-4,
+        product=3e-1,
+        outlier=4.0,
+        reason=(
+            "Weights in 4 bits: measured medians 4 to 13 % a product, blocks of 64. What lies "
+            "between the products is computed in float32."
+        ),
     ),
 }

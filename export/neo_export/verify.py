@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 from neo_runtime.errors import VerificationError
-from neo_runtime.installation import require_onnxruntime
-from neo_runtime.manifest import is_quantized
 
-from neo_export.check import run_graph
+from neo_export.comparison.errors import measure, measure_logits
+from neo_export.comparison.faults import Fault, first_fault
+from neo_export.comparison.places import all_places
+from neo_export.comparison.probed import open_probed, score_trace
+from neo_export.comparison.trace import Text
 from neo_export.reference import LayeredReference
 from neo_export.tolerances import TOLERANCES
 
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from neo_runtime.manifest import Manifest, Probe
+    from neo_runtime.manifest import Manifest
     from numpy.typing import NDArray
 
     from neo_export.checkpoint import Checkpoint
     from neo_export.quantize.stored import StoredWeights
 
-__all__ = ["PlaceError", "Verification", "relative_l2", "verify_bundle"]
+__all__ = ["PlaceError", "Verification", "verify_bundle"]
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,8 @@ class Verification:
     """Positions whose best token differs although the reference's lead exceeds the error."""
     worst_place: PlaceError
     places: tuple[PlaceError, ...]
-
-
-def relative_l2(found: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
-    """‖found − reference‖ / ‖reference‖ along the last axis, in float64."""
-    difference = found.astype(np.float64) - reference.astype(np.float64)
-    norm = np.linalg.norm(reference.astype(np.float64), axis=-1)
-    result: NDArray[np.float64] = np.linalg.norm(difference, axis=-1) / np.maximum(norm, 1e-30)
-    return result
+    first_fault: Fault | None
+    """The first step that is off although its inputs were taken as they are."""
 
 
 def verify_bundle(
@@ -86,58 +81,35 @@ def verify_bundle(
     reference = LayeredReference(checkpoint, weights)
     length = min(manifest.max_length, 2 * manifest.model.window_size + 32)
     ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, length, dtype=np.int64)
-    outputs = _run_with_probes(folder, manifest, ids)
-    probes = {(probe.layer, probe.place): probe for probe in manifest.probes}
-    places, final = [], None
-    for done, ((layer, place), expected) in enumerate(reference.places(ids), start=1):
-        found = _probed(outputs, probes[layer, place])
-        places.append(PlaceError(layer, place, float(relative_l2(found, expected).max())))
-        final = expected
-        if progress is not None:
-            progress("comparing with PyTorch", done, len(probes))
-    assert final is not None
+    trace = score_trace(open_probed(folder, manifest, "score"), manifest, ids)
+    say = progress or (lambda stage, done, total: None)
+    errors, [final] = measure(
+        reference,
+        [Text(ids, [trace])],
+        lambda done, total: say("comparing with PyTorch", done, total),
+    )
     expected = reference.logits(final)
-    found = outputs["logits"][0]
-    errors = relative_l2(found, expected)
+    measure_logits(errors, reference, trace, expected)
+    places = tuple(
+        PlaceError(layer, place, float(series.cumulative.max()))
+        for layer, place in all_places(manifest.model)
+        if place != "logits" and (series := errors.series("score", (layer, place))) is not None
+    )
+    logits = errors.series("score", (None, "logits"))
+    assert logits is not None
+    assert trace.logits is not None
     verification = Verification(
         tokens=length,
         window_size=manifest.model.window_size,
-        logits_error=float(errors.max()),
-        typical_error=float(np.median(errors)),
-        argmax_disagreements=_disagreements(found, expected),
+        logits_error=float(logits.cumulative.max()),
+        typical_error=float(np.median(logits.cumulative)),
+        argmax_disagreements=_disagreements(trace.logits, expected),
         worst_place=max(places, key=lambda place: place.error),
-        places=tuple(places),
+        places=places,
+        first_fault=first_fault(errors, manifest.model, manifest.precision),
     )
     _judge(verification, manifest.precision)
     return verification
-
-
-def _run_with_probes(
-    folder: Path, manifest: Manifest, ids: NDArray[np.int64]
-) -> dict[str, NDArray[Any]]:
-    """Outputs of the score graph, and the values of all probes as outputs beside them."""
-    ort = require_onnxruntime()
-    graph = manifest.graphs["score"]
-    model = ir.load(folder / graph.file)
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    for name in dict.fromkeys(probe.value for probe in manifest.probes):
-        model.graph.outputs.append(values[name])
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if not is_quantized(manifest.precision):
-        # Quantized products have other kernels for prepacked weights: check those that will run.
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(folder)
-    )
-    data = ir.serde.serialize_model(model).SerializeToString()
-    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return run_graph(session, graph, ids[None], manifest.cache.window)
-
-
-def _probed(outputs: dict[str, NDArray[Any]], probe: Probe) -> NDArray[Any]:
-    value: NDArray[Any] = outputs[probe.value][0]
-    return value if probe.channels is None else value[:, slice(*probe.channels)]
 
 
 def _disagreements(found: NDArray[Any], expected: NDArray[np.float32]) -> int:
@@ -149,6 +121,13 @@ def _disagreements(found: NDArray[Any], expected: NDArray[np.float32]) -> int:
 
 
 def _judge(verification: Verification, precision: str) -> None:
+    fault = verification.first_fault
+    if fault is not None:
+        raise VerificationError(
+            f"{fault.where} is wrong: computed by PyTorch from the bundle's own inputs it is off "
+            f"by {fault.error:.3g} ({fault.region}; relative L2, the limit of {precision} is "
+            f"{fault.limit:g}). Report this with the checkpoint's config.json"
+        )
     limit = TOLERANCES[precision].any_checkpoint
     for place in verification.places:
         if not place.error <= limit:

@@ -107,7 +107,8 @@ class Probe:
     layer: int | None
     """None for the final norm."""
     place: str
-    """One of `embedding`, `key`, `value`, `attention`, `mlp`, `residual`, `final_norm`."""
+    """One of `embedding`, `query`, `key`, `value`, `attended`, `attention`, `mlp`, `residual`,
+    `final_norm`."""
     value: str
     """Name of the ONNX value, [batch, sequence, width]."""
     channels: tuple[int, int] | None = None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import Manifest
     from numpy.typing import NDArray
 
-LAYER_PLACES = ("key", "value", "attention", "mlp", "residual")
+LAYER_PLACES = ("query", "key", "value", "attended", "attention", "mlp", "residual")
 CONFIGS = ("plain", "head_size_12", "local_first")
 
 
@@ -76,6 +76,7 @@ def reference_places(
     for layer, block in enumerate(transformer.h):
         attention = block.attn.attention
         modules |= {
+            (layer, "query"): attention.q_proj,
             (layer, "key"): attention.k_proj,
             (layer, "value"): attention.v_proj,
             (layer, "attention"): attention.out_proj,
@@ -92,6 +93,12 @@ def reference_places(
             lambda _module, _inputs, output, place=place: keep(place, output)
         )
         for place, module in modules.items()
+    ]
+    handles += [
+        block.attn.attention.out_proj.register_forward_pre_hook(
+            lambda _module, inputs, layer=layer: keep((layer, "attended"), inputs[0])
+        )
+        for layer, block in enumerate(transformer.h)
     ]
     reference.logits(ids)
     for handle in handles:
@@ -120,7 +127,7 @@ def probed(bundle: Path, manifest: Manifest, ids: NDArray[np.int64]) -> dict[str
     return run_bound(session, inputs, cache, more=names)
 
 
-@pytest.mark.parametrize("place", ["residual", "attention", "key"])
+@pytest.mark.parametrize("place", ["residual", "attention", "attended", "key"])
 def test_a_lost_name_is_noticed(place: str) -> None:
     config = TinyConfig()
     model = bound_graph("score", config)

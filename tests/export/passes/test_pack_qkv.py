@@ -69,24 +69,25 @@ def test_weights_lie_one_below_the_other() -> None:
     assert np.array_equal(packed.numpy(), np.concatenate(parts))
 
 
-def test_keys_and_values_become_channels() -> None:
+def test_projections_become_channels() -> None:
     before, after = fused(), fused()
     apply_pass(pack_qkv, after)
     old, new = (probes_of(model, spec_of(CONFIG)) for model in (before, after))
     assert [(p.layer, p.place) for p in new] == [(p.layer, p.place) for p in old]
 
-    def keys_and_values(probes: tuple[Probe, ...]) -> list[Probe]:
-        return [p for p in probes if p.place in ("key", "value")]
+    def projections(probes: tuple[Probe, ...]) -> list[Probe]:
+        return [p for p in probes if p.place in ("query", "key", "value")]
 
     size = CONFIG.hidden_size
     assert [p for p in new if p.channels is None] == [
-        p for p in old if p.place not in ("key", "value")
+        p for p in old if p.place not in ("query", "key", "value")
     ]
-    assert [p.channels for p in keys_and_values(new)] == [
+    assert [p.channels for p in projections(new)] == [
+        (0, size),
         (size, 2 * size),
         (2 * size, 3 * size),
     ] * LAYERS
-    assert {p.value for p in keys_and_values(new)} == {
+    assert {p.value for p in projections(new)} == {
         f"transformer.h.{layer}.qkv" for layer in range(LAYERS)
     }
 

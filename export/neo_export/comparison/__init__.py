@@ -1,0 +1,1 @@
+"""A bundle's hidden states against a reference: how far off, and from which place on."""

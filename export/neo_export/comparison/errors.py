@@ -1,0 +1,163 @@
+"""Errors of every place at every position: of the step alone, and accumulated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neo_export.comparison.local import expected_embedding, expected_in_layer
+from neo_export.comparison.places import CACHED
+from neo_export.metrics import relative_l2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from neo_export.comparison.places import Place
+    from neo_export.comparison.trace import Text, Trace
+    from neo_export.reference import LayeredReference
+
+__all__ = ["PlaceErrors", "Series", "measure", "measure_logits"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Relative L2 errors of one place of one graph, over positions of all texts, [n] each."""
+
+    positions: NDArray[np.int64]
+    local: NDArray[np.float64]
+    """Of this step alone: the reference computed it from the bundle's own inputs."""
+    cumulative: NDArray[np.float64]
+    """Against the reference's own run from the tokens on."""
+
+
+@dataclass
+class PlaceErrors:
+    """Series by graph and place; texts are appended to one another."""
+
+    parts: dict[tuple[str, Place], list[Series]] = field(default_factory=dict)
+
+    def add(
+        self,
+        trace: Trace,
+        place: Place,
+        local: NDArray[np.float64],
+        cumulative: NDArray[np.float64] | None = None,
+        positions: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Append what was found in one trace."""
+        at = trace.positions if positions is None else positions
+        series = Series(at, local, local if cumulative is None else cumulative)
+        self.parts.setdefault((trace.graph, place), []).append(series)
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the graphs that were looked at."""
+        return tuple(dict.fromkeys(graph for graph, _ in self.parts))
+
+    def series(self, graph: str, place: Place) -> Series | None:
+        """All of one place; None where this graph does not show it."""
+        parts = self.parts.get((graph, place))
+        if not parts:
+            return None
+        return Series(
+            np.concatenate([part.positions for part in parts]),
+            np.concatenate([part.local for part in parts]),
+            np.concatenate([part.cumulative for part in parts]),
+        )
+
+
+def measure(
+    reference: LayeredReference,
+    texts: Sequence[Text],
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[PlaceErrors, list[NDArray[np.float32]]]:
+    """Run the reference over all texts, a layer at a time, and compare at every place.
+
+    Args:
+        reference: in float32.
+        texts: with the traces of the bundle, if any: a text without is only run.
+        progress: called with layers done and all.
+
+    Returns:
+        The errors, and the reference's hidden states after the final norm, [S, H] a text.
+    """
+    errors = PlaceErrors()
+    hidden = [reference.embed(text.ids) for text in texts]
+    for text, state in zip(texts, hidden, strict=True):
+        for trace in text.traces:
+            own = {"embedding": expected_embedding(reference, trace, text.ids)}
+            _compare(errors, trace, None, own, {"embedding": state})
+    layers = reference.spec.num_layers
+    for index in range(layers):
+        layer = reference.layer(index)
+        for number, text in enumerate(texts):
+            places = layer.places(hidden[number])
+            hidden[number] = places["residual"]
+            for trace in text.traces:
+                _compare(errors, trace, index, expected_in_layer(layer, index, trace), places)
+                _add_caches(errors, trace, index)
+        if progress is not None:
+            progress(index + 1, layers)
+    finals = [reference.final_norm(state) for state in hidden]
+    for text, state in zip(texts, finals, strict=True):
+        for trace in text.traces:
+            own = {"final_norm": reference.final_norm(trace.get(layers - 1, "residual"))}
+            _compare(errors, trace, None, own, {"final_norm": state})
+    return errors, finals
+
+
+def measure_logits(
+    errors: PlaceErrors, reference: LayeredReference, trace: Trace, expected: NDArray[np.float32]
+) -> None:
+    """Compare a trace's logits with the head of its own last hidden state, and with `expected`.
+
+    Args:
+        errors: to add to.
+        reference: whose head it is.
+        trace: with logits.
+        expected: the reference's own logits at the same positions, [rows, V].
+    """
+    assert trace.logits is not None
+    assert trace.logits_at is not None
+    local = np.empty(len(trace.logits_at))
+    final = trace.get(None, "final_norm")[trace.logits_at - trace.start]
+    step = max(1, (1 << 24) // expected.shape[1])
+    for start in range(0, len(final), step):
+        rows = slice(start, start + step)
+        local[rows] = relative_l2(trace.logits[rows], reference.logits(final[rows]))
+    errors.add(
+        trace, (None, "logits"), local, _rowwise(trace.logits, expected), positions=trace.logits_at
+    )
+
+
+def _compare(
+    errors: PlaceErrors,
+    trace: Trace,
+    layer: int | None,
+    own: Mapping[str, NDArray[np.float32]],
+    places: Mapping[str, NDArray[np.float32]],
+) -> None:
+    for place, expected in own.items():
+        found = trace.get(layer, place)
+        path = places[place][trace.start : trace.start + trace.length]
+        errors.add(trace, (layer, place), relative_l2(found, expected), relative_l2(found, path))
+
+
+def _add_caches(errors: PlaceErrors, trace: Trace, layer: int) -> None:
+    for place in CACHED:
+        found = trace.cache_errors.get((layer, place))
+        if found is not None:
+            errors.add(trace, (layer, place), found)
+
+
+def _rowwise(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
+    step = max(1, (1 << 24) // expected.shape[1])
+    parts = [
+        relative_l2(found[start : start + step], expected[start : start + step])
+        for start in range(0, len(found), step)
+    ]
+    return np.concatenate(parts) if parts else np.empty(0)

@@ -1,0 +1,152 @@
+"""Where a bundle goes wrong first: the place whose own step is off by more than its precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neo_export.comparison.places import EXACT, REGIONS, all_places, place_text, region_masks
+from neo_export.tolerances import LOCAL
+
+if TYPE_CHECKING:
+    from neo_runtime.manifest import ModelSpec
+
+    from neo_export.comparison.errors import PlaceErrors, Series
+    from neo_export.comparison.places import Place
+    from neo_export.tolerances import LocalLimits
+
+__all__ = ["Fault", "find_faults", "first_fault", "limits_for"]
+
+_LEAST_OTHERS = 3
+_PROJECTIONS = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A step whose result is wrong although its inputs were taken as they are."""
+
+    layer: int | None
+    place: str
+    region: str
+    """`everywhere`, or the first region that is affected: `below`, `at` or `past` the window."""
+    regions: tuple[str, ...]
+    """All that are affected."""
+    graphs: tuple[str, ...]
+    """The graphs that are affected."""
+    error: float
+    """Relative L2 of this step, in the worst region: its worst position where the place is exact,
+    its median where a stored matrix leads to it. Infinite where values are not finite."""
+    limit: float
+    kind: str | None = None
+    """What would explain it, where one of the usual mistakes does."""
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return place_text(self.layer, self.place)
+
+
+def limits_for(precision: str) -> LocalLimits:
+    """Those of a precision; of a mixed bundle those of its coarsest."""
+    return LOCAL.get(precision, LOCAL["int4"])
+
+
+def first_fault(errors: PlaceErrors, spec: ModelSpec, precision: str) -> Fault | None:
+    """The first in the order of computation, or None where every step is as its precision allows.
+
+    Where query, key and value of a layer are all off and the layer's other products are not, the
+    norm before them is named: `ln_1`.
+    """
+    faults = find_faults(errors, spec, precision)
+    if not faults:
+        return None
+    first = faults[0]
+    same = {fault.place: fault for fault in faults if fault.layer == first.layer}
+    if first.place == "query" and {*_PROJECTIONS} <= same.keys():
+        others = {"attention", "mlp"} & same.keys()
+        alike = all(same[place].graphs == first.graphs for place in _PROJECTIONS)
+        if alike and not others:
+            return replace(first, place="ln_1")
+    return first
+
+
+def find_faults(errors: PlaceErrors, spec: ModelSpec, precision: str) -> list[Fault]:
+    """Every place whose step is off, in the order of computation."""
+    limits = limits_for(precision)
+    found = []
+    for place in all_places(spec):
+        fault = _fault_at(errors, place, spec, limits)
+        if fault is not None:
+            found.append(fault)
+    return found
+
+
+def _fault_at(
+    errors: PlaceErrors, place: Place, spec: ModelSpec, limits: LocalLimits
+) -> Fault | None:
+    graphs, regions, seen = [], [], []
+    worst, limit = 0.0, limits.exact
+    for graph in errors.graphs:
+        series = errors.series(graph, place)
+        if series is None:
+            continue
+        limit = _limit(errors, graph, place, spec, limits)
+        by_region = _by_region(series, place, spec)
+        seen += list(by_region)
+        off = {region: error for region, error in by_region.items() if not error <= limit}
+        if off:
+            graphs.append(graph)
+            regions += list(off)
+            worst = max(worst, *(np.inf if np.isnan(error) else error for error in off.values()))
+    if not graphs:
+        return None
+    affected = tuple(region for region in REGIONS if region in regions)
+    # Of texts that do not reach the window there is one region only: no more can be said.
+    everywhere = set(affected) == set(seen)
+    layer, name = place
+    return Fault(
+        layer=layer,
+        place=name,
+        region="everywhere" if everywhere else affected[0],
+        regions=affected,
+        graphs=tuple(graphs),
+        error=float(worst),
+        limit=limit,
+    )
+
+
+def _limit(
+    errors: PlaceErrors, graph: str, place: Place, spec: ModelSpec, limits: LocalLimits
+) -> float:
+    layer, name = place
+    if name in EXACT:
+        return limits.exact
+    if layer is None:
+        return limits.product
+    others = [
+        float(np.median(series.local))
+        for other in range(spec.num_layers)
+        if other != layer and (series := errors.series(graph, (other, name))) is not None
+    ]
+    if len(others) < _LEAST_OTHERS:
+        return limits.product
+    usual = float(np.median(others))
+    return min(limits.product, max(limits.outlier * usual, limits.product / 10))
+
+
+def _by_region(series: Series, place: Place, spec: ModelSpec) -> dict[str, float]:
+    """The figure that is judged, of each region that the texts reach."""
+    statistic = np.nanmax if place[1] in EXACT else np.median
+    result = {}
+    for region, mask in region_masks(series.positions, spec.window_size).items():
+        chosen = series.local[mask]
+        if place[1].startswith("cached"):
+            chosen = chosen[~np.isnan(chosen)]  # left the cache before anyone looked
+        elif np.isnan(chosen).any():
+            result[region] = float("inf")
+            continue
+        if len(chosen):
+            result[region] = float(statistic(chosen))
+    return result

@@ -1,0 +1,71 @@
+"""What a layer should have made of what the bundle itself put into it.
+
+Errors add up from layer to layer, and an error that one sees says little about where it arose. So
+each step of each layer is also computed by PyTorch from the bundle's *own* inputs of that step:
+
+    query, key, value   from the hidden state that entered the layer
+    attended            from the bundle's own query, key and value
+    attention           from its own attended
+    mlp                 from its own hidden state and attention
+    residual            the sum of its own hidden state, attention and mlp
+
+A fault then shows at its own place alone, whatever came before it. Where a graph does not show
+`query` or `attended`, the attention is computed from the hidden state in one step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from neo_export.comparison.trace import Trace
+    from neo_export.reference import LayeredReference, ReferenceLayer
+
+__all__ = ["entering", "expected_embedding", "expected_in_layer"]
+
+
+def expected_embedding(
+    reference: LayeredReference, trace: Trace, ids: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """[length, H] of the trace's positions; `ids` are those of the whole text."""
+    positions = trace.positions
+    return reference.embed(ids[positions], positions)
+
+
+def entering(trace: Trace, layer: int) -> NDArray[np.float32]:
+    """The bundle's own hidden state that enters a layer, [length, H]."""
+    return trace.get(*_before(layer))
+
+
+def expected_in_layer(
+    layer: ReferenceLayer, index: int, trace: Trace
+) -> dict[str, NDArray[np.float32]]:
+    """Place → [length, H], each from the bundle's own inputs of that step."""
+    hidden = entering(trace, index)
+    expected = layer.project(hidden)
+    query, attended = (trace.has(index, place) for place in ("query", "attended"))
+    if query and attended:
+        expected["attended"] = layer.attend(
+            trace.get(index, "query"),
+            trace.with_history(index, "key"),
+            trace.with_history(index, "value"),
+        )
+        expected["attention"] = layer.project_out(trace.get(index, "attended"))
+    else:
+        past = layer.project(trace.with_history(*_before(index)))
+        mixed = layer.attend(expected["query"], past["key"], past["value"])
+        expected["attention"] = layer.project_out(mixed)
+        if not query:
+            del expected["query"]
+    behind = hidden + trace.get(index, "attention")
+    expected["mlp"] = layer.mlp(behind)
+    expected["residual"] = np.add(behind, trace.get(index, "mlp"), dtype=np.float32)
+    return expected
+
+
+def _before(layer: int) -> tuple[int | None, str]:
+    return (None, "embedding") if layer == 0 else (layer - 1, "residual")

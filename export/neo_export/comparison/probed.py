@@ -1,0 +1,100 @@
+"""A graph of a bundle with the values of its probes as outputs beside its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from neo_runtime.errors import BundleError
+from neo_runtime.installation import require_onnxruntime
+
+from neo_export.check import first_prompt_feeds
+from neo_export.comparison.scratch import scratch_array
+from neo_export.comparison.trace import Trace
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from neo_runtime.manifest import Manifest
+    from numpy.typing import NDArray
+
+__all__ = ["open_probed", "probed_values", "score_trace"]
+
+_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+
+
+def probed_values(manifest: Manifest) -> list[str]:
+    """Names of the graph values that hold all places, each once."""
+    return list(dict.fromkeys(probe.value for probe in manifest.probes))
+
+
+def open_probed(folder: Path, manifest: Manifest, graph: str, *, threads: int = 0) -> Any:
+    """An onnxruntime session of `graph` whose outputs include the probed values.
+
+    Args:
+        folder: the bundle.
+        manifest: its manifest.
+        graph: "prefill", "decode" or "score".
+        threads: of one operator; 0 for onnxruntime's choice.
+
+    Raises:
+        BundleError: the graph lacks a value that the manifest lists.
+    """
+    ort = require_onnxruntime()
+    model = ir.load(folder / manifest.graphs[graph].file)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for name in probed_values(manifest):
+        if name not in values:
+            raise BundleError(
+                f"{folder / manifest.graphs[graph].file} has no value {name!r}, which the "
+                "manifest lists as a place to look at; export the bundle again"
+            )
+        model.graph.outputs.append(values[name])
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.enable_mem_pattern = False
+    options.enable_cpu_mem_arena = False
+    if manifest.precision in ("fp32", "fp16"):
+        # Quantized products have other kernels for prepacked weights: look at those that will run.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder)
+    )
+    data = ir.serde.serialize_model(model).SerializeToString()
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def score_trace(session: Any, manifest: Manifest, ids: NDArray[np.int64]) -> Trace:
+    """Run the probed score graph on one text; the values may lie in a file without a name.
+
+    Args:
+        session: of `open_probed(…, "score")`.
+        manifest: of the bundle.
+        ids: token ids [S].
+    """
+    graph = manifest.graphs["score"]
+    binding = session.io_binding()
+    feeds = first_prompt_feeds(graph, ids[None], manifest.cache.window)
+    for name, array in feeds.items():
+        binding.bind_cpu_input(name, array)
+    wanted = {"logits", *probed_values(manifest)}
+    kept: dict[str, NDArray[Any]] = {}
+    for output in session.get_outputs():
+        if output.name in wanted:
+            kept[output.name] = array = scratch_array(
+                (len(ids), output.shape[-1]), _TYPES[output.type]
+            )
+            shape = (1, *array.shape)
+            binding.bind_output(output.name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+    session.run_with_iobinding(binding)
+    return Trace(
+        graph="score",
+        start=0,
+        length=len(ids),
+        probes={(probe.layer, probe.place): probe for probe in manifest.probes},
+        values=kept,
+        logits=kept["logits"],
+        logits_at=np.arange(len(ids), dtype=np.int64),
+    )
