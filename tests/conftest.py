@@ -42,6 +42,12 @@ def portable_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tensorrt_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model for the target `tensorrt`, float32. Read only."""
+    return _export(tmp_path_factory, "tensorrt")
+
+
+@pytest.fixture(scope="session")
 def reference() -> Reference:
     """The demo model in PyTorch, float32; `reference.model` is the module itself."""
     return Reference(DEMO)

@@ -12,11 +12,12 @@ from neo_runtime.installation import require_onnxruntime
 from neo_export.passes.window_caches import WINDOW_DIMENSION
 
 if TYPE_CHECKING:
+    from collections.abc import Container
     from pathlib import Path
 
     from neo_runtime.manifest import GraphSpec, Manifest, TensorSpec
 
-__all__ = ["check_bundle", "first_prompt_feeds", "open_session", "run_graph"]
+__all__ = ["check_bundle", "first_prompt_feeds", "open_session", "run_graph", "scoring_graph"]
 
 _PROMPT = 8  # tokens of the short run
 
@@ -34,6 +35,11 @@ def check_bundle(folder: Path, manifest: Manifest) -> None:
         except onnx.checker.ValidationError as error:
             raise VerificationError(f"{graph.file} fails ONNX's checker: {error}") from error
         _short_run(path, name, graph, manifest)
+
+
+def scoring_graph(graphs: Container[str]) -> str:
+    """Name of the graph that gives logits at every position: score, or prefill where it picks."""
+    return "score" if "score" in graphs else "prefill"
 
 
 def open_session(path: Path) -> Any:
@@ -70,16 +76,21 @@ def first_prompt_feeds(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Inputs of token ids [B, S] as a first prompt: nothing in the cache, no padding."""
     batch, sequence = ids.shape
-    feeds: dict[str, np.ndarray[Any, Any]] = {
+    positions = np.broadcast_to(np.arange(sequence), ids.shape).copy()
+    given: dict[str, np.ndarray[Any, Any]] = {
         "input_ids": ids,
         "attention_mask": np.ones_like(ids),
-        "position_ids": np.broadcast_to(np.arange(sequence), ids.shape).copy(),
+        "position_ids": positions,
+        "logit_positions": positions,
     }
+    feeds = {}
     for tensor in graph.inputs:
-        if tensor.name.startswith("past_key_values."):
-            heads, length, size = tensor.shape[1:]
-            past = window if length == WINDOW_DIMENSION else 0
-            feeds[tensor.name] = np.zeros((batch, heads, past, size), dtype=tensor.dtype)
+        if tensor.name in given:
+            feeds[tensor.name] = given[tensor.name]
+            continue
+        heads, length, size = tensor.shape[1:]
+        past = window if length == WINDOW_DIMENSION else length if isinstance(length, int) else 0
+        feeds[tensor.name] = np.zeros((batch, heads, past, size), dtype=tensor.dtype)
     return feeds
 
 
@@ -87,7 +98,7 @@ def _short_run(path: Path, name: str, graph: GraphSpec, manifest: Manifest) -> N
     length = 1 if name == "decode" else min(_PROMPT, manifest.max_length)
     ids = (np.arange(length, dtype=np.int64)[None] * 7919) % manifest.model.vocab_size
     outputs = run_graph(open_session(path), graph, ids, manifest.cache.window)
-    sizes = {"batch": 1, "sequence": length, "present_sequence": length}
+    sizes = {"batch": 1, "sequence": length, "present_sequence": length, "logits_sequence": length}
     sizes[WINDOW_DIMENSION] = manifest.cache.window or 0
     for tensor in graph.outputs:
         _check_output(graph.file, tensor, outputs[tensor.name], sizes)

@@ -21,6 +21,12 @@ __all__ = ["main"]
 
 DEMO = Path(__file__).parent / "demo" / "neo-mini"
 
+_LAYOUTS = {
+    "in_place": "updated in place",
+    "append": "appended to",
+    "static": "of static length, updated in place",
+}
+
 _EPILOG = """\
 MODEL is a Hugging Face folder (safetensors, or pytorch_model.bin, whole or in shards), a hub id
 such as EleutherAI/gpt-neo-1.3B, or modelscope:AI-ModelScope/gpt-neo-1B3. Without it the demo model
@@ -62,9 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target",
         default="cpu",
-        choices=("cpu", "portable"),
+        choices=("cpu", "portable", "tensorrt"),
         help="cpu: onnxruntime's fused operators, cache updated in place, right padding only; "
-        "portable: standard ONNX operators, any attention mask (default: cpu)",
+        "portable: standard ONNX operators, any attention mask; tensorrt: opset 24 with a cache "
+        "of static length, for neo-engine (default: cpu)",
     )
     parser.add_argument(
         "--block-size",
@@ -201,7 +208,7 @@ def _report(summary: ExportSummary) -> str:
         f"bundle      {summary.bundle}",
         f"digest      {summary.digest}",
         f"target      {summary.target}, {summary.precision}, up to {summary.max_length} positions, "
-        f"cache {'updated in place' if summary.cache_layout == 'in_place' else 'appended to'}",
+        f"cache {_LAYOUTS[summary.cache_layout]}",
         f"parameters  {summary.parameters / 1e6:,.1f} million",
         f"weights     {summary.weight_bytes / 1e6:,.1f} MB in one file; "
         f"{summary.total_bytes / 1e6:,.1f} MB in all",

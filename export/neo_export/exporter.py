@@ -15,9 +15,9 @@ from neo_runtime.errors import RequestError
 from neo_runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, TensorSpec, is_quantized
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from neo_export.check import check_bundle
+from neo_export.check import check_bundle, scoring_graph
 from neo_export.checkpoint import expected_shapes, open_checkpoint
-from neo_export.graphs import GRAPH_NAMES, build_graph
+from neo_export.graphs import build_graph
 from neo_export.hub import resolve_model
 from neo_export.memory import PeakMemory
 from neo_export.probes import probes_of
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from neo_export.checkpoint import Checkpoint
     from neo_export.passes import Pass
+    from neo_export.targets import Target
     from neo_export.verify import Verification
 
 __all__ = ["ExportOptions", "ExportSummary", "GraphSummary", "PassSummary", "export_bundle"]
@@ -136,8 +137,15 @@ def export_bundle(
         if options.quantization.plan is not None:
             options.quantization.plan.check_model(expected_shapes(spec), "the plan")
         passes = {
-            name: passes_for(target, options.precision, name, spec, options.quantization)
-            for name in GRAPH_NAMES
+            name: passes_for(
+                target,
+                options.precision,
+                name,
+                spec,
+                options.quantization,
+                max_length=max_length,
+            )
+            for name, _ in target.graphs
         }
         say("building the graphs", 0, 0)
 
@@ -146,7 +154,7 @@ def export_bundle(
             tensor.check_finite()  # here, where the checkpoint's own name is known
             return tensor.read()
 
-        models, summaries = _build(spec, passes, read)
+        models, summaries = _build(spec, target, passes, read)
         weights = write_weights(models, folder, lambda done, all_: say("weights", done, all_))
         for name, graph in models.items():
             ir.save(graph, folder / f"{name}.onnx")
@@ -158,7 +166,7 @@ def export_bundle(
             model=spec,
             cache=target.cache(spec, options.precision),
             graphs={name: _graph_spec(name, graph) for name, graph in models.items()},
-            probes=probes_of(models["score"], spec),
+            probes=probes_of(models[scoring_graph(models)], spec),
             files=record_files(folder, known={"weights.bin": weights.record}),
             has_tokenizer=has_tokenizer,
             minimum_onnxruntime=target.minimum_onnxruntime,
@@ -171,7 +179,8 @@ def export_bundle(
         if options.verify:
             from neo_export.verify import verify_bundle
 
-            plan = options.quantization.plan_for("score", options.precision, spec)
+            scored = scoring_graph(models)
+            plan = options.quantization.plan_for(scored, options.precision, spec)
             stored = StoredWeights(read, plan, half_positions=is_quantized(options.precision))
             verification = verify_bundle(folder, manifest, checkpoint, stored, progress)
         sizes = {name: record.size for name, record in manifest.files.items()}
@@ -206,12 +215,12 @@ def _max_length(asked: int | None, spec: ModelSpec) -> int:
 
 
 def _build(
-    spec: ModelSpec, passes: dict[str, tuple[Pass, ...]], read: ReadParameter
+    spec: ModelSpec, target: Target, passes: dict[str, tuple[Pass, ...]], read: ReadParameter
 ) -> tuple[dict[str, ir.Model], dict[str, Callable[[int], GraphSummary]]]:
     """Every graph with its passes applied; `read` is called when the weights are written."""
     models, summaries = {}, {}
-    for name in GRAPH_NAMES:
-        model = build_graph(name, spec)
+    for name, entry in target.graphs:
+        model = build_graph(entry, spec)
         bind_parameters(model, read)
         before, steps = len(model.graph), []
         for rewrite in passes[name]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from neo_export.file_records import copy_file
 from neo_export.genai import genai_config
+from neo_export.targets import target_named
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,10 +31,11 @@ def write_sidecars(
     tokenizer = checkpoint.tokenizer_json()
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(tokenizer)
-    _write_json(
-        folder / "genai_config.json",
-        genai_config(spec, target, max_length, checkpoint.generation_config),
-    )
+    if not target_named(target).static_cache:  # onnxruntime-genai has no such cache
+        _write_json(
+            folder / "genai_config.json",
+            genai_config(spec, target, max_length, checkpoint.generation_config),
+        )
     return tokenizer is not None
 
 

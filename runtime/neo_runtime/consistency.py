@@ -18,7 +18,7 @@ __all__ = ["GRAPHS", "PRECISIONS", "TARGETS", "check_manifest"]
 
 GRAPHS = ("prefill", "decode", "score")
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "mixed")
-TARGETS = ("cpu", "portable")
+TARGETS = ("cpu", "portable", "tensorrt")
 _ATTENTION_LAYERS = ("global", "local")
 _CACHE_DTYPES = ("float32", "float16")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -51,7 +51,7 @@ def check_manifest(manifest: Manifest, source: str) -> None:
 def _problems(manifest: Manifest) -> Iterator[str]:
     yield from _model_problems(manifest)
     yield from _file_problems(manifest)
-    for name in GRAPHS:
+    for name in _graphs_of(manifest):
         if name not in manifest.graphs:
             yield f"there is no graph {name!r}, only {', '.join(sorted(manifest.graphs)) or 'none'}"
     for name, graph in manifest.graphs.items():
@@ -61,6 +61,12 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         version_numbers(manifest.minimum_onnxruntime)
     except ValueError as error:
         yield f"minimum_onnxruntime: {error}"
+
+
+def _graphs_of(manifest: Manifest) -> tuple[str, ...]:
+    """A prefill that takes `logit_positions` scores as well."""
+    static = manifest.cache.layout == "static"
+    return tuple(name for name in GRAPHS if name != "score" or not static)
 
 
 def _model_problems(manifest: Manifest) -> Iterator[str]:
@@ -120,7 +126,11 @@ def _graph_problems(name: str, graph: GraphSpec, manifest: Manifest) -> Iterator
     model = manifest.model
     kinds = ("key", "value")
     layers = range(model.num_layers)
-    ids = ("input_ids", "attention_mask", "position_ids")
+    ids = ["input_ids", "position_ids"]
+    if manifest.cache.layout != "static":
+        ids.append("attention_mask")
+    elif name == "prefill":
+        ids.append("logit_positions")
     past = [f"past_key_values.{i}.{kind}" for i in layers for kind in kinds]
     present = [f"present.{i}.{kind}" for i in layers for kind in kinds]
     for side, tensors, wanted in (
@@ -147,6 +157,8 @@ def _tensor_problem(tensor: TensorSpec, manifest: Manifest) -> str | None:
     elif tensor.name.startswith(("past_key_values.", "present.")):
         dtype, rank = manifest.cache.dtype, 4
         sizes = {1: model.num_heads, 3: model.head_dim}
+        if manifest.cache.layout == "static":
+            sizes[2] = manifest.max_length
     if dtype is not None and tensor.dtype != dtype:
         return f"is {tensor.dtype}, expected {dtype}"
     if len(tensor.shape) != rank:

@@ -88,8 +88,9 @@ class GraphSpec:
 class CacheSpec:
     """Keys and values: two tensors [batch, num_heads, length, head_dim] a layer."""
 
-    layout: Literal["in_place", "append"]
+    layout: Literal["in_place", "append", "static"]
     """`in_place`: bind one buffer of any length ≥ the positions in use as past and as present.
+    `static`: the same with a length of exactly `Manifest.max_length`, finite at first (zeros).
     `append`: present = past with the new positions behind it (a new, longer tensor each call)."""
     padding: Literal["right", "left"]
     """On which side a ragged batch of prompts is padded: see the design document."""
@@ -136,7 +137,8 @@ class Manifest:
     model: ModelSpec
     cache: CacheSpec
     graphs: dict[str, GraphSpec]
-    """By name: "prefill", "decode", "score"."""
+    """By name: "prefill", "decode", "score"; a static cache has no "score", its prefill takes
+    `logit_positions`."""
     probes: tuple[Probe, ...]
     files: dict[str, FileRecord]
     """Every file of the bundle but `neo.json`, by its path relative to the folder, with `/`."""

@@ -61,6 +61,7 @@ IN_PLACE = [
 APPEND = [f"{name}-portable" for name in ODD_CONFIGS] + [
     f"{name}-cpu" for name in ODD_CONFIGS if f"{name}-cpu" not in IN_PLACE
 ]
+STATIC = [f"{name}-tensorrt" for name in ODD_CONFIGS]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def checkpoints(
     return make
 
 
-@pytest.fixture(scope="module", params=sorted(IN_PLACE + APPEND))
+@pytest.fixture(scope="module", params=sorted(IN_PLACE + APPEND + STATIC))
 def case(
     request: pytest.FixtureRequest,
     checkpoints: Callable[[str], tuple[Path, Reference]],
@@ -94,15 +95,18 @@ def case(
 
 in_place = pytest.mark.parametrize("case", IN_PLACE, indirect=True)
 append = pytest.mark.parametrize("case", APPEND, indirect=True)
+right_padded = pytest.mark.parametrize("case", IN_PLACE + STATIC, indirect=True)
 
 
 def test_cache_layout(case: Case) -> None:
     """In place where fused, and that is where the head size is a multiple of 8."""
-    fused = case.graphs.manifest.target == "cpu" and case.config.head_dim % 8 == 0
-    layout = case.graphs.manifest.cache
-    assert (layout.layout, layout.padding) == (
-        ("in_place", "right") if fused else ("append", "left")
-    )
+    target, layout = case.graphs.manifest.target, case.graphs.manifest.cache
+    expected = ("append", "left")
+    if target == "tensorrt":
+        expected = ("static", "right")
+    elif target == "cpu" and case.config.head_dim % 8 == 0:
+        expected = ("in_place", "right")
+    assert (layout.layout, layout.padding) == expected
 
 
 def test_reference_text_is_selective(case: Case) -> None:
@@ -172,7 +176,7 @@ def test_local_layers_take_longer_buffers_too(case: Case) -> None:
         assert_agrees(np.concatenate(found, axis=1), case.logits, LIMIT)
 
 
-@in_place
+@right_padded
 def test_ragged_batch_padded_on_the_right(case: Case) -> None:
     """The first prompts in one call; then each row decodes at positions of its own."""
     graphs, steps = case.graphs, 6
@@ -274,7 +278,7 @@ def demo_text(reference: Reference) -> tuple[NDArray[np.int64], NDArray[np.float
     return ids, reference.logits(ids)
 
 
-@pytest.mark.parametrize("bundle", ["mini_bundle", "portable_bundle"])
+@pytest.mark.parametrize("bundle", ["mini_bundle", "portable_bundle", "tensorrt_bundle"])
 def test_demo_model(
     bundle: str,
     request: pytest.FixtureRequest,

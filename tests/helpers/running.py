@@ -5,8 +5,8 @@
     graphs.run("prefill", ids, cache)          # logits [1, 1, V]; the cache now holds the prompt
     graphs.run("decode", next_ids, cache)
 
-Both cache layouts are served: `in_place` binds one buffer as past and present by its address,
-`append` feeds the tensors that the last call gave.
+Every cache layout is served: `in_place` and `static` bind one buffer as past and present by its
+address, `append` feeds the tensors that the last call gave.
 """
 
 from __future__ import annotations
@@ -52,16 +52,18 @@ class Cache:
             local_length: the same for local layers; None for no more than the bundle asks for.
         """
         model, layout = manifest.model, manifest.cache
-        self.in_place = layout.layout == "in_place"
+        static = layout.layout == "static"
+        self.in_place = static or layout.layout == "in_place"
         self.tokens = 0
         """Positions in use, of the longest row."""
-        self.length = length
+        self.length = length = manifest.max_length if static else length
         lengths = {"global": length, "local": local_length or layout.window or length}
-        # Whatever an engine reads without having written it, it shall not go unseen.
+        # Whatever an engine reads without having written it, it shall not go unseen. A static
+        # cache masks such values, but multiplies them by 0 all the same: they must be finite.
         self.tensors = {
             f"{i}.{part}": np.full(
                 (batch, model.num_heads, lengths[kind] if self.in_place else 0, model.head_dim),
-                np.nan,
+                1000.0 if static else np.nan,
                 dtype=layout.dtype,
             )
             for i, kind in enumerate(model.attention_layers)
@@ -129,13 +131,25 @@ class Graphs:
         cache = cache if cache is not None else self.cache(batch, length=new)
         inputs: dict[str, NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(ids),
-            "attention_mask": np.ascontiguousarray(attention_mask),
             "position_ids": np.ascontiguousarray(position_ids, dtype=np.int64),
         }
+        if self.manifest.cache.layout != "static":
+            inputs["attention_mask"] = np.ascontiguousarray(attention_mask)
+        elif graph != "decode":
+            inputs["logit_positions"] = _logit_positions(graph, attention_mask, new)
+            graph = "prefill"
         outputs = run_bound(self.session(graph), inputs, cache)
         cache.tokens = past + new
         logits: NDArray[np.float32] = outputs["logits"]
         return logits
+
+
+def _logit_positions(graph: str, attention_mask: NDArray[np.int64], new: int) -> NDArray[np.int64]:
+    """All new positions to score them, each row's last valid one for a prompt."""
+    slots = np.broadcast_to(np.arange(new), (len(attention_mask), new))
+    if graph == "score":
+        return np.ascontiguousarray(slots)
+    return np.where(attention_mask[:, -new:], slots, 0).max(axis=1, keepdims=True)
 
 
 def run_bound(

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from neo_runtime.errors import BundleError
 from neo_runtime.installation import require_onnxruntime
 
-from neo_export.check import first_prompt_feeds
+from neo_export.check import first_prompt_feeds, scoring_graph
 from neo_export.comparison.scratch import scratch_array
 from neo_export.comparison.trace import Trace
 
@@ -35,13 +35,15 @@ def open_probed(folder: Path, manifest: Manifest, graph: str, *, threads: int = 
     Args:
         folder: the bundle.
         manifest: its manifest.
-        graph: "prefill", "decode" or "score".
+        graph: "prefill", "decode" or "score" (whichever graph gives logits at every position).
         threads: of one operator; 0 for onnxruntime's choice.
 
     Raises:
         BundleError: the graph lacks a value that the manifest lists.
     """
     ort = require_onnxruntime()
+    if graph == "score":
+        graph = scoring_graph(manifest.graphs)
     model = ir.load(folder / manifest.graphs[graph].file)
     values = {value.name: value for node in model.graph for value in node.outputs}
     for name in probed_values(manifest):
@@ -74,7 +76,7 @@ def score_trace(session: Any, manifest: Manifest, ids: NDArray[np.int64]) -> Tra
         manifest: of the bundle.
         ids: token ids [S].
     """
-    graph = manifest.graphs["score"]
+    graph = manifest.graphs[scoring_graph(manifest.graphs)]
     binding = session.io_binding()
     feeds = first_prompt_feeds(graph, ids[None], manifest.cache.window)
     for name, array in feeds.items():

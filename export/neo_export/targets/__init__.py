@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from neo_runtime.errors import RequestError
 from neo_runtime.manifest import CacheSpec
 
+from neo_export.graphs import GRAPH_NAMES
 from neo_export.passes.float16 import float16
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE, fuse_attention
 from neo_export.passes.fuse_gelu import fuse_gelu
@@ -16,6 +17,8 @@ from neo_export.passes.half_positions import half_positions
 from neo_export.passes.pack_qkv import pack_qkv, pack_qkv_alike
 from neo_export.passes.quantize_int4 import quantize_int4_weights
 from neo_export.passes.quantize_int8 import quantize_int8_weights
+from neo_export.passes.select_logits import select_logits
+from neo_export.passes.static_cache import static_cache
 from neo_export.passes.store_transposed import store_transposed
 from neo_export.passes.window_caches import window_caches
 from neo_export.quantize.int4 import largest_block_size
@@ -75,10 +78,16 @@ class Target:
     fused: bool
     """Uses onnxruntime's own operators: right padding, cache updated in place."""
     minimum_onnxruntime: str
+    graphs: tuple[tuple[str, str], ...] = tuple((name, name) for name in GRAPH_NAMES)
+    """Each graph of the bundle, and the entry point of `neo_export.graphs` that it is made of."""
+    static_cache: bool = False
+    """Caches of the bundle's own `max_length`, no more and no less."""
 
     def cache(self, spec: ModelSpec, precision: str) -> CacheSpec:
         """How this target keeps keys and values for this model."""
         dtype = "float16" if precision == "fp16" else "float32"
+        if self.static_cache:
+            return CacheSpec(layout="static", padding="right", dtype=dtype, window=None)
         if not self.fused or spec.head_dim % HEAD_SIZE_MULTIPLE:
             return CacheSpec(layout="append", padding="left", dtype=dtype, window=None)
         window = spec.window_size if "global" in spec.attention_layers else None
@@ -107,6 +116,18 @@ TARGETS: dict[str, Target] = {
             fused=False,
             minimum_onnxruntime="1.17.0",
         ),
+        Target(
+            name="tensorrt",
+            summary="TensorRT: opset 24, cache of static length, one graph for prompts and scoring",
+            precisions=("fp32", "fp16"),
+            fusions=(),
+            storage=(store_transposed,),
+            fused=False,
+            # Older ones have no TensorScatter.
+            minimum_onnxruntime="1.24.0",
+            graphs=(("prefill", "score"), ("decode", "decode")),
+            static_cache=True,
+        ),
     )
 }
 
@@ -129,8 +150,18 @@ def passes_for(
     spec: ModelSpec,
     quantization: Quantization | None = None,
     quantizer: WeightQuantizer | None = None,
+    max_length: int | None = None,
 ) -> tuple[Pass, ...]:
     """Every pass that one graph of an export goes through, in order.
+
+    Args:
+        target: the kind of machine.
+        precision: one of the target's.
+        graph: name of the bundle's graph.
+        spec: the model.
+        quantization: for int8 and int4.
+        quantizer: what makes the integers; None for rounding to nearest.
+        max_length: positions of a static cache; None for all that the checkpoint has.
 
     Raises:
         RequestError: the target has no such precision.
@@ -147,6 +178,9 @@ def passes_for(
         # 1.9e-5 from float64 with it, 1.1e-5 without, PyTorch 1.3e-5), and three times as slow
         # for prompts. In half precision it spares the casts between the two.
         fusions = tuple(fusion for fusion in fusions if fusion is not fuse_skip_layer_norm)
+    if target.static_cache:
+        length = max_length or spec.max_position_embeddings
+        fusions = (static_cache(length), select_logits, *fusions)
     return fusions + _of_precision(precision, plan, quantizer) + target.storage
 
 
