@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         CacheLimitError,
         ContextLengthError,
         DependencyError,
+        EngineError,
         NeoError,
         RequestError,
     )
@@ -41,6 +42,7 @@ __all__ = [
     "Completion",
     "ContextLengthError",
     "DependencyError",
+    "EngineError",
     "GenerationOptions",
     "KVCache",
     "Manifest",

@@ -9,6 +9,7 @@
     ├── RequestError           a prompt or an option that cannot be honoured
     ├── ContextLengthError     (a RequestError) more positions than the model has
     ├── CacheLimitError        the key/value cache would pass the limit that was set
+    ├── EngineError            a TensorRT plan cannot be built, or none fits this machine
     ├── DependencyError        a package is missing, or two packages exclude each other
     ├── OutputError            a result cannot be written where it was asked for
     ├── StatisticsError        calibration statistics, or the text for them, cannot be used
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "ContextLengthError",
     "DependencyError",
+    "EngineError",
     "HubError",
     "NeoError",
     "OutputError",
@@ -75,6 +77,10 @@ class CacheLimitError(NeoError, MemoryError):
 
 class DependencyError(NeoError, ImportError):
     """A package is missing, or two installed packages exclude each other."""
+
+
+class EngineError(NeoError):
+    """A TensorRT plan cannot be built, or does not fit the machine."""
 
 
 class OutputError(NeoError, OSError):

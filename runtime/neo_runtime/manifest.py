@@ -26,6 +26,7 @@ __all__ = [
     "Probe",
     "TensorSpec",
     "is_quantized",
+    "parse_strictly",
 ]
 
 MANIFEST_NAME = "neo.json"
@@ -186,7 +187,7 @@ class Manifest:
                 f"{SCHEMA_VERSION}; upgrade neo-onnx or export the bundle with this version"
             )
         checksum = raw.pop("checksum", None)
-        manifest: Manifest = _parse(cls, raw, source)
+        manifest: Manifest = parse_strictly(cls, raw, source)
         if checksum != (expected := _checksum(raw)):
             raise BundleDamagedError(
                 f"{source} was altered after it was written: its checksum is {checksum!r}, "
@@ -210,7 +211,7 @@ def _checksum(raw: dict[str, Any]) -> str:
     return hashlib.sha256(_canonical(raw).encode()).hexdigest()
 
 
-def _parse(kind: Any, raw: Any, where: str) -> Any:
+def parse_strictly(kind: Any, raw: Any, where: str) -> Any:
     """Turn JSON into `kind` (a dataclass, tuple, dict, Literal, union or plain type), strictly."""
     origin = get_origin(kind)
     if is_dataclass(kind):
@@ -220,12 +221,18 @@ def _parse(kind: Any, raw: Any, where: str) -> Any:
     if origin is tuple and isinstance(raw, list):
         arguments = get_args(kind)
         if arguments[-1] is Ellipsis:
-            return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
+            return tuple(
+                parse_strictly(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(raw)
+            )
         if len(arguments) == len(raw):
-            return tuple(_parse(a, item, where) for a, item in zip(arguments, raw, strict=True))
+            return tuple(
+                parse_strictly(a, item, where) for a, item in zip(arguments, raw, strict=True)
+            )
     if origin is dict and isinstance(raw, dict):
         value_kind = get_args(kind)[1]
-        return {key: _parse(value_kind, item, f"{where}.{key}") for key, item in raw.items()}
+        return {
+            key: parse_strictly(value_kind, item, f"{where}.{key}") for key, item in raw.items()
+        }
     if origin is Literal and raw in get_args(kind):
         return raw
     if kind is float and type(raw) in (int, float):
@@ -244,13 +251,17 @@ def _parse_dataclass(kind: Any, raw: Any, where: str) -> Any:
         raise BundleDamagedError(f"{where}: unknown field {min(unknown)!r}; export again")
     if missing := names - raw.keys():
         raise BundleDamagedError(f"{where}: field {min(missing)!r} is missing; export again")
-    return kind(**{name: _parse(hints[name], raw[name], f"{where}: {name}") for name in names})
+    return kind(
+        **{name: parse_strictly(hints[name], raw[name], f"{where}: {name}") for name in names}
+    )
 
 
 def _parse_union(kind: Any, raw: Any, where: str) -> Any:
     for member in get_args(kind):
         try:
-            return None if member is type(None) and raw is None else _parse(member, raw, where)
+            return (
+                None if member is type(None) and raw is None else parse_strictly(member, raw, where)
+            )
         except BundleDamagedError:
             continue
     raise BundleDamagedError(f"{where}: found {raw!r}, expected {_name(kind)}; export again")

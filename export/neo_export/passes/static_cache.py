@@ -18,7 +18,7 @@ past and present are one address; `Attention` with past outputs or `softmax_prec
 by its parser. Attention scales by 1/√d unless told otherwise: `scale=1`. Its scores have its
 inputs' type, and unscaled ones pass 65504: in half precision all three inputs are cast to float32
 (TensorRT takes no mixture). Keys and values are folded to three axes and back behind that cast:
-it moves nothing, and without it the builder of TensorRT for RTX (1.5 to 1.7) crashes on an
+it moves nothing, and without it the builder of TensorRT for RTX crashes on an
 attention that reads a half-precision cache through a cast.
 
 Must not fire on a mask that is not the model's own; fires for all layers or for none.
