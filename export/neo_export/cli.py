@@ -9,14 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.errors import EngineError, NeoError, RequestError, VerificationError
-
-from neo_export.stages import StageLine
+from neo_runtime.errors import NeoError, RequestError, VerificationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from neo_export.engine.build import BuiltEngine
     from neo_export.exporter import ExportSummary
     from neo_export.targets import Quantization
 
@@ -77,17 +74,6 @@ def _parser() -> argparse.ArgumentParser:
         "of static length, for neo-engine (default: cpu)",
     )
     parser.add_argument(
-        "--tensorrt",
-        action="store_true",
-        help="--target tensorrt, and a plan of the bundle with neo-engine's defaults at once",
-    )
-    parser.add_argument(
-        "--compute-capability",
-        metavar="X.Y",
-        help="--tensorrt: build the plan for GPUs of this compute capability, such as 8.9 "
-        "(default: this machine's GPU)",
-    )
-    parser.add_argument(
         "--block-size",
         type=int,
         metavar="N",
@@ -108,6 +94,20 @@ def _parser() -> argparse.ArgumentParser:
         help="int4, plan: a second, int8 copy of the weights for prompts and scoring; prompts run "
         "faster, and the bundle is three times as large",
     )
+    calibration = parser.add_mutually_exclusive_group()
+    calibration.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="STATS",
+        help="a folder that neo-calibrate wrote for this model: activation outliers are moved "
+        "into the weights (int8, int4), what would overflow stays float32 (fp16)",
+    )
+    calibration.add_argument(
+        "--calibrate-text",
+        type=Path,
+        metavar="FILE",
+        help="run neo-calibrate on this text or JSONL first, and use what it finds",
+    )
     parser.add_argument(
         "--max-length",
         type=int,
@@ -125,26 +125,28 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    bar = StageLine("neo-export")
+    bar = _Progress()
     try:
         from neo_export.exporter import ExportOptions, export_bundle
+        from neo_export.run_calibration import calibration_folder
 
+        model = arguments.model or str(DEMO)
         precision, quantization = _quantization(arguments)
-        build = _engine_builder(arguments)
-        summary = export_bundle(
-            arguments.model or str(DEMO),
-            arguments.output,
-            ExportOptions(
-                target="tensorrt" if arguments.tensorrt else arguments.target,
-                precision=precision,
-                quantization=quantization,
-                max_length=arguments.max_length,
-                verify=arguments.verify,
-                force=arguments.force,
-            ),
-            bar.show,
-        )
-        built = build(bar.show)
+        with calibration_folder(model, arguments.calibration, arguments.calibrate_text) as folder:
+            summary = export_bundle(
+                model,
+                arguments.output,
+                ExportOptions(
+                    target=arguments.target,
+                    precision=precision,
+                    quantization=quantization,
+                    calibration=folder,
+                    max_length=arguments.max_length,
+                    verify=arguments.verify,
+                    force=arguments.force,
+                ),
+                bar.show,
+            )
     except NeoError as error:
         bar.end()
         print(f"neo-export: {error}", file=sys.stderr)
@@ -162,45 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("neo-export: interrupted, nothing was written", file=sys.stderr)
         return 130
     bar.end()
-    if arguments.json:
-        record = {"engine": asdict(built.record)} if built is not None else {}
-        print(json.dumps(asdict(summary) | record, indent=1))
-    else:
-        print(_report(summary))
-        if built is not None:
-            from neo_export.engine.cli import report
-
-            print(report(built))
+    print(json.dumps(asdict(summary), indent=1) if arguments.json else _report(summary))
     return 0
-
-
-def _engine_builder(
-    arguments: argparse.Namespace,
-) -> Callable[[Callable[[str, int, int], None]], BuiltEngine | None]:
-    """What `--tensorrt` does once the bundle is there; what it needs is looked for now."""
-    if not arguments.tensorrt:
-        if arguments.compute_capability is not None:
-            raise RequestError("--compute-capability was given, it goes with --tensorrt")
-        return lambda progress: None
-    if arguments.target not in (None, "cpu", "tensorrt"):
-        raise RequestError(f"--tensorrt was given with --target {arguments.target}; choose one")
-    from neo_export.engine.build import build_engine
-    from neo_export.engine.device import device_for
-    from neo_export.engine.flavour import find_flavour
-    from neo_export.engine.ranges import EngineRequest
-
-    flavour = find_flavour()
-    device = device_for(flavour, arguments.compute_capability)
-
-    def build(progress: Callable[[str, int, int], None]) -> BuiltEngine:
-        try:
-            return build_engine(arguments.output, EngineRequest(), flavour, device, progress)
-        except EngineError as error:
-            raise EngineError(
-                f"the bundle {arguments.output} is written, its plan is not: {error}"
-            ) from error
-
-    return build
 
 
 def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
@@ -227,6 +192,35 @@ def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
     )
 
 
+class _Progress:
+    """Stages on stderr: one line each, rewritten in place on a terminal."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._tenths = -1
+        self._open = False
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        tenths = 10 * done // total if total else -1
+        if (stage, tenths) == (self._stage, self._tenths):
+            return
+        if stage != self._stage:
+            self.end()
+            self._stage = stage
+        self._tenths = tenths
+        text = f"neo-export: {stage}" + (f" {10 * tenths} %" if total else "")
+        if sys.stderr.isatty():
+            print(f"\r{text}", end="", file=sys.stderr, flush=True)
+            self._open = True
+        elif tenths in (-1, 10):
+            print(text, file=sys.stderr)
+
+    def end(self) -> None:
+        if self._open:
+            print(file=sys.stderr)
+            self._open = False
+
+
 def _report(summary: ExportSummary) -> str:
     lines = [
         f"bundle      {summary.bundle}",
@@ -243,6 +237,12 @@ def _report(summary: ExportSummary) -> str:
         steps = [f"{graph.nodes_before} operators"]
         steps += [f"{step.name} ×{step.fired} → {step.nodes}" for step in graph.passes]
         lines.append(f"{graph.name:<11} {graph.bytes / 1e3:,.0f} kB: {', '.join(steps)}")
+    if summary.moved_places:
+        gains = [place.error_before / place.error_after for place in summary.moved_places]
+        lines.append(
+            f"outliers    moved into the weights at {len(gains)} places; their products' error "
+            f"is {min(gains):.3g} to {max(gains):.3g} times smaller"
+        )
     check = summary.verification
     if check is not None:
         worst = check.worst_place

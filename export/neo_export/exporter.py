@@ -15,6 +15,7 @@ from neo_runtime.errors import RequestError
 from neo_runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, TensorSpec, is_quantized
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from neo_export.calibrated import calibrated, open_statistics
 from neo_export.check import check_bundle, scoring_graph
 from neo_export.checkpoint import expected_shapes, open_checkpoint
 from neo_export.graphs import build_graph
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
     from neo_export.checkpoint import Checkpoint
     from neo_export.passes import Pass
+    from neo_export.quantize.migration_search import MovedPlace
     from neo_export.targets import Target
     from neo_export.verify import Verification
 
@@ -57,6 +59,8 @@ class ExportOptions:
     quantization: Quantization = field(default_factory=Quantization)
     max_length: int | None = None
     """Positions a sequence may have; None for all that the checkpoint has."""
+    calibration: Path | None = None
+    """Statistics of the checkpoint, which `neo-calibrate` wrote."""
     verify: bool = False
     """Compare numbers with PyTorch before the bundle is put in place."""
     force: bool = False
@@ -104,6 +108,8 @@ class ExportSummary:
     peak_private_bytes: int
     """Largest private (anonymous) memory: RssAnon."""
     verification: Verification | None
+    moved_places: tuple[MovedPlace, ...] = ()
+    """Where activation outliers were moved into the weights."""
 
 
 def export_bundle(
@@ -136,8 +142,19 @@ def export_bundle(
         max_length = _max_length(options.max_length, spec)
         if options.quantization.plan is not None:
             options.quantization.plan.check_model(expected_shapes(spec), "the plan")
+
+        def read(name: str) -> NDArray[np.float32]:
+            tensor = checkpoint.tensors[name]
+            tensor.check_finite()  # here, where the checkpoint's own name is known
+            return tensor.read()
+
+        statistics = open_statistics(options.calibration, checkpoint, say)
+        plan = options.quantization.plan_for("decode", options.precision, spec)
+        decided = calibrated(statistics, checkpoint, read, plan, say)
+        migrated = decided.migration.reading(read)
         passes = {
-            name: passes_for(
+            name: decided.passes
+            + passes_for(
                 target,
                 options.precision,
                 name,
@@ -148,13 +165,7 @@ def export_bundle(
             for name, _ in target.graphs
         }
         say("building the graphs", 0, 0)
-
-        def read(name: str) -> NDArray[np.float32]:
-            tensor = checkpoint.tensors[name]
-            tensor.check_finite()  # here, where the checkpoint's own name is known
-            return tensor.read()
-
-        models, summaries = _build(spec, target, passes, read)
+        models, summaries = _build(spec, target, passes, migrated)
         weights = write_weights(models, folder, lambda done, all_: say("weights", done, all_))
         for name, graph in models.items():
             ir.save(graph, folder / f"{name}.onnx")
@@ -181,8 +192,9 @@ def export_bundle(
 
             scored = scoring_graph(models)
             plan = options.quantization.plan_for(scored, options.precision, spec)
-            stored = StoredWeights(read, plan, half_positions=is_quantized(options.precision))
-            verification = verify_bundle(folder, manifest, checkpoint, stored, progress)
+            stored = StoredWeights(migrated, plan, half_positions=is_quantized(options.precision))
+            weights_read_back = decided.migration.restoring(stored)
+            verification = verify_bundle(folder, manifest, checkpoint, weights_read_back, progress)
         sizes = {name: record.size for name, record in manifest.files.items()}
         say("putting it in place", 0, 0)
     return ExportSummary(
@@ -200,6 +212,7 @@ def export_bundle(
         peak_rss_bytes=memory.rss,
         peak_private_bytes=memory.private,
         verification=verification,
+        moved_places=decided.moved,
     )
 
 

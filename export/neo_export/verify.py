@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.checkpoint import Checkpoint
-    from neo_export.quantize.stored import StoredWeights
 
 __all__ = ["PlaceError", "Verification", "verify_bundle"]
 
@@ -60,7 +59,7 @@ def verify_bundle(
     folder: Path,
     manifest: Manifest,
     checkpoint: Checkpoint,
-    weights: StoredWeights,
+    weights: Callable[[str], NDArray[np.float32]],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
     """Score one text of token ids that crosses the window, and compare every place of every layer.
@@ -71,7 +70,7 @@ def verify_bundle(
         folder: the bundle.
         manifest: its manifest.
         checkpoint: what it was made of.
-        weights: the checkpoint's weights as the score graph has them.
+        weights: gives each weight as the score graph has it, by the checkpoint's name.
         progress: called with a stage's name, done and total.
 
     Raises:

@@ -1,0 +1,90 @@
+"""Activation channels shifted and divided before a product, where no norm is there to do it.
+
+    before                            after
+    MatMul(x, Transpose(w))           MatMul((x − z) · (1/s), Transpose(w))
+
+The weight itself is multiplied by s when it is read, and the bias holds W z
+(`neo_export.quantize.migration`), so that the sum is the same. Without a shift there is no
+subtraction. Must not fire for a place that is not rescaled, or whose norm divides already.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from neo_export.passes._rule import MatchResult, Rule, apply
+from neo_export.passes._tensors import add_lazy_initializer, is_parameter
+from neo_export.statistics import input_place
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from neo_export.passes import Pass
+    from neo_export.quantize.migration import Migration
+
+__all__ = ["migrate_activations"]
+
+
+_INVERSE = "inverse_scale"
+
+
+class _Multiply(Rule):
+    def __init__(self, migration: Migration) -> None:
+        super().__init__()
+        self.migration = migration
+
+    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
+        return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+
+    def check(self, context: Any, weight: ir.Value, **_: Any) -> Any:
+        result = MatchResult()
+        name = weight.name or ""
+        if not is_parameter(weight) or weight.graph is None:
+            return result.fail("the weight is computed", weight)
+        if f"{name}.{_INVERSE}" in weight.graph.initializers:
+            return result.fail("its input is rescaled already", weight)
+        if _place(name) not in self.migration.in_graph:
+            return result.fail("its input is not rescaled here", weight)
+        return result
+
+    def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
+        assert weight.graph is not None
+        assert weight.name is not None
+        place = _place(weight.name)
+        shift = self.migration.shifts.get(place)
+        if shift is not None:
+            x = op.Sub(x, _stored(weight, "shift", shift))
+        inverse = _stored(weight, _INVERSE, np.float32(1) / self.migration.scales[place])
+        return op.MatMul(op.Mul(x, inverse), op.Transpose(weight, perm=[1, 0]))
+
+
+def _stored(weight: ir.Value, kind: str, values: NDArray[np.float32]) -> ir.Value:
+    """A vector in the weight file, beside the matrix that it belongs to."""
+    assert weight.graph is not None
+    return add_lazy_initializer(
+        weight.graph,
+        f"{weight.name}.{kind}",
+        lambda: values,
+        dtype=ir.DataType.FLOAT,
+        shape=values.shape,
+    )
+
+
+def _place(name: str) -> str:
+    try:
+        return input_place(name)
+    except ValueError:
+        return ""
+
+
+def migrate_activations(migration: Migration) -> Pass:
+    """The pass, for the places that `migration` changes in the graph."""
+
+    def migrate(model: ir.Model) -> int:
+        return apply(_Multiply, model, migration)
+
+    migrate.__name__ = "migrate_activations"
+    return migrate
