@@ -21,11 +21,11 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def _export(factory: pytest.TempPathFactory, target: str) -> Path:
+def _export(factory: pytest.TempPathFactory, target: str, precision: str = "fp32") -> Path:
     from neo_export.exporter import ExportOptions, export_bundle  # the runtime's tests do without
 
     bundle = factory.mktemp("demo") / target
-    export_bundle(str(DEMO), bundle, ExportOptions(target=target))
+    export_bundle(str(DEMO), bundle, ExportOptions(target=target, precision=precision))
     return bundle
 
 
@@ -39,6 +39,12 @@ def mini_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def portable_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model for the target `portable`, float32. Read only."""
     return _export(tmp_path_factory, "portable")
+
+
+@pytest.fixture(scope="session")
+def cuda_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model for the target `cuda`, float16; it runs on the CPU provider. Read only."""
+    return _export(tmp_path_factory, "cuda", "fp16")
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     precision = parser.add_mutually_exclusive_group()
     for name, text in (
         ("fp32", "weights and arithmetic in float32 (the default)"),
-        ("fp16", "weights, activations and cache in float16"),
+        ("fp16", "weights, activations and cache in float16 (without --target: for cuda)"),
+        ("bf16", "the same in bfloat16; cuda only"),
         ("int8", "weights in 7 of 8 bits, a scale a channel; activations in 8, a scale a token"),
         ("int4", "weights in 4 bits, a scale a block; activations in 8, a scale a block"),
     ):
@@ -67,11 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--target",
-        default="cpu",
-        choices=("cpu", "portable", "tensorrt"),
+        choices=("cpu", "cuda", "portable", "tensorrt"),
         help="cpu: onnxruntime's fused operators, cache updated in place, right padding only; "
-        "portable: standard ONNX operators, any attention mask; tensorrt: opset 24 with a cache "
-        "of static length, for neo-engine (default: cpu)",
+        "cuda: the same for NVIDIA GPUs, in half precision; portable: standard ONNX operators, "
+        "any attention mask; tensorrt: opset 24 with a cache of static length, for neo-engine "
+        "(default: cuda for --fp16 and --bf16, else cpu)",
     )
     parser.add_argument(
         "--block-size",
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 model,
                 arguments.output,
                 ExportOptions(
-                    target=arguments.target,
+                    target=arguments.target or _default_target(precision),
                     precision=precision,
                     quantization=quantization,
                     calibration=folder,
@@ -166,6 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     bar.end()
     print(json.dumps(asdict(summary), indent=1) if arguments.json else _report(summary))
     return 0
+
+
+def _default_target(precision: str) -> str:
+    """Half precision is for GPUs: CPUs compute most of it in float32."""
+    return "cuda" if precision in ("fp16", "bf16") else "cpu"
 
 
 def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:

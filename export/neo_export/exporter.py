@@ -138,6 +138,11 @@ def export_bundle(
         staged_folder(output, force=options.force) as folder,
         open_checkpoint(resolve_model(model)) as checkpoint,
     ):
+        if options.verify and options.precision == "bf16":
+            raise RequestError(
+                "--verify computes on the CPU, where onnxruntime has no kernels for bfloat16; "
+                "verify the same checkpoint with --fp16, and leave it out here"
+            )
         spec = checkpoint.spec
         max_length = _max_length(options.max_length, spec)
         if options.quantization.plan is not None:
@@ -192,7 +197,12 @@ def export_bundle(
 
             scored = scoring_graph(models)
             plan = options.quantization.plan_for(scored, options.precision, spec)
-            stored = StoredWeights(migrated, plan, half_positions=is_quantized(options.precision))
+            stored = StoredWeights(
+                migrated,
+                plan,
+                target.quantizer,
+                half_positions=is_quantized(options.precision),
+            )
             weights_read_back = decided.migration.restoring(stored)
             verification = verify_bundle(folder, manifest, checkpoint, weights_read_back, progress)
         sizes = {name: record.size for name, record in manifest.files.items()}

@@ -7,9 +7,15 @@ int8 and int4 running on the dequantized weights, so that what the weights lost 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-__all__ = ["LOCAL", "TOLERANCES", "LocalLimits", "Tolerance"]
+from neo_runtime.manifest import is_quantized
+
+if TYPE_CHECKING:
+    from neo_runtime.manifest import Manifest
+
+__all__ = ["LOCAL", "TOLERANCES", "LocalLimits", "Tolerance", "limits_name"]
 
 
 @dataclass(frozen=True)
@@ -144,3 +150,15 @@ LOCAL: dict[str, LocalLimits] = {
         ),
     ),
 }
+for _kind in ("int8", "int4"):
+    LOCAL[f"{_kind}-half"] = replace(
+        LOCAL[_kind],
+        exact=LOCAL["fp16"].exact,
+        reason=f"As {_kind}; what lies between the products is computed in float16.",
+    )
+
+
+def limits_name(manifest: Manifest) -> str:
+    """Which of `LOCAL` a bundle is held to: its precision, and how it computes between products."""
+    kind = {"mixed": "int4"}.get(manifest.precision, manifest.precision)
+    return f"{kind}-half" if is_quantized(kind) and manifest.cache.dtype != "float32" else kind

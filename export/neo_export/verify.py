@@ -14,7 +14,7 @@ from neo_export.comparison.places import all_places
 from neo_export.comparison.probed import open_probed, score_trace
 from neo_export.comparison.trace import Text
 from neo_export.reference import LayeredReference
-from neo_export.tolerances import TOLERANCES
+from neo_export.tolerances import TOLERANCES, limits_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,7 +105,7 @@ def verify_bundle(
         argmax_disagreements=_disagreements(trace.logits, expected),
         worst_place=max(places, key=lambda place: place.error),
         places=places,
-        first_fault=first_fault(errors, manifest.model, manifest.precision),
+        first_fault=first_fault(errors, manifest.model, limits_name(manifest)),
     )
     _judge(verification, manifest.precision)
     return verification

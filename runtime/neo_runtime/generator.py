@@ -155,11 +155,11 @@ def steps(model: Model, groups: Sequence[Sequence[Row]]) -> Generator[list[str],
     length = max(row.total for row in rows) - 1
     with model.new_cache(len(rows), model.rounded_length(length)) as cache:
         cache.reorder(range(len(groups)))
-        logits = model.prefill(cache, [group[0].prompt for group in groups])
+        logits = model.prefill_step(cache, [group[0].prompt for group in groups])
         copies = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
         if len(copies) > len(groups):
             cache.reorder(copies)
-            logits = logits[copies]
+            logits = logits.take(copies)
         for row in rows:
             row.watch.prefill = row.watch.seconds()
         while True:
@@ -173,7 +173,7 @@ def steps(model: Model, groups: Sequence[Sequence[Row]]) -> Generator[list[str],
                 active = _fill_holes(active)
                 cache.reorder(active)
                 rows = [rows[index] for index in active]
-            logits = model.decode(cache, [row.choices[-1].token for row in rows])
+            logits = model.decode_step(cache, [row.choices[-1].token for row in rows])
 
 
 def _fill_holes(active: Sequence[int]) -> list[int]:

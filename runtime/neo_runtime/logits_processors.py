@@ -33,12 +33,14 @@ __all__ = [
     "LogitsProcessor",
     "build_processors",
     "log_softmax",
+    "raised_tokens",
 ]
 
 IntArray: TypeAlias = NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float32]
 
 _MINUS_INF = np.float32(-np.inf)
+_NONE: IntArray = np.empty(0, np.int64)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -48,6 +50,15 @@ class LogitsProcessor(Protocol):
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         """Apply the rule; may work in place."""
         ...
+
+
+def raised_tokens(rule: LogitsProcessor, ids: IntArray) -> IntArray | None:
+    """Token ids whose scores the rule may make larger after `ids`; None: it may be any.
+
+    A rule says so by a method `raises`; one without it counts as one that may raise any score.
+    """
+    find = getattr(rule, "raises", None)
+    return None if find is None else find(ids)
 
 
 def log_softmax(scores: FloatArray) -> FloatArray:
@@ -67,6 +78,10 @@ class SequenceBias:
             for ids, bias in sorted(biases, key=lambda item: len(item[0]))
         ]
 
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return np.array([token for _, token, bias in self._biases if bias > 0], np.int64)
+
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         total: dict[int, np.float32] = {}
         for prefix, token, bias in self._biases:
@@ -83,6 +98,10 @@ class RepetitionPenalty:
     def __init__(self, penalty: float) -> None:
         self._penalty = np.float32(penalty)
 
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return _NONE if self._penalty >= 1 else np.unique(ids)
+
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         seen = scores[ids]
         # A token that comes twice is written twice with the same value.
@@ -95,6 +114,10 @@ class NoRepeatNGram:
 
     def __init__(self, size: int) -> None:
         self._size = size
+
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return _NONE
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         if ids.size < self._size:
@@ -115,6 +138,10 @@ class MinLength:
         self._length = length
         self._eos = np.array(eos, np.int64)
 
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return _NONE
+
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         if ids.size < self._length:
             scores[_inside(self._eos, scores)] = _MINUS_INF
@@ -127,6 +154,10 @@ class ForcedEos:
     def __init__(self, max_length: int, eos: Sequence[int]) -> None:
         self._max_length = max_length
         self._eos = np.array(eos, np.int64)
+
+    def raises(self, ids: IntArray) -> IntArray | None:
+        """See `raised_tokens`: in the last step the forced ones pass every other."""
+        return None if ids.size == self._max_length - 1 else _NONE
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         if ids.size == self._max_length - 1:
@@ -151,6 +182,10 @@ class ExponentialDecay:
         self._factor = factor
         self._eos = np.array(eos, np.int64)
 
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return self._eos if ids.size > self._start else _NONE
+
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         steps = ids.size - self._start
         if steps > 0:
@@ -169,6 +204,10 @@ class SuppressTokens:
         self._tokens = np.array(tokens, np.int64)
         self._at = at
 
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return _NONE
+
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         if self._at is None or ids.size == self._at:
             scores[self._tokens] = _MINUS_INF
@@ -186,6 +225,12 @@ class CountPenalty:
         self._frequency = np.float32(frequency)
         self._prompt_length = prompt_length
 
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        if self._presence >= 0 and self._frequency >= 0:
+            return _NONE
+        return np.unique(ids[self._prompt_length :])
+
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         tokens, counts = np.unique(ids[self._prompt_length :], return_counts=True)
         scores[tokens] -= self._frequency * counts.astype(np.float32) + self._presence
@@ -198,6 +243,10 @@ class LogitBias:
     def __init__(self, tokens: Sequence[int], biases: Sequence[float]) -> None:
         self._tokens = np.array(tokens, np.int64)
         self._biases = np.array(biases, np.float32)
+
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return self._tokens[self._biases > 0]
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         scores[self._tokens] += self._biases

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.options import GenerationOptions
 
-__all__ = ["build_warpers"]
+__all__ = ["build_warpers", "keep_largest"]
 
 _FIRST_GUESS = 128
 _GROWTH = 8
@@ -46,10 +46,10 @@ class TopK:
     """Removes what is smaller than the k-th largest score (ties with it stay)."""
 
     def __init__(self, top_k: int) -> None:
-        self._top_k = top_k
+        self.top_k = top_k
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
-        rank = scores.size - self._top_k
+        rank = scores.size - self.top_k
         if rank <= 0:
             return scores
         threshold = np.partition(scores, rank)[rank]
@@ -63,7 +63,7 @@ class TopP:
     """
 
     def __init__(self, top_p: float) -> None:
-        self._limit = np.float32(1 - top_p)
+        self.limit = np.float32(1 - top_p)
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         highest = scores.max()
@@ -73,22 +73,22 @@ class TopP:
         for largest in _largest(scores):
             probabilities = np.exp(largest - highest) / normalizer
             before = np.cumsum(probabilities, dtype=np.float64) - probabilities
-            not_removed = (total - before).astype(np.float32) > self._limit
+            not_removed = (total - before).astype(np.float32) > self.limit
             count = max(1, int(np.count_nonzero(not_removed)))
             if count < largest.size:
                 break
-        return _keep_largest(scores, largest[:count])
+        return keep_largest(scores, largest[:count])
 
 
 class MinP:
     """Removes what has less than `min_p` times the largest probability."""
 
     def __init__(self, min_p: float) -> None:
-        self._min_p = np.float32(min_p)
+        self.min_p = np.float32(min_p)
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         probabilities = _softmax(scores)
-        return _remove(scores, probabilities < self._min_p * probabilities.max())
+        return _remove(scores, probabilities < self.min_p * probabilities.max())
 
 
 class TypicalP:
@@ -192,7 +192,7 @@ def _smallest(values: FloatArray) -> Iterator[IntArray]:
         yield candidates[np.argsort(values[candidates], kind="stable")]
 
 
-def _keep_largest(scores: FloatArray, kept: FloatArray) -> FloatArray:
+def keep_largest(scores: FloatArray, kept: FloatArray) -> FloatArray:
     """Set all but the `kept` scores (descending) to -inf, in place; of equals the last stay."""
     edge = kept[-1]
     ties = int(np.count_nonzero(kept == edge))

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from neo_runtime.errors import BundleDamagedError, BundleUnsupportedError
 
 __all__ = [
+    "CANDIDATE_OUTPUTS",
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
     "WEIGHTS_NAME",
@@ -32,6 +33,10 @@ __all__ = [
 MANIFEST_NAME = "neo.json"
 WEIGHTS_NAME = "weights.bin"
 SCHEMA_VERSION = 1
+CANDIDATE_OUTPUTS = ("top_values", "top_ids", "exp_sum")
+"""Outputs beside `logits` where a graph finds the best tokens itself: the largest logits (float32
+[batch, 1, K], descending), their token ids (int64 [batch, 1, K]), and the sum over the
+vocabulary of exp(logit - largest logit) (float64 [batch, 1])."""
 
 
 def is_quantized(precision: str) -> bool:

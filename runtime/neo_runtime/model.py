@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from neo_runtime.generator import Row
     from neo_runtime.manifest import Manifest
     from neo_runtime.prompts import Prompt
+    from neo_runtime.step_logits import StepLogits
 
 __all__ = ["DEFAULT_PREFILL_CHUNK", "Model", "load"]
 
@@ -183,6 +184,12 @@ class Model:
             RequestError: a prompt is empty, a token id is out of range, or the batch differs.
             ContextLengthError: a sequence would outgrow the cache.
         """
+        return self.prefill_step(cache, prompts).full()
+
+    def prefill_step(
+        self, cache: KVCache, prompts: Sequence[Sequence[int] | NDArray[np.int64]]
+    ) -> StepLogits:
+        """As `prefill`, with logits that are fetched from where they lie when asked for."""
         self._check_open()
         arrays = [token_array(p, self.manifest.model.vocab_size) for p in prompts]
         if len(arrays) != cache.batch:
@@ -206,6 +213,10 @@ class Model:
             RequestError: a token id is out of range, or the batch differs.
             ContextLengthError: a sequence would outgrow the cache.
         """
+        return self.decode_step(cache, tokens).full()
+
+    def decode_step(self, cache: KVCache, tokens: Sequence[int] | NDArray[np.int64]) -> StepLogits:
+        """As `decode`, with logits that are fetched from where they lie when asked for."""
         self._check_open()
         ids = token_array(tokens, self.manifest.model.vocab_size)
         if len(ids) != cache.batch:

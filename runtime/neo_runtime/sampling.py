@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from neo_runtime.candidates import CandidatePicker
 from neo_runtime.errors import RequestError, VerificationError
 from neo_runtime.logits_processors import (
     FloatArray,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_runtime.options import GenerationOptions
+    from neo_runtime.step_logits import RowLogits
 
 __all__ = ["Choice", "RowSampler", "TokenLogprob", "row_generator", "usable_maximum"]
 
@@ -108,6 +110,7 @@ class RowSampler:
         if options.renormalize_logits and options.do_sample:
             # Changes neither the largest score nor the distribution; kept for exactness.
             self._warpers.append(Renormalize())
+        self._picker = CandidatePicker(self._processors, self._warpers, do_sample=options.do_sample)
 
     @property
     def ids(self) -> IntArray:
@@ -119,16 +122,23 @@ class RowSampler:
         """The continuation alone, int64 [n]: a view as well."""
         return self._history[self._prompt_length : self._length]
 
-    def pick(self, logits: FloatArray) -> Choice:
+    def pick(self, logits: FloatArray | RowLogits) -> Choice:
         """Choose the next token and append it to the history.
 
         Args:
-            logits: float32 [V], the model's scores after the last token; not changed.
+            logits: the model's scores after the last token, float32 [V], not changed; or the row
+                of a step, whose logits are fetched only if its candidates do not decide.
 
         Raises:
             VerificationError: the logits hold NaN or +inf.
             RequestError: the options forbid every token.
         """
+        if not isinstance(logits, np.ndarray):
+            token = self._pick_candidate(logits)
+            if token is not None:
+                self._append(token)
+                return Choice(token, None, None)
+            logits = logits.full()
         scores = logits
         if self._processors or self._warpers:
             scores = logits.astype(np.float32)
@@ -141,6 +151,15 @@ class RowSampler:
         self._append(token)
         return choice
 
+    def _pick_candidate(self, row: RowLogits) -> int | None:
+        """The token that `pick` gets from all logits; None where it needs them."""
+        found = row.candidates if self._logprobs is None else None
+        left = found and self._picker.scores(self.ids, found, row.vocab_size)
+        if not left:
+            return None
+        ids, scores = left
+        return int(ids[self._place(scores) if self._do_sample else 0])
+
     def _draw(self, scores: FloatArray) -> int:
         usable_maximum(scores)
         candidates: IntArray | None = None  # ids of `scores`; None: all of them
@@ -150,11 +169,15 @@ class RowSampler:
             if kept.size < scores.size:
                 scores = scores[kept]
                 candidates = kept if candidates is None else candidates[kept]
+        place = self._place(scores)
+        return place if candidates is None else int(candidates[place])
+
+    def _place(self, scores: FloatArray) -> int:
+        """Where in `scores` the draw falls."""
         weights: NDArray[np.float64] = scores.astype(np.float64)
         cumulative = np.cumsum(np.exp(weights - weights.max()))
         target = self._generator.random() * cumulative[-1]
-        place = int(np.searchsorted(cumulative, target, side="right"))
-        return place if candidates is None else int(candidates[place])
+        return int(np.searchsorted(cumulative, target, side="right"))
 
     def _append(self, token: int) -> None:
         if self._length == self._history.size:

@@ -1,5 +1,7 @@
 """Half precision: weights, activations and cache become float16, scores and logits stay float32.
 
+`bfloat16` does the same with bfloat16: eight bits of float32's precision, all of its range.
+
     before                     after
     every float32 tensor       float16, but for what an explicit Cast to float32 feeds:
                                in the standard-operator form the attention scores (the model
@@ -12,7 +14,7 @@ A weight that float16 cannot hold (beyond ±65504) is an error when it is writte
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,9 +25,9 @@ from neo_export.passes._tensors import add_lazy_initializer, read, static_shape
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["float16", "to_float16"]
+__all__ = ["bfloat16", "float16", "to_bfloat16", "to_float16"]
 
-_FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+_FLOAT = ir.DataType.FLOAT
 _STATISTICS = {"SkipLayerNormalization": (1, 2)}
 """Outputs (mean, inverse deviation) that the operator defines as float32 in any case."""
 
@@ -44,17 +46,41 @@ def to_float16(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
     return values.astype(np.float16)
 
 
+def to_bfloat16(values: NDArray[np.float32], name: str) -> NDArray[Any]:
+    """Round to nearest even: ml_dtypes.bfloat16.
+
+    Raises:
+        CheckpointError: a value rounds to infinity.
+    """
+    import ml_dtypes
+
+    with np.errstate(over="ignore"):
+        halves: NDArray[Any] = values.astype(ml_dtypes.bfloat16)
+    if np.isinf(halves.astype(np.float32)).any():
+        raise CheckpointError(f"{name} holds numbers beyond what bfloat16 has; export with --fp32")
+    return halves
+
+
 def float16(model: ir.Model) -> int:
     """Apply to the whole model; returns how many weights became float16."""
+    return _to_half(model, ir.DataType.FLOAT16)
+
+
+def bfloat16(model: ir.Model) -> int:
+    """Apply to the whole model; returns how many weights became bfloat16."""
+    return _to_half(model, ir.DataType.BFLOAT16)
+
+
+def _to_half(model: ir.Model, half: ir.DataType) -> int:
     graph = model.graph
     for value in graph.inputs:
         if value.dtype == _FLOAT:
-            value.type = ir.TensorType(_HALF)
+            value.type = ir.TensorType(half)
     halves: dict[str, ir.Value] = {}
     for node in graph:
-        dtype = _computes_in(node)
-        if dtype == _HALF:
-            _halve_parameters(graph, node, halves)
+        dtype = _computes_in(node, half)
+        if dtype == half:
+            _halve_parameters(graph, node, halves, half)
         statistics = _STATISTICS.get(node.op_type, ())
         for index, output in enumerate(node.outputs):
             if dtype is not None and output.dtype in (_FLOAT, None):
@@ -64,7 +90,7 @@ def float16(model: ir.Model) -> int:
     return sum(name.startswith(("transformer", "lm_head")) for name in halves)
 
 
-def _computes_in(node: ir.Node) -> ir.DataType | None:
+def _computes_in(node: ir.Node, half: ir.DataType) -> ir.DataType | None:
     """Type of the node's floating outputs; None where it has no floating input."""
     if node.op_type == "Cast":
         return ir.DataType(node.attributes.get_int("to"))
@@ -72,29 +98,32 @@ def _computes_in(node: ir.Node) -> ir.DataType | None:
         like = node.inputs[1]
         return like.dtype if like is not None else None
     computed = [v for v in node.inputs if v is not None and not v.is_initializer()]
-    floating = [v.dtype for v in computed if v.dtype in (_FLOAT, _HALF)]
+    floating = [v.dtype for v in computed if v.dtype in (_FLOAT, half)]
     if floating:
         return floating[0]
     stored = [v for v in node.inputs if v is not None and v.is_initializer() and v.dtype == _FLOAT]
-    return _HALF if stored else None
+    return half if stored else None
 
 
-def _halve_parameters(graph: ir.Graph, node: ir.Node, halves: dict[str, ir.Value]) -> None:
-    """Let every float32 initializer that the node reads be its float16 twin."""
+def _halve_parameters(
+    graph: ir.Graph, node: ir.Node, halves: dict[str, ir.Value], half: ir.DataType
+) -> None:
+    """Let every float32 initializer that the node reads be its twin in half precision."""
     for index, value in enumerate(node.inputs):
         if value is None or not value.is_initializer() or value.dtype != _FLOAT:
             continue
         assert value.name is not None
         if value.name not in halves:
-            halves[value.name] = _half(graph, value)
+            halves[value.name] = _half(graph, value, half)
         node.replace_input_with(index, halves[value.name])
 
 
-def _half(graph: ir.Graph, value: ir.Value) -> ir.Value:
+def _half(graph: ir.Graph, value: ir.Value, half: ir.DataType) -> ir.Value:
+    convert = to_float16 if half == ir.DataType.FLOAT16 else to_bfloat16
     return add_lazy_initializer(
         graph,
-        f"{value.name}.float16",
-        lambda: to_float16(read(value), str(value.name)),
-        dtype=_HALF,
+        f"{value.name}.{half.name.lower()}",
+        lambda: convert(read(value), str(value.name)),
+        dtype=half,
         shape=static_shape(value),
     )

@@ -28,7 +28,7 @@ class Int8Weight:
     """A matrix in int8."""
 
     integers: NDArray[np.int8]
-    """[out, in], −63 to 63."""
+    """[out, in], −63 to 63 (−127 to 127 where the limit was 127)."""
     scales: NDArray[np.float32]
     """[out]; weight = integers · scales[:, None]."""
 
@@ -37,9 +37,9 @@ class Int8Weight:
         return self.integers.astype(np.float32) * self.scales[:, None]
 
 
-def quantize_int8(weight: NDArray[np.float32]) -> Int8Weight:
-    """Quantize [out, in]; a row's scale is the one of least squared error near max|w| / 63."""
-    integers, scales = in_slabs(weight, _quantize)
+def quantize_int8(weight: NDArray[np.float32], limit: int = LIMIT) -> Int8Weight:
+    """Quantize [out, in]; a row's scale is the one of least squared error near max|w| / limit."""
+    integers, scales = in_slabs(weight, lambda rows: _quantize(rows, limit))
     return Int8Weight(integers, scales.reshape(-1))
 
 
@@ -48,8 +48,10 @@ def dequantize_int8(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     return quantize_int8(weight).read_back()
 
 
-def _quantize(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    base = np.abs(rows).max(axis=1, keepdims=True) / np.float32(LIMIT)
+def _quantize(
+    rows: NDArray[np.float32], limit: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    base = np.abs(rows).max(axis=1, keepdims=True) / np.float32(limit)
     base[base == 0] = 1
-    scale = search_scale(rows, base, -LIMIT, LIMIT, _FACTORS)
-    return np.clip(np.rint(rows / scale), -LIMIT, LIMIT).astype(np.int8), scale
+    scale = search_scale(rows, base, -limit, limit, _FACTORS)
+    return np.clip(np.rint(rows / scale), -limit, limit).astype(np.int8), scale

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from neo_export.quantize.int4 import Int4Weight
     from neo_export.quantize.int8 import Int8Weight
 
-__all__ = ["RoundToNearest", "WeightQuantizer"]
+__all__ = ["EightBits", "RoundToNearest", "WeightQuantizer"]
 
 
 class WeightQuantizer(Protocol):
@@ -37,3 +37,11 @@ class RoundToNearest:
     def int4(self, name: str, weight: NDArray[np.float32], block_size: int) -> Int4Weight:
         """See `neo_export.quantize.int4`."""
         return quantize_int4(weight, block_size)
+
+
+class EightBits(RoundToNearest):
+    """The same with all eight bits of int8, for kernels that multiply in floating point."""
+
+    def int8(self, name: str, weight: NDArray[np.float32]) -> Int8Weight:
+        """See `neo_export.quantize.int8`; integers from -127 to 127."""
+        return quantize_int8(weight, limit=127)

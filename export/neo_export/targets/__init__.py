@@ -9,7 +9,10 @@ from neo_runtime.errors import RequestError
 from neo_runtime.manifest import CacheSpec
 
 from neo_export.graphs import GRAPH_NAMES
-from neo_export.passes.float16 import float16
+from neo_export.passes.candidates import candidates
+from neo_export.passes.device_lengths import device_lengths
+from neo_export.passes.exact_activations import exact_activations
+from neo_export.passes.float16 import bfloat16, float16
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE, fuse_attention
 from neo_export.passes.fuse_gelu import fuse_gelu
 from neo_export.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
@@ -17,12 +20,14 @@ from neo_export.passes.half_positions import half_positions
 from neo_export.passes.pack_qkv import pack_qkv, pack_qkv_alike
 from neo_export.passes.quantize_int4 import quantize_int4_weights
 from neo_export.passes.quantize_int8 import quantize_int8_weights
+from neo_export.passes.quantize_int8_blocks import quantize_int8_blocks
 from neo_export.passes.select_logits import select_logits
 from neo_export.passes.static_cache import static_cache
 from neo_export.passes.store_transposed import store_transposed
 from neo_export.passes.window_caches import window_caches
 from neo_export.quantize.int4 import largest_block_size
 from neo_export.quantize.plan import Storage, WeightPlan
+from neo_export.quantize.quantizer import EightBits, RoundToNearest
 
 if TYPE_CHECKING:
     from neo_runtime.manifest import ModelSpec
@@ -48,8 +53,8 @@ class Quantization:
 
     def plan_for(self, graph: str, precision: str, spec: ModelSpec) -> WeightPlan:
         """The storage of every matrix as one graph of a bundle of this precision reads it."""
-        if precision in ("fp32", "fp16"):
-            return WeightPlan.uniform(precision)
+        if precision in ("fp32", "fp16", "bf16"):
+            return WeightPlan.uniform("fp32" if precision == "fp32" else "fp16")
         if precision == "mixed":
             assert self.plan is not None
             plan = self.plan
@@ -83,14 +88,27 @@ class Target:
     static_cache: bool = False
     """Caches of the bundle's own `max_length`, no more and no less."""
 
+    half_activations: bool = False
+    """Quantized weights are dequantized in the kernel, for activations in float16."""
+    finds_candidates: bool = False
+    """Prefill and decode find the best tokens themselves (`passes.candidates`)."""
+
+    @property
+    def quantizer(self) -> WeightQuantizer:
+        """What makes integers of weights where nothing else was asked for."""
+        return EightBits() if self.half_activations else RoundToNearest()
+
     def cache(self, spec: ModelSpec, precision: str) -> CacheSpec:
         """How this target keeps keys and values for this model."""
-        dtype = "float16" if precision == "fp16" else "float32"
+        dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(precision, "float32")
+        if self.half_activations and precision != "bf16":
+            dtype = "float16"
         if self.static_cache:
             return CacheSpec(layout="static", padding="right", dtype=dtype, window=None)
         if not self.fused or spec.head_dim % HEAD_SIZE_MULTIPLE:
             return CacheSpec(layout="append", padding="left", dtype=dtype, window=None)
-        window = spec.window_size if "global" in spec.attention_layers else None
+        evicts = window_caches in self.fusions and "global" in spec.attention_layers
+        window = spec.window_size if evicts else None
         return CacheSpec(layout="in_place", padding="right", dtype=dtype, window=window)
 
 
@@ -106,6 +124,19 @@ TARGETS: dict[str, Target] = {
             fused=True,
             # The first whose GroupQueryAttention takes padded rows into window-sized caches.
             minimum_onnxruntime="1.32.0",
+        ),
+        Target(
+            name="cuda",
+            summary="onnxruntime on an NVIDIA GPU: as cpu, in half precision, replayed as a graph",
+            precisions=("fp16", "bf16", "int8", "int4", "mixed"),
+            # No window_caches: CUDA's kernel takes padded rows into window-sized caches from
+            # 1.32 on, and the wheel for GPUs is 1.31. It reads no more than the window anyway.
+            fusions=(fuse_attention, pack_qkv, fuse_gelu, device_lengths, fuse_skip_layer_norm),
+            storage=(store_transposed,),
+            fused=True,
+            minimum_onnxruntime="1.31.0",
+            half_activations=True,
+            finds_candidates=True,
         ),
         Target(
             name="portable",
@@ -173,7 +204,7 @@ def passes_for(
         )
     plan = (quantization or Quantization()).plan_for(graph, precision, spec)
     fusions = tuple(pack_qkv_alike(plan) if f is pack_qkv else f for f in target.fusions)
-    if precision != "fp16":
+    if precision not in ("fp16", "bf16") and not target.half_activations:
         # The CPU's kernel is half as exact as Add and LayerNormalization are (1.3B shape: logits
         # 1.9e-5 from float64 with it, 1.1e-5 without, PyTorch 1.3e-5), and three times as slow
         # for prompts. In half precision it spares the casts between the two.
@@ -181,18 +212,29 @@ def passes_for(
     if target.static_cache:
         length = max_length or spec.max_position_embeddings
         fusions = (static_cache(length), select_logits, *fusions)
-    return fusions + _of_precision(precision, plan, quantizer) + target.storage
+    storage = target.storage
+    if target.finds_candidates and graph != "score":
+        storage += (candidates,)
+    return fusions + _of_precision(target, precision, plan, quantizer) + storage
 
 
 def _of_precision(
-    precision: str, plan: WeightPlan, quantizer: WeightQuantizer | None
+    target: Target, precision: str, plan: WeightPlan, quantizer: WeightQuantizer | None
 ) -> tuple[Pass, ...]:
     if precision == "fp16":
         return (float16,)
+    if precision == "bf16":
+        return (bfloat16,)
     if precision == "fp32":
         return ()
     found = {storage.kind for storage in (plan.default, *(s for _, s in plan.weights))}
     passes: tuple[Pass, ...] = ()
+    if target.half_activations:
+        if "int8" in found:
+            passes += (quantize_int8_blocks(plan, quantizer),)
+        if "int4" in found:
+            passes += (quantize_int4_weights(plan, quantizer), exact_activations)
+        return (*passes, float16)
     if "int8" in found:
         passes += (quantize_int8_weights(plan, quantizer),)
     if "int4" in found:

@@ -17,6 +17,7 @@ import numpy as np
 
 from neo_runtime.backends.base import CacheStore, aligned_zeros
 from neo_runtime.backends.binding import BoundCall
+from neo_runtime.step_logits import StepLogits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,12 +44,12 @@ class AppendStore(CacheStore):
         self._width = 0
         self.lengths = np.zeros(batch, dtype=np.int64)
 
-    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> NDArray[np.float32]:
+    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
         """See `CacheStore.prefill`."""
         counts = np.array([len(prompt) for prompt in prompts])
         if self._width and (counts != counts[0]).any():
             self._prefill_rows(prompts, counts, chunk)
-            return self._logits[: self.batch, 0]
+            return StepLogits.at_hand(self._logits[: self.batch, 0])
         ids = np.zeros((self.batch, counts.max()), dtype=np.int64)
         for padded, prompt in zip(ids, prompts, strict=True):
             padded[len(padded) - len(prompt) :] = prompt
@@ -56,14 +57,14 @@ class AppendStore(CacheStore):
         for start in range(0, ids.shape[1], chunk):
             self._advance("prefill", np.ascontiguousarray(ids[:, start : start + chunk]), pads)
         self.lengths += counts
-        return self._logits[: self.batch, 0]
+        return StepLogits.at_hand(self._logits[: self.batch, 0])
 
-    def decode(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    def decode(self, tokens: NDArray[np.int64]) -> StepLogits:
         """See `CacheStore.decode`."""
         ids = np.ascontiguousarray(tokens, dtype=np.int64)[:, None]
         self._advance("decode", ids, self._width - self.lengths)
         self.lengths += 1
-        return self._logits[: self.batch, 0]
+        return StepLogits.at_hand(self._logits[: self.batch, 0])
 
     def _advance(self, graph: str, ids: NDArray[np.int64], pads: NDArray[np.int64]) -> None:
         """Run all rows; columns before `pads[b]` of row `b` are padding."""
@@ -103,7 +104,7 @@ class AppendStore(CacheStore):
                 own[0] = shared[row, :, self._width - used :]
             single._width = used
             single.lengths[0] = used
-            self._logits[row, 0] = single.prefill([prompt], chunk)[0]
+            self._logits[row, 0] = single.prefill([prompt], chunk).full()[0]
             pad = width - len(prompt) - used
             views = single._views(single._past, 1, used + len(prompt))
             for own, shared in zip(views, present, strict=True):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_runtime.manifest import Manifest
+    from neo_runtime.step_logits import StepLogits
 
 __all__ = ["Backend", "CacheStore", "aligned_zeros", "layer_lengths"]
 
@@ -33,7 +34,7 @@ class CacheStore(ABC):
         return len(self.lengths)
 
     @abstractmethod
-    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> NDArray[np.float32]:
+    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
         """Append the tokens of `prompts[b]` (at least one) to row `b`.
 
         Args:
@@ -41,18 +42,18 @@ class CacheStore(ABC):
             chunk: most tokens of a row that go through the graph in one call.
 
         Returns:
-            Logits of each row's last position, float32 [batch, vocab], valid until the next call.
+            Logits of each row's last position, valid until the next call.
         """
 
     @abstractmethod
-    def decode(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    def decode(self, tokens: NDArray[np.int64]) -> StepLogits:
         """Append one token to every row.
 
         Args:
             tokens: int64 [batch].
 
         Returns:
-            Logits, float32 [batch, vocab], valid until the next call.
+            Logits, valid until the next call.
         """
 
     @abstractmethod

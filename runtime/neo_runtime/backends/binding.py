@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -31,6 +31,7 @@ class BoundCall:
         past: Sequence[NDArray[Any]],
         present: Sequence[NDArray[Any]],
         logits: NDArray[Any],
+        candidates: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
         """Bind; every array must be C-contiguous.
 
@@ -43,6 +44,7 @@ class BoundCall:
             past: keys and values, layer by layer, key first: [batch, heads, past, head_dim].
             present: where the graph writes them; may be the same memory as `past`.
             logits: float32 [batch, 1, vocab], written by the graph.
+            candidates: by name of `CANDIDATE_OUTPUTS`, written where the graph has them.
         """
         self._backend = backend
         self._session = backend.session(graph)
@@ -52,7 +54,7 @@ class BoundCall:
             "attention_mask": attention_mask,
             "position_ids": position_ids,
         }
-        outputs: dict[str, NDArray[Any]] = {"logits": logits}
+        outputs: dict[str, NDArray[Any]] = {"logits": logits, **(candidates or {})}
         for index, (before, after) in enumerate(zip(past, present, strict=True)):
             name = f"{index // 2}.{'value' if index % 2 else 'key'}"
             inputs[f"past_key_values.{name}"] = before

@@ -22,6 +22,8 @@ import numpy as np
 
 from neo_runtime.backends.base import CacheStore, aligned_zeros, layer_lengths
 from neo_runtime.backends.binding import BoundCall
+from neo_runtime.manifest import CANDIDATE_OUTPUTS
+from neo_runtime.step_logits import CandidateRows, StepLogits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from neo_runtime.manifest import Manifest
 
 __all__ = ["InPlaceStore"]
 
@@ -47,13 +50,14 @@ class InPlaceStore(CacheStore):
         self._length = length
         self._buffers = aligned_zeros(shapes, backend.manifest.cache.dtype)
         self._logits = np.zeros((batch, 1, model.vocab_size), dtype=np.float32)
+        self._candidates = _candidate_arrays(backend.manifest, batch)
         self._ids = np.zeros((batch, 1), dtype=np.int64)
         self._positions = np.zeros((batch, 1), dtype=np.int64)
         self._mask = np.zeros((batch, length), dtype=np.int64)
         self._decode: BoundCall | None = None
         self.lengths = np.zeros(batch, dtype=np.int64)
 
-    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> NDArray[np.float32]:
+    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
         """See `CacheStore.prefill`."""
         if self.lengths.any() or max(map(len, prompts)) > chunk:
             for row, prompt in enumerate(prompts):
@@ -61,7 +65,7 @@ class InPlaceStore(CacheStore):
         else:
             self._prefill_first(0, prompts)
         self._refresh_mask()
-        return self._logits[: self.batch, 0]
+        return self._step()
 
     def _prefill_first(self, row: int, prompts: Sequence[NDArray[np.int64]]) -> None:
         """The first tokens of the empty rows `row`, `row + 1`, …: one call, padded on the right."""
@@ -109,9 +113,19 @@ class InPlaceStore(CacheStore):
             past=cache,
             present=cache,
             logits=self._logits[rows],
+            candidates={name: array[rows] for name, array in self._candidates.items()},
         )
 
-    def decode(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _step(self) -> StepLogits:
+        """What the last call wrote."""
+        batch, found = self.batch, self._candidates
+        rows = None
+        if found:
+            rows = CandidateRows(*(found[name][:batch] for name in CANDIDATE_OUTPUTS))
+            rows = CandidateRows(rows.values[:, 0], rows.ids[:, 0], rows.exp_sums[:, 0])
+        return StepLogits.at_hand(self._logits[:batch, 0], rows)
+
+    def decode(self, tokens: NDArray[np.int64]) -> StepLogits:
         """See `CacheStore.decode`."""
         batch = self.batch
         if self._decode is None:
@@ -123,7 +137,7 @@ class InPlaceStore(CacheStore):
         self._mask[np.arange(batch), self.lengths] = 1
         self._decode.run()
         self.lengths += 1
-        return self._logits[:batch, 0]
+        return self._step()
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """See `CacheStore.reorder`."""
@@ -147,3 +161,13 @@ class InPlaceStore(CacheStore):
         """See `CacheStore.close`."""
         self._decode = None
         self._buffers = []
+
+
+def _candidate_arrays(manifest: Manifest, batch: int) -> dict[str, NDArray[Any]]:
+    """A buffer for each of `CANDIDATE_OUTPUTS`; none where the graphs do not have them."""
+    outputs = {tensor.name: tensor for tensor in manifest.graphs["decode"].outputs}
+    return {
+        name: np.zeros((batch, *map(int, outputs[name].shape[1:])), dtype=outputs[name].dtype)
+        for name in CANDIDATE_OUTPUTS
+        if name in outputs
+    }

@@ -1,0 +1,63 @@
+"""The best tokens, found where the logits are: what sampling needs of them is then a few bytes.
+
+    before                    after
+    logits [B, 1, V]          logits, and
+                              top_values [B, 1, K], top_ids [B, 1, K] = TopK(logits)
+                              exp_sum [B, 1] = Σ exp(logits − the largest), in float64
+
+A row of GPT-Neo's logits is 200 kB, its candidates are 1.5 kB. What can be decided by them alone,
+and when the logits are fetched after all, is `neo_runtime.candidates`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+from neo_runtime.manifest import CANDIDATE_OUTPUTS
+
+from neo_export.passes._insert import insert_before
+
+if TYPE_CHECKING:
+    from onnxscript import OpBuilder
+
+__all__ = ["CANDIDATES", "candidates"]
+
+CANDIDATES = 128
+"""Candidates a row: Hugging Face's default top_k is 50, and ties at its edge must fit as well."""
+
+
+def candidates(model: ir.Model) -> int:
+    """Apply to the whole model; returns 1."""
+    graph = model.graph
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    assert logits.shape is not None
+    vocabulary = logits.shape[2]
+    assert isinstance(vocabulary, int)
+    count = min(CANDIDATES, vocabulary)
+    last = graph[-1]
+    # Written before the last node, then moved behind the logits.
+    values, ids, total = insert_before(
+        last, "candidates", lambda op: _candidates(op, logits, count)
+    )
+    for value, name, dtype, width in zip(
+        (values, ids, total),
+        CANDIDATE_OUTPUTS,
+        (ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.DOUBLE),
+        (count, count, None),
+        strict=True,
+    ):
+        value.name = name
+        value.type = ir.TensorType(dtype)
+        value.shape = ir.Shape(["batch", 1] if width is None else ["batch", 1, width])
+        graph.outputs.append(value)
+    graph.sort()
+    return 1
+
+
+def _candidates(op: OpBuilder, logits: ir.Value, count: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+    values, ids = op.TopK(logits, [count], axis=-1, largest=1, sorted=1, _outputs=2)
+    # A float32 sum of 50,257 numbers could be off by 50,257 · 2⁻²⁴; top_p is decided by it.
+    exponentials = op.Exp(op.Sub(logits, op.ReduceMax(logits, [-1], keepdims=1)))
+    total = op.ReduceSum(op.Cast(exponentials, to=ir.DataType.DOUBLE), [-1], keepdims=0)
+    return values, ids, total

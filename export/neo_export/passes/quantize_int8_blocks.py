@@ -1,0 +1,105 @@
+"""int8 weights for kernels that dequantize them: MatMulNBits, as for int4.
+
+    before                            after
+    MatMul(x, Transpose(w))           MatMulNBits(x, w.int8, scales, bits=8)
+    Gemm(x, table, transB=1)          the same
+    Gather(table, ids)                GatherBlockQuantized over the same bytes and scales
+
+The operator wants a scale a block: a row's blocks all get the row's scale. Integers are stored
+with 128 added, the operator's zero point. The tied table is stored once, under two shapes.
+Must not fire for a weight that is kept wider, or that is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from neo_export.passes._stored_weight import store_weights
+from neo_export.passes._tensors import add_lazy_parts, alias_of, read, static_shape
+from neo_export.quantize.int4 import largest_block_size
+from neo_export.quantize.quantizer import EightBits
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from neo_export.passes import Pass
+    from neo_export.quantize.plan import WeightPlan
+    from neo_export.quantize.quantizer import WeightQuantizer
+
+__all__ = ["quantize_int8_blocks"]
+
+_BITS, _ZERO = 8, 128
+
+
+@dataclass(frozen=True)
+class _Int8Blocks:
+    """See the module."""
+
+    quantizer: WeightQuantizer
+
+    def product(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
+        rows, columns = static_shape(weight)
+        stored, scales, size = self._stored(weight)
+        result: ir.Value = op.MatMulNBits(
+            x,
+            stored,
+            scales,
+            K=columns,
+            N=rows,
+            bits=_BITS,
+            block_size=size,
+            _domain="com.microsoft",
+        )
+        return result
+
+    def rows(self, op: Any, weight: ir.Value, ids: ir.Value) -> ir.Value:
+        stored, scales, size = self._stored(weight)
+        embedded: ir.Value = op.GatherBlockQuantized(
+            alias_of(stored, f"{weight.name}.int8.rows", static_shape(weight)),
+            ids,
+            scales,
+            bits=_BITS,
+            block_size=size,
+            gather_axis=0,
+            quantize_axis=1,
+            _domain="com.microsoft",
+        )
+        return embedded
+
+    def _stored(self, weight: ir.Value) -> tuple[ir.Value, ir.Value, int]:
+        """Integers, scales, block size; made once, however often the weight is read."""
+        graph, name = weight.graph, str(weight.name)
+        assert graph is not None
+        rows, columns = static_shape(weight)
+        size = largest_block_size((columns,))
+        blocks = columns // size
+
+        def make() -> tuple[NDArray[Any], ...]:
+            made = self.quantizer.int8(name, read(weight))
+            integers = (made.integers.astype(np.int16) + _ZERO).astype(np.uint8)
+            scales = np.repeat(made.scales[:, None], blocks, axis=1)
+            return integers.reshape(rows, blocks, size), scales
+
+        stored, scales = add_lazy_parts(
+            graph,
+            {
+                f"{name}.int8": (ir.DataType.UINT8, (rows, blocks, size)),
+                f"{name}.int8.scales": (ir.DataType.FLOAT, (rows, blocks)),
+            },
+            make,
+        )
+        return stored, scales, size
+
+
+def quantize_int8_blocks(plan: WeightPlan, quantizer: WeightQuantizer | None = None) -> Pass:
+    """The pass, for the matrices that the plan stores in int8."""
+
+    def quantize_int8(model: ir.Model) -> int:
+        weights = _Int8Blocks(quantizer or EightBits())
+        return store_weights(model, weights, lambda name: plan.of(name).kind == "int8")
+
+    return quantize_int8

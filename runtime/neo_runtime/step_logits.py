@@ -1,0 +1,127 @@
+"""What one step of the model gives: logits that may still lie where they were computed.
+
+A graph that finds the best tokens itself (`manifest.CANDIDATE_OUTPUTS`) spares fetching a row of
+the whole vocabulary from a device. The logits are fetched once somebody asks for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+__all__ = ["CandidateRows", "Candidates", "RowLogits", "StepLogits"]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best tokens of one row."""
+
+    ids: NDArray[np.int64]
+    """[K] token ids, ascending."""
+    values: NDArray[np.float32]
+    """[K] their logits, finite."""
+    edge: np.float32
+    """The smallest of `values`: no other token has a larger logit (some may have the same)."""
+    exp_sum: float
+    """Σ exp(logit − largest logit) over the whole vocabulary, summed in float64."""
+
+
+@dataclass(frozen=True)
+class CandidateRows:
+    """The outputs `CANDIDATE_OUTPUTS` of a graph, for all rows."""
+
+    values: NDArray[np.float32]
+    """[batch, K], in any order."""
+    ids: NDArray[np.int64]
+    """[batch, K]."""
+    exp_sums: NDArray[np.float64]
+    """[batch]."""
+
+    def row(self, index: int) -> Candidates | None:
+        """The candidates of one row; None where they are no finite numbers."""
+        values, exp_sum = self.values[index], float(self.exp_sums[index])
+        if not (np.isfinite(values).all() and np.isfinite(exp_sum)):
+            return None
+        order = np.argsort(self.ids[index])
+        return Candidates(self.ids[index][order], values[order], values.min(), exp_sum)
+
+
+class RowLogits:
+    """The logits of one row of a step."""
+
+    def __init__(self, step: StepLogits, index: int) -> None:
+        self._step, self._index = step, index
+
+    @property
+    def candidates(self) -> Candidates | None:
+        """The best tokens, where the graph found them."""
+        rows = self._step.candidates
+        return None if rows is None else rows.row(self._index)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the row has a logit for."""
+        return self._step.vocab_size
+
+    def full(self) -> NDArray[np.float32]:
+        """All logits of the row, float32 [vocab]."""
+        row: NDArray[np.float32] = self._step.full()[self._index]
+        return row
+
+
+class StepLogits:
+    """The logits of all rows of one step, until the next step.
+
+    Args:
+        batch: rows.
+        vocab_size: tokens.
+        fetch: gives the logits, float32 [batch, vocab]; called once, if at all.
+        candidates: the best tokens of each row, where the graph found them.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        vocab_size: int,
+        fetch: Callable[[], NDArray[np.float32]],
+        candidates: CandidateRows | None = None,
+    ) -> None:
+        self.batch, self.vocab_size, self.candidates = batch, vocab_size, candidates
+        self._fetch = fetch
+        self._logits: NDArray[np.float32] | None = None
+
+    @classmethod
+    def at_hand(
+        cls, logits: NDArray[np.float32], candidates: CandidateRows | None = None
+    ) -> StepLogits:
+        """Logits that need no fetching: float32 [batch, vocab]."""
+        batch, vocab_size = logits.shape
+        return cls(batch, vocab_size, lambda: logits, candidates)
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether `full` was called."""
+        return self._logits is not None
+
+    def full(self) -> NDArray[np.float32]:
+        """All logits, float32 [batch, vocab]."""
+        if self._logits is None:
+            self._logits = self._fetch()
+        return self._logits
+
+    def take(self, rows: NDArray[np.int64]) -> StepLogits:
+        """The logits of these rows, in their order; rows may be left out and repeated."""
+        chosen = self.candidates
+        if chosen is not None:
+            chosen = CandidateRows(chosen.values[rows], chosen.ids[rows], chosen.exp_sums[rows])
+        return StepLogits(len(rows), self.vocab_size, lambda: self.full()[rows], chosen)
+
+    def __iter__(self) -> Iterator[RowLogits]:
+        return (RowLogits(self, index) for index in range(self.batch))
