@@ -9,11 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.errors import NeoError, RequestError, VerificationError
+from neo_runtime.errors import EngineError, NeoError, RequestError, VerificationError
+
+from neo_export.stages import StageLine
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from neo_export.engine.build import BuiltEngine
     from neo_export.exporter import ExportSummary
     from neo_export.targets import Quantization
 
@@ -75,6 +78,17 @@ def _parser() -> argparse.ArgumentParser:
         "(default: cuda for --fp16 and --bf16, else cpu)",
     )
     parser.add_argument(
+        "--tensorrt",
+        action="store_true",
+        help="--target tensorrt, and a plan of the bundle with neo-engine's defaults at once",
+    )
+    parser.add_argument(
+        "--compute-capability",
+        metavar="X.Y",
+        help="--tensorrt: build the plan for GPUs of this compute capability, such as 8.9 "
+        "(default: this machine's GPU)",
+    )
+    parser.add_argument(
         "--block-size",
         type=int,
         metavar="N",
@@ -126,19 +140,20 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    bar = _Progress()
+    bar = StageLine("neo-export")
     try:
         from neo_export.exporter import ExportOptions, export_bundle
         from neo_export.run_calibration import calibration_folder
 
         model = arguments.model or str(DEMO)
         precision, quantization = _quantization(arguments)
+        build = _engine_builder(arguments)
         with calibration_folder(model, arguments.calibration, arguments.calibrate_text) as folder:
             summary = export_bundle(
                 model,
                 arguments.output,
                 ExportOptions(
-                    target=arguments.target or _default_target(precision),
+                    target=_target(arguments, precision),
                     precision=precision,
                     quantization=quantization,
                     calibration=folder,
@@ -148,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ),
                 bar.show,
             )
+        built = build(bar.show)
     except NeoError as error:
         bar.end()
         print(f"neo-export: {error}", file=sys.stderr)
@@ -165,13 +181,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("neo-export: interrupted, nothing was written", file=sys.stderr)
         return 130
     bar.end()
-    print(json.dumps(asdict(summary), indent=1) if arguments.json else _report(summary))
+    if arguments.json:
+        record = {"engine": asdict(built.record)} if built is not None else {}
+        print(json.dumps(asdict(summary) | record, indent=1))
+    else:
+        print(_report(summary))
+        if built is not None:
+            from neo_export.engine.cli import report
+
+            print(report(built))
     return 0
 
 
-def _default_target(precision: str) -> str:
+def _target(arguments: argparse.Namespace, precision: str) -> str:
     """Half precision is for GPUs: CPUs compute most of it in float32."""
-    return "cuda" if precision in ("fp16", "bf16") else "cpu"
+    if arguments.tensorrt:
+        return "tensorrt"
+    return str(arguments.target or ("cuda" if precision in ("fp16", "bf16") else "cpu"))
+
+
+def _engine_builder(
+    arguments: argparse.Namespace,
+) -> Callable[[Callable[[str, int, int], None]], BuiltEngine | None]:
+    """What `--tensorrt` does once the bundle is there; what it needs is looked for now."""
+    if not arguments.tensorrt:
+        if arguments.compute_capability is not None:
+            raise RequestError("--compute-capability was given, it goes with --tensorrt")
+        return lambda progress: None
+    if arguments.target not in (None, "tensorrt"):
+        raise RequestError(f"--tensorrt was given with --target {arguments.target}; choose one")
+    from neo_export.engine.build import build_engine
+    from neo_export.engine.device import device_for
+    from neo_export.engine.flavour import find_flavour
+    from neo_export.engine.ranges import EngineRequest
+
+    flavour = find_flavour()
+    device = device_for(flavour, arguments.compute_capability)
+
+    def build(progress: Callable[[str, int, int], None]) -> BuiltEngine:
+        try:
+            return build_engine(arguments.output, EngineRequest(), flavour, device, progress)
+        except EngineError as error:
+            raise EngineError(
+                f"the bundle {arguments.output} is written, its plan is not: {error}"
+            ) from error
+
+    return build
 
 
 def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
@@ -196,35 +251,6 @@ def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
         int8_prefill=arguments.int8_prefill,
         plan=plan,
     )
-
-
-class _Progress:
-    """Stages on stderr: one line each, rewritten in place on a terminal."""
-
-    def __init__(self) -> None:
-        self._stage = ""
-        self._tenths = -1
-        self._open = False
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        tenths = 10 * done // total if total else -1
-        if (stage, tenths) == (self._stage, self._tenths):
-            return
-        if stage != self._stage:
-            self.end()
-            self._stage = stage
-        self._tenths = tenths
-        text = f"neo-export: {stage}" + (f" {10 * tenths} %" if total else "")
-        if sys.stderr.isatty():
-            print(f"\r{text}", end="", file=sys.stderr, flush=True)
-            self._open = True
-        elif tenths in (-1, 10):
-            print(text, file=sys.stderr)
-
-    def end(self) -> None:
-        if self._open:
-            print(file=sys.stderr)
-            self._open = False
 
 
 def _report(summary: ExportSummary) -> str:

@@ -1,0 +1,236 @@
+"""One plan from the prefill graph: a decode and a prefill profile over one copy of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.engine_record import (
+    ENGINES_FOLDER,
+    EngineOptions,
+    EngineRecord,
+    engine_key,
+)
+from neo_runtime.errors import BundleDamagedError, BundleError, EngineError, OutputError
+from neo_runtime.manifest import MANIFEST_NAME, Manifest
+
+from neo_export.engine.device import platform_name
+from neo_export.engine.network import add_profiles, parse_graph
+from neo_export.engine.progress import progress_monitor
+from neo_export.engine.ranges import resolve_options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from neo_export.engine.device import Device
+    from neo_export.engine.flavour import Flavour
+    from neo_export.engine.ranges import EngineRequest
+
+__all__ = ["BuiltEngine", "build_engine", "read_bundle", "write_engine"]
+
+GRAPH = "prefill"
+_TIMING_CACHE = "timing.cache"
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """A plan that was built and written."""
+
+    record: EngineRecord
+    path: Path
+    weight_bytes: int
+    """Of the bundle's `weights.bin`, to compare the plan's size with."""
+    warnings: tuple[str, ...]
+    """TensorRT's own."""
+
+
+def build_engine(
+    bundle: Path,
+    request: EngineRequest,
+    flavour: Flavour,
+    device: Device,
+    progress: Callable[[str, int, int], None] | None = None,
+    timing_cache: Path | None = None,
+) -> BuiltEngine:
+    """Build a plan and put it, with its record, into the bundle's `engines/`.
+
+    Args:
+        bundle: a folder written by `neo-export --target tensorrt`.
+        request: what the plan shall take.
+        flavour: the installed TensorRT.
+        device: the kind of GPU that it is for.
+        progress: called with a phase, steps done and steps.
+        timing_cache: file that keeps kernel timings between builds; None for one in `engines/`.
+
+    Raises:
+        NeoError: the bundle, the options or the installation cannot be used, or the builder
+            failed; nothing is left behind.
+    """
+    say = progress or (lambda stage, done, total: None)
+    manifest = read_bundle(bundle)
+    options = resolve_options(request, manifest)
+    started = time.monotonic()
+    say("parsing the graph", 0, 0)
+    cache = timing_cache or bundle / ENGINES_FOLDER / _TIMING_CACHE
+    plan = _serialize(flavour, device, bundle / manifest.graphs[GRAPH].file, options, say, cache)
+    say("writing the plan", 0, 0)
+    key = engine_key(
+        manifest.digest,
+        options,
+        flavour.name,
+        flavour.version,
+        device.compute_capability,
+        device.name,
+    )
+    record = EngineRecord(
+        file=f"{key}.plan",
+        size=len(plan),
+        sha256=hashlib.sha256(plan).hexdigest(),
+        bundle_digest=manifest.digest,
+        flavour=flavour.name,
+        version=flavour.version,
+        compute_capability=device.compute_capability,
+        gpu=None if flavour.ahead_of_time else device.name,
+        platform=platform_name(),
+        options=options,
+        build_seconds=round(time.monotonic() - started, 3),
+    )
+    path = write_engine(bundle, record, plan)
+    weights = manifest.files["weights.bin"].size
+    return BuiltEngine(record, path, weights, tuple(dict.fromkeys(flavour.messages())))
+
+
+def read_bundle(bundle: Path) -> Manifest:
+    """The manifest of a bundle that plans can be built from; its files are there, graphs unaltered.
+
+    Raises:
+        BundleError: no bundle, a damaged one, or one for another target.
+    """
+    source = bundle / MANIFEST_NAME
+    try:
+        manifest = Manifest.from_json(source.read_text(encoding="utf-8"), str(source))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(
+            f"{source} cannot be read ({error}); expected a folder written by neo-export"
+        ) from error
+    if manifest.cache.layout != "static":
+        raise BundleError(
+            f"{bundle} is for target {manifest.target}, whose graphs TensorRT does not import; "
+            "export the model with --target tensorrt"
+        )
+    for name, record in manifest.files.items():
+        path = bundle / name
+        if not path.is_file() or path.stat().st_size != record.size:
+            raise BundleDamagedError(
+                f"{path} is missing or has not its {record.size} bytes; copy or export it again"
+            )
+    graph = manifest.graphs[GRAPH].file
+    if hashlib.sha256((bundle / graph).read_bytes()).hexdigest() != manifest.files[graph].sha256:
+        raise BundleDamagedError(
+            f"{bundle / graph} differs from its checksum; copy or export it again"
+        )
+    return manifest
+
+
+def _serialize(
+    flavour: Flavour,
+    device: Device,
+    graph: Path,
+    options: EngineOptions,
+    say: Callable[[str, int, int], None],
+    timing_cache: Path,
+) -> memoryview:
+    trt = flavour.module
+    list(flavour.messages())
+    builder = trt.Builder(flavour.logger)
+    if builder is None or not builder:
+        raise EngineError(_failure(flavour, "gives no builder"))
+    parsed = parse_graph(flavour, builder, graph)
+    config = _configure(flavour, builder, device, options)
+    add_profiles(builder, config, parsed.network, options)
+    monitor = progress_monitor(flavour, say)
+    config.progress_monitor = monitor
+    timings = _load_timings(flavour, config, timing_cache)
+    plan = builder.build_serialized_network(parsed.network, config)
+    if monitor.failure is not None:
+        raise monitor.failure
+    if plan is None:
+        raise EngineError(_failure(flavour, f"could not build {graph.name}"))
+    if timings:
+        _save_timings(config, timing_cache)
+    return memoryview(plan)
+
+
+def _configure(flavour: Flavour, builder: Any, device: Device, options: EngineOptions) -> Any:
+    trt = flavour.module
+    config = builder.create_builder_config()
+    config.builder_optimization_level = options.optimization_level
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    for wanted, flag in (
+        (options.version_compatible, "VERSION_COMPATIBLE"),
+        (options.stripped, "STRIP_PLAN"),
+        (options.refit, "REFIT"),
+    ):
+        if wanted:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+    if flavour.ahead_of_time:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, device.member), 0)
+    return config
+
+
+def _load_timings(flavour: Flavour, config: Any, path: Path) -> bool:
+    """Use the timings of earlier builds; TensorRT itself ignores those of another GPU."""
+    if flavour.ahead_of_time:  # it times nothing: kernels are chosen on the GPU, at first use
+        return False
+    data = path.read_bytes() if path.is_file() else b""
+    cache = config.create_timing_cache(data) or config.create_timing_cache(b"")
+    return bool(cache is not None and config.set_timing_cache(cache, False))
+
+
+def _save_timings(config: Any, path: Path) -> None:
+    cache = config.get_timing_cache()
+    if cache is not None:
+        path.parent.mkdir(exist_ok=True)
+        _replace(path, memoryview(cache.serialize()))
+
+
+def _failure(flavour: Flavour, what: str) -> str:
+    words = list(dict.fromkeys(flavour.messages()))
+    return "\n  ".join([f"{flavour.product} {flavour.version} {what}:", *(words or ["no reason"])])
+
+
+def write_engine(bundle: Path, record: EngineRecord, plan: memoryview | bytes) -> Path:
+    """Write the plan, then its record, each whole or not at all; returns the plan's path.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    folder = bundle / ENGINES_FOLDER
+    path = folder / record.file
+    try:
+        folder.mkdir(exist_ok=True)
+        _replace(path, plan)
+        _replace(path.with_suffix(".json"), record.to_json().encode())
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written ({error.strerror}); make room or permit it"
+        ) from error
+    return path
+
+
+def _replace(path: Path, data: memoryview | bytes) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)

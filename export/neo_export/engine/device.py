@@ -1,0 +1,112 @@
+"""The GPU that a plan is for: of this machine, by the driver, or only its compute capability."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from neo_runtime.errors import EngineError, RequestError
+
+if TYPE_CHECKING:
+    from neo_export.engine.flavour import Flavour
+
+__all__ = ["Device", "device_for", "local_device", "platform_name"]
+
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+_LIBRARIES = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of GPU."""
+
+    compute_capability: str
+    """Such as "8.9"."""
+    name: str | None
+    """None where only the compute capability is known."""
+
+    @property
+    def member(self) -> str:
+        """Its name in TensorRT's `ComputeCapability`."""
+        return f"SM{self.compute_capability.replace('.', '')}"
+
+
+def platform_name() -> str:
+    """Operating system and processor, as records name them: "linux-x86_64"."""
+    return f"{sys.platform}-{platform.machine()}"
+
+
+def local_device(index: int = 0) -> Device | None:
+    """The GPU `index` of this machine, asked of the driver; None where there is none."""
+    driver = _driver()
+    count, handle = ctypes.c_int(), ctypes.c_int()
+    if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return None
+    if index >= count.value or driver.cuDeviceGet(ctypes.byref(handle), index):
+        return None
+    name = ctypes.create_string_buffer(256)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    failed = (
+        driver.cuDeviceGetName(name, len(name), handle)
+        or driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, handle)
+        or driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, handle)
+    )
+    return None if failed else Device(f"{major.value}.{minor.value}", name.value.decode())
+
+
+def _driver() -> ctypes.CDLL | None:
+    for library in _LIBRARIES:
+        try:
+            return ctypes.CDLL(library)
+        except OSError:
+            continue
+    return None
+
+
+def device_for(flavour: Flavour, asked: str | None) -> Device:
+    """What to build for.
+
+    Args:
+        flavour: the installed module.
+        asked: a compute capability such as "8.9", or None for this machine's GPU.
+
+    Raises:
+        RequestError: a compute capability that this flavour cannot build for.
+        EngineError: no GPU is here, and one is needed.
+    """
+    here = local_device()
+    if asked is None:
+        if here is not None:
+            return here
+        remedy = (
+            "name the compute capability to build for, such as --compute-capability 8.9"
+            if flavour.ahead_of_time
+            else "run neo-engine where the GPU is; TensorRT for RTX builds without one"
+        )
+        raise EngineError(f"no NVIDIA GPU or driver was found here: {remedy}")
+    if not re.fullmatch(r"\d+\.\d", asked):
+        raise RequestError(
+            f"--compute-capability is {asked!r}, expected two numbers such as 8.9 (Ada) or 12.0"
+        )
+    if not flavour.ahead_of_time:
+        if here is not None and here.compute_capability == asked:
+            return here
+        found = f"here is {here.compute_capability}" if here else "here is no GPU"
+        raise EngineError(
+            f"TensorRT builds on the GPU that runs the plan: --compute-capability is {asked}, "
+            f"{found}; build on a machine that has one, or with TensorRT for RTX"
+        )
+    device = Device(asked, None)
+    known = [name for name in flavour.module.ComputeCapability.__members__ if name[:2] == "SM"]
+    if device.member not in known:
+        names = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in known)
+        raise RequestError(
+            f"{flavour.product} {flavour.version} does not build for compute capability {asked}, "
+            f"expected one of {names}"
+        )
+    return device

@@ -1,0 +1,131 @@
+"""TensorRT comes as two modules with one API: `tensorrt`, and `tensorrt_rtx` for RTX GPUs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from neo_runtime.errors import DependencyError
+from neo_runtime.installation import version_numbers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["FLAVOURS", "Flavour", "find_flavour"]
+
+Name = Literal["tensorrt", "tensorrt_rtx"]
+FLAVOURS: tuple[Name, ...] = ("tensorrt", "tensorrt_rtx")
+
+_PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
+_OLDEST = {"tensorrt": "11.0", "tensorrt_rtx": "1.7"}
+"""TensorRT 10 has no TensorScatter; the builders of TensorRT for RTX 1.5 and 1.6 crash on it."""
+_ADVICE = "has Int64 binding"
+"""Told of every integer input of every graph; the bundle's contract says int64 already."""
+_INSTALL = {
+    "tensorrt": "pip install 'neo-onnx[tensorrt]' (on the machine with the GPU)",
+    "tensorrt_rtx": "pip install 'neo-onnx[tensorrt-rtx]' (needs no GPU to build)",
+}
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One installed module."""
+
+    name: Name
+    module: Any
+    """The module itself."""
+
+    @property
+    def version(self) -> str:
+        """Its `__version__`."""
+        return str(self.module.__version__)
+
+    @property
+    def product(self) -> str:
+        """As NVIDIA calls it."""
+        return _PRODUCTS[self.name]
+
+    @property
+    def ahead_of_time(self) -> bool:
+        """Whether it builds for a compute capability that is named, without a GPU."""
+        return self.name == "tensorrt_rtx"
+
+    @property
+    def logger(self) -> Any:
+        """The one logger of this process: TensorRT keeps the first that it is given."""
+        return _logger(self.name)
+
+    def messages(self) -> Iterator[str]:
+        """What the logger collected since it was last asked: errors, then warnings."""
+        kept = self.logger.kept
+        kept.sort(key=lambda pair: pair[0])
+        while kept:
+            yield kept.pop(0)[1]
+
+
+def find_flavour(asked: str | None = None) -> Flavour:
+    """Import the module that is installed, or the one asked for.
+
+    Raises:
+        DependencyError: none is installed, both are and none was asked for, or the one cannot be
+            loaded or is too old.
+    """
+    found = [name for name in FLAVOURS if importlib.util.find_spec(name) is not None]
+    if asked is not None:
+        name = next(flavour for flavour in FLAVOURS if flavour == asked)
+        if name not in found:
+            raise DependencyError(f"{_PRODUCTS[name]} is not installed: {_INSTALL[name]}")
+    elif not found:
+        ways = ", or ".join(_INSTALL.values())
+        raise DependencyError(f"neither TensorRT nor TensorRT for RTX is installed: {ways}")
+    elif len(found) > 1:
+        raise DependencyError(
+            "both tensorrt and tensorrt_rtx are installed, and a plan runs under one of them only: "
+            "say which by --flavour tensorrt or --flavour tensorrt_rtx"
+        )
+    else:
+        name = found[0]
+    return _load(name)
+
+
+def _load(name: Name) -> Flavour:
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # a shared library that is missing shows as any of several kinds
+        raise DependencyError(
+            f"{_PRODUCTS[name]} is installed but cannot be loaded ({error}); "
+            f"install it again: {_INSTALL[name]}"
+        ) from error
+    version = str(getattr(module, "__version__", ""))
+    if not version or not hasattr(module, "OnnxParser"):
+        raise DependencyError(
+            f"the installed {name} is incomplete; install it again: {_INSTALL[name]}"
+        )
+    if version_numbers(version) < version_numbers(_OLDEST[name]):
+        raise DependencyError(
+            f"{_PRODUCTS[name]} {version} is installed, {_OLDEST[name]} or newer is needed: "
+            f"{_INSTALL[name]}"
+        )
+    return Flavour(name, module)
+
+
+@cache
+def _logger(name: Name) -> Any:
+    trt: Any = importlib.import_module(name)
+    worst, shown = trt.ILogger.Severity.ERROR, trt.ILogger.Severity.WARNING
+
+    class Collector(trt.ILogger):  # type: ignore[misc]
+        """Keeps errors and warnings, so that they can be part of an error of ours."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: list[tuple[int, str]] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= shown and _ADVICE not in message:
+                self.kept.append((0 if severity <= worst else 1, message.strip()))
+
+    return Collector()

@@ -1,0 +1,119 @@
+"""The prefill graph in NVIDIA's parser, and what the builder has to be told about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.engine_record import DECODE_PROFILE, PREFILL_PROFILE
+from neo_runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from neo_runtime.engine_record import EngineOptions
+
+    from neo_export.engine.flavour import Flavour
+
+__all__ = ["ParsedGraph", "Shapes", "add_profiles", "parse_graph", "profile_shapes"]
+
+_STRONGLY_TYPED = 0  # the only kind from TensorRT 11 on: precision is the graph's own
+_SHOWN = 20
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Smallest, best and largest shape of one input."""
+
+
+def parse_graph(flavour: Flavour, builder: Any, graph: Path) -> ParsedGraph:
+    """Parse an ONNX file with the weights that it refers to, into an `INetworkDefinition`.
+
+    Raises:
+        EngineError: the parser refuses it; each node, and why, in the parser's own words.
+    """
+    trt = flavour.module
+    network = builder.create_network(_STRONGLY_TYPED)
+    parser = trt.OnnxParser(network, flavour.logger)
+    parsed = parser.parse_from_file(str(graph))
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    if not parsed or errors:
+        raise EngineError(_refusal(flavour, graph, errors))
+    network.name = graph.stem
+    _allow_decomposition(trt, network)
+    return ParsedGraph(network, parser)
+
+
+@dataclass(frozen=True)
+class ParsedGraph:
+    """A network, and the parser that owns the weights which it refers to."""
+
+    network: Any
+    parser: Any
+
+
+def _refusal(flavour: Flavour, graph: Path, errors: list[Any]) -> str:
+    lines = [
+        f"node {error.node()} {error.node_name() or '(no name)'} "
+        f"({error.node_operator() or 'graph'}): {error.desc().strip()}"
+        for error in errors[:_SHOWN]
+    ]
+    if len(errors) > _SHOWN:
+        lines.append(f"… and {len(errors) - _SHOWN} more")
+    if not lines:
+        lines = list(flavour.messages()) or ["it gave no reason"]
+    return (
+        f"the parser of {flavour.product} {flavour.version} refuses {graph}; export it again with "
+        "--target tensorrt.\n  " + "\n  ".join(lines)
+    )
+
+
+def _allow_decomposition(trt: Any, network: Any) -> None:
+    """Let attention run as products and softmax where no single kernel computes it.
+
+    Scores are float32, and there is no such kernel; without this the builder gives up.
+    """
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings know only the base
+            layer.attention.decomposable = True
+
+
+def add_profiles(builder: Any, config: Any, network: Any, options: EngineOptions) -> None:
+    """Add the decode profile, then the prefill profile, over the network's inputs.
+
+    Raises:
+        EngineError: the builder does not take one.
+    """
+    for expected in (DECODE_PROFILE, PREFILL_PROFILE):
+        profile = builder.create_optimization_profile()
+        for name, shapes in _inputs(network, expected, options):
+            profile.set_shape(name, *shapes)
+        if config.add_optimization_profile(profile) != expected:
+            raise EngineError(f"the builder does not take optimization profile {expected}")
+
+
+def _inputs(network: Any, profile: int, options: EngineOptions) -> Iterator[tuple[str, Shapes]]:
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        yield tensor.name, profile_shapes(tensor.name, tuple(tensor.shape), profile, options)
+
+
+def profile_shapes(
+    name: str, shape: tuple[int, ...], profile: int, options: EngineOptions
+) -> Shapes:
+    """Shapes of one input under one profile; −1 in `shape` is batch at axis 0, else a length."""
+    lengths = (options.min_length, options.opt_length, options.max_length)
+    if name == "logit_positions":
+        lengths = (1, 1, options.max_logit_positions)
+    if profile == DECODE_PROFILE:
+        lengths = (1, 1, 1)
+    batches = (options.min_batch, options.opt_batch, options.max_batch)
+    smallest, best, largest = (
+        tuple(
+            size if size != -1 else batch if axis == 0 else length
+            for axis, size in enumerate(shape)
+        )
+        for batch, length in zip(batches, lengths, strict=True)
+    )
+    return smallest, best, largest

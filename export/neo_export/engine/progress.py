@@ -1,0 +1,52 @@
+"""TensorRT's own progress monitor, as the stages that a command line shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from neo_export.engine.flavour import Flavour
+
+__all__ = ["progress_monitor"]
+
+
+def progress_monitor(flavour: Flavour, say: Callable[[str, int, int], None]) -> Any:
+    """An `IProgressMonitor` that calls `say(phase, steps done, steps)`.
+
+    Only phases of the first two levels are told: those below take milliseconds. An exception in
+    `say`, an interrupt among them, is kept (`monitor.failure`) and stops the build.
+    """
+    monitor_class: Any = flavour.module.IProgressMonitor
+
+    class Monitor(monitor_class):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
+            self.top: str | None = None
+            self.failure: BaseException | None = None
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if not parent:
+                self.top = phase
+            if not parent or parent == self.top:
+                self.steps[phase] = steps
+                self._say(phase, 0)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self.steps:
+                self._say(phase, step + 1)
+            return self.failure is None
+
+        def phase_finish(self, phase: str) -> None:
+            if phase in self.steps:
+                self._say(phase, self.steps.pop(phase))
+
+        def _say(self, phase: str, done: int) -> None:
+            try:
+                say(f"TensorRT: {phase}", done, self.steps.get(phase, done))
+            except BaseException as error:  # it must not cross NVIDIA's C++ frames
+                self.failure = error
+
+    return Monitor()

@@ -1,0 +1,74 @@
+"""TensorRT for RTX, where it is installed: NVIDIA's own parser and builder, without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import pytest
+from neo_export.engine.flavour import find_flavour
+from neo_export.graphs import build_graph
+from neo_export.targets import TARGETS, Quantization, passes_for
+from neo_export.weights import bind_parameters
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from neo_export.engine.flavour import Flavour
+    from neo_runtime.manifest import ModelSpec
+
+needs_tensorrt_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="tensorrt_rtx is not installed: its wheels are for Linux and Windows on x86-64",
+)
+
+
+def flavour() -> Flavour:
+    return find_flavour("tensorrt_rtx")
+
+
+def write_hollow_graphs(
+    spec: ModelSpec, precision: str, folder: Path, quantization: Quantization | None = None
+) -> dict[str, Path]:
+    """The target's graphs over a sparse file of zeros: structure without weights, at any size."""
+    target = TARGETS["tensorrt"]
+    paths = {}
+    for name, entry in target.graphs:
+        model = build_graph(entry, spec)
+        bind_parameters(model, _no_data)
+        for rewrite in passes_for(target, precision, name, spec, quantization):
+            rewrite(model)
+            RemoveUnusedNodesPass()(model)
+        _refer_to_zeros(model, folder)
+        paths[name] = folder / f"{name}.onnx"
+        ir.save(model, paths[name])
+    return paths
+
+
+def _no_data(name: str) -> Any:
+    raise AssertionError(f"{name} was read")
+
+
+def _refer_to_zeros(model: ir.Model, folder: Path) -> None:
+    offset = 0
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.LazyTensor):
+            continue
+        assert value.dtype is not None
+        assert value.shape is not None
+        value.const_value = ir.ExternalTensor(
+            "zeros.bin",
+            offset,
+            tensor.nbytes,
+            value.dtype,
+            shape=value.shape,
+            name=name,
+            base_dir=folder,
+        )
+        offset += -(-tensor.nbytes // 4096) * 4096
+    zeros = folder / "zeros.bin"
+    with zeros.open("ab") as file:
+        file.truncate(max(offset, zeros.stat().st_size))
