@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,9 @@ from neo_export.checkpoint import expected_shapes, open_checkpoint
 from neo_export.graphs import build_graph
 from neo_export.hub import resolve_model
 from neo_export.memory import PeakMemory
+from neo_export.passes.quantize_cache import quantize_cache_steps
 from neo_export.probes import probes_of
+from neo_export.quantize.kv_cache import calibrated_steps
 from neo_export.quantize.stored import StoredWeights
 from neo_export.sidecars import write_sidecars
 from neo_export.staging import record_files, staged_folder
@@ -59,6 +61,8 @@ class ExportOptions:
     quantization: Quantization = field(default_factory=Quantization)
     max_length: int | None = None
     """Positions a sequence may have; None for all that the checkpoint has."""
+    kv_cache: str = "float"
+    """How keys and values are kept: one of `CACHE_FORMATS`."""
     calibration: Path | None = None
     """Statistics of the checkpoint, which `neo-calibrate` wrote."""
     verify: bool = False
@@ -154,6 +158,10 @@ def export_bundle(
             return tensor.read()
 
         statistics = open_statistics(options.calibration, checkpoint, say)
+        cache, steps = target.cache(spec, options.precision), None
+        if options.kv_cache == "int8":
+            steps = calibrated_steps(statistics, cache, spec)
+            cache = replace(cache, dtype="int8")
         plan = options.quantization.plan_for("decode", options.precision, spec)
         decided = calibrated(statistics, checkpoint, read, plan, say)
         migrated = decided.migration.reading(read)
@@ -169,6 +177,9 @@ def export_bundle(
             )
             for name, _ in target.graphs
         }
+        if steps is not None:
+            for name in passes:
+                passes[name] += (quantize_cache_steps(steps, single=name == "decode"),)
         say("building the graphs", 0, 0)
         models, summaries = _build(spec, target, passes, migrated)
         weights = write_weights(models, folder, lambda done, all_: say("weights", done, all_))
@@ -180,7 +191,7 @@ def export_bundle(
             target=target.name,
             max_length=max_length,
             model=spec,
-            cache=target.cache(spec, options.precision),
+            cache=cache,
             graphs={name: _graph_spec(name, graph) for name, graph in models.items()},
             probes=probes_of(models[scoring_graph(models)], spec),
             files=record_files(folder, known={"weights.bin": weights.record}),
@@ -204,7 +215,9 @@ def export_bundle(
                 half_positions=is_quantized(options.precision),
             )
             weights_read_back = decided.migration.restoring(stored)
-            verification = verify_bundle(folder, manifest, checkpoint, weights_read_back, progress)
+            verification = verify_bundle(
+                folder, manifest, checkpoint, weights_read_back, steps, progress
+            )
         sizes = {name: record.size for name, record in manifest.files.items()}
         say("putting it in place", 0, 0)
     return ExportSummary(

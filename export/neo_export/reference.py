@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from neo_runtime.errors import DependencyError
 
+from neo_export.quantize.kv_cache import stored_cache
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
     from neo_export.checkpoint import Checkpoint
+    from neo_export.quantize.kv_cache import CacheSteps
 
 __all__ = ["LayeredReference", "ReferenceLayer"]
 
@@ -36,13 +39,17 @@ class LayeredReference:
     """The parts of a checkpoint's model, each loaded when it is asked for. float32."""
 
     def __init__(
-        self, checkpoint: Checkpoint, read: Callable[[str], NDArray[np.float32]] | None = None
+        self,
+        checkpoint: Checkpoint,
+        read: Callable[[str], NDArray[np.float32]] | None = None,
+        cache: CacheSteps | None = None,
     ) -> None:
         """Prepare; nothing is loaded yet.
 
         Args:
             checkpoint: the model.
             read: gives a weight by name, in place of the checkpoint's own.
+            cache: the steps of an int8 cache: what is attended to is keys and values rounded so.
 
         Raises:
             DependencyError: torch or transformers is missing.
@@ -61,6 +68,7 @@ class LayeredReference:
         self._modules: Any = modeling_gpt_neo
         self._config = GPTNeoConfig.from_dict(checkpoint.config_json)
         self._config._attn_implementation = "eager"
+        self._cache = cache
         self._read = read or (lambda name: checkpoint.tensors[name].read())
 
     def embed(
@@ -74,7 +82,10 @@ class LayeredReference:
 
     def layer(self, index: int) -> ReferenceLayer:
         """Layer `index` with its weights in memory."""
-        return ReferenceLayer(self._torch, self.load_block(index))
+        steps = None
+        if self._cache is not None:
+            steps = {"key": self._cache.key[index], "value": self._cache.value[index]}
+        return ReferenceLayer(self._torch, self.load_block(index), steps)
 
     def load_block(self, layer: int) -> Any:
         """The `GPTNeoBlock` of one layer, ready to run; its weights are private copies."""
@@ -130,8 +141,11 @@ class LayeredReference:
 class ReferenceLayer:
     """One `GPTNeoBlock`: whole, or step by step. All arrays are float32."""
 
-    def __init__(self, torch: Any, block: Any) -> None:
+    def __init__(
+        self, torch: Any, block: Any, steps: dict[str, NDArray[np.float32]] | None = None
+    ) -> None:
         self._torch = torch
+        self._steps = steps or {}
         self._block = block
         self._attention = block.attn.attention
 
@@ -140,13 +154,20 @@ class ReferenceLayer:
 
         Returns:
             query, key, value, attended, attention, mlp and residual, each [S, H], in the order of
-            computation.
+            computation. Keys and values are those before an int8 cache rounds them.
         """
         seen: dict[str, Any] = {}
         attention = self._attention
+
+        def look(name: str, output: Any) -> Any:
+            seen[name] = output
+            if name not in self._steps:
+                return None
+            return _tensor(self._torch, stored_cache(output.numpy(), self._steps[name]))
+
         handles = [
             module.register_forward_hook(
-                lambda _module, _inputs, output, name=name: seen.__setitem__(name, output)
+                lambda _module, _inputs, output, name=name: look(name, output)
             )
             for name, module in (
                 ("query", attention.q_proj),
@@ -196,6 +217,9 @@ class ReferenceLayer:
         """
         torch, attention = self._torch, self._attention
         own = attention.bias
+        if self._steps:
+            key = stored_cache(key, self._steps["key"])
+            value = stored_cache(value, self._steps["value"])
         with torch.inference_mode():
             heads = [
                 attention._split_heads(

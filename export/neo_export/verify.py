@@ -14,7 +14,7 @@ from neo_export.comparison.places import all_places
 from neo_export.comparison.probed import open_probed, score_trace
 from neo_export.comparison.trace import Text
 from neo_export.reference import LayeredReference
-from neo_export.tolerances import TOLERANCES, limits_name
+from neo_export.tolerances import limits_name, tolerance_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.checkpoint import Checkpoint
+    from neo_export.quantize.kv_cache import CacheSteps
 
 __all__ = ["PlaceError", "Verification", "verify_bundle"]
 
@@ -60,6 +61,7 @@ def verify_bundle(
     manifest: Manifest,
     checkpoint: Checkpoint,
     weights: Callable[[str], NDArray[np.float32]],
+    cache: CacheSteps | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
     """Score one text of token ids that crosses the window, and compare every place of every layer.
@@ -71,13 +73,14 @@ def verify_bundle(
         manifest: its manifest.
         checkpoint: what it was made of.
         weights: gives each weight as the score graph has it, by the checkpoint's name.
+        cache: the steps of an int8 cache.
         progress: called with a stage's name, done and total.
 
     Raises:
         VerificationError: an error is past the tolerance of this precision; the first is named.
         DependencyError: torch or transformers is missing.
     """
-    reference = LayeredReference(checkpoint, weights)
+    reference = LayeredReference(checkpoint, weights, cache)
     length = min(manifest.max_length, 2 * manifest.model.window_size + 32)
     ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, length, dtype=np.int64)
     trace = score_trace(open_probed(folder, manifest, "score"), manifest, ids)
@@ -107,7 +110,7 @@ def verify_bundle(
         places=places,
         first_fault=first_fault(errors, manifest.model, limits_name(manifest)),
     )
-    _judge(verification, manifest.precision)
+    _judge(verification, manifest)
     return verification
 
 
@@ -119,7 +122,9 @@ def _disagreements(found: NDArray[Any], expected: NDArray[np.float32]) -> int:
     return int(np.count_nonzero(differs & (lead > off)))
 
 
-def _judge(verification: Verification, precision: str) -> None:
+def _judge(verification: Verification, manifest: Manifest) -> None:
+    precision = manifest.precision
+    tolerance = tolerance_of(manifest)
     fault = verification.first_fault
     if fault is not None:
         raise VerificationError(
@@ -127,7 +132,7 @@ def _judge(verification: Verification, precision: str) -> None:
             f"by {fault.error:.3g} ({fault.region}; relative L2, the limit of {precision} is "
             f"{fault.limit:g}). Report this with the checkpoint's config.json"
         )
-    limit = TOLERANCES[precision].any_checkpoint
+    limit = tolerance.any_checkpoint
     for place in verification.places:
         if not place.error <= limit:
             where = place.place if place.layer is None else f"{place.place} of layer {place.layer}"
@@ -136,7 +141,7 @@ def _judge(verification: Verification, precision: str) -> None:
                 f"{verification.tokens} positions), the limit of {precision} is {limit:g}"
             )
     # Where activations are rounded, the best two tokens move apart or together at will.
-    judged = TOLERANCES[precision].typical is None
+    judged = tolerance.typical is None
     disagreements = verification.argmax_disagreements if judged else 0
     if not verification.logits_error <= limit or disagreements:
         raise VerificationError(

@@ -20,7 +20,7 @@ GRAPHS = ("prefill", "decode", "score")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "mixed")
 TARGETS = ("cpu", "cuda", "portable", "tensorrt")
 _ATTENTION_LAYERS = ("global", "local")
-_CACHE_DTYPES = ("float32", "float16", "bfloat16")
+_CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

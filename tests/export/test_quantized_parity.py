@@ -23,6 +23,7 @@ from helpers.dequantized import (
 )
 from helpers.held_out import held_out_ids
 from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint, random_ids
+from helpers.passages import passages
 from helpers.running import Graphs, assert_agrees, relative_l2
 from neo_export.checkpoint import open_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
@@ -118,39 +119,16 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     return make
 
 
-def passages(
+def ways(
     graphs: Graphs, case: Case
 ) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
-    """Every way through the graphs: what was run, the logits found and those expected."""
-    ids, window, end = case.ids, case.window, case.ids.shape[1]
-
-    def cache() -> object:
-        # Longer than a window, so that a graph with a wrong one runs as well.
-        keeps_window = graphs.manifest.cache.window is not None
-        return graphs.cache(local_length=max(end, window + 1) if keeps_window else None)
-
-    def run(graph: str, start: int, stop: int, into: object) -> NDArray[np.float32]:
-        return graphs.run(graph, ids[:, start:stop], into)  # type: ignore[arg-type]
-
-    for length in sorted({n for n in (window - 1, window, window + 1) if 0 < n <= end} | {end}):
-        yield "score", run("score", 0, length, cache()), case.logits[:, :length]
-        last = case.logits[:, length - 1 : length]
-        yield "prefill", run("prefill", 0, length, cache()), last
-    past = cache()
-    for start in range(0, end, window + 1):
-        stop = min(end, start + window + 1)
-        yield "chunks", run("prefill", start, stop, past), case.logits[:, stop - 1 : stop]
-    past = cache()
-    behind = max(0, end - window - 6) if end > 64 else 0
-    if behind:
-        run("prefill", 0, behind, past)
-    steps = [run("decode", n, n + 1, past) for n in range(behind, end)]
-    yield "decode", np.concatenate(steps, axis=1), case.logits[:, behind:]
+    """`passages` of a case."""
+    return passages(graphs, case.ids, case.logits, case.window)
 
 
 def errors(graphs: Graphs, case: Case) -> NDArray[np.float64]:
     """Relative L2 of every position of every passage."""
-    every = [relative_l2(found, expected) for _, found, expected in passages(graphs, case)]
+    every = [relative_l2(found, expected) for _, found, expected in ways(graphs, case)]
     return np.concatenate([error.ravel() for error in every])
 
 
@@ -162,7 +140,7 @@ def exact_graphs(folder: Path) -> Graphs:
 @pytest.mark.parametrize("name", DEMO_CASES + TINY_CASES)
 def test_with_exact_activations(name: str, cases: Callable[[str], Case]) -> None:
     case = cases(name)
-    for _, found, expected in passages(exact_graphs(case.exact), case):
+    for _, found, expected in ways(exact_graphs(case.exact), case):
         assert_agrees(found, expected, EXACT)
 
 
@@ -171,7 +149,7 @@ def test_as_shipped(name: str, cases: Callable[[str], Case]) -> None:
     case, typical = cases(name), []
     limit = TOLERANCES[case.precision]
     assert limit.typical is not None
-    for passage, found, expected in passages(Graphs(case.shipped), case):
+    for passage, found, expected in ways(Graphs(case.shipped), case):
         assert_agrees(found, expected, limit.logits)
         if passage in ("score", "decode"):
             typical.append(np.median(relative_l2(found, expected)))

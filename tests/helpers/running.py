@@ -60,10 +60,11 @@ class Cache:
         lengths = {"global": length, "local": local_length or layout.window or length}
         # Whatever an engine reads without having written it, it shall not go unseen. A static
         # cache masks such values, but multiplies them by 0 all the same: they must be finite.
+        unseen = 1000.0 if static else -128 if layout.dtype == "int8" else np.nan
         self.tensors = {
             f"{i}.{part}": np.full(
                 (batch, model.num_heads, lengths[kind] if self.in_place else 0, model.head_dim),
-                1000.0 if static else np.nan,
+                unseen,
                 dtype=layout.dtype,
             )
             for i, kind in enumerate(model.attention_layers)

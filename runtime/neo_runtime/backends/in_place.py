@@ -22,6 +22,7 @@ import numpy as np
 
 from neo_runtime.backends.base import CacheStore, aligned_zeros, layer_lengths
 from neo_runtime.backends.binding import BoundCall
+from neo_runtime.backends.staged_cache import StagedCache
 from neo_runtime.manifest import CANDIDATE_OUTPUTS
 from neo_runtime.step_logits import CandidateRows, StepLogits
 
@@ -48,6 +49,8 @@ class InPlaceStore(CacheStore):
         ]
         self._backend = backend
         self._length = length
+        # The prefill graph widens an int8 cache, whole buffers of it.
+        self._widens = backend.manifest.cache.dtype == "int8"
         self._buffers = aligned_zeros(shapes, backend.manifest.cache.dtype)
         self._logits = np.zeros((batch, 1, model.vocab_size), dtype=np.float32)
         self._candidates = _candidate_arrays(backend.manifest, batch)
@@ -76,7 +79,7 @@ class InPlaceStore(CacheStore):
         columns = np.arange(ids.shape[1], dtype=np.int64)
         mask = (columns < counts[:, None]).astype(np.int64)
         positions = np.ascontiguousarray(np.broadcast_to(columns, ids.shape))
-        self._call("prefill", row, ids, mask, positions).run()
+        self._prefill(row, 0, ids, mask, positions)
         self.lengths[row : row + len(prompts)] = counts
 
     def _prefill_row(self, row: int, prompt: NDArray[np.int64], chunk: int) -> None:
@@ -90,8 +93,29 @@ class InPlaceStore(CacheStore):
             end = past + ids.shape[1]
             mask = np.ones((1, end), dtype=np.int64)
             positions = np.arange(past, end, dtype=np.int64)[None, :]
-            self._call("prefill", row, ids, mask, positions).run()
+            self._prefill(row, past, ids, mask, positions)
             self.lengths[row] = end
+
+    def _prefill(
+        self,
+        row: int,
+        past: int,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+    ) -> None:
+        """Run the rows from `row` on, which have `past` positions each."""
+        cache, total = self._rows(row, len(ids)), mask.shape[1]
+        if not self._widens or 2 * total > self._length:
+            self._call("prefill", row, ids, mask, positions, cache, cache).run()
+            return
+        staged = StagedCache(cache, self._length, past, total)
+        self._call("prefill", row, ids, mask, positions, staged.past, staged.present).run()
+        staged.store()
+
+    def _rows(self, row: int, count: int) -> list[NDArray[Any]]:
+        """`count` rows of every buffer, from `row` on."""
+        return [buffer[row : row + count] for buffer in self._buffers]
 
     def _call(
         self,
@@ -100,18 +124,19 @@ class InPlaceStore(CacheStore):
         ids: NDArray[np.int64],
         mask: NDArray[np.int64],
         positions: NDArray[np.int64],
+        past: Sequence[NDArray[Any]],
+        present: Sequence[NDArray[Any]],
     ) -> BoundCall:
         """Bind the rows from `row` on, as many as `ids` has."""
         rows = slice(row, row + len(ids))
-        cache: list[NDArray[Any]] = [buffer[rows] for buffer in self._buffers]
         return BoundCall(
             self._backend,
             graph,
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past=cache,
-            present=cache,
+            past=past,
+            present=present,
             logits=self._logits[rows],
             candidates={name: array[rows] for name, array in self._candidates.items()},
         )
@@ -129,9 +154,9 @@ class InPlaceStore(CacheStore):
         """See `CacheStore.decode`."""
         batch = self.batch
         if self._decode is None:
-            self._decode = self._call(
-                "decode", 0, self._ids[:batch], self._mask[:batch], self._positions[:batch]
-            )
+            cache = self._rows(0, batch)
+            ids, mask, positions = (x[:batch] for x in (self._ids, self._mask, self._positions))
+            self._decode = self._call("decode", 0, ids, mask, positions, cache, cache)
         self._ids[:batch, 0] = tokens
         self._positions[:batch, 0] = self.lengths
         self._mask[np.arange(batch), self.lengths] = 1

@@ -1,0 +1,69 @@
+"""Statistics for an int8 cache, and PyTorch with keys and values rounded as the cache has them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from neo_calibration.collect import collect
+from neo_calibration.text import CalibrationText
+from neo_export.checkpoint import open_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from helpers.models import Reference
+    from numpy.typing import NDArray
+
+HEADROOM = 1.5
+
+
+def calibrated(checkpoint: Path, ids: NDArray[np.int64], folder: Path) -> Path:
+    """Statistics of a checkpoint over token ids [contexts, S]; returns `folder`."""
+    text = CalibrationText(contexts=tuple(ids), max_length=ids.shape[1], files={}, warnings=())
+    with open_checkpoint(checkpoint) as opened:
+        collect(opened, text, folder, second_moments=False)
+    return folder
+
+
+def cache_steps(reference: Reference, ids: NDArray[np.int64]) -> list[Any]:
+    """What one step of each channel is worth, by PyTorch alone: keys and values of every layer.
+
+    Args:
+        reference: the checkpoint itself.
+        ids: [contexts, S], the text of the calibration.
+    """
+    largest: list[Any] = []
+    handles = [
+        projection.register_forward_hook(
+            lambda _m, _i, output: largest.append(output.abs().amax(dim=(0, 1)))
+        )
+        for projection in _projections(reference)
+    ]
+    reference.logits(ids)
+    for handle in handles:
+        handle.remove()
+    return [range_ * (HEADROOM / 127) for range_ in largest]
+
+
+def round_cache(reference: Reference, steps: list[Any]) -> None:
+    """Let `reference` attend to keys and values in int8, by PyTorch's own rounding."""
+    import torch
+
+    def rounded(step: Any) -> Any:
+        zeros = torch.zeros(len(step), dtype=torch.int32)
+        return lambda _m, _i, output: torch.fake_quantize_per_channel_affine(
+            output, step, zeros, output.dim() - 1, -128, 127
+        )
+
+    for projection, step in zip(_projections(reference), steps, strict=True):
+        projection.register_forward_hook(rounded(step))
+
+
+def _projections(reference: Reference) -> list[Any]:
+    """Of keys and values, layer by layer."""
+    return [
+        projection
+        for block in reference.model.transformer.h
+        for projection in (block.attn.attention.k_proj, block.attn.attention.v_proj)
+    ]
