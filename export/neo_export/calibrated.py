@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from neo_runtime.errors import StatisticsError
+
+from neo_export.half_range import HalfRange, find_half_range
 from neo_export.passes.migrate_activations import migrate_activations
 from neo_export.quantize.migration import Migration
 from neo_export.quantize.migration_search import Rounding, find_migration
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from neo_export.passes import Pass
     from neo_export.quantize.migration_search import MovedPlace
     from neo_export.quantize.plan import WeightPlan
+    from neo_export.targets import Target
 
 __all__ = ["Calibrated", "calibrated", "open_statistics"]
 
@@ -29,8 +33,11 @@ __all__ = ["Calibrated", "calibrated", "open_statistics"]
 class Calibrated:
     """Decisions that rest on statistics; without any, none are taken."""
 
+    target: Target
+    """The one that was asked for, with what stays wide."""
     migration: Migration = field(default_factory=Migration)
     moved: tuple[MovedPlace, ...] = ()
+    half: HalfRange = field(default_factory=HalfRange)
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -59,6 +66,8 @@ def calibrated(
     statistics: Statistics | None,
     checkpoint: Checkpoint,
     read: Callable[[str], NDArray[np.float32]],
+    target: Target,
+    precision: str,
     plan: WeightPlan,
     progress: Callable[[str, int, int], None],
 ) -> Calibrated:
@@ -68,11 +77,25 @@ def calibrated(
         statistics: of `checkpoint`; None for an export without.
         checkpoint: the model.
         read: gives its weights.
+        target: what was asked for.
+        precision: what was asked for.
         plan: how the decode graph stores each matrix.
         progress: called with a stage's name, done and total.
+
+    Raises:
+        StatisticsError: float16 cannot hold what the model computes, and nothing here helps.
     """
     if statistics is None:
-        return Calibrated()
+        return Calibrated(target)
+    if precision == "fp16" or target.half_activations:
+        half = find_half_range(
+            read,
+            tuple(checkpoint.tensors),
+            checkpoint.spec,
+            statistics,
+            lambda done, all_: progress("looking for what float16 cannot hold", done, all_),
+        )
+        return Calibrated(_in_half(target, precision, half), half=half)
 
     def rounding_of(name: str) -> Rounding | None:
         storage = plan.of(name)
@@ -83,6 +106,21 @@ def calibrated(
         checkpoint.spec,
         statistics,
         rounding_of,
-        lambda done, all_: progress("moving outliers", done, all_),
+        lambda done, all_: progress("looking for outliers", done, all_),
     )
-    return Calibrated(migration, moved)
+    return Calibrated(target, migration, moved)
+
+
+def _in_half(target: Target, precision: str, half: HalfRange) -> Target:
+    if precision == "bf16":  # it has float32's range
+        return target
+    if half.tensors and precision != "fp16":
+        first = half.tensors[0]
+        raise StatisticsError(
+            f"{first.name} {first.reason}: target {target.name} computes in float16 between "
+            f"{precision} weights; export with --fp16, which keeps such tensors in float32"
+        )
+    # The kernels of NVIDIA's GPUs, and graphs for TensorRT, have float32 scores in any case.
+    if half.scores and target.fused and not target.half_activations:
+        target = target.in_standard_attention()
+    return target.keeping_wide(half.wide)

@@ -108,7 +108,8 @@ def _short_run(path: Path, name: str, graph: GraphSpec, manifest: Manifest) -> N
     if not np.isfinite(outputs["logits"]).all():
         raise VerificationError(
             f"{graph.file} gives logits that are not finite for the token ids {ids[0].tolist()}; "
-            f"with precision {manifest.precision} that is an overflow: export with --fp32"
+            f"with precision {manifest.precision} that is an overflow: export with "
+            "--calibrate-text FILE, which keeps what overflows in float32, or with --fp32"
         )
 
 

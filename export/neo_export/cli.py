@@ -284,6 +284,12 @@ def _report(summary: ExportSummary) -> str:
             f"outliers    moved into the weights at {len(gains)} places; their products' error "
             f"is {min(gains):.3g} to {max(gains):.3g} times smaller"
         )
+    lines += [f"float32     {tensor.name} {tensor.reason}" for tensor in summary.kept_wide]
+    if summary.largest_score:
+        lines.append(
+            f"float32     attention scores reach ±{summary.largest_score:.4g}: attention is in "
+            "standard operators"
+        )
     check = summary.verification
     if check is not None:
         worst = check.worst_place

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.checkpoint import Checkpoint
+    from neo_export.half_range import WideTensor
     from neo_export.passes import Pass
     from neo_export.quantize.migration_search import MovedPlace
     from neo_export.targets import Target
@@ -114,6 +115,11 @@ class ExportSummary:
     verification: Verification | None
     moved_places: tuple[MovedPlace, ...] = ()
     """Where activation outliers were moved into the weights."""
+    kept_wide: tuple[WideTensor, ...] = ()
+    """What stays float32 in a float16 bundle, and why."""
+    largest_score: float = 0.0
+    """The largest unscaled q·k of a float16 bundle, where it is near the end of float16: attention
+    is in standard operators then, with float32 scores."""
 
 
 def export_bundle(
@@ -158,12 +164,13 @@ def export_bundle(
             return tensor.read()
 
         statistics = open_statistics(options.calibration, checkpoint, say)
+        plan = options.quantization.plan_for("decode", options.precision, spec)
+        decided = calibrated(statistics, checkpoint, read, target, options.precision, plan, say)
+        target = decided.target
         cache, steps = target.cache(spec, options.precision), None
         if options.kv_cache == "int8":
             steps = calibrated_steps(statistics, cache, spec)
             cache = replace(cache, dtype="int8")
-        plan = options.quantization.plan_for("decode", options.precision, spec)
-        decided = calibrated(statistics, checkpoint, read, plan, say)
         migrated = decided.migration.reading(read)
         passes = {
             name: decided.passes
@@ -236,6 +243,8 @@ def export_bundle(
         peak_private_bytes=memory.private,
         verification=verification,
         moved_places=decided.moved,
+        kept_wide=decided.half.tensors,
+        largest_score=decided.half.scores,
     )
 
 

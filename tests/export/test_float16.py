@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import pytest
+from helpers.half_arithmetic import evaluate
 from helpers.models import DEMO, ODD_CONFIGS, Reference, TinyConfig, make_checkpoint, random_ids
 from helpers.running import Graphs, assert_agrees, relative_l2
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.passes.float16 import to_float16
 from neo_export.tolerances import TOLERANCES
 from neo_runtime.errors import CheckpointError
-from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -100,22 +100,6 @@ def test_onnxruntime(name: str, target: str, demo: Halves, tiny: Callable[[str],
     found += [graphs.run("decode", halves.ids[:, n : n + 1], cache) for n in range(prompt, end)]
     assert all(logits.dtype == np.float32 for logits in found)
     assert_agrees(np.concatenate(found, axis=1), halves.logits[:, prompt - 1 :], LIMIT)
-
-
-def evaluate(path: Path, ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """Run a portable graph from an empty past, in numpy's float16."""
-    evaluator = ReferenceEvaluator(str(path))
-    feeds: dict[str, NDArray[Any]] = {
-        "input_ids": ids,
-        "attention_mask": np.ones_like(ids),
-        "position_ids": np.arange(ids.shape[1])[None],
-    }
-    for value in onnx.load(str(path), load_external_data=False).graph.input:
-        if value.name.startswith("past_key_values."):
-            dims = value.type.tensor_type.shape.dim
-            shape = (1, dims[1].dim_value, 0, dims[3].dim_value)
-            feeds[value.name] = np.zeros(shape, dtype=np.float16)
-    return dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
 
 
 @pytest.mark.parametrize(("name", "length"), [("demo", 70), *((name, 40) for name in TINY)])

@@ -10,6 +10,8 @@
 Types are carried forward from the graph's inputs: a Cast decides its own output, every other node
 computes in the type of its first floating input, and constants follow the node that reads them.
 A weight that float16 cannot hold (beyond ±65504) is an error when it is written, never clipped.
+
+`float16_except(wide)` keeps some tensors in float32: see `neo_export.passes._wide`.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ import onnx_ir as ir
 from neo_runtime.errors import CheckpointError
 
 from neo_export.passes._tensors import add_lazy_initializer, read, static_shape
+from neo_export.passes._wide import Wide, unify_inputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["bfloat16", "float16", "to_bfloat16", "to_float16"]
+    from neo_export.passes import Pass
+
+__all__ = ["bfloat16", "float16", "float16_except", "to_bfloat16", "to_float16"]
 
 _FLOAT = ir.DataType.FLOAT
 _STATISTICS = {"SkipLayerNormalization": (1, 2)}
@@ -41,7 +46,8 @@ def to_float16(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
     largest = max(float(values.max()), -float(values.min())) if values.size else 0.0
     if largest >= 65520.0:  # rounds to infinity from half a unit past 65504 on
         raise CheckpointError(
-            f"{name} holds ±{largest:.6g}, float16 ends at 65504; export with --fp32"
+            f"{name} holds ±{largest:.6g}, float16 ends at 65504; export with --fp32, or with "
+            "--calibrate-text FILE, which keeps it in float32"
         )
     return values.astype(np.float16)
 
@@ -63,28 +69,41 @@ def to_bfloat16(values: NDArray[np.float32], name: str) -> NDArray[Any]:
 
 def float16(model: ir.Model) -> int:
     """Apply to the whole model; returns how many weights became float16."""
-    return _to_half(model, ir.DataType.FLOAT16)
+    return _to_half(model, ir.DataType.FLOAT16, Wide())
+
+
+def float16_except(wide: Wide) -> Pass:
+    """The pass, for all but some tensors, which stay float32."""
+
+    def float16(model: ir.Model) -> int:
+        return _to_half(model, ir.DataType.FLOAT16, wide)
+
+    return float16
 
 
 def bfloat16(model: ir.Model) -> int:
     """Apply to the whole model; returns how many weights became bfloat16."""
-    return _to_half(model, ir.DataType.BFLOAT16)
+    return _to_half(model, ir.DataType.BFLOAT16, Wide())
 
 
-def _to_half(model: ir.Model, half: ir.DataType) -> int:
+def _to_half(model: ir.Model, half: ir.DataType, wide: Wide) -> int:
     graph = model.graph
     for value in graph.inputs:
         if value.dtype == _FLOAT:
             value.type = ir.TensorType(half)
     halves: dict[str, ir.Value] = {}
-    for node in graph:
-        dtype = _computes_in(node, half)
+    for node in list(graph):
+        dtype = wide.computes_in(node, half) or _computes_in(node, half)
+        if wide and dtype is not None:
+            unify_inputs(graph, node, dtype)
         if dtype == half:
             _halve_parameters(graph, node, halves, half)
         statistics = _STATISTICS.get(node.op_type, ())
         for index, output in enumerate(node.outputs):
             if dtype is not None and output.dtype in (_FLOAT, None):
                 output.type = ir.TensorType(_FLOAT if index in statistics else dtype)
+        if wide:
+            wide.narrow_places(graph, node, half)
     for name in [n for n, v in graph.initializers.items() if v.dtype == _FLOAT and not v.uses()]:
         del graph.initializers[name]
     return sum(name.startswith(("transformer", "lm_head")) for name in halves)

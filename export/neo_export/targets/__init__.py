@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from neo_runtime.errors import RequestError
 from neo_runtime.manifest import CacheSpec
 
 from neo_export.graphs import GRAPH_NAMES
+from neo_export.passes._wide import Wide
 from neo_export.passes.candidates import candidates
 from neo_export.passes.device_lengths import device_lengths
 from neo_export.passes.exact_activations import exact_activations
-from neo_export.passes.float16 import bfloat16, float16
+from neo_export.passes.float16 import bfloat16, float16_except
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE, fuse_attention
 from neo_export.passes.fuse_gelu import fuse_gelu
 from neo_export.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
@@ -92,6 +93,26 @@ class Target:
     """Quantized weights are dequantized in the kernel, for activations in float16."""
     finds_candidates: bool = False
     """Prefill and decode find the best tokens themselves (`passes.candidates`)."""
+
+    wide: Wide = field(default_factory=Wide)
+    """What stays float32 in half precision."""
+
+    def keeping_wide(self, wide: Wide) -> Target:
+        """The same target for a checkpoint of which some tensors do not fit float16."""
+        if not wide:
+            return self
+        # Residual stream and norm are one operator of one type there.
+        fusions = tuple(f for f in self.fusions if f is not fuse_skip_layer_norm)
+        return replace(self, wide=wide, fusions=fusions)
+
+    def in_standard_attention(self) -> Target:
+        """The same target with attention in standard operators: scores are float32 everywhere.
+
+        onnxruntime's fused attention computes them in float16 on processors that have kernels for
+        it (MlasGQASupported: ARM64), and in float32 on others.
+        """
+        fused = (fuse_attention, pack_qkv, window_caches)
+        return replace(self, fused=False, fusions=tuple(f for f in self.fusions if f not in fused))
 
     @property
     def quantizer(self) -> WeightQuantizer:
@@ -222,7 +243,7 @@ def _of_precision(
     target: Target, precision: str, plan: WeightPlan, quantizer: WeightQuantizer | None
 ) -> tuple[Pass, ...]:
     if precision == "fp16":
-        return (float16,)
+        return (float16_except(target.wide),)
     if precision == "bf16":
         return (bfloat16,)
     if precision == "fp32":
@@ -234,7 +255,7 @@ def _of_precision(
             passes += (quantize_int8_blocks(plan, quantizer),)
         if "int4" in found:
             passes += (quantize_int4_weights(plan, quantizer), exact_activations)
-        return (*passes, float16)
+        return (*passes, float16_except(target.wide))
     if "int8" in found:
         passes += (quantize_int8_weights(plan, quantizer),)
     if "int4" in found:

@@ -1,0 +1,232 @@
+"""What float16 cannot hold, found from a checkpoint and its statistics: it stays float32.
+
+float16 ends at 65504 and has 11 bits down to 2⁻¹⁴, fewer below. Looked at are every weight, the
+range of every place with a margin (the text that was run is not the text to come), sums before
+their bias, and unscaled attention scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from neo_runtime.errors import StatisticsError
+
+from neo_export.passes._wide import MIDDLE_PLACE, Wide
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from neo_runtime.manifest import ModelSpec
+    from numpy.typing import NDArray
+
+    from neo_export.statistics import Statistics
+
+__all__ = ["LARGEST", "MARGIN", "HalfRange", "WideTensor", "find_half_range"]
+
+LARGEST = 65504.0
+"""The largest float16."""
+MARGIN = 4.0
+"""A place must stay below `LARGEST` by this factor on the calibration text."""
+_LEAST = 2.0**-14 / np.sqrt(12)
+"""Root mean square below which a place's values are, mostly, rounded more coarsely than by 2⁻¹¹:
+their spacing is 2⁻²⁴ then."""
+_WEIGHT_ERROR = 2.0**-10
+"""Largest ‖w − half(w)‖ / ‖w‖ of a row. Rounding to 11 bits gives about 2⁻¹²."""
+_SLAB = 1 << 22
+
+
+@dataclass(frozen=True)
+class WideTensor:
+    """One finding."""
+
+    name: str
+    """Of the checkpoint's weight, or of the place."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class HalfRange:
+    """What a float16 bundle keeps in float32, and why."""
+
+    wide: Wide = field(default_factory=Wide)
+    tensors: tuple[WideTensor, ...] = ()
+    scores: float = 0.0
+    """The largest |q·k|, where it is beyond the margin: no product of halves may hold it. 0.0
+    where all are small."""
+
+
+class _Findings:
+    def __init__(self) -> None:
+        self.places: set[str] = set()
+        self.weights: set[str] = set()
+        self.tensors: list[WideTensor] = []
+
+    def add(self, name: str, reason: str, *, places: tuple[str, ...] = ()) -> None:
+        """A weight and the product that it is in; with the places that stay wide besides."""
+        self.tensors.append(WideTensor(name, reason))
+        self.places.update(places)
+
+    def product(self, owner: str) -> None:
+        self.weights.update((f"{owner}.weight", f"{owner}.bias"))
+
+
+def find_half_range(
+    read: Callable[[str], NDArray[np.float32]],
+    names: tuple[str, ...],
+    spec: ModelSpec,
+    statistics: Statistics,
+    progress: Callable[[int, int], None] | None = None,
+) -> HalfRange:
+    """Decide what stays float32.
+
+    Args:
+        read: gives a weight of the checkpoint by name.
+        names: all of them.
+        spec: the architecture.
+        statistics: of this checkpoint.
+        progress: called with weights done and in all.
+
+    Raises:
+        StatisticsError: queries, keys or values do not fit; the cache is float16, so nothing in
+            the graph helps.
+    """
+    found = _Findings()
+    for done, name in enumerate(names, start=1):
+        reason = _weight_reason(read(name))
+        if reason is not None:
+            found.add(name, reason)
+            found.product(name.rsplit(".", 1)[0])
+        if progress is not None:
+            progress(done, len(names))
+    for layer in range(spec.num_layers):
+        _of_layer(found, f"transformer.h.{layer}", layer, statistics, read)
+    for place in ("embedding", "final_norm", "logits"):
+        _of_model(found, place, statistics, spec)
+    scores = max((max(statistics.score_max(i)) for i in range(spec.num_layers)), default=0.0)
+    return HalfRange(
+        Wide(frozenset(found.places), frozenset(found.weights)),
+        tuple(found.tensors),
+        scores if scores > LARGEST / MARGIN else 0.0,
+    )
+
+
+def _weight_reason(values: NDArray[np.float32]) -> str | None:
+    largest = max(float(values.max()), -float(values.min())) if values.size else 0.0
+    if largest >= LARGEST + 16:
+        return f"holds ±{largest:.4g}, float16 ends at {LARGEST:.0f}"
+    rows = values.reshape(-1, values.shape[-1])
+    step = max(1, _SLAB // max(rows.shape[1], 1))
+    worst = 0.0
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        lost = np.linalg.norm(some - some.astype(np.float16).astype(np.float32), axis=1)
+        size = np.linalg.norm(some, axis=1)
+        worst = max(worst, float((lost / np.maximum(size, 1e-37)).max()))
+    if worst > _WEIGHT_ERROR:
+        return (
+            f"is so small that float16 loses {worst:.2g} of a row "
+            f"(2⁻¹⁰ is allowed; below 2⁻¹⁴ it has fewer bits)"
+        )
+    return None
+
+
+def _of_layer(
+    found: _Findings,
+    prefix: str,
+    layer: int,
+    statistics: Statistics,
+    read: Callable[[str], NDArray[np.float32]],
+) -> None:
+    attention, mlp = f"{prefix}.attn.attention", f"{prefix}.mlp"
+    for kind in ("query", "key", "value"):
+        if (reason := _large(statistics, f"{prefix}.{kind}")) is not None:
+            raise StatisticsError(
+                f"{prefix}.{kind} {reason}: keys and values are cached in float16, and queries "
+                "meet them; export with --fp32 (or --bf16 for a GPU)"
+            )
+    readers = {
+        "ln_1": tuple(f"{attention}.{part}_proj" for part in "qkv"),
+        "ln_2": (f"{mlp}.c_fc",),
+    }
+    for norm, owners in readers.items():
+        if (reason := _unfit(statistics, f"{prefix}.{norm}")) is not None:
+            found.add(f"{prefix}.{norm}", reason)
+            for owner in (f"{prefix}.{norm}", *owners):
+                found.product(owner)
+    if (reason := _unfit(statistics, f"{prefix}.gelu")) is not None:
+        found.add(f"{prefix}.gelu", reason)
+        found.product(f"{mlp}.c_fc")
+        found.product(f"{mlp}.c_proj")
+    for place, owner, is_place in (
+        ("attention", f"{attention}.out_proj", True),
+        ("c_fc", f"{mlp}.c_fc", False),
+        ("mlp", f"{mlp}.c_proj", True),
+    ):
+        name = f"{prefix}.{place}"
+        reason = _large(statistics, name)
+        if reason is not None:
+            found.add(name, reason, places=(name,) if is_place else ())
+        else:
+            reason = _large_before_bias(statistics, name, read(f"{owner}.bias"))
+            if reason is not None:
+                found.add(name, reason)
+        if reason is not None:
+            found.product(owner)
+    _of_residual(found, prefix, layer, statistics)
+
+
+def _of_residual(found: _Findings, prefix: str, layer: int, statistics: Statistics) -> None:
+    before = f"transformer.h.{layer - 1}.residual" if layer else "transformer.embedding"
+    if (reason := _unfit(statistics, f"{prefix}.residual")) is not None:
+        found.add(f"{prefix}.residual", reason, places=(f"{prefix}.residual",))
+    # The sum between the two halves of a layer is no place; it is at most its addends' sum.
+    bound = sum(statistics.places[name].largest for name in (before, f"{prefix}.attention"))
+    if bound > LARGEST / MARGIN:
+        reason = f"may reach ±{bound:.4g} (float16 ends at {LARGEST:.0f}; margin {MARGIN:g})"
+        found.add(f"{prefix}.{MIDDLE_PLACE}", reason, places=(f"{prefix}.{MIDDLE_PLACE}",))
+
+
+def _of_model(found: _Findings, place: str, statistics: Statistics, spec: ModelSpec) -> None:
+    name = f"transformer.{place}"
+    reason = _large(statistics, name) if place == "logits" else _unfit(statistics, name)
+    if reason is None:
+        return
+    head = "transformer.wte" if spec.tie_word_embeddings else "lm_head"
+    found.add(name, reason, places=(name,))
+    if place == "embedding":
+        found.weights.update(("transformer.wte.weight", "transformer.wpe.weight"))
+    if place in ("final_norm", "logits"):
+        found.product(head)
+    if place == "final_norm":
+        found.product("transformer.ln_f")
+
+
+def _unfit(statistics: Statistics, place: str) -> str | None:
+    return _large(statistics, place) or _small(statistics, place)
+
+
+def _large(statistics: Statistics, place: str) -> str | None:
+    largest = statistics.places[place].largest
+    if largest <= LARGEST / MARGIN:
+        return None
+    return f"reaches ±{largest:.4g} (float16 ends at {LARGEST:.0f}; margin {MARGIN:g})"
+
+
+def _large_before_bias(statistics: Statistics, place: str, bias: NDArray[np.float32]) -> str | None:
+    low, high = statistics.channel_range(place)
+    largest = float(np.maximum(bias - low, high - bias).max())
+    if largest <= LARGEST / MARGIN:
+        return None
+    return (
+        f"reaches ±{largest:.4g} before its bias is added (float16 ends at {LARGEST:.0f}; "
+        f"margin {MARGIN:g})"
+    )
+
+
+def _small(statistics: Statistics, place: str) -> str | None:
+    size = float(np.sqrt(statistics.places[place].mean_square))
+    if size >= _LEAST:
+        return None
+    return f"is {size:.2g} (root mean square), where float16 has fewer than 11 bits"
