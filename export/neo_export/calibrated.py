@@ -1,4 +1,4 @@
-"""What an export makes of statistics: outliers moved into the weights, tensors kept wide."""
+"""What an export makes of statistics: outliers moved into the weights, GPTQ for those."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from neo_runtime.errors import StatisticsError
 
 from neo_export.half_range import HalfRange, find_half_range
 from neo_export.passes.migrate_activations import migrate_activations
+from neo_export.quantize.gptq_quantizer import GptqQuantizer
 from neo_export.quantize.migration import Migration
 from neo_export.quantize.migration_search import Rounding, find_migration
 from neo_export.statistics import Statistics
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from neo_export.passes import Pass
     from neo_export.quantize.migration_search import MovedPlace
     from neo_export.quantize.plan import WeightPlan
+    from neo_export.quantize.quantizer import WeightQuantizer
     from neo_export.targets import Target
 
 __all__ = ["Calibrated", "calibrated", "open_statistics"]
@@ -38,6 +40,8 @@ class Calibrated:
     migration: Migration = field(default_factory=Migration)
     moved: tuple[MovedPlace, ...] = ()
     half: HalfRange = field(default_factory=HalfRange)
+    quantizer: WeightQuantizer | None = None
+    """What makes integers; None for what the target does without statistics."""
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -95,7 +99,8 @@ def calibrated(
             statistics,
             lambda done, all_: progress("looking for what float16 cannot hold", done, all_),
         )
-        return Calibrated(_in_half(target, precision, half), half=half)
+        quantizer = _gptq(statistics, Migration(), checkpoint, target)
+        return Calibrated(_in_half(target, precision, half), half=half, quantizer=quantizer)
 
     def rounding_of(name: str) -> Rounding | None:
         storage = plan.of(name)
@@ -108,7 +113,21 @@ def calibrated(
         rounding_of,
         lambda done, all_: progress("looking for outliers", done, all_),
     )
-    return Calibrated(target, migration, moved)
+    quantizer = _gptq(statistics, migration, checkpoint, target)
+    return Calibrated(target, migration, moved, quantizer=quantizer)
+
+
+def _gptq(
+    statistics: Statistics, migration: Migration, checkpoint: Checkpoint, target: Target
+) -> GptqQuantizer:
+    """GPTQ on the inputs as the stored matrices see them."""
+
+    def second_moment(place: str) -> NDArray[np.float32]:
+        both = statistics.second_moment(place), statistics.channel_mean(place)
+        return migration.second_moment(place, both)
+
+    tied = checkpoint.spec.tie_word_embeddings
+    return GptqQuantizer(second_moment, tied=tied, eight_bits=target.half_activations)
 
 
 def _in_half(target: Target, precision: str, half: HalfRange) -> Target:

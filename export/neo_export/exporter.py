@@ -24,6 +24,7 @@ from neo_export.memory import PeakMemory
 from neo_export.passes.quantize_cache import quantize_cache_steps
 from neo_export.probes import probes_of
 from neo_export.quantize.kv_cache import calibrated_steps
+from neo_export.quantize.read_back import ReadBack
 from neo_export.quantize.stored import StoredWeights
 from neo_export.sidecars import write_sidecars
 from neo_export.staging import record_files, staged_folder
@@ -180,7 +181,8 @@ def export_bundle(
                 name,
                 spec,
                 options.quantization,
-                max_length=max_length,
+                decided.quantizer,
+                max_length,
             )
             for name, _ in target.graphs
         }
@@ -215,10 +217,11 @@ def export_bundle(
 
             scored = scoring_graph(models)
             plan = options.quantization.plan_for(scored, options.precision, spec)
+            written = folder / manifest.graphs[scored].file
             stored = StoredWeights(
                 migrated,
                 plan,
-                target.quantizer,
+                ReadBack(written) if decided.quantizer else target.quantizer,
                 half_positions=is_quantized(options.precision),
             )
             weights_read_back = decided.migration.restoring(stored)

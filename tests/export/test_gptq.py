@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from neo_export.quantize.calibrated import Calibrated
 from neo_export.quantize.gptq import Levels, damped, gptq, output_error
+from neo_export.quantize.gptq_quantizer import GptqQuantizer
 from neo_export.quantize.int4 import dequantize_int4
 from neo_export.quantize.int8 import LIMIT, dequantize_int8
 
@@ -127,7 +127,7 @@ def test_zeros_and_silent_channels() -> None:
 
 def test_int8() -> None:
     weight, moment = normal(24, 256), correlated(256)
-    quantizer = Calibrated(lambda place: moment, tied=True)
+    quantizer = GptqQuantizer(lambda place: moment, tied=True)
     stored = quantizer.int8("transformer.h.0.mlp.c_fc.weight", weight)
     assert np.abs(stored.integers.astype(int)).max() <= LIMIT
     assert (stored.scales > 0).all()
@@ -145,12 +145,12 @@ def test_which_place_a_matrix_reads() -> None:
         return correlated(32)
 
     weight = normal(12, 32)
-    tied = Calibrated(second_moment, tied=True)
+    tied = GptqQuantizer(second_moment, tied=True)
     packed = "transformer.h.3.attn.attention.qkv_proj.weight"
     for name in (packed, "transformer.h.1.mlp.c_proj.weight", "transformer.wte.weight"):
         tied.int4(name, weight, 16)
     assert asked == ["transformer.h.3.ln_1", "transformer.h.1.gelu", "transformer.final_norm"]
-    untied = Calibrated(second_moment, tied=False)
+    untied = GptqQuantizer(second_moment, tied=False)
     table = untied.int4("transformer.wte.weight", weight, 16)
     assert np.array_equal(table.read_back(), dequantize_int4(weight, 16))
     assert len(asked) == 3

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["Calibrated"]
+__all__ = ["GptqQuantizer"]
 
 _INT4 = Levels(-8, 7, (1.0, 1.1, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75))
-_INT8 = Levels(-LIMIT, LIMIT, (1.0,))
+_PLAIN = (1.0,)
 _TABLE = "transformer.wte.weight"
 _EMBEDDING_SHARE = 0.2
 """What is added to H for a tied table, in shares of the mean of its diagonal. Row v serves as the
@@ -30,25 +30,34 @@ and by the logits; from gradients (Fisher information) it is 0.09 to 0.15 on neo
 0.3 gave the least KL there."""
 
 
-class Calibrated:
+class GptqQuantizer:
     """GPTQ for every matrix that multiplies activations; an untied embedding is rounded."""
 
-    def __init__(self, second_moment: Callable[[str], NDArray[np.float32]], *, tied: bool) -> None:
+    def __init__(
+        self,
+        second_moment: Callable[[str], NDArray[np.float32]],
+        *,
+        tied: bool,
+        eight_bits: bool = False,
+    ) -> None:
         """Prepare; nothing is read yet.
 
         Args:
             second_moment: gives E[x xᵀ] at a place, such as `Statistics.second_moment`.
             tied: the embedding is the head.
+            eight_bits: int8 uses −127…127, for kernels that multiply in floating point.
         """
         self._second_moment = second_moment
         self._tied = tied
+        self._limit = 127 if eight_bits else LIMIT
 
     def int8(self, name: str, weight: NDArray[np.float32]) -> Int8Weight:
         """[out, in] with a scale a row."""
         moment = self._moment(name)
         if moment is None:
-            return quantize_int8(weight)
-        integers, scales = gptq(weight, moment, weight.shape[1], _INT8)
+            return quantize_int8(weight, limit=self._limit)
+        levels = Levels(-self._limit, self._limit, _PLAIN)
+        integers, scales = gptq(weight, moment, weight.shape[1], levels)
         # A fitted scale has either sign, and means the same with the integers turned round.
         turned = np.where(scales < 0, np.int8(-1), np.int8(1))
         return Int8Weight(integers * turned, np.abs(scales[:, 0]))

@@ -1,0 +1,94 @@
+"""The integers and scales that a bundle holds: for checks of what was written."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from neo_runtime.errors import VerificationError
+
+from neo_export.quantize.int4 import Int4Weight
+from neo_export.quantize.int8 import Int8Weight
+from neo_export.quantize.plan import PACKED_PROJECTION
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+__all__ = ["ReadBack"]
+
+_FARTHEST = {"int4": 0.5, "int8": 0.1}
+"""‖W − stored‖ / ‖W‖ that quantization may have. Measured with GPTQ, which moves weights farther
+than rounding does: 0.22 and 0.02 at most; another matrix in its place gives 1.4."""
+_PARTS = ("q_proj", "k_proj", "v_proj")
+
+
+class ReadBack:
+    """A quantizer that makes nothing: it returns what a graph of a bundle refers to.
+
+    GPTQ is not repeated for a check: it takes minutes where models are large, and a sum in another
+    order can turn an integer.
+    """
+
+    def __init__(self, graph: Path) -> None:
+        """Read the structure of a graph, such as `bundle/score.onnx`; weights stay mapped."""
+        self._initializers = ir.load(graph).graph.initializers
+
+    def int8(self, name: str, weight: NDArray[np.float32]) -> Int8Weight:
+        """The stored form of a matrix [out, in].
+
+        Raises:
+            VerificationError: what is stored is not near it.
+        """
+        integers, rows = self._find(name, "int8", len(weight))
+        scales, _ = self._find(name, "int8.scales", len(weight))
+        if integers.dtype == np.uint8:  # in blocks that share their row's scale
+            flat = integers[rows].reshape(len(weight), -1).astype(np.int16) - 128
+            stored = Int8Weight(flat.astype(np.int8), scales[rows, 0])
+        else:
+            stored = Int8Weight(integers[:, rows].T, scales[rows])
+        _check_near(name, "int8", weight, stored.read_back())
+        return stored
+
+    def int4(self, name: str, weight: NDArray[np.float32], block_size: int) -> Int4Weight:
+        """The stored form of a matrix [out, in].
+
+        Raises:
+            VerificationError: what is stored is not near it.
+        """
+        packed, rows = self._find(name, "int4", len(weight))
+        scales, _ = self._find(name, "int4.scales", len(weight))
+        stored = Int4Weight(packed[rows], scales[rows])
+        _check_near(name, "int4", weight, stored.read_back())
+        return stored
+
+    def _find(self, name: str, kind: str, rows: int) -> tuple[NDArray[Any], slice]:
+        """An array, and the rows of the matrix in it: all, or a third of a packed projection."""
+        part = next((part for part in _PARTS if f".{part}." in name), None)
+        packed = name.replace(part, PACKED_PROJECTION) if part else name
+        if f"{name}.{kind}" not in self._initializers and part is not None:
+            start = rows * _PARTS.index(part)
+            return self._array(f"{packed}.{kind}"), slice(start, start + rows)
+        return self._array(f"{name}.{kind}"), slice(0, rows)
+
+    def _array(self, name: str) -> NDArray[Any]:
+        if name not in self._initializers:
+            raise VerificationError(f"the graph has no weight {name!r}, which the plan stores")
+        tensor = self._initializers[name].const_value
+        assert tensor is not None
+        return tensor.numpy()
+
+
+def _check_near(
+    name: str, kind: str, weight: NDArray[np.float32], found: NDArray[np.float32]
+) -> None:
+    off = (found - weight).ravel()
+    distance = math.sqrt(float(off @ off) / max(float(weight.ravel() @ weight.ravel()), 1e-30))
+    if not distance <= _FARTHEST[kind]:
+        raise VerificationError(
+            f"{name} as stored in {kind} is {distance:.3g} from the checkpoint's (relative L2), "
+            f"expected at most {_FARTHEST[kind]:g}"
+        )
