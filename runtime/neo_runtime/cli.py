@@ -64,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--echo", action="store_true", help="print the prompt before the text")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("--timings", action="store_true", help="print timings to stderr")
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "cuda", "tensorrt"),
+        default="auto",
+        help="default: the GPU that the bundle was exported for where it can be used, else the CPU",
+    )
+    parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU, from 0")
     parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
     parser.add_argument(
         "--max-cache-mb",
@@ -110,11 +117,15 @@ def _run(arguments: argparse.Namespace) -> None:
     limit = arguments.max_cache_mb
     with neo_runtime.load(
         arguments.bundle,
+        backend=arguments.backend,
+        device=arguments.device,
         threads=arguments.threads,
         max_cache_bytes=None if limit is None else limit * 10**6,
         verify=arguments.verify,
     ) as model:
         loaded = perf_counter() - started
+        if model.backend_choice is not None and model.backend != "cpu":  # else it was logged
+            print(f"neo-generate: {model.backend_choice}", file=sys.stderr)
         if _can_stream(arguments, model, options):
             completions = [_stream(model, prompts[0], options, echo=arguments.echo)]
         else:

@@ -9,6 +9,8 @@
     ├── RequestError           a prompt or an option that cannot be honoured
     ├── ContextLengthError     (a RequestError) more positions than the model has
     ├── CacheLimitError        the key/value cache would pass the limit that was set
+    ├── DeviceError            a GPU that was asked for cannot be used
+    │   └── DeviceMemoryError        it has no memory left
     ├── EngineError            a TensorRT plan cannot be built, or none fits this machine
     ├── DependencyError        a package is missing, or two packages exclude each other
     ├── OutputError            a result cannot be written where it was asked for
@@ -29,6 +31,8 @@ __all__ = [
     "CheckpointError",
     "ContextLengthError",
     "DependencyError",
+    "DeviceError",
+    "DeviceMemoryError",
     "EngineError",
     "HubError",
     "NeoError",
@@ -77,6 +81,14 @@ class CacheLimitError(NeoError, MemoryError):
 
 class DependencyError(NeoError, ImportError):
     """A package is missing, or two installed packages exclude each other."""
+
+
+class DeviceError(NeoError):
+    """A GPU cannot be used: none, no driver, too old a driver, or it failed."""
+
+
+class DeviceMemoryError(DeviceError, MemoryError):
+    """The GPU's memory does not suffice."""
 
 
 class EngineError(NeoError):

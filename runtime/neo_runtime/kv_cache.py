@@ -79,7 +79,7 @@ class KVCache:
             self._open_store: CacheStore | None = backend.open_cache(batch, length)
         except BaseException as error:
             ledger.release(self._nbytes)
-            if isinstance(error, MemoryError):
+            if isinstance(error, MemoryError) and not isinstance(error, NeoError):
                 raise CacheLimitError(
                     f"a cache of {batch} x {length} positions needs {self._nbytes} bytes, more "
                     "than the system gives; ask for fewer or shorter sequences at once"

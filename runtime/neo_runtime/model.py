@@ -7,7 +7,7 @@ from contextlib import closing
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
-from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from neo_runtime.backends.choice import BackendOptions, open_backend
 from neo_runtime.bundle import open_bundle
 from neo_runtime.cores import physical_cores
 from neo_runtime.errors import ContextLengthError, NeoError, RequestError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from neo_runtime.backends.choice import Chosen
     from neo_runtime.bundle import Bundle
     from neo_runtime.completion import Completion
     from neo_runtime.generator import Row
@@ -34,10 +35,7 @@ if TYPE_CHECKING:
     from neo_runtime.prompts import Prompt
     from neo_runtime.step_logits import StepLogits
 
-__all__ = ["DEFAULT_PREFILL_CHUNK", "Model", "load"]
-
-DEFAULT_PREFILL_CHUNK = 512
-"""Tokens of a prompt that go through the graph at once: bounds the memory for activations."""
+__all__ = ["Model", "load"]
 
 _GENERATION_CONFIG = "generation_config.json"
 
@@ -45,10 +43,12 @@ _GENERATION_CONFIG = "generation_config.json"
 def load(
     bundle: str | os.PathLike[str],
     *,
+    backend: str = "auto",
+    device: int = 0,
     threads: int | None = None,
     max_cache_bytes: int | None = None,
     verify: bool = False,
-    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
     session_config: Mapping[str, str] | None = None,
     keep_prepacked: bool = True,
 ) -> Model:
@@ -56,11 +56,15 @@ def load(
 
     Args:
         bundle: a folder written by `neo-export`.
+        backend: "cpu", "cuda" or "tensorrt": that one, or an error; "auto": the GPU for which the
+            bundle was made, where it can be used, else the CPU, and a line in the log that says so.
+        device: which GPU, from 0.
         threads: threads that one operator may use; by default the physical cores that this
             process may use.
         max_cache_bytes: limit for the key/value caches of all requests together.
         verify: also compare the weights with their checksum, which reads the whole file.
-        prefill_chunk: tokens of a prompt that go through the graph at once.
+        prefill_chunk: tokens of a prompt that go through the graph at once, which bounds the memory
+            for activations; by default 512 on the CPU, 2048 on a GPU.
         session_config: more onnxruntime session configuration entries.
         keep_prepacked: keep what this CPU's kernels make of quantized weights in a cache folder
             (`NEO_CACHE_DIR`, by default in the user's cache folder), and map it from there: later
@@ -68,7 +72,9 @@ def load(
 
     Raises:
         BundleError: the folder is no usable bundle (see its subclasses).
-        DependencyError: onnxruntime or tokenizers is missing or broken.
+        DependencyError: onnxruntime or tokenizers is missing or broken, or onnxruntime is not the
+            wheel that the backend needs.
+        DeviceError: the GPU that was asked for cannot be used, or has no room for the weights.
         RequestError: a bad argument.
     """
     limits = {
@@ -79,13 +85,20 @@ def load(
     for name, value in limits.items():
         if value is not None and value < 1:
             raise RequestError(f"{name} is {value}, expected at least 1")
-    return Model(
-        open_bundle(bundle, verify=verify),
+    if device < 0:
+        raise RequestError(f"device is {device}, expected 0 or more")
+    opened = open_bundle(bundle, verify=verify)
+    options = BackendOptions(
         threads=threads or physical_cores(),
-        max_cache_bytes=max_cache_bytes,
-        prefill_chunk=prefill_chunk,
         session_config=session_config,
         keep_prepacked=keep_prepacked,
+        device=device,
+    )
+    return Model(
+        opened,
+        open_backend(opened, backend, options),
+        max_cache_bytes=max_cache_bytes,
+        prefill_chunk=prefill_chunk,
     )
 
 
@@ -95,24 +108,24 @@ class Model:
     def __init__(
         self,
         bundle: Bundle,
+        chosen: Chosen,
         *,
-        threads: int,
         max_cache_bytes: int | None = None,
-        prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
-        session_config: Mapping[str, str] | None = None,
-        keep_prepacked: bool = True,
+        prefill_chunk: int | None = None,
     ) -> None:
         self.manifest: Manifest = bundle.manifest
         self.tokenizer: Tokenizer | None = None
         """None where the bundle has none: prompts are token ids then."""
         if self.manifest.has_tokenizer:
             self.tokenizer = Tokenizer(bundle.file("tokenizer.json"))
+        self.backend = chosen.name
+        """"cpu", "cuda" or "tensorrt"."""
+        self.backend_choice = chosen.reason
+        """Why this backend, in one line, where `backend="auto"` had a choice; else None."""
         self._bundle = bundle
-        self._backend = OnnxRuntimeBackend(
-            bundle, threads=threads, session_config=session_config, keep_prepacked=keep_prepacked
-        )
+        self._backend = chosen.backend
         self._ledger = CacheLedger(max_cache_bytes)
-        self._prefill_chunk = prefill_chunk
+        self._prefill_chunk = prefill_chunk or self._backend.default_chunk
         self._is_closed = False
 
     @cached_property

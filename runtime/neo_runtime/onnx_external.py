@@ -8,12 +8,13 @@ files outside of it is refused before a session opens it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["external_locations"]
+__all__ = ["ExternalTensor", "external_locations", "external_tensors"]
 
 _SUBMESSAGES: dict[str, dict[int, str]] = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
@@ -33,10 +34,73 @@ _SUBMESSAGES: dict[str, dict[int, str]] = {
     "TensorProto": {13: "StringStringEntryProto"},
 }
 """Field numbers of `onnx.proto` behind which a tensor may be."""
-_MODEL_GRAPH = 7
+_MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _DEEPEST = 100
 """protobuf itself refuses deeper nesting."""
+
+
+@dataclass(frozen=True)
+class ExternalTensor:
+    """An initializer of a graph whose data lies in another file."""
+
+    name: str
+    element_type: int
+    """`TensorProto.DataType`: 1 float32, 2 uint8, 7 int64, 10 float16, 16 bfloat16, …"""
+    shape: tuple[int, ...]
+    location: str
+    offset: int
+    length: int
+    """Bytes."""
+
+
+def external_tensors(model: bytes) -> tuple[ExternalTensor, ...]:
+    """The initializers of the main graph that have external data, in their order.
+
+    Args:
+        model: the contents of a `.onnx` file.
+
+    Raises:
+        ValueError: not a serialized ONNX model.
+    """
+    found = []
+    for number, graph in _fields(memoryview(model)):
+        if number != _MODEL_GRAPH:
+            continue
+        for kind, tensor in _fields(graph):
+            if kind == _GRAPH_INITIALIZER and (read := _tensor(tensor)) is not None:
+                found.append(read)
+    return tuple(found)
+
+
+def _tensor(message: memoryview) -> ExternalTensor | None:
+    shape: list[int] = []
+    element_type, name, places = 0, "", dict[str, str]()
+    for number, value in _all_fields(message):
+        if number == 1 and isinstance(value, int):
+            shape.append(value)
+        elif number == 1 and isinstance(value, memoryview):  # packed
+            position = 0
+            while position < len(value):
+                size, position = _varint(value, position)
+                shape.append(size)
+        elif number == 2 and isinstance(value, int):
+            element_type = value
+        elif number == 8 and isinstance(value, memoryview):
+            name = bytes(value).decode()
+        elif number == 13 and isinstance(value, memoryview):
+            pair = {n: bytes(text).decode() for n, text in _fields(value)}
+            places[pair.get(1, "")] = pair.get(2, "")
+    if "location" not in places:
+        return None
+    return ExternalTensor(
+        name=name,
+        element_type=element_type,
+        shape=tuple(shape),
+        location=places["location"],
+        offset=int(places.get("offset", 0)),
+        length=int(places.get("length", 0)),
+    )
 
 
 def external_locations(model: bytes) -> tuple[str, ...]:
@@ -84,6 +148,11 @@ def _location(entry: memoryview) -> str | None:
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Number and contents of each length-delimited field; the other kinds are stepped over."""
+    return ((n, value) for n, value in _all_fields(message) if isinstance(value, memoryview))
+
+
+def _all_fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """Number and contents of each length-delimited field and of each number."""
     position, end = 0, len(message)
     while position < end:
         tag, position = _varint(message, position)
@@ -91,7 +160,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
         if not 0 < number < 1 << 29:
             raise ValueError(f"field number {number} at byte {position}")
         if wire == _VARINT:
-            _, position = _varint(message, position)
+            integer, position = _varint(message, position)
+            yield number, integer
         elif wire in (_FIXED64, _FIXED32):
             position += 8 if wire == _FIXED64 else 4
         elif wire == _BYTES:

@@ -212,7 +212,7 @@ def test_interruption_is_quiet(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neo_runtime.model.Model.decode", interrupt)
+    monkeypatch.setattr("neo_runtime.model.Model.decode_step", interrupt)
     assert main([str(mini_bundle), PROMPT]) == 130
     assert capsys.readouterr().err == ""
 

@@ -73,6 +73,19 @@ class Backend(ABC):
     """The graphs of one bundle, loaded by one engine; several threads may use it at once."""
 
     manifest: Manifest
+    described: str = ""
+    """What it runs on, for a line to the user."""
+    default_chunk: int = 512
+    """Tokens of a prompt that go through the graph at once: bounds the memory for activations."""
+
+    def prepare(self) -> None:
+        """Load now what prefill and decode need, instead of with the first request."""
+        return
+
+    @property
+    def prepacked_bytes(self) -> int:
+        """Bytes of prepacked weights that are kept on disk for this bundle."""
+        return 0
 
     @abstractmethod
     def cache_bytes(self, batch: int, length: int) -> int:

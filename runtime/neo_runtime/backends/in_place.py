@@ -16,6 +16,7 @@ padding, so only neighbouring prompts of one length go together.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,10 +35,63 @@ if TYPE_CHECKING:
     from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
     from neo_runtime.manifest import Manifest
 
-__all__ = ["InPlaceStore"]
+__all__ = ["InPlaceStore", "RightPaddedStore"]
 
 
-class InPlaceStore(CacheStore):
+class RightPaddedStore(CacheStore):
+    """How prompts are cut into calls; where the buffers lie is up to the subclass."""
+
+    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
+        """See `CacheStore.prefill`."""
+        if self.lengths.any() or max(map(len, prompts)) > chunk:
+            for row, prompt in enumerate(prompts):
+                self._prefill_row(row, prompt, chunk)
+        else:
+            self._prefill_first(0, prompts)
+        return self._after_prefill()
+
+    def _prefill_first(self, row: int, prompts: Sequence[NDArray[np.int64]]) -> None:
+        """The first tokens of the empty rows `row`, `row + 1`, …: one call, padded on the right."""
+        counts = np.array([len(prompt) for prompt in prompts])
+        ids = np.zeros((len(prompts), counts.max()), dtype=np.int64)
+        for padded, prompt in zip(ids, prompts, strict=True):
+            padded[: len(prompt)] = prompt
+        columns = np.arange(ids.shape[1], dtype=np.int64)
+        mask = (columns < counts[:, None]).astype(np.int64)
+        positions = np.ascontiguousarray(np.broadcast_to(columns, ids.shape))
+        self._run_prefill(row, ids, mask, positions)
+        self.lengths[row : row + len(prompts)] = counts
+
+    def _prefill_row(self, row: int, prompt: NDArray[np.int64], chunk: int) -> None:
+        """Append to one row, at most `chunk` tokens a call."""
+        for start in range(0, len(prompt), chunk):
+            ids = np.ascontiguousarray(prompt[None, start : start + chunk])
+            if not self.lengths[row]:
+                self._prefill_first(row, [ids[0]])
+                continue
+            past = int(self.lengths[row])
+            end = past + ids.shape[1]
+            mask = np.ones((1, end), dtype=np.int64)
+            positions = np.arange(past, end, dtype=np.int64)[None, :]
+            self._run_prefill(row, ids, mask, positions)
+            self.lengths[row] = end
+
+    @abstractmethod
+    def _run_prefill(
+        self,
+        row: int,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+    ) -> None:
+        """Run the rows from `row` on, as many as `ids` has."""
+
+    @abstractmethod
+    def _after_prefill(self) -> StepLogits:
+        """Make ready for decoding; the logits that the last calls wrote."""
+
+
+class InPlaceStore(RightPaddedStore):
     """See the module."""
 
     def __init__(self, backend: OnnxRuntimeBackend, batch: int, length: int) -> None:
@@ -60,58 +114,25 @@ class InPlaceStore(CacheStore):
         self._decode: BoundCall | None = None
         self.lengths = np.zeros(batch, dtype=np.int64)
 
-    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
-        """See `CacheStore.prefill`."""
-        if self.lengths.any() or max(map(len, prompts)) > chunk:
-            for row, prompt in enumerate(prompts):
-                self._prefill_row(row, prompt, chunk)
-        else:
-            self._prefill_first(0, prompts)
-        self._refresh_mask()
-        return self._step()
-
-    def _prefill_first(self, row: int, prompts: Sequence[NDArray[np.int64]]) -> None:
-        """The first tokens of the empty rows `row`, `row + 1`, …: one call, padded on the right."""
-        counts = np.array([len(prompt) for prompt in prompts])
-        ids = np.zeros((len(prompts), counts.max()), dtype=np.int64)
-        for padded, prompt in zip(ids, prompts, strict=True):
-            padded[: len(prompt)] = prompt
-        columns = np.arange(ids.shape[1], dtype=np.int64)
-        mask = (columns < counts[:, None]).astype(np.int64)
-        positions = np.ascontiguousarray(np.broadcast_to(columns, ids.shape))
-        self._prefill(row, 0, ids, mask, positions)
-        self.lengths[row : row + len(prompts)] = counts
-
-    def _prefill_row(self, row: int, prompt: NDArray[np.int64], chunk: int) -> None:
-        """Append to one row, at most `chunk` tokens a call."""
-        for start in range(0, len(prompt), chunk):
-            ids = np.ascontiguousarray(prompt[None, start : start + chunk])
-            if not self.lengths[row]:
-                self._prefill_first(row, [ids[0]])
-                continue
-            past = int(self.lengths[row])
-            end = past + ids.shape[1]
-            mask = np.ones((1, end), dtype=np.int64)
-            positions = np.arange(past, end, dtype=np.int64)[None, :]
-            self._prefill(row, past, ids, mask, positions)
-            self.lengths[row] = end
-
-    def _prefill(
+    def _run_prefill(
         self,
         row: int,
-        past: int,
         ids: NDArray[np.int64],
         mask: NDArray[np.int64],
         positions: NDArray[np.int64],
     ) -> None:
-        """Run the rows from `row` on, which have `past` positions each."""
         cache, total = self._rows(row, len(ids)), mask.shape[1]
         if not self._widens or 2 * total > self._length:
             self._call("prefill", row, ids, mask, positions, cache, cache).run()
             return
+        past = int(self.lengths[row])  # the same for all of them: one row, or empty ones
         staged = StagedCache(cache, self._length, past, total)
         self._call("prefill", row, ids, mask, positions, staged.past, staged.present).run()
         staged.store()
+
+    def _after_prefill(self) -> StepLogits:
+        self._refresh_mask()
+        return self._step()
 
     def _rows(self, row: int, count: int) -> list[NDArray[Any]]:
         """`count` rows of every buffer, from `row` on."""

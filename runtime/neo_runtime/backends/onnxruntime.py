@@ -61,6 +61,11 @@ class OnnxRuntimeBackend(Backend):
                 self._sessions[graph] = self._factory.session(graph)
             return self._sessions[graph]
 
+    def prepare(self) -> None:
+        """See `Backend.prepare`."""
+        for graph in ("prefill", "decode"):
+            self.session(graph)
+
     @property
     def prepacked_bytes(self) -> int:
         """Bytes of prepacked weights that are kept on disk for this bundle."""

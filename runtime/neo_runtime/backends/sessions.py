@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.backends.prepacked import PrepackedCache
-from neo_runtime.errors import BundleError, NeoError, RequestError
+from neo_runtime.errors import BundleError, DeviceMemoryError, NeoError, RequestError
 from neo_runtime.installation import require_onnxruntime
 from neo_runtime.manifest import is_quantized
 
@@ -17,7 +18,16 @@ if TYPE_CHECKING:
     from neo_runtime.bundle import Bundle
     from neo_runtime.manifest import Manifest
 
-__all__ = ["SessionFactory", "keeps_prepacked", "session_settings"]
+__all__ = [
+    "SessionFactory",
+    "failure_kinds",
+    "failure_reason",
+    "keeps_prepacked",
+    "session_settings",
+    "translated",
+]
+
+_OUT_OF_MEMORY = re.compile(r"CUDA.*out of memory|Failed to allocate memory.*(?:Cuda|CUDA)")
 
 
 def session_settings(manifest: Manifest, graph: str) -> dict[str, str]:
@@ -116,36 +126,49 @@ class SessionFactory:
             return self._ort.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )
-        except self._failures() as error:
+        except failure_kinds(self._ort) as error:
             raise BundleError(
-                f"onnxruntime {self._ort.__version__} cannot load {path}: {_reason(error)}; "
+                f"onnxruntime {self._ort.__version__} cannot load {path}: {failure_reason(error)}; "
                 "check the bundle with neo-verify, or export it again"
             ) from error
-
-    def _failures(self) -> tuple[type[Exception], ...]:
-        """What onnxruntime raises."""
-        state = self._ort.capi.onnxruntime_pybind11_state
-        kinds = [kind for kind in vars(state).values() if isinstance(kind, type)]
-        found = tuple(kind for kind in kinds if issubclass(kind, Exception))
-        return (*found, RuntimeError)
 
     @contextmanager
     def translated(self) -> Iterator[None]:
         """Turn what onnxruntime raises while running into this project's errors."""
-        try:
+        with translated(self._ort):
             yield
-        except NeoError:
-            raise
-        except self._failures() as error:
-            reason = _reason(error)
-            if "out of data bounds" in reason:
-                raise RequestError(
-                    f"a token id or position lies outside the model's tables: {reason}"
-                ) from error
-            raise NeoError(f"onnxruntime failed: {reason}") from error
 
 
-def _reason(error: Exception) -> str:
+def failure_kinds(ort: Any) -> tuple[type[Exception], ...]:
+    """What onnxruntime raises."""
+    state = ort.capi.onnxruntime_pybind11_state
+    kinds = [kind for kind in vars(state).values() if isinstance(kind, type)]
+    found = tuple(kind for kind in kinds if issubclass(kind, Exception))
+    return (*found, RuntimeError)
+
+
+@contextmanager
+def translated(ort: Any) -> Iterator[None]:
+    """Turn what onnxruntime raises while running into this project's errors."""
+    try:
+        yield
+    except NeoError:
+        raise
+    except failure_kinds(ort) as error:
+        reason = failure_reason(error)
+        if "out of data bounds" in reason:
+            raise RequestError(
+                f"a token id or position lies outside the model's tables: {reason}"
+            ) from error
+        if _OUT_OF_MEMORY.search(str(error)):
+            raise DeviceMemoryError(
+                "the GPU has no memory left for activations; close other programs on it, lower "
+                f"prefill_chunk or the batch, or export with --int4 ({reason})"
+            ) from error
+        raise NeoError(f"onnxruntime failed: {reason}") from error
+
+
+def failure_reason(error: Exception) -> str:
     """The first line of onnxruntime's message, without its prefix."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].removeprefix("[ONNXRuntimeError] : ")

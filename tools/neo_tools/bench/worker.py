@@ -71,8 +71,7 @@ class NeoEngine:
 
         imported = perf_counter()
         self._opened = neo_runtime.load(self._bundle, **self._options)
-        for graph in ("prefill", "decode"):
-            self._opened._backend.session(graph)
+        self._opened._backend.prepare()
         ready = perf_counter()
         manifest = self._opened.manifest
         return {

@@ -1,0 +1,137 @@
+"""Which backend runs a bundle: the one asked for, or, for "auto", the one it was made for.
+
+Nothing falls back in silence. What was asked for runs, or raises; "auto" says in one line what it
+took, and why, where there was something to choose.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from neo_runtime.errors import BundleUnsupportedError, NeoError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from neo_runtime.backends.base import Backend
+    from neo_runtime.bundle import Bundle
+
+__all__ = ["BACKENDS", "BackendOptions", "Chosen", "open_backend"]
+
+BACKENDS = ("auto", "cpu", "cuda", "tensorrt")
+_LOG = logging.getLogger("neo_runtime")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendOptions:
+    """What `neo_runtime.load` passes on."""
+
+    threads: int
+    session_config: Mapping[str, str] | None = None
+    keep_prepacked: bool = True
+    device: int = 0
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A backend, and how it came to be."""
+
+    backend: Backend
+    name: str
+    """"cpu", "cuda" or "tensorrt"."""
+    reason: str | None
+    """The line that "auto" says; None where there was nothing to choose."""
+
+
+def open_backend(bundle: Bundle, name: str, options: BackendOptions) -> Chosen:
+    """Open the backend `name` for a bundle.
+
+    Raises:
+        RequestError: there is no such backend.
+        BundleUnsupportedError: the bundle was made for another one.
+        DeviceError: the GPU cannot be used.
+        DependencyError: a package is missing, or the wrong one is installed.
+        EngineError: no TensorRT plan fits.
+    """
+    if name not in BACKENDS:
+        raise RequestError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
+    if name != "auto":
+        return Chosen(_OPENERS[name](bundle, options), name, None)
+    preferred = {"cuda": "cuda", "tensorrt": "tensorrt"}.get(bundle.manifest.target)
+    if preferred is None:
+        return Chosen(_open_cpu(bundle, options), "cpu", None)
+    try:
+        backend = _OPENERS[preferred](bundle, options)
+    except NeoError as error:
+        why = str(error)
+        backend = _open_cpu(bundle, options, why)
+        reason = f"backend cpu: {preferred} cannot be used ({why})"
+        if bundle.manifest.target == "cuda":
+            reason += "; a bundle for CUDA is slow on the CPU, export with --target cpu for it"
+        _LOG.warning("%s: %s", bundle.path, reason)
+        return Chosen(backend, "cpu", reason)
+    reason = f"backend {preferred}: {backend.described}"
+    _LOG.info("%s: %s", bundle.path, reason)
+    return Chosen(backend, preferred, reason)
+
+
+def _open_cpu(bundle: Bundle, options: BackendOptions, otherwise: str | None = None) -> Backend:
+    manifest = bundle.manifest
+    before = f" ({otherwise})" if otherwise else ""
+    if manifest.cache.dtype == "bfloat16":
+        raise BundleUnsupportedError(
+            f"{bundle.path} is in bfloat16, for which onnxruntime has no kernels on the CPU; run "
+            f"it on a GPU{before}, or export with --fp16 or --fp32"
+        )
+    if manifest.cache.layout == "static":
+        raise BundleUnsupportedError(
+            f"{bundle.path} was exported for tensorrt and runs by a plan alone{before}; build one "
+            "with neo-engine, or export with --target cpu"
+        )
+    from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(
+        bundle,
+        threads=options.threads,
+        session_config=options.session_config,
+        keep_prepacked=options.keep_prepacked,
+    )
+
+
+def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
+    from neo_runtime.backends.cuda import CudaBackend, why_not_cuda
+    from neo_runtime.backends.cuda_device import CudaDevice
+    from neo_runtime.gpu import require_cuda_provider, require_gpu
+
+    reason = why_not_cuda(bundle.manifest)
+    if reason is not None:
+        raise BundleUnsupportedError(f"{bundle.path} does not run on backend cuda: {reason}")
+    gpu = require_gpu(options.device)
+    require_cuda_provider(gpu)
+    backend = CudaBackend(bundle, CudaDevice(options.device), options.session_config)
+    backend.described = f"{gpu.name} (device {gpu.index})"
+    return backend
+
+
+def _open_tensorrt(bundle: Bundle, options: BackendOptions) -> Backend:
+    if bundle.manifest.cache.layout != "static":
+        raise BundleUnsupportedError(
+            f"{bundle.path} was exported for {bundle.manifest.target} and has no TensorRT plan; "
+            "export with --target tensorrt, then neo-engine"
+        )
+    from neo_runtime.backends.cuda_device import CudaDevice
+    from neo_runtime.backends.tensorrt import TensorRTBackend
+    from neo_runtime.gpu import require_gpu
+
+    gpu = require_gpu(options.device)
+    system = f"{sys.platform}-{platform.machine()}"
+    backend = TensorRTBackend(bundle, CudaDevice(options.device), gpu, system)
+    backend.described = f"{backend.record.file} on {gpu.name} (device {gpu.index})"
+    return backend
+
+
+_OPENERS = {"cpu": _open_cpu, "cuda": _open_cuda, "tensorrt": _open_tensorrt}

@@ -1,0 +1,265 @@
+"""The CUDA backend over host memory and the CPU provider: everything but the GPU itself.
+
+What it gives must be, number for number, what the CPU backend gives for the same bundle: both run
+the same graphs, but this one through device memory, slots, candidates and captured steps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import TYPE_CHECKING, Any
+
+import neo_runtime
+import numpy as np
+import pytest
+from helpers.host_device import HostDevice
+from neo_runtime.backends.choice import Chosen
+from neo_runtime.backends.cuda import CudaBackend
+from neo_runtime.bundle import open_bundle
+from neo_runtime.errors import BundleUnsupportedError, DeviceError, DeviceMemoryError, NeoError
+from neo_runtime.model import Model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PROMPTS = ["Once upon a time", "The", "Tom and his dog went to the park. They saw a big tree and"]
+
+
+@pytest.fixture(scope="module")
+def cpu(cuda_bundle: Path) -> Iterator[Model]:
+    # The kernels that the device's sessions have: equal sums, in equal order.
+    config = {"session.disable_prepacking": "1"}
+    with neo_runtime.load(cuda_bundle, backend="cpu", session_config=config) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def device_model(cuda_bundle: Path) -> Iterator[Model]:
+    with open_model(cuda_bundle, HostDevice()) as model:
+        yield model
+
+
+def open_model(bundle: Path, device: HostDevice, **options: Any) -> Model:
+    opened = open_bundle(bundle)
+    return Model(opened, Chosen(CudaBackend(opened, device), "cuda", None), **options)
+
+
+def host(model: Model) -> HostDevice:
+    backend = model._backend
+    assert isinstance(backend, CudaBackend)
+    assert isinstance(backend.device, HostDevice)
+    return backend.device
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
+    {"do_sample": True, "seed": 1},
+    {"do_sample": True, "seed": 2, "top_k": 0, "top_p": 0.9},
+    {"do_sample": True, "seed": 3, "top_k": 0},
+    {"do_sample": True, "seed": 4, "temperature": 0.7, "top_p": 0.8, "min_p": 0.02},
+    {"do_sample": True, "seed": 5, "num_return_sequences": 2},
+    {"num_beams": 3, "num_return_sequences": 2},
+    {"logprobs": 2},
+    {"logit_bias": {11: 3.0}, "presence_penalty": 0.4},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_same_completions(case: dict[str, Any], cpu: Model, device_model: Model) -> None:
+    def facts(model: Model) -> list[tuple[Any, ...]]:
+        # A row that ends leaves the batch on the CPU alone, and other products are other sums.
+        found = model.generate(PROMPTS, max_new_tokens=24, ignore_eos=True, **case)
+        return [(c.token_ids, c.text, c.finish_reason, c.logprobs, c.score) for c in found]
+
+    assert facts(device_model) == facts(cpu)
+
+
+def test_candidates_give_the_text_of_full_logits(
+    cpu: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU backend, too, candidates decide where they can."""
+    options = {"max_new_tokens": 60, "do_sample": True, "seed": 9, "top_p": 0.95}
+    with_candidates = cpu.generate(PROMPTS, **options)
+    monkeypatch.setattr("neo_runtime.step_logits.RowLogits.candidates", None)
+    assert [c.text for c in cpu.generate(PROMPTS, **options)] == [c.text for c in with_candidates]
+
+
+def test_across_the_window_and_to_the_last_position(cpu: Model, device_model: Model) -> None:
+    ids = np.random.default_rng(0).integers(0, 4096, cpu.manifest.max_length)
+    for prompt in (1, 63, 64, 65, 300, len(ids) - 3):
+        models = (cpu, device_model)
+        caches = [model.new_cache(1, len(ids)) for model in models]
+        both = [m.prefill(c, [ids[:prompt]]) for m, c in zip(models, caches, strict=True)]
+        np.testing.assert_array_equal(*both)
+        for token in ids[prompt : prompt + 3]:
+            both = [m.decode(c, [token]) for m, c in zip(models, caches, strict=True)]
+            np.testing.assert_array_equal(*both)
+        for cache in caches:
+            cache.close()
+
+
+def test_chunks_and_later_turns(cuda_bundle: Path, cpu: Model) -> None:
+    ids = np.random.default_rng(1).integers(0, 4096, (2, 90))
+    with open_model(cuda_bundle, HostDevice(), prefill_chunk=17) as model:
+        expected, found = cpu.new_cache(2, 128), model.new_cache(2, 128)
+        first = [row[:n] for row, n in zip(ids, (40, 25), strict=True)]
+        later = [row[n : n + 31] for row, n in zip(ids, (40, 25), strict=True)]
+        for turn in (first, later):
+            a, b = cpu.prefill(expected, turn), model.prefill(found, turn)
+            # Other chunks are other sums: as near as half precision is.
+            np.testing.assert_allclose(b, a, atol=0.15)
+            assert (b.argmax(1) == a.argmax(1)).all()
+        assert found.lengths.tolist() == [71, 56]
+
+
+def test_scores(cpu: Model, device_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.random.default_rng(2).integers(0, 4096, 200)
+    expected = cpu.logits(ids)
+    np.testing.assert_array_equal(device_model.logits(ids), expected)
+    monkeypatch.setattr("neo_runtime.backends.cuda._SCORED", 64)
+    np.testing.assert_allclose(device_model.logits(ids), expected, atol=0.15)
+
+
+def test_a_few_bytes_a_token(device_model: Model) -> None:
+    device = host(device_model)
+    with device_model.new_cache(1, 64) as cache:
+        step = device_model.prefill_step(cache, [[1, 2, 3]])
+        device_model.decode_step(cache, [5])  # brings the whole mask up to date, once
+        down, up = device.downloaded, device.uploaded
+        step = device_model.decode_step(cache, [6])
+        assert device.downloaded - down <= 128 * 12 + 3 * 256
+        assert device.uploaded - up == 3 * 8  # a token, its position, its place in the mask
+        assert step.full().shape == (1, device_model.manifest.model.vocab_size)
+        assert device.downloaded - down > 4 * device_model.manifest.model.vocab_size
+
+
+def test_one_copy_of_the_weights(cuda_bundle: Path) -> None:
+    """All graphs read the same bytes: a change in them changes what each gives."""
+    device = HostDevice()
+    with open_model(cuda_bundle, device) as model:
+        size = (cuda_bundle / "weights.bin").stat().st_size
+        assert [len(block) for block in device.blocks.values()] == [size]
+        [address] = device.blocks
+
+        def results() -> list[np.ndarray]:
+            with model.new_cache(1, 16) as cache:
+                logits = [model.prefill(cache, [[1, 2, 3]]), model.decode(cache, [4])]
+            return [*logits, model.logits([1, 2, 3])]
+
+        before = results()
+        half = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint16))
+        for place in range(size // 2):
+            half[place] ^= 0x0001 if place % 7 == 0 else 0
+        after = results()
+        for old, new in zip(before, after, strict=True):
+            assert (old != new).any()
+        assert sum(len(block) == size for block in device.blocks.values()) == 1
+
+
+def test_only_decoding_is_captured(cuda_bundle: Path) -> None:
+    device = HostDevice()
+    with open_model(cuda_bundle, device) as model:
+        model._backend.prepare()
+        model.logits([1, 2])
+    assert device.captured == [False, True, False]
+
+
+def test_slots_are_used_again_and_given_back(cuda_bundle: Path) -> None:
+    device = HostDevice()
+    model = open_model(cuda_bundle, device)
+    model.generate("Once", max_new_tokens=3)
+    held = device.in_use
+    for _ in range(3):
+        model.generate("The", max_new_tokens=5)
+    assert device.in_use == held
+    for batch in range(2, 9):  # no more than four idle ones are kept
+        model.generate(["Once"] * batch, max_new_tokens=2)
+    idle = device.in_use
+    model.generate(["Once"] * 9, max_new_tokens=2)
+    assert device.in_use - idle < 2 * model.cache_bytes(9, 16)
+    assert device.pinned_blocks == 3 * 4
+    model.close()
+    model.close()
+    assert device.closed
+    with pytest.raises(NeoError, match="closed"):
+        model.generate("Once", max_new_tokens=1)
+
+
+def test_a_cache_may_outlive_its_model(cuda_bundle: Path) -> None:
+    device = HostDevice()
+    model = open_model(cuda_bundle, device)
+    cache = model.new_cache(1, 16)
+    model.prefill(cache, [[1, 2]])
+    model.close()
+    assert not device.closed
+    with pytest.raises(NeoError, match="closed"):
+        model.decode(cache, [1])
+    cache.close()
+    assert device.closed
+
+
+def test_stale_slots_do_not_show(cuda_bundle: Path, cpu: Model) -> None:
+    with open_model(cuda_bundle, HostDevice()) as model:
+        model.generate("Tom ran and ran and ran through the wood", max_new_tokens=200)
+        found = model.generate("Once", max_new_tokens=30)
+    assert found.text == cpu.generate("Once", max_new_tokens=30).text
+
+
+def test_memory_is_freed_before_it_is_refused(cuda_bundle: Path) -> None:
+    device = HostDevice()
+    with open_model(cuda_bundle, device) as model:
+        model.generate("Once", max_new_tokens=2)
+        need = model.cache_bytes(2, 16)
+        device.capacity = device.in_use + need * 3 // 4
+        model.generate(["Once", "The"], max_new_tokens=2)  # the idle slot made room
+        with pytest.raises(DeviceMemoryError, match="no memory left"):
+            model.generate(["Once"] * 40, max_new_tokens=2)
+        assert model.cache_bytes_in_use == 0
+        device.capacity = None
+        assert model.generate("Once", max_new_tokens=2).text
+
+
+def test_weights_that_do_not_fit(cuda_bundle: Path) -> None:
+    device = HostDevice(capacity=1000)
+    with pytest.raises(DeviceMemoryError):
+        CudaBackend(open_bundle(cuda_bundle), device)
+    assert not device.blocks
+
+
+def test_a_bundle_for_another_backend(mini_bundle: Path) -> None:
+    with pytest.raises(BundleUnsupportedError, match=r"exported for cpu.*--target cuda"):
+        CudaBackend(open_bundle(mini_bundle), HostDevice())
+
+
+def test_threads_take_turns(device_model: Model, cpu: Model) -> None:
+    expected = [cpu.generate(prompt, max_new_tokens=20).text for prompt in PROMPTS]
+    found: dict[str, str | None] = {}
+
+    def work(prompt: str) -> None:
+        found[prompt] = device_model.generate(prompt, max_new_tokens=20).text
+
+    threads = [threading.Thread(target=work, args=(prompt,)) for prompt in PROMPTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[prompt] for prompt in PROMPTS] == expected
+
+
+def test_a_provider_that_did_not_start_is_an_error(cuda_bundle: Path) -> None:
+    """onnxruntime runs on the CPU without a word where its CUDA libraries are missing."""
+
+    class WithoutLibraries(HostDevice):
+        def providers(self, *, capture: bool) -> list[Any]:
+            return [("CUDAExecutionProvider", {}), "CPUExecutionProvider"]
+
+    backend = CudaBackend(open_bundle(cuda_bundle), WithoutLibraries())
+    with (
+        pytest.warns(UserWarning, match="CUDAExecutionProvider"),
+        pytest.raises(DeviceError, match="could not start its CUDAExecutionProvider"),
+    ):
+        backend.session("decode")
+    backend.close()
