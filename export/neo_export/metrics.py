@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "cross_entropy",
+    "error_statistics",
     "kl_divergence",
     "log_softmax",
     "relative_l2",
@@ -104,10 +105,55 @@ def top_k_overlap(
 
 
 def relative_l2(found: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
-    """‖found − reference‖ / ‖reference‖ along the last axis, in float64."""
-    difference = found.astype(np.float64) - reference.astype(np.float64)
-    norm = np.linalg.norm(reference.astype(np.float64), axis=-1)
-    result: NDArray[np.float64] = np.linalg.norm(difference, axis=-1) / np.maximum(norm, 1e-30)
+    """‖found − reference‖ / ‖reference‖ along the last axis.
+
+    Differences are taken in the wider of the two types, at least float32 (of neighbouring values
+    they are exact), and their squares summed in float64.
+    """
+    wide = np.result_type(found.dtype, reference.dtype, np.float32)
+    expected = reference.astype(wide, copy=False)
+    difference = found.astype(wide, copy=False) - expected
+    return np.sqrt(_squares(difference)) / np.maximum(np.sqrt(_squares(expected)), 1e-30)
+
+
+def _squares(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Sum of squares along the last axis."""
+    result: NDArray[np.float64] = np.einsum("...i,...i->...", values, values, dtype=np.float64)
+    return result
+
+
+def error_statistics(
+    found: NDArray[Any], reference: NDArray[Any]
+) -> dict[str, NDArray[np.float32]]:
+    """How far each row is off, over its columns, absolutely and relative to the reference.
+
+    Args:
+        found: [n, V].
+        reference: [n, V].
+
+    Returns:
+        float32 [n] by name: `absolute_max`, `absolute_mean`, `absolute_median`, `absolute_p99`,
+        and the same of `relative`, which is |found − reference| / |reference|, entry by entry
+        (99th percentile: the entry of rank ⌈0.99 · V⌉).
+    """
+    _check_same_shape(reference, found)
+    width = found.shape[-1]
+    ranks = {"median": (width - 1) // 2, "p99": max(0, -(-99 * width // 100) - 1)}
+    kinds = ("max", "mean", "median", "p99")
+    names = [f"{error}_{kind}" for error in ("absolute", "relative") for kind in kinds]
+    result = {name: np.empty(len(found), np.float32) for name in names}
+    step = max(1, _SLICE // max(1, width))
+    for start in range(0, len(found), step):
+        rows = slice(start, start + step)
+        expected = reference[rows].astype(np.float32)
+        absolute = np.abs(found[rows] - expected)
+        relative = absolute / np.maximum(np.abs(expected), np.float32(1e-30))
+        for error, values in (("absolute", absolute), ("relative", relative)):
+            result[f"{error}_max"][rows] = values.max(axis=-1)
+            result[f"{error}_mean"][rows] = values.mean(axis=-1)
+            values.partition(tuple(ranks.values()), axis=-1)
+            for kind, rank in ranks.items():
+                result[f"{error}_{kind}"][rows] = values[:, rank]
     return result
 
 

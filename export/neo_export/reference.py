@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from neo_runtime.errors import DependencyError
 
+from neo_export.mapped_memory import drop_pages
 from neo_export.quantize.kv_cache import stored_cache
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ class LayeredReference:
 
     def final_norm(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """[S, H] → [S, H]."""
+        norm = self.load_final_norm()
         with self._torch.inference_mode():
-            norm = self.load_final_norm()
             result: NDArray[np.float32] = norm(_tensor(self._torch, hidden)).numpy()
         return result
 
@@ -112,6 +113,7 @@ class LayeredReference:
         torch = self._torch
         with torch.inference_mode():
             scores = torch.nn.functional.linear(_tensor(torch, final), _tensor(torch, table))
+        drop_pages(table)
         result: NDArray[np.float32] = scores.numpy()
         return result
 
@@ -130,10 +132,11 @@ class LayeredReference:
         yield (None, "final_norm"), self.final_norm(hidden)
 
     def _load(self, module: Any, prefix: str) -> Any:
-        state = {
-            name: self._torch.from_numpy(np.array(self._read(prefix + name)))
-            for name in module.state_dict()
-        }
+        state = {}
+        for name in module.state_dict():
+            weight = self._read(prefix + name)
+            state[name] = self._torch.from_numpy(np.array(weight))
+            drop_pages(weight)
         module.load_state_dict(state, assign=True)
         return module
 
@@ -191,11 +194,8 @@ class ReferenceLayer:
 
     def project(self, hidden: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """[S, H] entering the layer → its query, key and value, [S, H] each."""
-        torch, attention = self._torch, self._attention
-        with torch.inference_mode():
-            x = self._block.ln_1(_tensor(torch, hidden))
-            parts = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj}
-            return {name: module(x).numpy() for name, module in parts.items()}
+        x = self.norm("ln_1", hidden)
+        return {name: self.product(f"{name[0]}_proj", x) for name in ("query", "key", "value")}
 
     def attend(
         self,
@@ -237,21 +237,37 @@ class ReferenceLayer:
             result: NDArray[np.float32] = merged[0].numpy()
         return result
 
+    def norm(self, name: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`ln_1` or `ln_2`: [S, H] → [S, H]."""
+        return self._apply(getattr(self._block, name), x)
+
+    def product(self, name: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """One matrix and its bias: `q_proj`, `k_proj`, `v_proj`, `out_proj`, `c_fc`, `c_proj`."""
+        owner = self._block.mlp if name.startswith("c_") else self._attention
+        return self._apply(getattr(owner, name), x)
+
+    def matrix(self, name: str) -> NDArray[np.float32]:
+        """The weight of a product, [out, in]."""
+        owner = self._block.mlp if name.startswith("c_") else self._attention
+        weight: NDArray[np.float32] = getattr(owner, name).weight.detach().numpy()
+        return weight
+
+    def activation(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The MLP's activation function."""
+        return self._apply(self._block.mlp.act, x)
+
+    def _apply(self, module: Any, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        with self._torch.inference_mode():
+            result: NDArray[np.float32] = module(_tensor(self._torch, x)).numpy()
+        return result
+
     def project_out(self, attended: NDArray[np.float32]) -> NDArray[np.float32]:
         """`attended` → `attention`, [S, H]."""
-        with self._torch.inference_mode():
-            result: NDArray[np.float32] = self._attention.out_proj(
-                _tensor(self._torch, attended)
-            ).numpy()
-        return result
+        return self.product("out_proj", attended)
 
     def mlp(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Hidden states [S, H] behind the attention → what the MLP adds to them."""
-        with self._torch.inference_mode():
-            result: NDArray[np.float32] = self._block.mlp(
-                self._block.ln_2(_tensor(self._torch, hidden))
-            ).numpy()
-        return result
+        return self._apply(self._block.mlp, self.norm("ln_2", hidden))
 
 
 def _mask(torch: Any, length: int, window: int | None) -> Any:

@@ -9,7 +9,8 @@ import numpy as np
 from neo_runtime.errors import VerificationError
 
 from neo_export.comparison.errors import measure, measure_logits
-from neo_export.comparison.faults import Fault, first_fault
+from neo_export.comparison.explanations import explain
+from neo_export.comparison.faults import Fault, find_faults
 from neo_export.comparison.places import all_places
 from neo_export.comparison.probed import open_probed, score_trace
 from neo_export.comparison.trace import Text
@@ -85,9 +86,10 @@ def verify_bundle(
     ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, length, dtype=np.int64)
     trace = score_trace(open_probed(folder, manifest, "score"), manifest, ids)
     say = progress or (lambda stage, done, total: None)
+    texts = [Text(ids, [trace])]
     errors, [final] = measure(
         reference,
-        [Text(ids, [trace])],
+        texts,
         lambda done, total: say("comparing with PyTorch", done, total),
     )
     expected = reference.logits(final)
@@ -100,6 +102,7 @@ def verify_bundle(
     logits = errors.series("score", (None, "logits"))
     assert logits is not None
     assert trace.logits is not None
+    faults = find_faults(errors, manifest.model, limits_name(manifest))
     verification = Verification(
         tokens=length,
         window_size=manifest.model.window_size,
@@ -108,7 +111,7 @@ def verify_bundle(
         argmax_disagreements=_disagreements(trace.logits, expected),
         worst_place=max(places, key=lambda place: place.error),
         places=places,
-        first_fault=first_fault(errors, manifest.model, limits_name(manifest)),
+        first_fault=explain(faults, reference, texts),
     )
     _judge(verification, manifest)
     return verification
@@ -127,10 +130,11 @@ def _judge(verification: Verification, manifest: Manifest) -> None:
     tolerance = tolerance_of(manifest)
     fault = verification.first_fault
     if fault is not None:
+        why = f"; it looks like {fault.kind}" if fault.kind else ""
         raise VerificationError(
             f"{fault.where} is wrong: computed by PyTorch from the bundle's own inputs it is off "
             f"by {fault.error:.3g} ({fault.region}; relative L2, the limit of {precision} is "
-            f"{fault.limit:g}). Report this with the checkpoint's config.json"
+            f"{fault.limit:g}){why}. Report this with the checkpoint's config.json"
         )
     limit = tolerance.any_checkpoint
     for place in verification.places:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neo_export.comparison.local import expected_embedding, expected_in_layer
-from neo_export.comparison.places import CACHED
 from neo_export.metrics import relative_l2
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
     from neo_export.comparison.places import Place
     from neo_export.comparison.trace import Text, Trace
+    from neo_export.quantize.kv_cache import CacheSteps
     from neo_export.reference import LayeredReference
 
 __all__ = ["PlaceErrors", "Series", "measure", "measure_logits"]
@@ -40,18 +40,9 @@ class PlaceErrors:
 
     parts: dict[tuple[str, Place], list[Series]] = field(default_factory=dict)
 
-    def add(
-        self,
-        trace: Trace,
-        place: Place,
-        local: NDArray[np.float64],
-        cumulative: NDArray[np.float64] | None = None,
-        positions: NDArray[np.int64] | None = None,
-    ) -> None:
-        """Append what was found in one trace."""
-        at = trace.positions if positions is None else positions
-        series = Series(at, local, local if cumulative is None else cumulative)
-        self.parts.setdefault((trace.graph, place), []).append(series)
+    def add(self, graph: str, place: Place, series: Series) -> None:
+        """Append what was found in one text."""
+        self.parts.setdefault((graph, place), []).append(series)
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -74,6 +65,7 @@ def measure(
     reference: LayeredReference,
     texts: Sequence[Text],
     progress: Callable[[int, int], None] | None = None,
+    cache: CacheSteps | None = None,
 ) -> tuple[PlaceErrors, list[NDArray[np.float32]]]:
     """Run the reference over all texts, a layer at a time, and compare at every place.
 
@@ -81,6 +73,8 @@ def measure(
         reference: in float32.
         texts: with the traces of the bundle, if any: a text without is only run.
         progress: called with layers done and all.
+        cache: the steps of the bundle's int8 cache: the attention's own step is computed from keys
+            and values rounded so. The reference's own run is not.
 
     Returns:
         The errors, and the reference's hidden states after the final norm, [S, H] a text.
@@ -98,10 +92,15 @@ def measure(
             places = layer.places(hidden[number])
             hidden[number] = places["residual"]
             for trace in text.traces:
-                _compare(errors, trace, index, expected_in_layer(layer, index, trace), places)
-                _add_caches(errors, trace, index)
+                own = expected_in_layer(layer, index, trace, cache)
+                _compare(errors, trace, index, own, places)
+                trace.rest()
         if progress is not None:
             progress(index + 1, layers)
+    for text in texts:
+        for check in text.cache_checks:
+            for place, found in check.errors.items():
+                errors.add(check.graph, place, Series(check.positions, found, found))
     finals = [reference.final_norm(state) for state in hidden]
     for text, state in zip(texts, finals, strict=True):
         for trace in text.traces:
@@ -129,9 +128,8 @@ def measure_logits(
     for start in range(0, len(final), step):
         rows = slice(start, start + step)
         local[rows] = relative_l2(trace.logits[rows], reference.logits(final[rows]))
-    errors.add(
-        trace, (None, "logits"), local, _rowwise(trace.logits, expected), positions=trace.logits_at
-    )
+    cumulative = _rowwise(trace.logits, expected)
+    errors.add(trace.graph, (None, "logits"), Series(trace.logits_at, local, cumulative))
 
 
 def _compare(
@@ -144,14 +142,8 @@ def _compare(
     for place, expected in own.items():
         found = trace.get(layer, place)
         path = places[place][trace.start : trace.start + trace.length]
-        errors.add(trace, (layer, place), relative_l2(found, expected), relative_l2(found, path))
-
-
-def _add_caches(errors: PlaceErrors, trace: Trace, layer: int) -> None:
-    for place in CACHED:
-        found = trace.cache_errors.get((layer, place))
-        if found is not None:
-            errors.add(trace, (layer, place), found)
+        series = Series(trace.positions, relative_l2(found, expected), relative_l2(found, path))
+        errors.add(trace.graph, (layer, place), series)
 
 
 def _rowwise(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_export.comparison.places import EXACT, REGIONS, all_places, place_text, region_masks
+from neo_export.comparison.places import (
+    CACHED,
+    EXACT,
+    REGIONS,
+    all_places,
+    place_text,
+    region_masks,
+)
 from neo_export.tolerances import LOCAL
 
 if TYPE_CHECKING:
@@ -17,10 +24,9 @@ if TYPE_CHECKING:
     from neo_export.comparison.places import Place
     from neo_export.tolerances import LocalLimits
 
-__all__ = ["Fault", "find_faults", "first_fault", "limits_for"]
+__all__ = ["Fault", "find_faults", "limits_for"]
 
 _LEAST_OTHERS = 3
-_PROJECTIONS = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -53,25 +59,6 @@ def limits_for(precision: str) -> LocalLimits:
     return LOCAL.get(precision, LOCAL["int4"])
 
 
-def first_fault(errors: PlaceErrors, spec: ModelSpec, precision: str) -> Fault | None:
-    """The first in the order of computation, or None where every step is as its precision allows.
-
-    Where query, key and value of a layer are all off and the layer's other products are not, the
-    norm before them is named: `ln_1`.
-    """
-    faults = find_faults(errors, spec, precision)
-    if not faults:
-        return None
-    first = faults[0]
-    same = {fault.place: fault for fault in faults if fault.layer == first.layer}
-    if first.place == "query" and {*_PROJECTIONS} <= same.keys():
-        others = {"attention", "mlp"} & same.keys()
-        alike = all(same[place].graphs == first.graphs for place in _PROJECTIONS)
-        if alike and not others:
-            return replace(first, place="ln_1")
-    return first
-
-
 def find_faults(errors: PlaceErrors, spec: ModelSpec, precision: str) -> list[Fault]:
     """Every place whose step is off, in the order of computation."""
     limits = limits_for(precision)
@@ -80,7 +67,23 @@ def find_faults(errors: PlaceErrors, spec: ModelSpec, precision: str) -> list[Fa
         fault = _fault_at(errors, place, spec, limits)
         if fault is not None:
             found.append(fault)
-    return found
+    return sorted(found, key=lambda fault: _late_caches(fault, found))
+
+
+def _late_caches(fault: Fault, found: list[Fault]) -> tuple[int, bool]:
+    """Sorts a cache behind its layer's attention where that is wrong without any help of it.
+
+    A wrong window makes a graph keep too little, too. Score has no cache, and prefill runs alone
+    before it runs between stretches of decode: what is wrong there, and not in the cache that was
+    left there, is not the cache's fault.
+    """
+    layer = fault.layer
+    if layer is None:
+        return (-1 if fault.place == "embedding" else 1 << 30), False
+    attended = next((f for f in found if (f.layer, f.place) == (layer, "attended")), None)
+    if attended is None or fault.place not in CACHED:
+        return layer, False
+    return layer, bool({"score", "prefill"} & set(attended.graphs) - set(fault.graphs))
 
 
 def _fault_at(

@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neo_export.quantize.kv_cache import stored_cache
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.comparison.trace import Trace
+    from neo_export.quantize.kv_cache import CacheSteps
     from neo_export.reference import LayeredReference, ReferenceLayer
 
 __all__ = ["entering", "expected_embedding", "expected_in_layer"]
@@ -42,18 +45,18 @@ def entering(trace: Trace, layer: int) -> NDArray[np.float32]:
 
 
 def expected_in_layer(
-    layer: ReferenceLayer, index: int, trace: Trace
+    layer: ReferenceLayer, index: int, trace: Trace, cache: CacheSteps | None = None
 ) -> dict[str, NDArray[np.float32]]:
     """Place → [length, H], each from the bundle's own inputs of that step."""
     hidden = entering(trace, index)
     expected = layer.project(hidden)
     query, attended = (trace.has(index, place) for place in ("query", "attended"))
     if query and attended:
-        expected["attended"] = layer.attend(
-            trace.get(index, "query"),
-            trace.with_history(index, "key"),
-            trace.with_history(index, "value"),
-        )
+        key, value = (trace.with_history(index, place) for place in ("key", "value"))
+        if cache is not None:
+            key = stored_cache(key, cache.key[index])
+            value = stored_cache(value, cache.value[index])
+        expected["attended"] = layer.attend(trace.get(index, "query"), key, value)
         expected["attention"] = layer.project_out(trace.get(index, "attended"))
     else:
         past = layer.project(trace.with_history(*_before(index)))

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
-from neo_runtime.errors import BundleError
+from neo_runtime.errors import BundleError, VerificationError
 from neo_runtime.installation import require_onnxruntime
 
 from neo_export.check import first_prompt_feeds, scoring_graph
-from neo_export.comparison.scratch import scratch_array
 from neo_export.comparison.trace import Trace
+from neo_export.mapped_memory import scratch_array
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,7 +90,11 @@ def score_trace(session: Any, manifest: Manifest, ids: NDArray[np.int64]) -> Tra
             )
             shape = (1, *array.shape)
             binding.bind_output(output.name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
-    session.run_with_iobinding(binding)
+    try:
+        session.run_with_iobinding(binding)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise VerificationError(f"{graph.file} fails on {len(ids)} tokens: {reason}") from error
     return Trace(
         graph="score",
         start=0,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from neo_export.mapped_memory import drop_pages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,28 +17,31 @@ if TYPE_CHECKING:
 
     from neo_export.comparison.places import Place
 
-__all__ = ["Text", "Trace"]
+__all__ = ["CacheCheck", "Text", "Trace"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trace:
-    """Hidden states of `length` positions from `start` on, all computed by one graph."""
+    """Hidden states of `length` positions from `start` on, all computed by one graph.
+
+    What was computed for positions before `start`, by whatever graph, is its history.
+    """
 
     graph: str
     start: int
     length: int
     probes: Mapping[Place, Probe]
     values: Mapping[str, NDArray[Any]]
-    """By the probed value's name: [length, width], in the graph's own type."""
-    before: Trace | None = None
-    """What was computed for positions 0 to start − 1, where the graph had a past."""
-    cache_errors: dict[Place, NDArray[np.float64]] = field(default_factory=dict)
-    """`cached_key` and `cached_value` of layers: relative L2 between what the cache held of each
-    position afterwards and what the graph computed for it, [length]; NaN where it had left."""
+    """By the probed value's name: [start + length or more, width], of the text's first position
+    on, in the graph's own type."""
     logits: NDArray[np.float32] | None = None
     """[rows, V], of the positions `logits_at`."""
     logits_at: NDArray[np.int64] | None = None
     """Positions in the text, [rows]."""
+
+    def rest(self) -> None:
+        """Leave resident memory until something is read again."""
+        drop_pages(*self.values.values())
 
     @property
     def positions(self) -> NDArray[np.int64]:
@@ -49,18 +54,28 @@ class Trace:
 
     def get(self, layer: int | None, place: str) -> NDArray[np.float32]:
         """float32 [length, width]; a view where the graph computes in float32."""
-        probe = self.probes[layer, place]
-        value = self.values[probe.value]
-        chosen = value if probe.channels is None else value[:, slice(*probe.channels)]
-        return np.asarray(chosen, dtype=np.float32)
+        return self.with_history(layer, place)[self.start :]
 
     def with_history(self, layer: int | None, place: str) -> NDArray[np.float32]:
         """The same of all positions from the text's first on, [start + length, width]."""
-        own = self.get(layer, place)
-        if self.start == 0:
-            return own
-        assert self.before is not None
-        return np.concatenate([self.before.with_history(layer, place)[: self.start], own])
+        probe = self.probes[layer, place]
+        value = self.values[probe.value][: self.start + self.length]
+        chosen = value if probe.channels is None else value[:, slice(*probe.channels)]
+        return np.asarray(chosen, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class CacheCheck:
+    """What a cache held after a call of one graph, against what was computed for it."""
+
+    graph: str
+    positions: NDArray[np.int64]
+    """Of the text, [n]."""
+    errors: Mapping[Place, NDArray[np.float64]]
+    """`cached_key` and `cached_value` of layers: relative L2, [n]; NaN where the position had
+    left the cache, or was found to be wrong after an earlier call."""
+    late: frozenset[Place] = frozenset()
+    """Places that held each position's entry one slot further than it belongs."""
 
 
 @dataclass
@@ -69,3 +84,4 @@ class Text:
 
     ids: NDArray[np.int64]
     traces: Sequence[Trace] = ()
+    cache_checks: Sequence[CacheCheck] = ()

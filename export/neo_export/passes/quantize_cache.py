@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from neo_export.passes import Pass
     from neo_export.quantize.kv_cache import CacheSteps
 
-__all__ = ["quantize_cache_steps"]
+__all__ = ["cache_factors", "quantize_cache_steps"]
 
 _QKV, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE = range(5)
 _INPUT_NAMES = ("query", "key", "value", "past_key", "past_value")
@@ -86,9 +86,9 @@ def _quantize(node: ir.Node, steps: CacheSteps, *, single: bool) -> None:
     assert past_key.name is not None
     layer = int(past_key.name.split(".")[1])
     key, value = steps.key[layer], steps.value[layer]
-    prefix = f"transformer.h.{layer}.attn.attention.cache"
-    into = _factors(graph, f"{prefix}.in", partial(_into_steps, key, value), 3 * len(key))
-    out = _factors(graph, f"{prefix}.out", lambda: value, len(value))
+    into_name, out_name = cache_factors(layer)
+    into = _factors(graph, into_name, partial(_into_steps, key, value), 3 * len(key))
+    out = _factors(graph, out_name, lambda: value, len(value))
     for past in (past_key, past_value):
         past.type = _INTEGER
     if single:
@@ -96,6 +96,15 @@ def _quantize(node: ir.Node, steps: CacheSteps, *, single: bool) -> None:
     else:
         _widened(node, layer, into)
     _scale_output(node, out)
+
+
+def cache_factors(layer: int) -> tuple[str, str]:
+    """Names of a layer's initializers `in` and `out`, float32 [3·hidden] and [hidden].
+
+    The first third of `in` are the steps of the keys, `out` are those of the values.
+    """
+    prefix = f"transformer.h.{layer}.attn.attention.cache"
+    return f"{prefix}.in", f"{prefix}.out"
 
 
 def _into_steps(key: NDArray[np.float32], value: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -133,6 +133,10 @@ class AppendStore(CacheStore):
         self._past, self._present = self._present, self._past
         self._width, self.lengths = width, lengths
 
+    def contents(self) -> list[NDArray[Any]]:
+        """See `CacheStore.contents`."""
+        return self._views(self._past, self.batch, self._width)
+
     def close(self) -> None:
         """See `CacheStore.close`."""
         self._past, self._present = [], []

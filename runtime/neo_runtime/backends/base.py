@@ -64,6 +64,18 @@ class CacheStore(ABC):
             rows: int64 [n], n at most the batch that the store was made for.
         """
 
+    def contents(self) -> list[NDArray[np.generic]]:
+        """What the cache holds now, as it lies: layer by layer, keys first, views.
+
+        Returns:
+            [batch, heads, slots, head_dim] each. Positions are contiguous; slots behind them are
+            of no meaning. For tools that look into a cache.
+
+        Raises:
+            NotImplementedError: this engine keeps its cache where it cannot be seen.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def close(self) -> None:
         """Give the memory back. The store cannot be used afterwards."""

@@ -203,6 +203,10 @@ class InPlaceStore(RightPaddedStore):
         columns = np.arange(self._length)
         self._mask[: self.batch] = columns < self.lengths[:, None]
 
+    def contents(self) -> list[NDArray[Any]]:
+        """See `CacheStore.contents`."""
+        return [buffer[: self.batch] for buffer in self._buffers]
+
     def close(self) -> None:
         """See `CacheStore.close`."""
         self._decode = None

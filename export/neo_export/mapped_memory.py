@@ -1,0 +1,56 @@
+"""Arrays that lie in files: room for what is larger than the memory one would like to use."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+__all__ = ["drop_pages", "scratch_array"]
+
+_LARGE = 1 << 24
+"""Bytes from which on an array lies in a file."""
+_DONT_NEED = getattr(mmap, "MADV_DONTNEED", None)
+
+
+def scratch_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """Zeros. A large array is a mapping of a file without a name, in the temporary folder.
+
+    The system writes it back when memory runs short, and drops it when the array is garbage.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if size < _LARGE:
+        return np.zeros(shape, dtype)
+    with tempfile.TemporaryFile(prefix="neo-onnx-") as file:
+        return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
+
+
+def drop_pages(*arrays: NDArray[Any]) -> None:
+    """Take the files that arrays are mapped from out of this process's resident memory.
+
+    Nothing is lost: what is read again is mapped again, from the system's cache or the disk.
+    Arrays that lie in ordinary memory are left alone.
+    """
+    if _DONT_NEED is None:
+        return
+    for mapping in _mappings(arrays):
+        mapping.madvise(_DONT_NEED)
+
+
+def _mappings(arrays: Iterable[NDArray[Any]]) -> list[mmap.mmap]:
+    """The files behind arrays, each once."""
+    found: dict[int, mmap.mmap] = {}
+    for array in arrays:
+        base: Any = array
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, mmap.mmap) and not base.closed:
+            found[id(base)] = base
+    return list(found.values())

@@ -1,0 +1,193 @@
+"""Faults made on purpose are named with their layer, place and region; where none is, none is."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from helpers import faults
+from helpers.faults import CONFIG, EXPORTS, Fault, drawn, spoiled_bundle, spoiled_checkpoint
+from helpers.held_out import held_out_ids
+from helpers.models import DEMO, make_checkpoint, random_ids
+from neo_export.exporter import ExportOptions, export_bundle
+from neo_export.targets import Quantization
+from neo_runtime.bundle import open_bundle
+from neo_tools.diff.references import open_reference
+from neo_tools.diff.run import locate
+from neo_tools.diff.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from neo_export.comparison.faults import Fault as Found
+    from neo_tools.diff.references import Reference
+    from numpy.typing import NDArray
+
+WINDOW = CONFIG.window_size
+
+
+class Bench:
+    """A checkpoint, its bundles, and a way to spoil them."""
+
+    def __init__(self, checkpoint: Path, exports: dict[str, ExportOptions], folder: Path) -> None:
+        self.checkpoint, self.exports, self.folder = checkpoint, exports, folder
+        self._made = 0
+        self.clean = functools.cache(self._clean)
+
+    def _clean(self, export: str) -> Path:
+        return self._exported(self.checkpoint, export)
+
+    def spoiled(self, export: str, fault: Fault) -> Path:
+        if fault.graph is not None:
+            self._made += 1
+            return spoiled_bundle(self.clean(export), self.folder / f"graph{self._made}", fault)
+        self._made += 1
+        folder = self.folder / f"checkpoint{self._made}"
+        return self._exported(spoiled_checkpoint(self.checkpoint, folder, fault), export)
+
+    def _exported(self, checkpoint: Path, export: str) -> Path:
+        self._made += 1
+        bundle = self.folder / f"bundle{self._made}"
+        export_bundle(str(checkpoint), bundle, self.exports[export])
+        return bundle
+
+
+def find(
+    bundle: Path, reference: Reference, contexts: list[NDArray[np.int64]], **changes: int
+) -> list[Found]:
+    values = {"decode_positions": 16, "prefill_chunk": 7, "threads": 1, **changes}
+    settings = Settings(bundle=bundle, reference="", **values)
+    return locate(open_bundle(bundle), reference, contexts, settings)
+
+
+def assert_named(found: list[Found], fault: Fault) -> None:
+    assert found, f"{fault.name}: nothing was found"
+    first = found[0]
+    assert first.layer == fault.layer, (fault.name, first)
+    assert first.place in fault.places, (fault.name, first)
+    assert first.region in fault.regions, (fault.name, first)
+    assert set(first.graphs) & set(fault.graphs), (fault.name, first)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("tiny")
+    return Bench(make_checkpoint(folder / "checkpoint", CONFIG), EXPORTS, folder)
+
+
+@pytest.fixture(scope="module")
+def tiny_reference(tiny: Bench) -> Iterator[Reference]:
+    with open_reference(str(tiny.checkpoint), threads=1) as reference:
+        yield reference
+
+
+def tiny_texts(seed: int) -> list[NDArray[np.int64]]:
+    """Two contexts, each to the model's last position or a little less."""
+    generator = np.random.default_rng(seed)
+    end = CONFIG.max_position_embeddings
+    return [
+        random_ids(CONFIG, int(generator.integers(end - 8, end + 1)), seed=10 * seed + number)
+        for number in range(2)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_fifty_random_faults(seed: int, tiny: Bench, tiny_reference: Reference) -> None:
+    """Layer, place, kind, precision and target at random. All are named, not 48."""
+    export, fault = drawn(seed)
+    assert_named(find(tiny.spoiled(export, fault), tiny_reference, tiny_texts(seed)), fault)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_no_false_alarm(seed: int, tiny: Bench, tiny_reference: Reference) -> None:
+    """As many clean runs: other texts, other chunks, every precision and target in turn."""
+    export = list(EXPORTS)[seed % len(EXPORTS)]
+    chunk = int(np.random.default_rng(seed).integers(1, 20))
+    texts = tiny_texts(100 + seed)
+    assert find(tiny.clean(export), tiny_reference, texts, prefill_chunk=chunk) == []
+
+
+KINDS: dict[str, tuple[Callable[[], Fault], str]] = {
+    "k_proj": (lambda: faults.wrong_matrix(1, "k_proj", 3), "k_proj of layer 3"),
+    "v_proj": (lambda: faults.wrong_matrix(2, "v_proj", 0), "v_proj of layer 0"),
+    "q_proj": (lambda: faults.transposed(0, "q_proj"), "q_proj transposed"),
+    "out_proj": (lambda: faults.wrong_matrix(3, "out_proj", 1), "out_proj of layer 1"),
+    "c_fc": (lambda: faults.wrong_matrix(1, "c_fc", 0), "c_fc of layer 0"),
+    "c_proj": (lambda: faults.wrong_matrix(2, "c_proj", 1), "c_proj of layer 1"),
+    "bias": (lambda: faults.missing_bias(0, "c_proj"), "c_proj without its bias"),
+    "swapped": (lambda: faults.swapped_layers(1, 3), "the weights of layer 3"),
+    "positions": (lambda: faults.shifted_positions(1), "position rows shifted by +1"),
+    "window+1": (lambda: faults.other_window(9, 8, 1), "a window of 9 in place of 8"),
+    "window-1": (lambda: faults.other_window(7, 8, 1), "a window of 7 in place of 8"),
+    "all global": (lambda: faults.without_window((1, 3)), "a local layer without its window"),
+    "scaled": (lambda: faults.scaled(2, CONFIG.head_dim), "scores scaled by 1/√d"),
+    "late cache": (
+        lambda: faults.late_cache(0, "key", "prefill"),
+        "a cache written one position late",
+    ),
+}
+
+
+@pytest.mark.parametrize("export", ["cpu-fp32", "cpu-int4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_usual_mistakes_are_recognised(
+    kind: str, export: str, tiny: Bench, tiny_reference: Reference
+) -> None:
+    make, expected = KINDS[kind]
+    found = find(tiny.spoiled(export, make()), tiny_reference, tiny_texts(0))
+    assert_named(found, make())
+    assert found[0].kind == expected
+
+
+def test_a_norm_is_told_from_the_projections_behind_it(
+    tiny: Bench, tiny_reference: Reference
+) -> None:
+    for export in ("cpu-fp32", "cpu-int4"):
+        fault = faults.wrong_matrix(2, "ln_1", 0)
+        found = find(tiny.spoiled(export, fault), tiny_reference, tiny_texts(1))
+        assert (found[0].layer, found[0].place) == (2, "ln_1")
+
+
+@pytest.mark.parametrize("graph", ["score", "prefill", "decode"])
+def test_the_faulty_graph_is_named(graph: str, tiny: Bench, tiny_reference: Reference) -> None:
+    fault = faults.scaled(1, CONFIG.head_dim, (graph,))
+    found = find(tiny.spoiled("cpu-int8", fault), tiny_reference, tiny_texts(2))
+    assert found[0].graphs == (graph,)
+
+
+def test_a_bundle_against_another(tiny: Bench) -> None:
+    """Without PyTorch there are accumulated errors; the first place is sure."""
+    fault = faults.wrong_matrix(2, "out_proj", 0)
+    bundle = tiny.spoiled("cpu-fp32", fault)
+    with open_reference(str(tiny.clean("portable-fp32")), threads=1) as reference:
+        assert find(tiny.clean("cpu-fp32"), reference, tiny_texts(3)) == []
+        assert_named(find(bundle, reference, tiny_texts(3)), fault)
+
+
+DEMO_EXPORTS = {
+    "fp32": ExportOptions(),
+    "int4": ExportOptions(precision="int4", quantization=Quantization(block_size=32)),
+}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(DEMO, DEMO_EXPORTS, tmp_path_factory.mktemp("demo"))
+
+
+@pytest.mark.parametrize("export", DEMO_EXPORTS)
+def test_the_demo_model(export: str, demo: Bench) -> None:
+    """Trained weights and text: the window off by one either way, a wrong matrix, and none."""
+    ids = [held_out_ids(1, 256)[0]]
+    with open_reference(str(DEMO), threads=1) as reference:
+        assert find(demo.clean(export), reference, ids, prefill_chunk=100) == []
+        for fault in (
+            faults.other_window(65, 64, 1),
+            faults.other_window(63, 64, 1),
+            faults.wrong_matrix(2, "c_proj", 1),
+        ):
+            found = find(demo.spoiled(export, fault), reference, ids, prefill_chunk=100)
+            assert_named(found, fault)

@@ -1,0 +1,1 @@
+"""`neo-diff`: what a bundle computes, against PyTorch or another bundle."""

@@ -1,0 +1,244 @@
+"""A text through prefill and decode and one cache, with everything looked at on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from neo_export.comparison.places import CACHED
+from neo_export.comparison.trace import CacheCheck, Trace
+from neo_export.mapped_memory import drop_pages, scratch_array
+from neo_export.metrics import relative_l2
+from neo_export.quantize.kv_cache import stored_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from neo_export.comparison.places import Place
+    from neo_export.quantize.kv_cache import CacheSteps
+    from neo_runtime.backends.base import CacheStore
+    from neo_runtime.manifest import Manifest, Probe
+    from numpy.typing import NDArray
+
+    from neo_tools.diff.probed_backend import ProbedBackend
+
+__all__ = ["Segment", "segments_of", "trace_cached_path"]
+
+_WRONG = 0.1
+"""Relative L2 from which on a cached position counts as wrong in later checks, too."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Positions that one graph computes: prefill in one call, decode token by token."""
+
+    graph: str
+    start: int
+    stop: int
+
+
+def segments_of(length: int, decoded: Sequence[tuple[int, int]], chunk: int) -> tuple[Segment, ...]:
+    """Decode where asked for, prefill in chunks elsewhere, in the order of positions."""
+    segments: list[Segment] = []
+    at = 0
+    for start, stop in [*decoded, (length, length)]:
+        segments += [
+            Segment("prefill", first, min(first + chunk, start))
+            for first in range(at, start, chunk)
+        ]
+        if stop > start:
+            segments.append(Segment("decode", start, stop))
+        at = stop
+    return tuple(segments)
+
+
+def trace_cached_path(
+    backend: ProbedBackend,
+    ids: NDArray[np.int64],
+    segments: Sequence[Segment],
+    step: Callable[[int], None] = lambda tokens: None,
+) -> tuple[list[Trace], list[CacheCheck]]:
+    """Run one text through one cache.
+
+    Args:
+        backend: with probed sessions.
+        ids: token ids [S].
+        segments: that cover the positions from 0 on without a gap.
+        step: called with the number of tokens done since the last call.
+
+    Returns:
+        A trace a segment, and a check of the cache after each segment and after the first token
+        of each decode.
+    """
+    recorder = _Recorder(backend.manifest, segments[-1].stop, backend.cache_steps)
+    backend.sink = recorder.take
+    store = backend.open_cache(1, segments[-1].stop)
+    try:
+        for segment in segments:
+            part = ids[segment.start : segment.stop]
+            if segment.graph == "prefill":
+                recorder.keep_logits(store.prefill([part], len(part)).full(), segment.stop - 1)
+                step(len(part))
+            else:
+                for at, token in enumerate(part, start=segment.start):
+                    recorder.keep_logits(store.decode(np.array([token])).full(), at)
+                    step(1)
+                    if at == segment.start < segment.stop - 1:
+                        recorder.check(store, "decode")
+            recorder.check(store, segment.graph)
+            recorder.rest()
+            recorder.close(segment)
+    finally:
+        store.close()
+        backend.sink = lambda values: None
+    return recorder.traces, recorder.checks
+
+
+class _Recorder:
+    """Collects the values of all calls in arrays as long as the text."""
+
+    def __init__(self, manifest: Manifest, length: int, steps: CacheSteps | None) -> None:
+        self._manifest = manifest
+        self._steps = steps
+        self._probes: Mapping[Place, Probe] = {(p.layer, p.place): p for p in manifest.probes}
+        self._values: dict[str, NDArray[Any]] = {}
+        self._length = length
+        self._done = 0
+        self._logits: list[NDArray[np.float32]] = []
+        self._logits_at: list[int] = []
+        self._known_wrong: dict[Place, NDArray[np.bool_]] = {}
+        self.traces: list[Trace] = []
+        self.checks: list[CacheCheck] = []
+
+    def take(self, values: dict[str, NDArray[Any]]) -> None:
+        """Values [1, S, width] of the positions that follow."""
+        count = 0
+        for name, value in values.items():
+            if name not in self._values:
+                shape = (self._length, value.shape[-1])
+                self._values[name] = scratch_array(shape, str(value.dtype))
+            count = value.shape[1]
+            self._values[name][self._done : self._done + count] = value[0]
+        self._done += count
+
+    def keep_logits(self, logits: NDArray[np.float32], at: int) -> None:
+        """[1, V], of the position `at`."""
+        self._logits.append(logits[0].copy())
+        self._logits_at.append(at)
+
+    def rest(self) -> None:
+        """Leave resident memory."""
+        drop_pages(*self._values.values())
+
+    def close(self, segment: Segment) -> None:
+        """End a segment: its trace is whole."""
+        self.traces.append(
+            Trace(
+                graph=segment.graph,
+                start=segment.start,
+                length=segment.stop - segment.start,
+                probes=self._probes,
+                values=self._values,
+                logits=np.stack(self._logits),
+                logits_at=np.array(self._logits_at, dtype=np.int64),
+            )
+        )
+        self._logits, self._logits_at = [], []
+
+    def check(self, store: CacheStore, graph: str) -> None:
+        """Compare what the cache holds with what was computed for it."""
+        try:
+            contents = store.contents()
+        except NotImplementedError:
+            return
+        history = Trace(graph, 0, self._done, self._probes, self._values)
+        errors: dict[Place, NDArray[np.float64]] = {}
+        late: set[Place] = set()
+        for layer in range(self._manifest.model.num_layers):
+            pair = tuple(contents[2 * layer + part][0] for part in range(2))
+            own = tuple(history.get(layer, place) for place in CACHED.values())
+            if self._steps is not None:
+                steps = self._steps.key[layer], self._steps.value[layer]
+                pair, own = _widened(pair, steps), _stored(own, steps)
+            slots = self._slots(layer, pair[0], own[0])
+            for place, cached, computed in zip(CACHED, pair, own, strict=True):
+                found = self._compared((layer, place), cached, computed, slots)
+                errors[layer, place] = found
+                if _is_late(found, cached, computed, slots):
+                    late.add((layer, place))
+        self.checks.append(CacheCheck(graph, np.arange(self._done), errors, frozenset(late)))
+
+    def _compared(
+        self,
+        place: Place,
+        cached: NDArray[Any],
+        computed: NDArray[np.float32],
+        slots: NDArray[np.int64],
+    ) -> NDArray[np.float64]:
+        """[T]; NaN where position t has no slot, or was wrong before."""
+        result = np.full(len(computed), np.nan)
+        kept = slots >= 0
+        rows = cached[:, slots[kept]].transpose(1, 0, 2).reshape(kept.sum(), -1)
+        if np.array_equal(rows, computed[kept].astype(rows.dtype)):
+            result[kept] = 0.0
+        else:
+            result[kept] = relative_l2(rows, computed[kept])
+        known = self._known_wrong.setdefault(place, np.zeros(self._length, dtype=np.bool_))
+        known = known[: len(result)]
+        found_now = ~known
+        known |= ~(result <= _WRONG) & kept
+        return np.where(found_now, result, np.nan)
+
+    def _slots(
+        self, layer: int, cached: NDArray[Any], computed: NDArray[np.float32]
+    ) -> NDArray[np.int64]:
+        """Slot of each position [T], −1 where it need not be there any more.
+
+        Until a buffer is full, slot = position. Then a local layer's graph moves what it keeps to
+        the front, as it likes: the newest position is found by its key, the others lie before it.
+        """
+        total, capacity = len(computed), cached.shape[1]
+        positions = np.arange(total)
+        if total <= capacity:
+            kept = positions
+        else:
+            flat = cached.transpose(1, 0, 2).reshape(capacity, -1).astype(np.float32)
+            newest = int(np.linalg.norm(flat - computed[-1], axis=-1).argmin())
+            kept = positions - (total - 1 - newest)
+        window = self._manifest.model.window_size
+        local = self._manifest.model.attention_layers[layer] == "local"
+        needed = (positions >= total - window) if local else positions >= 0
+        return np.where(needed & (kept >= 0), kept, -1)
+
+
+def _stored(
+    pair: tuple[NDArray[np.float32], ...], steps: tuple[NDArray[np.float32], ...]
+) -> tuple[NDArray[np.float32], ...]:
+    """Keys and values [T, H] as an int8 cache keeps them."""
+    return tuple(stored_cache(x, step) for x, step in zip(pair, steps, strict=True))
+
+
+def _widened(
+    pair: tuple[NDArray[Any], ...], steps: tuple[NDArray[np.float32], ...]
+) -> tuple[NDArray[np.float32], ...]:
+    """What an int8 cache holds, [heads, slots, D], times the steps [H] of its channels."""
+    return tuple(
+        (x * step.reshape(x.shape[0], 1, x.shape[2])).astype(np.float32)
+        for x, step in zip(pair, steps, strict=True)
+    )
+
+
+def _is_late(
+    errors: NDArray[np.float64],
+    cached: NDArray[Any],
+    computed: NDArray[np.float32],
+    slots: NDArray[np.int64],
+) -> bool:
+    """Whether the positions that are wrong lie one slot behind their own."""
+    wrong = np.flatnonzero(~(np.nan_to_num(errors) <= _WRONG))
+    wrong = wrong[slots[wrong] + 1 < cached.shape[1]]
+    if not len(wrong):
+        return False
+    behind = cached[:, slots[wrong] + 1].transpose(1, 0, 2).reshape(len(wrong), -1)
+    return bool(np.median(relative_l2(behind, computed[wrong])) <= _WRONG)

@@ -1,0 +1,149 @@
+"""Logits against logits: one figure a position, and what they come to together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+from neo_export import metrics
+from neo_export.comparison.places import region_masks
+
+from neo_tools.diff.results import GraphSummary, Perplexity
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+__all__ = ["PositionMetrics", "compare_rows", "joined", "perplexity", "summaries"]
+
+_BLOCK = 32
+"""Consecutive tokens that are drawn together: neighbours are not independent."""
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class PositionMetrics:
+    """One entry a position, [n] each."""
+
+    context: NDArray[np.int64]
+    position: NDArray[np.int64]
+    token: NDArray[np.int64]
+    kl: NDArray[np.float64]
+    top_1: NDArray[np.bool_]
+    top_5: NDArray[np.float64]
+    logit_error: NDArray[np.float64]
+    """Relative L2 over the vocabulary."""
+    nll_reference: NDArray[np.float64]
+    """−log probability of the token that follows, nats; NaN where none does."""
+    nll_bundle: NDArray[np.float64]
+    best_reference: NDArray[np.int64]
+    best_bundle: NDArray[np.int64]
+    errors: NDArray[np.float32]
+    """[n, 8]: max, mean, median and p99 of absolute, then of relative errors over the
+    vocabulary."""
+
+
+def compare_rows(
+    context: int,
+    ids: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    found: NDArray[np.float32],
+    reference: NDArray[np.float32],
+) -> PositionMetrics:
+    """Compare logits [n, V] at `positions` [n] of the text `ids` [S]."""
+    follows = positions + 1 < len(ids)
+    targets = ids[np.minimum(positions + 1, len(ids) - 1)]
+    statistics = metrics.error_statistics(found, reference)
+    step = max(1, (1 << 22) // found.shape[1])
+    logit_error = [
+        metrics.relative_l2(found[start : start + step], reference[start : start + step])
+        for start in range(0, len(found), step)
+    ]
+    return PositionMetrics(
+        context=np.full(len(positions), context, dtype=np.int64),
+        position=positions,
+        token=ids[positions],
+        kl=metrics.kl_divergence(reference, found),
+        top_1=metrics.top_1_agreement(reference, found),
+        top_5=metrics.top_k_overlap(reference, found, 5),
+        logit_error=np.concatenate(logit_error),
+        nll_reference=np.where(follows, metrics.cross_entropy(reference, targets), np.nan),
+        nll_bundle=np.where(follows, metrics.cross_entropy(found, targets), np.nan),
+        best_reference=reference.argmax(axis=-1),
+        best_bundle=found.argmax(axis=-1),
+        errors=np.stack(list(statistics.values()), axis=1),
+    )
+
+
+def joined(parts: Sequence[PositionMetrics]) -> PositionMetrics:
+    """All positions of all parts, in their order."""
+    return PositionMetrics(
+        **{
+            field.name: np.concatenate([getattr(part, field.name) for part in parts])
+            for field in fields(PositionMetrics)
+        }
+    )
+
+
+def summaries(graph: str, found: PositionMetrics, window: int) -> list[GraphSummary]:
+    """Of all positions, and of each region that there are positions of."""
+    masks = {"all": np.ones(len(found.position), dtype=np.bool_)}
+    masks |= region_masks(found.position, window)
+    return [_summary(graph, name, found, mask) for name, mask in masks.items() if mask.any()]
+
+
+def _summary(
+    graph: str, region: str, found: PositionMetrics, mask: NDArray[np.bool_]
+) -> GraphSummary:
+    kl, errors = found.kl[mask], found.errors[mask]
+    kinds = ("max", "mean", "median", "p99")
+    whole = [float(errors[:, i].max() if i % 4 == 0 else np.median(errors[:, i])) for i in range(8)]
+    return GraphSummary(
+        graph=graph,
+        region=region,
+        positions=int(mask.sum()),
+        kl_mean=float(kl.mean()),
+        kl_median=float(np.median(kl)),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        kl_max=float(kl.max()),
+        top_1=float(found.top_1[mask].mean()),
+        top_5=float(found.top_5[mask].mean()),
+        logit_error_median=float(np.median(found.logit_error[mask])),
+        logit_error_max=float(found.logit_error[mask].max()),
+        absolute=dict(zip(kinds, whole[:4], strict=True)),
+        relative=dict(zip(kinds, whole[4:], strict=True)),
+    )
+
+
+def perplexity(found: PositionMetrics, seed: int = 0) -> Perplexity:
+    """Perplexity, exp of the mean −log probability, over every token but the first of each context.
+
+    The increase is exp(mean d) − 1 with d = nll_bundle − nll_reference, token by token (paired).
+    Its 95 % interval is the percentile bootstrap over blocks of 32 consecutive tokens: 2000 times
+    as many blocks as there are, drawn with replacement, their exp(Σ d / Σ tokens) − 1 sorted.
+    (Efron and Tibshirani 1993; blocks because neighbouring tokens are dependent.)
+    """
+    known = ~np.isnan(found.nll_reference)
+    reference, bundle = found.nll_reference[known], found.nll_bundle[known]
+    difference = bundle - reference
+    starts = np.arange(0, len(difference), _BLOCK)
+    sums = np.add.reduceat(difference, starts)
+    counts = np.diff(np.append(starts, len(difference)))
+    drawn = np.random.default_rng(seed).integers(0, len(starts), (_RESAMPLES, len(starts)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Perplexity(
+        tokens=len(difference),
+        reference=_exp(reference.mean()),
+        bundle=_exp(bundle.mean()),
+        increase=_exp(difference.mean()) - 1,
+        low=_exp(low) - 1,
+        high=_exp(high) - 1,
+    )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,69 @@
+"""The runtime's own loop over graphs whose probed values are outputs as well.
+
+Prefill and decode go through `neo_runtime`'s stores, so that what is looked at is the cache that
+they really leave behind, in whatever layout the bundle has.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from neo_export.comparison.cache_steps import read_cache_steps
+from neo_export.comparison.probed import open_probed, probed_values
+from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from neo_runtime.bundle import Bundle
+    from numpy.typing import NDArray
+
+    Sink = Callable[[dict[str, NDArray[Any]]], None]
+
+__all__ = ["ProbedBackend"]
+
+
+class ProbedBackend(OnnxRuntimeBackend):
+    """Sessions of probed graphs; after every call `sink` gets the values, [1, S, width] each."""
+
+    def __init__(self, bundle: Bundle, *, threads: int) -> None:
+        super().__init__(bundle, threads=threads, keep_prepacked=False)
+        self._bundle_folder = bundle.path
+        self._threads = threads
+        self.cache_steps = read_cache_steps(bundle.path, bundle.manifest)
+        """Of an int8 cache."""
+        self._probed: dict[str, _ProbedSession] = {}
+        self.sink: Sink = lambda values: None
+
+    def session(self, graph: str) -> Any:
+        """The probed session of "prefill" or "decode"; one at a time is kept."""
+        if graph not in self._probed:
+            session = open_probed(self._bundle_folder, self.manifest, graph, threads=self._threads)
+            names = probed_values(self.manifest)
+            self._probed[graph] = _ProbedSession(session, names, lambda v: self.sink(v))
+        return self._probed[graph]
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._probed.clear()
+        super().close()
+
+
+class _ProbedSession:
+    """As much of an `InferenceSession` as the runtime's bound calls use."""
+
+    def __init__(self, session: Any, names: list[str], sink: Sink) -> None:
+        self._session = session
+        self._names = names
+        self._sink = sink
+
+    def io_binding(self) -> Any:
+        return self._session.io_binding()
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        # Behind those that the store has bound; anew each time, for their shape is the call's.
+        for name in self._names:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        outputs = binding.get_outputs()[-len(self._names) :]
+        self._sink({n: o.numpy() for n, o in zip(self._names, outputs, strict=True)})

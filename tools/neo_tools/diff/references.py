@@ -1,0 +1,219 @@
+"""What a bundle is compared with: a checkpoint in PyTorch, or another bundle."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neo_export.comparison.errors import PlaceErrors, Series, measure, measure_logits
+from neo_export.comparison.explanations import explain
+from neo_export.comparison.faults import find_faults
+from neo_export.comparison.jumps import find_jumps
+from neo_export.comparison.probed import open_probed, score_trace
+from neo_export.metrics import relative_l2
+from neo_export.tolerances import limits_name
+from neo_runtime.errors import RequestError
+from neo_runtime.manifest import MANIFEST_NAME
+
+from neo_tools.diff.results import Subject
+from neo_tools.diff.shipped import score_logits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import numpy as np
+    from neo_export.comparison.faults import Fault
+    from neo_export.comparison.trace import Text
+    from neo_export.quantize.kv_cache import CacheSteps
+    from neo_export.reference import LayeredReference
+    from neo_runtime.bundle import Bundle
+    from neo_runtime.manifest import Manifest, ModelSpec
+    from numpy.typing import NDArray
+
+    Progress = Callable[[int, int], None]
+
+__all__ = ["Reference", "open_reference", "require_same_shape"]
+
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "max_position_embeddings",
+)
+_BEHAVIOUR = ("window_size", "attention_layers", "layer_norm_epsilon", "activation_function")
+
+
+class Reference(ABC):
+    """Hidden states and logits to compare with."""
+
+    subject: Subject
+    spec: ModelSpec
+
+    @abstractmethod
+    def run(
+        self, texts: Sequence[Text], progress: Progress, cache: CacheSteps | None = None
+    ) -> PlaceErrors:
+        """Run all texts, comparing the traces of those that have some.
+
+        Args:
+            texts: those with traces, and others.
+            progress: called with steps done and all.
+            cache: the steps of the bundle's int8 cache.
+        """
+
+    @abstractmethod
+    def logits(self, number: int) -> NDArray[np.float32]:
+        """Logits [S, V] of text `number` of the last `run`."""
+
+    @abstractmethod
+    def add_logits(self, errors: PlaceErrors, text: Text, expected: NDArray[np.float32]) -> None:
+        """Compare the logits of a text's traces; `expected` are those of `logits`, [S, V]."""
+
+    @abstractmethod
+    def faults(self, errors: PlaceErrors, bundle: Manifest, texts: Sequence[Text]) -> list[Fault]:
+        """Places that are off, in the order of computation; the first with its explanation."""
+
+
+class PyTorchReference(Reference):
+    """transformers' GPT-Neo, eager, float32, a layer at a time."""
+
+    def __init__(self, layered: LayeredReference, path: str) -> None:
+        self.layered = layered
+        self.spec = layered.spec
+        self.subject = Subject(path=path, kind="PyTorch", precision="fp32")
+        self._finals: list[NDArray[np.float32]] = []
+
+    def run(
+        self, texts: Sequence[Text], progress: Progress, cache: CacheSteps | None = None
+    ) -> PlaceErrors:
+        """See `Reference.run`."""
+        errors, self._finals = measure(self.layered, texts, progress, cache)
+        return errors
+
+    def logits(self, number: int) -> NDArray[np.float32]:
+        """See `Reference.logits`."""
+        return self.layered.logits(self._finals[number])
+
+    def add_logits(self, errors: PlaceErrors, text: Text, expected: NDArray[np.float32]) -> None:
+        """See `Reference.add_logits`."""
+        for trace in text.traces:
+            assert trace.logits_at is not None
+            measure_logits(errors, self.layered, trace, expected[trace.logits_at])
+
+    def faults(self, errors: PlaceErrors, bundle: Manifest, texts: Sequence[Text]) -> list[Fault]:
+        """See `Reference.faults`."""
+        found = find_faults(errors, self.spec, limits_name(bundle))
+        first = explain(found, self.layered, texts)
+        return found if first is None else [first, *found[1:]]
+
+
+class BundleReference(Reference):
+    """Another bundle's score graph: there are accumulated errors only, place against place."""
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        manifest = bundle.manifest
+        self.spec = manifest.model
+        self.subject = Subject(
+            path=str(bundle.path),
+            kind="bundle",
+            precision=manifest.precision,
+            target=manifest.target,
+            digest=manifest.digest,
+        )
+        self._bundle, self._threads = bundle, threads
+        self._logits: list[NDArray[np.float32]] = []
+
+    def run(
+        self, texts: Sequence[Text], progress: Progress, cache: CacheSteps | None = None
+    ) -> PlaceErrors:
+        """See `Reference.run`."""
+        import neo_runtime
+
+        errors = PlaceErrors()
+        manifest = self._bundle.manifest
+        with neo_runtime.load(self._bundle.path, threads=self._threads) as model:
+            self._logits = [score_logits(model, text.ids).values for text in texts]
+        session = open_probed(self._bundle.path, manifest, "score", threads=self._threads)
+        for number, text in enumerate(texts, start=1):
+            if text.traces:
+                self._compare(errors, text, session)
+            progress(number, len(texts))
+        return errors
+
+    def _compare(self, errors: PlaceErrors, text: Text, session: object) -> None:
+        expected = score_trace(session, self._bundle.manifest, text.ids)
+        for trace in text.traces:
+            part = slice(trace.start, trace.start + trace.length)
+            for place in trace.probes.keys() & expected.probes.keys():
+                error = relative_l2(trace.get(*place), expected.get(*place)[part])
+                errors.add(trace.graph, place, Series(trace.positions, error, error))
+        for check in text.cache_checks:
+            for cached, found in check.errors.items():
+                errors.add(check.graph, cached, Series(check.positions, found, found))
+
+    def logits(self, number: int) -> NDArray[np.float32]:
+        """See `Reference.logits`."""
+        return self._logits[number]
+
+    def add_logits(self, errors: PlaceErrors, text: Text, expected: NDArray[np.float32]) -> None:
+        """See `Reference.add_logits`."""
+        for trace in text.traces:
+            assert trace.logits is not None
+            assert trace.logits_at is not None
+            error = relative_l2(trace.logits, expected[trace.logits_at])
+            errors.add(trace.graph, (None, "logits"), Series(trace.logits_at, error, error))
+
+    def faults(self, errors: PlaceErrors, bundle: Manifest, texts: Sequence[Text]) -> list[Fault]:
+        """See `Reference.faults`."""
+        return find_jumps(errors, self.spec, (bundle.precision, self.subject.precision))
+
+
+@contextmanager
+def open_reference(model: str, threads: int) -> Iterator[Reference]:
+    """A bundle's folder, a checkpoint's folder, or a hub id.
+
+    Raises:
+        BundleError: the bundle cannot be used.
+        CheckpointError: the checkpoint cannot be used.
+        DependencyError: torch or transformers is missing.
+    """
+    if (Path(model) / MANIFEST_NAME).is_file():
+        from neo_runtime.bundle import open_bundle
+
+        yield BundleReference(open_bundle(model), threads)
+        return
+    from neo_export.checkpoint import open_checkpoint
+    from neo_export.hub import resolve_model
+    from neo_export.reference import LayeredReference
+
+    with open_checkpoint(resolve_model(model)) as checkpoint:
+        yield PyTorchReference(LayeredReference(checkpoint), model)
+
+
+def require_same_shape(bundle: ModelSpec, reference: ModelSpec) -> list[str]:
+    """Warnings about what else differs.
+
+    Raises:
+        RequestError: they are models of different shapes.
+    """
+
+    def differing(names: tuple[str, ...]) -> list[str]:
+        return [
+            f"{name} {getattr(bundle, name)} against {getattr(reference, name)}"
+            for name in names
+            if getattr(bundle, name) != getattr(reference, name)
+        ]
+
+    if shapes := differing(_SHAPE):
+        raise RequestError(
+            f"bundle and reference are different models: {', '.join(shapes)}; give the checkpoint "
+            "that the bundle was made of"
+        )
+    return [
+        f"the bundle's configuration differs from the reference's: {difference}"
+        for difference in differing(_BEHAVIOUR)
+    ]

@@ -1,0 +1,167 @@
+"""The texts that a bundle is compared on, as contexts of token ids."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from neo_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.tokenizer import Tokenizer
+    from numpy.typing import NDArray
+
+__all__ = ["Texts", "built_in_texts", "decode_segments", "read_texts"]
+
+_CHARACTERS = 16
+"""Most characters of a text file that are read for each token that is wanted."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Contexts of a text, none longer than the model's."""
+
+    source: str
+    contexts: tuple[NDArray[np.int64], ...]
+    """Token ids [S] each, at least two."""
+    warnings: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of all contexts together."""
+        return sum(map(len, self.contexts))
+
+
+def built_in_texts() -> Path:
+    """The held-out stories that come with the package: JSON lines with a `text` each."""
+    import neo_export
+
+    return Path(neo_export.__file__).parent / "demo" / "neo-mini" / "heldout.jsonl"
+
+
+def read_texts(
+    path: Path | None,
+    tokenizer: Tokenizer | None,
+    model: ModelSpec,
+    *,
+    tokens: int,
+    context: int,
+) -> Texts:
+    """Read and cut into contexts.
+
+    Args:
+        path: a text file, or JSON lines (named `.jsonl`) with `text` or `prompt`, which are joined
+            by the end-of-text token; None for the texts that come with the package.
+        tokenizer: of the bundle.
+        model: the bundle's.
+        tokens: how many to take at most.
+        context: longest context.
+
+    Raises:
+        RequestError: no tokenizer, a file that cannot be read, or no text in it.
+    """
+    chosen = built_in_texts() if path is None else path
+    if tokenizer is None:
+        raise RequestError(
+            "the bundle has no tokenizer, so texts cannot be turned into token ids; "
+            "export it again from a folder with a tokenizer.json"
+        )
+    ids = _token_ids(chosen, tokenizer, model, tokens)
+    if len(ids) < 2:
+        raise RequestError(
+            f"{chosen} holds {'no text' if not ids else 'a single token'}; "
+            "expected at least two tokens, better more than a window"
+        )
+    if max(ids) >= model.vocab_size:
+        raise RequestError(
+            f"the tokenizer gives the token id {max(ids)}, but the model has {model.vocab_size} "
+            "tokens; is the tokenizer another model's?"
+        )
+    contexts = _contexts(np.array(ids[:tokens], dtype=np.int64), context)
+    source = "the texts that come with neo-onnx" if path is None else str(path)
+    warnings = _coverage_warnings(contexts, model)
+    return Texts(source, tuple(contexts), tuple(warnings))
+
+
+def decode_segments(length: int, window: int, positions: int | None) -> tuple[tuple[int, int], ...]:
+    """Which positions of a context go through decode, one token at a time: (start, stop) each.
+
+    A quarter of them at the start, half around the window's end, a quarter at the end of the
+    context.
+
+    Args:
+        length: of the context.
+        window: of local layers.
+        positions: how many in all; None for every position.
+    """
+    if positions is None or positions >= length:
+        return ((0, length),)
+    quarter = max(1, positions // 4)
+    around = sorted(range(length), key=lambda at: abs(at - window))
+    first_to_last = dict.fromkeys([*range(quarter), *range(length - quarter, length), *around])
+    chosen = np.zeros(length + 2, dtype=np.int8)
+    chosen[np.array(list(first_to_last)[: max(positions, 2 * quarter)]) + 1] = 1
+    edges = np.diff(chosen)
+    starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    return tuple(zip(starts.tolist(), stops.tolist(), strict=True))
+
+
+def _token_ids(path: Path, tokenizer: Tokenizer, model: ModelSpec, tokens: int) -> list[int]:
+    try:
+        if path.suffix.lower() not in (".jsonl", ".ndjson"):
+            with path.open(encoding="utf-8") as file:
+                return tokenizer.encode(file.read(_CHARACTERS * tokens))
+        ids: list[int] = []
+        separator = list(model.eos_token_id[:1])
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    ids += [*tokenizer.encode(_text_of(line, path, number)), *separator]
+                if len(ids) >= tokens:
+                    break
+        return ids if len(ids) > len(separator) else []
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+        ) from error
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _text_of(line: str, path: Path, number: int) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise RequestError(f"{path}, line {number} is not JSON ({error})") from error
+    for name in ("text", "prompt"):
+        if isinstance(record, dict) and isinstance(record.get(name), str):
+            return str(record[name])
+    raise RequestError(
+        f'{path}, line {number} has no "text" or "prompt"; expected {{"text": "…"}} on each line'
+    )
+
+
+def _contexts(ids: NDArray[np.int64], length: int) -> list[NDArray[np.int64]]:
+    """Pieces of `length`; a last piece of a single token predicts nothing and is left out."""
+    pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def _coverage_warnings(contexts: list[NDArray[np.int64]], model: ModelSpec) -> list[str]:
+    longest, window = max(map(len, contexts)), model.window_size
+    if "local" in model.attention_layers and longest <= window:
+        return [
+            f"the longest context has {longest} tokens and the attention window {window}: nothing "
+            "past the window is covered, so a wrong window would not be seen; give a longer text"
+        ]
+    end = model.max_position_embeddings
+    if longest < end:
+        return [
+            f"the longest context has {longest} tokens and the model {end} positions: positions "
+            f"{longest} to {end - 1} are not covered"
+        ]
+    return []
