@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 from neo_runtime.errors import StatisticsError
+from neo_runtime.manifest import is_quantized
 
 from neo_export.half_range import HalfRange, find_half_range
 from neo_export.passes.migrate_activations import migrate_activations
 from neo_export.quantize.gptq_quantizer import GptqQuantizer
 from neo_export.quantize.migration import Migration
 from neo_export.quantize.migration_search import Rounding, find_migration
-from neo_export.statistics import Statistics
+from neo_export.statistics import Statistics, input_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from neo_export.checkpoint import Checkpoint
@@ -42,11 +43,24 @@ class Calibrated:
     half: HalfRange = field(default_factory=HalfRange)
     quantizer: WeightQuantizer | None = None
     """What makes integers; None for what the target does without statistics."""
+    statistics: Statistics | None = None
 
     @property
     def passes(self) -> tuple[Pass, ...]:
         """What runs on a portable graph before anything else."""
         return (migrate_activations(self.migration),) if self.migration.in_graph else ()
+
+    def largest_input(self, weight: str) -> float | None:
+        """The largest |x| that a matrix is multiplied with, outliers moved; None if not known."""
+        if self.statistics is None:
+            return None
+        place = input_place(weight)
+        low, high = self.statistics.channel_range(place)
+        shift = self.migration.shifts.get(place, np.float32(0))
+        scale = self.migration.scales.get(place, np.float32(1))
+        return float(
+            np.maximum(np.abs((low - shift) / scale), np.abs((high - shift) / scale)).max()
+        )
 
 
 def open_statistics(
@@ -91,6 +105,8 @@ def calibrated(
     """
     if statistics is None:
         return Calibrated(target)
+    if not target.rounds_activations(precision) and is_quantized(precision):
+        return Calibrated(target, statistics=statistics)
     if precision == "fp16" or target.half_activations:
         half = find_half_range(
             read,
@@ -113,8 +129,8 @@ def calibrated(
         rounding_of,
         lambda done, all_: progress("looking for outliers", done, all_),
     )
-    quantizer = _gptq(statistics, migration, checkpoint, target)
-    return Calibrated(target, migration, moved, quantizer=quantizer)
+    gptq = None if target.quantize_linear else _gptq(statistics, migration, checkpoint, target)
+    return Calibrated(target, migration, moved, quantizer=gptq, statistics=statistics)
 
 
 def _gptq(

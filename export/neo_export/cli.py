@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         ("bf16", "the same in bfloat16; cuda only"),
         ("int8", "weights in 7 of 8 bits, a scale a channel; activations in 8, a scale a token"),
         ("int4", "weights in 4 bits, a scale a block; activations in 8, a scale a block"),
+        ("fp8", "target tensorrt: weights (with --calibration also products) in float8 E4M3"),
     ):
         precision.add_argument(
             f"--{name}", dest="precision", action="store_const", const=name, help=text

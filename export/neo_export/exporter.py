@@ -165,7 +165,7 @@ def export_bundle(
             return tensor.read()
 
         statistics = open_statistics(options.calibration, checkpoint, say)
-        plan = options.quantization.plan_for("decode", options.precision, spec)
+        plan = target.plan_for(options.quantization, "decode", options.precision, spec)
         decided = calibrated(statistics, checkpoint, read, target, options.precision, plan, say)
         target = decided.target
         cache, steps = target.cache(spec, options.precision), None
@@ -183,6 +183,7 @@ def export_bundle(
                 options.quantization,
                 decided.quantizer,
                 max_length,
+                decided.largest_input,
             )
             for name, _ in target.graphs
         }
@@ -216,7 +217,7 @@ def export_bundle(
             from neo_export.verify import verify_bundle
 
             scored = scoring_graph(models)
-            plan = options.quantization.plan_for(scored, options.precision, spec)
+            plan = target.plan_for(options.quantization, scored, options.precision, spec)
             written = folder / manifest.graphs[scored].file
             stored = StoredWeights(
                 migrated,

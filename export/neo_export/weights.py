@@ -137,8 +137,12 @@ def _nbytes(value: ir.Value) -> int:
 def _chunks(value: ir.Value) -> list[memoryview]:
     """The tensor's bytes, little endian, in pieces; the array lives until the last is used."""
     assert value.const_value is not None
-    array = np.ascontiguousarray(value.const_value.numpy())
-    flat = array.reshape(-1).view(np.uint8).data
+    assert value.dtype is not None
+    if value.dtype.bitwidth < 8:  # numpy has one a byte, ONNX packs them
+        flat = memoryview(value.const_value.tobytes())
+    else:
+        array = np.ascontiguousarray(value.const_value.numpy())
+        flat = array.reshape(-1).view(np.uint8).data
     if len(flat) != _nbytes(value):
         raise AssertionError(f"{value.name}: {len(flat)} bytes made, {_nbytes(value)} announced")
     return [flat[start : start + _CHUNK] for start in range(0, len(flat), _CHUNK)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["GRAPHS", "PRECISIONS", "TARGETS", "check_manifest"]
 
 GRAPHS = ("prefill", "decode", "score")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "mixed")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "mixed")
 TARGETS = ("cpu", "cuda", "portable", "tensorrt")
 _ATTENTION_LAYERS = ("global", "local")
 _CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8")

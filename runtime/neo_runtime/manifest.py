@@ -44,7 +44,7 @@ def is_quantized(precision: str) -> bool:
 
     "mixed" is int8, int4 and float32 matrices side by side.
     """
-    return precision in ("int8", "int4", "mixed")
+    return precision in ("int8", "int4", "fp8", "mixed")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import pytest
 from helpers.nvidia import flavour, needs_tensorrt_rtx, write_hollow_graphs
@@ -15,10 +16,18 @@ from neo_export.engine import build as build_module
 from neo_export.engine.build import build_engine, read_bundle
 from neo_export.engine.cli import main
 from neo_export.engine.device import Device, local_device
-from neo_export.engine.network import add_profiles, parse_graph
+from neo_export.engine.network import add_profiles, parse_graph, profile_shapes
 from neo_export.engine.ranges import EngineRequest, resolve_options
 from neo_export.exporter import ExportOptions, export_bundle
-from neo_runtime.engine_record import ENGINES_FOLDER, MachineFacts, read_records, why_unfit
+from neo_runtime.engine_record import (
+    DECODE_PROFILE,
+    ENGINES_FOLDER,
+    PREFILL_PROFILE,
+    EngineOptions,
+    MachineFacts,
+    read_records,
+    why_unfit,
+)
 from neo_runtime.errors import BundleDamagedError, BundleError, EngineError
 from neo_runtime.manifest import Manifest, ModelSpec
 from onnx import TensorProto, helper
@@ -46,7 +55,7 @@ LARGE = ModelSpec(
     pad_token_id=None,
 )
 """The published 1.3B shape."""
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8")
 ADA = Device("8.9", None)
 
 
@@ -90,8 +99,8 @@ def test_the_demo_model_parses(bundles: dict[str, Path], precision: str, graph: 
 
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
 def test_the_published_shape_parses(precision: str, tmp_path: Path) -> None:
-    """1.3 billion parameters, as a sparse file of zeros."""
-    for name, path in write_hollow_graphs(LARGE, precision, tmp_path).items():
+    """1.3 billion parameters, as a sparse file of zeros; 8 bits with quantized inputs too."""
+    for name, path in write_hollow_graphs(LARGE, precision, tmp_path, lambda _: 6.0).items():
         assert path.stat().st_size < 2e6
         network = parse(path).network
         assert network.num_outputs == 1 + 2 * LARGE.num_layers, name
@@ -144,12 +153,49 @@ def test_profiles_in_the_configuration_of_the_builder(bundles: dict[str, Path]) 
     add_profiles(Recorder(), config, parsed.network, options)
     assert config.num_optimization_profiles == 2
     decode, prefill = ([tuple(s) for s in p.get_shape("input_ids")] for p in profiles)
-    assert decode == [(1, 1), (2, 1), (4, 1)]
+    assert decode == [(1, 1), (2, 1), (4, 2)]
     assert prefill == [(1, 1), (2, 100), (4, 300)]
     decode, prefill = ([tuple(s) for s in p.get_shape("logit_positions")] for p in profiles)
     assert (decode[-1], prefill[-1]) == ((4, 1), (4, 256))
     cache = [tuple(shape) for shape in profiles[1].get_shape("past_key_values.3.value")]
     assert cache == [(1, 3, 512, 64), (2, 3, 512, 64), (4, 3, 512, 64)]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_both_profiles_share_one_copy_of_the_weights(precision: str, tmp_path: Path) -> None:
+    """The plan with both is little larger than that of the prefill profile alone."""
+    spec = replace(
+        LARGE,
+        vocab_size=1000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_layers=2,
+        num_heads=8,
+        max_position_embeddings=512,
+        attention_layers=("global", "local"),
+    )
+    graph = write_hollow_graphs(spec, precision, tmp_path)["prefill"]
+    weights = next(tmp_path.glob("score*.bin"))
+    with weights.open("r+b") as file:  # no two tensors alike, or they might be shared as such
+        numbers = np.random.default_rng(0).integers(0, 1 << 10, weights.stat().st_size // 2)
+        file.write((numbers | 0x2000).astype(np.uint16).tobytes())
+    options = EngineOptions(opt_length=128, max_length=512, max_logit_positions=64)
+    sizes = {}
+    for profiles in ((PREFILL_PROFILE,), (DECODE_PROFILE, PREFILL_PROFILE)):
+        builder = flavour().module.Builder(flavour().logger)
+        parsed = parse_graph(flavour(), builder, graph)
+        config = build_module._configure(flavour(), builder, ADA, options)
+        for profile in profiles:
+            made = builder.create_optimization_profile()
+            for index in range(parsed.network.num_inputs):
+                tensor = parsed.network.get_input(index)
+                shapes = profile_shapes(tensor.name, tuple(tensor.shape), profile, options)
+                made.set_shape(tensor.name, *shapes)
+            config.add_optimization_profile(made)
+        sizes[profiles] = builder.build_serialized_network(parsed.network, config).nbytes
+    alone, both = sizes.values()
+    assert alone < 1.2 * weights.stat().st_size
+    assert both - alone < 0.2 * weights.stat().st_size
 
 
 def test_foreign_operators_are_named_node_by_node(tmp_path: Path) -> None:

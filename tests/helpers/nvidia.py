@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from neo_export.engine.flavour import find_flavour
 from neo_export.graphs import build_graph
-from neo_export.targets import TARGETS, Quantization, passes_for
+from neo_export.targets import TARGETS, passes_for
 from neo_export.weights import bind_parameters
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from neo_export.engine.flavour import Flavour
+    from neo_export.passes.quantize_linear import ActivationRange
     from neo_runtime.manifest import ModelSpec
 
 needs_tensorrt_rtx = pytest.mark.skipif(
@@ -30,15 +32,18 @@ def flavour() -> Flavour:
 
 
 def write_hollow_graphs(
-    spec: ModelSpec, precision: str, folder: Path, quantization: Quantization | None = None
+    spec: ModelSpec,
+    precision: str,
+    folder: Path,
+    largest_input: ActivationRange | None = None,
 ) -> dict[str, Path]:
-    """The target's graphs over a sparse file of zeros: structure without weights, at any size."""
+    """The target's graphs over sparse files of zeros: structure without weights, at any size."""
     target = TARGETS["tensorrt"]
     paths = {}
     for name, entry in target.graphs:
         model = build_graph(entry, spec)
         bind_parameters(model, _no_data)
-        for rewrite in passes_for(target, precision, name, spec, quantization):
+        for rewrite in passes_for(target, precision, name, spec, largest_input=largest_input):
             rewrite(model)
             RemoveUnusedNodesPass()(model)
         _refer_to_zeros(model, folder)
@@ -52,7 +57,7 @@ def _no_data(name: str) -> Any:
 
 
 def _refer_to_zeros(model: ir.Model, folder: Path) -> None:
-    offset = 0
+    offset, scales = 0, []
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if not isinstance(tensor, ir.LazyTensor):
@@ -60,7 +65,7 @@ def _refer_to_zeros(model: ir.Model, folder: Path) -> None:
         assert value.dtype is not None
         assert value.shape is not None
         value.const_value = ir.ExternalTensor(
-            "zeros.bin",
+            f"{model.graph.name}.bin",
             offset,
             tensor.nbytes,
             value.dtype,
@@ -68,7 +73,11 @@ def _refer_to_zeros(model: ir.Model, folder: Path) -> None:
             name=name,
             base_dir=folder,
         )
+        if name.endswith(".scales"):  # TensorRT refuses those that are not positive
+            scales.append((offset, tensor.size))
         offset += -(-tensor.nbytes // 4096) * 4096
-    zeros = folder / "zeros.bin"
-    with zeros.open("ab") as file:
-        file.truncate(max(offset, zeros.stat().st_size))
+    with (folder / f"{model.graph.name}.bin").open("wb") as file:
+        file.truncate(offset)
+        for start, size in scales:
+            file.seek(start)
+            file.write(np.full(size, 0.01, dtype=np.float16).tobytes())

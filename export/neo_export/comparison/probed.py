@@ -61,6 +61,8 @@ def open_probed(folder: Path, manifest: Manifest, graph: str, *, threads: int = 
     if manifest.precision in ("fp32", "fp16"):
         # Quantized products have other kernels for prepacked weights: look at those that will run.
         options.add_session_config_entry("session.disable_prepacking", "1")
+    # A weight behind DequantizeLinear says nothing of rounding activations, as onnxruntime would.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(folder)
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neo_export.quantize.linear import LinearQuantizer, quantize_linear
 from neo_export.quantize.plan import is_planned
 from neo_export.quantize.quantizer import RoundToNearest, WeightQuantizer
 
@@ -31,7 +32,7 @@ class StoredWeights:
     """Reads a weight of the checkpoint."""
     plan: WeightPlan
     """Of the graph."""
-    quantizer: WeightQuantizer = field(default_factory=RoundToNearest)
+    quantizer: WeightQuantizer | LinearQuantizer = field(default_factory=RoundToNearest)
     """What made the integers."""
     half_positions: bool = False
     """The position table is stored in float16."""
@@ -46,6 +47,8 @@ class StoredWeights:
         storage = self.plan.of(name)
         if storage.kind == "int8":
             return self.quantizer.int8(name, weight).read_back()
+        if storage.kind == "fp8":
+            return quantize_linear(weight, "fp8").read_back()
         if storage.kind == "int4":
             assert storage.block_size is not None
             return self.quantizer.int4(name, weight, storage.block_size).read_back()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from neo_runtime.errors import RequestError
-from neo_runtime.manifest import CacheSpec
+from neo_runtime.manifest import CacheSpec, is_quantized
 
 from neo_export.graphs import GRAPH_NAMES
 from neo_export.passes._wide import Wide
@@ -22,11 +22,13 @@ from neo_export.passes.pack_qkv import pack_qkv, pack_qkv_alike
 from neo_export.passes.quantize_int4 import quantize_int4_weights
 from neo_export.passes.quantize_int8 import quantize_int8_weights
 from neo_export.passes.quantize_int8_blocks import quantize_int8_blocks
+from neo_export.passes.quantize_linear import quantize_linear_weights
 from neo_export.passes.select_logits import select_logits
 from neo_export.passes.static_cache import static_cache
 from neo_export.passes.store_transposed import store_transposed
 from neo_export.passes.window_caches import window_caches
 from neo_export.quantize.int4 import largest_block_size
+from neo_export.quantize.linear import LinearQuantizer
 from neo_export.quantize.plan import Storage, WeightPlan
 from neo_export.quantize.quantizer import EightBits, RoundToNearest
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import ModelSpec
 
     from neo_export.passes import Pass
+    from neo_export.passes.quantize_linear import ActivationRange
     from neo_export.quantize.quantizer import WeightQuantizer
 
 __all__ = ["TARGETS", "Quantization", "Target", "passes_for", "target_named"]
@@ -69,6 +72,9 @@ class Quantization:
         return plan.keeping(self.keep)
 
 
+_TABLES = ("transformer.wte.weight", "lm_head.weight")
+
+
 @dataclass(frozen=True)
 class Target:
     """A kind of machine, as lists of passes in the order in which they run.
@@ -88,6 +94,9 @@ class Target:
     """Each graph of the bundle, and the entry point of `neo_export.graphs` that it is made of."""
     static_cache: bool = False
     """Caches of the bundle's own `max_length`, no more and no less."""
+    quantize_linear: bool = False
+    """Quantized weights reach their products through DequantizeLinear, activations are float16,
+    and the tables of tokens are not quantized."""
 
     half_activations: bool = False
     """Quantized weights are dequantized in the kernel, for activations in float16."""
@@ -114,9 +123,22 @@ class Target:
         fused = (fuse_attention, pack_qkv, window_caches)
         return replace(self, fused=False, fusions=tuple(f for f in self.fusions if f not in fused))
 
+    def plan_for(
+        self, quantization: Quantization, graph: str, precision: str, spec: ModelSpec
+    ) -> WeightPlan:
+        """The storage of every matrix as one graph of this target reads it."""
+        plan = quantization.plan_for(graph, precision, spec)
+        return plan.keeping(_TABLES) if self.quantize_linear else plan
+
+    def rounds_activations(self, precision: str) -> bool:
+        """Whether products round activations to integers, so that outliers are worth moving."""
+        return not self.quantize_linear or precision == "int8"
+
     @property
-    def quantizer(self) -> WeightQuantizer:
+    def quantizer(self) -> WeightQuantizer | LinearQuantizer:
         """What makes integers of weights where nothing else was asked for."""
+        if self.quantize_linear:
+            return LinearQuantizer()
         return EightBits() if self.half_activations else RoundToNearest()
 
     def cache(self, spec: ModelSpec, precision: str) -> CacheSpec:
@@ -125,6 +147,7 @@ class Target:
         if self.half_activations and precision != "bf16":
             dtype = "float16"
         if self.static_cache:
+            dtype = dtype if precision in ("fp32", "bf16") else "float16"
             return CacheSpec(layout="static", padding="right", dtype=dtype, window=None)
         if not self.fused or spec.head_dim % HEAD_SIZE_MULTIPLE:
             return CacheSpec(layout="append", padding="left", dtype=dtype, window=None)
@@ -171,7 +194,7 @@ TARGETS: dict[str, Target] = {
         Target(
             name="tensorrt",
             summary="TensorRT: opset 24, cache of static length, one graph for prompts and scoring",
-            precisions=("fp32", "fp16"),
+            precisions=("fp32", "fp16", "int8", "int4", "fp8"),
             fusions=(),
             storage=(store_transposed,),
             fused=False,
@@ -179,6 +202,7 @@ TARGETS: dict[str, Target] = {
             minimum_onnxruntime="1.24.0",
             graphs=(("prefill", "score"), ("decode", "decode")),
             static_cache=True,
+            quantize_linear=True,
         ),
     )
 }
@@ -203,6 +227,7 @@ def passes_for(
     quantization: Quantization | None = None,
     quantizer: WeightQuantizer | None = None,
     max_length: int | None = None,
+    largest_input: ActivationRange | None = None,
 ) -> tuple[Pass, ...]:
     """Every pass that one graph of an export goes through, in order.
 
@@ -214,6 +239,8 @@ def passes_for(
         quantization: for int8 and int4.
         quantizer: what makes the integers; None for rounding to nearest.
         max_length: positions of a static cache; None for all that the checkpoint has.
+        largest_input: the largest |x| of each matrix's input, for targets that quantize inputs
+            by a constant scale.
 
     Raises:
         RequestError: the target has no such precision.
@@ -223,7 +250,7 @@ def passes_for(
             f"target {target.name} has no precision {precision!r}, "
             f"expected one of {', '.join(target.precisions)}"
         )
-    plan = (quantization or Quantization()).plan_for(graph, precision, spec)
+    plan = target.plan_for(quantization or Quantization(), graph, precision, spec)
     fusions = tuple(pack_qkv_alike(plan) if f is pack_qkv else f for f in target.fusions)
     if precision not in ("fp16", "bf16") and not target.half_activations:
         # The CPU's kernel is half as exact as Add and LayerNormalization are (1.3B shape: logits
@@ -236,6 +263,9 @@ def passes_for(
     storage = target.storage
     if target.finds_candidates and graph != "score":
         storage += (candidates,)
+    if target.quantize_linear and is_quantized(precision):
+        fusions = (*fusions, quantize_linear_weights(plan, largest_input))
+        precision = "fp16"
     return fusions + _of_precision(target, precision, plan, quantizer) + storage
 
 
