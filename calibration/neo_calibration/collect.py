@@ -161,6 +161,7 @@ def _layer(run: _Run, layer: int) -> None:
             after[where] = seen["residual"].numpy()
             done = layer * run.text.tokens + where.stop
             run.say(f"layer {layer + 1} of {spec.num_layers}", done, _total(run))
+    observed.close()
     file = run.work.file_name(name)
     results = [accumulator.finish(file) for accumulator in places.values()]
     run.work.write_part(name, results, scores)

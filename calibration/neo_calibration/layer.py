@@ -33,6 +33,7 @@ class ObservedLayer:
         self._window = spec.window_size if local else None
         self._block: Any = reference.load_block(layer)
         self._seen: dict[str, Any] = {}
+        self._hooks: list[Any] = []
         attention, mlp = self._block.attn.attention, self._block.mlp
         for place, module in (
             ("ln_1", self._block.ln_1),
@@ -45,12 +46,20 @@ class ObservedLayer:
             ("gelu", mlp.act),
             ("mlp", mlp),
         ):
-            module.register_forward_hook(
+            hook = module.register_forward_hook(
                 lambda _module, _inputs, output, place=place: self._see(place, output)
             )
-        attention.out_proj.register_forward_pre_hook(
+            self._hooks.append(hook)
+        hook = attention.out_proj.register_forward_pre_hook(
             lambda _module, inputs: self._see("attended", inputs[0])
         )
+        self._hooks.append(hook)
+
+    def close(self) -> None:
+        """Let go of the weights: the hooks refer to this object, which refers to the layer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._block, self._seen = None, {}
 
     def run(self, hidden: NDArray[np.float32]) -> dict[str, Any]:
         """One context, hidden states [S, H] → torch tensors [S, C] by place, in no order."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["CalibrationText", "read_text"]
 
 _FEW = 1024
+_CHARACTERS = 16
+"""Characters of a text file that are tokenized for each token that is wanted."""
 _KEYS = ("text", "prompt", "content")
 
 
@@ -118,7 +120,7 @@ def _token_ids(
     for file in files:
         data = _read(file)
         digests[file.name] = hashlib.sha256(data).hexdigest()
-        for document in _documents(file, data):
+        for document in _documents(file, data, _CHARACTERS * tokens):
             if len(ids) >= tokens:
                 break
             found = tokenizer.encode(document, add_special_tokens=False).ids
@@ -141,23 +143,19 @@ def _read(file: Path) -> bytes:
         ) from error
 
 
-def _documents(file: Path, data: bytes) -> Iterator[str]:
+def _documents(file: Path, data: bytes, characters: int) -> Iterator[str]:
+    """Every document; of a text file no more than what surely gives enough tokens."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise StatisticsError(f"{file} is not UTF-8 text ({error}); convert it") from error
     if file.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
-        # In pieces, so that a text of gigabytes is not tokenized beyond what is taken.
-        yield from _pieces(text)
+        if text.strip():
+            yield text[:characters]
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold other line breaks
         if line.strip():
             yield _document(file, number, line)
-
-
-def _pieces(text: str) -> Iterator[str]:
-    if text.strip():
-        yield text
 
 
 def _document(file: Path, number: int, line: str) -> str:

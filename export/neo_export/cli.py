@@ -153,10 +153,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from neo_export.exporter import ExportOptions, export_bundle
         from neo_export.run_calibration import calibration_folder
+        from neo_export.staging import check_destination
 
         model = arguments.model or str(DEMO)
         precision, quantization = _quantization(arguments)
         build = _engine_builder(arguments)
+        if arguments.calibrate_text is not None:
+            check_destination(arguments.output, force=arguments.force)  # before the long work
         with calibration_folder(model, arguments.calibration, arguments.calibrate_text) as folder:
             summary = export_bundle(
                 model,
@@ -255,6 +258,13 @@ def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
         if given and asked not in needs:
             wanted = " or ".join(needs)
             raise RequestError(f"{flag} was given with {asked}, it goes with {wanted}")
+    calibrated = arguments.calibration is not None or arguments.calibrate_text is not None
+    if calibrated and precision in ("fp32", "bf16") and arguments.kv_cache == "float":
+        flag = "--calibration" if arguments.calibration is not None else "--calibrate-text"
+        raise RequestError(
+            f"{flag} was given with {asked}, which has no use for statistics; it goes with "
+            "--fp16, --int8, --int4, --plan and --kv-cache int8"
+        )
     return precision, Quantization(
         block_size=arguments.block_size,
         keep=tuple(arguments.keep_fp32),

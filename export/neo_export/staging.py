@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 __all__ = [
+    "check_destination",
     "copy_file",
     "record_file",
     "record_files",
@@ -93,6 +94,15 @@ def staged_folder(destination: Path, *, force: bool, needed: int = 0) -> Iterato
             if root is None and (failure := as_output_error(error, destination, None)):
                 raise failure from error
             raise
+
+
+def check_destination(destination: Path, *, force: bool) -> None:
+    """Raise at once what `staged_folder` would: for work that is long before it writes.
+
+    Raises:
+        OutputError: there is something that may not be replaced, or no folder to write in.
+    """
+    _checked_target(Path(destination), force=force)
 
 
 def sync_tree(folder: Path) -> None:

@@ -45,6 +45,9 @@ _NORM = 16
 """A power mean of this order stands for the maximum, so that it has a slope."""
 _SHIFTED = ("attended", "ln_2", "gelu")
 """Places whose readers have a bias, which can hold a constant part."""
+_HARMLESS = 0.03
+"""A product that is within this of the exact one (‖y − ŷ‖ / ‖y‖) needs nothing. int8 without
+outliers is 0.6 to 2.5 % off (the demo model), and with them 6 % and more."""
 _PROMISING, _CLEAR = 0.75, 0.5
 """A candidate's squared error, as a part of what it is without, must be below the first to be
 refined, and below the second to be used. Without outliers it stays above 0.55 (the demo model),
@@ -155,6 +158,9 @@ def _search(
 
     plain = _view(place, weights, statistics, None)
     before = error(plain, np.ones(some.shape[1], np.float32))
+    size = float(np.linalg.norm(plain.judge @ some.T))
+    if before <= _HARMLESS * size:
+        return None
     best, scale, shift = before, None, None
     for z in _shifts(place, statistics):
         view = _view(place, weights, statistics, z)
@@ -170,7 +176,6 @@ def _search(
         best, scale = found, candidate
     if best * best > _CLEAR * before * before:
         return None
-    size = float(np.linalg.norm(plain.judge @ some.T))
     return scale, shift, MovedPlace(place, before / size, best / size, shift is not None)
 
 
