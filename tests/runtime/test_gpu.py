@@ -1,0 +1,239 @@
+"""What is said where a GPU cannot be used: the CUDA runtime and onnxruntime are stood in for."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from dataclasses import dataclass
+from enum import IntEnum
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import neo_runtime
+import pytest
+from neo_runtime.backends import choice
+from neo_runtime.backends.cuda_device import checked
+from neo_runtime.backends.sessions import translated
+from neo_runtime.errors import (
+    BundleUnsupportedError,
+    DependencyError,
+    DeviceError,
+    DeviceMemoryError,
+    RequestError,
+)
+from neo_runtime.gpu import GpuFacts, require_cuda_provider, require_gpu
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Error(IntEnum):
+    """Names and numbers of CUDA's own."""
+
+    cudaSuccess = 0  # noqa: N815
+    cudaErrorMemoryAllocation = 2  # noqa: N815
+    cudaErrorInsufficientDriver = 35  # noqa: N815
+    cudaErrorNoDevice = 100  # noqa: N815
+    cudaErrorUnknown = 999  # noqa: N815
+
+
+@dataclass
+class FakeCuda:
+    """The part of `cuda.bindings.runtime` that looks for GPUs."""
+
+    driver: int = 13010
+    runtime: int = 13050
+    count: tuple[Error, int | None] = (Error.cudaSuccess, 2)
+
+    def cudaDriverGetVersion(self) -> tuple[Error, int]:  # noqa: N802
+        return Error.cudaSuccess, self.driver
+
+    def cudaRuntimeGetVersion(self) -> tuple[Error, int]:  # noqa: N802
+        return Error.cudaSuccess, self.runtime
+
+    def cudaGetDeviceCount(self) -> tuple[Error, int | None]:  # noqa: N802
+        return self.count
+
+    def cudaGetDeviceProperties(self, index: int) -> tuple[Error, Any]:  # noqa: N802
+        facts = SimpleNamespace(name=b"NVIDIA Test\0", major=9, minor=0, totalGlobalMem=80 << 30)
+        return Error.cudaSuccess, facts
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    monkeypatch.setattr("neo_runtime.gpu.cuda_runtime", lambda: fake)
+    return fake
+
+
+def test_a_gpu(cuda: FakeCuda) -> None:
+    assert require_gpu(1) == GpuFacts(
+        index=1,
+        name="NVIDIA Test",
+        compute_capability="9.0",
+        memory_bytes=80 << 30,
+        driver_cuda=(13, 1),
+    )
+
+
+def test_no_driver(cuda: FakeCuda) -> None:
+    cuda.driver, cuda.count = 0, (Error.cudaErrorInsufficientDriver, None)
+    with pytest.raises(DeviceError, match=r"no NVIDIA driver.*--gpus all.*backend='cpu'"):
+        require_gpu()
+
+
+def test_too_old_a_driver(cuda: FakeCuda) -> None:
+    cuda.driver, cuda.count = 12040, (Error.cudaErrorInsufficientDriver, None)
+    with pytest.raises(DeviceError, match=r"CUDA up to 12\.4.*wants 13\.5; update the driver"):
+        require_gpu()
+
+
+@pytest.mark.parametrize("count", [(Error.cudaErrorNoDevice, None), (Error.cudaSuccess, 0)])
+def test_no_gpu(
+    count: tuple[Error, int | None], cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda.count = count
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(DeviceError, match=r"no usable NVIDIA GPU.*VISIBLE_DEVICES is '7'"):
+        require_gpu()
+
+
+def test_no_such_gpu(cuda: FakeCuda) -> None:
+    with pytest.raises(DeviceError, match=r"device 2 was asked for, but there are 2 \(0 to 1\)"):
+        require_gpu(2)
+
+
+def test_cuda_bindings_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(DependencyError, match=r"cuda-bindings.*neo-onnx\[gpu\]"):
+        require_gpu()
+
+
+def test_the_wheel_for_cpus(cuda: FakeCuda) -> None:
+    """The one that is installed here: no stand-in."""
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(DependencyError, match=r"built without CUDA; replace it: pip uninstall"):
+        require_cuda_provider(require_gpu())
+
+
+def test_a_wheel_for_a_newer_cuda(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = SimpleNamespace(
+        __version__="1.31.1",
+        cuda_version="13.0",
+        get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+        preload_dlls=lambda: print("loaded"),
+    )
+    monkeypatch.setattr("neo_runtime.gpu.require_onnxruntime", lambda: wheel)
+    assert require_cuda_provider(require_gpu()) is wheel
+    cuda.driver = 12080
+    with pytest.raises(DeviceError, match=r"CUDA 13\.0, the driver runs CUDA up to 12\.8"):
+        require_cuda_provider(require_gpu())
+
+
+def test_both_wheels(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = ["onnxruntime", "onnxruntime-gpu"]
+    monkeypatch.setattr("neo_runtime.installation._installed", lambda: both)
+    with pytest.raises(DependencyError, match=r"installed together.*'neo-onnx\[gpu\]'"):
+        require_cuda_provider(require_gpu())
+
+
+def test_memory_and_other_failures_of_cuda() -> None:
+    assert checked((Error.cudaSuccess, 5), "work") == 5
+    with pytest.raises(DeviceMemoryError, match=r"no memory left for 100 bytes.*--int4"):
+        checked((Error.cudaErrorMemoryAllocation, None), "100 bytes")
+    with pytest.raises(DeviceError, match="failed to copy memory: cudaErrorUnknown"):
+        checked((Error.cudaErrorUnknown, None), "copy memory")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error cudaErrorMemoryAllocation:out of memory",
+        "Failed to allocate memory for requested buffer of size 100 (BFCArena of Cuda)",
+        "CUDA failure 2: out of memory ; GPU=0",
+    ],
+)
+def test_memory_that_onnxruntime_lacks(message: str) -> None:
+    ort = importlib.import_module("onnxruntime")
+    with pytest.raises(DeviceMemoryError, match="lower prefill_chunk"), translated(ort):
+        raise RuntimeError(message)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "tensorrt"])
+def test_what_was_asked_for_or_an_error(
+    backend: str, cuda_bundle: Path, tensorrt_bundle: Path, cuda: FakeCuda
+) -> None:
+    cuda.count = (Error.cudaErrorNoDevice, None)
+    bundle = {"cuda": cuda_bundle, "tensorrt": tensorrt_bundle}[backend]
+    with pytest.raises(DeviceError, match="no usable NVIDIA GPU"):
+        neo_runtime.load(bundle, backend=backend)
+
+
+def test_a_bundle_that_was_made_for_another_backend(
+    mini_bundle: Path, cuda_bundle: Path, tensorrt_bundle: Path
+) -> None:
+    for bundle, backend, reason in (
+        (mini_bundle, "cuda", "exported for cpu; export with --target cuda"),
+        (cuda_bundle, "tensorrt", "no TensorRT plan; export with --target tensorrt"),
+        (tensorrt_bundle, "cpu", "runs by a plan alone; build one with neo-engine"),
+    ):
+        with pytest.raises(BundleUnsupportedError, match=reason):
+            neo_runtime.load(bundle, backend=backend)
+
+
+def test_automatic_choice_says_what_it_took(
+    cuda_bundle: Path, cuda: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda.driver = 0
+    with caplog.at_level(logging.INFO, "neo_runtime"), neo_runtime.load(cuda_bundle) as model:
+        assert model.backend == "cpu"
+        assert model.generate("Once", max_new_tokens=2).text
+        assert model.backend_choice is not None
+        assert "\n" not in model.backend_choice
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    said = record.getMessage()
+    assert "backend cpu: cuda cannot be used (there is no NVIDIA driver" in said
+    assert "slow on the CPU, export with --target cpu" in said
+
+
+def test_a_gpu_that_works_is_taken(
+    cuda_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = SimpleNamespace(
+        described="NVIDIA Test (device 0)", default_chunk=1, close=lambda: None
+    )
+    monkeypatch.setitem(choice._OPENERS, "cuda", lambda bundle, options: opened)
+    with caplog.at_level(logging.INFO, "neo_runtime"), neo_runtime.load(cuda_bundle) as model:
+        assert (model.backend, model.backend_choice) == (
+            "cuda",
+            "backend cuda: NVIDIA Test (device 0)",
+        )
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+
+
+def test_nothing_to_choose_says_nothing(
+    mini_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO), neo_runtime.load(mini_bundle) as model:
+        assert (model.backend, model.backend_choice) == ("cpu", None)
+    assert not caplog.records
+
+
+def test_bad_requests(mini_bundle: Path) -> None:
+    with pytest.raises(RequestError, match="expected one of auto, cpu, cuda, tensorrt"):
+        neo_runtime.load(mini_bundle, backend="gpu")
+    with pytest.raises(RequestError, match="device is -1"):
+        neo_runtime.load(mini_bundle, device=-1)
+
+
+def test_a_plan_needs_tensorrt(
+    tensorrt_bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neo_runtime.backends.cuda_device.cuda_runtime", lambda: cuda)
+    monkeypatch.setattr("neo_runtime.backends.cuda_device.CudaDevice.__init__", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(DependencyError, match=r"TensorRT cannot be imported.*neo-onnx\[tensorrt\]"):
+        neo_runtime.load(tensorrt_bundle, backend="tensorrt")
