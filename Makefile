@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 # onnxruntime's wheels report usage to their maker otherwise.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint scale clean
+.PHONY: demo test lint scale gpu-check clean
 
 demo: $(VENV)/.demo
 	mkdir -p build
@@ -27,6 +27,17 @@ scale: $(VENV)/.test
 	mkdir -p build
 	$(BIN)/python -m tests.scale --report build/scale-report.md
 
+# On a machine with an NVIDIA GPU: the tests that need one, then neo-bench beside PyTorch on it.
+# MODEL is the checkpoint to measure. Without a GPU it says so and fails.
+GPU_VENV := .venv-gpu
+gpu-check: $(GPU_VENV)/.ready
+	$(GPU_VENV)/bin/python -m neo_tools.gpu_check $(MODEL) --output build/gpu
+
+$(GPU_VENV)/.ready: $(INPUTS)
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[gpu-check]'
+	touch $@
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
@@ -42,4 +53,4 @@ $(VENV)/.test: $(INPUTS) | $(BIN)/python
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(GPU_VENV) build .pytest_cache .mypy_cache .ruff_cache

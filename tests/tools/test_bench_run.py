@@ -392,6 +392,8 @@ def test_overhead_refuses_what_it_cannot_see(mini_bundle: Path) -> None:
 
         manifest = _open(mini_bundle).manifest
 
+        backend = "cpu"
+
         def rounded_length(self, length: int) -> int:
             return length
 

@@ -94,9 +94,18 @@ class Settings:
     """Of our runtime; None: its default."""
     probe_bytes: int | None = None
     """Buffer of the bandwidth measurement; None: `bandwidth.default_buffer_bytes`."""
+    backend: str = "auto"
+    """Of the bundles, as `neo_runtime.load` takes it."""
+    device: int = 0
+    """Which GPU."""
     timeout: float = 3600.0
     """Seconds that one answer of a participant may take."""
     cases: tuple[Case, ...] = field(default=())
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU was asked for: it is the machine then, whose limit is measured."""
+        return self.backend in ("cuda", "tensorrt")
 
 
 def threads_text(threads: int) -> str:

@@ -124,7 +124,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     }
     if arguments.peer and arguments.model is None:
         raise RequestError("--peer runs the checkpoint itself; name its folder with --model")
-    peers = tuple(_peer(text, arguments.root) for text in arguments.peer)
+    on_gpu = arguments.backend in ("cuda", "tensorrt")
+    peers = tuple(_peer(text, arguments.root, on_gpu=on_gpu) for text in arguments.peer)
     megabytes = arguments.probe_mb
     return Settings(
         bundles=tuple(arguments.bundles),
@@ -138,6 +139,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         keep_context=arguments.keep_context,
         prefill_chunk=arguments.prefill_chunk,
         probe_bytes=None if megabytes is None else megabytes * 10**6,
+        backend=arguments.backend,
+        device=arguments.device,
         timeout=arguments.timeout,
         cases=make_cases(**lists),
     )
@@ -150,17 +153,25 @@ def _chosen(given: list[list[int]] | None, default: tuple[int, ...]) -> tuple[in
     return tuple(dict.fromkeys(number for numbers in given for number in numbers))
 
 
-def _peer(text: str, root: Path | None) -> PeerChoice:
+def _peer(text: str, root: Path | None, *, on_gpu: bool) -> PeerChoice:
     """Parse and check `NAME[:PRECISION]`.
 
     Raises:
         DependencyError: there is no such peer, or its environment is not set up.
         RequestError: it has no such precision.
     """
-    from neo_tools.peers.environments import python_of, spec_of
+    from neo_tools.peers.environments import GPU_PRECISIONS, python_of, spec_of
 
     name, _, precision = text.partition(":")
     spec = spec_of(name)
+    if on_gpu:
+        wanted = precision or GPU_PRECISIONS[0]
+        if name != "torch" or wanted not in GPU_PRECISIONS:
+            raise RequestError(
+                f"the peer {text} does not run on a GPU here; expected torch: and one of "
+                f"{', '.join(GPU_PRECISIONS)}"
+            )
+        return PeerChoice(name=name, precision=wanted)
     if precision and precision not in spec.precisions:
         raise RequestError(
             f"the peer {name} has no precision {precision!r}; it has {', '.join(spec.precisions)}"
@@ -228,6 +239,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="write a roofline picture, .svg or .png"
     )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "cuda", "tensorrt"),
+        default="auto",
+        help="what the bundles run on (auto); with cuda or tensorrt the GPU's memory is the limit, "
+        "and the peers are torch:fp16 and torch:fp16-compiled, in this environment",
+    )
+    parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU, from 0")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     peers = parser.add_argument_group("peers")
     peers.add_argument(

@@ -44,10 +44,12 @@ class NeoWorker(Peer):
         precision: str,
         threads: int,
         prefill_chunk: int | None = None,
+        backend: str = "auto",
+        device: int = 0,
         timeout: float = 3600.0,
     ) -> None:
         command = [sys.executable, "-m", "neo_tools.bench.worker", "--bundle", str(bundle)]
-        command += ["--threads", str(threads)]
+        command += ["--threads", str(threads), "--backend", backend, "--device", str(device)]
         if prefill_chunk is not None:
             command += ["--prefill-chunk", str(prefill_chunk)]
         super().__init__(
@@ -63,9 +65,16 @@ class NeoWorker(Peer):
         """Run the score graph; seconds."""
         return float(self._ask({"op": "score", "length": length})["seconds"])
 
-    def overhead(self, batch: int, steps: int) -> Overhead:
-        """What Python costs a token."""
+    def device_bytes(self) -> int | None:
+        """Device memory that was taken since the worker began to load; None on the CPU."""
+        found = self._ask({"op": "device_memory"})["bytes"]
+        return None if found is None else int(found)
+
+    def overhead(self, batch: int, steps: int) -> Overhead | None:
+        """What Python costs a token; None on a GPU, which works while Python does."""
         answer = self._ask({"op": "overhead", "batch": batch, "steps": steps})
+        if answer["step"] is None:
+            return None
         return Overhead(step=answer["step"], generate=answer["generate"])
 
     def first_token(self, length: int) -> tuple[float, float]:
@@ -77,8 +86,19 @@ class NeoWorker(Peer):
 class BandwidthWorker(Peer):
     """The process that measures the machine, `bandwidth.py`."""
 
-    def __init__(self, model: Path, *, threads: int, size: int | None, timeout: float) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        threads: int,
+        size: int | None,
+        timeout: float,
+        device: int | None = None,
+    ) -> None:
         command = [sys.executable, "-m", "neo_tools.bench.bandwidth", "--threads", str(threads)]
+        if device is not None:
+            command = [sys.executable, "-m", "neo_tools.bench.device_bandwidth"]
+            command += ["--device", str(device)]
         if size is not None:
             command += ["--bytes", str(size)]
         super().__init__(

@@ -126,7 +126,8 @@ def _machine_lines(machine: Machine, limits: Sequence[Limits]) -> str:
     ]
     for limit in limits:
         kernels = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in limit.read.items())
-        peak = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limit.peak.items())
+        peaks = [f"{name} {rate / 1e9:.0f}" for name, rate in limit.peak.items()]
+        peak = ", ".join(peaks) or "not measured"
         lines.append(
             f"- {threads_text(limit.threads)}: best read bandwidth "
             f"{limit.bandwidth / 1e9:.1f} GB/s ({limit.kernel}; GB/s by kernel: {kernels}), "

@@ -123,6 +123,9 @@ class Row:
     """Decode of a bundle: of a step, outside of onnxruntime, median."""
     generate_python_seconds: float | None = None
     """The same a token of `Model.generate`."""
+    device_bytes: int | None = None
+    """A bundle on a GPU: device memory taken since loading began (weights, caches, activations;
+    not CUDA's own context), after the case."""
 
     @property
     def bytes_per_token(self) -> float | None:

@@ -31,6 +31,7 @@ class Measured:
     memory: MemoryResult | None = None
     cache_bytes: int | None = None
     overhead: Overhead | None = None
+    device_bytes: int | None = None
 
     @property
     def seconds(self) -> tuple[float, ...]:
@@ -108,5 +109,7 @@ def _prepare(
 def _conclude(case: Case, worker: Peer, measured: Measured) -> None:
     """Memory with the case's cache still there; then what Python costs."""
     measured.memory = worker.memory()
+    if isinstance(worker, NeoWorker):
+        measured.device_bytes = worker.device_bytes()
     if isinstance(worker, NeoWorker) and case.kind == "decode":
         measured.overhead = worker.overhead(case.batch, _OVERHEAD_STEPS)

@@ -24,7 +24,7 @@ __all__ = ["FLOAT32_DECODE", "make_ratios", "make_row", "with_limits"]
 
 FLOAT32_DECODE = "float32 decode"
 
-_PEER_CACHE_BYTES = {"fp32": 4, "bf16": 2}
+_PEER_CACHE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp16-compiled": 2}
 """Of a cache element, where the peer does not tell."""
 _OPENVINO_TYPES = {"f32": 4, "float32": 4, "f16": 2, "float16": 2, "bf16": 2, "u8": 1, "uint8_t": 1}
 
@@ -65,6 +65,7 @@ def make_row(
         limit_share=None,
         python_seconds=overhead.step if overhead else None,
         generate_python_seconds=overhead.generate if overhead else None,
+        device_bytes=measured.device_bytes,
     )
 
 
@@ -134,7 +135,8 @@ def _reads(
     if participant.kind == "bundle":
         [info] = [info for info in bundles if info.label == participant.label]
         weights, model = info.weights, info.manifest.model
-        itemsize = np.dtype(info.manifest.cache.dtype).itemsize
+        kind = info.manifest.cache.dtype
+        itemsize = 2 if kind == "bfloat16" else np.dtype(kind).itemsize
     else:
         model = bundles[0].manifest.model
         weights = traffic.nominal_weights(model, participant.precision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from neo_tools.bench.cases import Settings
+    from neo_tools.bench.cases import PeerChoice, Settings
     from neo_tools.bench.opening import BundleInfo
     from neo_tools.bench.results import Ratio, Row
 
@@ -131,7 +132,11 @@ def _run_threads(
 
 def _bandwidth(settings: Settings, path: Path, threads: int, guard: Guard) -> Participant:
     worker = BandwidthWorker(
-        path, threads=threads, size=settings.probe_bytes, timeout=settings.timeout
+        path,
+        threads=threads,
+        size=settings.probe_bytes,
+        timeout=settings.timeout,
+        device=settings.device if settings.on_gpu else None,
     )
     return Participant(label="machine", kind="machine", precision="-", worker=worker, guard=guard)
 
@@ -154,6 +159,9 @@ def _participants(
     ]
     for choice in settings.peers:
         assert settings.model is not None
+        on_gpu: dict[str, Any] = {}
+        if settings.on_gpu:
+            on_gpu["command"] = _gpu_command(settings, choice, threads)
         worker = Peer(
             choice.name,
             settings.model,
@@ -161,6 +169,7 @@ def _participants(
             threads=threads,
             root=settings.peers_root,
             timeout=settings.timeout,
+            **on_gpu,
         )
         found.append(
             Participant(
@@ -174,6 +183,13 @@ def _participants(
     return found
 
 
+def _gpu_command(settings: Settings, choice: PeerChoice, threads: int) -> list[str]:
+    """The torch peer on the same GPU, in this environment."""
+    command = [sys.executable, "-m", "neo_tools.peers.worker_torch", "--model", str(settings.model)]
+    command += ["--precision", choice.precision, "--threads", str(threads)]
+    return [*command, "--device", f"cuda:{settings.device}"]
+
+
 def _neo_worker(settings: Settings, info: BundleInfo, threads: int) -> NeoWorker:
     return NeoWorker(
         info.label,
@@ -181,6 +197,8 @@ def _neo_worker(settings: Settings, info: BundleInfo, threads: int) -> NeoWorker
         precision=info.manifest.precision,
         threads=threads,
         prefill_chunk=settings.prefill_chunk,
+        backend=settings.backend,
+        device=settings.device,
         timeout=settings.timeout,
     )
 

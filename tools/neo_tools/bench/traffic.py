@@ -38,6 +38,8 @@ _GATHERS = {"Gather": ("axis", (0,)), "GatherBlockQuantized": ("gather_axis", (0
 NOMINAL_BYTES: dict[str, tuple[float, float]] = {
     "fp32": (4.0, 4.0),
     "bf16": (2.0, 2.0),
+    "fp16": (2.0, 2.0),
+    "fp16-compiled": (2.0, 2.0),
     "int8": (1.0, 1.0),
     # optimum-intel's int4: groups of 128 with a float16 scale and a 4-bit zero point; head int8.
     "int4": (0.5 + 2.5 / 128, 1.0),

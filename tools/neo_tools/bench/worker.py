@@ -5,6 +5,7 @@ Besides the requests of `neo_tools.peers.worker_protocol`:
     {"op": "reserve", "length": 1056}     → the next cache has room for so many positions
     {"op": "score", "length": 16}         → seconds; the score graph is loaded from then on
     {"op": "overhead", "batch": 1, "steps": 32}   → what Python costs a token, see `_overhead`
+    {"op": "device_memory"}               → bytes of a GPU's memory taken since loading began
     {"op": "first_token", "length": 16}   → in a process that has loaded nothing: see `_first_token`
 """
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.kv_cache import KVCache
     from neo_runtime.model import Model
+    from neo_runtime.step_logits import StepLogits
 
 __all__ = ["NeoEngine", "main"]
 
@@ -38,9 +40,17 @@ class NeoEngine:
 
     packages = ("neo-onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
 
-    def __init__(self, bundle: Path, threads: int, prefill_chunk: int | None) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        threads: int,
+        prefill_chunk: int | None,
+        backend: str = "auto",
+        device: int = 0,
+    ) -> None:
         self._bundle = bundle
-        self._options: dict[str, Any] = {"threads": threads}
+        self._options: dict[str, Any] = {"threads": threads, "backend": backend, "device": device}
+        self._free_before: int | None = None
         if prefill_chunk is not None:
             self._options["prefill_chunk"] = prefill_chunk
         self._opened: Model | None = None
@@ -69,6 +79,8 @@ class NeoEngine:
         import neo_runtime
         import neo_runtime.model
 
+        if self._options["backend"] in ("cuda", "tensorrt"):
+            self._free_before = free_device_bytes(self._options["device"])
         imported = perf_counter()
         self._opened = neo_runtime.load(self._bundle, **self._options)
         self._opened._backend.prepare()
@@ -81,6 +93,7 @@ class NeoEngine:
             "target": manifest.target,
             "cache": manifest.cache.layout,
             "window": manifest.cache.window,
+            "backend": self._opened.backend,
             "prepacked_bytes": self._opened.prepacked_bytes,
         }
 
@@ -97,8 +110,8 @@ class NeoEngine:
             length = model.rounded_length(self._length or model.manifest.max_length)
             self._cache = model.new_cache(len(ids), length)
         elif len(ids[0]) == 1:
-            return _greedy(model.decode(self._cache, [row[0] for row in ids]))
-        return _greedy(model.prefill(self._cache, ids))
+            return _greedy_step(model.decode_step(self._cache, [row[0] for row in ids]))
+        return _greedy_step(model.prefill_step(self._cache, ids))
 
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
         """Requests that only this worker knows."""
@@ -107,12 +120,18 @@ class NeoEngine:
             "score": self._score,
             "overhead": self._overhead,
             "first_token": self._first_token,
+            "device_memory": self._device_memory,
         }
 
     def _reserve(self, request: dict[str, Any]) -> dict[str, Any]:
         self._length = request["length"]
         length = self._model.rounded_length(request["length"])
         return {"cache_bytes": self._model.cache_bytes(request["batch"], length)}
+
+    def _device_memory(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._free_before is None:
+            return {"bytes": None}
+        return {"bytes": self._free_before - free_device_bytes(self._options["device"])}
 
     def _score(self, request: dict[str, Any]) -> dict[str, Any]:
         [ids] = context_ids(request["length"], 1, 0, self.vocab_size)
@@ -133,6 +152,8 @@ class NeoEngine:
 
         batch, steps = request["batch"], request["steps"]
         model = self._model
+        if model.backend != "cpu":
+            return {"step": None, "native": None, "generate": None}
         ids = context_ids(_OVERHEAD_PROMPT, batch, 0, self.vocab_size)
         outside, inside = [], []
         with native_seconds() as spent:
@@ -178,6 +199,28 @@ class NeoEngine:
         first = perf_counter()
         self._opened.generate(ids, options)
         return {"seconds": first - started, "prefill": perf_counter() - first}
+
+
+def free_device_bytes(device: int) -> int:
+    """Free memory of a GPU, of all processes together; makes CUDA's context, if there is none."""
+    from neo_runtime.backends.cuda_device import checked
+    from neo_runtime.gpu import cuda_runtime
+
+    cuda: Any = cuda_runtime()
+    checked(cuda.cudaSetDevice(device), f"select device {device}")
+    return int(checked(cuda.cudaMemGetInfo(), "count memory")[0])
+
+
+def _greedy_step(step: StepLogits) -> list[int]:
+    """Each row's best token, from its candidates where they decide."""
+    tokens = []
+    for row in step:
+        found = row.candidates
+        if found is not None and found.values.max() > found.edge:
+            tokens.append(int(found.ids[found.values.argmax()]))
+        else:
+            tokens.append(int(row.full().argmax()))
+    return tokens
 
 
 def _greedy(logits: Any) -> list[int]:
@@ -245,8 +288,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prefill-chunk", type=int)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--device", type=int, default=0)
     arguments = parser.parse_args(argv)
-    engine = NeoEngine(arguments.bundle, arguments.threads, arguments.prefill_chunk)
+    engine = NeoEngine(
+        arguments.bundle,
+        arguments.threads,
+        arguments.prefill_chunk,
+        arguments.backend,
+        arguments.device,
+    )
     # `serve` only iterates over its requests.
     serve(engine, cast("TextIO", _others(engine, sys.stdin, answers)), answers)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
+    "GPU_PRECISIONS",
     "PEERS",
     "PeerSpec",
     "is_ready",
@@ -33,6 +34,9 @@ __all__ = [
     "worker_environ",
 ]
 
+GPU_PRECISIONS = ("fp16", "fp16-compiled")
+"""What the torch peer can do on a GPU: eager, and `torch.compile`. It runs in the environment of
+the caller then, whose torch must be a CUDA build."""
 _FOLDER = Path(__file__).resolve().parent
 _MARKER = "neo-peer.json"
 _TAIL_LINES = 15

@@ -157,6 +157,7 @@ def parse_arguments(argv: Sequence[str], precisions: Sequence[str]) -> argparse.
     parser.add_argument("--model", type=Path, required=True, help="folder to load")
     parser.add_argument("--precision", choices=precisions, default=precisions[0])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="torch alone: cpu, or cuda:0")
     return parser.parse_args(argv)
 
 

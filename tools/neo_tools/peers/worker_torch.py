@@ -10,7 +10,10 @@ from neo_tools.peers.worker_protocol import claim_stdout, parse_arguments, serve
 if TYPE_CHECKING:
     from pathlib import Path
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp16-compiled")
+"""The last two are for GPUs; "compiled" is `torch.compile` with its dynamic shapes."""
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp16-compiled": "float16"}
 
 
 class TorchEngine:
@@ -18,22 +21,24 @@ class TorchEngine:
 
     packages = ("torch", "transformers", "tokenizers")
 
-    def __init__(self, model: Path, precision: str, threads: int) -> None:
+    def __init__(self, model: Path, precision: str, threads: int, device: str = "cpu") -> None:
         self._folder = model
         self._precision = precision
         self._threads = threads
+        self._device = device
         self._cache: Any = None
         self._model: Any = None
+        self._config: Any = None
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding table."""
-        return int(self._model.config.vocab_size)
+        return int(self._config.vocab_size)
 
     @property
     def max_length(self) -> int:
         """Positions that the model has."""
-        return int(self._model.config.max_position_embeddings)
+        return int(self._config.max_position_embeddings)
 
     def load(self) -> dict[str, Any]:
         """Load the checkpoint in the wanted type."""
@@ -43,12 +48,19 @@ class TorchEngine:
         torch.set_num_threads(self._threads)
         model: Any = GPTNeoForCausalLM.from_pretrained(
             self._folder,
-            dtype=torch.bfloat16 if self._precision == "bf16" else torch.float32,
+            dtype=getattr(torch, _DTYPES[self._precision]),
             attn_implementation="eager",
         )
-        self._model = model.eval()
+        self._model = model.eval().to(self._device)
+        self._config = model.config
+        if self._precision == "fp16-compiled":
+            # Compiled again for each new length otherwise; the first calls of a process compile.
+            self._model = torch.compile(self._model, dynamic=True)
         self._torch = torch
-        return {"threads": torch.get_num_threads(), "dtype": str(model.dtype), "cache": "append"}
+        facts = {"dtype": str(model.dtype), "cache": "append", "device": self._device}
+        if self._device != "cpu":
+            facts["gpu"] = torch.cuda.get_device_name(self._device)
+        return {"threads": torch.get_num_threads(), **facts}
 
     def reset(self) -> None:
         """Forget the cache."""
@@ -59,7 +71,7 @@ class TorchEngine:
         torch = self._torch
         with torch.inference_mode():
             output = self._model(
-                torch.tensor(ids, dtype=torch.int64),
+                torch.tensor(ids, dtype=torch.int64, device=self._device),
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -73,7 +85,7 @@ def main(argv: list[str]) -> None:
     """Serve requests from stdin."""
     answers = claim_stdout()
     arguments = parse_arguments(argv, PRECISIONS)
-    engine = TorchEngine(arguments.model, arguments.precision, arguments.threads)
+    engine = TorchEngine(arguments.model, arguments.precision, arguments.threads, arguments.device)
     serve(engine, sys.stdin, answers)
 
 

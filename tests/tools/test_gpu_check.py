@@ -1,0 +1,179 @@
+"""`make gpu-check`: verdicts computed from figures, and what it says where there is no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from helpers.bench_samples import results as sample_results
+from helpers.host_device import HostDevice
+from neo_runtime.gpu import GpuFacts
+from neo_tools.bench.device_bandwidth import copy_rate
+from neo_tools.bench.results import Ratio, Results
+from neo_tools.bench.statistics import spread
+from neo_tools.gpu_check.__main__ import main, run_suite
+from neo_tools.gpu_check.report import Suite, write_report
+from neo_tools.gpu_check.targets import judge
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GPU = GpuFacts(
+    index=0,
+    name="NVIDIA H100",
+    compute_capability="9.0",
+    memory_bytes=80 << 30,
+    driver_cuda=(13, 1),
+)
+
+
+def run(
+    *,
+    step: float = 0.001,
+    int4_step: float = 0.0005,
+    prompt: float = 0.008,
+    many: float = 0.002,
+    share: float = 0.8,
+    device: int = 3_000_000_000,
+    eager: float = 3.5,
+) -> Results:
+    """A run of two bundles with these figures; seconds a step, and of the prompt."""
+    base = sample_results()
+    row = dataclasses.replace(base.rows[0], kind="bundle", new_tokens=10, prompt=0, depth=128)
+
+    def decode(label: str, batch: int, seconds: float) -> object:
+        return dataclasses.replace(
+            row,
+            label=label,
+            batch=batch,
+            test="tg10 @ d128",
+            round_seconds=(10 * seconds,),
+            tokens_per_second=spread([batch / seconds]),
+            limit_share=share,
+            cache_bytes=100_000_000,
+            device_bytes=device,
+        )
+
+    rows = (
+        decode("half", 1, step),
+        decode("int4", 1, int4_step),
+        decode("half", 32, many),
+        dataclasses.replace(
+            row, label="half", batch=1, depth=0, prompt=1024, round_seconds=(prompt,), new_tokens=0
+        ),
+    )
+    facts = dataclasses.replace(
+        base.participants[0], kind="bundle", label="half", weights_bytes=2_600_000_000
+    )
+    ratio = Ratio(
+        test="tg10 @ d128",
+        threads=1,
+        batch=1,
+        other="torch:fp16",
+        bundle="half",
+        rounds=(eager,),
+        spread=spread([eager]),
+    )
+    facts_of_both = (facts, dataclasses.replace(facts, label="int4"))
+    return dataclasses.replace(base, rows=rows, participants=facts_of_both, ratios=(ratio,))
+
+
+def verdicts(results: Results) -> list[str]:
+    return [verdict.verdict for verdict in judge(results, "half", "int4")]
+
+
+def test_targets_that_are_met() -> None:
+    assert verdicts(run()) == ["met"] * 6
+    measured = [verdict.measured for verdict in judge(run(), "half", "int4")]
+    assert measured == ["80 %", "3.50 times", "2.00 times", "8.0 ms", "16.0 times", "111 %"]
+
+
+@pytest.mark.parametrize(
+    ("place", "figures"),
+    [
+        (0, {"share": 0.74}),
+        (1, {"eager": 2.9}),
+        (2, {"int4_step": 0.0006}),
+        (3, {"prompt": 0.0101}),
+        (4, {"many": 0.0022}),
+        (5, {"device": 3_200_000_000}),
+    ],
+)
+def test_a_target_that_is_missed(place: int, figures: dict[str, float]) -> None:
+    found = verdicts(run(**figures))  # type: ignore[arg-type]
+    assert found[place] == "not met"
+    assert found.count("met") == 5
+
+
+def test_what_was_not_measured_is_not_met() -> None:
+    empty = dataclasses.replace(run(), rows=(), ratios=())
+    assert verdicts(empty) == ["not measured"] * 6
+    without = judge(run(), "half", None)
+    assert [v.verdict for v in without].count("not measured") == 1
+
+
+def test_the_report(tmp_path: Path) -> None:
+    results = run(share=0.5)
+    suite = Suite(passed=9, failed=0, skipped=1, exit_status=0)
+    runs = {"cuda": (results, judge(results, "half", "int4"))}
+    raw, text = write_report(tmp_path, GPU, suite, runs)
+    found = json.loads(raw.read_text())
+    assert found["schema"] == "neo-gpu-check/1"
+    assert found["runs"]["cuda"]["targets"][0]["verdict"] == "not met"
+    assert "| float16 decode, share of the copy bandwidth | at least 75 % | 50 % | not met |" in (
+        text.read_text()
+    )
+    assert "9 passed, 0 failed, 1 skipped (correct)" in text.read_text()
+
+
+def test_a_failed_suite_measures_nothing(tmp_path: Path) -> None:
+    suite = Suite(passed=9, failed=1, skipped=0, exit_status=1)
+    _, text = write_report(tmp_path, GPU, suite, {})
+    assert "NOT CORRECT: nothing was measured" in text.read_text()
+    for nothing in (
+        Suite(passed=0, failed=0, skipped=8, exit_status=0),
+        Suite(passed=3, failed=0, skipped=0, exit_status=2),
+    ):
+        assert not nothing.is_correct
+
+
+def test_counting_a_suite(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.gpu\ndef test_a(): pass\n"
+        "@pytest.mark.gpu\ndef test_b(): assert 0\n"
+        "@pytest.mark.gpu\ndef test_c(): pytest.skip('no')\n"
+        "def test_d(): assert 0\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: here\n")
+    found = run_suite(tmp_path)
+    assert (found.passed, found.failed, found.skipped, found.exit_status) == (1, 1, 1, 1)
+
+
+def test_no_gpu_is_said_and_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    assert main(["--output", str(tmp_path / "out")]) == 2
+    assert "gpu-check: cuda-bindings is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_is_light() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "neo_tools.gpu_check", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "exit status" in done.stdout
+    for heavy in ("torch", "onnx", "numpy"):
+        assert f" {heavy}\n" not in done.stderr
+
+
+def test_a_copy_counts_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 2.0, 10.0, 11.0])
+    monkeypatch.setattr("neo_tools.bench.device_bandwidth.perf_counter", lambda: next(ticks))
+    device = HostDevice()
+    assert copy_rate(device, 1000, copies=4, passes=2) == 8000.0  # 2 · 4 · 1000 bytes in 1 s
+    assert not device.blocks

@@ -1,0 +1,79 @@
+"""What a GPU's memory can do at best: bytes a second of a copy inside it.
+
+A copy reads and writes each byte: both count, as in every figure that vendors give. The block is a
+gigabyte, far larger than any cache. Speaks the protocol of `bandwidth`: {"op": "read"}; there is no
+measurement of arithmetic ({"op": "peak"} answers with none).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from time import perf_counter
+from typing import Any
+
+from neo_tools.peers.worker_protocol import claim_stdout
+
+__all__ = ["copy_rate", "main"]
+
+KERNEL = "device copy"
+_BYTES = 1 << 30
+_COPIES, _PASSES = 8, 5
+
+
+def copy_rate(device: Any, size: int, *, copies: int = _COPIES, passes: int = _PASSES) -> float:
+    """Bytes read and written a second; the best of `passes`.
+
+    Args:
+        device: a `neo_runtime.backends.device.Device`.
+        size: bytes of a block; two are allocated.
+        copies: of a pass, one behind the other.
+        passes: of which the best counts.
+    """
+    source, target = device.allocate(size), device.allocate(size)
+    try:
+        device.zero(source, size)
+        device.synchronize()
+        best = 0.0
+        for _ in range(passes):
+            started = perf_counter()
+            for _ in range(copies):
+                device.copy_rows(target, size, source, size, size, 1)
+            device.synchronize()
+            best = max(best, 2.0 * size * copies / (perf_counter() - started))
+        return best
+    finally:
+        device.free(source)
+        device.free(target)
+
+
+def main(argv: list[str]) -> None:
+    """Serve requests from stdin."""
+    answers = claim_stdout()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", type=int, default=0)
+    parser.add_argument("--bytes", type=int, default=_BYTES)
+    arguments = parser.parse_args(argv)
+    device: Any = None
+    for line in sys.stdin:
+        op = json.loads(line).get("op")
+        if op == "quit":
+            return
+        try:
+            if device is None:
+                from neo_runtime.backends.cuda_device import CudaDevice
+                from neo_runtime.gpu import require_gpu
+
+                require_gpu(arguments.device)
+                device = CudaDevice(arguments.device)
+            rates = {} if op == "peak" else {KERNEL: copy_rate(device, arguments.bytes)}
+            answer: dict[str, Any] = {"ok": True, "rates": rates}
+        except Exception as error:
+            answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

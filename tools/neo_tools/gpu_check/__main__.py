@@ -1,0 +1,156 @@
+"""`python -m neo_tools.gpu_check CHECKPOINT`: see the package."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neo_runtime.errors import NeoError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from neo_tools.bench.results import Results
+    from neo_tools.gpu_check.report import Suite
+    from neo_tools.gpu_check.targets import Verdict
+
+__all__ = ["main"]
+
+_DONE, _WRONG_NUMBERS, _NO_GPU = 0, 1, 2
+_EPILOG = """exit status: 0 the tests passed and the report is written, whatever the targets say;
+1 a test failed (the report says so, nothing is measured); 2 no usable GPU, wrong usage, or a
+bundle that cannot be made or run"""
+_TESTS = Path(__file__).parents[3] / "tests" / "gpu"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m neo_tools.gpu_check",
+        description="Run everything that needs an NVIDIA GPU, and report.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", nargs="?", type=Path, help="checkpoint to measure (the demo model)"
+    )
+    parser.add_argument("--backend", action="append", choices=("cuda", "tensorrt"), default=[])
+    parser.add_argument("--device", type=int, default=0, metavar="N")
+    parser.add_argument("--output", type=Path, default=Path("build/gpu"), metavar="FOLDER")
+    parser.add_argument("--repetitions", type=int, default=5, metavar="N")
+    arguments = parser.parse_args(argv)
+    try:
+        return _run(arguments)
+    except NeoError as error:
+        print(f"gpu-check: {error}", file=sys.stderr)
+        return _NO_GPU
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from neo_runtime.gpu import require_gpu
+
+    from neo_tools.gpu_check.report import write_report
+
+    gpu = require_gpu(arguments.device)
+    backends = arguments.backend or ["cuda"]
+    suite = run_suite(_TESTS)
+    runs: dict[str, tuple[Results, list[Verdict]]] = {}
+    if suite.is_correct:
+        with tempfile.TemporaryDirectory(dir=_scratch(arguments.output)) as folder:
+            for backend in backends:
+                runs[backend] = _measure(arguments, backend, Path(folder))
+    paths = write_report(arguments.output, gpu, suite, runs)
+    print("\n".join(str(path) for path in paths))
+    return _DONE if suite.is_correct else _WRONG_NUMBERS
+
+
+def _scratch(output: Path) -> Path:
+    output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def run_suite(tests: Path) -> Suite:
+    """The tests that need a GPU, in a process of their own; their output goes to stderr."""
+    from neo_tools.gpu_check.report import Suite
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)]
+        status = subprocess.run([*command, f"--junitxml={found}"], stdout=sys.stderr).returncode
+        counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+        if found.exists():
+            for suite in ET.parse(found).getroot().iter("testsuite"):
+                for name in counts:
+                    counts[name] += int(suite.get(name, 0))
+    failed = counts["failures"] + counts["errors"]
+    return Suite(
+        passed=counts["tests"] - failed - counts["skipped"],
+        failed=failed,
+        skipped=counts["skipped"],
+        exit_status=status,
+    )
+
+
+def _measure(
+    arguments: argparse.Namespace, backend: str, folder: Path
+) -> tuple[Results, list[Verdict]]:
+    """Export, run neo-bench beside PyTorch, and compare with the targets."""
+    from neo_export.cli import DEMO
+    from neo_export.exporter import ExportOptions, export_bundle
+
+    from neo_tools.bench.cases import PeerChoice, Settings, make_cases
+    from neo_tools.bench.run import run
+    from neo_tools.gpu_check.targets import LONG_PROMPT, MANY, SHORT, judge
+
+    model = arguments.model or DEMO
+    bundles = {}
+    for precision in ("fp16", "int4"):
+        bundles[precision] = folder / f"{backend}-{precision}"
+        export_bundle(
+            str(model), bundles[precision], ExportOptions(target=backend, precision=precision)
+        )
+        if backend == "tensorrt":
+            _build_plan(bundles[precision])
+    longest = min(LONG_PROMPT, _positions(bundles["fp16"]) - 1)
+    shared = {"threads": (1,), "new_tokens": (64,), "depths": (SHORT,)}
+    cases = make_cases(prompts=(longest,), batches=(1,), **shared)
+    cases += make_cases(prompts=(0,), batches=(MANY,), **shared)
+    settings = Settings(
+        bundles=tuple(bundles.values()),
+        peers=(
+            PeerChoice(name="torch", precision="fp16"),
+            PeerChoice(name="torch", precision="fp16-compiled"),
+        ),
+        model=Path(model),
+        threads=(1,),
+        repetitions=arguments.repetitions,
+        backend=backend,
+        device=arguments.device,
+        cases=cases,
+    )
+    results = run(settings, lambda line: print(line, file=sys.stderr, flush=True))
+    return results, judge(results, bundles["fp16"].name, bundles["int4"].name)
+
+
+def _positions(bundle: Path) -> int:
+    from neo_runtime.bundle import open_bundle
+
+    return open_bundle(bundle).manifest.max_length
+
+
+def _build_plan(bundle: Path) -> None:
+    """A plan for the large batch, with `neo-engine` in a process of its own."""
+    from neo_tools.gpu_check.targets import MANY
+
+    command = [sys.executable, "-m", "neo_export.engine.cli", str(bundle), "--max-batch", str(MANY)]
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        raise NeoError(f"neo-engine could not build a plan of {bundle}; its words are above")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

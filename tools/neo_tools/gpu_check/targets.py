@@ -1,0 +1,124 @@
+"""What the project wants of an H100, beside what a run measured. Nothing here is a result.
+
+Every verdict is computed from the rows and limits of `neo-bench`; a figure that the run does not
+have is "not measured", which is not "met".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from neo_tools.bench.results import Results, Row
+
+__all__ = ["LONG_PROMPT", "MANY", "SHORT", "Verdict", "judge"]
+
+SHORT, LONG_PROMPT, MANY = 128, 1024, 32
+"""Positions in the cache, tokens of the long prompt, and the large batch that the targets name."""
+_EAGER = "torch:fp16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One target."""
+
+    name: str
+    wanted: str
+    measured: str
+    verdict: Literal["met", "not met", "not measured"]
+
+
+def judge(results: Results, half: str, int4: str | None) -> list[Verdict]:
+    """Compare a run with the targets for the 1.3B shape on an H100.
+
+    Args:
+        results: of one run.
+        half: label of the float16 bundle.
+        int4: label of the int4 bundle; None where it was not run.
+    """
+    decode = _row(results.rows, half, depth=SHORT, batch=1)
+    return [
+        _share(decode),
+        _ratio(results, half),
+        _int4(results.rows, decode, int4),
+        _prompt(_row(results.rows, half, prompt=LONG_PROMPT, batch=1)),
+        _batch(decode, _row(results.rows, half, depth=SHORT, batch=MANY)),
+        _memory(results, half, decode),
+    ]
+
+
+def _row(
+    rows: Sequence[Row], label: str, *, batch: int, depth: int = 0, prompt: int = 0
+) -> Row | None:
+    found = [
+        row
+        for row in rows
+        if (row.label, row.batch, row.depth, row.prompt) == (label, batch, depth, prompt)
+    ]
+    return found[0] if found else None
+
+
+def _verdict(
+    name: str, wanted: str, value: float | None, text: str, *, met: bool = False
+) -> Verdict:
+    if value is None:
+        return Verdict(name=name, wanted=wanted, measured="-", verdict="not measured")
+    return Verdict(name=name, wanted=wanted, measured=text, verdict="met" if met else "not met")
+
+
+def _share(row: Row | None) -> Verdict:
+    share = row.limit_share if row else None
+    name, wanted = "float16 decode, share of the copy bandwidth", "at least 75 %"
+    return _verdict(name, wanted, share, f"{100 * (share or 0):.0f} %", met=(share or 0) >= 0.75)
+
+
+def _ratio(results: Results, half: str) -> Verdict:
+    found = [
+        ratio.spread.median
+        for ratio in results.ratios
+        if (ratio.other, ratio.bundle, ratio.batch) == (_EAGER, half, 1)
+        and ratio.test.startswith("tg")
+    ]
+    value = found[0] if found else None
+    name, wanted = "float16 decode against PyTorch eager float16", "at least 3 times"
+    return _verdict(name, wanted, value, f"{value or 0:.2f} times", met=(value or 0) >= 3)
+
+
+def _seconds(row: Row | None) -> float | None:
+    return median(row.round_seconds) if row else None
+
+
+def _int4(rows: Sequence[Row], decode: Row | None, int4: str | None) -> Verdict:
+    other = _row(rows, int4, depth=SHORT, batch=1) if int4 else None
+    half_seconds, int4_seconds = _seconds(decode), _seconds(other)
+    value = half_seconds / int4_seconds if half_seconds and int4_seconds else None
+    name, wanted = "int4 decode against float16", "at least 1.8 times"
+    return _verdict(name, wanted, value, f"{value or 0:.2f} times", met=(value or 0) >= 1.8)
+
+
+def _prompt(row: Row | None) -> Verdict:
+    seconds = _seconds(row)
+    text = f"{1000 * (seconds or 0):.1f} ms"
+    met = seconds is not None and seconds <= 0.010
+    return _verdict(f"prefill of {LONG_PROMPT} tokens", "at most 10 ms", seconds, text, met=met)
+
+
+def _batch(one: Row | None, many: Row | None) -> Verdict:
+    value = None
+    if one is not None and many is not None:
+        value = many.tokens_per_second.median / one.tokens_per_second.median
+    name, wanted = f"batch {MANY} decode against batch 1, tokens a second", "at least 15 times"
+    return _verdict(name, wanted, value, f"{value or 0:.1f} times", met=(value or 0) >= 15)
+
+
+def _memory(results: Results, half: str, row: Row | None) -> Verdict:
+    name, wanted = "device memory, of weights and cache", "at most 115 %"
+    weights = next((p.weights_bytes for p in results.participants if p.label == half), None)
+    if row is None or row.device_bytes is None or row.cache_bytes is None or weights is None:
+        return _verdict(name, wanted, None, "")
+    value = row.device_bytes / (weights + row.cache_bytes)
+    return _verdict(name, wanted, value, f"{100 * value:.0f} %", met=value <= 1.15)
