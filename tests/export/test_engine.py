@@ -55,7 +55,7 @@ LARGE = ModelSpec(
     pad_token_id=None,
 )
 """The published 1.3B shape."""
-PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8")
 ADA = Device("8.9", None)
 
 
@@ -90,8 +90,8 @@ def test_the_demo_model_parses(bundles: dict[str, Path], precision: str, graph: 
     }
     assert set(inputs) == expected | ({"logit_positions"} if graph == "prefill" else set())
     trt = flavour().module
-    half = precision != "fp32"
-    assert inputs["past_key_values.0.key"].dtype == (trt.float16 if half else trt.float32)
+    cache = {"fp32": trt.float32, "bf16": trt.bfloat16}.get(precision, trt.float16)
+    assert inputs["past_key_values.0.key"].dtype == cache
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
     assert kinds.count(trt.LayerType.ATTENTION_INPUT) == 4
     assert kinds.count(trt.LayerType.KV_CACHE_UPDATE) == 8

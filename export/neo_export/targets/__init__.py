@@ -126,7 +126,16 @@ class Target:
     def plan_for(
         self, quantization: Quantization, graph: str, precision: str, spec: ModelSpec
     ) -> WeightPlan:
-        """The storage of every matrix as one graph of this target reads it."""
+        """The storage of every matrix as one graph of this target reads it.
+
+        Raises:
+            RequestError: the target has one graph for prompts and for decoding.
+        """
+        if quantization.int8_prefill and self.static_cache:
+            raise RequestError(
+                f"--int8-prefill was given with target {self.name}, where one graph serves prompts "
+                "and decoding; leave it out"
+            )
         plan = quantization.plan_for(graph, precision, spec)
         return plan.keeping(_TABLES) if self.quantize_linear else plan
 
@@ -194,7 +203,7 @@ TARGETS: dict[str, Target] = {
         Target(
             name="tensorrt",
             summary="TensorRT: opset 24, cache of static length, one graph for prompts and scoring",
-            precisions=("fp32", "fp16", "int8", "int4", "fp8"),
+            precisions=("fp32", "fp16", "bf16", "int8", "int4", "fp8"),
             fusions=(),
             storage=(store_transposed,),
             fused=False,
