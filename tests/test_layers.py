@@ -1,0 +1,51 @@
+"""Who imports whom, read from the sources: data flows one way."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = ("neo_runtime", "neo_export", "neo_calibration", "neo_tools")
+ALLOWED = {
+    "runtime/neo_runtime": ("neo_runtime",),
+    "export/neo_export": (
+        "neo_export",
+        "neo_runtime.engine_record",
+        "neo_runtime.errors",
+        "neo_runtime.installation",
+        "neo_runtime.manifest",
+    ),
+    "calibration/neo_calibration": ("neo_calibration", "neo_export", "neo_runtime"),
+    "tools/neo_tools": OURS,
+}
+
+
+def imports(file: Path) -> set[str]:
+    """Modules of ours that a source file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= submodules if node.module in OURS else {node.module}
+    return {name for name in found if name.partition(".")[0] in OURS}
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_imports_only_what_it_may(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for file in files:
+        for name in imports(file):
+            allowed = any(name == a or name.startswith(f"{a}.") for a in ALLOWED[folder])
+            assert allowed, f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_a_wrong_import_would_be_seen(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text("def f():\n    from neo_export import exporter\n    import neo_tools.diff\n")
+    assert imports(source) == {"neo_export.exporter", "neo_tools.diff"}
