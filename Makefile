@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 # onnxruntime's wheels report usage to their maker otherwise.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint scale gpu-check clean
+.PHONY: demo test lint scale gpu-check gpu-driver clean
 
 demo: $(VENV)/.demo
 	mkdir -p build
@@ -30,10 +30,16 @@ scale: $(VENV)/.test
 # On a machine with an NVIDIA GPU: the tests that need one, then neo-bench beside PyTorch on it.
 # MODEL is the checkpoint to measure. Without a GPU it says so and fails.
 GPU_VENV := .venv-gpu
-gpu-check: $(GPU_VENV)/.ready
+gpu-check: gpu-driver $(GPU_VENV)/.ready
 	$(GPU_VENV)/bin/python -m neo_tools.gpu_check $(MODEL) --output build/gpu
 
-$(GPU_VENV)/.ready: $(INPUTS)
+# Before gigabytes are installed for nothing.
+gpu-driver:
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || { \
+	  echo "gpu-check: this machine has no NVIDIA driver (libcuda.so.1), so nothing was run;" \
+	  "run it on a machine with a GPU (in a container: --gpus all)" >&2; exit 2; }
+
+$(GPU_VENV)/.ready: $(INPUTS) | gpu-driver
 	$(PYTHON) -m venv $(GPU_VENV)
 	$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[gpu-check]'
 	touch $@

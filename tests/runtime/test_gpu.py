@@ -221,6 +221,17 @@ def test_nothing_to_choose_says_nothing(
     assert not caplog.records
 
 
+def test_a_plan_runs_without_onnxruntime(
+    tensorrt_bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing asks for it before TensorRT is looked for."""
+    monkeypatch.setattr("neo_runtime.installation._installed", list)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    cuda.driver = 0
+    with pytest.raises(DeviceError, match="no NVIDIA driver"):
+        neo_runtime.load(tensorrt_bundle, backend="tensorrt")
+
+
 def test_bad_requests(mini_bundle: Path) -> None:
     with pytest.raises(RequestError, match="expected one of auto, cpu, cuda, tensorrt"):
         neo_runtime.load(mini_bundle, backend="gpu")

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from neo_runtime.bundle import check_installation
 from neo_runtime.errors import BundleUnsupportedError, NeoError, RequestError
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def _open_cpu(bundle: Bundle, options: BackendOptions, otherwise: str | None = N
             f"{bundle.path} was exported for tensorrt and runs by a plan alone{before}; build one "
             "with neo-engine, or export with --target cpu"
         )
+    check_installation(manifest, bundle.path)
     from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(
@@ -112,6 +114,7 @@ def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
         raise BundleUnsupportedError(f"{bundle.path} does not run on backend cuda: {reason}")
     gpu = require_gpu(options.device)
     require_cuda_provider(gpu)
+    check_installation(bundle.manifest, bundle.path)
     backend = CudaBackend(bundle, CudaDevice(options.device), options.session_config)
     backend.described = f"{gpu.name} (device {gpu.index})"
     return backend
