@@ -19,6 +19,8 @@ EXPORT_MACHINE = {
     "onnx_ir",
     "safetensors",
     "tensorrt",
+    "tensorrt_rtx",
+    "cuda",
 }
 
 
@@ -58,6 +60,12 @@ def test_generating_loads_nothing_of_the_export_machine(mini_bundle: Path) -> No
 def test_onnxruntime_is_imported_by_load_only() -> None:
     found = modules_after("import neo_runtime\nneo_runtime.load, neo_runtime.Model")
     assert "numpy" in found
+    assert not found & (EXPORT_MACHINE | {"onnxruntime", "tokenizers"})
+
+
+def test_backends_load_their_engines_only_when_opened() -> None:
+    modules = ("choice", "cuda", "cuda_device", "device_weights", "tensorrt", "tensorrt_store")
+    found = modules_after("".join(f"import neo_runtime.backends.{name}\n" for name in modules))
     assert not found & (EXPORT_MACHINE | {"onnxruntime", "tokenizers"})
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo_runtime.backends.base import Backend
-from neo_runtime.backends.device_store import ELEMENT_TYPES, ITEM_SIZES, DeviceStore, SlotPool
+from neo_runtime.backends.device_slots import ELEMENT_TYPES, ITEM_SIZES, SlotPool
+from neo_runtime.backends.device_store import DeviceStore
 from neo_runtime.backends.device_weights import DeviceWeights
 from neo_runtime.backends.sessions import translated
 from neo_runtime.errors import BundleUnsupportedError, DeviceError, NeoError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.backends.base import CacheStore
     from neo_runtime.backends.device import Device
-    from neo_runtime.backends.device_store import Slot, Tensors
+    from neo_runtime.backends.device_slots import Slot, Tensors
     from neo_runtime.bundle import Bundle
     from neo_runtime.manifest import Manifest
 

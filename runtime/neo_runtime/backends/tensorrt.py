@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo_runtime.backends.base import Backend, CacheStore
-from neo_runtime.backends.device import Layout, move_rows
+from neo_runtime.backends.tensorrt_store import ITEM_SIZES, TensorRTStore
 from neo_runtime.engine_record import (
     DECODE_PROFILE,
     ENGINES_FOLDER,
@@ -38,10 +38,8 @@ from neo_runtime.errors import (
     NeoError,
     RequestError,
 )
-from neo_runtime.step_logits import StepLogits
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from types import ModuleType
 
     from numpy.typing import NDArray
@@ -51,8 +49,6 @@ if TYPE_CHECKING:
     from neo_runtime.gpu import GpuFacts
 
 __all__ = ["TensorRTBackend", "require_tensorrt"]
-
-_ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 def require_tensorrt() -> tuple[ModuleType, str]:
@@ -178,7 +174,7 @@ class TensorRTBackend(Backend):
         """See `Backend.cache_bytes`: a static cache is as long as the bundle allows."""
         model = self.manifest.model
         position = 2 * model.num_layers * model.num_heads * model.head_dim
-        return position * _ITEM_SIZES[self.manifest.cache.dtype] * batch * self.manifest.max_length
+        return position * ITEM_SIZES[self.manifest.cache.dtype] * batch * self.manifest.max_length
 
     def open_cache(self, batch: int, length: int) -> CacheStore:
         """See `Backend.open_cache`."""
@@ -188,13 +184,13 @@ class TensorRTBackend(Backend):
                 f"{batch} sequences at once, but the plan {self.record.file} was built for {most}; "
                 "lower batch_size, or build another one with neo-engine --max-batch"
             )
-        return _TensorRTStore(self, batch)
+        return TensorRTStore(self, batch)
 
     def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Backend.score`."""
         options = self.record.options
         size = min(options.max_length, options.max_logit_positions)
-        store = _TensorRTStore(self, 1)
+        store = TensorRTStore(self, 1)
         try:
             found = [
                 store.run_chunk(
@@ -221,180 +217,3 @@ class TensorRTBackend(Backend):
         """Refuse to work after `close`."""
         if self._closed:
             raise NeoError("the model is closed; call neo_runtime.load again")
-
-
-class _TensorRTStore(CacheStore):
-    """Keys and values of some rows, and the captured decode step over them."""
-
-    def __init__(self, backend: TensorRTBackend, batch: int) -> None:
-        backend.check_open()
-        model = backend.manifest.model
-        self._backend, self._device, self._rows = backend, backend.device, batch
-        self._item = _ITEM_SIZES[backend.manifest.cache.dtype]
-        self._row_shape = (model.num_heads, backend.manifest.max_length, model.head_dim)
-        cache, step = Layout(), Layout()
-        for layer in range(model.num_layers):
-            for part in ("key", "value"):
-                cache.add(f"{layer}.{part}", None, (batch, *self._row_shape), self._item)
-        for name in ("input_ids", "position_ids", "logit_positions"):
-            step.add(name, np.int64, (batch, 1), 8)
-        step.add("logits", np.float32, (batch, 1, model.vocab_size), 4)
-        self._graph: Any = None
-        with backend.lock:
-            self._cache_block = self._device.allocate(cache.size)
-            try:
-                self._step_block = self._device.allocate(step.size)
-            except BaseException:
-                self._device.free(self._cache_block)
-                raise
-            # A slot that was never written is masked, and still multiplied by 0.
-            self._device.zero(self._cache_block, cache.size)
-            self._device.zero(self._step_block, step.size)
-        self._cache = cache.tensors(self._cache_block)
-        self._step_tensors = step.tensors(self._step_block)
-        self.lengths = np.zeros(batch, dtype=np.int64)
-        self._is_open = True
-
-    def _bound_cache(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        bound = {}
-        for name, (address, _, shape) in self._cache.items():
-            bound[f"past_key_values.{name}"] = bound[f"present.{name}"] = (address, shape)
-        return bound
-
-    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
-        """See `CacheStore.prefill`."""
-        chunk = min(chunk, self._backend.record.options.max_length)
-        counts = np.array([len(prompt) for prompt in prompts])
-        if (self.lengths + counts.max() > self._backend.manifest.max_length).any():
-            # A padded row would write behind the end of its cache: rows go alone, unpadded.
-            groups = [(row, [prompt]) for row, prompt in enumerate(prompts)]
-        else:
-            groups = [(0, list(prompts))]
-        logits = np.empty((self.batch, self._backend.manifest.model.vocab_size), np.float32)
-        for row, group in groups:
-            logits[row : row + len(group)] = self._prefill(row, group, chunk)
-        return StepLogits.at_hand(logits)
-
-    def _prefill(
-        self, first: int, prompts: Sequence[NDArray[np.int64]], chunk: int
-    ) -> NDArray[np.float32]:
-        """Logits of the last position of the rows from `first` on, float32 [rows, vocab]."""
-        counts = np.array([len(prompt) for prompt in prompts])
-        logits = np.empty((len(prompts), self._backend.manifest.model.vocab_size), np.float32)
-        for start in range(0, int(counts.max()), chunk):
-            left = np.clip(counts - start, 0, chunk)
-            ids = np.zeros((len(prompts), int(left.max())), dtype=np.int64)
-            for row, prompt in enumerate(prompts):
-                ids[row, : left[row]] = prompt[start : start + left[row]]
-            found = self.run_chunk(ids, np.maximum(left - 1, 0)[:, None], left, first)
-            logits[left > 0] = found[left > 0, 0]
-        return logits
-
-    def run_chunk(
-        self,
-        ids: NDArray[np.int64],
-        logit_positions: NDArray[np.int64],
-        counts: NDArray[np.int64] | None = None,
-        first: int = 0,
-    ) -> NDArray[np.float32]:
-        """Append tokens to some rows, and give logits of some of them.
-
-        Args:
-            ids: [rows, sequence], padded on the right.
-            logit_positions: [rows, m], indices among the new tokens.
-            counts: [rows] tokens that are no padding; None for all.
-            first: the store's row that `ids[0]` belongs to.
-
-        Returns:
-            float32 [rows, m, vocab].
-        """
-        backend, rows = self._backend, len(ids)
-        counts = np.full(rows, ids.shape[1]) if counts is None else counts
-        last = backend.manifest.max_length - 1
-        chosen = slice(first, first + rows)
-        positions = self.lengths[chosen, None] + np.arange(ids.shape[1])
-        # Padding may not run past the table or the cache: it is fed, but never looked at.
-        arrays = {
-            "input_ids": np.ascontiguousarray(ids),
-            "position_ids": np.minimum(positions, last),
-            "logit_positions": np.ascontiguousarray(logit_positions),
-        }
-        shape = (*logit_positions.shape, backend.manifest.model.vocab_size)
-        layout = Layout()
-        for name, array in arrays.items():
-            layout.add(name, np.int64, array.shape, 8)
-        layout.add("logits", np.float32, shape, 4)
-        logits = np.empty(shape, np.float32)
-        with backend.lock:
-            backend.check_open()
-            block = self._device.allocate(layout.size)
-            try:
-                for name, array in arrays.items():
-                    self._device.upload(block + layout.offset(name), array)
-                tensors = {n: (a, s) for n, (a, _, s) in layout.tensors(block).items()}
-                stride = self._item * int(np.prod(self._row_shape))
-                cache = {
-                    n: (a + first * stride, (rows, *s[1:]))
-                    for n, (a, s) in self._bound_cache().items()
-                }
-                backend.queue(PREFILL_PROFILE, tensors | cache)
-                self._device.download(logits, block + layout.offset("logits"))
-                self._device.synchronize()
-            finally:
-                self._device.free(block)
-        self.lengths[chosen] += counts
-        return logits
-
-    def decode(self, tokens: NDArray[np.int64]) -> StepLogits:
-        """See `CacheStore.decode`: all rows, so that the captured step fits."""
-        backend, batch = self._backend, self.batch
-        ids = np.zeros((2, self._rows), dtype=np.int64)
-        ids[0, :batch], ids[1, :batch] = tokens, self.lengths
-        logits = np.empty((batch, 1, backend.manifest.model.vocab_size), np.float32)
-        with backend.lock:
-            backend.check_open()
-            for index, name in enumerate(("input_ids", "position_ids")):
-                self._device.upload(self._step_tensors[name][0], ids[index])
-            if self._graph is None:
-                self._queue_step()  # once without: kernels are chosen and loaded
-                self._device.synchronize()
-                self._graph = self._device.capture(self._queue_step)
-            else:
-                self._device.replay(self._graph)
-            self._device.download(logits, self._step_tensors["logits"][0])
-            self._device.synchronize()
-        self.lengths += 1
-        return StepLogits.at_hand(logits[:, 0])
-
-    def _queue_step(self) -> None:
-        tensors = {n: (a, s) for n, (a, _, s) in self._step_tensors.items()}
-        self._backend.queue(DECODE_PROFILE, tensors | self._bound_cache())
-
-    def reorder(self, rows: NDArray[np.int64]) -> None:
-        """See `CacheStore.reorder`."""
-        moved = np.flatnonzero(rows != np.arange(len(rows)))
-        if len(moved):
-            sources = rows[moved]
-            heads, length, head_dim = self._row_shape
-            with self._backend.lock:
-                move_rows(
-                    self._device,
-                    [address for address, _, _ in self._cache.values()],
-                    (heads, length, head_dim * self._item),
-                    int(self.lengths[sources].max()),
-                    sources.tolist(),
-                    moved.tolist(),
-                )
-        self.lengths = self.lengths[rows]
-
-    def close(self) -> None:
-        """See `CacheStore.close`."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        with self._backend.lock:
-            if self._graph is not None:
-                self._device.discard(self._graph)
-                self._graph = None
-            self._device.free(self._step_block)
-            self._device.free(self._cache_block)
