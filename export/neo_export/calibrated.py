@@ -105,9 +105,8 @@ def calibrated(
     """
     if statistics is None:
         return Calibrated(target)
-    if not target.rounds_activations(precision) and is_quantized(precision):
-        return Calibrated(target, statistics=statistics)
-    if precision == "fp16" or target.half_activations:
+    linear = target.quantize_linear and is_quantized(precision)
+    if precision == "fp16" or target.half_activations or linear:
         half = find_half_range(
             read,
             tuple(checkpoint.tensors),
@@ -115,8 +114,12 @@ def calibrated(
             statistics,
             lambda done, all_: progress("looking for what float16 cannot hold", done, all_),
         )
-        quantizer = _gptq(statistics, Migration(), checkpoint, target)
-        return Calibrated(_in_half(target, precision, half), half=half, quantizer=quantizer)
+        target = _in_half(target, precision, half)
+        if not target.rounds_activations(precision):
+            return Calibrated(target, half=half, statistics=statistics)
+        if not linear:
+            quantizer = _gptq(statistics, Migration(), checkpoint, target)
+            return Calibrated(target, half=half, quantizer=quantizer)
 
     def rounding_of(name: str) -> Rounding | None:
         storage = plan.of(name)

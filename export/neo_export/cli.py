@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         help="cpu: onnxruntime's fused operators, cache updated in place, right padding only; "
         "cuda: the same for NVIDIA GPUs, in half precision; portable: standard ONNX operators, "
         "any attention mask; tensorrt: opset 24 with a cache of static length, for neo-engine "
-        "(default: cuda for --fp16 and --bf16, else cpu)",
+        "(default: cuda for --fp16 and --bf16, tensorrt for --fp8, else cpu)",
     )
     parser.add_argument(
         "--tensorrt",
@@ -207,10 +207,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _target(arguments: argparse.Namespace, precision: str) -> str:
-    """Half precision is for GPUs: CPUs compute most of it in float32."""
+    """Half precision is for GPUs: CPUs compute most of it in float32; fp8 is for TensorRT."""
     if arguments.tensorrt:
         return "tensorrt"
-    return str(arguments.target or ("cuda" if precision in ("fp16", "bf16") else "cpu"))
+    usual = {"fp16": "cuda", "bf16": "cuda", "fp8": "tensorrt"}
+    return str(arguments.target or usual.get(precision, "cpu"))
 
 
 def _engine_builder(
@@ -253,7 +254,7 @@ def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
     for given, flag, needs in (
         (arguments.block_size is not None, "--block-size", ("--int4",)),
         (arguments.int8_prefill, "--int8-prefill", ("--int4", "--plan")),
-        (bool(arguments.keep_fp32), "--keep-fp32", ("--int8", "--int4", "--plan")),
+        (bool(arguments.keep_fp32), "--keep-fp32", ("--int8", "--int4", "--fp8", "--plan")),
     ):
         if given and asked not in needs:
             wanted = " or ".join(needs)

@@ -140,7 +140,7 @@ class Target:
         return plan.keeping(_TABLES) if self.quantize_linear else plan
 
     def rounds_activations(self, precision: str) -> bool:
-        """Whether products round activations to integers, so that outliers are worth moving."""
+        """Whether products may round activations to integers: only then are outliers moved."""
         return not self.quantize_linear or precision == "int8"
 
     @property
