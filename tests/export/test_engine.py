@@ -198,6 +198,18 @@ def test_both_profiles_share_one_copy_of_the_weights(precision: str, tmp_path: P
     assert both - alone < 0.2 * weights.stat().st_size
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_quantized_inputs_build(precision: str, tmp_path: Path) -> None:
+    spec = replace(LARGE, vocab_size=100, hidden_size=256, num_heads=2, intermediate_size=1024)
+    spec = replace(spec, num_layers=2, attention_layers=("global", "local"))
+    graph = write_hollow_graphs(spec, precision, tmp_path, lambda _: 6.0)["prefill"]
+    options = EngineOptions(opt_length=128, max_length=512, max_logit_positions=64)
+    plan = build_module._serialize(
+        flavour(), ADA, graph, options, lambda *_: None, tmp_path / "timing.cache"
+    )
+    assert plan.nbytes > 1.5e6
+
+
 def test_foreign_operators_are_named_node_by_node(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("FastGelu", ["x"], ["a"], domain="com.microsoft", name="first"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -15,12 +16,16 @@ import numpy as np
 import pytest
 from helpers.models import ODD_CONFIGS, Reference, make_checkpoint, random_ids
 from helpers.running import Graphs, assert_agrees, relative_l2
+from neo_export import calibrated as calibrated_module
 from neo_export.calibrated import Calibrated
 from neo_export.exporter import ExportOptions, export_bundle
+from neo_export.half_range import HalfRange, WideTensor
 from neo_export.quantize.linear import LEVELS, quantize_linear
 from neo_export.quantize.migration import Migration
+from neo_export.quantize.plan import WeightPlan
 from neo_export.targets import TARGETS, Quantization
 from neo_export.tolerances import TOLERANCES
+from neo_runtime.errors import StatisticsError
 from safetensors.numpy import load_file, save_file
 
 if TYPE_CHECKING:
@@ -179,3 +184,20 @@ def test_the_range_of_an_input_follows_the_outliers_that_were_moved() -> None:
     )
     assert Calibrated(TARGET, migration, statistics=statistics).largest_input(weight) == 5.0
     assert Calibrated(TARGET).largest_input(weight) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_beyond_float16_are_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between quantized products it is float16 that computes."""
+    too_large = WideTensor("transformer.h.0.residual", "reaches 1e+05 on the calibration's text")
+    found = HalfRange(tensors=(too_large,))
+    monkeypatch.setattr(calibrated_module, "find_half_range", lambda *_: found)
+    checkpoint: Any = SimpleNamespace(tensors={}, spec=None)
+    nothing: Any = None
+    plan = WeightPlan.uniform(kind, BLOCK if kind == "int4" else None)
+    with pytest.raises(StatisticsError, match=r"h\.0\.residual reaches.*tensorrt.*--fp16"):
+        calibrated_module.calibrated(
+            SimpleNamespace(), checkpoint, nothing, TARGET, kind, plan, nothing
+        )
