@@ -8,6 +8,7 @@ agrees within the limit of float32, and the others within what one step makes.
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 from helpers.dequantized import (
     altered,
-    dequantized_checkpoint,
     exact_activations,
     scaled_attention,
     window,
@@ -29,12 +29,14 @@ from neo_export.checkpoint import open_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.quantize.kv_cache import steps_from_ranges
 from neo_export.quantize.plan import WeightPlan
+from neo_export.quantize.read_back import ReadBack
 from neo_export.quantize.stored import StoredWeights
 from neo_export.statistics import Statistics
 from neo_export.targets import Quantization
 from neo_export.tolerances import INT8_CACHE, TOLERANCES
 from neo_export.verify import verify_bundle
 from neo_runtime.errors import VerificationError
+from safetensors.numpy import load_file, save_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +106,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         exact, read_back = folder / "bundle", source
         if precision != "fp32":
             exact = altered(folder / "bundle", folder / "exact", exact_activations)
-            read_back = dequantized_checkpoint(source, folder / "back", precision, quantization)
+            read_back = stored_checkpoint(source, folder / "bundle", folder / "back")
         reference = Reference(read_back)
         unrounded = reference.logits(ids)
         round_cache(reference, steps)
@@ -112,6 +114,23 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         return Case(folder / "bundle", exact, source, statistics, ids, logits, unrounded, size)
 
     return make
+
+
+def stored_checkpoint(source: Path, bundle: Path, folder: Path) -> Path:
+    """The checkpoint with every matrix as the bundle has it: with statistics GPTQ rounds them."""
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    manifest = Graphs(bundle).manifest
+    plan = WeightPlan.uniform(manifest.precision, 32 if manifest.precision == "int4" else None)
+    stored = StoredWeights(
+        tensors.__getitem__, plan, ReadBack(bundle / "score.onnx"), half_positions=True
+    )
+    save_file(
+        {name: stored(name) for name in tensors},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    return folder
 
 
 def errors(graphs: Graphs, case: Case) -> NDArray[np.float64]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from helpers.hf_reference import heldout_texts, reference_continuations, varied_prompts
-from helpers.models import TinyConfig, make_checkpoint
+from helpers.int8_cache import calibrated
+from helpers.models import DEMO, TinyConfig, make_checkpoint
 from neo_export.checkpoint import open_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.genai import genai_config
@@ -117,6 +118,28 @@ def test_head_size_without_fused_attention(tmp_path: Path) -> None:
     found = continuations(og.Model(str(tmp_path / "bundle")), [[3, 1, 4]], 30)
     module = GPTNeoForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     assert found == greedy(module, [3, 1, 4], 30)
+
+
+def test_int8_cache(tmp_path: Path) -> None:
+    """The tokens of our own runtime, past the window, and again from a position before it."""
+    import neo_runtime
+
+    prompt = varied_prompts(1)[0][:20]
+    statistics = calibrated(DEMO, np.array([varied_prompts(20)[-1]]), tmp_path / "statistics")
+    options = ExportOptions(kv_cache="int8", calibration=statistics)
+    export_bundle(str(DEMO), tmp_path / "bundle", options)
+    with neo_runtime.load(tmp_path / "bundle", threads=1) as runtime:
+        own = runtime.generate(
+            prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
+        ).token_ids
+    loaded = og.Model(str(tmp_path / "bundle"))
+    assert continuations(loaded, [prompt]) == [tuple(own)]
+    generator = start(loaded, [prompt], len(prompt) + NEW_TOKENS)
+    take(generator, NEW_TOKENS - 1)
+    generator.rewind_to(len(prompt) + 10)
+    generator.append_tokens(np.array([own[10:12]], dtype=np.int32))
+    take(generator, 20)
+    assert text(generator)[len(prompt) :] == list(own[:32])
 
 
 def greedy(module: Any, prompt: list[int], count: int) -> list[Ids]:

@@ -22,7 +22,7 @@ def calibrated(checkpoint: Path, ids: NDArray[np.int64], folder: Path) -> Path:
     """Statistics of a checkpoint over token ids [contexts, S]; returns `folder`."""
     text = CalibrationText(contexts=tuple(ids), max_length=ids.shape[1], files={}, warnings=())
     with open_checkpoint(checkpoint) as opened:
-        collect(opened, text, folder, second_moments=False)
+        collect(opened, text, folder)
     return folder
 
 
