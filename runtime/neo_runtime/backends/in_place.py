@@ -24,6 +24,7 @@ import numpy as np
 from neo_runtime.backends.base import CacheStore, aligned_zeros, layer_lengths
 from neo_runtime.backends.binding import BoundCall
 from neo_runtime.backends.staged_cache import StagedCache
+from neo_runtime.backends.unused_memory import give_back
 from neo_runtime.manifest import CANDIDATE_OUTPUTS
 from neo_runtime.step_logits import CandidateRows, StepLogits
 
@@ -131,6 +132,7 @@ class InPlaceStore(RightPaddedStore):
         staged.store()
 
     def _after_prefill(self) -> StepLogits:
+        give_back()
         self._refresh_mask()
         return self._step()
 

@@ -11,6 +11,7 @@ from neo_runtime.backends.append import AppendStore
 from neo_runtime.backends.base import Backend, CacheStore, layer_lengths
 from neo_runtime.backends.in_place import InPlaceStore
 from neo_runtime.backends.sessions import SessionFactory
+from neo_runtime.backends.unused_memory import give_back
 from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class OnnxRuntimeBackend(Backend):
                 raise NeoError("the model is closed; call neo_runtime.load again")
             if graph not in self._sessions:
                 self._sessions[graph] = self._factory.session(graph)
+                give_back()
             return self._sessions[graph]
 
     def prepare(self) -> None:
@@ -107,6 +109,7 @@ class OnnxRuntimeBackend(Backend):
         session = self.session("score")
         with self.translated():
             logits: NDArray[np.float32] = session.run(["logits"], feeds)[0][0]
+        give_back()
         return logits
 
     def close(self) -> None:
