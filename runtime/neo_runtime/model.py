@@ -50,7 +50,7 @@ def load(
     verify: bool = False,
     prefill_chunk: int | None = None,
     session_config: Mapping[str, str] | None = None,
-    keep_prepacked: bool = True,
+    keep_prepacked: bool | None = None,
 ) -> Model:
     """Open a bundle. Graphs are loaded when they are first used.
 
@@ -66,9 +66,11 @@ def load(
         prefill_chunk: tokens of a prompt that go through the graph at once, which bounds the memory
             for activations; by default 512 on the CPU, 2048 on a GPU.
         session_config: more onnxruntime session configuration entries.
-        keep_prepacked: keep what this CPU's kernels make of quantized weights in a cache folder
+        keep_prepacked: keep what this CPU's kernels make of weights in a cache folder
             (`NEO_CACHE_DIR`, by default in the user's cache folder), and map it from there: later
-            loads are faster, and all graphs and processes share one copy.
+            loads are faster, and all graphs and processes share one copy. None: of quantized
+            weights. True: of float32 as well, which then computes faster, batches above all; it
+            takes twice the bundle's size on disk, and the first load once that in memory.
 
     Raises:
         BundleError: the folder is no usable bundle (see its subclasses).

@@ -8,7 +8,7 @@ agrees within the limit of float32, and the others within what one step makes.
 from __future__ import annotations
 
 import functools
-import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from helpers.dequantized import (
     altered,
+    dequantized_checkpoint,
     exact_activations,
     scaled_attention,
     window,
@@ -25,21 +26,21 @@ from helpers.int8_cache import cache_steps, calibrated, round_cache
 from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint, random_ids
 from helpers.passages import passages
 from helpers.running import Graphs, relative_l2
+from neo_export import exporter
+from neo_export.calibrated import Calibrated
 from neo_export.checkpoint import open_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.quantize.kv_cache import steps_from_ranges
 from neo_export.quantize.plan import WeightPlan
-from neo_export.quantize.read_back import ReadBack
 from neo_export.quantize.stored import StoredWeights
 from neo_export.statistics import Statistics
 from neo_export.targets import Quantization
 from neo_export.tolerances import INT8_CACHE, TOLERANCES
 from neo_export.verify import verify_bundle
 from neo_runtime.errors import VerificationError
-from safetensors.numpy import load_file, save_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import onnx
@@ -92,21 +93,19 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         ids, text = text[:1], text[1:]
         quantization = Quantization(block_size=32) if precision == "int4" else Quantization()
         statistics = calibrated(source, text, folder / "statistics")
-        export_bundle(
-            str(source),
-            folder / "bundle",
-            ExportOptions(
-                precision=precision,
-                quantization=quantization,
-                kv_cache="int8",
-                calibration=statistics,
-            ),
+        options = ExportOptions(
+            precision=precision,
+            quantization=quantization,
+            kv_cache="int8",
+            calibration=statistics,
         )
+        with nothing_else_calibrated():
+            export_bundle(str(source), folder / "bundle", options)
         steps = cache_steps(Reference(source), text)
         exact, read_back = folder / "bundle", source
         if precision != "fp32":
             exact = altered(folder / "bundle", folder / "exact", exact_activations)
-            read_back = stored_checkpoint(source, folder / "bundle", folder / "back")
+            read_back = dequantized_checkpoint(source, folder / "back", precision, quantization)
         reference = Reference(read_back)
         unrounded = reference.logits(ids)
         round_cache(reference, steps)
@@ -116,21 +115,16 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     return make
 
 
-def stored_checkpoint(source: Path, bundle: Path, folder: Path) -> Path:
-    """The checkpoint with every matrix as the bundle has it: with statistics GPTQ rounds them."""
-    shutil.copytree(source, folder)
-    tensors = load_file(source / "model.safetensors")
-    manifest = Graphs(bundle).manifest
-    plan = WeightPlan.uniform(manifest.precision, 32 if manifest.precision == "int4" else None)
-    stored = StoredWeights(
-        tensors.__getitem__, plan, ReadBack(bundle / "score.onnx"), half_positions=True
-    )
-    save_file(
-        {name: stored(name) for name in tensors},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    return folder
+@contextmanager
+def nothing_else_calibrated() -> Iterator[None]:
+    """Let an export take the cache's steps from statistics and nothing else: plain rounding."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            exporter,
+            "calibrated",
+            lambda statistics, checkpoint, read, target, *_: Calibrated(target),
+        )
+        yield
 
 
 def errors(graphs: Graphs, case: Case) -> NDArray[np.float64]:

@@ -17,8 +17,10 @@ import onnxruntime as ort
 import pytest
 from helpers.bundles import record
 from helpers.models import TinyConfig, make_checkpoint
+from helpers.running import relative_l2
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import Quantization
+from neo_export.tolerances import TOLERANCES
 from neo_runtime.backends import prepacked
 from neo_runtime.backends.prepacked import PrepackedCache, cache_root
 from neo_runtime.errors import BundleError
@@ -106,6 +108,19 @@ def test_one_file_serves_all_graphs(bundle: Path, cache: Path) -> None:
     weights = {s.st_ino: s.st_size for p, s in stored(cache).items() if p.endswith("prepacked.bin")}
     assert len(weights) == 1
     assert min(weights.values()) > (bundle / "weights.bin").stat().st_size
+
+
+def test_float32_on_request(tmp_path: Path, cache: Path) -> None:
+    make_checkpoint(tmp_path / "checkpoint", CONFIG)
+    export_bundle(str(tmp_path / "checkpoint"), tmp_path / "bundle", ExportOptions())
+    expected = answers(tmp_path / "bundle")
+    assert not cache.exists()
+    for _ in range(2):
+        found = answers(tmp_path / "bundle", keep_prepacked=True)
+        assert relative_l2(found, expected).max() <= TOLERANCES["fp32"].logits
+    weights = [s.st_ino for p, s in stored(cache).items() if p.endswith("prepacked.bin")]
+    assert len(weights) == len(GRAPHS)
+    assert len(set(weights)) == 1
 
 
 def test_size_counts_a_shared_file_once(bundle: Path, cache: Path) -> None:

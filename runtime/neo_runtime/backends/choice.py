@@ -33,7 +33,7 @@ class BackendOptions:
 
     threads: int
     session_config: Mapping[str, str] | None = None
-    keep_prepacked: bool = True
+    keep_prepacked: bool | None = None
     device: int = 0
 
 

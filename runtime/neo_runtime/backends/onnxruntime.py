@@ -34,7 +34,7 @@ class OnnxRuntimeBackend(Backend):
         *,
         threads: int,
         session_config: Mapping[str, str] | None = None,
-        keep_prepacked: bool = True,
+        keep_prepacked: bool | None = None,
     ) -> None:
         """Prepare; no graph is loaded yet.
 
@@ -43,7 +43,8 @@ class OnnxRuntimeBackend(Backend):
             threads: threads that one operator may use.
             session_config: more session configuration entries, such as
                 `{"session.intra_op.allow_spinning": "0"}`; they win over `session_settings`.
-            keep_prepacked: store prepacked weights on disk, and map stored ones.
+            keep_prepacked: store prepacked weights on disk, and map stored ones; None: only those
+                of quantized products.
         """
         self._factory = SessionFactory(
             bundle, threads=threads, session_config=session_config, keep_prepacked=keep_prepacked

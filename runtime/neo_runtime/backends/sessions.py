@@ -30,16 +30,17 @@ __all__ = [
 _OUT_OF_MEMORY = re.compile(r"CUDA.*out of memory|Failed to allocate memory.*(?:Cuda|CUDA)")
 
 
-def session_settings(manifest: Manifest, graph: str) -> dict[str, str]:
+def session_settings(manifest: Manifest, graph: str, *, prepacked: bool = False) -> dict[str, str]:
     """Session configuration entries for one graph of a bundle.
 
     Args:
         manifest: of the bundle.
         graph: "prefill", "decode" or "score".
+        prepacked: prepacked weights are kept on disk, and mapped from there.
     """
     settings = {"session.intra_op.allow_spinning": "1" if graph == "decode" else "0"}
-    if manifest.precision == "fp32" and manifest.cache.layout == "in_place":
-        # Prepacking would copy every weight once a session. Float32 runs as fast from the
+    if manifest.precision == "fp32" and manifest.cache.layout == "in_place" and not prepacked:
+        # Prepacking would copy every weight once a session. Float32 runs nearly as fast from the
         # file's own layout, and so the weights stay one mapping that all sessions share.
         settings["session.disable_prepacking"] = "1"
     return settings
@@ -59,7 +60,7 @@ class SessionFactory:
         *,
         threads: int,
         session_config: Mapping[str, str] | None = None,
-        keep_prepacked: bool = True,
+        keep_prepacked: bool | None = None,
     ) -> None:
         """Prepare; no graph is loaded yet.
 
@@ -67,7 +68,8 @@ class SessionFactory:
             bundle: an opened bundle.
             threads: threads that one operator may use.
             session_config: more session configuration entries; they win over `session_settings`.
-            keep_prepacked: store prepacked weights, and map stored ones.
+            keep_prepacked: store prepacked weights, and map stored ones; None: only those of
+                quantized products.
         """
         self._ort: Any = require_onnxruntime()
         self._bundle = bundle
@@ -75,7 +77,8 @@ class SessionFactory:
         self._session_config = dict(session_config or {})
         self.prepacked: PrepackedCache | None = None
         """Prepacked weights on disk; None where this bundle has no use for them."""
-        if keep_prepacked and keeps_prepacked(bundle.manifest):
+        wanted = keeps_prepacked(bundle.manifest) if keep_prepacked is None else keep_prepacked
+        if wanted:
             self.prepacked = PrepackedCache(bundle.manifest.digest, self._ort.__version__)
 
     def session(self, graph: str) -> Any:
@@ -116,7 +119,10 @@ class SessionFactory:
         # activations and logits can be large: they go back to the system after each call.
         options.enable_mem_pattern = graph == "decode"
         options.enable_cpu_mem_arena = graph == "decode"
-        settings = session_settings(self._bundle.manifest, graph) | self._session_config
+        settings = session_settings(
+            self._bundle.manifest, graph, prepacked=self.prepacked is not None
+        )
+        settings |= self._session_config
         for key, value in settings.items():
             options.add_session_config_entry(key, value)
         return options

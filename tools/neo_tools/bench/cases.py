@@ -92,6 +92,8 @@ class Settings:
     """Decode goes on behind the round before instead of filling the cache anew."""
     prefill_chunk: int | None = None
     """Of our runtime; None: its default."""
+    keep_prepacked: bool = False
+    """Our runtime keeps float32's prepacked weights as well."""
     probe_bytes: int | None = None
     """Buffer of the bandwidth measurement; None: `bandwidth.default_buffer_bytes`."""
     backend: str = "auto"

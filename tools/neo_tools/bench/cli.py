@@ -138,6 +138,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         warmup=not arguments.no_warmup,
         keep_context=arguments.keep_context,
         prefill_chunk=arguments.prefill_chunk,
+        keep_prepacked=arguments.keep_prepacked,
         probe_bytes=None if megabytes is None else megabytes * 10**6,
         backend=arguments.backend,
         device=arguments.device,
@@ -275,6 +276,11 @@ def _add_details(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--prefill-chunk", metavar="N", type=_count, help="tokens of a prompt at once, of bundles"
+    )
+    group.add_argument(
+        "--keep-prepacked",
+        action="store_true",
+        help="keep prepacked weights of float32 bundles as well (twice their size on disk)",
     )
     group.add_argument(
         "--probe-mb",

@@ -46,12 +46,15 @@ class NeoWorker(Peer):
         prefill_chunk: int | None = None,
         backend: str = "auto",
         device: int = 0,
+        keep_prepacked: bool = False,
         timeout: float = 3600.0,
     ) -> None:
         command = [sys.executable, "-m", "neo_tools.bench.worker", "--bundle", str(bundle)]
         command += ["--threads", str(threads), "--backend", backend, "--device", str(device)]
         if prefill_chunk is not None:
             command += ["--prefill-chunk", str(prefill_chunk)]
+        if keep_prepacked:
+            command += ["--keep-prepacked"]
         super().__init__(
             label, bundle, precision=precision, threads=threads, timeout=timeout, command=command
         )

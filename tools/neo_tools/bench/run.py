@@ -199,6 +199,7 @@ def _neo_worker(settings: Settings, info: BundleInfo, threads: int) -> NeoWorker
         prefill_chunk=settings.prefill_chunk,
         backend=settings.backend,
         device=settings.device,
+        keep_prepacked=settings.keep_prepacked,
         timeout=settings.timeout,
     )
 

@@ -47,12 +47,16 @@ class NeoEngine:
         prefill_chunk: int | None,
         backend: str = "auto",
         device: int = 0,
+        *,
+        keep_prepacked: bool = False,
     ) -> None:
         self._bundle = bundle
         self._options: dict[str, Any] = {"threads": threads, "backend": backend, "device": device}
         self._free_before: int | None = None
         if prefill_chunk is not None:
             self._options["prefill_chunk"] = prefill_chunk
+        if keep_prepacked:
+            self._options["keep_prepacked"] = True
         self._opened: Model | None = None
         self._cache: KVCache | None = None
         self._length: int | None = None
@@ -290,6 +294,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--prefill-chunk", type=int)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", type=int, default=0)
+    parser.add_argument("--keep-prepacked", action="store_true")
     arguments = parser.parse_args(argv)
     engine = NeoEngine(
         arguments.bundle,
@@ -297,6 +302,7 @@ def main(argv: list[str]) -> None:
         arguments.prefill_chunk,
         arguments.backend,
         arguments.device,
+        keep_prepacked=arguments.keep_prepacked,
     )
     # `serve` only iterates over its requests.
     serve(engine, cast("TextIO", _others(engine, sys.stdin, answers)), answers)
