@@ -16,6 +16,7 @@ import pytest
 from helpers.host_device import HostDevice
 from neo_runtime.backends.choice import Chosen
 from neo_runtime.backends.cuda import CudaBackend
+from neo_runtime.backends.device_store import DeviceStore
 from neo_runtime.bundle import open_bundle
 from neo_runtime.errors import BundleUnsupportedError, DeviceError, DeviceMemoryError, NeoError
 from neo_runtime.model import Model
@@ -113,6 +114,32 @@ def test_chunks_and_later_turns(cuda_bundle: Path, cpu: Model) -> None:
             np.testing.assert_allclose(b, a, atol=0.15)
             assert (b.argmax(1) == a.argmax(1)).all()
         assert found.lengths.tolist() == [71, 56]
+
+
+def test_rows_trade_places_and_leave(cpu: Model, device_model: Model) -> None:
+    ids = np.random.default_rng(3).integers(0, 4096, (3, 60))
+    models = (cpu, device_model)
+    caches = [model.new_cache(3, 100) for model in models]
+    prompts = [row[:n] for row, n in zip(ids, (5, 33, 20), strict=True)]
+    for model, cache in zip(models, caches, strict=True):
+        model.prefill(cache, prompts)
+        model.decode(cache, [1, 2, 3])
+    for rows in ([2, 0, 1], [1, 1], [0]):  # permuted, repeated and fewer, fewer
+        for cache in caches:
+            cache.reorder(rows)
+        for token in (7, 8):
+            found, expected = (
+                model.decode(cache, [token] * len(rows))
+                for model, cache in zip(models[::-1], caches[::-1], strict=True)
+            )
+            np.testing.assert_allclose(found, expected, atol=0.15)
+    assert caches[1].lengths.tolist() == caches[0].lengths.tolist() == [12]
+    store = caches[1].store
+    assert isinstance(store, DeviceStore)
+    # Rows that are not in use have one position: nothing in a step is undefined.
+    assert store.slot.host_mask.sum(axis=1).tolist() == [12, 1, 1]
+    for cache in caches:
+        cache.close()
 
 
 def test_scores(cpu: Model, device_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,20 +226,20 @@ def test_chunks_turns_and_the_last_position(model: Model, cpu: Model) -> None:
     caches = [m.new_cache(2, end) for m in (model, cpu)]
     for turn in (
         [ids[0, :130], ids[1, :7]],  # in chunks of 48, ragged
-        [ids[0, 130:140], ids[1, 7:40]],
-        [ids[0, 140 : end - 2], ids[1, 40:41]],  # a padded row would pass the end
+        [ids[0, 130 : end - 7], ids[1, 7:40]],
+        [ids[0, end - 7 : end - 2], ids[1, 40:80]],  # a padded row would pass the end
     ):
         found, expected = (
             m.prefill(cache, turn) for m, cache in zip((model, cpu), caches, strict=True)
         )
         np.testing.assert_allclose(found, expected, atol=2e-3)
     for step in range(2):
-        tokens = [ids[0, end - 2 + step], ids[1, 41 + step]]
+        tokens = [ids[0, end - 2 + step], ids[1, 80 + step]]
         found, expected = (
             m.decode(cache, tokens) for m, cache in zip((model, cpu), caches, strict=True)
         )
         np.testing.assert_allclose(found, expected, atol=2e-3)
-    assert caches[0].lengths.tolist() == [end, 43]
+    assert caches[0].lengths.tolist() == [end, 82]
     for cache in caches:
         cache.close()
 
