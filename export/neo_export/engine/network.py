@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ParsedGraph", "Shapes", "add_profiles", "parse_graph", "profile_shapes"]
 
-_STRONGLY_TYPED = 0  # the only kind from TensorRT 11 on: precision is the graph's own
 _SHOWN = 20
 _DECODE_LENGTHS = (1, 1, 2)
 """A profile of exactly one token of exactly one sequence has no free dimension left: the builder
@@ -37,7 +36,9 @@ def parse_graph(flavour: Flavour, builder: Any, graph: Path) -> ParsedGraph:
         EngineError: the parser refuses it; each node, and why, in the parser's own words.
     """
     trt = flavour.module
-    network = builder.create_network(_STRONGLY_TYPED)
+    # Precision is the graph's own: the only kind of network left, where the flag is gone too.
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, flavour.logger)
     parsed = parser.parse_from_file(str(graph))
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
