@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import pytest
-from helpers.graphs import apply_pass, assert_same_outputs, bound_graph, operators, situations
+from helpers.graphs import (
+    apply_pass,
+    assert_same_outputs,
+    bound_graph,
+    operators,
+    situations,
+    spec_of,
+)
 from helpers.models import TinyConfig
 from helpers.placement import copies
 from helpers.running import Graphs
+from neo_export.graphs import build_graph
 from neo_export.passes.device_lengths import device_lengths
 from neo_export.passes.fuse_attention import GUARD_NODE, fuse_attention
+from neo_export.targets import TARGETS, passes_for
+from neo_export.weights import bind_parameters
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import onnx_ir as ir
+
 CONFIG = TinyConfig()
+
+
+def as_proto(model: ir.Model) -> Any:
+    """The nodes and the names of the initializers, as `onnx.GraphProto` has them."""
+    nodes = [
+        SimpleNamespace(
+            op_type=node.op_type,
+            name=node.name,
+            input=["" if value is None else value.name for value in node.inputs],
+            output=[value.name for value in node.outputs],
+        )
+        for node in model.graph
+    ]
+    names = [SimpleNamespace(name=name) for name in model.graph.initializers]
+    return SimpleNamespace(node=nodes, initializer=names)
 
 
 @pytest.mark.parametrize("graph", ["prefill", "decode", "score"])
@@ -43,6 +71,26 @@ def test_the_decode_graph_can_be_captured(cuda_bundle: Path, mini_bundle: Path) 
     # The check can fail: the CPU's guard compares lengths with shapes, and so do chunks.
     assert copies(graph(mini_bundle, "decode"))
     assert copies(graph(cuda_bundle, "prefill"))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
+def test_every_precision_can_be_captured(precision: str) -> None:
+    """The published 1.3B shape, its head tied; graphs have no data before it is written."""
+    config = TinyConfig(
+        vocab_size=50257,
+        num_heads=16,
+        head_dim=128,
+        attention_layers=("global", "local") * 12,
+        window_size=256,
+        max_position_embeddings=2048,
+    )
+    spec = spec_of(config)
+    model = build_graph("decode", spec)
+    bind_parameters(model, lambda name: pytest.fail(f"{name} was read"))
+    for rewrite in passes_for(TARGETS["cuda"], precision, "decode", spec):
+        apply_pass(rewrite, model)
+    assert operators(model)["GroupQueryAttention"] == 24
+    assert copies(as_proto(model)) == []
 
 
 def test_a_mask_narrower_than_the_new_tokens_fails_on_the_host(cuda_bundle: Path) -> None:
