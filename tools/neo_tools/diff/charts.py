@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["Chart", "Line", "Marker", "histogram", "lines"]
 
 _WIDTH, _HEIGHT = 760, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 16, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 16, 26, 44
 _SERIES = 8
 """Colours that the style sheet has: classes s0 to s7."""
 _FLOOR = 1e-12
@@ -187,9 +187,10 @@ def _marker(marker: Marker, x: float) -> str:
     kind = "marker fault" if marker.fault else "marker"
     right = x > _WIDTH * 0.75
     anchor, offset = ("end", -5) if right else ("start", 5)
+    ends = f'y1="{_TOP - 18}" y2="{_HEIGHT - _BOTTOM}"'
     return (
-        f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>'
-        f'<text class="{kind}" x="{x + offset:.1f}" y="{_TOP + 10}" text-anchor="{anchor}">'
+        f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" {ends}/>'
+        f'<text class="{kind}" x="{x + offset:.1f}" y="{_TOP - 8}" text-anchor="{anchor}">'
         f"{escape(marker.text)}</text>"
     )
 

@@ -50,7 +50,7 @@ def page(results: Results) -> str:
 
 
 def _section(title: str, *parts: str) -> str:
-    anchor = title.lower().replace(" ", "-")
+    anchor = f"section-{title.lower().replace(' ', '-')}"
     inside = f'<h2 id="{anchor}">{title}</h2>{"".join(parts)}'
     return f'<section aria-labelledby="{anchor}">{inside}</section>'
 
