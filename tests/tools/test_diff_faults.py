@@ -10,6 +10,7 @@ import pytest
 from helpers import faults
 from helpers.faults import CONFIG, EXPORTS, Fault, drawn, spoiled_bundle, spoiled_checkpoint
 from helpers.held_out import held_out_ids
+from helpers.int8_cache import calibrated
 from helpers.models import DEMO, make_checkpoint, random_ids
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import Quantization
@@ -156,6 +157,37 @@ def test_the_faulty_graph_is_named(graph: str, tiny: Bench, tiny_reference: Refe
     fault = faults.scaled(1, CONFIG.head_dim, (graph,))
     found = find(tiny.spoiled("cpu-int8", fault), tiny_reference, tiny_texts(2))
     assert found[0].graphs == (graph,)
+
+
+@pytest.mark.parametrize("target", ["cuda", "tensorrt"])
+def test_other_targets(target: str, tiny: Bench, tiny_reference: Reference, tmp_path: Path) -> None:
+    """A bundle for a GPU by its graphs, those that plans are built from included."""
+    weights = faults.wrong_matrix(3, "out_proj", 1)
+    spoiled = spoiled_checkpoint(tiny.checkpoint, tmp_path / "spoiled", weights)
+    options = ExportOptions(target=target, precision="fp16")
+    for source, fault in ((tiny.checkpoint, None), (spoiled, weights)):
+        bundle = tmp_path / source.name / target
+        bundle.parent.mkdir(exist_ok=True)
+        export_bundle(str(source), bundle, options)
+        found = find(bundle, tiny_reference, tiny_texts(4))
+        if fault is None:
+            assert found == []
+        else:
+            assert_named(found, fault)
+
+
+def test_an_int8_cache(tiny: Bench, tiny_reference: Reference, tmp_path: Path) -> None:
+    """What the integers mean is read from the graphs: attention and cache are judged closely."""
+    ids = random_ids(CONFIG, 8, CONFIG.max_position_embeddings, seed=77)
+    statistics = calibrated(tiny.checkpoint, ids, tmp_path / "statistics")
+    options = ExportOptions(kv_cache="int8", calibration=statistics)
+    export_bundle(str(tiny.checkpoint), tmp_path / "bundle", options)
+    assert find(tmp_path / "bundle", tiny_reference, list(ids[:2])) == []
+    for number, fault in enumerate(
+        (faults.window_of(3, WINDOW - 1, WINDOW), faults.late_cache(2, "key", "decode"))
+    ):
+        bundle = spoiled_bundle(tmp_path / "bundle", tmp_path / f"spoiled{number}", fault)
+        assert_named(find(bundle, tiny_reference, list(ids[:2])), fault)
 
 
 def test_a_bundle_against_another(tiny: Bench) -> None:

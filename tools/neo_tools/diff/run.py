@@ -14,14 +14,15 @@ from neo_export.mapped_memory import drop_pages
 from neo_export.memory import PeakMemory
 from neo_runtime.bundle import open_bundle
 from neo_runtime.cores import physical_cores
-from neo_runtime.errors import RequestError
+from neo_runtime.errors import BundleUnsupportedError, RequestError
+from neo_runtime.tokenizer import Tokenizer
 
 from neo_tools.diff.cached_path import segments_of, trace_cached_path
 from neo_tools.diff.findings import Findings, Written
 from neo_tools.diff.position_metrics import PositionMetrics, compare_rows, joined
 from neo_tools.diff.probed_backend import ProbedBackend
 from neo_tools.diff.references import open_reference, require_same_shape
-from neo_tools.diff.shipped import greedy_continuation, score_logits, stepwise_logits
+from neo_tools.diff.shipped import Logits, greedy_continuation, score_logits, stepwise_logits
 from neo_tools.diff.summary import summarize
 from neo_tools.diff.texts import decode_segments, read_texts
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from neo_tools.diff.references import Reference
     from neo_tools.diff.results import Results
     from neo_tools.diff.settings import Settings
-    from neo_tools.diff.shipped import Logits
     from neo_tools.diff.texts import Texts
 
     Progress = Callable[[str, int, int], None]
@@ -66,13 +66,20 @@ def compare(settings: Settings, progress: Progress | None = None) -> Results:
     bundle = open_bundle(settings.bundle)
     with PeakMemory() as memory, open_reference(settings.reference, threads) as reference:
         warnings = require_same_shape(bundle.manifest.model, reference.spec)
-        # Loaded twice: a session maps the weights, and so no more than two are open at once.
-        with neo_runtime.load(settings.bundle, threads=threads) as model:
-            texts = _texts(model, settings)
-            shipped = _score_all(model, texts, say)
-        with neo_runtime.load(settings.bundle, threads=threads) as model:
-            _run_steps(model, texts, settings, shipped, say)
-            written = _write(model, texts, settings, say)
+        texts = _texts(bundle, settings)
+        if reason := _why_not_here(bundle, threads):
+            warnings.append(
+                f"the bundle cannot be run here ({reason}): what is compared is the graph that its "
+                "plans are built from, run by onnxruntime, at every position at once"
+            )
+            shipped, written = _score_graph(bundle, texts, threads, say), []
+        else:
+            # Loaded twice: a session maps the weights, and so no more than two are open at once.
+            with neo_runtime.load(settings.bundle, threads=threads) as model:
+                shipped = _score_all(model, texts, say)
+            with neo_runtime.load(settings.bundle, threads=threads) as model:
+                _run_steps(model, texts, settings, shipped, say)
+                written = _write(model, texts, settings, say)
         traced = trace(bundle, texts.contexts, settings, threads, say)
         findings = _compare_all(reference, traced, shipped, written, bundle, say)
         findings.warnings += [*warnings, *texts.warnings]
@@ -85,18 +92,41 @@ def compare(settings: Settings, progress: Progress | None = None) -> Results:
     )
 
 
-def _texts(model: Model, settings: Settings) -> Texts:
-    longest = model.manifest.max_length
+def _texts(bundle: Bundle, settings: Settings) -> Texts:
+    manifest = bundle.manifest
+    longest = manifest.max_length
     context = longest if settings.context is None else settings.context
     if not 2 <= context <= longest:
         raise RequestError(f"--context is {context}, expected 2 to {longest}: the bundle's length")
+    tokenizer = Tokenizer(bundle.file("tokenizer.json")) if manifest.has_tokenizer else None
     return read_texts(
-        settings.text,
-        model.tokenizer,
-        model.manifest.model,
-        tokens=settings.tokens,
-        context=context,
+        settings.text, tokenizer, manifest.model, tokens=settings.tokens, context=context
     )
+
+
+def _why_not_here(bundle: Bundle, threads: int) -> str | None:
+    """Why a bundle that runs by a plan alone cannot be run on this machine."""
+    if bundle.manifest.cache.layout != "static":
+        return None
+    try:
+        neo_runtime.load(bundle.path, threads=threads).close()
+    except BundleUnsupportedError as error:
+        return str(error)
+    return None
+
+
+def _score_graph(bundle: Bundle, texts: Texts, threads: int, say: Progress) -> list[list[Logits]]:
+    """Logits of every text at every position, by onnxruntime from the scoring graph."""
+    count = _Count("the graph's logits", texts.tokens, say)
+    session = open_probed(bundle.path, bundle.manifest, "score", threads=threads)
+    found = []
+    for ids in texts.contexts:
+        run = score_trace(session, bundle.manifest, ids)
+        assert run.logits is not None
+        found.append([Logits("score", run.positions, run.logits)])
+        drop_pages(run.logits)
+        count(len(ids))
+    return found
 
 
 def _segments(
@@ -186,7 +216,7 @@ def trace(
         text.traces[0].rest()
         count(len(text.ids))
     del session
-    if not chosen:
+    if not chosen or bundle.manifest.cache.layout == "static":
         return result
     backend = ProbedBackend(bundle, threads=threads)
     for text in result[: len(chosen)]:
