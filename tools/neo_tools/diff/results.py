@@ -85,8 +85,8 @@ class PlaceSummary:
     region: str
     positions: int
     local_median: float
-    """Of this step alone, from the bundle's own inputs; None never: equal to the accumulated one
-    where the reference is a bundle."""
+    """Of this step alone, from the bundle's own inputs; the accumulated one where the reference is
+    a bundle."""
     local_max: float
     cumulative_median: float
     """Against the reference's own run."""
@@ -159,7 +159,8 @@ class Results:
     worst_tokens: tuple[TokenError, ...]
     positions: dict[str, list[Any]]
     """One entry a scored position: context, position, token, kl, top_1, top_5, nll_reference,
-    nll_bundle, logit_error (the target of a context's last position is unknown: null)."""
+    nll_bundle (null at a context's last position: what follows is unknown), logit_error, and
+    absolute_ and relative_ max, mean, median and p99 over the vocabulary."""
     kl_histogram: dict[str, list[float]]
     """`edges` [n + 1], in nats, the first bin beginning at 0, and `counts` [n]."""
     warnings: tuple[str, ...]

@@ -1,0 +1,147 @@
+"""The options of `neo-diff`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import NoReturn
+
+__all__ = ["make_parser"]
+
+_WRONG = 2
+_EPILOG = """MODEL is the checkpoint that the bundle was made of (a Hugging Face folder, a hub id,
+modelscope:…), run by PyTorch: GPT-Neo, eager, float32, a layer at a time. Or another bundle: then
+errors are accumulated ones only.
+
+Without --text the held-out stories that come with the package are read. FILE is plain text, or
+JSON lines (.jsonl) with "text" or "prompt". It is cut into contexts of the model's full length, so
+that positions past the attention window count.
+
+  neo-diff mini-int4 --reference neo-mini
+  neo-diff gpt-neo-1.3b-int8 --reference EleutherAI/gpt-neo-1.3B --text wiki.txt --html report.html
+  neo-diff mini-int8 --reference neo-mini --json --max-kl 0.01 --min-top1 0.95
+
+exit status: 0 within all limits (or --report-only); 1 past one; 2 wrong usage or bad input"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the long usage."""
+        self.exit(_WRONG, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _count(least: int) -> type:
+    """A type of argument: whole numbers from `least` on."""
+
+    class Count(int):
+        def __new__(cls, text: str) -> Count:
+            number = super().__new__(cls, text)
+            if number < least:
+                raise argparse.ArgumentTypeError(f"{text} is too small; at least {least}")
+            return number
+
+    Count.__name__ = "number"  # what argparse calls it in its message
+    return Count
+
+
+def _positions(text: str) -> int | None:
+    if text == "all":
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 on nor `all`")
+    return number
+
+
+def _limit(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return number
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Everything the command line takes; importing it needs nothing heavy."""
+    parser = _Parser(
+        prog="neo-diff",
+        usage="%(prog)s BUNDLE --reference MODEL [options]",
+        description="Compare what a bundle computes with PyTorch, position by position and place "
+        "by place, and name the first place that is wrong.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument("--reference", metavar="MODEL", required=True, help="see below")
+    parser.add_argument("--text", metavar="FILE", type=Path, help="what to compare on")
+    parser.add_argument(
+        "--tokens", metavar="N", type=_count(2), default=4096, help="how many of it (4096)"
+    )
+    parser.add_argument(
+        "--context", metavar="N", type=_count(2), help="tokens of a context (the bundle's length)"
+    )
+    parser.add_argument(
+        "--decode-positions",
+        metavar="N|all",
+        type=_positions,
+        default=32,
+        help="positions of each context that go through decode, token by token: at its start, "
+        "around the window's end, and at its end (32)",
+    )
+    _add_output(parser.add_argument_group("output"))
+    _add_limits(
+        parser.add_argument_group(
+            "limits", "by default those of the bundle's precision (docs/accuracy.md)"
+        )
+    )
+    _add_details(parser.add_argument_group("details"))
+    return parser
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const="-",
+        help="everything that was found; without FILE on stdout, in place of the summary",
+    )
+    group.add_argument("--html", metavar="FILE", type=Path, help="one page with the plots")
+    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    for option, text in (
+        ("--max-kl", "largest mean KL(reference ‖ bundle), nats"),
+        ("--min-top1", "smallest share of positions with the same best token"),
+        ("--max-ppl-increase", "largest perplexity, bundle / reference − 1"),
+        ("--max-logit-error", "largest relative L2 error of the logits, median over positions"),
+    ):
+        group.add_argument(option, metavar="X", type=_limit, help=text)
+    group.add_argument(
+        "--report-only", action="store_true", help="exit with 0 whatever the limits say"
+    )
+
+
+def _add_details(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--prefill-chunk", metavar="N", type=_count(1), default=512, help="tokens a call (512)"
+    )
+    group.add_argument(
+        "--localize-tokens",
+        metavar="N",
+        type=_count(0),
+        default=2048,
+        help="look at the places of as many contexts as fit N tokens, at least one; 0: none (2048)",
+    )
+    group.add_argument(
+        "--continuations", metavar="N", type=_count(0), default=4, help="greedy texts (4)"
+    )
+    group.add_argument("--threads", metavar="N", type=_count(1), help="(physical cores)")
