@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING
 import pytest
 from helpers.bench_samples import results as sample_results
 from helpers.host_device import HostDevice
+from neo_runtime.errors import NeoError
 from neo_runtime.gpu import GpuFacts
+from neo_tools.bench.cli import main as bench
 from neo_tools.bench.device_bandwidth import copy_rate
+from neo_tools.bench.participants import BandwidthWorker
 from neo_tools.bench.results import Ratio, Results
+from neo_tools.bench.run import _gpu_command as gpu_command
 from neo_tools.bench.statistics import spread
 from neo_tools.gpu_check.__main__ import main, run_suite
 from neo_tools.gpu_check.report import Suite, write_report
@@ -21,6 +25,8 @@ from neo_tools.gpu_check.targets import judge
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from neo_tools.bench.cases import Settings
 
 GPU = GpuFacts(
     index=0,
@@ -169,6 +175,52 @@ def test_help_is_light() -> None:
     assert "exit status" in done.stdout
     for heavy in ("torch", "onnx", "numpy"):
         assert f" {heavy}\n" not in done.stderr
+
+
+def test_bench_on_a_gpu_runs_torch_here_and_measures_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Settings] = []
+
+    def stand_in(settings: Settings, progress: object) -> Results:
+        seen.append(settings)
+        raise NeoError("that is all")
+
+    monkeypatch.setattr("neo_tools.bench.run.run", stand_in)
+    command = ["bundle", "--backend", "cuda", "--device", "1", "--peer", "torch"]
+    command += ["--peer", "torch:fp16-compiled", "--model", str(tmp_path)]
+    assert bench(command) == 2
+    [settings] = seen
+    assert (settings.on_gpu, settings.device) == (True, 1)
+    assert [peer.label for peer in settings.peers] == ["torch:fp16", "torch:fp16-compiled"]
+    peer = gpu_command(settings, settings.peers[1], 2)
+    assert peer[:3] == [sys.executable, "-m", "neo_tools.peers.worker_torch"]
+    assert peer[-6:] == ["--precision", "fp16-compiled", "--threads", "2", "--device", "cuda:1"]
+    probe = BandwidthWorker(tmp_path, threads=1, size=None, timeout=1, device=1)
+    assert probe._command == [
+        *(sys.executable, "-m", "neo_tools.bench.device_bandwidth"),
+        *("--device", "1"),
+    ]
+
+
+@pytest.mark.parametrize("peer", ["openvino:int8", "torch:fp32"])
+def test_other_peers_do_not_run_on_a_gpu(
+    peer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bundle", "--backend", "cuda", "--peer", peer, "--model", str(tmp_path)]
+    assert bench(command) == 2
+    assert f"the peer {peer} does not run on a GPU here" in capsys.readouterr().err
+
+
+def test_the_bandwidth_worker_says_why_it_cannot() -> None:
+    command = [sys.executable, "-m", "neo_tools.bench.device_bandwidth", "--device", "0"]
+    requests = '{"op": "read"}\n{"op": "quit"}\n'
+    done = subprocess.run(command, input=requests, capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout)
+    if answer["ok"]:  # there is a GPU
+        assert answer["rates"]["device copy"] > 0
+    else:
+        assert "Error: " in answer["error"]
 
 
 def test_a_copy_counts_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
