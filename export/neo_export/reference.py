@@ -15,6 +15,7 @@ A layer can also be run step by step from any inputs, such as those that another
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,6 +72,16 @@ class LayeredReference:
         self._config._attn_implementation = "eager"
         self._cache = cache
         self._read = read or (lambda name: checkpoint.tensors[name].read())
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A weight by the checkpoint's name."""
+        return self._read(name)
+
+    def with_weights(self, read: Callable[[str], NDArray[np.float32]]) -> LayeredReference:
+        """The same model over other weights, read by the checkpoint's names."""
+        other = copy(self)
+        other._read = read
+        return other
 
     def embed(
         self, ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None

@@ -152,6 +152,9 @@ class LocalLimits:
     projections, sums, norms, and what the cache holds."""
     product: float
     """Median over the positions of a region, where a stored matrix leads to the place."""
+    held: float
+    """The same where the step was computed from the integers that the bundle holds, so that only
+    the rounding of activations is left."""
     outlier: float
     """Multiple of the median over the other layers' same place from which on a layer stands out.
     Counts only from a tenth of `product` on, and where at least three other layers are there."""
@@ -162,6 +165,7 @@ LOCAL: dict[str, LocalLimits] = {
     "fp32": LocalLimits(
         exact=1e-4,
         product=1e-4,
+        held=1e-4,
         outlier=50.0,
         reason=(
             "Measured at most 3e-6; the rest is for checkpoints that amplify (see "
@@ -172,12 +176,14 @@ LOCAL: dict[str, LocalLimits] = {
     "fp16": LocalLimits(
         exact=1e-2,
         product=1e-2,
+        held=1e-2,
         outlier=20.0,
         reason="Measured at most 2.2e-3, 2⁻¹¹ a rounding, several a step.",
     ),
     "int8": LocalLimits(
         exact=1e-4,
         product=1e-1,
+        held=5e-2,
         outlier=4.0,
         reason=(
             "Weights in 7 bits with a scale a channel and activations in 8: measured medians 0.7 "
@@ -187,6 +193,7 @@ LOCAL: dict[str, LocalLimits] = {
     "fp8": LocalLimits(
         exact=1e-4,
         product=1e-1,
+        held=1e-1,
         outlier=4.0,
         reason=(
             "Weights in 4 bits of precision with a scale a channel, activations too: measured "
@@ -196,6 +203,7 @@ LOCAL: dict[str, LocalLimits] = {
     "int4": LocalLimits(
         exact=1e-4,
         product=3e-1,
+        held=5e-2,
         outlier=4.0,
         reason=(
             "Weights in 4 bits: measured medians 4 to 13 % a product, blocks of 64. What lies "

@@ -220,6 +220,10 @@ def test_the_demo_model(export: str, demo: Bench) -> None:
             faults.other_window(65, 64, 1),
             faults.other_window(63, 64, 1),
             faults.wrong_matrix(2, "c_proj", 1),
+            # Less than the rounding of int4 weights: seen because that is left out of account.
+            faults.wrong_matrix(2, "ln_1", 1),
+            faults.missing_bias(1, "c_proj"),
+            faults.shifted_positions(1),
         ):
             found = find(demo.spoiled(export, fault), reference, ids, prefill_chunk=100)
             assert_named(found, fault)

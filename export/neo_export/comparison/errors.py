@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neo_export.comparison.local import expected_embedding, expected_in_layer
+from neo_export.comparison.places import all_places
 from neo_export.metrics import relative_l2
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from neo_export.comparison.held_weights import HeldWeights
     from neo_export.comparison.places import Place
     from neo_export.comparison.trace import Text, Trace
     from neo_export.quantize.kv_cache import CacheSteps
@@ -39,6 +41,8 @@ class PlaceErrors:
     """Series by graph and place; texts are appended to one another."""
 
     parts: dict[tuple[str, Place], list[Series]] = field(default_factory=dict)
+    held: set[Place] = field(default_factory=set)
+    """Places whose own step was computed from the very weights that the bundle holds."""
 
     def add(self, graph: str, place: Place, series: Series) -> None:
         """Append what was found in one text."""
@@ -66,6 +70,7 @@ def measure(
     texts: Sequence[Text],
     progress: Callable[[int, int], None] | None = None,
     cache: CacheSteps | None = None,
+    held: HeldWeights | None = None,
 ) -> tuple[PlaceErrors, list[NDArray[np.float32]]]:
     """Run the reference over all texts, a layer at a time, and compare at every place.
 
@@ -75,38 +80,51 @@ def measure(
         progress: called with layers done and all.
         cache: the steps of the bundle's int8 cache: the attention's own step is computed from keys
             and values rounded so. The reference's own run is not.
+        held: the weights of a quantized bundle, to compute steps from.
 
     Returns:
         The errors, and the reference's hidden states after the final norm, [S, H] a text.
     """
     errors = PlaceErrors()
+    local = reference if held is None else reference.with_weights(held)
     hidden = [reference.embed(text.ids) for text in texts]
     for text, state in zip(texts, hidden, strict=True):
         for trace in text.traces:
-            own = {"embedding": expected_embedding(reference, trace, text.ids)}
+            own = {"embedding": expected_embedding(local, trace, text.ids)}
             _compare(errors, trace, None, own, {"embedding": state})
     layers = reference.spec.num_layers
     for index in range(layers):
         layer = reference.layer(index)
+        own_layer = layer if held is None else local.layer(index)
         for number, text in enumerate(texts):
             places = layer.places(hidden[number])
             hidden[number] = places["residual"]
             for trace in text.traces:
-                own = expected_in_layer(layer, index, trace, cache)
+                own = expected_in_layer(own_layer, index, trace, cache)
                 _compare(errors, trace, index, own, places)
                 trace.rest()
         if progress is not None:
             progress(index + 1, layers)
-    for text in texts:
-        for check in text.cache_checks:
-            for place, found in check.errors.items():
-                errors.add(check.graph, place, Series(check.positions, found, found))
+    _add_caches(errors, texts)
     finals = [reference.final_norm(state) for state in hidden]
     for text, state in zip(texts, finals, strict=True):
         for trace in text.traces:
             own = {"final_norm": reference.final_norm(trace.get(layers - 1, "residual"))}
             _compare(errors, trace, None, own, {"final_norm": state})
+    errors.held = _held_places(reference, held)
     return errors, finals
+
+
+def _add_caches(errors: PlaceErrors, texts: Sequence[Text]) -> None:
+    for text in texts:
+        for check in text.cache_checks:
+            for place, found in check.errors.items():
+                errors.add(check.graph, place, Series(check.positions, found, found))
+
+
+def _held_places(reference: LayeredReference, held: HeldWeights | None) -> set[Place]:
+    tied, places = reference.spec.tie_word_embeddings, all_places(reference.spec)
+    return set() if held is None else {place for place in places if held.covers(place, tied=tied)}
 
 
 def measure_logits(
@@ -122,12 +140,8 @@ def measure_logits(
     """
     assert trace.logits is not None
     assert trace.logits_at is not None
-    local = np.empty(len(trace.logits_at))
     final = trace.get(None, "final_norm")[trace.logits_at - trace.start]
-    step = max(1, (1 << 24) // expected.shape[1])
-    for start in range(0, len(final), step):
-        rows = slice(start, start + step)
-        local[rows] = relative_l2(trace.logits[rows], reference.logits(final[rows]))
+    local = _rowwise(trace.logits, reference.logits(final))
     cumulative = _rowwise(trace.logits, expected)
     errors.add(trace.graph, (None, "logits"), Series(trace.logits_at, local, cumulative))
 

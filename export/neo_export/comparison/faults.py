@@ -126,17 +126,20 @@ def _limit(
     layer, name = place
     if name in EXACT:
         return limits.exact
+    product = limits.held if place in errors.held else limits.product
     if layer is None:
-        return limits.product
+        return product
     others = [
         float(np.median(series.local))
         for other in range(spec.num_layers)
-        if other != layer and (series := errors.series(graph, (other, name))) is not None
+        if other != layer
+        and ((other, name) in errors.held) == (place in errors.held)
+        and (series := errors.series(graph, (other, name))) is not None
     ]
     if len(others) < _LEAST_OTHERS:
-        return limits.product
+        return product
     usual = float(np.median(others))
-    return min(limits.product, max(limits.outlier * usual, limits.product / 10))
+    return min(product, max(limits.outlier * usual, product / 10))
 
 
 def _by_region(series: Series, place: Place, spec: ModelSpec) -> dict[str, float]:

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neo_export.comparison.cache_steps import read_cache_steps
 from neo_export.comparison.errors import PlaceErrors, Series, measure, measure_logits
 from neo_export.comparison.explanations import explain
 from neo_export.comparison.faults import find_faults
+from neo_export.comparison.held_weights import HeldWeights, open_held_weights
 from neo_export.comparison.jumps import find_jumps
 from neo_export.comparison.probed import open_probed, score_trace
 from neo_export.metrics import relative_l2
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     import numpy as np
     from neo_export.comparison.faults import Fault
     from neo_export.comparison.trace import Text
-    from neo_export.quantize.kv_cache import CacheSteps
     from neo_export.reference import LayeredReference
     from neo_runtime.bundle import Bundle
     from neo_runtime.manifest import Manifest, ModelSpec
@@ -54,15 +55,13 @@ class Reference(ABC):
     spec: ModelSpec
 
     @abstractmethod
-    def run(
-        self, texts: Sequence[Text], progress: Progress, cache: CacheSteps | None = None
-    ) -> PlaceErrors:
+    def run(self, texts: Sequence[Text], progress: Progress, bundle: Bundle) -> PlaceErrors:
         """Run all texts, comparing the traces of those that have some.
 
         Args:
             texts: those with traces, and others.
             progress: called with steps done and all.
-            cache: the steps of the bundle's int8 cache.
+            bundle: that the traces are of.
         """
 
     @abstractmethod
@@ -86,12 +85,13 @@ class PyTorchReference(Reference):
         self.spec = layered.spec
         self.subject = Subject(path=path, kind="PyTorch", precision="fp32")
         self._finals: list[NDArray[np.float32]] = []
+        self._held: HeldWeights | None = None
 
-    def run(
-        self, texts: Sequence[Text], progress: Progress, cache: CacheSteps | None = None
-    ) -> PlaceErrors:
+    def run(self, texts: Sequence[Text], progress: Progress, bundle: Bundle) -> PlaceErrors:
         """See `Reference.run`."""
-        errors, self._finals = measure(self.layered, texts, progress, cache)
+        cache = read_cache_steps(bundle.path, bundle.manifest)
+        self._held = open_held_weights(bundle.path, bundle.manifest, self.layered.read)
+        errors, self._finals = measure(self.layered, texts, progress, cache, self._held)
         return errors
 
     def logits(self, number: int) -> NDArray[np.float32]:
@@ -102,7 +102,8 @@ class PyTorchReference(Reference):
         """See `Reference.add_logits`."""
         for trace in text.traces:
             assert trace.logits_at is not None
-            measure_logits(errors, self.layered, trace, expected[trace.logits_at])
+            own = self.layered if self._held is None else self.layered.with_weights(self._held)
+            measure_logits(errors, own, trace, expected[trace.logits_at])
 
     def faults(self, errors: PlaceErrors, bundle: Manifest, texts: Sequence[Text]) -> list[Fault]:
         """See `Reference.faults`."""
@@ -127,9 +128,7 @@ class BundleReference(Reference):
         self._bundle, self._threads = bundle, threads
         self._logits: list[NDArray[np.float32]] = []
 
-    def run(
-        self, texts: Sequence[Text], progress: Progress, cache: CacheSteps | None = None
-    ) -> PlaceErrors:
+    def run(self, texts: Sequence[Text], progress: Progress, bundle: Bundle) -> PlaceErrors:
         """See `Reference.run`."""
         import neo_runtime
 

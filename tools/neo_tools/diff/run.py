@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import neo_runtime
-from neo_export.comparison.cache_steps import read_cache_steps
 from neo_export.comparison.probed import open_probed, score_trace
 from neo_export.comparison.trace import Text
 from neo_export.mapped_memory import drop_pages
@@ -191,8 +190,7 @@ def locate(
     """
     threads = settings.threads or physical_cores()
     texts = trace(bundle, contexts, settings, threads, lambda stage, done, total: None)
-    steps = read_cache_steps(bundle.path, bundle.manifest)
-    errors = reference.run(texts, lambda done, total: None, steps)
+    errors = reference.run(texts, lambda done, total: None, bundle)
     for number, text in enumerate(texts):
         reference.add_logits(errors, text, reference.logits(number))
     return reference.faults(errors, bundle.manifest, texts)
@@ -254,8 +252,7 @@ def _compare_all(
 ) -> Findings:
     stage = "the reference, layer by layer"
     texts = [*traced, *(Text(one.ids) for one in written)]
-    steps = read_cache_steps(bundle.path, bundle.manifest)
-    errors = reference.run(texts, lambda done, total: say(stage, done, total), steps)
+    errors = reference.run(texts, lambda done, total: say(stage, done, total), bundle)
     parts: dict[str, list[PositionMetrics]] = {}
     for number, (text, logits) in enumerate(zip(traced, shipped, strict=True)):
         say("comparing logits", number, len(texts))

@@ -1,0 +1,128 @@
+"""A checkpoint's matrices as a quantized bundle holds them, where that is plain rounding.
+
+What rounding took from the weights would hide a small mistake elsewhere. Where the integers in the
+bundle are exactly those that rounding to nearest makes of the checkpoint's matrix, a step is judged
+from them, and only the rounding of activations is left. Any other matrix (made by GPTQ, rescaled
+for outliers, or wrong) is compared with the checkpoint's own, more loosely.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+from neo_runtime.errors import VerificationError
+from neo_runtime.manifest import is_quantized
+
+from neo_export.check import scoring_graph
+from neo_export.passes._tensors import static_shape
+from neo_export.quantize.int4 import quantize_int4
+from neo_export.quantize.int8 import quantize_int8
+from neo_export.quantize.plan import PACKED_PROJECTION
+from neo_export.quantize.read_back import ReadBack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from neo_runtime.manifest import Manifest
+    from numpy.typing import NDArray
+
+    from neo_export.comparison.places import Place
+
+__all__ = ["HeldWeights", "open_held_weights"]
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_LEADING = {
+    "query": ("attn.attention.q_proj",),
+    "key": ("attn.attention.k_proj",),
+    "value": ("attn.attention.v_proj",),
+    "attention": ("attn.attention.out_proj",),
+    "mlp": ("mlp.c_fc", "mlp.c_proj"),
+}
+"""Place of a layer → the matrices that lead to it."""
+
+
+def open_held_weights(
+    folder: Path, manifest: Manifest, read: Callable[[str], NDArray[np.float32]]
+) -> HeldWeights | None:
+    """None for a bundle whose weights are not integers.
+
+    Args:
+        folder: the bundle.
+        manifest: its manifest.
+        read: reads a weight of the checkpoint.
+    """
+    if not is_quantized(manifest.precision):
+        return None
+    return HeldWeights(folder / manifest.graphs[scoring_graph(manifest.graphs)].file, read)
+
+
+class HeldWeights:
+    """Reads weights by the checkpoint's names, float32."""
+
+    def __init__(self, graph: Path, read: Callable[[str], NDArray[np.float32]]) -> None:
+        self._read = read
+        self._read_back = ReadBack(graph)
+        self._blocks = _storages(graph)
+        self._held: set[str] = set()
+        self._last: tuple[str, NDArray[np.float32]] | None = None
+
+    def __call__(self, name: str) -> NDArray[np.float32]:
+        """The weight as the bundle holds it, or, where that is not known, the checkpoint's."""
+        if self._last is not None and self._last[0] == name:  # a table, for the next text
+            return self._last[1]
+        weight = self._read(name)
+        held = self._rounded(name, weight) if weight.ndim == 2 else None
+        if held is None:
+            return weight
+        self._held.add(name)
+        self._last = name, held
+        return held
+
+    def covers(self, place: Place, *, tied: bool) -> bool:
+        """Whether all matrices that lead to a place were read as the bundle holds them."""
+        layer, kind = place
+        if layer is not None:
+            names = [f"transformer.h.{layer}.{part}.weight" for part in _LEADING.get(kind, ())]
+        else:
+            table = kind == "embedding" or tied
+            names = ["transformer.wte.weight" if table else "lm_head.weight"]
+        return bool(names) and self._held.issuperset(names)
+
+    def _rounded(self, name: str, weight: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """The matrix [out, in] rounded to nearest, where the bundle holds exactly that."""
+        part = next((part for part in _PROJECTIONS if f".{part}." in name), None)
+        stored = self._blocks.get(name)
+        if stored is None and part is not None:
+            stored = self._blocks.get(name.replace(part, PACKED_PROJECTION))
+        if stored is None:
+            return None
+        try:
+            if stored == 0:
+                found = self._read_back.int8(name, weight).read_back()
+                expected = quantize_int8(weight).read_back()
+            else:
+                found = self._read_back.int4(name, weight, stored).read_back()
+                expected = quantize_int4(weight, stored).read_back()
+        except VerificationError:
+            return None
+        same = found.shape == expected.shape and np.array_equal(found, expected)
+        return expected if same else None
+
+
+def _storages(graph: Path) -> dict[str, int]:
+    """Matrix name → block size of int4, 0 for int8."""
+    initializers = ir.load(graph).graph.initializers
+    found = {}
+    for name in initializers:
+        if name.endswith(".int8"):
+            found[name.removesuffix(".int8")] = 0
+        elif name.endswith(".int4") and f"{name}.scales" in initializers:
+            packed, scales = (
+                math.prod(static_shape(initializers[n])) for n in (name, f"{name}.scales")
+            )
+            found[name.removesuffix(".int4")] = 2 * packed // scales  # two numbers a byte
+    return found
