@@ -6,6 +6,7 @@ on the CPU, so its graphs run here with their bfloat16 tensors widened to float3
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,6 +67,15 @@ def test_weights_alone_are_quantized(
     found = [graphs.run("prefill", ids[:, :60], cache)]
     found += [graphs.run("decode", ids[:, n : n + 1], cache) for n in range(60, LENGTH)]
     assert_agrees(np.concatenate(found, axis=1), expected[:, 59:], LIMIT)
+
+
+def test_calibrated_weights_are_verified_as_stored(tmp_path: Path) -> None:
+    """GPTQ's integers are read back from the graph, whose scales are in half precision."""
+    with (DEMO / "heldout.jsonl").open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines][400:404]
+    (tmp_path / "text.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    command = ["-o", str(tmp_path / "bundle"), "--int4", "--target", "cuda", "--verify"]
+    assert main([*command, "--calibrate-text", str(tmp_path / "text.txt")]) == 0
 
 
 def _widened(path: Path) -> Any:

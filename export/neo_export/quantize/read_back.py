@@ -69,17 +69,24 @@ class ReadBack:
         """An array, and the rows of the matrix in it: all, or a third of a packed projection."""
         part = next((part for part in _PARTS if f".{part}." in name), None)
         packed = name.replace(part, PACKED_PROJECTION) if part else name
-        if f"{name}.{kind}" not in self._initializers and part is not None:
+        if self._stored_name(f"{name}.{kind}") is None and part is not None:
             start = rows * _PARTS.index(part)
             return self._array(f"{packed}.{kind}"), slice(start, start + rows)
         return self._array(f"{name}.{kind}"), slice(0, rows)
 
+    def _stored_name(self, name: str) -> str | None:
+        """The initializer of this name, or its twin in half precision (scales, for GPUs)."""
+        names = (name, f"{name}.float16")
+        return next((found for found in names if found in self._initializers), None)
+
     def _array(self, name: str) -> NDArray[Any]:
-        if name not in self._initializers:
+        found = self._stored_name(name)
+        if found is None:
             raise VerificationError(f"the graph has no weight {name!r}, which the plan stores")
-        tensor = self._initializers[name].const_value
+        tensor = self._initializers[found].const_value
         assert tensor is not None
-        return tensor.numpy()
+        array = tensor.numpy()
+        return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def _check_near(
