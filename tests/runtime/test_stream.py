@@ -212,18 +212,18 @@ def test_another_thread_may_close(model: Model, monkeypatch: pytest.MonkeyPatch)
     stream = model.stream("Once", ignore_eos=True)
     next(stream)
     inside, go_on = threading.Event(), threading.Event()
-    decode, calls = model.decode, []
+    decode, calls = model.decode_step, []
 
     def slow(*arguments: Any) -> Any:
         calls.append(1)
         inside.set()
-        go_on.wait()
+        assert go_on.wait(timeout=60)
         return decode(*arguments)
 
-    monkeypatch.setattr(model, "decode", slow)
+    monkeypatch.setattr(model, "decode_step", slow)
     reader = threading.Thread(target=lambda: list(stream))
     reader.start()
-    inside.wait()
+    assert inside.wait(timeout=60)
     stream.close()
     go_on.set()
     reader.join()
