@@ -157,13 +157,13 @@ def test_requests_are_checked_before_the_first_piece(model: Model) -> None:
 def decoded(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each decode step of the model."""
     counted: list[int] = []
-    decode = model.decode
+    decode = model.decode_step
 
     def count(*arguments: Any) -> Any:
         counted.append(1)
         return decode(*arguments)
 
-    monkeypatch.setattr(model, "decode", count)
+    monkeypatch.setattr(model, "decode_step", count)
     return counted
 
 
