@@ -13,12 +13,12 @@ from helpers.running import Graphs, relative_l2
 from neo_calibration.cli import main as calibrate
 from neo_export.checkpoint import open_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
+from neo_export.metrics import kl_divergence
 from neo_export.quantize.migration import KINDS, Migration
 from neo_export.quantize.migration_search import MovedPlace, find_migration
 from neo_export.quantize.quantizer import RoundToNearest
 from neo_export.statistics import Statistics
 from neo_export.tolerances import TOLERANCES
-from neo_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,13 +121,24 @@ def of_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("rounded")
-def test_a_model_without_outliers_is_left_alone(of_the_demo: Path, tmp_path: Path) -> None:
+def test_a_model_without_outliers_is_left_alone(
+    of_the_demo: Path, reference: Reference, tmp_path: Path
+) -> None:
     export_bundle(str(DEMO), tmp_path / "plain", ExportOptions(precision="int8"))
     options = ExportOptions(precision="int8", calibration=of_the_demo)
     summary = export_bundle(str(DEMO), tmp_path / "calibrated", options)
     assert summary.moved_places == ()
-    plain = Manifest.from_json((tmp_path / "plain" / "neo.json").read_text())
-    assert summary.digest == plain.digest
+    # What else statistics are used for (GPTQ) may only bring the bundle nearer.
+    far, near = (divergence(tmp_path / name, reference) for name in ("plain", "calibrated"))
+    assert near <= far
+
+
+def divergence(bundle: Path, reference: Reference) -> float:
+    """Mean KL divergence from PyTorch's float32, nats a position."""
+    graphs = Graphs(bundle)
+    pieces = held_out_ids(PIECES, LENGTH)[:, None]
+    found = [kl_divergence(reference.logits(p)[0], graphs.run("score", p)[0]) for p in pieces]
+    return float(np.mean(found))
 
 
 @pytest.fixture(scope="module")
