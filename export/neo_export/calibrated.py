@@ -11,8 +11,9 @@ from neo_runtime.manifest import is_quantized
 
 from neo_export.half_range import HalfRange, find_half_range
 from neo_export.passes.migrate_activations import migrate_activations
+from neo_export.quantize.balance import balanced
 from neo_export.quantize.gptq_quantizer import GptqQuantizer
-from neo_export.quantize.migration import Migration
+from neo_export.quantize.migration import TABLE_PLACE, Migration
 from neo_export.quantize.migration_search import Rounding, find_migration
 from neo_export.statistics import Statistics, input_place
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from neo_runtime.manifest import ModelSpec
     from numpy.typing import NDArray
 
     from neo_export.checkpoint import Checkpoint
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from neo_export.quantize.quantizer import WeightQuantizer
     from neo_export.targets import Target
 
-__all__ = ["Calibrated", "calibrated", "open_statistics"]
+__all__ = ["Calibrated", "calibrated", "gptq_quantizer", "open_statistics"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def calibrated(
         if not target.rounds_activations(precision):
             return Calibrated(target, half=half, statistics=statistics)
         if not linear:
-            quantizer = _gptq(statistics, Migration(), checkpoint, target)
+            quantizer = gptq_quantizer(statistics, Migration(), checkpoint.spec, target)
             return Calibrated(target, half=half, quantizer=quantizer)
 
     def rounding_of(name: str) -> Rounding | None:
@@ -132,12 +134,15 @@ def calibrated(
         rounding_of,
         lambda done, all_: progress("looking for outliers", done, all_),
     )
-    gptq = None if target.quantize_linear else _gptq(statistics, migration, checkpoint, target)
+    gptq = None
+    if not target.quantize_linear:
+        migration = balanced(migration, read, checkpoint.spec, plan)
+        gptq = gptq_quantizer(statistics, migration, checkpoint.spec, target)
     return Calibrated(target, migration, moved, quantizer=gptq, statistics=statistics)
 
 
-def _gptq(
-    statistics: Statistics, migration: Migration, checkpoint: Checkpoint, target: Target
+def gptq_quantizer(
+    statistics: Statistics, migration: Migration, spec: ModelSpec, target: Target
 ) -> GptqQuantizer:
     """GPTQ on the inputs as the stored matrices see them."""
 
@@ -145,8 +150,12 @@ def _gptq(
         both = statistics.second_moment(place), statistics.channel_mean(place)
         return migration.second_moment(place, both)
 
-    tied = checkpoint.spec.tie_word_embeddings
-    return GptqQuantizer(second_moment, tied=tied, eight_bits=target.half_activations)
+    return GptqQuantizer(
+        second_moment,
+        tied=spec.tie_word_embeddings,
+        eight_bits=target.half_activations,
+        table_scale=migration.scales.get(TABLE_PLACE),
+    )
 
 
 def _in_half(target: Target, precision: str, half: HalfRange) -> Target:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
             f"--{name}", dest="precision", action="store_const", const=name, help=text
         )
     precision.add_argument(
+        "--auto",
+        action="store_true",
+        help="find a storage for each matrix by what it costs on text (--calibrate-text), within "
+        "--max-kl or --max-size; minutes for small models, hours for billions of parameters",
+    )
+    precision.add_argument(
         "--plan",
         type=Path,
         metavar="FILE",
@@ -110,7 +116,26 @@ def _parser() -> argparse.ArgumentParser:
         help="int4, plan: a second, int8 copy of the weights for prompts and scoring; prompts run "
         "faster, and the bundle is three times as large",
     )
-    calibration = parser.add_mutually_exclusive_group()
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="--auto: the smallest bundle whose mean KL divergence from float32 is at most this",
+    )
+    limit.add_argument(
+        "--max-size",
+        metavar="SIZE",
+        help="--auto: the best bundle whose weights have at most so many bytes, or (below 1) at "
+        "most this fraction of float32's",
+    )
+    parser.add_argument(
+        "--auto-report",
+        type=Path,
+        metavar="FOLDER",
+        help="--auto: write what was measured there, and a picture of size against divergence",
+    )
+    calibration = parser
     calibration.add_argument(
         "--calibration",
         type=Path,
@@ -152,15 +177,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     bar = StageLine("neo-export")
     try:
         from neo_export.exporter import ExportOptions, export_bundle
-        from neo_export.run_calibration import calibration_folder
+        from neo_export.run_calibration import calibration_folder, run_search
         from neo_export.staging import check_destination
 
         model = arguments.model or str(DEMO)
         precision, quantization = _quantization(arguments)
+        search = _search(arguments)
         build = _engine_builder(arguments)
         if arguments.calibrate_text is not None:
             check_destination(arguments.output, force=arguments.force)  # before the long work
         with calibration_folder(model, arguments.calibration, arguments.calibrate_text) as folder:
+            if search is not None:
+                assert folder is not None
+                bar.end()
+                plan = run_search(model, arguments.calibrate_text, folder, search)
+                quantization = replace(quantization, plan=plan)
             summary = export_bundle(
                 model,
                 arguments.output,
@@ -243,18 +274,42 @@ def _engine_builder(
     return build
 
 
+def _search(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    """Options of the search; None without --auto."""
+    limits = {"--max-kl": arguments.max_kl, "--max-size": arguments.max_size}
+    given = {flag: value for flag, value in limits.items() if value is not None}
+    if not arguments.auto:
+        if arguments.calibration is not None and arguments.calibrate_text is not None:
+            raise RequestError("--calibration and --calibrate-text were given; choose one")
+        flag = next(iter(given), "--auto-report" if arguments.auto_report else None)
+        if flag is not None:
+            raise RequestError(f"{flag} was given, it goes with --auto")
+        return None
+    if not given:
+        raise RequestError("--auto needs a limit: --max-kl NATS, or --max-size SIZE")
+    if arguments.calibrate_text is None:
+        raise RequestError("--auto needs text to measure on: --calibrate-text FILE")
+    report = ("--report", str(arguments.auto_report)) if arguments.auto_report else ()
+    return (*(str(part) for pair in given.items() for part in pair), *report)
+
+
 def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
     """The precision, and the options of the quantized ones; elsewhere these are a mistake."""
     from neo_export.quantize.plan import WeightPlan
     from neo_export.targets import Quantization
 
     plan = None if arguments.plan is None else WeightPlan.read(arguments.plan)
-    precision = arguments.precision or ("fp32" if plan is None else "mixed")
-    asked = "--plan" if plan is not None else f"--{precision}"
+    mixed = "--plan" if plan is not None else "--auto" if arguments.auto else None
+    precision = arguments.precision or ("fp32" if mixed is None else "mixed")
+    asked = mixed or f"--{precision}"
     for given, flag, needs in (
         (arguments.block_size is not None, "--block-size", ("--int4",)),
-        (arguments.int8_prefill, "--int8-prefill", ("--int4", "--plan")),
-        (bool(arguments.keep_fp32), "--keep-fp32", ("--int8", "--int4", "--fp8", "--plan")),
+        (arguments.int8_prefill, "--int8-prefill", ("--int4", "--plan", "--auto")),
+        (
+            bool(arguments.keep_fp32),
+            "--keep-fp32",
+            ("--int8", "--int4", "--fp8", "--plan", "--auto"),
+        ),
     ):
         if given and asked not in needs:
             wanted = " or ".join(needs)

@@ -25,6 +25,7 @@ from neo_export.passes.quantize_cache import quantize_cache_steps
 from neo_export.probes import probes_of
 from neo_export.quantize.kv_cache import calibrated_steps
 from neo_export.quantize.read_back import ReadBack
+from neo_export.quantize.remembered import Remembered
 from neo_export.quantize.stored import StoredWeights
 from neo_export.sidecars import write_sidecars
 from neo_export.staging import record_files, staged_folder
@@ -67,6 +68,8 @@ class ExportOptions:
     """How keys and values are kept: one of `CACHE_FORMATS`."""
     calibration: Path | None = None
     """Statistics of the checkpoint, which `neo-calibrate` wrote."""
+    remembered: Path | None = None
+    """A folder that keeps matrices quantized with these statistics for the next export."""
     verify: bool = False
     """Compare numbers with PyTorch before the bundle is put in place."""
     force: bool = False
@@ -173,6 +176,9 @@ def export_bundle(
             steps = calibrated_steps(statistics, cache, spec)
             cache = replace(cache, dtype="int8")
         migrated = decided.migration.reading(read)
+        quantizer = decided.quantizer
+        if quantizer is not None and options.remembered is not None:
+            quantizer = Remembered(quantizer, options.remembered)
         passes = {
             name: decided.passes
             + passes_for(
@@ -181,7 +187,7 @@ def export_bundle(
                 name,
                 spec,
                 options.quantization,
-                decided.quantizer,
+                quantizer,
                 max_length,
                 decided.largest_input,
             )

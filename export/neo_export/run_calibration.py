@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.errors import DependencyError, StatisticsError
 
+from neo_export.quantize.plan import WeightPlan
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["calibration_folder", "run_calibration"]
+__all__ = ["calibration_folder", "run_calibration", "run_search"]
 
 _MODULE = "neo_calibration"
 
@@ -38,7 +40,7 @@ def calibration_folder(
     Raises:
         StatisticsError: the calibration failed; it has said why.
     """
-    if text is None:
+    if text is None or statistics is not None:  # both are for --auto, which searches on the text
         yield statistics
         return
     with tempfile.TemporaryDirectory(prefix="neo-calibration-") as folder:
@@ -58,14 +60,44 @@ def run_calibration(model: str, text: Path, output: Path, *options: str) -> Path
         DependencyError: the calibration, or what it needs, is not installed.
         StatisticsError: it failed; it has said why.
     """
+    _require()
+    _run(_MODULE, model, "--text", str(text), "-o", str(output), *options)
+    return output
+
+
+def run_search(model: str, text: Path, statistics: Path, options: tuple[str, ...]) -> WeightPlan:
+    """Run `python -m neo_calibration.auto`: the plan that keeps a limit.
+
+    Args:
+        model: what the user called it.
+        text: the file to measure on.
+        statistics: of the model.
+        options: the limit, as the command takes it.
+
+    Raises:
+        DependencyError: the calibration, or what it needs, is not installed.
+        StatisticsError: it failed; it has said why.
+    """
+    _require()
+    with tempfile.TemporaryDirectory(prefix="neo-auto-") as folder:
+        plan = Path(folder, "plan.json")
+        files = ("--text", str(text), "--statistics", str(statistics), "-o", str(plan))
+        _run(f"{_MODULE}.auto", model, *files, *options)
+        return WeightPlan.read(plan)
+
+
+def _require() -> None:
     if importlib.util.find_spec(_MODULE) is None:
         raise DependencyError(
             f"calibration needs the package {_MODULE}; install neo-onnx whole, with its extra: "
             "pip install 'neo-onnx[export,torch]'",
             name=_MODULE,
         )
-    command = [sys.executable, "-m", _MODULE, model, "--text", str(text), "-o", str(output)]
-    child = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
+
+
+def _run(module: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", module, *arguments]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         status = child.wait()
     except BaseException:
@@ -73,7 +105,4 @@ def run_calibration(model: str, text: Path, output: Path, *options: str) -> Path
         child.wait()
         raise
     if status:
-        raise StatisticsError(
-            f"calibrating {model} on {text} failed (exit status {status}); what it said is above"
-        )
-    return output
+        raise StatisticsError(f"{module} failed (exit status {status}); what it said is above")

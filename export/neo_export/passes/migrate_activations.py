@@ -2,6 +2,8 @@
 
     before                            after
     MatMul(x, Transpose(w))           MatMul((x − z) · (1/s), Transpose(w))
+    Gemm(x, table, transB=1)          Gemm(x · (1/s), table, transB=1)
+    Gather(table, ids)                Gather(table, ids) · (1/s)
 
 The weight itself is multiplied by s when it is read, and the bias holds W z
 (`neo_export.quantize.migration`), so that the sum is the same. Without a shift there is no
@@ -28,27 +30,33 @@ if TYPE_CHECKING:
 __all__ = ["migrate_activations"]
 
 
-_INVERSE = "inverse_scale"
+class _Migrate(Rule):
+    inverse = "inverse_scale"
+    """What the vector 1/s of this reader is called; it also says that the rule has fired."""
 
-
-class _Multiply(Rule):
     def __init__(self, migration: Migration) -> None:
         super().__init__()
         self.migration = migration
-
-    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
-        return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
 
     def check(self, context: Any, weight: ir.Value, **_: Any) -> Any:
         result = MatchResult()
         name = weight.name or ""
         if not is_parameter(weight) or weight.graph is None:
             return result.fail("the weight is computed", weight)
-        if f"{name}.{_INVERSE}" in weight.graph.initializers:
+        if f"{name}.{self.inverse}" in weight.graph.initializers:
             return result.fail("its input is rescaled already", weight)
         if _place(name) not in self.migration.in_graph:
             return result.fail("its input is not rescaled here", weight)
         return result
+
+    def _inverse(self, weight: ir.Value) -> ir.Value:
+        scale = self.migration.scales[_place(str(weight.name))]
+        return _stored(weight, self.inverse, np.float32(1) / scale)
+
+
+class _Product(_Migrate):
+    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
+        return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
 
     def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
         assert weight.graph is not None
@@ -57,8 +65,25 @@ class _Multiply(Rule):
         shift = self.migration.shifts.get(place)
         if shift is not None:
             x = op.Sub(x, _stored(weight, "shift", shift))
-        inverse = _stored(weight, _INVERSE, np.float32(1) / self.migration.scales[place])
-        return op.MatMul(op.Mul(x, inverse), op.Transpose(weight, perm=[1, 0]))
+        return op.MatMul(op.Mul(x, self._inverse(weight)), op.Transpose(weight, perm=[1, 0]))
+
+
+class _Head(_Migrate):
+    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
+        return op.Gemm(x, weight, transB=1)
+
+    def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
+        return op.Gemm(op.Mul(x, self._inverse(weight)), weight, transB=1)
+
+
+class _Embedding(_Migrate):
+    inverse = "rows.inverse_scale"
+
+    def pattern(self, op: Any, weight: Any, ids: Any) -> Any:
+        return op.Gather(weight, ids, axis=0)
+
+    def rewrite(self, op: Any, weight: ir.Value, ids: ir.Value, **_: Any) -> Any:
+        return op.Mul(op.Gather(weight, ids, axis=0), self._inverse(weight))
 
 
 def _stored(weight: ir.Value, kind: str, values: NDArray[np.float32]) -> ir.Value:
@@ -84,7 +109,7 @@ def migrate_activations(migration: Migration) -> Pass:
     """The pass, for the places that `migration` changes in the graph."""
 
     def migrate(model: ir.Model) -> int:
-        return apply(_Multiply, model, migration)
+        return sum(apply(rule, model, migration) for rule in (_Product, _Head, _Embedding))
 
     migrate.__name__ = "migrate_activations"
     return migrate

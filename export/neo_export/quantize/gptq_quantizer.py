@@ -39,6 +39,7 @@ class GptqQuantizer:
         *,
         tied: bool,
         eight_bits: bool = False,
+        table_scale: NDArray[np.float32] | None = None,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -46,9 +47,12 @@ class GptqQuantizer:
             second_moment: gives E[x xᵀ] at a place, such as `Statistics.second_moment`.
             tied: the embedding is the head.
             eight_bits: int8 uses −127…127, for kernels that multiply in floating point.
+            table_scale: [in] by which the table's channels are multiplied as it is stored, and
+                divided where its rows are looked up.
         """
         self._second_moment = second_moment
         self._tied = tied
+        self._table_scale = table_scale
         self._limit = 127 if eight_bits else LIMIT
 
     def int8(self, name: str, weight: NDArray[np.float32]) -> Int8Weight:
@@ -78,5 +82,8 @@ class GptqQuantizer:
         place = input_place(name.replace(PACKED_PROJECTION, "q_proj"))
         moment = damped(self._second_moment(place))
         if name == _TABLE:
-            moment = damped(moment, _EMBEDDING_SHARE)
+            scale = np.float64(1) if self._table_scale is None else self._table_scale
+            # ‖error / s‖² of a row that is looked up; the mean is that of the inputs before s.
+            mean = float(np.mean(np.diagonal(moment) * scale * scale))
+            moment[np.diag_indices(len(moment))] += _EMBEDDING_SHARE * mean / (scale * scale)
         return moment

@@ -25,7 +25,10 @@ from neo_export.statistics import input_place
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["KINDS", "Migration", "Read", "readers_of"]
+__all__ = ["KINDS", "TABLE_PLACE", "Migration", "Read", "readers_of"]
+
+TABLE_PLACE = "transformer.final_norm"
+"""What a tied table multiplies; its rows are divided where they are looked up."""
 
 Read = Callable[[str], NDArray[np.float32]]
 """Name of a parameter → its values."""
@@ -43,7 +46,9 @@ _NORMS = ("ln_1", "ln_2")
 
 
 def readers_of(place: str) -> tuple[str, ...]:
-    """Names of the matrices that read a place of a layer ("transformer.h.3.ln_1")."""
+    """Names of the matrices that read a place ("transformer.h.3.ln_1"; the table a tied one)."""
+    if place == TABLE_PLACE:
+        return ("transformer.wte.weight",)
     layer, kind = place.rsplit(".", 1)
     return tuple(f"{layer}.{reader}" for reader in _READERS[kind])
 

@@ -1,0 +1,104 @@
+"""`python -m neo_calibration.auto`: a plan that keeps a limit; neo-export --auto starts it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neo_export.stages import StageLine
+from neo_runtime.errors import NeoError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_EPILOG = """\
+Each group of matrices is quantized alone and its KL divergence from float32 measured on one part of
+the text; plans that may be the answer are exported and measured on another part. Progress goes to
+stderr, the summary to stdout. Exit status: 0 written, 2 bad input, or a limit that cannot be kept.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m neo_calibration.auto",
+        description="Find which matrix needs which precision.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="the checkpoint")
+    parser.add_argument("--text", required=True, action="append", type=Path, metavar="FILE")
+    parser.add_argument("--statistics", required=True, type=Path, metavar="STATS")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="PLAN.json")
+    limit = parser.add_mutually_exclusive_group(required=True)
+    limit.add_argument("--max-kl", type=float, metavar="NATS")
+    limit.add_argument(
+        "--max-size",
+        metavar="SIZE",
+        help="bytes of weights.bin, or a fraction (below 1) of what float32 takes",
+    )
+    parser.add_argument("--remembered", type=Path, metavar="FOLDER", help="quantized matrices")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="positions to measure sensitivities on, and as many others for bundles",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FOLDER",
+        help="write auto.json and auto.svg there: the trade-off curve, which takes more bundles",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    bar = StageLine("neo-auto")
+    try:
+        from neo_calibration.auto.run import AutoOptions, run_auto
+
+        summary = run_auto(
+            arguments.model,
+            AutoOptions(
+                text=tuple(arguments.text),
+                statistics=arguments.statistics,
+                output=arguments.output,
+                max_divergence=arguments.max_kl,
+                max_size=arguments.max_size,
+                tokens=arguments.tokens,
+                remembered=arguments.remembered,
+                report=arguments.report,
+            ),
+            bar.show,
+        )
+    except NeoError as error:
+        bar.end()
+        print(f"neo-auto: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        bar.end()
+        print(
+            f"neo-auto: the package {error.name} is missing; "
+            "install neo-onnx with its extras: pip install 'neo-onnx[cpu,export,torch]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        bar.end()
+        print("neo-auto: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    bar.end()
+    print(json.dumps(summary, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

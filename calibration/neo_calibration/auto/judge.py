@@ -1,0 +1,88 @@
+"""What a bundle really has: bytes of its weight file, and KL divergence on text kept for it."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import neo_runtime
+import numpy as np
+from neo_export.exporter import ExportOptions, export_bundle
+from neo_export.metrics import kl_divergence
+from neo_export.targets import Quantization
+
+if TYPE_CHECKING:
+    from neo_export.quantize.plan import WeightPlan
+    from numpy.typing import NDArray
+
+__all__ = ["Judge", "Measured"]
+
+_DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One bundle."""
+
+    size: int
+    """Bytes of weights.bin."""
+    divergence: float
+    """Mean KL(float32 ‖ bundle) over all positions of all contexts, nats."""
+    interval: tuple[float, float]
+    """95 %, by bootstrap over the contexts."""
+
+
+class Judge:
+    """Exports, loads and scores one bundle after the other, and deletes it again."""
+
+    def __init__(
+        self,
+        model: str,
+        contexts: NDArray[np.int64],
+        reference: list[NDArray[np.float32]],
+        statistics: Path,
+        remembered: Path,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: what neo-export takes.
+            contexts: token ids [n, S] that no decision was based on.
+            reference: float32 logits [S, V] of each.
+            statistics: of this model.
+            remembered: folder for matrices that were quantized with these statistics.
+        """
+        self._model = model
+        self._contexts = contexts
+        self._reference = reference
+        self._calibrated = ExportOptions(calibration=statistics, remembered=remembered)
+
+    def plan(self, plan: WeightPlan) -> Measured:
+        """A calibrated bundle of this plan."""
+        quantization = Quantization(plan=plan)
+        return self._measure(
+            replace(self._calibrated, precision="mixed", quantization=quantization)
+        )
+
+    def uniform(self, precision: str, block_size: int | None, *, calibrated: bool) -> Measured:
+        """A bundle with all matrices alike."""
+        options = self._calibrated if calibrated else ExportOptions()
+        quantization = Quantization(block_size=block_size)
+        return self._measure(replace(options, precision=precision, quantization=quantization))
+
+    def _measure(self, options: ExportOptions) -> Measured:
+        with tempfile.TemporaryDirectory(prefix="neo-auto-") as folder:
+            bundle = Path(folder, "bundle")
+            size = export_bundle(self._model, bundle, options).weight_bytes
+            with neo_runtime.load(bundle) as model:
+                means = np.array(
+                    [
+                        kl_divergence(exact, model.logits(ids)).mean()
+                        for ids, exact in zip(self._contexts, self._reference, strict=True)
+                    ]
+                )
+        draws = np.random.default_rng(0).integers(0, len(means), (_DRAWS, len(means)))
+        low, high = np.quantile(means[draws].mean(axis=1), (0.025, 0.975))
+        return Measured(size, float(means.mean()), (float(low), float(high)))

@@ -1,0 +1,211 @@
+"""What it costs to quantize one group of matrices alone: KL divergence from float32.
+
+One sweep over the layers, with one layer's weights in memory. At layer i each of its groups is
+replaced by what each candidate storage makes of it, activations rounded as the kernels round them;
+the hidden states that come out are a *variant*, which runs on through the float32 layers behind. At
+the end every variant has logits to compare. So all variants together cost half as many passes
+over the model as there are variants, and hidden states of `variants × positions` are held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from neo_export.metrics import kl_divergence
+from neo_export.reference import LayeredReference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from neo_export.checkpoint import Checkpoint
+    from neo_export.quantize.plan import Storage
+    from neo_runtime.manifest import ModelSpec
+    from numpy.typing import NDArray
+
+    from neo_calibration.auto.stored_form import StoredForm
+
+__all__ = ["Group", "groups_of", "measure_sensitivities", "reference_logits"]
+
+TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
+_LAYER = (
+    ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
+    ("attn.attention.out_proj",),
+    ("mlp.c_fc",),
+    ("mlp.c_proj",),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that share a storage: those that read the same input."""
+
+    names: tuple[str, ...]
+    layer: int | None
+    """None: the table, or an untied head."""
+
+    @property
+    def label(self) -> str:
+        """A short name."""
+        return self.names[0] if len(self.names) == 1 else self.names[0].replace("q_proj", "qkv")
+
+
+def groups_of(spec: ModelSpec) -> tuple[Group, ...]:
+    """Every matrix of the model, in groups."""
+    groups = [Group((TABLE,), None)]
+    if not spec.tie_word_embeddings:
+        groups.append(Group((HEAD,), None))
+    for layer in range(spec.num_layers):
+        for parts in _LAYER:
+            names = tuple(f"transformer.h.{layer}.{part}.weight" for part in parts)
+            groups.append(Group(names, layer))
+    return tuple(groups)
+
+
+@dataclass
+class _Variant:
+    """The model with one group quantized: its hidden states so far, [n, S, H]."""
+
+    group: Group
+    storage: Storage
+    hidden: Any
+
+
+def measure_sensitivities(
+    checkpoint: Checkpoint,
+    contexts: NDArray[np.int64],
+    stored: StoredForm,
+    candidates: Sequence[Storage],
+    progress: Callable[[int, int], None],
+) -> dict[tuple[Group, Storage], float]:
+    """Mean KL(float32 ‖ variant) over all positions, in nats, of each group in each storage.
+
+    Args:
+        checkpoint: the model.
+        contexts: token ids [n, S], each from position 0.
+        stored: what a storage makes of a matrix and of its inputs.
+        candidates: storages but fp32, which costs nothing.
+        progress: called with layers done and in all.
+    """
+    reference = LayeredReference(checkpoint)
+    spec = checkpoint.spec
+    groups = groups_of(spec)
+    import torch
+
+    with torch.inference_mode():
+        hidden = torch.from_numpy(np.stack([reference.embed(ids) for ids in contexts]))
+        variants = list(_of_tables(checkpoint, contexts, hidden, groups, stored, candidates))
+        for layer in range(spec.num_layers):
+            block = reference.load_block(layer)
+            for variant in variants:
+                variant.hidden = block(variant.hidden)[0]
+            own = [group for group in groups if group.layer == layer]
+            variants += list(_of_layer(block, hidden, own, stored, candidates))
+            hidden = block(hidden)[0]
+            progress(layer + 1, spec.num_layers + 1)
+        found = _divergences(checkpoint, reference, hidden, variants, stored)
+    progress(1, 1)
+    return found
+
+
+def reference_logits(
+    checkpoint: Checkpoint, contexts: NDArray[np.int64]
+) -> list[NDArray[np.float32]]:
+    """PyTorch's logits [S, V] of each context, float32."""
+    reference = LayeredReference(checkpoint)
+    hidden = [reference.embed(ids) for ids in contexts]
+    for index in range(checkpoint.spec.num_layers):
+        layer = reference.layer(index)
+        hidden = [layer.places(states)["residual"] for states in hidden]
+    return [reference.logits(reference.final_norm(states)) for states in hidden]
+
+
+def _of_tables(
+    checkpoint: Checkpoint,
+    contexts: NDArray[np.int64],
+    hidden: Any,
+    groups: Sequence[Group],
+    stored: StoredForm,
+    candidates: Sequence[Storage],
+) -> Iterator[_Variant]:
+    """Variants that begin at the embedding; an untied head changes nothing before the end."""
+    import torch
+
+    for group in groups:
+        if group.layer is not None:
+            continue
+        [name] = group.names
+        weight = checkpoint.tensors[name].read()
+        for storage in candidates:
+            states = hidden
+            if name == TABLE:
+                off = stored.weight(name, weight, storage)[contexts] - weight[contexts]
+                states = hidden + torch.from_numpy(off)
+            yield _Variant(group, storage, states)
+
+
+def _of_layer(
+    block: Any,
+    hidden: Any,
+    groups: Sequence[Group],
+    stored: StoredForm,
+    candidates: Sequence[Storage],
+) -> Iterator[_Variant]:
+    """Variants that begin in one layer; the block is as before afterwards."""
+    import torch
+
+    for group in groups:
+        modules = {name: _module(block, name) for name in group.names}
+        kept = {name: module.weight.data for name, module in modules.items()}
+        for storage in candidates:
+            hooks = []
+            for name, module in modules.items():
+                made = stored.weight(name, kept[name].numpy(), storage)
+                module.weight.data = torch.from_numpy(made)
+                hooks.append(
+                    module.register_forward_pre_hook(
+                        lambda _module, inputs, n=name, s=storage: (stored.inputs(n, inputs[0], s),)
+                    )
+                )
+            yield _Variant(group, storage, block(hidden)[0])
+            for hook in hooks:
+                hook.remove()
+        for name, module in modules.items():
+            module.weight.data = kept[name]
+
+
+def _module(block: Any, name: str) -> Any:
+    """The linear module of a checkpoint's name, inside its block."""
+    found = block
+    for part in name.split(".")[3:-1]:
+        found = getattr(found, part)
+    return found
+
+
+def _divergences(
+    checkpoint: Checkpoint,
+    reference: LayeredReference,
+    hidden: Any,
+    variants: Sequence[_Variant],
+    stored: StoredForm,
+) -> dict[tuple[Group, Storage], float]:
+    import torch
+
+    norm = reference.load_final_norm()
+    name = TABLE if checkpoint.spec.tie_word_embeddings else HEAD
+    weight = checkpoint.tensors[name].read()
+    table = torch.from_numpy(np.array(weight))
+    finals = norm(hidden)
+    found = {}
+    for variant in variants:
+        states, head = norm(variant.hidden), table
+        if name in variant.group.names:
+            head = torch.from_numpy(stored.weight(name, weight, variant.storage))
+            states = stored.inputs(name, states, variant.storage)
+        sums = [
+            kl_divergence((exact @ table.T).numpy(), (own @ head.T).numpy()).sum()
+            for exact, own in zip(finals, states, strict=True)
+        ]
+        found[variant.group, variant.storage] = float(sum(sums) / finals[..., 0].numel())
+    return found

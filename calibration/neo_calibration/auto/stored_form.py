@@ -1,0 +1,76 @@
+"""What a storage makes of one matrix, and of the inputs of its product: as an export does it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from neo_export.calibrated import gptq_quantizer
+from neo_export.quantize.balance import balanced
+from neo_export.quantize.migration import Migration
+from neo_export.quantize.plan import Storage, WeightPlan
+from neo_export.quantize.remembered import Remembered
+from neo_export.statistics import input_place
+from neo_export.targets import TARGETS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from neo_export.statistics import Statistics
+    from neo_runtime.manifest import ModelSpec
+    from numpy.typing import NDArray
+
+__all__ = ["StoredForm"]
+
+
+class StoredForm:
+    """Quantizes with statistics, for the CPU target.
+
+    Outliers that an export moves are left where they are: bundles that are measured have them
+    moved, so that a model with outliers is estimated too badly, and never too well.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[str], NDArray[np.float32]],
+        spec: ModelSpec,
+        statistics: Statistics,
+        remembered: Path,
+    ) -> None:
+        """Prepare; nothing is quantized yet.
+
+        Args:
+            read: gives a weight of the checkpoint.
+            spec: the architecture.
+            statistics: of this checkpoint.
+            remembered: folder that keeps what is quantized.
+        """
+        every = WeightPlan(Storage("int4", 16))
+        self._scales = balanced(Migration(), read, spec, every)
+        target = TARGETS["cpu"]
+        self._int8 = Remembered(gptq_quantizer(statistics, Migration(), spec, target), remembered)
+        self._int4 = Remembered(gptq_quantizer(statistics, self._scales, spec, target), remembered)
+
+    def weight(
+        self, name: str, weight: NDArray[np.float32], storage: Storage
+    ) -> NDArray[np.float32]:
+        """The matrix [out, in] as the product has it, read back."""
+        if storage.kind == "int8":
+            return self._int8.int8(name, weight).read_back()
+        assert storage.block_size is not None
+        scaled = self._scales.reading(lambda _: weight)(name)
+        made = self._int4.int4(name, scaled, storage.block_size).read_back()
+        return self._scales.restoring(lambda _: made)(name)
+
+    def inputs(self, name: str, x: Any, storage: Storage) -> Any:
+        """A tensor of activations in 8 bits, a scale a row (int8) or a block (int4)."""
+        import torch
+
+        scale: Any = 1.0
+        if storage.kind == "int4":
+            found = self._scales.scales.get(input_place(name))
+            scale = 1.0 if found is None else torch.from_numpy(np.array(found))
+        blocks = (x / scale).reshape(*x.shape[:-1], -1, storage.block_size or x.shape[-1])
+        step = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
+        return ((blocks / step).round() * step).reshape(x.shape) * scale
