@@ -165,7 +165,7 @@ def test_against_uniform_bundles(tmp_path: Path) -> None:
         stored = StoredForm(
             lambda name: checkpoint.tensors[name].read(), spec, Statistics.open(stats), remembered
         )
-        candidates = (Storage("int4", 32), Storage("int8"))
+        candidates = (Storage("int4", 64), Storage("int4", 32), Storage("int8"))
         found = measure_sensitivities(checkpoint, ids[:2], stored, candidates, lambda *_: None)
         frontier = frontier_of(groups_of(spec), shapes, found)
         searched, other = (
