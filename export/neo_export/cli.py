@@ -135,8 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="--auto: write what was measured there, and a picture of size against divergence",
     )
-    calibration = parser
-    calibration.add_argument(
+    parser.add_argument(
         "--calibration",
         type=Path,
         metavar="STATS",
@@ -144,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "into the weights (int8, int4), what would overflow stays float32 (fp16), and an int8 "
         "cache gets its scales",
     )
-    calibration.add_argument(
+    parser.add_argument(
         "--calibrate-text",
         type=Path,
         metavar="FILE",

@@ -25,8 +25,9 @@ import numpy as np
 import onnx_ir as ir
 
 from neo_export.model import WINDOW_KEY
+from neo_export.passes._attention import AttentionRule
 from neo_export.passes._insert import insert_before
-from neo_export.passes._rule import MatchResult, Rule, apply
+from neo_export.passes._rule import MatchResult, apply
 
 if TYPE_CHECKING:
     from onnxscript import OpBuilder
@@ -37,36 +38,10 @@ HEAD_SIZE_MULTIPLE = 8
 GUARD_NODE = "attention_mask_must_be_right_padded"
 
 
-class _GroupQueryAttention(Rule):
+class _GroupQueryAttention(AttentionRule):
     def __init__(self, seqlens: ir.Value, total: ir.Value) -> None:
         super().__init__()
         self.seqlens, self.total = seqlens, total
-
-    def pattern(
-        self,
-        op: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        past_key: Any,
-        past_value: Any,
-        mask: Any,
-        split: Any,
-        merge: Any,
-        lowest: Any,
-    ) -> Any:
-        heads = op.Cast(op.Transpose(op.Reshape(query, split), perm=[0, 2, 1, 3]), to=1)
-        present_key = op.Concat(
-            past_key, op.Transpose(op.Reshape(key, split), perm=[0, 2, 1, 3]), axis=2
-        )
-        present_value = op.Concat(
-            past_value, op.Transpose(op.Reshape(value, split), perm=[0, 2, 1, 3]), axis=2
-        )
-        scores = op.MatMul(heads, op.Transpose(op.Cast(present_key, to=1), perm=[0, 1, 3, 2]))
-        weights = op.Softmax(op.Where(mask, scores, lowest), axis=-1)
-        attended = op.MatMul(op.CastLike(weights, present_value), present_value)
-        merged = op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), merge)
-        return merged, present_key, present_value
 
     def check(self, context: Any, mask: ir.Value, past_key: ir.Value, **_: Any) -> MatchResult:
         result = MatchResult()

@@ -33,8 +33,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from neo_export.model import WINDOW_KEY
+from neo_export.passes._attention import AttentionRule
 from neo_export.passes._insert import insert_before
-from neo_export.passes._rule import MatchResult, Rule, apply
+from neo_export.passes._rule import MatchResult, apply
 from neo_export.passes._tensors import add_initializer
 
 if TYPE_CHECKING:
@@ -51,38 +52,12 @@ _SEQUENCE_AXIS = -2
 _FULL = -1  # `WINDOW_KEY` of a layer that sees everything
 
 
-class _ScatterAndAttend(Rule):
+class _ScatterAndAttend(AttentionRule):
     def __init__(
         self, first: ir.Value, masks: dict[int, ir.Value], folded: ir.Value, whole: ir.Value
     ) -> None:
         super().__init__()
         self.first, self.masks, self.folded, self.whole = first, masks, folded, whole
-
-    def pattern(
-        self,
-        op: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        past_key: Any,
-        past_value: Any,
-        mask: Any,
-        split: Any,
-        merge: Any,
-        lowest: Any,
-    ) -> Any:
-        heads = op.Cast(op.Transpose(op.Reshape(query, split), perm=[0, 2, 1, 3]), to=1)
-        present_key = op.Concat(
-            past_key, op.Transpose(op.Reshape(key, split), perm=[0, 2, 1, 3]), axis=2
-        )
-        present_value = op.Concat(
-            past_value, op.Transpose(op.Reshape(value, split), perm=[0, 2, 1, 3]), axis=2
-        )
-        scores = op.MatMul(heads, op.Transpose(op.Cast(present_key, to=1), perm=[0, 1, 3, 2]))
-        weights = op.Softmax(op.Where(mask, scores, lowest), axis=-1)
-        attended = op.MatMul(op.CastLike(weights, present_value), present_value)
-        merged = op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), merge)
-        return merged, present_key, present_value
 
     def check(self, context: Any, mask: ir.Value, **_: Any) -> MatchResult:
         result = MatchResult()
