@@ -298,15 +298,19 @@ class TestFailed:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
     def test_by_a_signal(self, parent: Path, old: Path, number: signal.Signals) -> None:
-        with (
-            nothing_changes(parent),
-            pytest.raises(SystemExit) as stopped,
-            staged_folder(old, force=True) as folder,
-        ):
-            fill(folder)
-            os.kill(os.getpid(), number)
-        assert stopped.value.code == 128 + number
-        assert signal.getsignal(number) is signal.SIG_DFL
+        previous = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP for its children
+        try:
+            with (
+                nothing_changes(parent),
+                pytest.raises(SystemExit) as stopped,
+                staged_folder(old, force=True) as folder,
+            ):
+                fill(folder)
+                os.kill(os.getpid(), number)
+            assert stopped.value.code == 128 + number
+            assert signal.getsignal(number) is signal.SIG_DFL
+        finally:
+            signal.signal(number, previous)
 
     def test_a_program_keeps_its_own_way_with_signals(self, parent: Path) -> None:
         seen: list[int] = []
