@@ -13,11 +13,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers.models import DEMO, Reference
+from helpers.models import DEMO, Reference, TinyConfig, make_checkpoint, random_ids
 from helpers.running import Graphs, assert_agrees, session_options
 from neo_export.checkpoint import open_checkpoint
 from neo_export.cli import main
 from neo_export.exporter import ExportOptions, export_bundle
+from neo_export.graphs import GRAPH_NAMES
 from neo_export.quantize.quantizer import EightBits
 from neo_export.quantize.stored import StoredWeights
 from neo_export.targets import TARGETS, Quantization
@@ -39,12 +40,12 @@ def ids() -> NDArray[np.int64]:
     return np.random.default_rng(11).integers(0, 4096, (1, LENGTH), dtype=np.int64)
 
 
-def _stored_reference(precision: str) -> Reference:
+def _stored_reference(precision: str, model: Path = DEMO) -> Reference:
     """PyTorch with the weights that the bundle stores, in float32."""
     import torch
 
-    reference = Reference(DEMO)
-    with open_checkpoint(DEMO) as checkpoint, torch.no_grad():
+    reference = Reference(model)
+    with open_checkpoint(model) as checkpoint, torch.no_grad():
         plan = Quantization().plan_for("score", precision, checkpoint.spec)
         stored = StoredWeights(lambda name: checkpoint.tensors[name].read(), plan, EightBits())
         for name, parameter in reference.model.named_parameters():
@@ -67,6 +68,26 @@ def test_weights_alone_are_quantized(
     found = [graphs.run("prefill", ids[:, :60], cache)]
     found += [graphs.run("decode", ids[:, n : n + 1], cache) for n in range(60, LENGTH)]
     assert_agrees(np.concatenate(found, axis=1), expected[:, 59:], LIMIT)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
+def test_an_odd_vocabulary_is_padded_for_the_head(precision: str, tmp_path: Path) -> None:
+    config = TinyConfig(vocab_size=61)
+    model = make_checkpoint(tmp_path / "model", config)
+    export_bundle(str(model), tmp_path / "b", ExportOptions(target="cuda", precision=precision))
+    graphs = {name: ir.load(tmp_path / "b" / f"{name}.onnx").graph for name in GRAPH_NAMES}
+    for graph in graphs.values():
+        tables = [v for n, v in graph.initializers.items() if n.startswith("transformer.wte")]
+        assert {table.shape[0] for table in tables if table.shape} == {64}
+        assert all(not table.const_value.numpy()[61:].any() for table in tables)  # type: ignore[union-attr]
+        assert [value.shape[-1] for value in graph.outputs if value.name == "logits"] == [61]  # type: ignore[index]
+    if precision == "bf16":  # has no kernels here
+        return
+    ids = random_ids(config, 2, 40)
+    expected = (
+        Reference(model) if precision == "fp16" else _stored_reference(precision, model)
+    ).logits(ids)
+    assert_agrees(Graphs(tmp_path / "b").run("score", ids), expected, LIMIT)
 
 
 def test_calibrated_weights_are_verified_as_stored(tmp_path: Path) -> None:

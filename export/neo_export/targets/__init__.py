@@ -19,6 +19,7 @@ from neo_export.passes.fuse_gelu import fuse_gelu
 from neo_export.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
 from neo_export.passes.half_positions import half_positions
 from neo_export.passes.pack_qkv import pack_qkv, pack_qkv_alike
+from neo_export.passes.pad_head import pad_head
 from neo_export.passes.quantize_int4 import quantize_int4_weights
 from neo_export.passes.quantize_int8 import quantize_int8_weights
 from neo_export.passes.quantize_int8_blocks import quantize_int8_blocks
@@ -185,7 +186,7 @@ TARGETS: dict[str, Target] = {
             # No window_caches: CUDA's kernel takes padded rows into window-sized caches from
             # 1.32 on, and the wheel for GPUs is 1.31. It reads no more than the window anyway.
             fusions=(fuse_attention, pack_qkv, fuse_gelu, device_lengths, fuse_skip_layer_norm),
-            storage=(store_transposed,),
+            storage=(store_transposed, pad_head),
             fused=True,
             minimum_onnxruntime="1.31.0",
             half_activations=True,
