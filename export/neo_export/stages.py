@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import sys
+from typing import Self
 
 __all__ = ["StageLine"]
 
 
 class StageLine:
-    """Stages on stderr: one line each, rewritten in place on a terminal."""
+    """Stages on stderr: one line each, rewritten in place on a terminal.
+
+    A context manager: the last line is closed before anything else is written.
+    """
 
     def __init__(self, program: str) -> None:
         self._program = program
         self._stage = ""
         self._tenths = -1
         self._open = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     def show(self, stage: str, done: int, total: int) -> None:
         """Say how far a stage is; `total` is 0 where that is unknown."""
