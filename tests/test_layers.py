@@ -13,6 +13,7 @@ ALLOWED = {
     "runtime/neo_runtime": ("neo_runtime",),
     "export/neo_export": (
         "neo_export",
+        "neo_runtime.command_line",
         "neo_runtime.engine_record",
         "neo_runtime.errors",
         "neo_runtime.installation",

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.errors import NeoError
+from neo_export.stages import StageLine
+from neo_runtime.command_line import run_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         "--second-moments",
         choices=("full", "none"),
         default="full",
-        help="keep E[x xᵀ] of each matrix's inputs, which GPTQ needs: width² floats each, 7.6 GB "
-        "in all on the 1.3B shape, 0.4 GB without (default: full)",
+        help="keep E[x xᵀ] of each matrix's inputs, which GPTQ needs (neo-export --int8, --int4, "
+        "--plan, --auto, but for TensorRT): width² floats each, 7.6 GB in all on the 1.3B shape, "
+        "0.4 GB without (default: full)",
     )
     parser.add_argument("--force", action="store_true", help="replace statistics that are there")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -75,48 +77,40 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    progress = _Progress()
+    return run_command(
+        "neo-calibrate",
+        lambda: _run(arguments),
+        extras="export,torch",
+        interrupted="interrupted; the same command goes on from the last finished layer",
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    # Only now what is slow to import: --help and wrong usage answer at once.
+    from neo_export.checkpoint import open_checkpoint
+    from neo_export.hub import resolve_model
+    from neo_export.memory import PeakMemory
+
+    from neo_calibration.collect import collect
+    from neo_calibration.text import read_text
+
     started = time.monotonic()
-    try:
-        from neo_export.checkpoint import open_checkpoint
-        from neo_export.hub import resolve_model
-        from neo_export.memory import PeakMemory
-
-        from neo_calibration.collect import collect
-        from neo_calibration.text import read_text
-
-        with PeakMemory() as memory, open_checkpoint(resolve_model(arguments.model)) as checkpoint:
-            text = read_text(arguments.text, checkpoint, arguments.tokens, arguments.max_length)
-            for warning in text.warnings:
-                print(f"neo-calibrate: warning: {warning}", file=sys.stderr)
-            header = collect(
-                checkpoint,
-                text,
-                arguments.output,
-                second_moments=arguments.second_moments == "full",
-                force=arguments.force,
-                progress=progress.show,
-            )
-    except NeoError as error:
-        progress.end()
-        print(f"neo-calibrate: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        progress.end()
-        print(
-            f"neo-calibrate: the package {error.name} is missing; "
-            "install neo-onnx with its extras: pip install 'neo-onnx[export,torch]'",
-            file=sys.stderr,
+    with (
+        PeakMemory() as memory,
+        open_checkpoint(resolve_model(arguments.model)) as checkpoint,
+        StageLine("neo-calibrate", pace="positions/s a layer") as bar,
+    ):
+        text = read_text(arguments.text, checkpoint, arguments.tokens, arguments.max_length)
+        for warning in text.warnings:
+            print(f"neo-calibrate: warning: {warning}", file=sys.stderr)
+        header = collect(
+            checkpoint,
+            text,
+            arguments.output,
+            second_moments=arguments.second_moments == "full",
+            force=arguments.force,
+            progress=bar.show,
         )
-        return 2
-    except KeyboardInterrupt:
-        progress.end()
-        print(
-            "neo-calibrate: interrupted; the same command goes on from the last finished layer",
-            file=sys.stderr,
-        )
-        return 130
-    progress.end()
     summary = _summary(arguments.output, header, text.warnings) | {
         "seconds": time.monotonic() - started,
         "peak_rss_bytes": memory.rss,
@@ -162,40 +156,3 @@ def _report(summary: dict[str, Any]) -> str:
             f"{summary['peak_private_bytes'] / 1e6:,.0f} MB",
         ]
     )
-
-
-class _Progress:
-    """One line a stage on stderr, with rate and what is left; rewritten in place on a terminal."""
-
-    def __init__(self) -> None:
-        self._stage = ""
-        self._begun: tuple[float, int] | None = None
-        self._open = False
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if stage == "reading the model":
-            if stage != self._stage:
-                print(f"neo-calibrate: {stage}", file=sys.stderr)
-            self._stage = stage
-            return
-        if self._begun is None:
-            self._begun = (now, done)
-            rate = ""
-        else:
-            since, first = self._begun
-            speed = (done - first) / max(now - since, 1e-9)
-            left = (total - done) / max(speed, 1e-9)
-            rate = f", {speed:,.0f} positions/s a layer, {left:,.0f} s left"
-        text = f"neo-calibrate: {stage}, {100 * done // total} %{rate}"
-        if sys.stderr.isatty():
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-            self._open = True
-        elif stage != self._stage:
-            print(text, file=sys.stderr, flush=True)
-        self._stage = stage
-
-    def end(self) -> None:
-        if self._open:
-            print(file=sys.stderr)
-            self._open = False

@@ -109,7 +109,8 @@ def collect(
         DependencyError: torch or transformers is missing.
     """
     say = progress or (lambda stage, done, total: None)
-    digests = tensor_digests(checkpoint, lambda done, all_: say("reading the model", done, all_))
+    say("reading the model", 0, 0)  # no part of the positions that are counted afterwards
+    digests = tensor_digests(checkpoint)
     reference = LayeredReference(checkpoint)
     request = {
         "schema_version": SCHEMA_VERSION,

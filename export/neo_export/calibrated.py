@@ -9,12 +9,14 @@ import numpy as np
 from neo_runtime.errors import StatisticsError
 from neo_runtime.manifest import is_quantized
 
+from neo_export.checkpoint import EMBEDDING, expected_shapes
 from neo_export.half_range import HalfRange, find_half_range
 from neo_export.passes.migrate_activations import migrate_activations
 from neo_export.quantize.balance import balanced
 from neo_export.quantize.gptq_quantizer import GptqQuantizer
 from neo_export.quantize.migration import TABLE_PLACE, Migration
 from neo_export.quantize.migration_search import Rounding, find_migration
+from neo_export.quantize.plan import is_planned
 from neo_export.statistics import Statistics, input_place
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from neo_export.quantize.quantizer import WeightQuantizer
     from neo_export.targets import Target
 
-__all__ = ["Calibrated", "calibrated", "gptq_quantizer", "open_statistics"]
+__all__ = ["Calibrated", "calibrated", "gptq_quantizer", "open_statistics", "uses_gptq"]
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,28 @@ class Calibrated:
 
 
 def open_statistics(
-    folder: Path | None, checkpoint: Checkpoint, progress: Callable[[str, int, int], None]
+    folder: Path | None,
+    checkpoint: Checkpoint,
+    progress: Callable[[str, int, int], None],
+    *,
+    second_moments: bool,
 ) -> Statistics | None:
     """Open a folder of statistics and make sure that they are this checkpoint's.
 
+    Args:
+        folder: which; None for an export without.
+        checkpoint: the model.
+        progress: called with a stage's name, done and total.
+        second_moments: they have to have them: see `uses_gptq`.
+
     Raises:
-        StatisticsError: they are not, or cannot be read.
+        StatisticsError: they are not, or cannot be read, or lack what is needed.
     """
     if folder is None:
         return None
     statistics = Statistics.open(folder)
+    if second_moments:
+        statistics.require_second_moments()
     statistics.check_model(
         checkpoint, lambda done, all_: progress("checking the statistics", done, all_)
     )
@@ -139,6 +153,25 @@ def calibrated(
         migration = balanced(migration, read, checkpoint.spec, plan)
         gptq = gptq_quantizer(statistics, migration, checkpoint.spec, target)
     return Calibrated(target, migration, moved, quantizer=gptq, statistics=statistics)
+
+
+def uses_gptq(target: Target, plan: WeightPlan, spec: ModelSpec) -> bool:
+    """Whether an export with statistics chooses integers by the inputs' second moments.
+
+    Args:
+        target: what was asked for.
+        plan: how the decode graph stores each matrix; the others store integers only where it does.
+        spec: the model.
+    """
+    if target.quantize_linear:
+        return False
+    tied = spec.tie_word_embeddings  # else the table is only looked up, and rounded
+    names = [
+        name
+        for name, shape in expected_shapes(spec).items()
+        if is_planned(name, shape) and (tied or name != EMBEDDING)
+    ]
+    return not plan.kinds(names).isdisjoint(("int8", "int4"))
 
 
 def gptq_quantizer(

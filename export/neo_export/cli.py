@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.errors import EngineError, NeoError, RequestError, VerificationError
+from neo_runtime.command_line import run_command
+from neo_runtime.errors import EngineError, RequestError
 
 from neo_export.stages import StageLine
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_CHECK_FAILED = 1
 DEMO = Path(__file__).parent / "demo" / "neo-mini"
 
 _LAYOUTS = {
@@ -173,22 +175,45 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    bar = StageLine("neo-export")
-    try:
-        from neo_export.exporter import ExportOptions, export_bundle
-        from neo_export.run_calibration import calibration_folder, run_search
-        from neo_export.staging import check_destination
+    return run_command(
+        "neo-export",
+        lambda: _run(arguments),
+        extras="cpu,export",
+        interrupted="interrupted, nothing was written",
+        unverified=_CHECK_FAILED,
+    )
 
-        model = arguments.model or str(DEMO)
-        precision, quantization = _quantization(arguments)
-        search = _search(arguments)
-        build = _engine_builder(arguments)
-        if arguments.calibrate_text is not None:
-            check_destination(arguments.output, force=arguments.force)  # before the long work
+
+def _run(arguments: argparse.Namespace) -> int:
+    summary, built = _export(arguments)
+    if arguments.json:
+        record = {"engine": asdict(built.record)} if built is not None else {}
+        print(json.dumps(asdict(summary) | record, indent=1))
+    else:
+        print(_report(summary))
+        if built is not None:
+            from neo_export.engine.cli import report
+
+            print(report(built))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> tuple[ExportSummary, BuiltEngine | None]:
+    # Only now what is slow to import: --help and wrong usage answer at once.
+    from neo_export.exporter import ExportOptions, export_bundle
+    from neo_export.run_calibration import calibration_folder, run_search
+    from neo_export.staging import check_destination
+
+    model = arguments.model or str(DEMO)
+    precision, quantization = _quantization(arguments)
+    search = _search(arguments)
+    build = _engine_builder(arguments)
+    if arguments.calibrate_text is not None:
+        check_destination(arguments.output, force=arguments.force)  # before the long work
+    with StageLine("neo-export") as bar:
         with calibration_folder(model, arguments.calibration, arguments.calibrate_text) as folder:
             if search is not None:
                 assert folder is not None
-                bar.end()
                 plan = run_search(model, arguments.calibrate_text, folder, search)
                 quantization = replace(quantization, plan=plan)
             summary = export_bundle(
@@ -206,34 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ),
                 bar.show,
             )
-        built = build(bar.show)
-    except NeoError as error:
-        bar.end()
-        print(f"neo-export: {error}", file=sys.stderr)
-        return 1 if isinstance(error, VerificationError) else 2
-    except ImportError as error:
-        bar.end()
-        print(
-            f"neo-export: the package {error.name} is missing; "
-            "install neo-onnx with its extra: pip install 'neo-onnx[cpu,export]'",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        bar.end()
-        print("neo-export: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    bar.end()
-    if arguments.json:
-        record = {"engine": asdict(built.record)} if built is not None else {}
-        print(json.dumps(asdict(summary) | record, indent=1))
-    else:
-        print(_report(summary))
-        if built is not None:
-            from neo_export.engine.cli import report
-
-            print(report(built))
-    return 0
+        return summary, build(bar.show)
 
 
 def _target(arguments: argparse.Namespace, precision: str) -> str:

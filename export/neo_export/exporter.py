@@ -15,7 +15,7 @@ from neo_runtime.errors import RequestError
 from neo_runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest, TensorSpec, is_quantized
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from neo_export.calibrated import calibrated, open_statistics
+from neo_export.calibrated import calibrated, open_statistics, uses_gptq
 from neo_export.check import check_bundle, scoring_graph
 from neo_export.checkpoint import expected_shapes, open_checkpoint
 from neo_export.graphs import build_graph
@@ -167,8 +167,10 @@ def export_bundle(
             tensor.check_finite()  # here, where the checkpoint's own name is known
             return tensor.read()
 
-        statistics = open_statistics(options.calibration, checkpoint, say)
         plan = target.plan_for(options.quantization, "decode", options.precision, spec)
+        statistics = open_statistics(
+            options.calibration, checkpoint, say, second_moments=uses_gptq(target, plan, spec)
+        )
         decided = calibrated(statistics, checkpoint, read, target, options.precision, plan, say)
         target = decided.target
         cache, steps = target.cache(spec, options.precision), None

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -274,10 +273,20 @@ class Statistics:
         """Largest |q·k| (unscaled, causal) of each head of a layer."""
         return self.header.score_max[f"transformer.h.{layer}"]
 
-    @cached_property
-    def has_second_moments(self) -> bool:
-        """Whether the matrices of second moments were kept."""
-        return any(place.second_moment for place in self.places.values())
+    def require_second_moments(self) -> None:
+        """Say at once what would otherwise fail behind long work: every matrix's input has one.
+
+        Raises:
+            StatisticsError: they were not kept.
+        """
+        for name, place in self.places.items():
+            if name.rpartition(".")[2] in INPUT_PLACES and not place.second_moment:
+                raise StatisticsError(
+                    f"{self.folder} has no second moments (none at {name}), as after neo-calibrate "
+                    "--second-moments none; expected them, because with statistics GPTQ chooses "
+                    "the integers of int8 and int4. Run neo-calibrate with --second-moments full "
+                    "(the default), or leave --calibration out"
+                )
 
     def _array(self, place: str, kind: str) -> NDArray[np.float32]:
         summary = self.places.get(place)

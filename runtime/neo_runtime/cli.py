@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from neo_runtime.cli_options import add_option_flags, chosen_options, token_ids
-from neo_runtime.errors import NeoError, RequestError, VerificationError
+from neo_runtime.command_line import OneLineParser, run_command
+from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_WRONG, _BAD_MODEL, _INTERRUPTED, _BROKEN_PIPE = 2, 1, 130, 141
+_BAD_MODEL = 1
 _EPILOG = """Without PROMPT the prompt is read from standard input, less its last newline.
 Defaults come from the bundle's generation_config.json. Several completions are printed with a
 line --- between them.
@@ -33,14 +33,8 @@ exit status: 0 done; 1 the model computes no usable numbers; 2 wrong usage, a bu
 that cannot be served; 130 interrupted; 141 the reader of the output went away"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the long usage."""
-        self.exit(_WRONG, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="neo-generate",
         usage="%(prog)s [options] BUNDLE [PROMPT]",
         description="Continue a prompt with the model of a bundle.",
@@ -88,25 +82,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
-    try:
-        arguments = _parser().parse_args(argv)
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
-        _run(arguments)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more at its end: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
-    except (NeoError, OSError) as error:
-        print(f"neo-generate: {error}", file=sys.stderr)
-        return _BAD_MODEL if isinstance(error, VerificationError) else _WRONG
-    return 0
+    return run_command(
+        "neo-generate",
+        lambda: _run(_parser().parse_args(argv)),
+        extras="cpu",
+        unverified=_BAD_MODEL,
+    )
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     options = chosen_options(arguments)
     if "logprobs" in options and not arguments.json:
         raise RequestError("--logprobs needs --json; add it")
@@ -133,6 +119,7 @@ def _run(arguments: argparse.Namespace) -> None:
             _print(arguments, model, completions, loaded)
     if arguments.timings:
         _print_timings(completions, loaded)
+    return 0
 
 
 def _prompts(arguments: argparse.Namespace) -> list[Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.bundle import check_installation, open_bundle
+from neo_runtime.command_line import discard_stdout
 from neo_runtime.errors import BundleDamagedError, NeoError
 from neo_runtime.installation import onnxruntime_is_installed
 from neo_runtime.manifest import MANIFEST_NAME
@@ -112,7 +113,7 @@ def _print(text: str, status: int) -> int:
             print(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
     return status
 
 

@@ -6,15 +6,20 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from helpers.models import DEMO, TinyConfig, make_checkpoint
+from neo_calibration.auto.__main__ import main as search
 from neo_calibration.cli import main
+from neo_export.calibrated import uses_gptq
 from neo_export.checkpoint import open_checkpoint
 from neo_export.cli import main as export
+from neo_export.quantize.plan import Storage, WeightPlan
 from neo_export.statistics import Statistics
+from neo_export.targets import TARGETS
 from neo_runtime.errors import StatisticsError
 from safetensors.numpy import load_file, save_file
 
@@ -34,10 +39,19 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Statistics of the demo model; read only."""
-    folder = tmp_path_factory.mktemp("made")
+    return calibrate(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def without_moments(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without second moments."""
+    return calibrate(tmp_path_factory.mktemp("without"), "--second-moments", "none")
+
+
+def calibrate(folder: Path, *flags: str) -> Path:
     (folder / "text.txt").write_text(STORY * 10, encoding="utf-8")
     command = [str(DEMO), "--text", str(folder / "text.txt"), "-o", str(folder / "stats")]
-    assert main([*command, "--second-moments", "none"]) == 0
+    assert main([*command, *flags]) == 0
     return folder / "stats"
 
 
@@ -180,6 +194,59 @@ def test_statistics_of_another_model(
             assert "statistics of another model" in error
             assert message in error
             assert not (tmp_path / "bundle").exists()
+
+
+INT8_PLAN = {"schema_version": 1, "default": "int8", "weights": {"*.mlp.*": "fp32"}}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--int4", "--int8", "--plan {plan}", "--int4 --target cuda", "--int4 --kv-cache int8"],
+)
+def test_gptq_needs_second_moments(
+    flags: str, without_moments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before anything else is done, by what was found, expected, and can be done."""
+    (tmp_path / "plan.json").write_text(json.dumps(INT8_PLAN))
+    capsys.readouterr()
+    given = flags.format(plan=tmp_path / "plan.json").split()
+    assert export(["-o", str(tmp_path / "b"), *given, "--calibration", str(without_moments)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{without_moments} has no second moments" in line
+    assert "GPTQ" in line
+    assert "Run neo-calibrate with --second-moments full" in line
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--fp16 --target portable", "--kv-cache int8", "--int8 --target tensorrt", "--plan {plan}"],
+)
+def test_what_needs_none(flags: str, without_moments: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"schema_version": 1, "default": "fp32", "weights": {}}')
+    given = flags.format(plan=tmp_path / "plan.json").split()
+    assert export(["-o", str(tmp_path / "b"), *given, "--calibration", str(without_moments)]) == 0
+
+
+def test_a_search_needs_second_moments(
+    without_moments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    text = str(without_moments.parent / "text.txt")
+    command = [str(DEMO), "--text", text, "--statistics", str(without_moments), "--max-kl", "1"]
+    assert search([*command, "-o", str(tmp_path / "plan.json")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"neo-auto: {without_moments} has no second moments" in line
+
+
+def test_an_untied_table_that_is_looked_up_needs_none() -> None:
+    """It is no input of a product: GPTQ only rounds it."""
+    with open_checkpoint(DEMO) as checkpoint:
+        target, spec = TARGETS["cpu"], checkpoint.spec
+    plan = WeightPlan(Storage("fp32"), (("transformer.wte.weight", Storage("int8")),))
+    assert uses_gptq(target, plan, replace(spec, tie_word_embeddings=True))
+    assert not uses_gptq(target, plan, replace(spec, tie_word_embeddings=False))
+    assert not uses_gptq(TARGETS["tensorrt"], WeightPlan.uniform("int8"), spec)
 
 
 @pytest.mark.parametrize("damage", ["absent", "truncated", "json", "version"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neo_export.stages import StageLine
-from neo_runtime.errors import NeoError
+from neo_runtime.command_line import run_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,10 +61,18 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    bar = StageLine("neo-auto")
-    try:
-        from neo_calibration.auto.run import AutoOptions, run_auto
+    return run_command(
+        "neo-auto",
+        lambda: _run(arguments),
+        extras="cpu,export,torch",
+        interrupted="interrupted, nothing was written",
+    )
 
+
+def _run(arguments: argparse.Namespace) -> int:
+    from neo_calibration.auto.run import AutoOptions, run_auto
+
+    with StageLine("neo-auto") as bar:
         summary = run_auto(
             arguments.model,
             AutoOptions(
@@ -79,23 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
             bar.show,
         )
-    except NeoError as error:
-        bar.end()
-        print(f"neo-auto: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        bar.end()
-        print(
-            f"neo-auto: the package {error.name} is missing; "
-            "install neo-onnx with its extras: pip install 'neo-onnx[cpu,export,torch]'",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        bar.end()
-        print("neo-auto: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    bar.end()
     print(json.dumps(summary, indent=1))
     return 0
 

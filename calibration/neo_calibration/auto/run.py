@@ -70,6 +70,7 @@ def run_auto(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(resolve_model(model)))
         statistics = Statistics.open(options.statistics)
+        statistics.require_second_moments()
         statistics.check_model(
             checkpoint, lambda done, all_: progress("checking the statistics", done, all_)
         )

@@ -9,7 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.errors import NeoError, RequestError
+from neo_runtime.command_line import run_command
+from neo_runtime.errors import RequestError
+
+from neo_export.stages import StageLine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,33 +93,28 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    from neo_export.stages import StageLine
+    return run_command(
+        "neo-engine",
+        lambda: _list(arguments) if arguments.list else _build(arguments),
+        extras="tensorrt",
+        interrupted="interrupted, nothing was written",
+    )
 
-    bar = StageLine("neo-engine")
-    try:
-        if arguments.list:
-            return _list(arguments)
-        from neo_export.engine.build import build_engine, read_bundle
-        from neo_export.engine.device import device_for
-        from neo_export.engine.flavour import find_flavour
-        from neo_export.engine.ranges import resolve_options
 
-        request = _request(arguments)
-        resolve_options(request, read_bundle(arguments.bundle))
-        flavour = find_flavour(arguments.flavour)
-        device = device_for(flavour, arguments.compute_capability)
+def _build(arguments: argparse.Namespace) -> int:
+    from neo_export.engine.build import build_engine, read_bundle
+    from neo_export.engine.device import device_for
+    from neo_export.engine.flavour import find_flavour
+    from neo_export.engine.ranges import resolve_options
+
+    request = _request(arguments)
+    resolve_options(request, read_bundle(arguments.bundle))
+    flavour = find_flavour(arguments.flavour)
+    device = device_for(flavour, arguments.compute_capability)
+    with StageLine("neo-engine") as bar:
         built = build_engine(
             arguments.bundle, request, flavour, device, bar.show, arguments.timing_cache
         )
-    except NeoError as error:
-        bar.end()
-        print(f"neo-engine: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        bar.end()
-        print("neo-engine: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    bar.end()
     print(json.dumps(asdict(built.record), indent=1) if arguments.json else report(built))
     return 0
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from neo_runtime.command_line import OneLineParser, run_command
 from neo_runtime.cores import physical_cores
-from neo_runtime.errors import NeoError, OutputError, RequestError
+from neo_runtime.errors import OutputError, RequestError
 
 from neo_tools.bench.cases import PeerChoice, Settings, make_cases
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_WRONG, _INTERRUPTED, _TERMINATED, _BROKEN_PIPE = 2, 130, 143, 141
+_TERMINATED = 143
 _EPILOG = """LIST is numbers with commas, and the option may be repeated: -p 128,1024 -p 16. Every
 combination is measured: prefill of each -p, decode of each -n at each -d, for each -b and -t.
 Tests are named as llama-bench does: pp128 is prefill of 128 tokens, tg32 @ d1900 is 32 decode
@@ -40,31 +40,22 @@ Peers run the checkpoint --model on the same token ids, in environments that
 exit status: 0 done; 2 wrong usage, or a bundle or peer that cannot run; 130 interrupted"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the long usage."""
-        self.exit(_WRONG, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
+    return run_command(
+        "neo-bench",
+        lambda: _terminable(_parser().parse_args(argv)),
+        extras="bench",
+        wording=_first_and_last_line,
+    )
+
+
+def _terminable(arguments: argparse.Namespace) -> int:
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        arguments = _parser().parse_args(argv)
-        previous = signal.signal(signal.SIGTERM, _terminate)
-        try:
-            _run(arguments)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more at its end: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
-    except (NeoError, OSError) as error:
-        print(f"neo-bench: {_one_line(str(error))}", file=sys.stderr)
-        return _WRONG
+        _run(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 
@@ -73,7 +64,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(_TERMINATED)
 
 
-def _one_line(message: str) -> str:
+def _first_and_last_line(message: str) -> str:
     """A message whose tail is a worker's last lines: the first of all, and the last of those."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return lines[0] if len(lines) < 2 else f"{lines[0]} {lines[-1]}"
@@ -215,7 +206,7 @@ _count.__name__ = "number"  # what argparse calls it in its message
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="neo-bench",
         usage="%(prog)s [options] BUNDLE [BUNDLE ...]",
         description="Measure bundles, in the manner of llama-bench.",

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.errors import NeoError, OutputError
+from neo_runtime.command_line import run_command
+from neo_runtime.errors import OutputError
 
 from neo_tools.diff.cli_options import make_parser
 
@@ -23,49 +24,33 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_PAST, _WRONG, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
+_PAST = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
     arguments = make_parser().parse_args(argv)
-    progress = _Progress(quiet=arguments.quiet)
-    try:
-        for path in (arguments.html, _json_file(arguments)):
-            _require_writable(path)
-        results = _compare(arguments, progress)
-        progress.end()
-        _write(results, arguments)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        progress.end()
-        return _INTERRUPTED
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more at its end: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
-    except (NeoError, OSError) as error:
-        progress.end()
-        print(f"neo-diff: {' '.join(str(error).split())}", file=sys.stderr)
-        return _WRONG
-    except ImportError as error:
-        progress.end()
-        print(
-            f"neo-diff: the package {error.name} is missing; "
-            "install neo-onnx with its extra: pip install 'neo-onnx[diff]'",
-            file=sys.stderr,
-        )
-        return _WRONG
+    return run_command("neo-diff", lambda: _run(arguments), extras="diff")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    for path in (arguments.html, _json_file(arguments)):
+        _require_writable(path)
+    results = _compare(arguments)
+    _write(results, arguments)
     return 0 if results.passed or arguments.report_only else _PAST
 
 
-def _compare(arguments: argparse.Namespace, progress: _Progress) -> Results:
+def _compare(arguments: argparse.Namespace) -> Results:
     # Only now what is slow to import: --help and wrong usage answer at once.
     from neo_tools.diff.run import compare
 
-    results = compare(_settings(arguments), progress.show)
-    for warning in results.warnings:
+    progress = _Progress(quiet=arguments.quiet)
+    try:
+        results = compare(_settings(arguments), progress.show)
+    finally:
         progress.end()
+    for warning in results.warnings:
         print(f"neo-diff: warning: {warning}", file=sys.stderr)
     return results
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import NoReturn
+
+from neo_runtime.command_line import OneLineParser
 
 __all__ = ["make_parser"]
 
-_WRONG = 2
 _EPILOG = """MODEL is the checkpoint that the bundle was made of (a Hugging Face folder, a hub id,
 modelscope:…), run by PyTorch: GPT-Neo, eager, float32, a layer at a time. Or another bundle: then
 errors are accumulated ones only.
@@ -23,12 +23,6 @@ that positions past the attention window count.
   neo-diff mini-int8 --reference neo-mini --json --max-kl 0.01 --min-top1 0.95
 
 exit status: 0 within all limits (or --report-only); 1 past one; 2 wrong usage or bad input"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the long usage."""
-        self.exit(_WRONG, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _count(least: int) -> type:
@@ -69,7 +63,7 @@ def _limit(text: str) -> float:
 
 def make_parser() -> argparse.ArgumentParser:
     """Everything the command line takes; importing it needs nothing heavy."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="neo-diff",
         usage="%(prog)s BUNDLE --reference MODEL [options]",
         description="Compare what a bundle computes with PyTorch, position by position and place "

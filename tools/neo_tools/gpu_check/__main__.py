@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neo_runtime.command_line import run_command
 from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_DONE, _WRONG_NUMBERS, _NO_GPU = 0, 1, 2
+_DONE, _WRONG_NUMBERS = 0, 1
 _EPILOG = """exit status: 0 the tests passed and the report is written, whatever the targets say;
 1 a test failed (the report says so, nothing is measured); 2 no usable GPU, wrong usage, or a
 bundle that cannot be made or run"""
@@ -44,11 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("build/gpu"), metavar="FOLDER")
     parser.add_argument("--repetitions", type=int, default=5, metavar="N")
     arguments = parser.parse_args(argv)
-    try:
-        return _run(arguments)
-    except NeoError as error:
-        print(f"gpu-check: {error}", file=sys.stderr)
-        return _NO_GPU
+    return run_command("gpu-check", lambda: _run(arguments), extras="gpu-check")
 
 
 def _run(arguments: argparse.Namespace) -> int:
