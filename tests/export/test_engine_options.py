@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from enum import Enum
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,21 @@ def test_the_full_tensorrt_builds_on_its_gpu_only(monkeypatch: pytest.MonkeyPatc
     assert device_for(full, None) == device_for(full, "9.0") == hopper
     with pytest.raises(EngineError, match=r"8\.9, here is 9\.0"):
         device_for(full, "8.9")
+
+
+def test_rtx_does_not_run_on_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built for an H100 all the same, its plan was refused there: "Supported: None"."""
+    module: Any = ModuleType("tensorrt_rtx")
+    module.__version__ = "1.7.1.116"
+    module.ComputeCapability = Enum("ComputeCapability", ["NONE", "CURRENT", "SM89", "SM120"])
+    rtx = Flavour("tensorrt_rtx", module)
+    monkeypatch.setattr(device_module, "local_device", lambda: Device("9.0", "NVIDIA H100"))
+    with pytest.raises(EngineError, match=r"not run on NVIDIA H100, .* 9\.0, but on 8\.9, 12\.0"):
+        device_for(rtx, None)
+    assert device_for(rtx, "8.9") == Device("8.9", None)
+    ada = Device("8.9", "NVIDIA L4")
+    monkeypatch.setattr(device_module, "local_device", lambda: ada)
+    assert device_for(rtx, None) == ada
 
 
 @pytest.mark.parametrize(

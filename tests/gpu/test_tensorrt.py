@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from helpers.models import DEMO
 from helpers.running import relative_l2
+from neo_export.engine.device import device_for
+from neo_export.engine.flavour import find_flavour
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.tolerances import TOLERANCES
 from neo_runtime.backends.tensorrt import require_tensorrt
@@ -32,6 +34,7 @@ LIMIT = TOLERANCES["fp16"].logits
 def model(gpu: GpuFacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     try:
         require_tensorrt()
+        device_for(find_flavour(), None)
     except NeoError as error:
         pytest.skip(f"no TensorRT: {error}")
     bundle: Path = tmp_path_factory.mktemp("tensorrt") / "bundle"

@@ -135,14 +135,19 @@ class FakeTensorRT:
         self.manifest, self.aliased = open_bundle(bundle).manifest, aliased
         self.engine: FakeEngine | None = None
         self.refuses = False
-        self.Logger = type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None})
+        severity = SimpleNamespace(ERROR=1)
+        self.ILogger = type("ILogger", (), {"Severity": severity})
+        self.logger: Any = None
 
     def Runtime(self, logger: Any) -> Any:  # noqa: N802
+        self.logger = logger
         return SimpleNamespace(deserialize_cuda_engine=self._deserialize)
 
     def _deserialize(self, plan: bytes) -> FakeEngine | None:
         assert plan == PLAN
         if self.refuses:
+            self.logger.log(1, "The engine cannot run on compute capability 9.0\n")
+            self.logger.log(2, "a mere warning")
             return None
         self.engine = FakeEngine(self.session, self.manifest, self.aliased)
         return self.engine
@@ -293,7 +298,7 @@ def test_damaged_refused_and_unfit_plans(bundle: Path, tensorrt: FakeTensorRT) -
         open_engine(bundle)
     write_record(bundle)
     tensorrt.refuses = True
-    with pytest.raises(EngineError, match=r"refuses test\.plan, although its record fits"):
+    with pytest.raises(EngineError, match=r"refuses test\.plan, .*\(The engine .* 9\.0\);"):
         open_engine(bundle)
     tensorrt.refuses, tensorrt.aliased = False, False
     with pytest.raises(EngineError, match=r"does not update .* in place"):

@@ -179,11 +179,8 @@ def _configure(flavour: Flavour, builder: Any, device: Device, options: EngineOp
         if wanted:
             config.set_flag(getattr(trt.BuilderFlag, flag))
     if flavour.ahead_of_time:
-        # A GPU that this version has no name for, such as a Hopper: the builder has its say.
-        known = trt.ComputeCapability.__members__
-        member = device.member if device.member in known else "CURRENT"
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, member), 0)
+        config.set_compute_capability(getattr(trt.ComputeCapability, device.member), 0)
     return config
 
 

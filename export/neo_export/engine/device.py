@@ -77,11 +77,12 @@ def device_for(flavour: Flavour, asked: str | None) -> Device:
 
     Raises:
         RequestError: a compute capability that this flavour cannot build for.
-        EngineError: no GPU is here, and one is needed.
+        EngineError: no GPU is here, and one is needed; or this flavour does not run on it.
     """
     here = local_device()
     if asked is None:
         if here is not None:
+            _require_support(flavour, here)
             return here
         remedy = (
             "name the compute capability to build for, such as --compute-capability 8.9"
@@ -102,11 +103,28 @@ def device_for(flavour: Flavour, asked: str | None) -> Device:
             f"{found}; build on a machine that has one, or with TensorRT for RTX"
         )
     device = Device(asked, None)
-    known = [name for name in flavour.module.ComputeCapability.__members__ if name[:2] == "SM"]
-    if device.member not in known:
-        names = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in known)
+    if device.member not in _known(flavour):
         raise RequestError(
             f"{flavour.product} {flavour.version} does not build for compute capability {asked}, "
-            f"expected one of {names}"
+            f"expected one of {_names(flavour)}"
         )
     return device
+
+
+def _require_support(flavour: Flavour, here: Device) -> None:
+    """TensorRT for RTX would build a plan for an H100, and then refuse to run it."""
+    if flavour.ahead_of_time and here.member not in _known(flavour):
+        raise EngineError(
+            f"{flavour.product} {flavour.version} does not run on {here.name}, compute capability "
+            f"{here.compute_capability}, but on {_names(flavour)}; for this GPU install the full "
+            "TensorRT: pip install 'neo-onnx[tensorrt]'"
+        )
+
+
+def _known(flavour: Flavour) -> list[str]:
+    """Members of TensorRT's `ComputeCapability` that stand for GPUs."""
+    return [name for name in flavour.module.ComputeCapability.__members__ if name[:2] == "SM"]
+
+
+def _names(flavour: Flavour) -> str:
+    return ", ".join(f"{name[2:-1]}.{name[-1]}" for name in _known(flavour))

@@ -69,6 +69,21 @@ def require_tensorrt() -> tuple[ModuleType, str]:
     )
 
 
+def _errors_of(trt: Any) -> Any:
+    """A logger that keeps what TensorRT calls an error, for the message of an error of ours."""
+
+    class Errors(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.kept.append(message.strip())
+
+    return Errors()
+
+
 class TensorRTBackend(Backend):
     """One call runs at a time: there is one stream."""
 
@@ -104,18 +119,25 @@ class TensorRTBackend(Backend):
             raise EngineError(
                 f"{self.record.file} differs from its checksum; build it again with neo-engine"
             )
-        self._runtime: Any = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
+        self._logger: Any = _errors_of(module)
+        self._runtime: Any = self._trt.Runtime(self._logger)
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(
                 f"TensorRT {module.__version__} refuses {self.record.file}, although its record "
-                "fits this machine; build it again with neo-engine"
+                f"fits this machine ({self._words()}); build it again with neo-engine"
             )
         self._check_aliases()
         self._contexts = {
             profile: self._context(profile) for profile in (DECODE_PROFILE, PREFILL_PROFILE)
         }
         self._closed = False
+
+    def _words(self) -> str:
+        """What TensorRT has said since it was last asked."""
+        words = "; ".join(dict.fromkeys(self._logger.kept)) or "it gives no reason"
+        self._logger.kept.clear()
+        return words
 
     def _check_aliases(self) -> None:
         """Past and present of each layer must be one address, or the cache would be copied."""
@@ -168,7 +190,7 @@ class TensorRTBackend(Backend):
         if missing:
             raise NeoError(f"TensorRT wants shapes of {', '.join(missing)}")
         if not context.execute_async_v3(self.device.stream_handle):
-            raise DeviceError("TensorRT failed to run the plan; its log is on stderr")
+            raise DeviceError(f"TensorRT failed to run the plan: {self._words()}")
 
     def cache_bytes(self, batch: int, length: int) -> int:
         """See `Backend.cache_bytes`: a static cache is as long as the bundle allows."""
