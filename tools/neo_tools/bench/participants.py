@@ -69,7 +69,7 @@ class NeoWorker(Peer):
         return float(self._ask({"op": "score", "length": length})["seconds"])
 
     def device_bytes(self) -> int | None:
-        """Device memory that was taken since the worker began to load; None on the CPU."""
+        """Memory of the GPU that the worker holds; None on the CPU, or where no driver says."""
         found = self._ask({"op": "device_memory"})["bytes"]
         return None if found is None else int(found)
 

@@ -5,7 +5,7 @@ Besides the requests of `neo_tools.peers.worker_protocol`:
     {"op": "reserve", "length": 1056}     → the next cache has room for so many positions
     {"op": "score", "length": 16}         → seconds; the score graph is loaded from then on
     {"op": "overhead", "batch": 1, "steps": 32}   → what Python costs a token, see `_overhead`
-    {"op": "device_memory"}               → bytes of a GPU's memory taken since loading began
+    {"op": "device_memory"}               → bytes of a GPU's memory that this process holds
     {"op": "first_token", "length": 16}   → in a process that has loaded nothing: see `_first_token`
 """
 
@@ -21,6 +21,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from neo_tools.bench.device_memory import process_device_bytes
 from neo_tools.peers.worker_protocol import claim_stdout, context_ids, serve
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ class NeoEngine:
     ) -> None:
         self._bundle = bundle
         self._options: dict[str, Any] = {"threads": threads, "backend": backend, "device": device}
-        self._free_before: int | None = None
         if prefill_chunk is not None:
             self._options["prefill_chunk"] = prefill_chunk
         if keep_prepacked:
@@ -83,8 +83,6 @@ class NeoEngine:
         import neo_runtime
         import neo_runtime.model
 
-        if self._options["backend"] in ("cuda", "tensorrt"):
-            self._free_before = free_device_bytes(self._options["device"])
         imported = perf_counter()
         self._opened = neo_runtime.load(self._bundle, **self._options)
         self._opened._backend.prepare()
@@ -133,9 +131,9 @@ class NeoEngine:
         return {"cache_bytes": self._model.cache_bytes(request["batch"], length)}
 
     def _device_memory(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self._free_before is None:
+        if self._options["backend"] not in ("cuda", "tensorrt"):
             return {"bytes": None}
-        return {"bytes": self._free_before - free_device_bytes(self._options["device"])}
+        return {"bytes": process_device_bytes(bus_id(self._options["device"]))}
 
     def _score(self, request: dict[str, Any]) -> dict[str, Any]:
         [ids] = context_ids(request["length"], 1, 0, self.vocab_size)
@@ -205,14 +203,14 @@ class NeoEngine:
         return {"seconds": first - started, "prefill": perf_counter() - first}
 
 
-def free_device_bytes(device: int) -> int:
-    """Free memory of a GPU, of all processes together; makes CUDA's context, if there is none."""
+def bus_id(device: int) -> str:
+    """Where a GPU sits, as the driver's tools name it; CUDA may count GPUs in another order."""
     from neo_runtime.backends.cuda_device import checked
     from neo_runtime.gpu import cuda_runtime
 
     cuda: Any = cuda_runtime()
-    checked(cuda.cudaSetDevice(device), f"select device {device}")
-    return int(checked(cuda.cudaMemGetInfo(), "count memory")[0])
+    name: bytes = checked(cuda.cudaDeviceGetPCIBusId(32, device), "find the GPU's place")
+    return name.split(b"\0")[0].decode()
 
 
 def _greedy_step(step: StepLogits) -> list[int]:

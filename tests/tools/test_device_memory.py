@@ -1,0 +1,86 @@
+"""What a process holds of a GPU's memory, from a driver that is played by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from neo_tools.bench import device_memory
+from neo_tools.bench.device_memory import process_device_bytes
+
+BUS = "0000:00:06.0"
+USED = {os.getpid(): 3_500_000_000, os.getpid() + 1: 9}
+
+
+class FakeNvml:
+    """Answers in the layout of nvmlProcessInfo_t (nvml.h): 24 bytes a process."""
+
+    def __init__(self, used: dict[int, int], *, failing: str = "") -> None:
+        self.used, self.failing, self.calls = used, failing, []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            self.calls.append(name)
+            if name == self.failing:
+                return 3  # NVML_ERROR_NOT_SUPPORTED
+            return self._answer(name, arguments)
+
+        return call
+
+    def _answer(self, name: str, arguments: tuple[Any, ...]) -> int:
+        if name == "nvmlDeviceGetHandleByPciBusId_v2":
+            assert arguments[0] == BUS.encode()
+        if name == "nvmlDeviceGetComputeRunningProcesses_v3":
+            count, array = arguments[1]._obj, arguments[2]
+            assert count.value == len(array)
+            raw = b"".join(
+                pid.to_bytes(8, "little") + used.to_bytes(8, "little") + bytes(8)
+                for pid, used in self.used.items()
+            )
+            ctypes.memmove(array, raw, len(raw))
+            count.value = len(self.used)
+        return 0
+
+
+def play(monkeypatch: pytest.MonkeyPatch, driver: FakeNvml) -> None:
+    monkeypatch.setattr(
+        device_memory,
+        "ctypes",
+        SimpleNamespace(**vars(ctypes) | {"CDLL": lambda name: driver}),
+    )
+
+
+def test_the_bytes_of_this_process_and_of_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeNvml(USED)
+    play(monkeypatch, driver)
+    assert process_device_bytes(BUS) == 3_500_000_000
+    assert process_device_bytes(BUS, os.getpid() + 1) == 9
+    assert driver.calls[-1] == "nvmlShutdown"
+
+
+@pytest.mark.parametrize(
+    "driver",
+    [
+        FakeNvml({}),
+        FakeNvml({os.getpid(): (1 << 64) - 1}),
+        FakeNvml(USED, failing="nvmlInit_v2"),
+        FakeNvml(USED, failing="nvmlDeviceGetHandleByPciBusId_v2"),
+        FakeNvml(USED, failing="nvmlDeviceGetComputeRunningProcesses_v3"),
+    ],
+    ids=["another namespace", "not counted", "no driver", "no such device", "not supported"],
+)
+def test_no_figure_where_the_driver_gives_none(
+    driver: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(monkeypatch, driver)
+    assert process_device_bytes(BUS) is None
+
+
+def test_no_driver_at_all() -> None:
+    if Path("/proc/driver/nvidia").exists():
+        pytest.skip("there is a driver here")
+    assert process_device_bytes(BUS) is None
