@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from neo_export.passes._block_operators import block_product, block_rows
 from neo_export.passes._stored_weight import store_weights
 from neo_export.passes._tensors import add_lazy_parts, alias_of, read, static_shape
 from neo_export.quantize.int4 import check_block_size
@@ -44,36 +45,16 @@ class _Int4:
     quantizer: WeightQuantizer
 
     def product(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
-        rows, columns = static_shape(weight)
-        packed, scales, block_size = self._stored(weight)
-        result: ir.Value = op.MatMulNBits(
-            x,
-            packed,
-            scales,
-            K=columns,
-            N=rows,
-            bits=_BITS,
-            block_size=block_size,
-            accuracy_level=_INT8_ACTIVATIONS,
-            _domain="com.microsoft",
+        stored, scales, size = self._stored(weight)
+        return block_product(
+            op, x, stored, scales, bits=_BITS, block_size=size, accuracy_level=_INT8_ACTIVATIONS
         )
-        return result
 
     def rows(self, op: Any, weight: ir.Value, ids: ir.Value) -> ir.Value:
         rows, columns = static_shape(weight)
-        packed, scales, block_size = self._stored(weight)
+        packed, scales, size = self._stored(weight)
         table = alias_of(packed, f"{weight.name}.int4.rows", (rows, columns // 2))
-        embedded: ir.Value = op.GatherBlockQuantized(
-            table,
-            ids,
-            scales,
-            bits=_BITS,
-            block_size=block_size,
-            gather_axis=0,
-            quantize_axis=1,
-            _domain="com.microsoft",
-        )
-        return embedded
+        return block_rows(op, table, ids, scales, bits=_BITS, block_size=size)
 
     def _stored(self, weight: ir.Value) -> tuple[ir.Value, ir.Value, int]:
         """Packed integers, scales, block size; made once, however often the weight is read."""

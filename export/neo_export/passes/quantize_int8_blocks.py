@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from neo_export.passes._block_operators import block_product, block_rows
 from neo_export.passes._stored_weight import store_weights
 from neo_export.passes._tensors import add_lazy_parts, alias_of, read, static_shape
 from neo_export.quantize.int4 import largest_block_size
@@ -42,33 +43,13 @@ class _Int8Blocks:
     quantizer: WeightQuantizer
 
     def product(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
-        rows, columns = static_shape(weight)
         stored, scales, size = self._stored(weight)
-        result: ir.Value = op.MatMulNBits(
-            x,
-            stored,
-            scales,
-            K=columns,
-            N=rows,
-            bits=_BITS,
-            block_size=size,
-            _domain="com.microsoft",
-        )
-        return result
+        return block_product(op, x, stored, scales, bits=_BITS, block_size=size)
 
     def rows(self, op: Any, weight: ir.Value, ids: ir.Value) -> ir.Value:
         stored, scales, size = self._stored(weight)
-        embedded: ir.Value = op.GatherBlockQuantized(
-            alias_of(stored, f"{weight.name}.int8.rows", static_shape(weight)),
-            ids,
-            scales,
-            bits=_BITS,
-            block_size=size,
-            gather_axis=0,
-            quantize_axis=1,
-            _domain="com.microsoft",
-        )
-        return embedded
+        table = alias_of(stored, f"{weight.name}.int8.rows", static_shape(weight))
+        return block_rows(op, table, ids, scales, bits=_BITS, block_size=size)
 
     def _stored(self, weight: ir.Value) -> tuple[ir.Value, ir.Value, int]:
         """Integers, scales, block size; made once, however often the weight is read."""
