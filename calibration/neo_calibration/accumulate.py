@@ -31,7 +31,7 @@ class PlaceResult:
 
     place: str
     summary: PlaceSummary
-    arrays: dict[str, NDArray[np.float32]]
+    arrays: dict[str, NDArray[np.float32] | NDArray[np.int32]]
     """By "PLACE.KIND"."""
 
 

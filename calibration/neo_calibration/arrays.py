@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["write_arrays", "write_whole"]
 
+_TYPES = {"float32": "F32", "int32": "I32"}
 
-def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.float32]]) -> None:
-    """Write float32 arrays as one safetensors file that appears whole, in the order given.
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.float32] | NDArray[np.int32]]) -> None:
+    """Write float32 and int32 arrays as one safetensors file that appears whole, in this order.
 
     Format: https://huggingface.co/docs/safetensors#format.
     """
@@ -26,7 +28,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.float32]]) -> None:
     for name, array in arrays.items():
         end = position + 4 * array.size
         header[name] = {
-            "dtype": "F32",
+            "dtype": _TYPES[array.dtype.name],
             "shape": list(array.shape),
             "data_offsets": [position, end],
         }
@@ -37,7 +39,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.float32]]) -> None:
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
-            file.write(np.ascontiguousarray(array, "<f4").data)
+            file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

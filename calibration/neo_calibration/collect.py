@@ -33,6 +33,7 @@ from neo_export.statistics import (
 from neo_calibration.accumulate import Accumulator
 from neo_calibration.arrays import write_whole
 from neo_calibration.layer import ObservedLayer
+from neo_calibration.likely import POSITIONS, LikelyCollector
 from neo_calibration.work_folder import WorkFolder
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ class _Run:
     second_moments: bool
     say: Callable[[str, int, int], None]
 
-    def contexts(self) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+    def contexts(self, samples: int = SAMPLES) -> Iterator[tuple[slice, NDArray[np.int64]]]:
         """Rows of each context in the scratch files, and which of its own rows are sampled."""
-        wanted = np.unique(np.linspace(0, self.text.tokens - 1, SAMPLES).astype(np.int64))
+        wanted = np.unique(np.linspace(0, self.text.tokens - 1, samples).astype(np.int64))
         start = 0
         for context in self.text.contexts:
             stop = start + len(context)
@@ -181,16 +182,26 @@ def _head(run: _Run) -> None:
     logits = run.accumulator("transformer", "logits", spec.vocab_size)
     hidden = run.work.hidden(spec.num_layers, run.text.tokens, spec.hidden_size)
     none = np.empty(0, np.int64)
-    for where, sampled in run.contexts():
+    likely = None
+    if run.second_moments:
+        count = min(POSITIONS, run.text.tokens)
+        likely = LikelyCollector(count, spec.hidden_size, spec.vocab_size)
+    for (where, sampled), (_, kept) in zip(run.contexts(), run.contexts(POSITIONS), strict=True):
         with torch.inference_mode():
             final = norm(_tensor(np.array(hidden[where])))
         place.add(final, sampled)
         for start in range(0, len(final), _HEAD_ROWS):
             found = run.reference.logits(final[start : start + _HEAD_ROWS].numpy())
             logits.add(_tensor(found), none)
+            rows = kept[(kept >= start) & (kept < start + len(found))]
+            if likely is not None:
+                likely.add(final[rows], _tensor(found[rows - start]))
         run.say("head", _total(run) - run.text.tokens + where.stop, _total(run))
     file = run.work.file_name(name)
-    run.work.write_part(name, [place.finish(file), logits.finish(file)])
+    results = [place.finish(file), logits.finish(file)]
+    if likely is not None:
+        results[1].arrays.update(likely.arrays)
+    run.work.write_part(name, results)
 
 
 def _total(run: _Run) -> int:

@@ -188,6 +188,7 @@ def gptq_quantizer(
         tied=spec.tie_word_embeddings,
         eight_bits=target.half_activations,
         table_scale=migration.scales.get(TABLE_PLACE),
+        likely=statistics.likely,
     )
 
 

@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.checkpoint import Checkpoint
+    from neo_export.lazy_tensor import LazyTensor
 
 __all__ = [
     "INPUT_PLACES",
     "LAYER_PLACES",
     "SCHEMA_VERSION",
     "STATISTICS_NAME",
+    "LikelyTokens",
     "PlaceSummary",
     "Statistics",
     "StatisticsHeader",
@@ -165,6 +167,18 @@ class StatisticsHeader:
             ) from error
 
 
+@dataclass(frozen=True)
+class LikelyTokens:
+    """Positions of the text: what the head reads there, and what it expects next."""
+
+    inputs: NDArray[np.float32]
+    """[n, C] of the head."""
+    tokens: NDArray[np.int32]
+    """[n, k] the likeliest, in falling order."""
+    probabilities: NDArray[np.float32]
+    """[n, k] theirs."""
+
+
 class Statistics:
     """A folder of statistics, open.
 
@@ -269,6 +283,20 @@ class Statistics:
         """
         return self._array(place, "sample")
 
+    def likely(self) -> LikelyTokens | None:
+        """What the head reads and expects at some positions, or None: not kept.
+
+        A folder without second moments has none, nor has one of an earlier version.
+        """
+        file = self.places["transformer.final_norm"].file
+        if "transformer.logits.likely" not in self._tensors(file):
+            return None
+        return LikelyTokens(
+            inputs=self._array("transformer.final_norm", "context"),
+            tokens=self._tensors(file)["transformer.logits.likely"].read_raw(),
+            probabilities=self._array("transformer.logits", "probability"),
+        )
+
     def score_max(self, layer: int) -> tuple[float, ...]:
         """Largest |q·k| (unscaled, causal) of each head of a layer."""
         return self.header.score_max[f"transformer.h.{layer}"]
@@ -292,15 +320,19 @@ class Statistics:
         summary = self.places.get(place)
         if summary is None:
             raise StatisticsError(f"{self.folder} has no place {place!r}; run neo-calibrate again")
-        try:
-            if summary.file not in self._files:
-                self._files[summary.file] = SafetensorsFile(self.folder / summary.file)
-            tensor = self._files[summary.file].tensors.get(f"{place}.{kind}")
-        except CheckpointError as error:
-            raise StatisticsError(f"{error} (a part of {self.folder}: calibrate again)") from error
+        tensor = self._tensors(summary.file).get(f"{place}.{kind}")
         if tensor is None:
             raise StatisticsError(
                 f"{self.folder} has no {kind} of {place}; run neo-calibrate again"
                 + (" with --second-moments full" if kind == "second_moment" else "")
             )
         return tensor.read()
+
+    def _tensors(self, file: str) -> Mapping[str, LazyTensor]:
+        """The arrays of one file, by name."""
+        try:
+            if file not in self._files:
+                self._files[file] = SafetensorsFile(self.folder / file)
+        except CheckpointError as error:
+            raise StatisticsError(f"{error} (a part of {self.folder}: calibrate again)") from error
+        return self._files[file].tensors

@@ -93,6 +93,7 @@ def test_a_summary_on_stdout_and_progress_on_stderr(
     assert summary["warnings"]
     with pytest.raises(StatisticsError, match="--second-moments full"):
         Statistics.open(output).second_moment("transformer.h.0.gelu")
+    assert Statistics.open(output).likely() is None
     assert "exists already" in fails(capsys, *command)
     assert main([*command, "--force", "--tokens", "100"]) == 0
     assert "statistics  " in capsys.readouterr().out

@@ -10,7 +10,9 @@ import pytest
 from helpers.held_out import held_out_ids
 from helpers.models import DEMO, Reference
 from neo_calibration.cli import main
+from neo_calibration.likely import LIKELY
 from neo_export.checkpoint import open_checkpoint
+from neo_export.metrics import log_softmax
 from neo_export.statistics import INPUT_PLACES, LAYER_PLACES, Statistics, input_place
 from neo_runtime.errors import StatisticsError
 
@@ -117,6 +119,18 @@ def test_second_moments_and_samples_of_what_matrices_read(
         np.testing.assert_allclose(
             statistics.sample(place), values[rows], rtol=0, atol=1e-5 * np.abs(values).max()
         )
+
+
+def test_what_the_head_expects(folder: Path, activations: dict[str, NDArray[np.float64]]) -> None:
+    likely = Statistics.open(folder).likely()
+    assert likely is not None
+    inputs, logits = (activations[f"transformer.{place}"] for place in ("final_norm", "logits"))
+    np.testing.assert_allclose(likely.inputs, inputs, rtol=0, atol=1e-5 * np.abs(inputs).max())
+    expected = np.exp(log_softmax(logits))
+    found = np.take_along_axis(expected, likely.tokens, axis=1)
+    np.testing.assert_allclose(likely.probabilities, found, rtol=1e-3)
+    # Two that are as likely may change places.
+    np.testing.assert_allclose(found, -np.sort(-expected, axis=1)[:, :LIKELY], rtol=1e-3)
 
 
 def test_the_largest_scores(folder: Path, activations: dict[str, NDArray[np.float64]]) -> None:

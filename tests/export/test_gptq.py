@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from neo_export.quantize.gptq import Levels, damped, gptq, output_error
+from neo_export.quantize.gptq import damped, gptq, output_error
 from neo_export.quantize.gptq_quantizer import GptqQuantizer
 from neo_export.quantize.int4 import dequantize_int4
 from neo_export.quantize.int8 import LIMIT, dequantize_int8
+from neo_export.quantize.levels import Levels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

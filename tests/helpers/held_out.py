@@ -17,6 +17,30 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+CALIBRATION_STORIES = slice(0, 240)
+"""For statistics, and for whatever is tuned: 49,826 tokens."""
+TEST_STORIES = slice(240, 500)
+"""What int4 with statistics is judged on; nothing was ever tuned on these."""
+
+
+def story_lines(stories: slice) -> list[str]:
+    """Some of the held-out stories, as lines of JSON."""
+    return (DEMO / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[stories]
+
+
+@functools.cache
+def judged_pieces(length: int) -> NDArray[np.int64]:
+    """[pieces, length] of `TEST_STORIES`, each story followed by id 0: 113 pieces of 512."""
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    ids: list[int] = []
+    for line in story_lines(TEST_STORIES):
+        ids += [*tokenizer.encode(json.loads(line)["text"]).ids, 0]
+    whole = len(ids) // length * length
+    found = np.array(ids[:whole]).reshape(-1, length)
+    found.flags.writeable = False
+    return found
+
+
 @functools.cache
 def held_out_ids(pieces: int, length: int) -> NDArray[np.int64]:
     """[pieces, length]: the first pieces of the stories, each story followed by id 0."""

@@ -9,9 +9,9 @@ independent of each other. For each, in this order:
    So a column makes up for those before it. One triangular factor; H is never inverted.
 2. A block's scale is chosen while its columns are rounded: every candidate rounds the whole block,
    and the one of least Σ D_j e_j² is kept.
-3. Refinement, each step of which lowers tr(dW H dWᵀ): all scales of a row by least squares with
-   the integers fixed (normal equations), then each integer in turn with all others fixed
-   (coordinate descent).
+3. Refinement, each step of which lowers tr(dW H dWᵀ) (`neo_export.quantize.refinement`): all
+   scales of a row by least squares with the integers fixed, then each integer in turn with all
+   others fixed.
 
 Work is done on Wᵀ, so that a column of W is contiguous, and a slab of rows at a time.
 """
@@ -20,15 +20,19 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from neo_export.quantize.refinement import descend, fit_scales
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["DAMPING", "Levels", "damped", "gptq", "output_error"]
+    from neo_export.quantize.levels import Levels
+    from neo_export.quantize.own_inputs import OwnInputs
+
+__all__ = ["DAMPING", "damped", "gptq", "output_error"]
 
 DAMPING = 0.03
 """Share of the mean of H's diagonal that is added to it. The paper has 0.01; with the refinement
@@ -36,33 +40,6 @@ that comes after it, 0.03 to 0.1 gave the least KL on text that H had not seen (
 _ROUNDS = 3
 _SLAB = 1 << 21  # numbers of a slab of W: 8 MB of float32; about six arrays of the size are held
 _PANEL = 128
-
-
-@dataclass(frozen=True)
-class Levels:
-    """What a number may become: integers `low` … `high`, times the scale of its block."""
-
-    low: int
-    high: int
-    factors: tuple[float, ...]
-    """Candidates for a scale, in multiples of the one of plain rounding."""
-
-    def base(self, group: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scale of plain rounding for groups [size, n]: [n], never 0.
-
-        Where there is one more negative level, the largest number gets it.
-        """
-        at = np.abs(group).argmax(axis=0)
-        largest = np.take_along_axis(group, at[None], axis=0)[0]
-        if self.low == -self.high:
-            largest = -np.abs(largest)
-        scale = largest / np.float32(self.low)
-        return np.where(scale == 0, np.float32(1), scale)
-
-    def round(self, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
-        """To the nearest integer of the range, in float32."""
-        rounded = np.rint(numbers)
-        return np.clip(rounded, self.low, self.high, out=rounded)
 
 
 def damped(moment: NDArray[np.floating[Any]], damping: float = DAMPING) -> NDArray[np.float64]:
@@ -87,7 +64,7 @@ def gptq(
     moment: NDArray[np.float64],
     size: int,
     levels: Levels,
-    along: NDArray[np.float32] | None = None,
+    own: OwnInputs | None = None,
     rounds: int = _ROUNDS,
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Quantize [out, in] so that outputs move little.
@@ -97,8 +74,8 @@ def gptq(
         moment: [in, in] second moments of the inputs, positive definite (`damped`).
         size: consecutive inputs that share a scale; divides `in`.
         levels: the integers, and candidates for scales.
-        along: [out, in] m: row v has second moments H + m_v m_vᵀ of its own. The refinement knows
-            them, GPTQ itself sees H alone.
+        own: inputs that count for single rows, on top of H. The refinement knows them, GPTQ itself
+            sees H alone.
         rounds: refinements after GPTQ itself.
 
     Returns:
@@ -109,11 +86,11 @@ def gptq(
 
     def quantize(rows: slice) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         turned = np.ascontiguousarray(weight[rows].T)
-        own = None if along is None else np.ascontiguousarray(along[rows].T)
+        theirs = None if own is None else own.of(rows)
         integers, scales = _first(turned, feedback, diagonal, size, levels)
         for _ in range(rounds):
-            scales = _fit_scales(turned, integers, scales, narrow, own)
-            _descend(turned, integers, scales, narrow, own, levels)
+            scales = fit_scales(turned, integers, scales, narrow, theirs)
+            descend(turned, integers, scales, narrow, theirs, levels)
         return integers.T.astype(np.int8), np.ascontiguousarray(scales.T)
 
     # Not by the number of cores: a sum in another order may turn an integer.
@@ -199,62 +176,3 @@ def _round_block(
         error += diagonal[j] * (moving[j] - found) ** 2
         moving[j + 1 :] += feedback[j, j + 1 :, None] * (weight[j] - found)
     return integers, error
-
-
-def _fit_scales(
-    weight: NDArray[np.float32],
-    integers: NDArray[np.float32],
-    scales: NDArray[np.float32],
-    moment: NDArray[np.float32],
-    along: NDArray[np.float32] | None,
-) -> NDArray[np.float32]:
-    """For each row the scales of least tr(dW H dWᵀ) with these integers."""
-    blocks, count = scales.shape
-    size = len(weight) // blocks
-    cut = integers.reshape(blocks, size, count)
-    wanted = (moment @ weight).reshape(cut.shape)
-    right = np.einsum("bsn,bsn->nb", cut, wanted).astype(np.float64)
-    normal = np.empty((count, blocks, blocks))
-    for b in range(blocks):
-        through = moment[:, b * size : (b + 1) * size] @ cut[b]
-        normal[:, :, b] = np.einsum("bsn,bsn->nb", cut, through.reshape(cut.shape))
-    if along is not None:
-        shares = np.einsum("bsn,bsn->nb", cut, along.reshape(cut.shape)).astype(np.float64)
-        normal += shares[:, :, None] * shares[:, None, :]
-        right += shares * np.einsum("in,in->n", along, weight)[:, None]
-    at = np.arange(blocks)
-    empty = normal[:, at, at] <= 0  # a block of zeros keeps its scale
-    normal[:, at, at] = normal[:, at, at] * (1 + 1e-6) + empty
-    right += empty * scales.T
-    found = np.linalg.solve(normal, right[..., None])[..., 0].T.astype(np.float32)
-    return np.where(np.isfinite(found) & (found != 0), found, scales)
-
-
-def _descend(
-    weight: NDArray[np.float32],
-    integers: NDArray[np.float32],
-    scales: NDArray[np.float32],
-    moment: NDArray[np.float32],
-    along: NDArray[np.float32] | None,
-    levels: Levels,
-) -> None:
-    """Each integer in turn to its best with all others fixed; changes `integers` in place."""
-    inputs = len(weight)
-    size = inputs // len(scales)
-    off = weight - integers * np.repeat(scales, size, axis=0)
-    own = np.zeros_like(weight) if along is None else along
-    projected = np.einsum("in,in->n", own, off)
-    for start in range(0, inputs, _PANEL):
-        part = slice(start, min(inputs, start + _PANEL))
-        pull = moment[part] @ off
-        within = moment[part, part]
-        for j in range(part.stop - part.start):
-            column, scale = start + j, scales[(start + j) // size]
-            gradient = pull[j] + own[column] * projected
-            curvature = within[j, j] + own[column] ** 2
-            better = levels.round(integers[column] + gradient / (curvature * scale))
-            step = (better - integers[column]) * scale
-            integers[column] = better
-            off[column] -= step
-            projected -= own[column] * step
-            pull -= within[:, j, None] * step

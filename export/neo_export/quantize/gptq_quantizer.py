@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_export.quantize.gptq import Levels, damped, gptq
+from neo_export.quantize.gptq import damped, gptq
 from neo_export.quantize.int4 import Int4Weight, pack_int4, quantize_int4
 from neo_export.quantize.int8 import LIMIT, Int8Weight, quantize_int8
+from neo_export.quantize.levels import Levels
+from neo_export.quantize.own_inputs import OWN_SHARE, own_inputs
 from neo_export.quantize.plan import PACKED_PROJECTION
 from neo_export.statistics import input_place
 
@@ -17,11 +19,15 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from neo_export.quantize.own_inputs import OwnInputs
+    from neo_export.statistics import LikelyTokens
+
 __all__ = ["GptqQuantizer"]
 
 _INT4 = Levels(-8, 7, (1.0, 1.1, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75))
 _PLAIN = (1.0,)
 _TABLE = "transformer.wte.weight"
+_HEADS = (_TABLE, "lm_head.weight")
 _EMBEDDING_SHARE = 0.2
 """What is added to H for a tied table, in shares of the mean of its diagonal. Row v serves as the
 head wherever v is likely, and as the embedding wherever v is read: both about as often, so that one
@@ -40,6 +46,7 @@ class GptqQuantizer:
         tied: bool,
         eight_bits: bool = False,
         table_scale: NDArray[np.float32] | None = None,
+        likely: Callable[[], LikelyTokens | None] | None = None,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -49,10 +56,13 @@ class GptqQuantizer:
             eight_bits: int8 uses −127…127, for kernels that multiply in floating point.
             table_scale: [in] by which the table's channels are multiplied as it is stored, and
                 divided where its rows are looked up.
+            likely: gives the tokens that are likely in the text, such as `Statistics.likely`: rows
+                of an int4 head are rounded for the contexts of their token.
         """
         self._second_moment = second_moment
         self._tied = tied
-        self._table_scale = table_scale
+        self._table_scale = np.float32(1) if table_scale is None else table_scale
+        self._likely = likely
         self._limit = 127 if eight_bits else LIMIT
 
     def int8(self, name: str, weight: NDArray[np.float32]) -> Int8Weight:
@@ -68,22 +78,34 @@ class GptqQuantizer:
 
     def int4(self, name: str, weight: NDArray[np.float32], block_size: int) -> Int4Weight:
         """[out, in] with a scale for each `block_size` consecutive inputs of a row."""
-        moment = self._moment(name)
+        own = self._own(name, len(weight))
+        moment = self._moment(name, 1.0 if own is None else 1.0 + OWN_SHARE)
         if moment is None:
             return quantize_int4(weight, block_size)
-        integers, scales = gptq(weight, moment, block_size, _INT4)
+        integers, scales = gptq(weight, moment, block_size, _INT4, own)
         packed = pack_int4(integers).reshape(*scales.shape, block_size // 2)
         return Int4Weight(packed, scales)
 
-    def _moment(self, name: str) -> NDArray[np.float64] | None:
-        """H of a matrix's inputs; None for a table that is only looked up."""
+    def _own(self, name: str, rows: int) -> OwnInputs | None:
+        """What counts for single rows of a head."""
+        is_head = name in _HEADS and self._tied == (name == _TABLE)
+        likely = self._likely() if is_head and self._likely is not None else None
+        return None if likely is None else own_inputs(likely, rows, self._table_scale)
+
+    def _moment(self, name: str, share: float = 1.0) -> NDArray[np.float64] | None:
+        """H of a matrix's inputs; None for a table that is only looked up.
+
+        Args:
+            name: the matrix.
+            share: what a head's rows have in all, in multiples of H.
+        """
         if name == _TABLE and not self._tied:
             return None
         place = input_place(name.replace(PACKED_PROJECTION, "q_proj"))
         moment = damped(self._second_moment(place))
         if name == _TABLE:
-            scale = np.float64(1) if self._table_scale is None else self._table_scale
+            scale = self._table_scale.astype(np.float64)
             # ‖error / s‖² of a row that is looked up; the mean is that of the inputs before s.
             mean = float(np.mean(np.diagonal(moment) * scale * scale))
-            moment[np.diag_indices(len(moment))] += _EMBEDDING_SHARE * mean / (scale * scale)
+            moment[np.diag_indices(len(moment))] += share * _EMBEDDING_SHARE * mean / scale**2
         return moment

@@ -1,0 +1,54 @@
+"""Contexts of the head: its input at many positions, with the tokens that are likely there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["LIKELY", "POSITIONS", "LikelyCollector"]
+
+POSITIONS = 1 << 15
+"""Positions that are kept at most, spread evenly: 268 MB of inputs at the 1.3B shape."""
+LIKELY = 16
+"""Tokens that are kept of each. On neo-mini they hold 84 % of Σ p (1 − p), 32 hold 91 %: GPTQ's
+result differs by 1 % of its divergence, and takes twice the time."""
+
+
+class LikelyCollector:
+    """Takes the head's inputs and outputs, a few positions at a time."""
+
+    def __init__(self, positions: int, channels: int, vocabulary: int) -> None:
+        """Empty.
+
+        Args:
+            positions: that will be taken in all.
+            channels: C.
+            vocabulary: V.
+        """
+        kept = min(LIKELY, vocabulary)
+        self._taken = 0
+        self._inputs = np.empty((positions, channels), np.float32)
+        self._tokens = np.empty((positions, kept), np.int32)
+        self._probabilities = np.empty((positions, kept), np.float32)
+
+    def add(self, inputs: Any, logits: Any) -> None:
+        """Take torch tensors: inputs [n, C] and logits [n, V], float32."""
+        rows = slice(self._taken, self._taken + len(inputs))
+        found = logits.softmax(dim=-1).topk(self._tokens.shape[1], dim=-1)
+        self._inputs[rows] = inputs.numpy()
+        self._tokens[rows] = found.indices.numpy()
+        self._probabilities[rows] = found.values.numpy()
+        self._taken = rows.stop
+
+    @property
+    def arrays(self) -> dict[str, NDArray[np.float32] | NDArray[np.int32]]:
+        """By the names that they have in the file."""
+        return {
+            "transformer.final_norm.context": self._inputs,
+            "transformer.logits.likely": self._tokens,
+            "transformer.logits.probability": self._probabilities,
+        }
