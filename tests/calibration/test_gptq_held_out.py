@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from helpers.held_out import held_out_ids
 from helpers.models import DEMO, Reference
-from neo_calibration.cli import main as calibrate
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.metrics import cross_entropy, kl_divergence
 from neo_export.targets import Quantization
@@ -24,17 +23,6 @@ PIECES, LENGTH = 16, 512
 WON_BACK = 0.4
 """Of the divergence that rounding costs, at the lower end of a 95 % interval. Measured over 96
 pieces: 0.51 with blocks of 32 and of 64."""
-
-
-@pytest.fixture(scope="module")
-def statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("statistics")
-    lines = (DEMO / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    text = folder / "text.jsonl"
-    text.write_text("\n".join(lines[-120:]), encoding="utf-8")
-    command = [str(DEMO), "--text", str(text), "-o", str(folder / "stats")]
-    assert calibrate([*command, "--tokens", "8192"]) == 0
-    return folder / "stats"
 
 
 @pytest.fixture(scope="module")

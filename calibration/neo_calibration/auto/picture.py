@@ -31,13 +31,15 @@ class _Axes:
     def __init__(self, points: Sequence[Point]) -> None:
         sizes = [point.size / 1e6 for point in points]
         values = [edge for point in points for edge in (point.interval or (point.divergence,) * 2)]
-        self.step = _nice(max(sizes) / 6)
+        self.step = _nice((max(sizes) - min(sizes) or max(sizes)) / 5)
+        self.left = self.step * math.floor(min(sizes) / self.step - 1e-9)
         self.right = self.step * math.ceil(max(sizes) / self.step + 1e-9)
         self.bottom = math.floor(math.log10(min(values)))
         self.top = math.ceil(math.log10(max(values)))
 
     def x(self, size: float) -> float:
-        return _LEFT + size / 1e6 / self.right * (_WIDTH - _LEFT - _RIGHT)
+        share = (size / 1e6 - self.left) / (self.right - self.left)
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
         share = (math.log10(value) - self.bottom) / max(1, self.top - self.bottom)
@@ -45,7 +47,7 @@ class _Axes:
 
 
 def to_svg(points: Sequence[Point], title: str) -> str:
-    """Draw all points but float32 itself, whose divergence is 0."""
+    """Draw all points but exact ones, whose divergence is 0; a line joins the plans found."""
     drawn = [point for point in points if point.divergence > 0]
     axes = _Axes(drawn)
     auto = sorted((p for p in drawn if p.kind == "auto"), key=lambda p: p.size)
@@ -75,7 +77,7 @@ def _nice(step: float) -> float:
 def _grid(axes: _Axes) -> list[str]:
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     found = []
-    for number in range(round(axes.right / axes.step) + 1):
+    for number in range(round(axes.left / axes.step), round(axes.right / axes.step) + 1):
         x = axes.x(number * axes.step * 1e6)
         found.append(_line(x, _TOP, x, bottom))
         found.append(_text(x, bottom + 18, f"{number * axes.step:g}", anchor="middle"))
@@ -96,7 +98,11 @@ def _grid(axes: _Axes) -> list[str]:
 def _mark(axes: _Axes, point: Point) -> str:
     x, y, color = axes.x(point.size), axes.y(point.divergence), _COLORS[point.kind]
     low, high = (axes.y(edge) for edge in (point.interval or (point.divergence,) * 2))
-    label = "" if point.kind == "auto" else _text(x + 8, y - 6, point.name, size=11)
+    label = (
+        ""
+        if point.kind == "auto" and point.name != "chosen"
+        else _text(x + 8, y - 6, point.name, size=11)
+    )
     title = f"{point.name}: {point.size / 1e6:.3f} MB, {point.divergence:.3g} nats"
     return (
         f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}" stroke="{color}"/>'
