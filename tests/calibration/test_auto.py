@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -159,11 +160,15 @@ def test_picture() -> None:
         Point("int8", "rounded", 2_000_000, 2e-3, (1e-3, 3e-3)),
         Point("plan 3", "auto", 1_500_000, 2e-3, (1e-3, 3e-3)),
         Point("plan 9", "auto", 1_000_000, 2e-2, None),
+        Point("plan 8", "auto", 1_200_000, 3e-2, None),
+        Point("int4:32", "calibrated", 1_100_000, 1e-2, None),
     ]
     text = to_svg(points, "a < b")
-    assert text.count("<circle") == 2 + 1  # and the legend's
+    assert text.count("<circle") == 3 + 1  # and the legend's
     assert "int8: 2.000 MB, 0.002 nats" in text
     assert "a &lt; b" in text
+    [line] = re.findall(r'<polyline points="([^"]*)"', text)
+    assert len(line.split()) == 3, "through what is neither beaten nor without statistics"
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["curve_points"]
 
-_PLANS = 8
+_PLANS = 10
 """Plans of the frontier that are measured besides those that the search measured."""
-_HEADROOM = 0.6
-"""The most exact of them, by the estimate, in shares of the divergence of all int8. Beyond it
-matrices go back to float32, one by one: much larger bundles that few will ask for."""
+_HEADROOM = 1.1
+"""The largest of them, in shares of all int8. Beyond it matrices go back to float32, one by one:
+much larger bundles that few will ask for."""
 
 
 def curve_points(
@@ -46,22 +46,14 @@ def curve_points(
         points.append(point_of(name, "calibrated", chooser.of(plan).measured))
         progress(f"{name} without statistics", 0, 0)
         points.append(point_of(name, "rounded", judge.rounded(plan.plan)))
-    for budget in _budgets(frontier, [plan.divergence for plan in alike.values()]):
-        chooser.at(frontier.last_within(budget))
-    uniform = {plan.plan for plan in alike.values()}
-    found_plans = [c for plan, c in chooser.measured.items() if plan not in uniform or c == chosen]
-    found_plans.sort(key=lambda found: found.plan.size)
-    for number, found in enumerate(found_plans, start=1):
+    largest = _HEADROOM * max((plan.size for plan in alike.values()), default=0)
+    sizes = np.linspace(frontier.sizes[-1], max(largest, frontier.sizes[-1]), _PLANS)
+    curve = [chooser.at(frontier.first_fitting(int(size))) for size in sizes]
+    rivals = [found for found in map(chooser.of, alike.values()) if found not in (*curve, chosen)]
+    plans = [found for found in chooser.measured.values() if found not in rivals]
+    plans.sort(key=lambda found: found.plan.size)
+    for number, found in enumerate(plans, start=1):
         if found.plan.divergence > 0:  # all of float32 has no place on a logarithmic scale
             name = "chosen" if found == chosen else f"plan {number}"
             points.append(point_of(name, "auto", found.measured))
     return points
-
-
-def _budgets(frontier: Frontier, alike: list[float]) -> list[float]:
-    """Estimates, in nats, up to which the plans on the curve go."""
-    if len(frontier) == 1:  # every matrix is kept in float32
-        return []
-    low = max(_HEADROOM * min(alike, default=0.0), float(frontier.divergences[1]))
-    high = float(frontier.divergences[-1])
-    return [float(budget) * (1 + 1e-9) for budget in np.geomspace(min(low, high), high, _PLANS)]
