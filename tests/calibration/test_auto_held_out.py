@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,7 +14,7 @@ from neo_calibration.auto.search import Frontier, FrontierPlan, frontier_of
 from neo_calibration.auto.sensitivity import groups_of, measure_sensitivities, reference_logits
 from neo_calibration.auto.stored_form import StoredForm
 from neo_export.checkpoint import expected_shapes, open_checkpoint
-from neo_export.quantize.plan import Storage
+from neo_export.quantize.plan import Storage, WeightPlan
 from neo_export.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -30,12 +30,18 @@ class Found:
 
     frontier: Frontier
     chooser: Chooser
+    searched: Judge
+    """What `chooser` measures with."""
     other: Judge
     """Measures on text that nothing was decided on."""
-    searched: Judge
 
     def on_other(self, plan: FrontierPlan) -> Measured:
-        return self.other.plan(plan.plan)
+        if plan.plan not in self.kept:
+            self.kept[plan.plan] = self.other.plan(plan.plan)
+        return self.kept[plan.plan]
+
+    kept: dict[WeightPlan, Measured] = field(default_factory=dict)
+    """What `on_other` has measured."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def found(statistics: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
             for part in (ids[2:4], ids[4:])
         )
     frontier = frontier_of(groups, shapes, costs)
-    return Found(frontier, Chooser(frontier, lambda p: searched.plan(p.plan)), other, searched)
+    return Found(frontier, Chooser(frontier, lambda p: searched.plan(p.plan)), searched, other)
 
 
 def test_smaller_than_int8_at_its_divergence(found: Found) -> None:

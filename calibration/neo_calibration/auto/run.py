@@ -13,7 +13,7 @@ import numpy as np
 from neo_export.checkpoint import expected_shapes, open_checkpoint
 from neo_export.hub import resolve_model
 from neo_export.quantize.int4 import BLOCK_SIZES, largest_block_size
-from neo_export.quantize.plan import Storage
+from neo_export.quantize.plan import Storage, WeightPlan
 from neo_export.search_options import check_divergence, check_report_folder, parse_size
 from neo_export.statistics import Statistics
 from neo_runtime.errors import RequestError
@@ -22,7 +22,7 @@ from neo_calibration.auto.choose import Chooser
 from neo_calibration.auto.curve import curve_points
 from neo_calibration.auto.judge import Judge
 from neo_calibration.auto.report import write_report, write_whole
-from neo_calibration.auto.search import frontier_of
+from neo_calibration.auto.search import frontier_of, rest_of
 from neo_calibration.auto.sensitivity import groups_of, measure_sensitivities, reference_logits
 from neo_calibration.auto.stored_form import StoredForm
 from neo_calibration.text import read_text
@@ -79,7 +79,7 @@ def run_auto(
         check_report_folder(options.report)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(resolve_model(model)))
-        limit = None if options.max_size is None else _bytes(options.max_size, checkpoint.spec)
+        limit = _size_limit(options, checkpoint.spec)
         statistics = Statistics.open(options.statistics)
         statistics.check_model(
             checkpoint, lambda done, all_: progress("checking the statistics", done, all_)
@@ -147,12 +147,25 @@ def _sensitivities(
     )
 
 
-def _bytes(size: str, spec: ModelSpec) -> int:
-    """--max-size in bytes."""
-    number = parse_size(size)
-    if number >= 1:
-        return int(number)
-    return int(number * sum(4 * math.prod(shape) for shape in expected_shapes(spec).values()))
+def _size_limit(options: AutoOptions, spec: ModelSpec) -> int | None:
+    """--max-size in bytes.
+
+    Raises:
+        RequestError: it is no size, or no plan can be as small.
+    """
+    if options.max_size is None:
+        return None
+    shapes, number = expected_shapes(spec), parse_size(options.max_size)
+    whole = sum(4 * math.prod(shape) for shape in shapes.values())
+    limit = int(number if number >= 1 else number * whole)
+    plans = (WeightPlan(storage).keeping(options.keep) for storage in _candidates(spec))
+    least = min(plan.bytes_of(shapes) for plan in plans) + rest_of(shapes)
+    if least > limit:
+        raise RequestError(
+            f"--max-size {options.max_size}: at most {limit:,} bytes of weights were asked for, "
+            f"and the smallest bundle has at least {least:,}"
+        )
+    return limit
 
 
 def _candidates(spec: ModelSpec) -> tuple[Storage, ...]:

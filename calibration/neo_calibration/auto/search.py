@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from neo_calibration.auto.sensitivity import Group
 
-__all__ = ["Candidate", "Frontier", "FrontierPlan", "frontier_of"]
+__all__ = ["Candidate", "Frontier", "FrontierPlan", "frontier_of", "rest_of"]
 
 EXACT = Storage("fp32")
 _BUCKETS = 1 << 15
@@ -145,11 +145,15 @@ def frontier_of(
         parents, picked = np.divmod(best, len(found))
         sizes, costs = all_sizes[best], all_costs[best]
         choices = np.column_stack((choices[parents], picked.astype(np.int8)))
-    return Frontier(options, kept, _rest(shapes), sizes[::-1], costs[::-1], choices[::-1])
+    return Frontier(options, kept, rest_of(shapes), sizes[::-1], costs[::-1], choices[::-1])
 
 
-def _rest(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes of the parameters that a plan does not speak of: vectors, and half a position table."""
+def rest_of(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of what a plan does not speak of: vectors, and the position table in float16.
+
+    Args:
+        shapes: of the model's parameters, by name.
+    """
     others = [shape for name, shape in shapes.items() if not is_planned(name, shape)]
     return sum(math.prod(shape) * (4 if len(shape) == 1 else 2) for shape in others)
 
