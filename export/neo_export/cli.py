@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from neo_runtime.command_line import run_command
 from neo_runtime.errors import EngineError, RequestError
 
+from neo_export.search_options import add_search_options, search_arguments
 from neo_export.stages import StageLine
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from neo_export.engine.build import BuiltEngine
     from neo_export.exporter import ExportSummary
+    from neo_export.run_calibration import Searched
     from neo_export.targets import Quantization
 
 __all__ = ["main"]
@@ -109,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="int8, int4, plan: leave the weights of these names in float32 (a shell pattern of "
-        "the checkpoint's names, such as '*.mlp.c_proj.weight'; repeatable)",
+        help="int8, int4, plan, auto: leave the weights of these names in float32 (a shell pattern "
+        "of the checkpoint's names, such as '*.mlp.c_proj.weight'; repeatable)",
     )
     parser.add_argument(
         "--int8-prefill",
@@ -118,25 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         help="int4, plan: a second, int8 copy of the weights for prompts and scoring; prompts run "
         "faster, and the bundle is three times as large",
     )
-    limit = parser.add_mutually_exclusive_group()
-    limit.add_argument(
-        "--max-kl",
-        type=float,
-        metavar="NATS",
-        help="--auto: the smallest bundle whose mean KL divergence from float32 is at most this",
-    )
-    limit.add_argument(
-        "--max-size",
-        metavar="SIZE",
-        help="--auto: the best bundle whose weights have at most so many bytes, or (below 1) at "
-        "most this fraction of float32's",
-    )
-    parser.add_argument(
-        "--auto-report",
-        type=Path,
-        metavar="FOLDER",
-        help="--auto: write what was measured there, and a picture of size against divergence",
-    )
+    add_search_options(parser)
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -185,12 +170,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    summary, built = _export(arguments)
+    summary, found, built = _export(arguments)
     if arguments.json:
         record = {"engine": asdict(built.record)} if built is not None else {}
+        record |= {"auto": found.summary} if found is not None else {}
         print(json.dumps(asdict(summary) | record, indent=1))
     else:
         print(_report(summary))
+        if found is not None:
+            print(found.report())
         if built is not None:
             from neo_export.engine.cli import report
 
@@ -198,24 +186,33 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _export(arguments: argparse.Namespace) -> tuple[ExportSummary, BuiltEngine | None]:
+def _export(
+    arguments: argparse.Namespace,
+) -> tuple[ExportSummary, Searched | None, BuiltEngine | None]:
     # Only now what is slow to import: --help and wrong usage answer at once.
     from neo_export.exporter import ExportOptions, export_bundle
-    from neo_export.run_calibration import calibration_folder, run_search
-    from neo_export.staging import check_destination
+    from neo_export.run_calibration import calibration_folder, searched
+    from neo_export.staging import check_destination, termination_raises
 
     model = arguments.model or str(DEMO)
     precision, quantization = _quantization(arguments)
-    search = _search(arguments)
+    search = search_arguments(arguments)
+    text, statistics = arguments.calibrate_text, arguments.calibration
+    if search is None and statistics and text:
+        raise RequestError("--calibration and --calibrate-text were given; choose one")
     build = _engine_builder(arguments)
-    if arguments.calibrate_text is not None:
+    if text is not None:
         check_destination(arguments.output, force=arguments.force)  # before the long work
+    found, remembered = None, None
     with StageLine("neo-export") as bar:
-        with calibration_folder(model, arguments.calibration, arguments.calibrate_text) as folder:
+        with termination_raises(), ExitStack() as stack:
+            if text is not None and statistics is None:
+                statistics = stack.enter_context(calibration_folder(model, text))
             if search is not None:
-                assert folder is not None
-                plan = run_search(model, arguments.calibrate_text, folder, search)
-                quantization = replace(quantization, plan=plan)
+                bar.end()
+                found = stack.enter_context(searched(model, text, statistics, search))
+                quantization = replace(quantization, plan=found.plan)
+                remembered = found.remembered
             summary = export_bundle(
                 model,
                 arguments.output,
@@ -224,14 +221,15 @@ def _export(arguments: argparse.Namespace) -> tuple[ExportSummary, BuiltEngine |
                     precision=precision,
                     quantization=quantization,
                     kv_cache=arguments.kv_cache,
-                    calibration=folder,
+                    calibration=statistics,
+                    remembered=remembered,
                     max_length=arguments.max_length,
                     verify=arguments.verify,
                     force=arguments.force,
                 ),
                 bar.show,
             )
-        return summary, build(bar.show)
+        return summary, found, build(bar.show)
 
 
 def _target(arguments: argparse.Namespace, precision: str) -> str:
@@ -271,25 +269,6 @@ def _engine_builder(
     return build
 
 
-def _search(arguments: argparse.Namespace) -> tuple[str, ...] | None:
-    """Options of the search; None without --auto."""
-    limits = {"--max-kl": arguments.max_kl, "--max-size": arguments.max_size}
-    given = {flag: value for flag, value in limits.items() if value is not None}
-    if not arguments.auto:
-        if arguments.calibration is not None and arguments.calibrate_text is not None:
-            raise RequestError("--calibration and --calibrate-text were given; choose one")
-        flag = next(iter(given), "--auto-report" if arguments.auto_report else None)
-        if flag is not None:
-            raise RequestError(f"{flag} was given, it goes with --auto")
-        return None
-    if not given:
-        raise RequestError("--auto needs a limit: --max-kl NATS, or --max-size SIZE")
-    if arguments.calibrate_text is None:
-        raise RequestError("--auto needs text to measure on: --calibrate-text FILE")
-    report = ("--report", str(arguments.auto_report)) if arguments.auto_report else ()
-    return (*(str(part) for pair in given.items() for part in pair), *report)
-
-
 def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
     """The precision, and the options of the quantized ones; elsewhere these are a mistake."""
     from neo_export.quantize.plan import WeightPlan
@@ -301,7 +280,7 @@ def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
     asked = mixed or f"--{precision}"
     for given, flag, needs in (
         (arguments.block_size is not None, "--block-size", ("--int4",)),
-        (arguments.int8_prefill, "--int8-prefill", ("--int4", "--plan", "--auto")),
+        (arguments.int8_prefill, "--int8-prefill", ("--int4", "--plan")),
         (
             bool(arguments.keep_fp32),
             "--keep-fp32",

@@ -1,4 +1,4 @@
-"""`neo-export --calibrate-text`: statistics made on the way, by `neo-calibrate` as a child process.
+"""`neo-export --calibrate-text` and `--auto`: `neo-calibrate` and the search as child processes.
 
 A process of its own, because the export knows nothing of the calibration (which imports PyTorch),
 and its memory is given back before weights are written.
@@ -7,12 +7,15 @@ and its memory is given back before weights are written.
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import DependencyError, StatisticsError
 
@@ -21,28 +24,43 @@ from neo_export.quantize.plan import WeightPlan
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["calibration_folder", "run_calibration", "run_search"]
+__all__ = ["Searched", "calibration_folder", "run_calibration", "searched"]
 
 _MODULE = "neo_calibration"
 
 
+@dataclass(frozen=True)
+class Searched:
+    """What a search found."""
+
+    plan: WeightPlan
+    remembered: Path
+    """Matrices that it quantized with these statistics: all that an export of the plan wants."""
+    summary: dict[str, Any]
+    """Bytes, divergence, interval and so on of the bundle that was measured."""
+
+    def report(self) -> str:
+        """A line for people."""
+        found = self.summary
+        low, high = found["interval"]
+        return (
+            f"auto        {found['divergence']:.3g} nats of KL divergence from float32 "
+            f"({low:.3g} to {high:.3g}) on {found['measured_on']:,} tokens; "
+            f"{found['bundles']} bundles were measured"
+        )
+
+
 @contextmanager
-def calibration_folder(
-    model: str, statistics: Path | None, text: Path | None
-) -> Iterator[Path | None]:
-    """The statistics to use: given, made now and removed afterwards, or none.
+def calibration_folder(model: str, text: Path) -> Iterator[Path]:
+    """Statistics of a text: made now, removed afterwards.
 
     Args:
         model: what the user called it.
-        statistics: a folder that is there.
         text: the file to calibrate on.
 
     Raises:
         StatisticsError: the calibration failed; it has said why.
     """
-    if text is None or statistics is not None:  # both are for --auto, which searches on the text
-        yield statistics
-        return
     with tempfile.TemporaryDirectory(prefix="neo-calibration-") as folder:
         yield run_calibration(model, text, Path(folder, "stats"))
 
@@ -65,14 +83,20 @@ def run_calibration(model: str, text: Path, output: Path, *options: str) -> Path
     return output
 
 
-def run_search(model: str, text: Path, statistics: Path, options: tuple[str, ...]) -> WeightPlan:
+@contextmanager
+def searched(
+    model: str, text: Path, statistics: Path, options: tuple[str, ...]
+) -> Iterator[Searched]:
     """Run `python -m neo_calibration.auto`: the plan that keeps a limit.
+
+    Everything that it writes on the way lies in one folder, which is removed afterwards: a search
+    that is killed leaves nothing.
 
     Args:
         model: what the user called it.
         text: the file to measure on.
         statistics: of the model.
-        options: the limit, as the command takes it.
+        options: the limit and so on, as the command takes them.
 
     Raises:
         DependencyError: the calibration, or what it needs, is not installed.
@@ -80,10 +104,11 @@ def run_search(model: str, text: Path, statistics: Path, options: tuple[str, ...
     """
     _require()
     with tempfile.TemporaryDirectory(prefix="neo-auto-") as folder:
-        plan = Path(folder, "plan.json")
+        plan, remembered = Path(folder, "plan.json"), Path(folder, "remembered")
         files = ("--text", str(text), "--statistics", str(statistics), "-o", str(plan))
-        _run(f"{_MODULE}.auto", model, *files, *options)
-        return WeightPlan.read(plan)
+        made = ("--remembered", str(remembered))
+        said = _run(f"{_MODULE}.auto", model, *files, *made, *options, scratch=folder)
+        yield Searched(WeightPlan.read(plan), remembered, json.loads(said))
 
 
 def _require() -> None:
@@ -95,14 +120,19 @@ def _require() -> None:
         )
 
 
-def _run(module: str, *arguments: str) -> None:
+def _run(module: str, *arguments: str, scratch: str | None = None) -> str:
+    """Run a module of the calibration; what it printed. `scratch`: for its temporary files."""
     command = [sys.executable, "-m", module, *arguments]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    environment = os.environ | ({"TMPDIR": scratch} if scratch else {})
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
-        status = child.wait()
+        said, _ = child.communicate()
     except BaseException:
         child.terminate()
         child.wait()
         raise
-    if status:
-        raise StatisticsError(f"{module} failed (exit status {status}); what it said is above")
+    if child.returncode:
+        raise StatisticsError(
+            f"{module} failed (exit status {child.returncode}); what it said is above"
+        )
+    return said

@@ -47,6 +47,7 @@ __all__ = [
     "record_files",
     "staged_folder",
     "sync_tree",
+    "termination_raises",
     "write_file",
 ]
 
@@ -76,7 +77,7 @@ def staged_folder(destination: Path, *, force: bool, needed: int = 0) -> Iterato
     """
     destination = Path(destination)
     root: Path | None = None
-    with _termination_raises():
+    with termination_raises():
         try:
             target = _checked_target(destination, force=force)
             if needed:
@@ -285,7 +286,7 @@ def _sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def _termination_raises() -> Iterator[None]:
+def termination_raises() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the program through `SystemExit`, so that `finally` blocks run."""
 
     def stop(number: int, _frame: FrameType | None) -> None:

@@ -41,6 +41,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="bytes of weights.bin, or a fraction (below 1) of what float32 takes",
     )
+    parser.add_argument(
+        "--keep-fp32",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave the weights of these names in float32 (a shell pattern; repeatable)",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        default="float",
+        choices=("float", "int8"),
+        help="measure bundles with this cache (default: float)",
+    )
     parser.add_argument("--remembered", type=Path, metavar="FOLDER", help="quantized matrices")
     parser.add_argument(
         "--tokens",
@@ -53,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "--report",
         type=Path,
         metavar="FOLDER",
-        help="write auto.json and auto.svg there: the trade-off curve, which takes more bundles",
+        help="write plan.json, auto.json and auto.svg there; the curve takes more bundles",
     )
     return parser
 
@@ -79,6 +92,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 text=tuple(arguments.text),
                 statistics=arguments.statistics,
                 output=arguments.output,
+                keep=tuple(arguments.keep_fp32),
+                kv_cache=arguments.kv_cache,
                 max_divergence=arguments.max_kl,
                 max_size=arguments.max_size,
                 tokens=arguments.tokens,

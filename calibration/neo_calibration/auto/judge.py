@@ -44,6 +44,7 @@ class Judge:
         reference: list[NDArray[np.float32]],
         statistics: Path,
         remembered: Path,
+        kv_cache: str = "float",
     ) -> None:
         """Prepare.
 
@@ -53,11 +54,14 @@ class Judge:
             reference: float32 logits [S, V] of each.
             statistics: of this model.
             remembered: folder for matrices that were quantized with these statistics.
+            kv_cache: as `ExportOptions` has it; bundles are judged with it.
         """
         self._model = model
         self._contexts = contexts
         self._reference = reference
-        self._calibrated = ExportOptions(calibration=statistics, remembered=remembered)
+        self._calibrated = ExportOptions(
+            calibration=statistics, remembered=remembered, kv_cache=kv_cache
+        )
 
     def plan(self, plan: WeightPlan) -> Measured:
         """A calibrated bundle of this plan."""
@@ -66,11 +70,9 @@ class Judge:
             replace(self._calibrated, precision="mixed", quantization=quantization)
         )
 
-    def uniform(self, precision: str, block_size: int | None, *, calibrated: bool) -> Measured:
-        """A bundle with all matrices alike."""
-        options = self._calibrated if calibrated else ExportOptions()
-        quantization = Quantization(block_size=block_size)
-        return self._measure(replace(options, precision=precision, quantization=quantization))
+    def rounded(self, plan: WeightPlan) -> Measured:
+        """A bundle of this plan without statistics, its cache in float."""
+        return self._measure(ExportOptions(precision="mixed", quantization=Quantization(plan=plan)))
 
     def _measure(self, options: ExportOptions) -> Measured:
         with tempfile.TemporaryDirectory(prefix="neo-auto-") as folder:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from neo_runtime.errors import OutputError
 
 from neo_calibration.auto.picture import to_svg
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
-    from neo_export.quantize.plan import Storage
+    from neo_export.quantize.plan import Storage, WeightPlan
 
     from neo_calibration.auto.judge import Measured
     from neo_calibration.auto.sensitivity import Group
 
-__all__ = ["Point", "point_of", "write_report"]
+__all__ = ["Point", "point_of", "write_report", "write_whole"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,20 @@ def write_report(
     folder: Path,
     *,
     model: str,
+    plan: WeightPlan,
     facts: Mapping[str, Any],
     divergences: Mapping[tuple[Group, Storage], float],
     points: Sequence[Point],
 ) -> None:
-    """Write `auto.json` and, where there are points, `auto.svg`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `plan.json`, `auto.json` and `auto.svg`, each whole or not at all.
+
+    Raises:
+        OutputError: writing failed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
     sensitivities = [
         {"weights": list(group.names), "storage": str(storage), "divergence": divergence}
         for (group, storage), divergence in divergences.items()
@@ -59,6 +69,23 @@ def write_report(
         "points": [asdict(point) for point in points],
         "sensitivities": sensitivities,
     }
-    (folder / "auto.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "plan.json", plan.to_json())
+    write_whole(folder / "auto.json", json.dumps(raw, indent=1) + "\n")
     if any(point.kind == "auto" for point in points):
-        (folder / "auto.svg").write_text(to_svg(points, model), encoding="utf-8")
+        title = f"{Path(model).name}: what each byte of weights buys"
+        write_whole(folder / "auto.svg", to_svg(points, title))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, or replace it, whole or not at all.
+
+    Raises:
+        OutputError: writing failed.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,28 +14,31 @@ from neo_export.checkpoint import expected_shapes, open_checkpoint
 from neo_export.hub import resolve_model
 from neo_export.quantize.int4 import BLOCK_SIZES, largest_block_size
 from neo_export.quantize.plan import Storage, WeightPlan
+from neo_export.search_options import check_divergence, check_report_folder, parse_size
 from neo_export.statistics import Statistics
 from neo_runtime.errors import RequestError
 
 from neo_calibration.auto.choose import Chooser
+from neo_calibration.auto.curve import curve_points
 from neo_calibration.auto.judge import Judge
-from neo_calibration.auto.report import Point, point_of, write_report
-from neo_calibration.auto.search import Frontier, frontier_of
+from neo_calibration.auto.report import write_report, write_whole
+from neo_calibration.auto.search import frontier_of, rest_of
 from neo_calibration.auto.sensitivity import groups_of, measure_sensitivities, reference_logits
 from neo_calibration.auto.stored_form import StoredForm
 from neo_calibration.text import read_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from neo_export.checkpoint import Checkpoint
     from neo_runtime.manifest import ModelSpec
     from numpy.typing import NDArray
 
-__all__ = ["AutoOptions", "run_auto"]
+    from neo_calibration.auto.judge import Measured
+    from neo_calibration.auto.search import FrontierPlan
+    from neo_calibration.auto.sensitivity import Group
 
-_CURVE = 8
-"""Plans of the frontier that the curve shows besides the chosen one."""
+__all__ = ["AutoOptions", "run_auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,10 @@ class AutoOptions:
     statistics: Path
     output: Path
     """The plan file to write."""
+    keep: tuple[str, ...] = ()
+    """Shell patterns: these matrices stay float32."""
+    kv_cache: str = "float"
+    """How the bundles that are judged keep keys and values."""
     max_divergence: float | None = None
     """Nats."""
     max_size: str | None = None
@@ -65,10 +73,13 @@ def run_auto(
     Raises:
         NeoError: bad input, or no plan keeps the limit.
     """
-    if options.max_divergence is not None and not options.max_divergence > 0:
-        raise RequestError(f"--max-kl is {options.max_divergence:g}, expected more than 0")
+    if options.max_divergence is not None:
+        check_divergence(options.max_divergence)
+    if options.report is not None:
+        check_report_folder(options.report)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(resolve_model(model)))
+        limit = _size_limit(options, checkpoint.spec)
         statistics = Statistics.open(options.statistics)
         statistics.require_second_moments()
         statistics.check_model(
@@ -78,58 +89,84 @@ def run_auto(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="neo-auto-"))
         )
         folder.mkdir(parents=True, exist_ok=True)
-        limit = _bytes(options.max_size, checkpoint.spec)
-        search, judged = _contexts(options, checkpoint, statistics)
-        spec = checkpoint.spec
-        stored = StoredForm(lambda name: checkpoint.tensors[name].read(), spec, statistics, folder)
-        divergences = measure_sensitivities(
-            checkpoint,
-            search,
-            stored,
-            _candidates(spec),
-            lambda done, all_: progress("measuring what each matrix costs", done, all_),
-        )
-        frontier = frontier_of(groups_of(spec), expected_shapes(spec), divergences)
+        search, judged = _contexts(options, checkpoint, statistics, progress)
+        found = _sensitivities(checkpoint, search, options, statistics, folder, progress)
+        shapes = expected_shapes(checkpoint.spec)
+        frontier = frontier_of(groups_of(checkpoint.spec, options.keep), shapes, found)
         progress("running float32", 0, 0)
         reference = reference_logits(checkpoint, judged)
-        judge = Judge(model, judged, reference, options.statistics, folder)
-        chooser = Chooser(frontier, _counted(judge.plan, progress))
+        judge = Judge(
+            model, judged, reference, options.statistics, folder, kv_cache=options.kv_cache
+        )
+        chooser = Chooser(frontier, _reported(judge, progress))
         if limit is None:
             assert options.max_divergence is not None
             chosen = chooser.within_divergence(options.max_divergence)
         else:
             chosen = chooser.within_size(limit)
         summary = {
-            "plan": str(options.output),
+            "limit": {"max_kl": options.max_divergence, "max_size": limit},
             "weight_bytes": chosen.measured.size,
             "divergence": chosen.measured.divergence,
             "interval": chosen.measured.interval,
             "estimate": chosen.plan.divergence,
+            "bundles": len(chooser.measured),
             "measured_on": judged.size,
             "searched_on": search.size,
         }
         if options.report is not None:
-            points = list(_curve(frontier, chooser, judge, spec, progress))
+            points = curve_points(frontier, chooser, chosen, judge, progress)
             write_report(
-                options.report, model=model, facts=summary, divergences=divergences, points=points
+                options.report,
+                model=model,
+                plan=chosen.plan.plan,
+                facts=summary,
+                divergences=found,
+                points=points,
             )
-        options.output.write_text(chosen.plan.plan.to_json(), encoding="utf-8")
+        write_whole(options.output, chosen.plan.plan.to_json())
     return summary
 
 
-def _bytes(size: str | None, spec: ModelSpec) -> int | None:
-    """--max-size in bytes."""
-    if size is None:
+def _sensitivities(
+    checkpoint: Checkpoint,
+    contexts: NDArray[np.int64],
+    options: AutoOptions,
+    statistics: Statistics,
+    folder: Path,
+    progress: Callable[[str, int, int], None],
+) -> dict[tuple[Group, Storage], float]:
+    """What each group costs in each storage, nats."""
+    spec = checkpoint.spec
+    return measure_sensitivities(
+        checkpoint,
+        contexts,
+        StoredForm(lambda name: checkpoint.tensors[name].read(), spec, statistics, folder),
+        _candidates(spec),
+        groups_of(spec, options.keep),
+        lambda done, all_: progress("measuring what each matrix costs", done, all_),
+    )
+
+
+def _size_limit(options: AutoOptions, spec: ModelSpec) -> int | None:
+    """--max-size in bytes.
+
+    Raises:
+        RequestError: it is no size, or no plan can be as small.
+    """
+    if options.max_size is None:
         return None
-    try:
-        number = float(size)
-    except ValueError:
-        number = -1.0
-    if not 0 < number < float("inf"):
-        raise RequestError(f"--max-size is {size!r}, expected bytes, or a fraction below 1")
-    if number >= 1:
-        return int(number)
-    return int(number * sum(4 * int(np.prod(shape)) for shape in expected_shapes(spec).values()))
+    shapes, number = expected_shapes(spec), parse_size(options.max_size)
+    whole = sum(4 * math.prod(shape) for shape in shapes.values())
+    limit = int(number if number >= 1 else number * whole)
+    plans = (WeightPlan(storage).keeping(options.keep) for storage in _candidates(spec))
+    least = min(plan.bytes_of(shapes) for plan in plans) + rest_of(shapes)
+    if least > limit:
+        raise RequestError(
+            f"--max-size {options.max_size}: at most {limit:,} bytes of weights were asked for, "
+            f"and the smallest bundle has at least {least:,}"
+        )
+    return limit
 
 
 def _candidates(spec: ModelSpec) -> tuple[Storage, ...]:
@@ -141,7 +178,10 @@ def _candidates(spec: ModelSpec) -> tuple[Storage, ...]:
 
 
 def _contexts(
-    options: AutoOptions, checkpoint: Checkpoint, statistics: Statistics
+    options: AutoOptions,
+    checkpoint: Checkpoint,
+    statistics: Statistics,
+    progress: Callable[[str, int, int], None],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Token ids [n, S] to search on and [n, S] to measure bundles on, behind the statistics' text.
 
@@ -150,49 +190,36 @@ def _contexts(
     """
     length = min(checkpoint.spec.max_position_embeddings, max(1, options.tokens))
     each = max(1, options.tokens // length)
-    text = read_text(options.text, checkpoint, statistics.tokens + 2 * each * length, length)
+    wanted = statistics.tokens + 2 * each * length
+    text = read_text(options.text, checkpoint, wanted, length)
     whole = [context for context in text.contexts if len(context) == length]
     if len(whole) < 2 * each:
         raise RequestError(
             f"the text has {text.tokens} tokens: too few for two parts of {each * length}; give "
             "more text, or a smaller --tokens"
         )
+    if text.tokens < wanted:
+        progress(
+            f"note: the text has {text.tokens} tokens, {wanted} would do; the statistics may have "
+            "seen what is measured on, which then looks better than it is",
+            0,
+            0,
+        )
     return np.stack(whole[-2 * each : -each]), np.stack(whole[-each:])
 
 
-def _counted(
-    measure: Callable[[WeightPlan], Any], progress: Callable[[str, int, int], None]
-) -> Callable[[WeightPlan], Any]:
+def _reported(
+    judge: Judge, progress: Callable[[str, int, int], None]
+) -> Callable[[FrontierPlan], Measured]:
+    """Measuring that says what it is at, and what it found."""
     count = 0
 
-    def measured(plan: WeightPlan) -> Any:
+    def measure(plan: FrontierPlan) -> Measured:
         nonlocal count
         count += 1
-        progress(f"measuring bundle {count}", 0, 0)
-        return measure(plan)
+        progress(f"bundle {count}: estimated at {plan.divergence:.3g} nats", 0, 0)
+        found = judge.plan(plan.plan)
+        progress(f"bundle {count}: {found.size:,} bytes, {found.divergence:.3g} nats", 0, 0)
+        return found
 
-    return measured
-
-
-def _curve(
-    frontier: Frontier,
-    chooser: Chooser,
-    judge: Judge,
-    spec: ModelSpec,
-    progress: Callable[[str, int, int], None],
-) -> Iterator[Point]:
-    """Bundles with all matrices alike, and plans along the frontier."""
-    blocks = sorted({32, largest_block_size((spec.hidden_size, spec.intermediate_size))})
-    kinds = [("int8", None), *(("int4", block) for block in blocks)]
-    for precision, block in kinds:
-        for kind, calibrated in (("rounded", False), ("calibrated", True)):
-            name = str(Storage(precision, block))
-            progress(f"measuring {name}, {kind}", 0, 0)
-            yield point_of(name, kind, judge.uniform(precision, block, calibrated=calibrated))
-    first = next(i for i, plan in enumerate(frontier.plans) if plan.divergence > 0)
-    low, high = frontier.plans[first].divergence, frontier.plans[-1].divergence
-    for budget in np.geomspace(max(low, high / 300), high, _CURVE):
-        chooser.at(max(i for i, p in enumerate(frontier.plans) if p.divergence <= budget * 1.0001))
-    for index in sorted(chooser.measured):
-        if index:  # 0 is float32
-            yield point_of(f"plan {index}", "auto", chooser.measured[index])
+    return measure

@@ -10,6 +10,7 @@ over the model as there are variants, and hidden states of `variants × position
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,14 +46,9 @@ class Group:
     layer: int | None
     """None: the table, or an untied head."""
 
-    @property
-    def label(self) -> str:
-        """A short name."""
-        return self.names[0] if len(self.names) == 1 else self.names[0].replace("q_proj", "qkv")
 
-
-def groups_of(spec: ModelSpec) -> tuple[Group, ...]:
-    """Every matrix of the model, in groups."""
+def groups_of(spec: ModelSpec, keep: Sequence[str] = ()) -> tuple[Group, ...]:
+    """Every matrix of the model, in groups, but those that match a shell pattern of `keep`."""
     groups = [Group((TABLE,), None)]
     if not spec.tie_word_embeddings:
         groups.append(Group((HEAD,), None))
@@ -60,7 +56,11 @@ def groups_of(spec: ModelSpec) -> tuple[Group, ...]:
         for parts in _LAYER:
             names = tuple(f"transformer.h.{layer}.{part}.weight" for part in parts)
             groups.append(Group(names, layer))
-    return tuple(groups)
+
+    def left(group: Group) -> tuple[str, ...]:
+        return tuple(n for n in group.names if not any(fnmatchcase(n, p) for p in keep))
+
+    return tuple(Group(left(group), group.layer) for group in groups if left(group))
 
 
 @dataclass
@@ -77,6 +77,7 @@ def measure_sensitivities(
     contexts: NDArray[np.int64],
     stored: StoredForm,
     candidates: Sequence[Storage],
+    groups: Sequence[Group],
     progress: Callable[[int, int], None],
 ) -> dict[tuple[Group, Storage], float]:
     """Mean KL(float32 ‖ variant) over all positions, in nats, of each group in each storage.
@@ -86,11 +87,11 @@ def measure_sensitivities(
         contexts: token ids [n, S], each from position 0.
         stored: what a storage makes of a matrix and of its inputs.
         candidates: storages but fp32, which costs nothing.
+        groups: what to quantize, one at a time.
         progress: called with layers done and in all.
     """
     reference = LayeredReference(checkpoint)
     spec = checkpoint.spec
-    groups = groups_of(spec)
     import torch
 
     with torch.inference_mode():
@@ -140,7 +141,7 @@ def _of_tables(
         for storage in candidates:
             states = hidden
             if name == TABLE:
-                off = stored.weight(name, weight, storage)[contexts] - weight[contexts]
+                off = stored.weights({name: weight}, storage)[name][contexts] - weight[contexts]
                 states = hidden + torch.from_numpy(off)
             yield _Variant(group, storage, states)
 
@@ -160,9 +161,9 @@ def _of_layer(
         kept = {name: module.weight.data for name, module in modules.items()}
         for storage in candidates:
             hooks = []
+            made = stored.weights({name: kept[name].numpy() for name in modules}, storage)
             for name, module in modules.items():
-                made = stored.weight(name, kept[name].numpy(), storage)
-                module.weight.data = torch.from_numpy(made)
+                module.weight.data = torch.from_numpy(made[name])
                 hooks.append(
                     module.register_forward_pre_hook(
                         lambda _module, inputs, n=name, s=storage: (stored.inputs(n, inputs[0], s),)
@@ -201,7 +202,7 @@ def _divergences(
     for variant in variants:
         states, head = norm(variant.hidden), table
         if name in variant.group.names:
-            head = torch.from_numpy(stored.weight(name, weight, variant.storage))
+            head = torch.from_numpy(stored.weights({name: weight}, variant.storage)[name])
             states = stored.inputs(name, states, variant.storage)
         sums = [
             kl_divergence((exact @ table.T).numpy(), (own @ head.T).numpy()).sum()

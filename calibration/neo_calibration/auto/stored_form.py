@@ -8,13 +8,13 @@ import numpy as np
 from neo_export.calibrated import gptq_quantizer
 from neo_export.quantize.balance import balanced
 from neo_export.quantize.migration import Migration
-from neo_export.quantize.plan import Storage, WeightPlan
+from neo_export.quantize.plan import PACKED_PROJECTION, Storage, WeightPlan
 from neo_export.quantize.remembered import Remembered
 from neo_export.statistics import input_place
 from neo_export.targets import TARGETS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from neo_export.statistics import Statistics
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["StoredForm"]
+
+_PACKED = ("q_proj", "k_proj", "v_proj")
 
 
 class StoredForm:
@@ -52,10 +54,22 @@ class StoredForm:
         self._int8 = Remembered(gptq_quantizer(statistics, Migration(), spec, target), remembered)
         self._int4 = Remembered(gptq_quantizer(statistics, self._scales, spec, target), remembered)
 
-    def weight(
-        self, name: str, weight: NDArray[np.float32], storage: Storage
-    ) -> NDArray[np.float32]:
-        """The matrix [out, in] as the product has it, read back."""
+    def weights(
+        self, weights: Mapping[str, NDArray[np.float32]], storage: Storage
+    ) -> dict[str, NDArray[np.float32]]:
+        """Matrices [out, in] of one group as their products have them, read back.
+
+        Queries, keys and values that are stored alike are quantized as the one matrix that an
+        export makes of them, so that it finds it among what is remembered.
+        """
+        if len(weights) < len(_PACKED):
+            return {name: self._one(name, weight, storage) for name, weight in weights.items()}
+        first = next(iter(weights))
+        name = first.replace(_PACKED[0], PACKED_PROJECTION)
+        parts = np.split(self._one(name, np.concatenate([*weights.values()]), storage), 3)
+        return dict(zip(weights, parts, strict=True))
+
+    def _one(self, name: str, weight: NDArray[np.float32], storage: Storage) -> NDArray[np.float32]:
         if storage.kind == "int8":
             return self._int8.int8(name, weight).read_back()
         assert storage.block_size is not None

@@ -1,0 +1,118 @@
+"""`neo-export --auto`: its options, checked before the long work, as arguments of the search."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neo_runtime.errors import OutputError, RequestError
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = [
+    "add_search_options",
+    "check_divergence",
+    "check_report_folder",
+    "parse_size",
+    "search_arguments",
+]
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """Add the limits, and where to write what was measured."""
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="--auto: the smallest bundle whose mean KL divergence from float32 is at most this",
+    )
+    limit.add_argument(
+        "--max-size",
+        metavar="SIZE",
+        help="--auto: the best bundle whose weights have at most so many bytes, or (below 1) at "
+        "most this fraction of float32's",
+    )
+    parser.add_argument(
+        "--auto-report",
+        type=Path,
+        metavar="FOLDER",
+        help="--auto: write there the plan, what was measured, and a picture of size against "
+        "divergence (which takes some more bundles)",
+    )
+
+
+def search_arguments(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    """Arguments for `python -m neo_calibration.auto`; None without --auto.
+
+    Raises:
+        RequestError: an option is missing, out of range, or does not go with another.
+        OutputError: the report cannot be written where it is asked for.
+    """
+    limits = {"--max-kl": arguments.max_kl, "--max-size": arguments.max_size}
+    given = {flag: value for flag, value in limits.items() if value is not None}
+    if not arguments.auto:
+        flag = next(iter(given), "--auto-report" if arguments.auto_report else None)
+        if flag is not None:
+            raise RequestError(f"{flag} was given, it goes with --auto")
+        return None
+    if not given:
+        raise RequestError("--auto needs a limit: --max-kl NATS, or --max-size SIZE")
+    if arguments.calibrate_text is None:
+        raise RequestError("--auto needs text to measure on: --calibrate-text FILE")
+    if arguments.target not in (None, "cpu") or arguments.tensorrt:
+        raise RequestError(
+            "--auto measures bundles for the CPU. For another target take the plan.json that "
+            "--auto-report writes, and export it with --plan"
+        )
+    if arguments.max_kl is not None:
+        check_divergence(arguments.max_kl)
+    else:
+        parse_size(arguments.max_size)
+    pairs = [*given.items(), *(("--keep-fp32", pattern) for pattern in arguments.keep_fp32)]
+    if arguments.kv_cache != "float":
+        pairs.append(("--kv-cache", arguments.kv_cache))
+    if arguments.auto_report is not None:
+        check_report_folder(arguments.auto_report)
+        pairs.append(("--report", arguments.auto_report))
+    return tuple(f"{flag}={value}" for flag, value in pairs)  # a value may begin with a dash
+
+
+def check_divergence(limit: float) -> None:
+    """Refuse a --max-kl that is no positive number of nats.
+
+    Raises:
+        RequestError: it is none.
+    """
+    if not 0 < limit < math.inf:
+        raise RequestError(f"--max-kl is {limit:g}, expected a number of nats above 0")
+
+
+def parse_size(text: str) -> float:
+    """--max-size: a number of bytes, or a fraction below 1.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise RequestError(f"--max-size is {text!r}, expected bytes, or a fraction below 1")
+    return number
+
+
+def check_report_folder(folder: Path) -> None:
+    """Refuse what cannot become a folder.
+
+    Raises:
+        OutputError: something else is there, or on the way to it.
+    """
+    for path in (folder, *folder.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise OutputError(f"cannot write a report to {folder}: {path} is not a folder")
+            return
