@@ -72,7 +72,7 @@ def found(statistics: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
 def test_smaller_than_int8_at_its_divergence(found: Found) -> None:
     alike = found.frontier.uniform(INT8)
     rounded = found.searched.rounded(alike.plan)
-    small = found.chooser.within_divergence(0.95 * rounded.divergence).plan
+    small = found.chooser.within_divergence(0.9 * rounded.divergence).plan
     assert found.on_other(small).size < 0.97 * rounded.size
     assert found.on_other(small).divergence < found.other.rounded(alike.plan).divergence
 
