@@ -108,7 +108,19 @@ def searched(
         files = ("--text", str(text), "--statistics", str(statistics), "-o", str(plan))
         made = ("--remembered", str(remembered))
         said = _run(f"{_MODULE}.auto", model, *files, *made, *options, scratch=folder)
-        yield Searched(WeightPlan.read(plan), remembered, json.loads(said))
+        yield Searched(WeightPlan.read(plan), remembered, _summary(said))
+
+
+def _summary(said: str) -> dict[str, Any]:
+    """The JSON object in what a child printed; libraries may have printed something before it."""
+    try:
+        found, _ = json.JSONDecoder().raw_decode(said[said.index("{") :])
+    except ValueError as error:
+        raise StatisticsError(
+            f"{_MODULE}.auto printed no summary, but {said[:200]!r}; report this"
+        ) from error
+    summary: dict[str, Any] = found
+    return summary
 
 
 def _require() -> None:

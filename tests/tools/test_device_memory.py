@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from neo_runtime.errors import DeviceError
 from neo_tools.bench import device_memory
-from neo_tools.bench.device_memory import process_device_bytes
+from neo_tools.bench.device_memory import bus_id, process_device_bytes
 
 BUS = "0000:00:06.0"
 USED = {os.getpid(): 3_500_000_000, os.getpid() + 1: 9}
@@ -19,8 +20,9 @@ USED = {os.getpid(): 3_500_000_000, os.getpid() + 1: 9}
 class FakeNvml:
     """Answers in the layout of nvmlProcessInfo_t (nvml.h): 24 bytes a process."""
 
-    def __init__(self, used: dict[int, int], *, failing: str = "") -> None:
-        self.used, self.failing, self.calls = used, failing, []
+    def __init__(self, used: dict[int, int], *, failing: str = "", lacking: str = "") -> None:
+        self.used, self.failing, self.lacking = used, failing, lacking
+        self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> int:
@@ -29,6 +31,8 @@ class FakeNvml:
                 return 3  # NVML_ERROR_NOT_SUPPORTED
             return self._answer(name, arguments)
 
+        if name == self.lacking:
+            raise AttributeError(name)
         return call
 
     def _answer(self, name: str, arguments: tuple[Any, ...]) -> int:
@@ -70,8 +74,9 @@ def test_the_bytes_of_this_process_and_of_no_other(monkeypatch: pytest.MonkeyPat
         FakeNvml(USED, failing="nvmlInit_v2"),
         FakeNvml(USED, failing="nvmlDeviceGetHandleByPciBusId_v2"),
         FakeNvml(USED, failing="nvmlDeviceGetComputeRunningProcesses_v3"),
+        FakeNvml(USED, lacking="nvmlDeviceGetComputeRunningProcesses_v3"),
     ],
-    ids=["another namespace", "not counted", "no driver", "no such device", "not supported"],
+    ids=["another namespace", "not counted", "no driver", "no such device", "not supported", "old"],
 )
 def test_no_figure_where_the_driver_gives_none(
     driver: FakeNvml, monkeypatch: pytest.MonkeyPatch
@@ -84,3 +89,17 @@ def test_no_driver_at_all() -> None:
     if Path("/proc/driver/nvidia").exists():
         pytest.skip("there is a driver here")
     assert process_device_bytes(BUS) is None
+
+
+def test_a_gpu_is_named_by_where_it_sits(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    runtime = SimpleNamespace(
+        cudaSetDevice=lambda device: (0 if device == 1 else 101,),
+        cudaFree=lambda address: (made.append(address) or 0,),
+        cudaDeviceGetPCIBusId=lambda length, device: (0, BUS.encode() + bytes(length - len(BUS))),
+    )
+    monkeypatch.setattr("neo_runtime.gpu.cuda_runtime", lambda: runtime)
+    assert bus_id(1) == BUS
+    assert made == [0], "a context"
+    with pytest.raises(DeviceError, match="select device 0"):
+        bus_id(0)

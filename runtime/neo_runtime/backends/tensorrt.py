@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import threading
+from collections import deque
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorRTBackend", "require_tensorrt"]
 
+_KEPT_ERRORS = 20
+
 
 def require_tensorrt() -> tuple[ModuleType, str]:
     """The module and its name: `tensorrt`, or else `tensorrt_rtx`.
@@ -69,13 +73,14 @@ def require_tensorrt() -> tuple[ModuleType, str]:
     )
 
 
-def _errors_of(trt: Any) -> Any:
-    """A logger that keeps what TensorRT calls an error, for the message of an error of ours."""
+@cache
+def _logger_of(trt: Any) -> Any:
+    """Keeps what TensorRT calls errors, for ours; one, as TensorRT keeps the first it is given."""
 
     class Errors(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.kept: list[str] = []
+            self.kept: deque[str] = deque(maxlen=_KEPT_ERRORS)
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:
@@ -119,7 +124,8 @@ class TensorRTBackend(Backend):
             raise EngineError(
                 f"{self.record.file} differs from its checksum; build it again with neo-engine"
             )
-        self._logger: Any = _errors_of(module)
+        self._logger: Any = _logger_of(module)
+        self._logger.kept.clear()
         self._runtime: Any = self._trt.Runtime(self._logger)
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
@@ -157,11 +163,14 @@ class TensorRTBackend(Backend):
         context = self._engine.create_execution_context()
         if context is None:
             raise DeviceError(
-                "TensorRT cannot make an execution context: the GPU has no memory left for its "
-                "activations; build a plan for shorter chunks (neo-engine --max-length)"
+                f"TensorRT cannot make an execution context ({self._words()}); if the GPU has no "
+                "memory left for its activations, build a plan for shorter chunks (neo-engine "
+                "--max-length)"
             )
         if not context.set_optimization_profile_async(profile, self.device.stream_handle):
-            raise EngineError(f"{self.record.file} has no optimization profile {profile}")
+            raise EngineError(
+                f"{self.record.file} has no optimization profile {profile} ({self._words()})"
+            )
         self.device.synchronize()
         return context
 
@@ -182,13 +191,13 @@ class TensorRTBackend(Backend):
                 raise RequestError(
                     f"the plan {self.record.file} does not take {name} of shape {list(shape)}; "
                     f"it was built for up to {self.record.options.max_batch} rows and chunks of "
-                    f"{self.record.options.max_length} tokens"
+                    f"{self.record.options.max_length} tokens ({self._words()})"
                 )
             if not context.set_tensor_address(name, address):
-                raise NeoError(f"TensorRT takes no tensor {name}")
+                raise NeoError(f"TensorRT takes no tensor {name}: {self._words()}")
         missing = context.infer_shapes()
         if missing:
-            raise NeoError(f"TensorRT wants shapes of {', '.join(missing)}")
+            raise NeoError(f"TensorRT wants shapes of {', '.join(missing)}: {self._words()}")
         if not context.execute_async_v3(self.device.stream_handle):
             raise DeviceError(f"TensorRT failed to run the plan: {self._words()}")
 

@@ -1,4 +1,4 @@
-"""Memory of a GPU that one process holds, as the driver counts it: its CUDA context is part of it.
+"""Memory of a GPU that one process holds, as the driver counts it: CUDA's context is part of it.
 
 Free memory before and after would count what other processes take in between. NVML's structures and
 versions are those of its header, nvml.h.
@@ -10,7 +10,7 @@ import ctypes
 import os
 from typing import Any
 
-__all__ = ["process_device_bytes"]
+__all__ = ["bus_id", "process_device_bytes"]
 
 _LIBRARY = "libnvidia-ml.so.1"
 _MOST_PROCESSES = 256
@@ -27,6 +27,24 @@ class _ProcessInfo(ctypes.Structure):
         ("gpu_instance", ctypes.c_uint),
         ("compute_instance", ctypes.c_uint),
     )
+
+
+def bus_id(device: int) -> str:
+    """Where a GPU sits, as the driver's tools name it; CUDA may count GPUs in another order.
+
+    Makes CUDA's context of the device, if there is none.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+    from neo_runtime.backends.cuda_device import checked
+    from neo_runtime.gpu import cuda_runtime
+
+    cuda: Any = cuda_runtime()
+    checked(cuda.cudaSetDevice(device), f"select device {device}")
+    checked(cuda.cudaFree(0), "make a context")
+    name: bytes = checked(cuda.cudaDeviceGetPCIBusId(32, device), "find the GPU's place")
+    return name.split(b"\0")[0].decode()
 
 
 def process_device_bytes(bus_id: str, pid: int | None = None) -> int | None:
@@ -50,6 +68,8 @@ def process_device_bytes(bus_id: str, pid: int | None = None) -> int | None:
         failed = nvml.nvmlDeviceGetHandleByPciBusId_v2(
             bus_id.encode(), ctypes.byref(device)
         ) or nvml.nvmlDeviceGetComputeRunningProcesses_v3(device, ctypes.byref(count), found)
+    except AttributeError:  # a driver older than these functions
+        return None
     finally:
         nvml.nvmlShutdown()
     if failed:

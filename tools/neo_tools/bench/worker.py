@@ -5,7 +5,7 @@ Besides the requests of `neo_tools.peers.worker_protocol`:
     {"op": "reserve", "length": 1056}     → the next cache has room for so many positions
     {"op": "score", "length": 16}         → seconds; the score graph is loaded from then on
     {"op": "overhead", "batch": 1, "steps": 32}   → what Python costs a token, see `_overhead`
-    {"op": "device_memory"}               → bytes of a GPU's memory that this process holds
+    {"op": "device_memory"}               → bytes of a GPU that it holds beside CUDA's context
     {"op": "first_token", "length": 16}   → in a process that has loaded nothing: see `_first_token`
 """
 
@@ -21,7 +21,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from neo_tools.bench.device_memory import process_device_bytes
+from neo_tools.bench.device_memory import bus_id, process_device_bytes
 from neo_tools.peers.worker_protocol import claim_stdout, context_ids, serve
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class NeoEngine:
         self._opened: Model | None = None
         self._cache: KVCache | None = None
         self._length: int | None = None
+        self._context_bytes: int | None = None
 
     @property
     def _model(self) -> Model:
@@ -83,6 +84,8 @@ class NeoEngine:
         import neo_runtime
         import neo_runtime.model
 
+        if self._options["backend"] in ("cuda", "tensorrt"):
+            self._context_bytes = self._held_bytes()
         imported = perf_counter()
         self._opened = neo_runtime.load(self._bundle, **self._options)
         self._opened._backend.prepare()
@@ -131,9 +134,14 @@ class NeoEngine:
         return {"cache_bytes": self._model.cache_bytes(request["batch"], length)}
 
     def _device_memory(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self._options["backend"] not in ("cuda", "tensorrt"):
+        if self._context_bytes is None:
             return {"bytes": None}
-        return {"bytes": process_device_bytes(bus_id(self._options["device"]))}
+        held = self._held_bytes()
+        return {"bytes": None if held is None else held - self._context_bytes}
+
+    def _held_bytes(self) -> int | None:
+        """Of the GPU by this process; makes CUDA's context, if there is none."""
+        return process_device_bytes(bus_id(self._options["device"]))
 
     def _score(self, request: dict[str, Any]) -> dict[str, Any]:
         [ids] = context_ids(request["length"], 1, 0, self.vocab_size)
@@ -201,16 +209,6 @@ class NeoEngine:
         first = perf_counter()
         self._opened.generate(ids, options)
         return {"seconds": first - started, "prefill": perf_counter() - first}
-
-
-def bus_id(device: int) -> str:
-    """Where a GPU sits, as the driver's tools name it; CUDA may count GPUs in another order."""
-    from neo_runtime.backends.cuda_device import checked
-    from neo_runtime.gpu import cuda_runtime
-
-    cuda: Any = cuda_runtime()
-    name: bytes = checked(cuda.cudaDeviceGetPCIBusId(32, device), "find the GPU's place")
-    return name.split(b"\0")[0].decode()
 
 
 def _greedy_step(step: StepLogits) -> list[int]:
