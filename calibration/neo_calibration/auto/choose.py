@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Chooser", "Chosen"]
 
 _ATTEMPTS, _BUNDLES = 6, 12
-"""Guesses from the estimate before halving, and bundles in all."""
+"""Guesses from the estimate, and with halving."""
 _CLOSE = 0.002
 """A plan holds, and one that is smaller by at most this share does not: good enough."""
 _DOUBT = 1.3

@@ -28,7 +28,7 @@ class Point:
 
     name: str
     kind: str
-    """"auto", "calibrated" (all alike), "rounded" (all alike), or "float32"."""
+    """"auto", "calibrated" (all alike) or "rounded" (all alike)."""
     size: int
     """Bytes of weights.bin."""
     divergence: float

@@ -7,7 +7,8 @@
 GPT-2's vocabulary of 50,257 is odd. CUDA's int4 kernel for one token takes multiples of 8 and
 otherwise unpacks all of the table first, and cuBLAS has no fast kernel for odd widths of several
 rows. The embedding reads the same stored table, whose new rows no token names.
-Must run when the weights have the form in which they are stored.
+Must run when the weights have the form in which they are stored; must not fire for a table in
+float32, which is the checkpoint's own, nor where the vocabulary is a multiple already.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import numpy as np
 import onnx_ir as ir
 
 from neo_export.passes._insert import insert_before
-from neo_export.passes._tensors import ALIAS_KEY, static_shape
+from neo_export.passes._tensors import ALIAS_KEY, read, static_shape
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
 __all__ = ["MULTIPLE", "pad_head"]
@@ -41,10 +44,12 @@ def pad_head(model: ir.Model) -> int:
     stored = [v for v in head.inputs if v is not None and _is_table(v, vocabulary)]
     if rows == vocabulary or not stored:
         return 0
-    names = {value.name for value in stored}
-    aliases = [v for v in graph.initializers.values() if v.metadata_props.get(ALIAS_KEY) in names]
-    for value in (*stored, *aliases):
+    for value in stored:
         _grow(value, rows)
+    for alias in graph.initializers.values():
+        for value in stored:
+            if alias.metadata_props.get(ALIAS_KEY) == value.name:
+                _follow(alias, value, rows)
     if "N" in head.attributes:
         head.attributes["N"] = ir.AttrInt64("N", rows)
     _cut(head.outputs[0], vocabulary, rows)
@@ -80,15 +85,26 @@ def _cut(product: ir.Value, vocabulary: int, rows: int) -> None:
 
 def _grow(value: ir.Value, rows: int) -> None:
     """Append rows of zeros to an initializer, when it is read."""
-    tensor, dtype, name = value.const_value, value.dtype, value.name
+    tensor = value.const_value
     assert tensor is not None
+    _replace(value, rows, lambda: _padded(tensor, rows))
+
+
+def _follow(alias: ir.Value, value: ir.Value, rows: int) -> None:
+    """An initializer over the bytes of one that has grown has its rows."""
+    shape = (rows, *static_shape(alias)[1:])
+    _replace(alias, rows, lambda: read(value).reshape(shape))
+
+
+def _replace(value: ir.Value, rows: int, make: Callable[[], NDArray[Any]]) -> None:
+    dtype, name = value.dtype, value.name
     assert dtype is not None
-    shape = (rows, *static_shape(value)[1:])
-    value.shape = ir.Shape(shape)
+    shape = ir.Shape((rows, *static_shape(value)[1:]))
+    value.shape = shape
     value.const_value = ir.LazyTensor(
-        lambda: ir.tensor(_padded(tensor, rows), dtype=dtype, name=name),
+        lambda: ir.tensor(make(), dtype=dtype, name=name),
         dtype=dtype,
-        shape=ir.Shape(shape),
+        shape=shape,
         name=name,
         cache=False,
     )
