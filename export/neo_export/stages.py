@@ -9,8 +9,12 @@ from typing import Self
 __all__ = ["StageLine"]
 
 
+_QUIET = 30.0
+"""Seconds after which a log has another line of a stage that is not done."""
+
+
 class StageLine:
-    """Stages on stderr: one line each, rewritten in place on a terminal.
+    """Stages on stderr: a line each, rewritten in place on a terminal; more in a log if they last.
 
     A context manager: the last line is closed before anything else is written.
     """
@@ -30,6 +34,7 @@ class StageLine:
         self._stage = ""
         self._percent = -1
         self._open = False
+        self._logged = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -42,20 +47,26 @@ class StageLine:
         percent = 100 * done // total if total else -1
         if (stage, percent) == (self._stage, self._percent):
             return
-        begins = stage != self._stage
+        begins, now = stage != self._stage, time.monotonic()
         if begins:
             self.end()
+            self._logged = now
         self._stage, self._percent = stage, percent
         text = f"{self._program}: {stage}"
         if total:
-            text += f", {percent} %{self._speed(done, total)}"
+            text += f", {percent} %{self._speed(done, total, now)}"
         if sys.stderr.isatty():
             # The rest of a longer text before it is erased.
             print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
             self._open = True
-        elif percent in (-1, 100) or (begins and self._pace is not None):
+        elif (
+            percent in (-1, 100)
             # A stage of a common count ends where the next begins: it would never be at 100 %.
+            or (begins and self._pace is not None)
+            or now - self._logged >= _QUIET
+        ):
             print(text, file=sys.stderr, flush=True)
+            self._logged = now
 
     def end(self) -> None:
         """Close the line, before anything else is written."""
@@ -63,11 +74,10 @@ class StageLine:
             print(file=sys.stderr)
             self._open = False
 
-    def _speed(self, done: int, total: int) -> str:
+    def _speed(self, done: int, total: int, now: float) -> str:
         """Speed and what is left of a common count; nothing at its first look."""
         if self._pace is None:
             return ""
-        now = time.monotonic()
         if self._began is None:
             self._began = now, done
             return ""

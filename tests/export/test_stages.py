@@ -40,6 +40,22 @@ def test_a_log_has_a_line_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_a_log_hears_of_a_stage_that_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds a step here: a line at first after half a minute, then each half minute."""
+    seen = stream(monkeypatch, terminal=False)
+    now = [0.0]
+    monkeypatch.setattr(stages.time, "monotonic", lambda: now[0])
+    with StageLine("neo-x") as bar:
+        for done in range(9):
+            bar.show("weights", done, 8)
+            now[0] += 10
+    assert seen.getvalue().splitlines() == [
+        "neo-x: weights, 37 %",
+        "neo-x: weights, 75 %",
+        "neo-x: weights, 100 %",
+    ]
+
+
 def test_a_terminal_has_one_line_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each percent once; the line is closed before the next stage, and when an error leaves."""
     seen = stream(monkeypatch, terminal=True)
