@@ -18,6 +18,7 @@ ALLOWED = {
         "neo_runtime.errors",
         "neo_runtime.installation",
         "neo_runtime.manifest",
+        "neo_runtime.tensorrt_log",
     ),
     "calibration/neo_calibration": ("neo_calibration", "neo_export", "neo_runtime"),
     "tools/neo_tools": OURS,

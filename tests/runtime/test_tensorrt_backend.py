@@ -135,7 +135,7 @@ class FakeTensorRT:
         self.manifest, self.aliased = open_bundle(bundle).manifest, aliased
         self.engine: FakeEngine | None = None
         self.refuses = False
-        severity = SimpleNamespace(ERROR=1)
+        severity = SimpleNamespace(ERROR=1, WARNING=2)
         self.ILogger = type("ILogger", (), {"Severity": severity})
         self.logger: Any = None
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neo_export.text_file import write_text_file
 from neo_runtime.errors import OutputError
 
 from neo_calibration.auto.picture import to_svg
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from neo_calibration.auto.judge import Measured
     from neo_calibration.auto.sensitivity import Group
 
-__all__ = ["Point", "point_of", "write_report", "write_whole"]
+__all__ = ["Point", "point_of", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -69,23 +70,8 @@ def write_report(
         "points": [asdict(point) for point in points],
         "sensitivities": sensitivities,
     }
-    write_whole(folder / "plan.json", plan.to_json())
-    write_whole(folder / "auto.json", json.dumps(raw, indent=1) + "\n")
+    write_text_file(folder / "plan.json", plan.to_json())
+    write_text_file(folder / "auto.json", json.dumps(raw, indent=1) + "\n")
     if any(point.kind == "auto" for point in points):
         title = f"{Path(model).name}: what each byte of weights buys"
-        write_whole(folder / "auto.svg", to_svg(points, title))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, or replace it, whole or not at all.
-
-    Raises:
-        OutputError: writing failed.
-    """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        write_text_file(folder / "auto.svg", to_svg(points, title))

@@ -16,12 +16,13 @@ from neo_export.quantize.int4 import BLOCK_SIZES, largest_block_size
 from neo_export.quantize.plan import Storage, WeightPlan
 from neo_export.search_options import check_divergence, check_report_folder, parse_size
 from neo_export.statistics import Statistics
+from neo_export.text_file import write_text_file
 from neo_runtime.errors import RequestError
 
 from neo_calibration.auto.choose import Chooser
 from neo_calibration.auto.curve import curve_points
 from neo_calibration.auto.judge import Judge
-from neo_calibration.auto.report import write_report, write_whole
+from neo_calibration.auto.report import write_report
 from neo_calibration.auto.search import frontier_of, rest_of
 from neo_calibration.auto.sensitivity import groups_of, measure_sensitivities, reference_logits
 from neo_calibration.auto.stored_form import StoredForm
@@ -124,7 +125,7 @@ def run_auto(
                 divergences=found,
                 points=points,
             )
-        write_whole(options.output, chosen.plan.plan.to_json())
+        write_text_file(options.output, chosen.plan.plan.to_json())
     return summary
 
 

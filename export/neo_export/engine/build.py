@@ -101,7 +101,7 @@ def build_engine(
     )
     path = write_engine(bundle, record, plan)
     weights = manifest.files["weights.bin"].size
-    return BuiltEngine(record, path, weights, tuple(dict.fromkeys(flavour.messages())))
+    return BuiltEngine(record, path, weights, tuple(flavour.messages()))
 
 
 def read_bundle(bundle: Path) -> Manifest:
@@ -145,7 +145,7 @@ def _serialize(
     timing_cache: Path,
 ) -> memoryview:
     trt = flavour.module
-    list(flavour.messages())
+    flavour.messages()  # of whatever was built before
     builder = trt.Builder(flavour.logger)
     if builder is None or not builder:
         raise EngineError(_failure(flavour, "gives no builder"))
@@ -201,7 +201,7 @@ def _save_timings(config: Any, path: Path) -> None:
 
 
 def _failure(flavour: Flavour, what: str) -> str:
-    words = list(dict.fromkeys(flavour.messages()))
+    words = flavour.messages()
     return "\n  ".join([f"{flavour.product} {flavour.version} {what}:", *(words or ["no reason"])])
 
 

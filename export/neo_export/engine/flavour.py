@@ -5,14 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from neo_runtime.errors import DependencyError
 from neo_runtime.installation import version_numbers
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from neo_runtime.tensorrt_log import logger_of, messages_of
 
 __all__ = ["FLAVOURS", "Flavour", "find_flavour"]
 
@@ -56,14 +53,11 @@ class Flavour:
     @property
     def logger(self) -> Any:
         """The one logger of this process: TensorRT keeps the first that it is given."""
-        return _logger(self.name)
+        return logger_of(self.module)
 
-    def messages(self) -> Iterator[str]:
+    def messages(self) -> list[str]:
         """What the logger collected since it was last asked: errors, then warnings."""
-        kept = self.logger.kept
-        kept.sort(key=lambda pair: pair[0])
-        while kept:
-            yield kept.pop(0)[1]
+        return [message for message in messages_of(self.module) if _ADVICE not in message]
 
 
 def find_flavour(asked: str | None = None) -> Flavour:
@@ -110,22 +104,3 @@ def _load(name: Name) -> Flavour:
             f"{_INSTALL[name]}"
         )
     return Flavour(name, module)
-
-
-@cache
-def _logger(name: Name) -> Any:
-    trt: Any = importlib.import_module(name)
-    worst, shown = trt.ILogger.Severity.ERROR, trt.ILogger.Severity.WARNING
-
-    class Collector(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors and warnings, so that they can be part of an error of ours."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.kept: list[tuple[int, str]] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= shown and _ADVICE not in message:
-                self.kept.append((0 if severity <= worst else 1, message.strip()))
-
-    return Collector()

@@ -66,7 +66,7 @@ def _refusal(flavour: Flavour, graph: Path, errors: list[Any]) -> str:
     if len(errors) > _SHOWN:
         lines.append(f"… and {len(errors) - _SHOWN} more")
     if not lines:
-        lines = list(flavour.messages()) or ["it gave no reason"]
+        lines = flavour.messages() or ["it gave no reason"]
     return (
         f"the parser of {flavour.product} {flavour.version} refuses {graph}; export it again with "
         "--target tensorrt.\n  " + "\n  ".join(lines)

@@ -20,6 +20,8 @@ __all__ = [
     "alias_of",
     "constant_value",
     "is_parameter",
+    "lazy_tensor",
+    "logits_of",
     "read",
     "static_shape",
 ]
@@ -56,14 +58,24 @@ def add_lazy_initializer(
     shape: tuple[int, ...],
 ) -> ir.Value:
     """Register an initializer whose data `make` computes each time that it is asked for."""
-    tensor = ir.LazyTensor(
+    return add_initializer(graph, name, lazy_tensor(name, make, dtype=dtype, shape=shape))
+
+
+def lazy_tensor(
+    name: str,
+    make: Callable[[], NDArray[Any]],
+    *,
+    dtype: ir.DataType,
+    shape: tuple[int, ...],
+) -> ir.LazyTensor:
+    """A tensor whose data `make` computes each time that it is asked for."""
+    return ir.LazyTensor(
         lambda: ir.tensor(make(), dtype=dtype, name=name),
         dtype=dtype,
         shape=ir.Shape(shape),
         name=name,
         cache=False,
     )
-    return add_initializer(graph, name, tensor)
 
 
 def add_lazy_parts(
@@ -105,6 +117,15 @@ def alias_of(value: ir.Value, name: str, shape: tuple[int, ...]) -> ir.Value:
     )
     alias.metadata_props[ALIAS_KEY] = value.name
     return alias
+
+
+def logits_of(graph: ir.Graph) -> tuple[ir.Value, int]:
+    """The output of that name, [batch, rows, vocabulary], and its vocabulary."""
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    assert logits.shape is not None
+    vocabulary = logits.shape[2]
+    assert isinstance(vocabulary, int)
+    return logits, vocabulary
 
 
 def static_shape(value: ir.Value) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from neo_runtime.manifest import CANDIDATE_OUTPUTS
 
 from neo_export.passes._insert import insert_before
+from neo_export.passes._tensors import logits_of
 
 if TYPE_CHECKING:
     from onnxscript import OpBuilder
@@ -30,10 +31,7 @@ CANDIDATES = 128
 def candidates(model: ir.Model) -> int:
     """Apply to the whole model; returns 1."""
     graph = model.graph
-    logits = next(value for value in graph.outputs if value.name == "logits")
-    assert logits.shape is not None
-    vocabulary = logits.shape[2]
-    assert isinstance(vocabulary, int)
+    logits, vocabulary = logits_of(graph)
     count = min(CANDIDATES, vocabulary)
     last = graph[-1]
     # Written before the last node, then moved behind the logits.

@@ -24,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from neo_export.passes._insert import insert_before
+from neo_export.passes._tensors import logits_of
 from neo_export.passes.fuse_attention import GUARD_NODE
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _poison(op: OpBuilder, hidden: ir.Value, broken: ir.Value) -> tuple[ir.Value
 
 def _rows_of_the_head(graph: ir.Graph) -> ir.Node:
     """The Reshape that makes rows of the hidden states, in front of the head's product."""
-    node = next(value for value in graph.outputs if value.name == "logits").producer()
+    node = logits_of(graph)[0].producer()
     for op_type, place in (("Cast", 0), ("Reshape", 0), ("Gemm", 0)):
         assert node is not None
         assert node.op_type == op_type, f"the head ends with {node.op_type}, expected {op_type}"

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from neo_export.passes._insert import insert_before
-from neo_export.passes._tensors import ALIAS_KEY, read, static_shape
+from neo_export.passes._tensors import ALIAS_KEY, lazy_tensor, logits_of, read, static_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,10 +35,7 @@ MULTIPLE = 64
 def pad_head(model: ir.Model) -> int:
     """Apply to the whole model; returns how many stored tensors grew."""
     graph = model.graph
-    logits = next(value for value in graph.outputs if value.name == "logits")
-    assert logits.shape is not None
-    vocabulary = logits.shape[2]
-    assert isinstance(vocabulary, int)
+    logits, vocabulary = logits_of(graph)
     rows = -(-vocabulary // MULTIPLE) * MULTIPLE
     head = _product(logits)
     stored = [v for v in head.inputs if v is not None and _is_table(v, vocabulary)]
@@ -97,17 +94,10 @@ def _follow(alias: ir.Value, value: ir.Value, rows: int) -> None:
 
 
 def _replace(value: ir.Value, rows: int, make: Callable[[], NDArray[Any]]) -> None:
-    dtype, name = value.dtype, value.name
-    assert dtype is not None
-    shape = ir.Shape((rows, *static_shape(value)[1:]))
-    value.shape = shape
-    value.const_value = ir.LazyTensor(
-        lambda: ir.tensor(make(), dtype=dtype, name=name),
-        dtype=dtype,
-        shape=shape,
-        name=name,
-        cache=False,
-    )
+    assert value.dtype is not None
+    shape = (rows, *static_shape(value)[1:])
+    value.shape = ir.Shape(shape)
+    value.const_value = lazy_tensor(str(value.name), make, dtype=value.dtype, shape=shape)
 
 
 def _padded(tensor: ir.TensorProtocol, rows: int) -> NDArray[Any]:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from neo_export.model import place_name
 from neo_export.passes._insert import insert_before
+from neo_export.passes._tensors import logits_of
 
 __all__ = ["select_logits"]
 
@@ -24,7 +25,7 @@ _SELECTED = "logits_sequence"
 def select_logits(model: ir.Model) -> int:
     """Apply to the whole model; returns 1, or 0 where the logits are not those of all positions."""
     graph = model.graph
-    logits = next(value for value in graph.outputs if value.name == "logits")
+    logits, vocabulary = logits_of(graph)
     ids = next(value for value in graph.inputs if value.name == "input_ids")
     assert logits.shape is not None
     assert ids.shape is not None
@@ -50,5 +51,5 @@ def select_logits(model: ir.Model) -> int:
     selected.type, selected.shape = hidden.type, None
     for use in readers:
         use.node.replace_input_with(use.idx, selected)
-    logits.shape = ir.Shape([logits.shape[0], _SELECTED, logits.shape[2]])
+    logits.shape = ir.Shape([logits.shape[0], _SELECTED, vocabulary])
     return 1

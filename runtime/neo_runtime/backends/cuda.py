@@ -84,7 +84,6 @@ class CudaBackend(Backend):
         self._weights: DeviceWeights | None = DeviceWeights(bundle, device, self._ort)
         self._kept: list[Any] = []
         self._sessions: dict[str, Any] = {}
-        self._run_options: dict[int | None, Any] = {}
 
     @property
     def weight_bytes(self) -> int:
@@ -151,17 +150,12 @@ class CudaBackend(Backend):
             binding: of `bind`.
             graph_id: replay (at first: capture) the CUDA graph of this number; None: run kernels.
         """
-        if graph_id not in self._run_options:
-            self._run_options[graph_id] = self._options_of(graph_id)
-        with self.translated():
-            self.session(graph).run_with_iobinding(binding, self._run_options[graph_id])
-
-    def _options_of(self, graph_id: int | None) -> Any:
         options = self._ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", "-1" if graph_id is None else str(graph_id))
         # The stream is ours, and what reads the results waits for it.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        return options
+        with self.translated():
+            self.session(graph).run_with_iobinding(binding, options)
 
     def translated(self) -> AbstractContextManager[None]:
         """Turn what onnxruntime raises while running into this project's errors."""

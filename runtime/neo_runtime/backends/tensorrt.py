@@ -15,8 +15,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import threading
-from collections import deque
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +38,7 @@ from neo_runtime.errors import (
     NeoError,
     RequestError,
 )
+from neo_runtime.tensorrt_log import logger_of, messages_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
     from neo_runtime.gpu import GpuFacts
 
 __all__ = ["TensorRTBackend", "require_tensorrt"]
-
-_KEPT_ERRORS = 20
 
 
 def require_tensorrt() -> tuple[ModuleType, str]:
@@ -71,22 +68,6 @@ def require_tensorrt() -> tuple[ModuleType, str]:
         f"TensorRT cannot be imported ({'; '.join(reasons)}); pip install 'neo-onnx[tensorrt]', or "
         "tensorrt-rtx-cu13 where the plan is for TensorRT for RTX"
     )
-
-
-@cache
-def _logger_of(trt: Any) -> Any:
-    """Keeps what TensorRT calls errors, for ours; one, as TensorRT keeps the first it is given."""
-
-    class Errors(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.kept: deque[str] = deque(maxlen=_KEPT_ERRORS)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.kept.append(message.strip())
-
-    return Errors()
 
 
 class TensorRTBackend(Backend):
@@ -124,9 +105,8 @@ class TensorRTBackend(Backend):
             raise EngineError(
                 f"{self.record.file} differs from its checksum; build it again with neo-engine"
             )
-        self._logger: Any = _logger_of(module)
-        self._logger.kept.clear()
-        self._runtime: Any = self._trt.Runtime(self._logger)
+        self._words()  # of whatever ran before
+        self._runtime: Any = self._trt.Runtime(logger_of(module))
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(
@@ -140,10 +120,8 @@ class TensorRTBackend(Backend):
         self._closed = False
 
     def _words(self) -> str:
-        """What TensorRT has said since it was last asked."""
-        words = "; ".join(dict.fromkeys(self._logger.kept)) or "it gives no reason"
-        self._logger.kept.clear()
-        return words
+        """The errors that TensorRT has told since it was last asked."""
+        return "; ".join(messages_of(self._trt, warnings=False)) or "it gives no reason"
 
     def _check_aliases(self) -> None:
         """Past and present of each layer must be one address, or the cache would be copied."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neo_export.text_file import write_text_file
 from neo_runtime.command_line import run_command
 from neo_runtime.errors import OutputError
 
@@ -89,10 +89,10 @@ def _write(results: Results, arguments: argparse.Namespace) -> None:
     from neo_tools.diff.report import report
 
     if arguments.html is not None:
-        _write_file(arguments.html, page(results))
+        write_text_file(arguments.html, page(results))
     text = json.dumps(_finite(results.to_json()), ensure_ascii=False, allow_nan=False) + "\n"
     if path := _json_file(arguments):
-        _write_file(path, text)
+        write_text_file(path, text)
     sys.stdout.write(text if arguments.json == "-" else report(results))
 
 
@@ -113,17 +113,6 @@ def _require_writable(path: Path | None) -> None:
         return
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise OutputError(f"cannot write {path}: its folder does not exist, or it is one itself")
-
-
-def _write_file(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 class _Progress:

@@ -1,0 +1,43 @@
+"""What TensorRT says, kept so that it can be part of an error of ours: building and running."""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import cache
+from typing import Any
+
+__all__ = ["logger_of", "messages_of"]
+
+_KEPT = 1000
+"""Messages: a service may run for years."""
+
+
+@cache
+def logger_of(trt: Any) -> Any:
+    """The logger of this process for a module: TensorRT keeps the first that it is given.
+
+    Args:
+        trt: the module `tensorrt`, or `tensorrt_rtx`.
+    """
+    worst, shown = trt.ILogger.Severity.ERROR, trt.ILogger.Severity.WARNING
+
+    class Collector(trt.ILogger):  # type: ignore[misc]
+        """Keeps errors and warnings, with whether they are only warnings."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: deque[tuple[bool, str]] = deque(maxlen=_KEPT)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= shown:
+                self.kept.append((severity > worst, message.strip()))
+
+    return Collector()
+
+
+def messages_of(trt: Any, *, warnings: bool = True) -> list[str]:
+    """What it has said since it was last asked, each once: errors, then warnings."""
+    kept = logger_of(trt).kept
+    found = sorted(kept, key=lambda pair: pair[0])
+    kept.clear()
+    return list(dict.fromkeys(text for warns, text in found if warnings or not warns))
