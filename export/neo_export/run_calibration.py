@@ -114,7 +114,8 @@ def searched(
 def _summary(said: str) -> dict[str, Any]:
     """The JSON object in what a child printed; libraries may have printed something before it."""
     try:
-        found, _ = json.JSONDecoder().raw_decode(said[said.index("{") :])
+        # Its inner objects are indented: the last brace that begins a line is its own.
+        found, _ = json.JSONDecoder().raw_decode(said[f"\n{said}".rindex("\n{") :])
     except ValueError as error:
         raise StatisticsError(
             f"{_MODULE}.auto printed no summary, but {said[:200]!r}; report this"

@@ -15,6 +15,8 @@ from neo_calibration.cli import main as calibrate
 from neo_export.cli import main as export
 from neo_export.quantize import gptq_quantizer
 from neo_export.quantize.plan import WeightPlan
+from neo_export.run_calibration import _summary
+from neo_runtime.errors import StatisticsError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,3 +113,13 @@ def test_a_search_that_is_ended_leaves_nothing(
     assert child.returncode == 143
     assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
     assert not list(scratch.iterdir())
+
+
+def test_a_summary_is_found_behind_the_chatter_of_libraries() -> None:
+    assert _summary('downloading {model} …\n{"bundles": 3}\n') == {"bundles": 3}
+
+
+@pytest.mark.parametrize("said", ["", "no summary", "{half"])
+def test_no_summary_is_an_error_that_quotes_what_was_said(said: str) -> None:
+    with pytest.raises(StatisticsError, match="printed no summary"):
+        _summary(said)

@@ -23,6 +23,7 @@ from neo_runtime.engine_record import EngineOptions, EngineRecord
 from neo_runtime.errors import CacheLimitError, EngineError, NeoError
 from neo_runtime.gpu import GpuFacts
 from neo_runtime.model import Model
+from neo_runtime.tensorrt_log import logger_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -297,6 +298,7 @@ def test_damaged_refused_and_unfit_plans(bundle: Path, tensorrt: FakeTensorRT) -
     with pytest.raises(EngineError, match="differs from its checksum"):
         open_engine(bundle)
     write_record(bundle)
+    logger_of(tensorrt).log(1, "an error of an earlier model")
     tensorrt.refuses = True
     with pytest.raises(EngineError, match=r"refuses test\.plan, .*\(The engine .* 9\.0\);"):
         open_engine(bundle)

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from neo_runtime.errors import DeviceError
-from neo_tools.bench import device_memory
+from neo_runtime.errors import DeviceError, RequestError
+from neo_tools.bench import device_memory, worker
 from neo_tools.bench.device_memory import bus_id, process_device_bytes
 
 BUS = "0000:00:06.0"
@@ -103,3 +103,23 @@ def test_a_gpu_is_named_by_where_it_sits(monkeypatch: pytest.MonkeyPatch) -> Non
     assert made == [0], "a context"
     with pytest.raises(DeviceError, match="select device 0"):
         bus_id(0)
+
+
+def test_the_context_of_cuda_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was held before the model was loaded is no memory of the model."""
+    held = iter([500_000_000, 3_300_000_000, None])
+    monkeypatch.setattr(worker, "bus_id", lambda device: BUS)
+    monkeypatch.setattr(worker, "process_device_bytes", lambda bus: next(held))
+
+    def load(*_: object, **__: object) -> None:
+        raise RequestError("enough seen")
+
+    monkeypatch.setattr("neo_runtime.load", load)
+    engine = worker.NeoEngine(Path("bundle"), 1, None, backend="cuda")
+    with pytest.raises(RequestError):
+        engine.load()
+    ask = engine.handlers()["device_memory"]
+    assert ask({}) == {"bytes": 2_800_000_000}
+    assert ask({}) == {"bytes": None}
+    on_the_cpu = worker.NeoEngine(Path("bundle"), 1, None)
+    assert on_the_cpu.handlers()["device_memory"]({}) == {"bytes": None}
