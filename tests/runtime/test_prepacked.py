@@ -16,13 +16,16 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from helpers.bundles import record
+from helpers.mappings import resident_pages
 from helpers.models import TinyConfig, make_checkpoint
 from helpers.running import relative_l2
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import Quantization
 from neo_export.tolerances import TOLERANCES
-from neo_runtime.backends import prepacked
+from neo_runtime.backends import prepacked, sessions
+from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from neo_runtime.backends.prepacked import PrepackedCache, cache_root
+from neo_runtime.bundle import open_bundle
 from neo_runtime.errors import BundleError
 from neo_runtime.manifest import Manifest
 
@@ -137,6 +140,26 @@ def test_size_counts_a_shared_file_once(bundle: Path, cache: Path) -> None:
     assert both - scored < weights
     with neo_runtime.load(bundle, threads=1, keep_prepacked=False) as model:
         assert model.prepacked_bytes == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("graph", sorted(GRAPHS))
+def test_what_only_loading_read_is_not_kept_in_memory(
+    bundle: Path, cache: Path, graph: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(bundle)
+    weights = key_folder(cache) / graph / prepacked.WEIGHTS_FILE
+
+    def resident() -> int:
+        backend = OnnxRuntimeBackend(open_bundle(bundle), threads=1)
+        session = backend.session(graph)
+        pages = resident_pages(weights)
+        del session
+        return pages
+
+    assert resident() == 0
+    monkeypatch.setattr(sessions, "forget_pages", lambda *_: None)
+    assert resident() > 0, "loading reads them"
 
 
 def test_float32_keeps_none(mini_bundle: Path, cache: Path) -> None:

@@ -1,15 +1,36 @@
-"""Freed memory goes back to the system after what takes much of it."""
+"""Memory that is not needed any more goes back to the system."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from pathlib import Path
 
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.mappings import resident_pages
 from neo_runtime.backends import unused_memory
+
+PAGE = mmap.PAGESIZE
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """64 pages, each full of its number."""
+    path = tmp_path / "a file, with spaces"
+    path.write_bytes(b"".join(bytes([number]) * PAGE for number in range(64)))
+    return path
+
+
+def mapped(path: Path) -> mmap.mmap:
+    """A private mapping of a file, as onnxruntime maps weights, with every page read."""
+    with path.open("rb") as opened:
+        found = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    assert [found[PAGE * number] for number in range(64)] == list(range(64))
+    return found
 
 
 def private_bytes() -> int:
@@ -18,7 +39,7 @@ def private_bytes() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@on_linux
 def test_nothing_is_left_to_give_back_after_a_prompt(mini_bundle: Path) -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:
@@ -34,6 +55,43 @@ def test_nothing_is_left_to_give_back_after_a_prompt(mini_bundle: Path) -> None:
 
 
 def test_a_c_library_without_it(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unused_memory, "_malloc_trim", lambda: None)
+    monkeypatch.setattr(unused_memory, "_c_function", lambda _: None)
     with neo_runtime.load(mini_bundle, threads=1) as model:
         assert np.isfinite(model.logits(np.arange(9))).all()
+
+
+@on_linux
+def test_pages_are_forgotten_and_read_again(file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(file.read_bytes())
+    with mapped(file) as view, mapped(other):
+        assert resident_pages(file) == 64
+        unused_memory.forget_pages(file, tmp_path / "not mapped")
+        assert (resident_pages(file), resident_pages(other)) == (0, 64)
+        assert [view[PAGE * number] for number in range(64)] == list(range(64))
+
+
+@on_linux
+def test_what_was_written_to_a_mapping_stays(file: Path) -> None:
+    with mapped(file) as view:
+        view[3 * PAGE] = 200
+        unused_memory.forget_pages(file)
+        assert view[3 * PAGE] == 200
+        assert resident_pages(file) == 64
+
+
+@on_linux
+def test_a_file_is_found_through_a_link(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(file)
+    with mapped(file):
+        unused_memory.forget_pages(tmp_path / "link")
+        assert resident_pages(file) == 0
+
+
+def test_nothing_is_forgotten_where_the_system_cannot(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unused_memory, "_c_function", lambda _: None)
+    with mapped(file) as view:
+        unused_memory.forget_pages(file)
+        assert view[PAGE] == 1

@@ -94,12 +94,18 @@ class OnnxRuntimeBackend(Backend):
 
     def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Backend.score`."""
+        session = self.session("score")
+        with self.translated():
+            logits: NDArray[np.float32] = session.run(["logits"], self._score_feeds(ids))[0][0]
+        give_back()
+        return logits
+
+    def _score_feeds(self, ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         model, count = self.manifest.model, len(ids)
-        dtype = self.manifest.cache.dtype
         # Empty, except where a graph wants room for a window even without a past.
         feeds: dict[str, NDArray[Any]] = {
             f"past_key_values.{layer}.{part}": np.zeros(
-                (1, model.num_heads, positions, model.head_dim), dtype=dtype
+                (1, model.num_heads, positions, model.head_dim), dtype=self.manifest.cache.dtype
             )
             for layer, positions in enumerate(layer_lengths(self.manifest, 0))
             for part in ("key", "value")
@@ -107,11 +113,7 @@ class OnnxRuntimeBackend(Backend):
         feeds["input_ids"] = ids[None, :]
         feeds["attention_mask"] = np.ones((1, count), dtype=np.int64)
         feeds["position_ids"] = np.arange(count, dtype=np.int64)[None, :]
-        session = self.session("score")
-        with self.translated():
-            logits: NDArray[np.float32] = session.run(["logits"], feeds)[0][0]
-        give_back()
-        return logits
+        return feeds
 
     def close(self) -> None:
         """See `Backend.close`."""

@@ -33,10 +33,12 @@ from neo_runtime.errors import BundleError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["PrepackedCache", "cache_root", "cpu_kind"]
+__all__ = ["WEIGHTS_FILE", "PrepackedCache", "cache_root", "cpu_kind"]
+
+WEIGHTS_FILE = "prepacked.bin"
+"""Beside each stored graph: its tensors, and what onnxruntime made of them."""
 
 _LAYOUT = "2"
-_WEIGHTS = "prepacked.bin"
 _RECORD = "files.json"
 _MINIMUM_BYTES = "1024"  # smaller tensors stay inside the graph
 
@@ -141,13 +143,13 @@ class PrepackedCache:
                 partial / f"{name}.onnx",
                 {
                     "session.save_external_prepacked_constant_initializers": "1",
-                    "session.optimized_model_external_initializers_file_name": _WEIGHTS,
+                    "session.optimized_model_external_initializers_file_name": WEIGHTS_FILE,
                     "session.optimized_model_external_initializers_min_size_in_bytes": (
                         _MINIMUM_BYTES
                     ),
                 },
             )
-            self._share(partial / _WEIGHTS)
+            self._share(partial / WEIGHTS_FILE)
             _record(partial)
             for path in partial.iterdir():
                 _sync(path)
@@ -157,7 +159,7 @@ class PrepackedCache:
 
     def _share(self, weights: Path) -> None:
         """Let an equal file of another graph stand for this one: one file, mapped once."""
-        for other in self.folder.glob(f"*/{_WEIGHTS}"):
+        for other in self.folder.glob(f"*/{WEIGHTS_FILE}"):
             if other != weights and filecmp.cmp(other, weights, shallow=False):
                 link = weights.with_suffix(".link")
                 with contextlib.suppress(OSError):  # no hard links here: two files it is
@@ -183,7 +185,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _describe(path: Path) -> dict[str, Any]:
     """Size, and a checksum of all but the weights: reading those would undo the mapping."""
-    if path.name == _WEIGHTS:
+    if path.name == WEIGHTS_FILE:
         return {"size": path.stat().st_size}
     data = path.read_bytes()
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.backends.prepacked import PrepackedCache
+from neo_runtime.backends.prepacked import WEIGHTS_FILE, PrepackedCache
+from neo_runtime.backends.unused_memory import forget_pages
 from neo_runtime.errors import BundleError, DeviceMemoryError, NeoError, RequestError
 from neo_runtime.installation import require_onnxruntime
 from neo_runtime.manifest import is_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from neo_runtime.bundle import Bundle
     from neo_runtime.manifest import Manifest
@@ -88,20 +90,29 @@ class SessionFactory:
             BundleError: onnxruntime cannot load the graph.
         """
         path = self._bundle.file(self._bundle.manifest.graphs[graph].file)
-        stored = None
-        if self.prepacked is not None:
-            stored = self.prepacked.graph(
-                graph, lambda to, settings: self._store(graph, path, to, settings)
-            )
-        if stored is None:
-            return self._open(path, self._options(graph))
-        options = self._options(graph)
-        # It was optimized when it was stored.
-        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        try:
-            return self._open(stored, options)
-        except BundleError:  # somebody emptied the cache this very moment
-            return self._open(path, self._options(graph))
+        read = [Path(self._ort.capi.onnxruntime_pybind11_state.__file__)]
+        session = None
+        stored = self._stored(graph, path)
+        if stored is not None:
+            options = self._options(graph)
+            # It was optimized when it was stored.
+            options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            with contextlib.suppress(BundleError):  # somebody emptied the cache this very moment
+                session = self._open(stored, options)
+                read.append(stored.with_name(WEIGHTS_FILE))
+        if session is None:
+            session = self._open(path, self._options(graph))
+        # Loading reads what running does not: scales that are packed with
+        # their weights, half of the library.
+        forget_pages(*read)
+        return session
+
+    def _stored(self, graph: str, path: Path) -> Path | None:
+        if self.prepacked is None:
+            return None
+        return self.prepacked.graph(
+            graph, lambda to, settings: self._store(graph, path, to, settings)
+        )
 
     def _store(self, graph: str, path: Path, to: Path, settings: dict[str, str]) -> None:
         options = self._options(graph)
