@@ -73,6 +73,7 @@ def row(**changes: Any) -> Row:
         "flops": 2e9,
         "read_rate": 1e10,
         "limit_share": 0.5,
+        "round_limit_share": spread([0.8, 0.9, 0.7]),
         "python_seconds": 0.0001,
         "generate_python_seconds": 0.0002,
     }

@@ -174,7 +174,9 @@ def _participant(label: str, kind: Any, precision: str) -> Participant:
 
 def test_row_of_a_decode(info: BundleInfo) -> None:
     case = Case(kind="decode", threads=1, batch=2, new_tokens=4, depth=1)
-    measured = Measured(rounds=[[0.1, 0.1, 0.1, 0.1], [0.2, 0.2, 0.2, 0.6]])
+    measured = Measured(
+        rounds=[[0.1, 0.1, 0.1, 0.1], [0.2, 0.2, 0.2, 0.6]], readings=[20000.0, 40000.0]
+    )
     found = make_row(case, _participant("ours", "bundle", "int8"), measured, [info])
     assert found.round_seconds == pytest.approx((0.4, 1.2))
     assert found.tokens_per_second.max == pytest.approx(8 / 0.4)
@@ -185,16 +187,20 @@ def test_row_of_a_decode(info: BundleInfo) -> None:
     assert found.step_bytes == 1020 + cache
     assert found.bytes_per_token == (1020 + cache) / 2
     assert found.read_rate == pytest.approx((1020 + cache) / 0.2)
+    assert found.round_limit_share is not None
+    assert found.round_limit_share.max == pytest.approx((1020 + cache) * 4 / 0.4 / 20000)
+    assert found.round_limit_share.min == pytest.approx((1020 + cache) * 4 / 1.2 / 40000)
     assert found.first_token_seconds is None
 
 
 def test_row_of_a_prefill_and_of_a_peer(info: BundleInfo) -> None:
     prefill = Case(kind="prefill", threads=1, batch=2, prompt=5)
-    measured = Measured(rounds=[[0.5], [0.25], [1.0]])
+    measured = Measured(rounds=[[0.5], [0.25], [1.0]], readings=[1e4, 1e4, 1e4])
     found = make_row(prefill, _participant("torch:bf16", "peer", "bf16"), measured, [info])
     assert found.tokens_per_second.median == pytest.approx(20)
     assert found.first_token_seconds == 0.5
     assert found.step_bytes is None
+    assert found.round_limit_share is None
     assert found.token_p50_seconds is None
     assert found.bytes_are_nominal
     decode = Case(kind="decode", threads=1, batch=1, new_tokens=1, depth=9)

@@ -64,6 +64,8 @@ def test_csv_parses_back() -> None:
     assert float(ours["tokens_per_second"]) == 10.0
     assert float(ours["limit"]) * float(ours["limit_share"]) == float(ours["read_rate"])
     assert float(ours["load_to_first_token_seconds"]) == 0.7
+    shares = [float(ours[f"round_limit_share{end}"]) for end in ("", "_min", "_max")]
+    assert shares == [0.8, 0.7, 0.9]
     assert ours["ratio to ours"] == ""
     assert [float(peer[f"ratio to ours{end}"]) for end in ("", " min", " max")] == [3.0, 1.0, 4.0]
     assert lines[1]["ratio to ours"] == ""  # no ratio was given for the prefill
@@ -80,6 +82,7 @@ def test_markdown_tables_parse_back() -> None:
     assert decode[0]["tok/s"] == "10.00"
     assert decode[0]["min – max"] == "5.00 – 20.00"
     assert decode[0]["of the limit"] == "50%"
+    assert decode[0]["of its round's reading"] == "80% (70% – 90%)"
     assert decode[0]["MB read/token"] == "1000.0"
     assert decode[1]["MB read/token"] == "1000.0*"
     assert decode[0]["Python ms"] == "0.100"

@@ -30,6 +30,7 @@ from neo_tools.bench.participants import (
 from neo_tools.bench.rounds import measure_case
 from neo_tools.bench.rows import FLOAT32_DECODE
 from neo_tools.bench.run import run
+from neo_tools.bench.statistics import spread
 from neo_tools.bench.worker import NeoEngine, native_seconds
 from neo_tools.peers import client
 from neo_tools.peers.client import DecodeResult, MemoryResult, Peer, PrefillResult
@@ -131,6 +132,11 @@ def test_latency_and_rate_belong_together(results: Results) -> None:
     assert len(limits.rounds) == 1 + 2 * 3  # before, and after each round of both cases
     assert max(limits.rounds) == max(r for n, r in limits.read.items() if n != FLOAT32_DECODE)
     assert decode.limit_share == decode.read_rate / limits.bandwidth
+    shares = [
+        decode.step_bytes * 3 / seconds / reading
+        for seconds, reading in zip(decode.round_seconds, limits.rounds[-3:], strict=True)
+    ]
+    assert decode.round_limit_share == spread(shares)
     assert set(limits.read) >= {"numpy max", "numpy dot", "onnxruntime MatMul"}
     assert min(*limits.read.values(), *limits.peak.values()) > 0
 
@@ -240,13 +246,18 @@ def test_rounds_rotate_and_only_one_runs(
     case = Case(kind="decode", threads=1, batch=2, new_tokens=4, depth=30)
     settings = Settings(bundles=(), repetitions=3, cases=(case,))
     pauses: list[int] = []
+
+    def between() -> float:
+        pauses.append(len(log))
+        return float(len(pauses))
+
     found = measure_case(
         case,
         participants,
         settings,
         99,
         progress=lambda line: None,
-        between=lambda: pauses.append(len(log)),
+        between=between,
     )
     assert [label for label, what in log if what == "decode 4"] == list("abcbcacab")
     assert [what for label, what in log if label == "a" and "SIG" not in what] == [
@@ -254,6 +265,7 @@ def test_rounds_rotate_and_only_one_runs(
         *("context 30", "decode 4") * 3,
     ]
     assert len(pauses) == 3
+    assert [found[label].readings for label in "abc"] == [[1.0, 2.0, 3.0]] * 3
     running: set[str] = set()
     for label, what in log:
         if what == "SIGCONT":
@@ -275,14 +287,14 @@ def test_context_may_be_kept_and_warmup_left_out(
     case = Case(kind="decode", threads=1, batch=1, new_tokens=4, depth=30)
     settings = Settings(bundles=(), repetitions=2, warmup=False, keep_context=True)
     measure_case(
-        case, participants[:1], settings, 99, progress=lambda line: None, between=lambda: None
+        case, participants[:1], settings, 99, progress=lambda line: None, between=lambda: 1.0
     )
     asked = [what for _, what in log if "SIG" not in what]
     assert asked == ["context 30", "decode 4", "decode 4"]
     log.clear()
     prefill = Case(kind="prefill", threads=1, batch=2, prompt=6)
     measure_case(
-        prefill, participants[:1], settings, 99, progress=lambda line: None, between=lambda: None
+        prefill, participants[:1], settings, 99, progress=lambda line: None, between=lambda: 1.0
     )
     assert [what for _, what in log if "SIG" not in what] == ["prefill 2x6"] * 2
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from neo_tools.bench.machine import Machine
     from neo_tools.bench.results import Limits, ParticipantFacts, Ratio, Results, Row
+    from neo_tools.bench.statistics import Spread
 
 __all__ = ["CSV_COLUMNS", "to_csv", "to_json", "to_markdown", "write"]
 
@@ -45,6 +46,9 @@ CSV_COLUMNS = (
     "read_rate",
     "limit",
     "limit_share",
+    "round_limit_share",
+    "round_limit_share_min",
+    "round_limit_share_max",
     "python_seconds",
     "generate_python_seconds",
 )
@@ -85,8 +89,15 @@ def _flat(results: Results, row: Row) -> dict[str, Any]:
         "load_seconds": facts.load_seconds,
         "load_to_first_token_seconds": facts.first_token_seconds,
         "limit": limits.bandwidth,
+        **_flat_share(row.round_limit_share),
     }
     return {name: derived[name] if name in derived else getattr(row, name) for name in CSV_COLUMNS}
+
+
+def _flat_share(share: Spread | None) -> dict[str, float | None]:
+    names = ("round_limit_share", "round_limit_share_min", "round_limit_share_max")
+    values = (None,) * 3 if share is None else (share.median, share.min, share.max)
+    return dict(zip(names, values, strict=True))
 
 
 def _flat_ratios(results: Results, row: Row) -> dict[str, float]:
@@ -191,6 +202,7 @@ def _decode_table(rows: Sequence[Row]) -> str:
         "MB read/token",
         "GB/s",
         "of the limit",
+        "of its round's reading",
         "Python ms",
         "generate() ms",
     )
@@ -203,6 +215,7 @@ def _decode_table(rows: Sequence[Row]) -> str:
             _megabytes(row.bytes_per_token) + ("*" if row.bytes_are_nominal else ""),
             _number(None if row.read_rate is None else row.read_rate / 1e9, 2),
             "–" if row.limit_share is None else f"{row.limit_share:.0%}",
+            _share_text(row.round_limit_share),
             _milliseconds(row.python_seconds, 3),
             _milliseconds(row.generate_python_seconds, 3),
         ]
@@ -212,6 +225,10 @@ def _decode_table(rows: Sequence[Row]) -> str:
     note = "\\* nominal: what the precision needs at least, not counted in the rival's graph."
     has_nominal = any(row.bytes_are_nominal for row in rows if row.new_tokens)
     return _table(head, cells) + (f"\n\n{note}" if has_nominal else "")
+
+
+def _share_text(share: Spread | None) -> str:
+    return "–" if share is None else f"{share.median:.0%} ({share.min:.0%} – {share.max:.0%})"
 
 
 _MEMORY_HEAD = (*_CASE_HEAD, "private MB", "proportional MB", "cache MB", "÷ (weights + cache)")

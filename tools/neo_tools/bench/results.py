@@ -118,7 +118,10 @@ class Row:
     read_rate: float | None
     """Decode: step_bytes / the median round's seconds a step."""
     limit_share: float | None
-    """read_rate / the machine's bandwidth."""
+    """read_rate / the machine's bandwidth, the best reading of the whole run."""
+    round_limit_share: Spread | None
+    """Decode: each round's rate / the best kernel's reading right after that round. What others do
+    on the machine slows both."""
     python_seconds: float | None = None
     """Decode of a bundle: of a step, outside of onnxruntime, median."""
     generate_python_seconds: float | None = None

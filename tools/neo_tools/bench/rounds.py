@@ -28,6 +28,8 @@ class Measured:
 
     rounds: list[list[float]] = field(default_factory=list)
     """[round][step] seconds; a prefill is one step."""
+    readings: list[float] = field(default_factory=list)
+    """The machine's read bandwidth right after each round, bytes a second."""
     memory: MemoryResult | None = None
     cache_bytes: int | None = None
     overhead: Overhead | None = None
@@ -51,7 +53,7 @@ def measure_case(
     vocab_size: int,
     *,
     progress: Callable[[str], None],
-    between: Callable[[], None],
+    between: Callable[[], float],
 ) -> dict[str, Measured]:
     """Time `case`; only one participant runs at any moment.
 
@@ -61,7 +63,7 @@ def measure_case(
         settings: of the run.
         vocab_size: of the model, for the token ids.
         progress: told what happens next.
-        between: called after each round, when nobody runs (measures the machine).
+        between: called after each round, when nobody runs; measures the machine's read bandwidth.
 
     Returns:
         By label.
@@ -82,7 +84,9 @@ def measure_case(
                         worker.context(case.depth, batch=case.batch, seed=settings.seed)
                     steps = worker.decode(case.new_tokens).seconds
             found[participant.label].rounds.append(steps)
-        between()
+        reading = between()
+        for measured in found.values():
+            measured.readings.append(reading)
     for participant in participants:
         with participant.turn() as worker:
             _conclude(case, worker, found[participant.label])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from neo_tools.bench.opening import BundleInfo
     from neo_tools.bench.participants import Participant
     from neo_tools.bench.rounds import Measured
+    from neo_tools.bench.statistics import Spread
 
 __all__ = ["FLOAT32_DECODE", "make_ratios", "make_row", "with_limits"]
 
@@ -63,6 +64,7 @@ def make_row(
         flops=_flops(case, bundles),
         read_rate=None if step_bytes is None else step_bytes / step_seconds,
         limit_share=None,
+        round_limit_share=_round_shares(step_bytes, case.new_tokens, measured),
         python_seconds=overhead.step if overhead else None,
         generate_python_seconds=overhead.generate if overhead else None,
         device_bytes=measured.device_bytes,
@@ -119,6 +121,13 @@ def make_ratios(
             )
         )
     return found
+
+
+def _round_shares(step_bytes: float | None, steps: int, measured: Measured) -> Spread | None:
+    if step_bytes is None:
+        return None
+    pairs = zip(measured.seconds, measured.readings, strict=True)
+    return spread([step_bytes * steps / seconds / reading for seconds, reading in pairs])
 
 
 def _flops(case: Case, bundles: Sequence[BundleInfo]) -> float:

@@ -83,12 +83,13 @@ def _run_threads(
         best: dict[str, float] = {}
         each: list[float] = []
 
-        def measure_machine() -> None:
+        def measure_machine() -> float:
             with probe.turn() as worker:
                 rates = worker.rates("read")
             each.append(max(rates.values()))
             for kernel, rate in rates.items():
                 best[kernel] = max(rate, best.get(kernel, 0.0))
+            return each[-1]
 
         progress(f"machine, {threads_text(threads)}: reading and products")
         measure_machine()
