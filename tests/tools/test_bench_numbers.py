@@ -11,13 +11,19 @@ from neo_tools.bench import machine as machine_module
 from neo_tools.bench import traffic
 from neo_tools.bench.bandwidth import _distinct_values, _kernels, time_threads
 from neo_tools.bench.cases import Case, Settings, check_lengths, make_cases, positions_needed
-from neo_tools.bench.machine import CpuWatch, busy_warning, small_buffer_warning
+from neo_tools.bench.machine import (
+    CpuWatch,
+    busy_warning,
+    hidden_warning,
+    small_buffer_warning,
+)
 from neo_tools.bench.opening import BundleInfo, labels_of
 from neo_tools.bench.participants import Participant
 from neo_tools.bench.rounds import Measured
 from neo_tools.bench.rows import FLOAT32_DECODE, make_ratios, make_row, with_limits
 from neo_tools.bench.statistics import percentile, round_ratios, spread
 from neo_tools.bench.traffic import StepWeights
+from neo_tools.older_cpu import ENVIRONMENT_VARIABLE
 from onnx import TensorProto, helper
 
 if TYPE_CHECKING:
@@ -256,6 +262,13 @@ def test_busy_machines_are_told() -> None:
     assert small_buffer_warning(machine(), None) is None
     assert small_buffer_warning(machine(), 1 << 30) is None
     assert "the cache" in (small_buffer_warning(machine(), 64 << 20) or "")
+
+
+def test_hidden_instructions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    assert hidden_warning() is None
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "AVX-512 and AMX")
+    assert (hidden_warning() or "").startswith("AVX-512 and AMX are hidden from all who take part")
 
 
 def test_cpu_watch_leaves_own_time_out(monkeypatch: pytest.MonkeyPatch) -> None:

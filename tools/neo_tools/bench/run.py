@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 from neo_runtime.manifest import WEIGHTS_NAME
 
 from neo_tools.bench.cases import threads_text
-from neo_tools.bench.machine import CpuWatch, busy_warning, machine_facts, small_buffer_warning
+from neo_tools.bench.machine import (
+    CpuWatch,
+    busy_warning,
+    hidden_warning,
+    machine_facts,
+    small_buffer_warning,
+)
 from neo_tools.bench.opening import check_checkpoint, open_bundles
 from neo_tools.bench.participants import BandwidthWorker, Guard, NeoWorker, Participant
 from neo_tools.bench.results import Limits, ParticipantFacts, Results
@@ -47,6 +53,7 @@ def run(settings: Settings, progress: Callable[[str], None]) -> Results:
         _run_threads(settings, bundles, threads, progress) for threads in settings.threads
     ]
     warnings = [
+        hidden_warning(),
         busy_warning(machine),
         watch.warning(machine.processors),
         small_buffer_warning(machine, settings.probe_bytes),

@@ -1,0 +1,89 @@
+"""`python -m neo_tools.older_cpu FOLDER COMMAND …`: run a command without the newest instructions.
+
+FOLDER keeps copies of this environment and of the peers' ($NEO_PEERS, else build/peers), made at
+the first run (minutes; hard links, so they take little room) and used again by later ones. Delete
+it after an environment has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neo_runtime.command_line import OneLineParser, run_command
+from neo_runtime.errors import RequestError
+
+from neo_tools.older_cpu import ENVIRONMENT_VARIABLE, HIDDEN
+from neo_tools.older_cpu.copies import build_answers, copied, require_tools
+from neo_tools.peers.environments import PEERS, is_ready, root_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_PROGRAM = "python -m neo_tools.older_cpu"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status is returned, 2 if it could not be run."""
+    parser = OneLineParser(
+        prog=_PROGRAM,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    parser.add_argument("command", metavar="COMMAND", help='"neo-bench", "python", "pytest", …')
+    parser.add_argument("arguments", metavar="…", nargs=argparse.REMAINDER)
+    found = parser.parse_args(argv)
+    folder = found.folder.absolute()
+    return run_command(
+        _PROGRAM, lambda: _run(folder, found.command, found.arguments), extras="bench"
+    )
+
+
+def _run(folder: Path, command: str, arguments: list[str]) -> int:
+    require_tools()
+    program = Path(sys.prefix, "bin", command)
+    if not program.is_file():
+        raise RequestError(f"{program} not found; COMMAND is a program of this environment")
+    folder.mkdir(parents=True, exist_ok=True)
+    answers = build_answers(folder)
+    here = folder / "environment"
+    _copy(Path(sys.prefix), here)
+    peers = _copy_peers(folder / "peers")
+    python = here / "bin" / "python"
+    script = [] if command.startswith("python") else [str(here / "bin" / command)]
+    environ = os.environ | {
+        "LD_PRELOAD": str(answers),
+        "NEO_CACHE_DIR": str(folder / "cache"),  # kernels of another kind, packed another way
+        "NEO_PEERS": str(peers),
+        "PYTHONFAULTHANDLER": "",  # it would take the signal
+        ENVIRONMENT_VARIABLE: HIDDEN,
+    }
+    return subprocess.run([str(python), *script, *arguments], env=environ, check=False).returncode
+
+
+def _copy(environment: Path, to: Path) -> None:
+    copied(environment, to, lambda library: print(f"{to.name}: {library}", file=sys.stderr))
+
+
+def _copy_peers(to: Path) -> Path:
+    """The peers that are set up, and a link to what was exported for them."""
+    root = root_folder(None)
+    to.mkdir(exist_ok=True)
+    for name in PEERS:
+        if is_ready(name):
+            _copy(root / name, to / name)
+    models = to / "models"
+    if (root / "models").is_dir() and not models.exists():
+        models.symlink_to((root / "models").resolve())
+    return to
+
+
+if __name__ == "__main__":
+    sys.exit(main())
