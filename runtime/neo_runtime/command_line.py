@@ -49,7 +49,8 @@ def run_command(
         work: returns the exit status. A progress line on stderr is closed when it ends, in
             whatever way.
         extras: of the package, with commas: those that bring what the command imports.
-        interrupted: what Ctrl-C leaves behind, in words; None for nothing worth a line.
+        interrupted: what Ctrl-C leaves behind, in words; None for nothing worth a line. Where it
+            depends on how far the work is, the work raises a KeyboardInterrupt that says so.
         unverified: the status where what was written or run does not compute what it should.
         wording: makes one line of an error's message.
 
@@ -60,8 +61,9 @@ def run_command(
     try:
         status = work()
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        return _INTERRUPTED if interrupted is None else _fail(program, interrupted, _INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        said = str(stop) or interrupted
+        return _INTERRUPTED if said is None else _fail(program, said, _INTERRUPTED)
     except BrokenPipeError:
         discard_stdout()
         return _BROKEN_PIPE

@@ -313,6 +313,31 @@ def test_a_capability_that_is_not_built_for(
     assert "expected two numbers such as 8.9" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("raised", "status", "reason"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted, the bundle {} is written, its plan is not; "),
+        (EngineError("no room"), 2, "the bundle {} is written, its plan is not: no room"),
+    ],
+)
+def test_a_plan_that_ends_early_leaves_the_bundle(
+    raised: BaseException,
+    status: int,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def end(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("neo_export.engine.build.build_engine", end)
+    command = ["-o", str(tmp_path / "b"), "--tensorrt", "--compute-capability", "8.9"]
+    assert export_main([*command, "--max-length", "64"]) == status
+    assert f"neo-export: {reason.format(tmp_path / 'b')}" in capsys.readouterr().err
+    assert read_bundle(tmp_path / "b").target == "tensorrt"
+
+
 def test_export_and_build_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["-o", str(tmp_path / "b"), "--fp16", "--tensorrt", "--max-length", "64", "--json"]
     assert export_main([*command, "--compute-capability", "8.9"]) == 0

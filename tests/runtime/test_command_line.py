@@ -76,6 +76,9 @@ def test_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
     assert run_command("neo-x", work, extras="x", interrupted="interrupted, go on") == 130
     assert capsys.readouterr() == ("", "neo-x: interrupted, go on\n")
+    late = raising(KeyboardInterrupt("interrupted, half is done"))
+    assert run_command("neo-x", late, extras="x", interrupted="interrupted, go on") == 130
+    assert capsys.readouterr() == ("", "neo-x: interrupted, half is done\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), SystemExit(143)])

@@ -93,7 +93,7 @@ def test_a_quantized_bundle(int4_bundle: Path, capsys: pytest.CaptureFixture[str
     _, out, err = run(capsys, int4_bundle, "--reference", DEMO, *FEW)
     assert f"{increase['increase']:+.3%}" in out
     assert "within all limits" in out
-    assert "the reference, layer by layer 100 %" in err
+    assert "the reference, layer by layer, 100 %" in err
 
 
 def test_every_position_by_decode(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

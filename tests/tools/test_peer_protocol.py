@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,13 +125,17 @@ def test_serve_wants_load_first_and_stops_at_quit() -> None:
 
 
 def test_memory_of_counts_private_bytes() -> None:
-    before = protocol.memory_of()
-    block = bytearray(os.urandom(1)) * (64 << 20)
-    after = protocol.memory_of()
+    # In a process of its own: this one may free what earlier tests left at any moment.
+    code = (
+        "import json, os; from neo_tools.peers.worker_protocol import memory_of\n"
+        "before = memory_of(); block = bytearray(os.urandom(1)) * (64 << 20)\n"
+        "print(json.dumps([before, memory_of()]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = json.loads(done.stdout)
     assert after["rss_anon"] - before["rss_anon"] > 60 << 20
     assert after["rss"] >= after["rss_anon"]
     assert after["pss"] > 60 << 20
-    del block
 
 
 def test_claimed_stdout_carries_answers_only() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neo_export.stages import StageLine
 from neo_export.text_file import write_text_file
 from neo_runtime.command_line import run_command
 from neo_runtime.errors import OutputError
@@ -45,14 +45,15 @@ def _compare(arguments: argparse.Namespace) -> Results:
     # Only now what is slow to import: --help and wrong usage answer at once.
     from neo_tools.diff.run import compare
 
-    progress = _Progress(quiet=arguments.quiet)
-    try:
-        results = compare(_settings(arguments), progress.show)
-    finally:
-        progress.end()
+    with StageLine("neo-diff") as line:
+        results = compare(_settings(arguments), _ignore if arguments.quiet else line.show)
     for warning in results.warnings:
         print(f"neo-diff: warning: {warning}", file=sys.stderr)
     return results
+
+
+def _ignore(stage: str, done: int, total: int) -> None:
+    """Progress that nobody wants to see."""
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -113,38 +114,6 @@ def _require_writable(path: Path | None) -> None:
         return
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise OutputError(f"cannot write {path}: its folder does not exist, or it is one itself")
-
-
-class _Progress:
-    """Stages on stderr: rewritten in place on a terminal, else a line each tenth of a stage."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._stage = ""
-        self._tenths = -1
-        self._began = time.monotonic()
-        self._open = False
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        tenths = 10 * done // total if total else -1
-        if self._quiet or (stage, tenths) == (self._stage, self._tenths):
-            return
-        if stage != self._stage:
-            self.end()
-            self._stage, self._began = stage, time.monotonic()
-        self._tenths = tenths
-        elapsed = time.monotonic() - self._began
-        text = f"neo-diff: {stage} {10 * max(0, tenths)} % ({elapsed:.0f} s)"
-        if sys.stderr.isatty():
-            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-            self._open = True
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if self._open:
-            print(file=sys.stderr)
-            self._open = False
 
 
 if __name__ == "__main__":
