@@ -147,6 +147,16 @@ def test_a_command_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "folder").exists()
 
 
+@possible
+def test_without_a_virtual_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    assert __main__.main([str(tmp_path / "folder"), "python"]) == 2
+    assert "belongs to no virtual environment" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
+
+
 def test_without_the_tools(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(folder: Path, command: str, arguments: list[str]) -> int:
     require_tools()
+    if sys.prefix == sys.base_prefix:
+        raise RequestError(
+            f"{sys.executable} belongs to no virtual environment that could be copied; use one"
+        )
     program = Path(sys.prefix, "bin", command)
     if not program.is_file():
         raise RequestError(f"{program} not found; COMMAND is a program of this environment")
