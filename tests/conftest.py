@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from helpers.models import DEMO, Reference
+from helpers.older_kernels import older_environ, why_impossible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +34,15 @@ def _export(factory: pytest.TempPathFactory, target: str, precision: str = "fp32
 def mini_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model for the target `cpu`, float32. Read only: the whole session shares it."""
     return _export(tmp_path_factory, "cpu")
+
+
+@pytest.fixture(scope="session")
+def older_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment variables with which onnxruntime takes its kernels for AVX2."""
+    reason = why_impossible()
+    if reason is not None:
+        pytest.skip(reason)
+    return older_environ(tmp_path_factory.mktemp("older"))
 
 
 @pytest.fixture(scope="session")
