@@ -158,8 +158,10 @@ def test_what_only_loading_read_is_not_kept_in_memory(
         return pages
 
     assert resident() == 0
-    monkeypatch.setattr(sessions, "forget_pages", lambda *_: None)
+    named: list[Path] = []
+    monkeypatch.setattr(sessions, "forget_pages", lambda *files: named.extend(files))
     assert resident() > 0, "loading reads them"
+    assert Path(ort.capi.onnxruntime_pybind11_state.__file__) in named
 
 
 def test_float32_keeps_none(mini_bundle: Path, cache: Path) -> None:

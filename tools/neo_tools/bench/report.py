@@ -83,31 +83,27 @@ def _flat(results: Results, row: Row) -> dict[str, Any]:
     [limits] = [limit for limit in results.limits if limit.threads == row.threads]
     derived = {
         "rounds": len(row.round_seconds),
-        "tokens_per_second": row.tokens_per_second.median,
-        "tokens_per_second_min": row.tokens_per_second.min,
-        "tokens_per_second_max": row.tokens_per_second.max,
+        **_flat_spread("tokens_per_second", row.tokens_per_second),
+        **_flat_spread("round_limit_share", row.round_limit_share),
         "load_seconds": facts.load_seconds,
         "load_to_first_token_seconds": facts.first_token_seconds,
         "limit": limits.bandwidth,
-        **_flat_share(row.round_limit_share),
     }
     return {name: derived[name] if name in derived else getattr(row, name) for name in CSV_COLUMNS}
 
 
-def _flat_share(share: Spread | None) -> dict[str, float | None]:
-    names = ("round_limit_share", "round_limit_share_min", "round_limit_share_max")
-    values = (None,) * 3 if share is None else (share.median, share.min, share.max)
-    return dict(zip(names, values, strict=True))
+def _flat_spread(name: str, spread: Spread | None, joint: str = "_") -> dict[str, float | None]:
+    """A column for the median, and one each for the smallest and the largest."""
+    values = (None,) * 3 if spread is None else (spread.median, spread.min, spread.max)
+    return dict(zip((name, f"{name}{joint}min", f"{name}{joint}max"), values, strict=True))
 
 
-def _flat_ratios(results: Results, row: Row) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _flat_ratios(results: Results, row: Row) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
     case = (row.test, row.threads, row.batch, row.label)
     for ratio in results.ratios:
         if (ratio.test, ratio.threads, ratio.batch, ratio.other) == case:
-            found[f"ratio to {ratio.bundle}"] = ratio.spread.median
-            found[f"ratio to {ratio.bundle} min"] = ratio.spread.min
-            found[f"ratio to {ratio.bundle} max"] = ratio.spread.max
+            found |= _flat_spread(f"ratio to {ratio.bundle}", ratio.spread, " ")
     return found
 
 

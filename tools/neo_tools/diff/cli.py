@@ -46,14 +46,10 @@ def _compare(arguments: argparse.Namespace) -> Results:
     from neo_tools.diff.run import compare
 
     with StageLine("neo-diff") as line:
-        results = compare(_settings(arguments), _ignore if arguments.quiet else line.show)
+        results = compare(_settings(arguments), None if arguments.quiet else line.show)
     for warning in results.warnings:
         print(f"neo-diff: warning: {warning}", file=sys.stderr)
     return results
-
-
-def _ignore(stage: str, done: int, total: int) -> None:
-    """Progress that nobody wants to see."""
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
