@@ -32,6 +32,7 @@ from neo_tools.bench.rows import FLOAT32_DECODE
 from neo_tools.bench.run import run
 from neo_tools.bench.statistics import spread
 from neo_tools.bench.worker import NeoEngine, native_seconds
+from neo_tools.older_cpu import ENVIRONMENT_VARIABLE
 from neo_tools.peers import client
 from neo_tools.peers.client import DecodeResult, MemoryResult, Peer, PrefillResult
 from neo_tools.peers.worker_protocol import context_ids
@@ -101,7 +102,12 @@ def settings(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Set
 def results(settings: Settings, fake: list[str]) -> Iterator[Results]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client, "Peer", partial(Peer, command=fake))
+        patch.setenv(ENVIRONMENT_VARIABLE, "AVX-512 and AMX")
         yield run(settings, lambda line: None)
+
+
+def test_hidden_instructions_are_in_the_report(results: Results) -> None:
+    assert any(line.startswith("AVX-512 and AMX are hidden") for line in results.warnings)
 
 
 def test_rates_are_tokens_over_seconds(results: Results) -> None:
