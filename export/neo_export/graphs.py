@@ -1,7 +1,15 @@
-"""The entry points: prefill, decode and score, each a graph of its own over the same parameters.
+"""The entry points, each a graph of its own over the same parameters.
 
-They differ in what comes out: prefill and decode give the logits of each row's last valid new
-position, score those of every position. Decode takes exactly one new token a row.
+They differ in the positions whose logits come out:
+
+    prefill     each row's last valid new one
+    decode      the only new one
+    score       every new one
+    selective   those that `logit_positions` names, for prompts and for scoring
+
+For other positions prefill's last layer computes keys and values, and nothing behind its attention.
+Selective chooses behind the final norm: TensorRT would store the weights of a layer that takes
+fewer rows than the others twice, in the order that suits each of its profiles.
 """
 
 from __future__ import annotations
@@ -19,20 +27,24 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import ModelSpec
     from onnxscript import OpBuilder
 
+    from neo_export.model import Select
+
 __all__ = ["GRAPH_NAMES", "OPSET", "build_graph"]
 
 GRAPH_NAMES = ("prefill", "decode", "score")
 OPSET = 18
 """LayerNormalization came with 17; 18 is old enough for every runtime in use."""
 IR_VERSION = 10
+_SELECTED = "logits_sequence"
 
 
 def build_graph(name: str, spec: ModelSpec) -> ir.Model:
-    """Write the graph `name` ("prefill", "decode" or "score") in standard operators.
+    """Write the graph `name` ("prefill", "decode", "score" or "selective") in standard operators.
 
     Its parameters are initializers without data, under the checkpoint's names. Inputs: input_ids,
-    attention_mask and position_ids (int64 [B, S], [B, T], [B, S]) and past_key_values.{i}.key and
-    .value (float32 [B, N, P, D]). Outputs: logits (float32 [B, 1, V], score: [B, S, V]) and
+    attention_mask and position_ids (int64 [B, S], [B, T], [B, S]), selective's logit_positions
+    (int64 [B, M], indices among the new tokens) and past_key_values.{i}.key and .value (float32
+    [B, N, P, D]). Outputs: logits (float32 [B, 1, V], score: [B, S, V], selective: [B, M, V]) and
     present.{i}.key and .value ([B, N, T, D]).
     """
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
@@ -41,6 +53,8 @@ def build_graph(name: str, spec: ModelSpec) -> ir.Model:
     input_ids = _input(op, "input_ids", ir.DataType.INT64, ["batch", sequence])
     attention_mask = _input(op, "attention_mask", ir.DataType.INT64, ["batch", "total_sequence"])
     position_ids = _input(op, "position_ids", ir.DataType.INT64, ["batch", sequence])
+    if name == "selective":
+        wanted = _input(op, "logit_positions", ir.DataType.INT64, ["batch", _SELECTED])
     past_shape: list[int | str] = ["batch", spec.num_heads, "past_sequence", spec.head_dim]
     past = [
         (
@@ -53,11 +67,13 @@ def build_graph(name: str, spec: ModelSpec) -> ir.Model:
         for value in pair:
             value.metadata_props[WINDOW_KEY] = str(spec.window_size if kind == "local" else -1)
     model = CausalLM(spec)
-    hidden, present = model(op, input_ids, attention_mask, position_ids, past)
+    select, rows = None, sequence
     if name == "prefill":
-        hidden = _last_valid(op, hidden, input_ids, attention_mask)
+        select, rows = _at(op, _last_valid(op, input_ids, attention_mask)), 1
+    hidden, present = model(op, input_ids, attention_mask, position_ids, past, select)
+    if name == "selective":
+        hidden, rows = _at(op, wanted)(hidden), _SELECTED
     logits = model.logits(op, hidden)
-    rows = sequence if name == "score" else 1
     _output(graph, logits, "logits", ["batch", rows, spec.vocab_size])
     present_shape: list[int | str] = ["batch", spec.num_heads, "present_sequence", spec.head_dim]
     for i, (key, value) in enumerate(present):
@@ -66,17 +82,20 @@ def build_graph(name: str, spec: ModelSpec) -> ir.Model:
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="neo-onnx")
 
 
-def _last_valid(
-    op: OpBuilder, hidden: ir.Value, input_ids: ir.Value, attention_mask: ir.Value
-) -> ir.Value:
-    """Each row's hidden state at its last new position that the mask lets through: [B, 1, H]."""
+def _at(op: OpBuilder, positions: ir.Value) -> Select:
+    """Takes of [B, S, H] the positions [B, M]."""
+    indices = op.Unsqueeze(positions, [2])
+    return lambda hidden: op.GatherND(hidden, indices, batch_dims=1)
+
+
+def _last_valid(op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> ir.Value:
+    """Index of each row's last new position that the mask lets through: [B, 1]."""
     new = op.Shape(input_ids, start=1, end=2)
     total = op.Shape(attention_mask, start=1, end=2)
     valid = op.Slice(attention_mask, op.Sub(total, new), total, [1])
     valid = op.Cast(op.Cast(valid, to=ir.DataType.BOOL), to=ir.DataType.INT64)
     slots = op.Range(0, op.Squeeze(new), 1)
-    last = op.ReduceMax(op.Mul(valid, slots), [1], keepdims=1)
-    return op.GatherND(hidden, op.Unsqueeze(last, [2]), batch_dims=1)
+    return op.ReduceMax(op.Mul(valid, slots), [1], keepdims=1)
 
 
 def _input(op: OpBuilder, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:

@@ -12,22 +12,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
+from neo_export.modules import Embedding, Head, LayerNorm, Linear
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from neo_runtime.manifest import ModelSpec
     from onnxscript import OpBuilder
 
-__all__ = ["WINDOW_KEY", "CausalLM", "Masks", "mark_place", "place_name"]
+__all__ = ["WINDOW_KEY", "CausalLM", "Masks", "Select", "mark_place", "place_name"]
 
 WINDOW_KEY = "neo.window"
 """Metadata of a mask or of a past: how many last positions its layer sees, -1 for all."""
+
+Select: TypeAlias = "Callable[[ir.Value], ir.Value]"
+"""From [B, S, H] to [B, M, H]: the positions for which more is computed."""
+
+
+def _every_position(x: ir.Value) -> ir.Value:
+    return x
 
 
 def place_name(layer: int | None, place: str) -> str:
@@ -48,54 +57,6 @@ class Masks:
 
     causal: ir.Value
     windowed: ir.Value
-
-
-class LayerNorm(nn.Module):
-    """`torch.nn.LayerNorm` over the last axis."""
-
-    def __init__(self, size: int, epsilon: float) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.weight = nn.Parameter([size])
-        self.bias = nn.Parameter([size])
-
-    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        return op.LayerNormalization(x, self.weight, self.bias, axis=-1, epsilon=self.epsilon)
-
-
-class Linear(nn.Module):
-    """`torch.nn.Linear`: the weight is [out, in], as the checkpoint stores it."""
-
-    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter([outputs, inputs])
-        self.bias = nn.Parameter([outputs]) if bias else None
-
-    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        y = op.MatMul(x, op.Transpose(self.weight, perm=[1, 0]))
-        return y if self.bias is None else op.Add(y, self.bias)
-
-
-class Embedding(nn.Module):
-    """`torch.nn.Embedding`."""
-
-    def __init__(self, rows: int, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter([rows, size])
-
-    def forward(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
-        return op.Gather(self.weight, ids, axis=0)
-
-
-class Head(nn.Module):
-    """`lm_head` of an untied checkpoint: gives its weight as it lies, [V, H]."""
-
-    def __init__(self, rows: int, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter([rows, size])
-
-    def forward(self, op: OpBuilder) -> ir.Value:
-        return self.weight
 
 
 class SelfAttention(nn.Module):
@@ -131,7 +92,12 @@ class SelfAttention(nn.Module):
         return op.MatMul(op.CastLike(weights, value), value)
 
     def forward(
-        self, op: OpBuilder, x: ir.Value, mask: ir.Value, past: tuple[ir.Value, ir.Value]
+        self,
+        op: OpBuilder,
+        x: ir.Value,
+        mask: ir.Value,
+        past: tuple[ir.Value, ir.Value],
+        select: Select,
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         query = mark_place(self.q_proj(op, x), self.layer, "query")
         key = mark_place(self.k_proj(op, x), self.layer, "key")
@@ -141,7 +107,7 @@ class SelfAttention(nn.Module):
         value = op.Concat(past[1], self._split_heads(op, value), axis=2)
         attended = self._merge_heads(op, self._attend(op, query, key, value, mask))
         mark_place(attended, self.layer, "attended")
-        return self.out_proj(op, attended), key, value
+        return self.out_proj(op, select(attended)), key, value
 
 
 class Attention(nn.Module):
@@ -152,9 +118,14 @@ class Attention(nn.Module):
         self.attention = SelfAttention(spec, layer)
 
     def forward(
-        self, op: OpBuilder, x: ir.Value, mask: ir.Value, past: tuple[ir.Value, ir.Value]
+        self,
+        op: OpBuilder,
+        x: ir.Value,
+        mask: ir.Value,
+        past: tuple[ir.Value, ir.Value],
+        select: Select,
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        return self.attention(op, x, mask, past)
+        return self.attention(op, x, mask, past, select)
 
 
 class MLP(nn.Module):
@@ -187,10 +158,15 @@ class Block(nn.Module):
         self.mlp = MLP(spec)
 
     def forward(
-        self, op: OpBuilder, residual: ir.Value, mask: ir.Value, past: tuple[ir.Value, ir.Value]
+        self,
+        op: OpBuilder,
+        residual: ir.Value,
+        mask: ir.Value,
+        past: tuple[ir.Value, ir.Value],
+        select: Select,
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        attended, key, value = self.attn(op, self.ln_1(op, residual), mask, past)
-        residual = op.Add(mark_place(attended, self.layer, "attention"), residual)
+        attended, key, value = self.attn(op, self.ln_1(op, residual), mask, past, select)
+        residual = op.Add(mark_place(attended, self.layer, "attention"), select(residual))
         expanded = mark_place(self.mlp(op, self.ln_2(op, residual)), self.layer, "mlp")
         residual = op.Add(residual, expanded)
         return mark_place(residual, self.layer, "residual"), key, value
@@ -229,6 +205,7 @@ class Transformer(nn.Module):
         attention_mask: ir.Value,
         position_ids: ir.Value,
         past_key_values: Sequence[tuple[ir.Value, ir.Value]],
+        select: Select,
     ) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
         masks = self._masks(op, input_ids, attention_mask)
         residual = op.Add(self.wte(op, input_ids), self.wpe(op, position_ids))
@@ -238,7 +215,9 @@ class Transformer(nn.Module):
             self.spec.attention_layers, self.h, past_key_values, strict=True
         ):
             mask = masks.windowed if kind == "local" else masks.causal
-            residual, key, value = block(op, residual, mask, past)
+            # The next layer's attention reads every position; behind the last one nothing does.
+            kept = select if block is self.h[-1] else _every_position
+            residual, key, value = block(op, residual, mask, past, kept)
             present.append((key, value))
         return mark_place(self.ln_f(op, residual), None, "final_norm"), present
 
@@ -259,9 +238,21 @@ class CausalLM(nn.Module):
         attention_mask: ir.Value,
         position_ids: ir.Value,
         past_key_values: Sequence[tuple[ir.Value, ir.Value]],
+        select: Select | None = None,
     ) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
-        """Hidden states after the final norm [B, S, H], and the present keys and values."""
-        return self.transformer(op, input_ids, attention_mask, position_ids, past_key_values)
+        """Hidden states after the final norm [B, M, H], and the present keys and values.
+
+        `select` takes [B, S, H] and gives the M positions that are wanted, by default all: the last
+        layer computes nothing behind its attention for the others.
+        """
+        return self.transformer(
+            op,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            select or _every_position,
+        )
 
     def logits(self, op: OpBuilder, hidden: ir.Value) -> ir.Value:
         """[B, M, H] → float32 [B, M, V].

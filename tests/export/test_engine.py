@@ -175,7 +175,7 @@ def test_both_profiles_share_one_copy_of_the_weights(precision: str, tmp_path: P
         attention_layers=("global", "local"),
     )
     graph = write_hollow_graphs(spec, precision, tmp_path)["prefill"]
-    weights = next(tmp_path.glob("score*.bin"))
+    weights = next(tmp_path.glob("selective*.bin"))
     with weights.open("r+b") as file:  # no two tensors alike, or they might be shared as such
         numbers = np.random.default_rng(0).integers(0, 1 << 10, weights.stat().st_size // 2)
         file.write((numbers | 0x2000).astype(np.uint16).tobytes())

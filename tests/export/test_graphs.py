@@ -12,7 +12,7 @@ from helpers.graphs import bound_graph, feeds, nodes_of, operators, random_param
 from helpers.models import ODD_CONFIGS, TinyConfig, make_checkpoint
 from helpers.running import relative_l2, run_model
 from neo_export.graphs import GRAPH_NAMES, OPSET, build_graph
-from neo_export.model import WINDOW_KEY
+from neo_export.model import WINDOW_KEY, place_name
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from safetensors.numpy import load_file
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CONFIG = TinyConfig(attention_layers=("global", "local", "global"))
 LAYERS = len(CONFIG.attention_layers)
+ENTRY_POINTS = (*GRAPH_NAMES, "selective")
 
 Interface = dict[str, tuple[str, list[int | str]]]
 
@@ -36,7 +37,7 @@ def interface(values: Any) -> Interface:
     }
 
 
-@pytest.mark.parametrize("name", GRAPH_NAMES)
+@pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_inputs_and_outputs(name: str) -> None:
     graph = build_graph(name, spec_of(CONFIG)).graph
     new: int | str = 1 if name == "decode" else "sequence"
@@ -47,11 +48,13 @@ def test_inputs_and_outputs(name: str) -> None:
         "input_ids": ("INT64", ["batch", new]),
         "attention_mask": ("INT64", ["batch", "total_sequence"]),
         "position_ids": ("INT64", ["batch", new]),
-    } | {
+    } | dict.fromkeys(
+        ["logit_positions"] * (name == "selective"), ("INT64", ["batch", "logits_sequence"])
+    ) | {
         f"past_key_values.{i}.{part}": ("FLOAT", [*head, "past_sequence", size])
         for i, part in cache
     }
-    rows = "sequence" if name == "score" else 1
+    rows = {"score": "sequence", "selective": "logits_sequence"}.get(name, 1)
     assert interface(graph.outputs) == {"logits": ("FLOAT", ["batch", rows, CONFIG.vocab_size])} | {
         f"present.{i}.{part}": ("FLOAT", [*head, "present_sequence", size]) for i, part in cache
     }
@@ -62,7 +65,7 @@ def test_parameters_are_those_of_the_checkpoint(config: str, tmp_path: Path) -> 
     """Names and shapes, with transformers as the witness."""
     folder = make_checkpoint(tmp_path / "checkpoint", ODD_CONFIGS[config])
     stored = {key: array.shape for key, array in load_file(folder / "model.safetensors").items()}
-    for name in GRAPH_NAMES:
+    for name in ENTRY_POINTS:
         graph = build_graph(name, spec_of(ODD_CONFIGS[config])).graph
         parameters = {
             key: value.shape.numpy()
@@ -72,7 +75,7 @@ def test_parameters_are_those_of_the_checkpoint(config: str, tmp_path: Path) -> 
         assert parameters == stored, name
 
 
-@pytest.mark.parametrize("name", GRAPH_NAMES)
+@pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_standard_operators_only(name: str) -> None:
     model = bound_graph(name, CONFIG)
     assert model.opset_imports == {"": OPSET}
@@ -89,12 +92,41 @@ def test_graphs_differ_in_what_comes_out() -> None:
     assert not {"MatMul", "Gemm", "LayerNormalization", "Softmax"} & (prefill - score).keys()
 
 
-@pytest.mark.parametrize("name", GRAPH_NAMES)
+@pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_nothing_is_written_in_vain(name: str) -> None:
     model = bound_graph(name, CONFIG)
     before = operators(model)
     RemoveUnusedNodesPass()(model)
     assert operators(model) == before
+
+
+def test_selective_gives_the_positions_that_are_asked_for() -> None:
+    inputs = feeds(CONFIG, batch=2, new=9, past=2)
+    whole = run_model(bound_graph("score", CONFIG), inputs)
+    wanted = np.array([[8, 0, 3], [2, 2, 7]])
+    found = run_model(bound_graph("selective", CONFIG), inputs | {"logit_positions": wanted})
+    expected = whole.pop("logits")[np.arange(2)[:, None], wanted]
+    assert relative_l2(found.pop("logits"), expected).max() < 1e-6
+    for name, present in whole.items():
+        np.testing.assert_allclose(found[name], present, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("prefill", 1), ("selective", 9)])
+def test_only_the_last_position_goes_through_the_last_layer(name: str, rows: int) -> None:
+    inputs = feeds(CONFIG, batch=2, new=9, past=2)
+    inputs |= {"logit_positions": np.array([[5], [8]])} if name == "selective" else {}
+    model = bound_graph(name, CONFIG)
+    places = {
+        layer: [place_name(layer, place) for place in ("attended", "attention", "mlp", "residual")]
+        for layer in (LAYERS - 2, LAYERS - 1)
+    }
+    for value in [value for node in model.graph for value in node.outputs]:
+        if value.name in (*places[LAYERS - 2], *places[LAYERS - 1]):
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            model.graph.outputs.append(value)
+    found = run_model(model, inputs)
+    seen = {layer: [found[name].shape[1] for name in names] for layer, names in places.items()}
+    assert seen == {LAYERS - 2: [9, 9, 9, 9], LAYERS - 1: [9, rows, rows, rows]}
 
 
 def test_each_layer_has_the_mask_of_its_kind() -> None:

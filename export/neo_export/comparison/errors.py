@@ -154,9 +154,11 @@ def _compare(
     places: Mapping[str, NDArray[np.float32]],
 ) -> None:
     for place, expected in own.items():
-        found = trace.get(layer, place)
-        path = places[place][trace.start : trace.start + trace.length]
-        series = Series(trace.positions, relative_l2(found, expected), relative_l2(found, path))
+        rows = trace.rows(layer, place)
+        positions = trace.positions[rows]
+        found = trace.get(layer, place)[rows]
+        local, path = relative_l2(found, expected[rows]), places[place][positions]
+        series = Series(positions, local, relative_l2(found, path))
         errors.add(trace.graph, (layer, place), series)
 
 

@@ -74,14 +74,15 @@ def _trace_of(fault: Fault, texts: Sequence[Text]) -> tuple[Text, Trace] | None:
 
 
 def _rows(fault: Fault, trace: Trace, window: int | None) -> NDArray[np.int64]:
-    """Rows of the trace in the affected regions; all where the window is not known."""
+    """Rows of the place in the affected regions; all where the window is not known."""
+    rows = trace.rows(fault.layer, fault.place)
     if window is None:
-        return np.arange(trace.length)
-    masks = region_masks(trace.positions, window)
-    chosen = np.zeros(trace.length, dtype=np.bool_)
+        return rows
+    masks = region_masks(trace.positions[rows], window)
+    chosen = np.zeros(len(rows), dtype=np.bool_)
     for region in fault.regions:
         chosen |= masks[region]
-    return np.flatnonzero(chosen)
+    return rows[chosen]
 
 
 def _best(

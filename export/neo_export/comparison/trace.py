@@ -38,6 +38,8 @@ class Trace:
     """[rows, V], of the positions `logits_at`."""
     logits_at: NDArray[np.int64] | None = None
     """Positions in the text, [rows]."""
+    selected: frozenset[str] = frozenset()
+    """Probed values of which the graph computes the positions `logits_at` alone."""
 
     def rest(self) -> None:
         """Leave resident memory until something is read again."""
@@ -51,6 +53,14 @@ class Trace:
     def has(self, layer: int | None, place: str) -> bool:
         """Whether the graph shows this place."""
         return (layer, place) in self.probes
+
+    def rows(self, layer: int | None, place: str) -> NDArray[np.int64]:
+        """Rows of `get` that the graph computed at this place, [n]; the others are zeros."""
+        probe = self.probes.get((layer, place))  # None of what a cache holds
+        if probe is None or probe.value not in self.selected:
+            return np.arange(self.length, dtype=np.int64)
+        assert self.logits_at is not None
+        return self.logits_at - self.start
 
     def get(self, layer: int | None, place: str) -> NDArray[np.float32]:
         """float32 [length, width]; a view where the graph computes in float32."""

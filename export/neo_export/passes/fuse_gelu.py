@@ -1,10 +1,12 @@
-"""Bias and `gelu_new` in one operator.
+"""Bias and `gelu_new` in one operator, or in two.
 
-    before                                     after
-    x = Add(y, bias)                           FastGelu(y, bias)
+    before                                     fuse_gelu           fuse_gelu_behind_bias
+    x = Add(y, bias)                           FastGelu(y, bias)   FastGelu(Add(y, bias))
     0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))
 
-com.microsoft.FastGelu computes the same tanh approximation in one sweep over memory.
+com.microsoft.FastGelu computes the same tanh approximation in one sweep over memory. With a bias
+its kernel for CPUs takes memory for one more array of the result's size, and for a prompt getting
+those pages from the system takes longer than the activation.
 Must not fire when a constant differs (another activation), or when the bias is computed.
 """
 
@@ -19,7 +21,7 @@ from neo_export.passes._tensors import constant_value, is_parameter
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["fuse_gelu"]
+__all__ = ["fuse_gelu", "fuse_gelu_behind_bias"]
 
 _CONSTANTS = {"cubic": 0.044715, "root": math.sqrt(2.0 / math.pi), "half": 0.5, "one": 1.0}
 
@@ -47,6 +49,16 @@ class _FastGelu(Rule):
         return op.FastGelu(y, bias, _domain="com.microsoft")
 
 
+class _FastGeluBehindBias(_FastGelu):
+    def rewrite(self, op: Any, y: ir.Value, bias: ir.Value, **_: Any) -> Any:
+        return op.FastGelu(op.Add(y, bias), _domain="com.microsoft")
+
+
 def fuse_gelu(model: ir.Model) -> int:
     """Apply to the whole model; returns how many activations were fused."""
     return apply(_FastGelu, model)
+
+
+def fuse_gelu_behind_bias(model: ir.Model) -> int:
+    """The same, with the bias left to an operator of its own."""
+    return apply(_FastGeluBehindBias, model)

@@ -15,7 +15,7 @@ from neo_export.passes.device_lengths import device_lengths
 from neo_export.passes.exact_activations import exact_activations
 from neo_export.passes.float16 import bfloat16, float16_except
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE, fuse_attention
-from neo_export.passes.fuse_gelu import fuse_gelu
+from neo_export.passes.fuse_gelu import fuse_gelu, fuse_gelu_behind_bias
 from neo_export.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
 from neo_export.passes.half_positions import half_positions
 from neo_export.passes.pack_qkv import pack_qkv, pack_qkv_alike
@@ -24,7 +24,6 @@ from neo_export.passes.quantize_int4 import quantize_int4_weights
 from neo_export.passes.quantize_int8 import quantize_int8_weights
 from neo_export.passes.quantize_int8_blocks import quantize_int8_blocks
 from neo_export.passes.quantize_linear import quantize_linear_weights
-from neo_export.passes.select_logits import select_logits
 from neo_export.passes.static_cache import static_cache
 from neo_export.passes.store_transposed import store_transposed
 from neo_export.passes.window_caches import window_caches
@@ -101,6 +100,9 @@ class Target:
 
     half_activations: bool = False
     """Quantized weights are dequantized in the kernel, for activations in float16."""
+    many_tokens: tuple[tuple[Pass, Pass], ...] = ()
+    """Fusions, and what takes their place in graphs that take many tokens at once."""
+
     finds_candidates: bool = False
     """Prefill and decode find the best tokens themselves (`passes.candidates`)."""
 
@@ -176,6 +178,7 @@ TARGETS: dict[str, Target] = {
             fusions=(fuse_attention, pack_qkv, window_caches, fuse_gelu, fuse_skip_layer_norm),
             storage=(store_transposed,),
             fused=True,
+            many_tokens=((fuse_gelu, fuse_gelu_behind_bias),),
             # The first whose GroupQueryAttention takes padded rows into window-sized caches.
             minimum_onnxruntime="1.32.0",
         ),
@@ -210,7 +213,7 @@ TARGETS: dict[str, Target] = {
             fused=False,
             # Older ones have no TensorScatter.
             minimum_onnxruntime="1.24.0",
-            graphs=(("prefill", "score"), ("decode", "decode")),
+            graphs=(("prefill", "selective"), ("decode", "decode")),
             static_cache=True,
             quantize_linear=True,
         ),
@@ -261,7 +264,9 @@ def passes_for(
             f"expected one of {', '.join(target.precisions)}"
         )
     plan = target.plan_for(quantization or Quantization(), graph, precision, spec)
-    fusions = tuple(pack_qkv_alike(plan) if f is pack_qkv else f for f in target.fusions)
+    others = dict(() if graph == "decode" else target.many_tokens)
+    fusions = tuple(others.get(f, f) for f in target.fusions)
+    fusions = tuple(pack_qkv_alike(plan) if f is pack_qkv else f for f in fusions)
     if precision not in ("fp16", "bf16") and not target.half_activations:
         # The CPU's kernel is half as exact as Add and LayerNormalization are (1.3B shape: logits
         # 1.9e-5 from float64 with it, 1.1e-5 without, PyTorch 1.3e-5), and three times as slow
@@ -269,7 +274,7 @@ def passes_for(
         fusions = tuple(fusion for fusion in fusions if fusion is not fuse_skip_layer_norm)
     if target.static_cache:
         length = max_length or spec.max_position_embeddings
-        fusions = (static_cache(length), select_logits, *fusions)
+        fusions = (static_cache(length), *fusions)
     storage = target.storage
     if target.finds_candidates and graph != "score":
         storage += (candidates,)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -17,22 +18,28 @@ from helpers.graphs import (
 )
 from helpers.models import TinyConfig
 from neo_export.graphs import GRAPH_NAMES
-from neo_export.passes.fuse_gelu import fuse_gelu
+from neo_export.passes.fuse_gelu import fuse_gelu, fuse_gelu_behind_bias
 from neo_export.probes import probes_of
+
+if TYPE_CHECKING:
+    from neo_export.passes import Pass
 
 CONFIG = TinyConfig()
 LAYERS = len(CONFIG.attention_layers)
 
 
+@pytest.mark.parametrize(("rewrite", "inputs"), [(fuse_gelu, 2), (fuse_gelu_behind_bias, 1)])
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_same_outputs_with_fewer_operators(name: str) -> None:
+def test_same_outputs_with_fewer_operators(name: str, rewrite: Pass, inputs: int) -> None:
     before, after = bound_graph(name, CONFIG), bound_graph(name, CONFIG)
-    assert apply_pass(fuse_gelu, after) == LAYERS
+    assert apply_pass(rewrite, after) == LAYERS
     found, was = operators(after), operators(before)
     assert found["FastGelu"] == LAYERS
+    assert {len(node.inputs) for node in nodes_of(after, "FastGelu")} == {inputs}
     assert found["Tanh"] == 0
-    assert was["Add"] - found["Add"] == 3 * LAYERS  # the bias, x + 0.044715 x³, 1 + tanh
-    assert len(before.graph) - len(after.graph) == 9 * LAYERS
+    # The bias, x + 0.044715 x³, 1 + tanh.
+    assert was["Add"] - found["Add"] == (1 + inputs) * LAYERS
+    assert len(before.graph) - len(after.graph) == (7 + inputs) * LAYERS
     assert_same_outputs(before, after, situations(name, CONFIG), 2e-6)
 
 

@@ -9,7 +9,6 @@ import pytest
 from helpers.graphs import apply_pass, bound_graph, nodes_of, operators, random_parameters
 from helpers.models import TinyConfig
 from neo_export.passes.quantize_linear import quantize_linear_weights
-from neo_export.passes.select_logits import select_logits
 from neo_export.passes.static_cache import static_cache
 from neo_export.quantize.linear import LEVELS, quantize_linear
 from neo_export.quantize.plan import Storage, WeightPlan
@@ -33,9 +32,8 @@ def plan(kind: str) -> WeightPlan:
 
 
 def quantized(kind: str, largest: float | None = None) -> ir.Model:
-    model = bound_graph("score", CONFIG)
+    model = bound_graph("selective", CONFIG)
     apply_pass(static_cache(CONFIG.max_position_embeddings), model)
-    apply_pass(select_logits, model)
     known = None if largest is None else lambda _: largest
     assert apply_pass(quantize_linear_weights(plan(kind), known), model) == PRODUCTS
     return model

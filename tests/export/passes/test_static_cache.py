@@ -21,7 +21,6 @@ from helpers.models import ODD_CONFIGS, Reference, TinyConfig, make_checkpoint, 
 from helpers.running import Graphs, assert_agrees, relative_l2, run_model
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.model import WINDOW_KEY, place_name
-from neo_export.passes.select_logits import select_logits
 from neo_export.passes.static_cache import static_cache
 from neo_export.targets import Quantization
 from neo_export.tolerances import TOLERANCES
@@ -76,9 +75,8 @@ def test_same_outputs_before_and_after(name: str, graph: str) -> None:
 
 def test_form() -> None:
     """What TensorRT's parser takes: standard operators, one output, a scale, no foreign domain."""
-    model = bound_graph("score", CONFIG)
+    model = bound_graph("selective", CONFIG)
     apply_pass(static_cache(LENGTH), model)
-    assert apply_pass(select_logits, model) == 1
     assert {node.domain for node in model.graph} == {""}
     assert model.graph.opset_imports == {"": 24}
     for node in nodes_of(model, "Attention"):
@@ -105,21 +103,6 @@ def test_a_mask_of_another_kind_is_an_error() -> None:
     mask.metadata_props.pop(WINDOW_KEY, None)
     with pytest.raises(AssertionError, match="1 of 2 layers"):
         apply_pass(static_cache(LENGTH), model)
-
-
-def test_selected_positions() -> None:
-    model = bound_graph("score", CONFIG)
-    whole = run_model(model, given := feeds(CONFIG, batch=2, new=9, past=0))["logits"]
-    assert apply_pass(select_logits, model) == 1
-    assert apply_pass(select_logits, model) == 0
-    wanted = np.array([[8, 0, 3], [2, 2, 7]])
-    found = run_model(model, given | {"logit_positions": wanted})["logits"]
-    np.testing.assert_allclose(found, whole[np.arange(2)[:, None], wanted], atol=1e-5)
-
-
-@pytest.mark.parametrize("graph", ["prefill", "decode"])
-def test_must_not_select_where_logits_are_not_of_all_positions(graph: str) -> None:
-    assert apply_pass(select_logits, bound_graph(graph, CONFIG)) == 0
 
 
 def evaluate(path: Path, ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -228,8 +211,8 @@ def test_scores_beyond_half_precision(tmp_path: Path) -> None:
 def test_types_in_half_precision() -> None:
     from neo_export.passes.float16 import float16
 
-    model = bound_graph("score", CONFIG)
-    for rewrite in (static_cache(LENGTH), select_logits, float16):
+    model = bound_graph("selective", CONFIG)
+    for rewrite in (static_cache(LENGTH), float16):
         apply_pass(rewrite, model)
     for node in nodes_of(model, "TensorScatter"):
         assert node.outputs[0].dtype == ir.DataType.FLOAT16

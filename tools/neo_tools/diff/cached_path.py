@@ -104,6 +104,7 @@ class _Recorder:
         self._probes: Mapping[Place, Probe] = {(p.layer, p.place): p for p in manifest.probes}
         self._values: dict[str, NDArray[Any]] = {}
         self._length = length
+        self._selected: set[str] = set()
         self._done = 0
         self._logits: list[NDArray[np.float32]] = []
         self._logits_at: list[int] = []
@@ -112,15 +113,17 @@ class _Recorder:
         self.checks: list[CacheCheck] = []
 
     def take(self, values: dict[str, NDArray[Any]]) -> None:
-        """Values [1, S, width] of the positions that follow."""
-        count = 0
+        """Values [1, S, width] of the positions that follow, or [1, 1, width] of the last one."""
+        stop = self._done + max(value.shape[1] for value in values.values())
         for name, value in values.items():
             if name not in self._values:
                 shape = (self._length, value.shape[-1])
                 self._values[name] = scratch_array(shape, str(value.dtype))
-            count = value.shape[1]
-            self._values[name][self._done : self._done + count] = value[0]
-        self._done += count
+            start = stop - value.shape[1]
+            self._values[name][start:stop] = value[0]
+            if start > self._done:
+                self._selected.add(name)
+        self._done = stop
 
     def keep_logits(self, logits: NDArray[np.float32], at: int) -> None:
         """[1, V], of the position `at`."""
@@ -142,9 +145,11 @@ class _Recorder:
                 values=self._values,
                 logits=np.stack(self._logits),
                 logits_at=np.array(self._logits_at, dtype=np.int64),
+                selected=frozenset(self._selected),
             )
         )
         self._logits, self._logits_at = [], []
+        self._selected.clear()
 
     def check(self, store: CacheStore, graph: str) -> None:
         """Compare what the cache holds with what was computed for it."""

@@ -146,10 +146,11 @@ class BundleReference(Reference):
     def _compare(self, errors: PlaceErrors, text: Text, session: object) -> None:
         expected = score_trace(session, self._bundle.manifest, text.ids)
         for trace in text.traces:
-            part = slice(trace.start, trace.start + trace.length)
             for place in trace.probes.keys() & expected.probes.keys():
-                error = relative_l2(trace.get(*place), expected.get(*place)[part])
-                errors.add(trace.graph, place, Series(trace.positions, error, error))
+                rows = trace.rows(*place)
+                positions = trace.positions[rows]
+                error = relative_l2(trace.get(*place)[rows], expected.get(*place)[positions])
+                errors.add(trace.graph, place, Series(positions, error, error))
         for check in text.cache_checks:
             for cached, found in check.errors.items():
                 errors.add(check.graph, cached, Series(check.positions, found, found))
