@@ -61,8 +61,9 @@ class CacheLedger:
 class KVCache:
     """Keys and values of `batch` sequences of up to `length` positions. One thread at a time.
 
-    Made by `Model.new_cache`. The memory is allocated once, and given back by `close`, at the end
-    of a `with` block, or when the object is garbage.
+    Made by `Model.new_cache`. The memory is allocated once, and given up by `close`, at the end
+    of a `with` block, or when the object is garbage. On a CPU the model keeps the memory of the
+    cache that was closed last, for the next one of that size, until `Model.close`.
     """
 
     def __init__(self, backend: Backend, ledger: CacheLedger, batch: int, length: int) -> None:
@@ -144,7 +145,7 @@ class KVCache:
         return self._open_store is None
 
     def close(self) -> None:
-        """Give the memory back; further calls do nothing."""
+        """Give the memory up; further calls do nothing."""
         if self._open_store is not None:
             self._open_store.close()
             self._open_store = None

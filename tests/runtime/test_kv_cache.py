@@ -10,7 +10,7 @@ import neo_runtime
 import numpy as np
 import pytest
 from helpers.hf_reference import reference_logits, relative_error, varied_prompts
-from neo_runtime.backends.base import aligned_zeros
+from neo_runtime.backends.cache_memory import KeptBlock
 from neo_runtime.errors import CacheLimitError, NeoError, RequestError
 from neo_runtime.kv_cache import CacheLedger
 
@@ -100,7 +100,7 @@ def test_more_than_the_system_has_is_a_limit_too(
         def refuse(*_: object) -> None:
             raise MemoryError
 
-        monkeypatch.setattr("neo_runtime.backends.in_place.aligned_zeros", refuse)
+        monkeypatch.setattr(KeptBlock, "take", refuse)
         with pytest.raises(CacheLimitError, match="than the system gives"):
             model.new_cache(1, 8)
         assert model.cache_bytes_in_use == 0
@@ -175,12 +175,3 @@ def test_decode_binds_once_and_writes_in_place(mini_bundle: Path) -> None:
         cache.reorder([1])
         model.decode(cache, [4])
         assert cache.store._decode is not binding  # type: ignore[attr-defined]
-
-
-def test_memory_is_one_aligned_block() -> None:
-    arrays = aligned_zeros([(3, 5), (1, 7), (2, 2)], "float16")
-    assert [array.shape for array in arrays] == [(3, 5), (1, 7), (2, 2)]
-    assert all(array.ctypes.data % 4096 == 0 and array.dtype == np.float16 for array in arrays)
-    assert not any(array.any() for array in arrays)
-    arrays[0][:] = 1
-    assert not arrays[1].any()

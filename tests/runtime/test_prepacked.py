@@ -22,6 +22,7 @@ from helpers.running import relative_l2
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import Quantization
 from neo_export.tolerances import TOLERANCES
+from neo_runtime.backends import onnxruntime as onnxruntime_backend
 from neo_runtime.backends import prepacked, sessions
 from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from neo_runtime.backends.prepacked import PrepackedCache, cache_root
@@ -30,6 +31,7 @@ from neo_runtime.errors import BundleError
 from neo_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
+    from neo_runtime.backends.unused_memory import Mapping
     from numpy.typing import NDArray
 
 CONFIG = TinyConfig(vocab_size=300, num_heads=4, head_dim=16, max_position_embeddings=48)
@@ -158,10 +160,47 @@ def test_what_only_loading_read_is_not_kept_in_memory(
         return pages
 
     assert resident() == 0
-    named: list[Path] = []
-    monkeypatch.setattr(sessions, "forget_pages", lambda *files: named.extend(files))
+    named: list[Mapping] = []
+    monkeypatch.setattr(sessions, "forget_pages", named.extend)
     assert resident() > 0, "loading reads them"
-    assert Path(ort.capi.onnxruntime_pybind11_state.__file__) in named
+    library = Path(ort.capi.onnxruntime_pybind11_state.__file__)
+    assert {library, weights} == {mapping.path for mapping in named}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_rows_of_tokens_leave_memory_behind_a_prompt(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of int8, whose table has a column a token: every step reads all of it."""
+    int4 = open_bundle(bundle).manifest.precision == "int4"
+
+    def after_two_prompts() -> tuple[int, NDArray[np.float32]]:
+        with neo_runtime.load(bundle, threads=1) as model, model.new_cache(1, 32) as kept:
+            model.prefill(kept, [[1]])
+            logits = model.prefill(kept, [IDS]).copy()
+            return resident_pages(key_folder(cache) / "prefill" / prepacked.WEIGHTS_FILE), logits
+
+    answers(bundle)
+    pages, expected = after_two_prompts()
+    monkeypatch.setattr(onnxruntime_backend, "forget_pages", lambda mappings: None)
+    more, found = after_two_prompts()
+    assert (pages < more) if int4 else (pages == more)
+    assert np.array_equal(found, expected)
+
+
+def test_nothing_is_forgotten_behind_close(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other memory may lie there by then."""
+    forgotten: list[object] = []
+    monkeypatch.setattr(onnxruntime_backend, "forget_pages", forgotten.append)
+    backend = OnnxRuntimeBackend(open_bundle(bundle), threads=1)
+    backend.session("prefill")
+    backend.after_prompt()
+    assert len(forgotten) == 1
+    backend.close()
+    backend.after_prompt()
+    assert len(forgotten) == 1
 
 
 def test_float32_keeps_none(mini_bundle: Path, cache: Path) -> None:

@@ -46,6 +46,10 @@ def private_bytes() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
+def forget(*files: Path) -> None:
+    unused_memory.forget_pages(unused_memory.clean_mappings(*files))
+
+
 @on_linux
 def test_nothing_is_left_to_give_back_after_a_prompt(mini_bundle: Path) -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -97,16 +101,25 @@ def test_pages_are_forgotten_and_read_again(file: Path, tmp_path: Path) -> None:
     other.write_bytes(file.read_bytes())
     with mapped(file) as view, mapped(other):
         assert resident_pages(file) == 64
-        unused_memory.forget_pages(file, tmp_path / "not mapped")
+        forget(file, tmp_path / "not mapped")
         assert (resident_pages(file), resident_pages(other)) == (0, 64)
         assert [view[PAGE * number] for number in range(64)] == list(range(64))
+
+
+@on_linux
+def test_a_mapping_of_a_part_knows_which(file: Path) -> None:
+    with file.open("rb") as opened:
+        view = mmap.mmap(opened.fileno(), 2 * PAGE, access=mmap.ACCESS_READ, offset=5 * PAGE)
+    [found] = unused_memory.clean_mappings(file)
+    address = np.frombuffer(view, np.uint8).ctypes.data
+    assert found == unused_memory.Mapping(file, 5 * PAGE, address, 2 * PAGE)
 
 
 @on_linux
 def test_what_was_written_to_a_mapping_stays(file: Path) -> None:
     with mapped(file) as view:
         view[3 * PAGE] = 200
-        unused_memory.forget_pages(file)
+        forget(file)
         assert view[3 * PAGE] == 200
         assert resident_pages(file) == 64
 
@@ -115,7 +128,7 @@ def test_what_was_written_to_a_mapping_stays(file: Path) -> None:
 def test_a_file_is_found_through_a_link(file: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(file)
     with mapped(file):
-        unused_memory.forget_pages(tmp_path / "link")
+        forget(tmp_path / "link")
         assert resident_pages(file) == 0
 
 
@@ -124,5 +137,5 @@ def test_nothing_is_forgotten_where_the_system_cannot(
 ) -> None:
     monkeypatch.setattr(unused_memory, "_c_function", lambda _: None)
     with mapped(file) as view:
-        unused_memory.forget_pages(file)
+        forget(file)
         assert view[PAGE] == 1

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.base import CacheStore, aligned_zeros
+from neo_runtime.backends.base import CacheStore
 from neo_runtime.backends.binding import BoundCall
+from neo_runtime.backends.cache_memory import aligned_zeros
 from neo_runtime.step_logits import StepLogits
 
 if TYPE_CHECKING:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from neo_runtime.manifest import Manifest
     from neo_runtime.step_logits import StepLogits
 
-__all__ = ["Backend", "CacheStore", "aligned_zeros", "layer_lengths"]
+__all__ = ["Backend", "CacheStore", "layer_lengths"]
 
 
 class CacheStore(ABC):
@@ -78,7 +77,7 @@ class CacheStore(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give the memory back. The store cannot be used afterwards."""
+        """Give the memory back, or leave it to the next store; this one cannot be used any more."""
 
 
 class Backend(ABC):
@@ -128,24 +127,3 @@ def layer_lengths(manifest: Manifest, length: int) -> list[int]:
         return [length] * manifest.model.num_layers
     local = max(window, min(length, window + window // 4))
     return [local if kind == "local" else length for kind in manifest.model.attention_layers]
-
-
-_PAGE = 4096
-
-
-def aligned_zeros(shapes: Sequence[tuple[int, ...]], dtype: str) -> list[NDArray[np.generic]]:
-    """Zero arrays of these shapes, page-aligned, as slices of ONE allocation.
-
-    Large zeroed memory comes from the operating system page by page as it is first written, so
-    a long cache that is only partly used only partly costs memory.
-    """
-    kind = np.dtype(dtype)
-    sizes = [int(np.prod(shape, dtype=np.int64)) * kind.itemsize for shape in shapes]
-    strides = [-(-size // _PAGE) * _PAGE for size in sizes]
-    block = np.zeros(sum(strides) + _PAGE, dtype=np.uint8)
-    offset = -block.ctypes.data % _PAGE
-    arrays: list[NDArray[np.generic]] = []
-    for shape, size, stride in zip(shapes, sizes, strides, strict=True):
-        arrays.append(block[offset : offset + size].view(kind).reshape(shape))
-        offset += stride
-    return arrays

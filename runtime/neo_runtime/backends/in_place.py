@@ -5,13 +5,13 @@
     row 0   k k k k k k . . . .      lengths[0] = 6: the next token is written at position 6
     row 1   k k k . . . . . . .      lengths[1] = 3
 
-Rows are contiguous, so a row, or the first rows, can be bound as a smaller batch. The first
-prompt of all rows goes through the graph together, padded on the right; what comes later goes
-row by row, because the fused attention takes several new tokens behind a past for one row only.
+Rows are contiguous, so neighbouring rows can be bound as a smaller batch. The first prompts of
+rows go through the graph together, padded on the right, as many as a chunk of tokens has room for;
+what comes later goes row by row, because the fused attention takes several new tokens behind a past
+for one row only.
 
 Where `CacheSpec.window` is set, a local layer's buffer holds little more than the window: the
-graph then keeps the last positions at its front. In this mode the fused attention takes no
-padding, so only neighbouring prompts of one length go together.
+graph then keeps the last positions at its front.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.base import CacheStore, aligned_zeros, layer_lengths
+from neo_runtime.backends.base import CacheStore, layer_lengths
 from neo_runtime.backends.binding import BoundCall
+from neo_runtime.backends.cache_memory import aligned_arrays, aligned_size
 from neo_runtime.backends.staged_cache import StagedCache
-from neo_runtime.backends.unused_memory import give_back
 from neo_runtime.manifest import CANDIDATE_OUTPUTS
 from neo_runtime.step_logits import CandidateRows, StepLogits
 
@@ -44,12 +44,25 @@ class RightPaddedStore(CacheStore):
 
     def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
         """See `CacheStore.prefill`."""
-        if self.lengths.any() or max(map(len, prompts)) > chunk:
-            for row, prompt in enumerate(prompts):
-                self._prefill_row(row, prompt, chunk)
-        else:
-            self._prefill_first(0, prompts)
+        row = 0
+        while row < len(prompts):
+            together = self._together(row, prompts, chunk)
+            if together:
+                self._prefill_first(row, prompts[row : row + together])
+            else:
+                self._prefill_row(row, prompts[row], chunk)
+            row += max(together, 1)
         return self._after_prefill()
+
+    def _together(self, row: int, prompts: Sequence[NDArray[np.int64]], chunk: int) -> int:
+        """Rows from `row` on that are empty, and with padding fit into one call; may be none."""
+        count, longest = 0, 0
+        while row + count < len(prompts) and not self.lengths[row + count]:
+            longest = max(longest, len(prompts[row + count]))
+            if longest * (count + 1) > chunk:
+                break
+            count += 1
+        return count
 
     def _prefill_first(self, row: int, prompts: Sequence[NDArray[np.int64]]) -> None:
         """The first tokens of the empty rows `row`, `row + 1`, …: one call, padded on the right."""
@@ -106,7 +119,9 @@ class InPlaceStore(RightPaddedStore):
         self._length = length
         # The prefill graph widens an int8 cache, whole buffers of it.
         self._widens = backend.manifest.cache.dtype == "int8"
-        self._buffers = aligned_zeros(shapes, backend.manifest.cache.dtype)
+        dtype = backend.manifest.cache.dtype
+        self._block = backend.kept_block.take(aligned_size(shapes, dtype))
+        self._buffers = aligned_arrays(self._block, shapes, dtype)
         self._logits = np.zeros((batch, 1, model.vocab_size), dtype=np.float32)
         self._candidates = _candidate_arrays(backend.manifest, batch)
         self._ids = np.zeros((batch, 1), dtype=np.int64)
@@ -132,7 +147,7 @@ class InPlaceStore(RightPaddedStore):
         staged.store()
 
     def _after_prefill(self) -> StepLogits:
-        give_back()
+        self._backend.after_prompt()
         self._refresh_mask()
         return self._step()
 
@@ -213,6 +228,7 @@ class InPlaceStore(RightPaddedStore):
         """See `CacheStore.close`."""
         self._decode = None
         self._buffers = []
+        self._backend.kept_block.keep(self._block)
 
 
 def _candidate_arrays(manifest: Manifest, batch: int) -> dict[str, NDArray[Any]]:

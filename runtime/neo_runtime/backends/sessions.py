@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.backends.prepacked import WEIGHTS_FILE, PrepackedCache
-from neo_runtime.backends.unused_memory import forget_pages
+from neo_runtime.backends.unused_memory import Mapping, clean_mappings, forget_pages
 from neo_runtime.errors import BundleError, DeviceMemoryError, NeoError, RequestError
 from neo_runtime.installation import require_onnxruntime
 from neo_runtime.manifest import is_quantized
+from neo_runtime.onnx_external import external_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections import abc
+    from collections.abc import Iterator, Sequence
 
     from neo_runtime.bundle import Bundle
     from neo_runtime.manifest import Manifest
@@ -40,7 +43,14 @@ def session_settings(manifest: Manifest, graph: str, *, prepacked: bool = False)
         graph: "prefill", "decode" or "score".
         prepacked: prepacked weights are kept on disk, and mapped from there.
     """
-    settings = {"session.intra_op.allow_spinning": "1" if graph == "decode" else "0"}
+    # Waiting threads that sleep cost a prompt 2 to 4 %. Between the steps of decode they go on
+    # spinning; behind a prompt there is nothing to wait for.
+    settings = {"session.intra_op.allow_spinning": "1"}
+    if graph != "decode":
+        settings["session.force_spinning_stop"] = "1"
+        # With the bias in it, the CPU's FastGelu takes as much memory again as its result has, and
+        # new pages for it cost more than the activation. One token's bias is cheaper inside.
+        settings["optimization.disable_specified_optimizers"] = "BiasGeluFusion"
     if manifest.precision == "fp32" and manifest.cache.layout == "in_place" and not prepacked:
         # Prepacking would copy every weight once a session. Float32 runs nearly as fast from the
         # file's own layout, and so the weights stay one mapping that all sessions share.
@@ -61,7 +71,7 @@ class SessionFactory:
         bundle: Bundle,
         *,
         threads: int,
-        session_config: Mapping[str, str] | None = None,
+        session_config: abc.Mapping[str, str] | None = None,
         keep_prepacked: bool | None = None,
     ) -> None:
         """Prepare; no graph is loaded yet.
@@ -79,6 +89,10 @@ class SessionFactory:
         self._session_config = dict(session_config or {})
         self.prepacked: PrepackedCache | None = None
         """Prepacked weights on disk; None where this bundle has no use for them."""
+        self.token_rows: list[Mapping] = []
+        """The tables with a row a token, beside the prepacked ones, of all sessions that were made
+        (they must live as long as this is used). Every new token maps all that the system keeps
+        together around its row: a prompt of 128 different ones 40 MB."""
         wanted = keeps_prepacked(bundle.manifest) if keep_prepacked is None else keep_prepacked
         if wanted:
             self.prepacked = PrepackedCache(bundle.manifest.digest, self._ort.__version__)
@@ -90,7 +104,7 @@ class SessionFactory:
             BundleError: onnxruntime cannot load the graph.
         """
         path = self._bundle.file(self._bundle.manifest.graphs[graph].file)
-        read = [Path(self._ort.capi.onnxruntime_pybind11_state.__file__)]
+        library = Path(self._ort.capi.onnxruntime_pybind11_state.__file__)
         session = None
         stored = self._stored(graph, path)
         if stored is not None:
@@ -99,12 +113,15 @@ class SessionFactory:
             options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             with contextlib.suppress(BundleError):  # somebody emptied the cache this very moment
                 session = self._open(stored, options)
-                read.append(stored.with_name(WEIGHTS_FILE))
-        if session is None:
-            session = self._open(path, self._options(graph))
         # Loading reads what running does not: scales that are packed with
         # their weights, half of the library.
-        forget_pages(*read)
+        if session is None or stored is None:
+            session = self._open(path, self._options(graph))
+            forget_pages(clean_mappings(library))
+        else:
+            mappings = clean_mappings(library, stored.with_name(WEIGHTS_FILE))
+            forget_pages(mappings)
+            self.token_rows += _token_rows(stored, mappings, self._bundle.manifest)
         return session
 
     def _stored(self, graph: str, path: Path) -> Path | None:
@@ -154,6 +171,17 @@ class SessionFactory:
         """Turn what onnxruntime raises while running into this project's errors."""
         with translated(self._ort):
             yield
+
+
+def _token_rows(stored: Path, mappings: Sequence[Mapping], manifest: Manifest) -> list[Mapping]:
+    """See `SessionFactory.token_rows`; onnxruntime maps each tensor of a stored graph by itself."""
+    weights = stored.with_name(WEIGHTS_FILE).resolve()
+    tensors = external_tensors(stored.read_bytes())
+    vocabulary = manifest.model.vocab_size
+    tables = [t for t in tensors if len(t.shape) > 1 and t.shape[0] == vocabulary]
+    # A mapping begins where a page does.
+    offsets = {table.offset - table.offset % mmap.PAGESIZE for table in tables}
+    return [m for m in mappings if m.path == weights and m.offset in offsets]
 
 
 def failure_kinds(ort: Any) -> tuple[type[Exception], ...]:

@@ -2,7 +2,7 @@
 
 glibc keeps what was freed for later allocations: about 40 MB of it after the sessions of the 1.3B
 shape were built, and as much again after a prompt. And pages of mapped files that only loading
-read stay with the process. Servers that run several processes want both back.
+or a prompt read stay with the process. Servers that run several processes want both back.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import ctypes
 import functools
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-__all__ = ["forget_pages", "give_back"]
+__all__ = ["Mapping", "clean_mappings", "forget_pages", "give_back"]
 
-_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ [0-9a-f]+ \S+ \S+ +(.*)")
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \S+ +(.*)")
 _MADV_DONTNEED = 4
 
 
@@ -30,33 +31,51 @@ def give_back() -> None:
         trim(0)
 
 
-def forget_pages(*files: Path) -> None:
-    """Take the pages of mapped files out of this process, where the system can (Linux).
+@dataclass(frozen=True)
+class Mapping:
+    """Part of a file in this process's memory that holds nothing but the file."""
+
+    path: Path
+    offset: int
+    """Of its first byte in the file."""
+    start: int
+    """Its address."""
+    size: int
+    """Bytes."""
+
+
+def clean_mappings(*files: Path) -> list[Mapping]:
+    """What this process has mapped of some files, and has not written to (Linux; else nothing)."""
+    wanted = {path.resolve() for path in files}
+    return [mapping for mapping in _all_clean() if mapping.path in wanted]
+
+
+def forget_pages(mappings: Iterable[Mapping]) -> None:
+    """Take pages of mapped files out of this process, where the system can (Linux).
 
     Nothing is lost: a page that is read again is mapped again, from the system's file cache if it
-    still is there. Mappings that have been written to are left alone.
+    still is there.
 
     Args:
-        files: those that this process has not mapped are passed over.
+        mappings: that are there still; other memory at their addresses would be emptied.
     """
     advise = _c_function("madvise")
     if advise is None:
         return
-    wanted = {str(path.resolve()) for path in files}
-    for path, start, size in _clean_mappings():
-        if path in wanted:
-            advise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_DONTNEED)
+    for mapping in mappings:
+        advise(ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.size), _MADV_DONTNEED)
 
 
-def _clean_mappings() -> Iterator[tuple[str, int, int]]:
-    """File, address and bytes of each mapping that holds nothing but its file."""
-    path, start, size = "", 0, 0
+def _all_clean() -> Iterator[Mapping]:
+    if not sys.platform.startswith("linux"):
+        return
+    mapping = None
     for line in Path("/proc/self/smaps").read_text("utf-8", "surrogateescape").splitlines():
         if match := _MAPPING.fullmatch(line):
-            start, stop = (int(match[group], 16) for group in (1, 2))
-            path, size = match[3], stop - start
-        elif line.startswith("Anonymous:") and line.split()[1] == "0":
-            yield path, start, size
+            start, stop, offset = (int(match[group], 16) for group in (1, 2, 3))
+            mapping = Mapping(Path(match[4]), offset, start, stop - start)
+        elif line.startswith("Anonymous:") and line.split()[1] == "0" and mapping is not None:
+            yield mapping
 
 
 @functools.cache

@@ -1,0 +1,104 @@
+"""What the settings of a session do: threads that wait, operators that are left apart."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import neo_runtime
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from neo_runtime.backends.in_place import InPlaceStore
+from neo_runtime.backends.sessions import session_settings
+from neo_runtime.bundle import open_bundle
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+IDLE = """
+import resource, sys, time
+import neo_runtime
+
+def spent():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+with neo_runtime.load(sys.argv[1], threads=2) as model, model.new_cache(1, 64) as cache:
+    for _ in range(2):
+        model.prefill(cache, [[1] * 20])
+        model.logits([1] * 20)
+        before = spent()
+        time.sleep(0.3)
+        print(spent() - before)
+"""
+SPINNING = 0.01
+"""Seconds of a processor's time; without a stop onnxruntime's threads spin for 0.03."""
+
+
+def test_no_thread_spins_behind_a_prompt_or_a_score(mini_bundle: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IDLE, str(mini_bundle)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    first, second = map(float, done.stdout.split())
+    assert min(first, second) < SPINNING
+
+
+@pytest.mark.parametrize(("graph", "inputs"), [("prefill", 1), ("score", 1), ("decode", 2)])
+def test_the_bias_stays_apart_from_an_activation_of_many_tokens(
+    mini_bundle: Path, tmp_path: Path, graph: str, inputs: int
+) -> None:
+    """onnxruntime's own fusion would bring back the memory that the exporter left out."""
+    bundle = open_bundle(mini_bundle)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    for key, value in session_settings(bundle.manifest, graph).items():
+        options.add_session_config_entry(key, value)
+    path = bundle.file(bundle.manifest.graphs[graph].file)
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    found = {len(node.input) for node in nodes if node.op_type == "FastGelu"}
+    assert found == {inputs}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "calls"),
+    [
+        ((10, 10, 10), [(0, 3, 10)]),
+        ((16, 16, 16), [(0, 2, 16), (2, 1, 16)]),
+        ((3, 20, 5, 30, 2), [(0, 1, 3), (1, 1, 20), (2, 1, 5), (3, 1, 30), (4, 1, 2)]),
+        ((2, 8, 1, 40, 4, 4), [(0, 3, 8), (3, 1, 32), (3, 1, 8), (4, 2, 4)]),
+    ],
+)
+def test_prompts_go_together_as_far_as_a_chunk_has_room(
+    mini_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: tuple[int, ...],
+    calls: list[tuple[int, int, int]],
+) -> None:
+    """Each call: first row, rows, tokens with padding."""
+    seen = []
+    run = InPlaceStore._run_prefill
+
+    def recorded(store: InPlaceStore, row: int, ids: NDArray[np.int64], *rest: object) -> None:
+        seen.append((row, *ids.shape))
+        run(store, row, ids, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(InPlaceStore, "_run_prefill", recorded)
+    prompts = [np.arange(5, 5 + length) for length in lengths]
+    with neo_runtime.load(mini_bundle, threads=1, prefill_chunk=32) as model:
+        with model.new_cache(len(prompts), 64) as cache:
+            together = model.prefill(cache, prompts).copy()
+        assert seen == calls
+        for prompt, found in zip(prompts, together, strict=True):
+            with model.new_cache(1, 64) as cache:
+                np.testing.assert_allclose(model.prefill(cache, [prompt])[0], found, atol=1e-4)
