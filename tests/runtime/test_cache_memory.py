@@ -87,8 +87,16 @@ def test_requests_in_a_row_share_memory_and_requests_at_once_do_not(mini_bundle:
             with model.new_cache(1, 64) as cache:
                 places.append(cache.store.contents()[0].ctypes.data)
         assert len(set(places)) == 1
+        cache.close()
+        closed = model._backend.open_cache(1, 64)
+        closed.close()
+        closed.close()  # not a second time: another cache may have the memory
         with model.new_cache(1, 64) as one, model.new_cache(1, 64) as other:
+            closed.close()
             assert one.store.contents()[0].ctypes.data != other.store.contents()[0].ctypes.data
+            with model.new_cache(1, 64) as third:
+                taken = {cache.store.contents()[0].ctypes.data for cache in (one, other, third)}
+                assert len(taken) == 3
 
 
 @pytest.fixture(

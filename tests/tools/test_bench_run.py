@@ -110,6 +110,22 @@ def test_hidden_instructions_are_in_the_report(results: Results) -> None:
     assert any(line.startswith("AVX-512 and AMX are hidden") for line in results.warnings)
 
 
+def test_what_the_runtime_warns_of_is_in_the_report(
+    settings: Settings, mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its cache folder a bundle is slower, and holds weights once a graph."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NEO_CACHE_DIR", str(tmp_path / "file"))
+    alone = replace(
+        settings, peers=(), model=None, repetitions=1, keep_prepacked=True, cases=settings.cases[:1]
+    )
+    found = run(alone, lambda line: None)
+    name = mini_bundle.name
+    assert any(line.startswith(f"{name}: prepacked weights cannot") for line in found.warnings)
+    [bundle] = found.participants
+    assert bundle.prepacked_bytes == 0
+
+
 def test_rates_are_tokens_over_seconds(results: Results) -> None:
     assert [(r.label, r.test) for r in results.rows] == [
         ("cpu", "pp12"),

@@ -51,7 +51,7 @@ class KeptBlock:
             self._block = None if self._closed else block
 
     def close(self) -> None:
-        """Give the memory back to the system, and that of caches that are open still, too."""
+        """Give the memory back to the system; that of open caches goes when they are closed."""
         with self._lock:
             self._closed, self._block = True, None
 

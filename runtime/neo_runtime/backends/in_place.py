@@ -120,8 +120,9 @@ class InPlaceStore(RightPaddedStore):
         # The prefill graph widens an int8 cache, whole buffers of it.
         self._widens = backend.manifest.cache.dtype == "int8"
         dtype = backend.manifest.cache.dtype
-        self._block = backend.kept_block.take(aligned_size(shapes, dtype))
-        self._buffers = aligned_arrays(self._block, shapes, dtype)
+        block = backend.kept_block.take(aligned_size(shapes, dtype))
+        self._buffers = aligned_arrays(block, shapes, dtype)
+        self._block: NDArray[np.uint8] | None = block
         self._logits = np.zeros((batch, 1, model.vocab_size), dtype=np.float32)
         self._candidates = _candidate_arrays(backend.manifest, batch)
         self._ids = np.zeros((batch, 1), dtype=np.int64)
@@ -228,7 +229,9 @@ class InPlaceStore(RightPaddedStore):
         """See `CacheStore.close`."""
         self._decode = None
         self._buffers = []
-        self._backend.kept_block.keep(self._block)
+        block, self._block = self._block, None
+        if block is not None:  # else another cache may have it by now
+            self._backend.kept_block.keep(block)
 
 
 def _candidate_arrays(manifest: Manifest, batch: int) -> dict[str, NDArray[Any]]:

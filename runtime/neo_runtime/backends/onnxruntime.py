@@ -126,9 +126,13 @@ class OnnxRuntimeBackend(Backend):
     def after_prompt(self) -> None:
         """Return the memory that a prompt took, and no other call needs."""
         give_back()
-        with self._lock:
-            if not self._closed:  # else what was mapped may be gone
-                forget_pages(self._factory.token_rows)
+        # While somebody loads a graph this can wait until the next prompt.
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._closed:  # else what was mapped may be gone
+                    forget_pages(self._factory.token_rows)
+            finally:
+                self._lock.release()
 
     def close(self) -> None:
         """See `Backend.close`."""

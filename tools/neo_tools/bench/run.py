@@ -57,6 +57,12 @@ def run(settings: Settings, progress: Callable[[str], None]) -> Results:
         busy_warning(machine),
         watch.warning(machine.processors),
         small_buffer_warning(machine, settings.probe_bytes),
+        *(
+            f"{facts.label}: {text}"
+            for part in parts
+            for facts in part.participants
+            for text in facts.details.get("warnings", ())
+        ),
     ]
     return Results(
         machine=machine,

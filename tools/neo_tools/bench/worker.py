@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import traceback
 from contextlib import contextmanager
@@ -87,8 +88,9 @@ class NeoEngine:
         if self._options["backend"] in ("cuda", "tensorrt"):
             self._context_bytes = self._held_bytes()
         imported = perf_counter()
-        self._opened = neo_runtime.load(self._bundle, **self._options)
-        self._opened._backend.prepare()
+        with _warnings() as warnings:
+            self._opened = neo_runtime.load(self._bundle, **self._options)
+            self._opened._backend.prepare()
         ready = perf_counter()
         manifest = self._opened.manifest
         return {
@@ -100,6 +102,7 @@ class NeoEngine:
             "window": manifest.cache.window,
             "backend": self._opened.backend,
             "prepacked_bytes": self._opened.prepacked_bytes,
+            "warnings": warnings,
         }
 
     def reset(self) -> None:
@@ -261,6 +264,20 @@ def native_seconds() -> Iterator[list[float]]:
     finally:
         for name, function in kept.items():
             setattr(native, name, function)
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What the runtime warns of meanwhile."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("neo_runtime")
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
 
 
 def _others(engine: NeoEngine, requests: TextIO, answers: TextIO) -> Iterator[str]:
