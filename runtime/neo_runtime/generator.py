@@ -146,7 +146,7 @@ def steps(model: Model, groups: Sequence[Sequence[Row]]) -> Generator[list[str],
         model: computes the logits.
         groups: the rows of each prompt: as many for every prompt.
     """
-    # Some graphs take together only neighbours of one length.
+    # Neighbours go through the graph together, padded to the longest.
     groups = sorted(groups, key=lambda group: len(group[0].prompt))
     rows = [row for group in groups for row in group]
     for row in rows:

@@ -141,7 +141,7 @@ class KVCache:
 
     @property
     def closed(self) -> bool:
-        """Whether the memory was given back."""
+        """Whether the memory was given up."""
         return self._open_store is None
 
     def close(self) -> None:

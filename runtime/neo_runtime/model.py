@@ -64,8 +64,8 @@ def load(
         max_cache_bytes: limit for the key/value caches of all requests together.
         verify: also compare the weights with their checksum, which reads the whole file.
         prefill_chunk: tokens of a prompt that go through the graph at once, which bounds the memory
-            for activations, with several prompts of a batch together; by default 256 on a CPU (512
-            with float weights), 2048 on a GPU.
+            for activations (of all first prompts of a batch together with fused attention, of each
+            without it); by default 256 on a CPU (512 with float weights), 2048 on a GPU.
         session_config: more onnxruntime session configuration entries.
         keep_prepacked: keep what this CPU's kernels make of weights in a cache folder
             (`NEO_CACHE_DIR`, by default in the user's cache folder), and map it from there: later

@@ -6,18 +6,19 @@ import ctypes
 import mmap
 import sys
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import neo_runtime
 import numpy as np
 import pytest
-from helpers.mappings import resident_pages
+from helpers.mappings import private_bytes, resident_pages
 from neo_runtime.backends import onnxruntime as onnxruntime_backend
 from neo_runtime.backends import unused_memory
 from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
 PAGE = mmap.PAGESIZE
@@ -38,12 +39,6 @@ def mapped(path: Path) -> mmap.mmap:
         found = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     assert [found[PAGE * number] for number in range(64)] == list(range(64))
     return found
-
-
-def private_bytes() -> int:
-    """Anonymous resident memory of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def forget(*files: Path) -> None:

@@ -38,7 +38,8 @@ class CacheStore(ABC):
 
         Args:
             prompts: one int64 array [n_b] a row.
-            chunk: most tokens of a row that go through the graph in one call.
+            chunk: most tokens of a row that go through the graph in one call; where first prompts
+                of several rows go together, of all of them, padding included.
 
         Returns:
             Logits of each row's last position, valid until the next call.

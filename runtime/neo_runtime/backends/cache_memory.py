@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neo_runtime.backends.unused_memory import forget_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["KeptBlock", "aligned_arrays", "aligned_size", "aligned_zeros"]
 
 _PAGE = 4096
-_SLACK = 2
-"""A kept block may be this much larger than what is asked for: all of it stays in memory."""
 
 
 class KeptBlock:
@@ -34,12 +34,14 @@ class KeptBlock:
     def take(self, size: int) -> NDArray[np.uint8]:
         """Memory of at least `size` bytes; what is in it is of no meaning.
 
+        Of a longer block only so much stays in memory: callers keep account of what they ask for.
+
         Raises:
             MemoryError: the system has no more.
         """
         with self._lock:
             block, self._block = self._block, None
-        if block is not None and size <= len(block) <= _SLACK * size:
+        if block is not None and size <= len(block) and forget_bytes(block, size):
             return block
         del block  # before new memory is asked for
         # Zeros come page by page as they are written, so what is not used costs no memory.

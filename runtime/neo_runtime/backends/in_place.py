@@ -16,6 +16,7 @@ graph then keeps the last positions at its front.
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from neo_runtime.backends.base import CacheStore, layer_lengths
 from neo_runtime.backends.binding import BoundCall
 from neo_runtime.backends.cache_memory import aligned_arrays, aligned_size
 from neo_runtime.backends.staged_cache import StagedCache
+from neo_runtime.errors import NeoError
 from neo_runtime.manifest import CANDIDATE_OUTPUTS
 from neo_runtime.step_logits import CandidateRows, StepLogits
 
@@ -123,6 +125,8 @@ class InPlaceStore(RightPaddedStore):
         block = backend.kept_block.take(aligned_size(shapes, dtype))
         self._buffers = aligned_arrays(block, shapes, dtype)
         self._block: NDArray[np.uint8] | None = block
+        self._busy = threading.Lock()
+        """Held while the memory is in use."""
         self._logits = np.zeros((batch, 1, model.vocab_size), dtype=np.float32)
         self._candidates = _candidate_arrays(backend.manifest, batch)
         self._ids = np.zeros((batch, 1), dtype=np.int64)
@@ -138,14 +142,15 @@ class InPlaceStore(RightPaddedStore):
         mask: NDArray[np.int64],
         positions: NDArray[np.int64],
     ) -> None:
-        cache, total = self._rows(row, len(ids)), mask.shape[1]
-        if not self._widens or 2 * total > self._length:
-            self._call("prefill", row, ids, mask, positions, cache, cache).run()
-            return
-        past = int(self.lengths[row])  # the same for all of them: one row, or empty ones
-        staged = StagedCache(cache, self._length, past, total)
-        self._call("prefill", row, ids, mask, positions, staged.past, staged.present).run()
-        staged.store()
+        with self._busy:
+            cache, total = self._rows(row, len(ids)), mask.shape[1]
+            if not self._widens or 2 * total > self._length:
+                self._call("prefill", row, ids, mask, positions, cache, cache).run()
+                return
+            past = int(self.lengths[row])  # the same for all of them: one row, or empty ones
+            staged = StagedCache(cache, self._length, past, total)
+            self._call("prefill", row, ids, mask, positions, staged.past, staged.present).run()
+            staged.store()
 
     def _after_prefill(self) -> StepLogits:
         self._backend.after_prompt()
@@ -154,6 +159,7 @@ class InPlaceStore(RightPaddedStore):
 
     def _rows(self, row: int, count: int) -> list[NDArray[Any]]:
         """`count` rows of every buffer, from `row` on."""
+        self._check_open()
         return [buffer[row : row + count] for buffer in self._buffers]
 
     def _call(
@@ -192,14 +198,15 @@ class InPlaceStore(RightPaddedStore):
     def decode(self, tokens: NDArray[np.int64]) -> StepLogits:
         """See `CacheStore.decode`."""
         batch = self.batch
-        if self._decode is None:
-            cache = self._rows(0, batch)
-            ids, mask, positions = (x[:batch] for x in (self._ids, self._mask, self._positions))
-            self._decode = self._call("decode", 0, ids, mask, positions, cache, cache)
-        self._ids[:batch, 0] = tokens
-        self._positions[:batch, 0] = self.lengths
-        self._mask[np.arange(batch), self.lengths] = 1
-        self._decode.run()
+        with self._busy:
+            if self._decode is None:
+                cache = self._rows(0, batch)
+                ids, mask, positions = (x[:batch] for x in (self._ids, self._mask, self._positions))
+                self._decode = self._call("decode", 0, ids, mask, positions, cache, cache)
+            self._ids[:batch, 0] = tokens
+            self._positions[:batch, 0] = self.lengths
+            self._mask[np.arange(batch), self.lengths] = 1
+            self._decode.run()
         self.lengths += 1
         return self._step()
 
@@ -209,9 +216,10 @@ class InPlaceStore(RightPaddedStore):
         if len(moved):
             sources = rows[moved]
             used = int(self.lengths[sources].max())
-            for buffer in self._buffers:
-                # Indexing copies the sources first, so rows may trade places.
-                buffer[moved, :, :used] = buffer[sources, :, :used]
+            with self._busy:
+                for buffer in self._buffers:
+                    # Indexing copies the sources first, so rows may trade places.
+                    buffer[moved, :, :used] = buffer[sources, :, :used]
         if len(rows) != self.batch:
             self._decode = None
         self.lengths = self.lengths[rows]
@@ -227,11 +235,19 @@ class InPlaceStore(RightPaddedStore):
 
     def close(self) -> None:
         """See `CacheStore.close`."""
+        idle = self._busy.acquire(blocking=False)
+        block, self._block = self._block, None
         self._decode = None
         self._buffers = []
-        block, self._block = self._block, None
-        if block is not None:  # else another cache may have it by now
-            self._backend.kept_block.keep(block)
+        if idle:
+            # Memory that another thread computes in, against the rules, is for nobody else.
+            self._busy.release()
+            if block is not None:
+                self._backend.kept_block.keep(block)
+
+    def _check_open(self) -> None:
+        if self._block is None:
+            raise NeoError("the cache is closed; make another one")
 
 
 def _candidate_arrays(manifest: Manifest, batch: int) -> dict[str, NDArray[Any]]:

@@ -129,8 +129,8 @@ class OnnxRuntimeBackend(Backend):
         # While somebody loads a graph this can wait until the next prompt.
         if self._lock.acquire(blocking=False):
             try:
-                if not self._closed:  # else what was mapped may be gone
-                    forget_pages(self._factory.token_rows)
+                for graph in self._sessions:  # of others what was mapped may be gone
+                    forget_pages(self._factory.token_rows.get(graph, ()))
             finally:
                 self._lock.release()
 

@@ -89,10 +89,10 @@ class SessionFactory:
         self._session_config = dict(session_config or {})
         self.prepacked: PrepackedCache | None = None
         """Prepacked weights on disk; None where this bundle has no use for them."""
-        self.token_rows: list[Mapping] = []
-        """The tables with a row a token, beside the prepacked ones, of all sessions that were made
-        (they must live as long as this is used). Every new token maps all that the system keeps
-        together around its row: a prompt of 128 different ones 40 MB."""
+        self.token_rows: dict[str, list[Mapping]] = {}
+        """The tables with a row a token, beside the prepacked ones, of the last session of each
+        graph; for use while that lives. Every new token maps all that the system keeps together
+        around its row: a prompt of 128 different ones 40 MB."""
         wanted = keeps_prepacked(bundle.manifest) if keep_prepacked is None else keep_prepacked
         if wanted:
             self.prepacked = PrepackedCache(bundle.manifest.digest, self._ort.__version__)
@@ -121,7 +121,8 @@ class SessionFactory:
         else:
             mappings = clean_mappings(library, stored.with_name(WEIGHTS_FILE))
             forget_pages(mappings)
-            self.token_rows += _token_rows(stored, mappings, self._bundle.manifest)
+            with contextlib.suppress(OSError, ValueError):  # the cache, again
+                self.token_rows[graph] = _token_rows(stored, mappings, self._bundle.manifest)
         return session
 
     def _stored(self, graph: str, path: Path) -> Path | None:

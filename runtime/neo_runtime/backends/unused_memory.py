@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import re
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Mapping", "clean_mappings", "forget_pages", "give_back"]
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Mapping", "clean_mappings", "forget_bytes", "forget_pages", "give_back"]
 
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \S+ +(.*)")
 _MADV_DONTNEED = 4
@@ -64,6 +68,24 @@ def forget_pages(mappings: Iterable[Mapping]) -> None:
         return
     for mapping in mappings:
         advise(ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.size), _MADV_DONTNEED)
+
+
+def forget_bytes(block: NDArray[np.uint8], start: int) -> bool:
+    """Give whole pages of an array back, from byte `start` on; they become zeros (Linux).
+
+    Returns:
+        Whether that was done, or there was nothing to do.
+    """
+    first = block.ctypes.data + start
+    first += -first % mmap.PAGESIZE
+    size = block.ctypes.data + block.nbytes - first
+    size -= size % mmap.PAGESIZE
+    if size <= 0:
+        return True
+    advise = _c_function("madvise")
+    if advise is None:
+        return False
+    return bool(advise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_DONTNEED) == 0)
 
 
 def _all_clean() -> Iterator[Mapping]:

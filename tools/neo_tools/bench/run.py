@@ -71,7 +71,7 @@ def run(settings: Settings, progress: Callable[[str], None]) -> Results:
         participants=tuple(facts for part in parts for facts in part.participants),
         rows=tuple(row for part in parts for row in part.rows),
         ratios=tuple(ratio for part in parts for ratio in part.ratios),
-        warnings=tuple(warning for warning in warnings if warning is not None),
+        warnings=tuple(dict.fromkeys(w for w in warnings if w is not None)),
     )
 
 

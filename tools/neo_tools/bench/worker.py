@@ -112,7 +112,7 @@ class NeoEngine:
             self._cache = None
 
     def forward(self, ids: list[list[int]]) -> list[int]:
-        """Append rows of ids; a new sequence allocates its cache, on the clock."""
+        """Append rows of ids; a new sequence opens its cache, on the clock."""
         model = self._model
         if self._cache is None:
             length = model.rounded_length(self._length or model.manifest.max_length)

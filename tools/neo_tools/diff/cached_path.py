@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from neo_tools.diff.probed_backend import ProbedBackend
 
-__all__ = ["Segment", "segments_of", "trace_cached_path"]
+__all__ = ["Segment", "segments_of", "spoil", "trace_cached_path"]
 
 _WRONG = 0.1
 """Relative L2 from which on a cached position counts as wrong in later checks, too."""
@@ -53,6 +54,13 @@ def segments_of(length: int, decoded: Sequence[tuple[int, int]], chunk: int) -> 
     return tuple(segments)
 
 
+def spoil(store: CacheStore) -> None:
+    """Fill an empty cache with NaN (−1 in int8): what an earlier text left could be right."""
+    with contextlib.suppress(NotImplementedError):
+        for array in store.contents():
+            array[...] = np.nan if array.dtype.kind == "f" else -1
+
+
 def trace_cached_path(
     backend: ProbedBackend,
     ids: NDArray[np.int64],
@@ -75,6 +83,7 @@ def trace_cached_path(
     backend.sink = recorder.take
     store = backend.open_cache(1, segments[-1].stop)
     try:
+        spoil(store)
         for segment in segments:
             part = ids[segment.start : segment.stop]
             if segment.graph == "prefill":
@@ -209,7 +218,8 @@ class _Recorder:
             kept = positions
         else:
             flat = cached.transpose(1, 0, 2).reshape(capacity, -1).astype(np.float32)
-            newest = int(np.linalg.norm(flat - computed[-1], axis=-1).argmin())
+            distances = np.linalg.norm(flat - computed[-1], axis=-1)
+            newest = int(np.nan_to_num(distances, nan=np.inf).argmin())  # NaN: see `spoil`
             kept = positions - (total - 1 - newest)
         window = self._manifest.model.window_size
         local = self._manifest.model.attention_layers[layer] == "local"

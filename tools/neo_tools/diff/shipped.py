@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from neo_export.mapped_memory import scratch_array
 
+from neo_tools.diff.cached_path import spoil
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -53,6 +55,7 @@ def stepwise_logits(
     """
     found: dict[str, list[tuple[int, NDArray[np.float32]]]] = {"prefill": [], "decode": []}
     with model.new_cache(1, model.rounded_length(segments[-1].stop)) as cache:
+        spoil(cache.store)
         for segment in segments:
             part = ids[segment.start : segment.stop]
             if segment.graph == "prefill":

@@ -1,0 +1,68 @@
+"""Texts through a cache: each finds it as if nothing had been there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import neo_runtime
+import numpy as np
+from neo_runtime.backends.in_place import InPlaceStore
+from neo_runtime.bundle import open_bundle
+from neo_tools.diff.cached_path import segments_of, trace_cached_path
+from neo_tools.diff.probed_backend import ProbedBackend
+from neo_tools.diff.shipped import stepwise_logits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+
+def test_nothing_of_one_text_is_left_for_the_next(
+    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right keys of an earlier run of the same text would hide a slot that is not written."""
+    ids, seen = np.arange(20), []
+    prefill = InPlaceStore.prefill
+
+    def watched(store: InPlaceStore, *arguments: Any) -> Any:
+        seen.append(all(np.isnan(array).all() for array in store.contents()))
+        return prefill(store, *arguments)
+
+    monkeypatch.setattr(InPlaceStore, "prefill", watched)
+    segments = segments_of(len(ids), (), 32)
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+        for _ in range(2):
+            stepwise_logits(model, ids, segments)
+    backend = ProbedBackend(open_bundle(mini_bundle), threads=1)
+    for _ in range(2):
+        trace_cached_path(backend, ids, segments)
+    backend.close()
+    assert seen == [True] * 4
+
+
+def test_prefill_shows_the_last_layer_at_the_end_of_each_call(mini_bundle: Path) -> None:
+    ids = np.arange(40)
+    backend = ProbedBackend(open_bundle(mini_bundle), threads=1)
+    traces, _ = trace_cached_path(backend, ids, segments_of(len(ids), [(20, 24)], 16))
+    backend.close()
+    last = backend.manifest.model.num_layers - 1
+    assert [(trace.graph, trace.start, trace.length) for trace in traces] == [
+        ("prefill", 0, 16),
+        ("prefill", 16, 4),
+        ("decode", 20, 4),
+        ("prefill", 24, 16),
+    ]
+    for trace in traces:
+        every = list(range(trace.length))
+        some = every if trace.graph == "decode" else every[-1:]
+        for layer, place in (
+            (last, "attention"),
+            (last, "mlp"),
+            (last, "residual"),
+            (None, "final_norm"),
+        ):
+            assert trace.rows(layer, place).tolist() == some
+            assert trace.get(layer, place)[some].any(axis=1).all()
+        assert trace.rows(last, "attended").tolist() == every
+        assert trace.rows(last - 1, "residual").tolist() == every
