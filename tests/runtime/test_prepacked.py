@@ -188,6 +188,23 @@ def test_rows_of_tokens_leave_memory_behind_a_prompt(
     assert np.array_equal(found, expected)
 
 
+def test_a_cache_that_goes_while_it_is_opened(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session has mapped its files; only looking for tables of tokens finds none."""
+    expected = answers(bundle)
+    open_session = sessions.SessionFactory._open
+
+    def opened(factory: sessions.SessionFactory, path: Path, options: Any) -> Any:
+        session = open_session(factory, path, options)
+        if path.is_relative_to(cache):
+            shutil.rmtree(path.parent)
+        return session
+
+    monkeypatch.setattr(sessions.SessionFactory, "_open", opened)
+    assert np.array_equal(answers(bundle), expected)
+
+
 def test_nothing_is_forgotten_behind_close(
     bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

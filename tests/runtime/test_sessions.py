@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from helpers.models import DEMO
+from neo_export.exporter import ExportOptions, export_bundle
 from neo_runtime.backends.in_place import InPlaceStore
 from neo_runtime.backends.sessions import session_settings
 from neo_runtime.bundle import open_bundle
@@ -70,8 +72,34 @@ def test_the_bias_stays_apart_from_an_activation_of_many_tokens(
     assert found == {inputs}
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Of the prefill graph: first row, rows, tokens with padding."""
+    seen: list[tuple[int, int, int]] = []
+    run = InPlaceStore._run_prefill
+
+    def recorded(store: InPlaceStore, row: int, ids: NDArray[np.int64], *rest: object) -> None:
+        seen.append((row, ids.shape[0], ids.shape[1]))
+        run(store, row, ids, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(InPlaceStore, "_run_prefill", recorded)
+    return seen
+
+
 @pytest.mark.parametrize(
-    ("lengths", "calls"),
+    ("precision", "expected"), [("fp32", [(0, 1, 300)]), ("int8", [(0, 1, 256), (0, 1, 44)])]
+)
+def test_quantized_bundles_take_shorter_chunks(
+    precision: str, expected: object, calls: list[tuple[int, int, int]], tmp_path: Path
+) -> None:
+    export_bundle(str(DEMO), tmp_path / "bundle", ExportOptions(precision=precision))
+    with neo_runtime.load(tmp_path / "bundle") as model, model.new_cache(1, 300) as cache:
+        model.prefill(cache, [np.arange(300)])
+    assert calls == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
     [
         ((10, 10, 10), [(0, 3, 10)]),
         ((16, 16, 16), [(0, 2, 16), (2, 1, 16)]),
@@ -81,24 +109,15 @@ def test_the_bias_stays_apart_from_an_activation_of_many_tokens(
 )
 def test_prompts_go_together_as_far_as_a_chunk_has_room(
     mini_bundle: Path,
-    monkeypatch: pytest.MonkeyPatch,
     lengths: tuple[int, ...],
+    expected: list[tuple[int, int, int]],
     calls: list[tuple[int, int, int]],
 ) -> None:
-    """Each call: first row, rows, tokens with padding."""
-    seen = []
-    run = InPlaceStore._run_prefill
-
-    def recorded(store: InPlaceStore, row: int, ids: NDArray[np.int64], *rest: object) -> None:
-        seen.append((row, *ids.shape))
-        run(store, row, ids, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(InPlaceStore, "_run_prefill", recorded)
     prompts = [np.arange(5, 5 + length) for length in lengths]
     with neo_runtime.load(mini_bundle, threads=1, prefill_chunk=32) as model:
         with model.new_cache(len(prompts), 64) as cache:
             together = model.prefill(cache, prompts).copy()
-        assert seen == calls
+        assert calls == expected
         for prompt, found in zip(prompts, together, strict=True):
             with model.new_cache(1, 64) as cache:
                 np.testing.assert_allclose(model.prefill(cache, [prompt])[0], found, atol=1e-4)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import neo_runtime
 import numpy as np
+from neo_export.comparison.explanations import _rows
+from neo_export.comparison.faults import Fault
 from neo_runtime.backends.in_place import InPlaceStore
 from neo_runtime.bundle import open_bundle
 from neo_tools.diff.cached_path import segments_of, trace_cached_path
@@ -66,3 +68,19 @@ def test_prefill_shows_the_last_layer_at_the_end_of_each_call(mini_bundle: Path)
             assert trace.get(layer, place)[some].any(axis=1).all()
         assert trace.rows(last, "attended").tolist() == every
         assert trace.rows(last - 1, "residual").tolist() == every
+
+
+def test_what_would_explain_a_fault_is_tried_where_the_graph_computed(mini_bundle: Path) -> None:
+    backend = ProbedBackend(open_bundle(mini_bundle), threads=1)
+    [trace], _ = trace_cached_path(backend, np.arange(40), segments_of(40, (), 40))
+    backend.close()
+    spec = backend.manifest.model
+    every = ("below", "at", "past")
+
+    def rows(layer: int, place: str, regions: tuple[str, ...] = every) -> list[int]:
+        fault = Fault(layer, place, "everywhere", regions, ("prefill",), error=1.0, limit=0.1)
+        return _rows(fault, trace, spec.window_size).tolist()
+
+    assert rows(spec.num_layers - 1, "mlp") == [39]
+    assert rows(spec.num_layers - 1, "mlp", ("past",)) == []
+    assert rows(spec.num_layers - 2, "mlp") == list(range(40))
