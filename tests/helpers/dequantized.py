@@ -86,26 +86,31 @@ def _float_products(model: onnx.ModelProto) -> int:
     made = {output: node for node in model.graph.node for output in node.output}
     products = _nodes(model, "MatMulIntegerToFloat")
     for product in products:
-        divide = made[made[product.input[0]].input[0]]
         [scaled] = [n for n in _nodes(model, "Mul") if product.output[0] in n.input]
-        assert divide.op_type == "Div"
-        assert divide.input[1] in scaled.input
+        x, row = _rounded(made, made[product.input[0]])
+        assert row in scaled.input
         weight = f"{scaled.output[0]}.weight"
-        x, integers, scales, output = (
-            divide.input[0],
-            product.input[1],
-            product.input[3],
-            scaled.output[0],
-        )
+        integers, scales, output = product.input[1], product.input[3], scaled.output[0]
         at = list(model.graph.node).index(scaled)
         model.graph.node.remove(scaled)
         model.graph.node.insert(at, helper.make_node("MatMul", [x, weight], [output]))
         widen = helper.make_node("DequantizeLinear", [integers, scales], [weight], axis=1)
         model.graph.node.insert(at, widen)
     _drop_unused(model)
-    rounded = [n for n in _nodes(model, "QuantizeLinear") if n.input[1] == "int8.step"]
+    rounded = [n for n in _nodes(model, "QuantizeLinear") if n.input[2].startswith("int8.zero")]
     assert not products or not rounded
     return len(products)
+
+
+def _rounded(made: dict[str, onnx.NodeProto], node: onnx.NodeProto) -> tuple[str, str]:
+    """Names of the activations that are rounded, and of their rows' largest values."""
+    if get_attribute(node, "block_size") > 0:
+        step = made[node.input[1]]
+        assert step.op_type == "Mul"
+        return node.input[0], step.input[0]
+    divide = made[node.input[0]]
+    assert divide.op_type == "Div"
+    return divide.input[0], divide.input[1]
 
 
 def _drop_unused(model: onnx.ModelProto) -> None:

@@ -68,7 +68,7 @@ def test_of_a_longer_block_only_what_is_asked_for_stays_in_memory() -> None:
 def test_a_longer_block_is_of_no_use_where_its_rest_cannot_go(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(unused_memory, "_c_function", lambda _: None)
+    monkeypatch.setattr(unused_memory, "c_function", lambda _: None)
     kept = KeptBlock()
     kept.keep(block := kept.take(1 << 20))
     assert kept.take(1 << 20) is block

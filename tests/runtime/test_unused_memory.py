@@ -85,7 +85,7 @@ def test_the_inputs_of_a_score_are_gone_before_memory_is_given_back(
 
 
 def test_a_c_library_without_it(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unused_memory, "_c_function", lambda _: None)
+    monkeypatch.setattr(unused_memory, "c_function", lambda _: None)
     with neo_runtime.load(mini_bundle, threads=1) as model:
         assert np.isfinite(model.logits(np.arange(9))).all()
 
@@ -130,7 +130,7 @@ def test_a_file_is_found_through_a_link(file: Path, tmp_path: Path) -> None:
 def test_nothing_is_forgotten_where_the_system_cannot(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unused_memory, "_c_function", lambda _: None)
+    monkeypatch.setattr(unused_memory, "c_function", lambda _: None)
     with mapped(file) as view:
         forget(file)
         assert view[PAGE] == 1

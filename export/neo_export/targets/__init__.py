@@ -24,6 +24,7 @@ from neo_export.passes.quantize_int4 import quantize_int4_weights
 from neo_export.passes.quantize_int8 import quantize_int8_weights
 from neo_export.passes.quantize_int8_blocks import quantize_int8_blocks
 from neo_export.passes.quantize_linear import quantize_linear_weights
+from neo_export.passes.quantize_rows import quantize_rows
 from neo_export.passes.static_cache import static_cache
 from neo_export.passes.store_transposed import store_transposed
 from neo_export.passes.window_caches import window_caches
@@ -281,6 +282,8 @@ def passes_for(
     if target.quantize_linear and is_quantized(precision):
         fusions = (*fusions, quantize_linear_weights(plan, largest_input))
         precision = "fp16"
+    if graph != "decode" and target.many_tokens:
+        storage = (quantize_rows, *storage)
     return fusions + _of_precision(target, precision, plan, quantizer) + storage
 
 

@@ -1,20 +1,20 @@
-"""Memory that is not needed any more goes back to the system, not only to the C library.
+"""Pages of memory that are not needed any more go back to the system.
 
-glibc keeps what was freed for later allocations: about 40 MB of it after the sessions of the 1.3B
-shape were built, and as much again after a prompt. And pages of mapped files that only loading
-or a prompt read stay with the process. Servers that run several processes want both back.
+What only loading or a prompt read of mapped files stays with the process, and so does what lies
+behind the part of a block that is in use. Servers that run several processes want both back.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from neo_runtime.backends.heap import c_function
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,17 +22,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Mapping", "clean_mappings", "forget_bytes", "forget_pages", "give_back"]
+__all__ = ["Mapping", "clean_mappings", "forget_bytes", "forget_pages"]
 
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \S+ +(.*)")
 _MADV_DONTNEED = 4
-
-
-def give_back() -> None:
-    """Return freed heap to the system, where the C library can (glibc); a few milliseconds."""
-    trim = _c_function("malloc_trim")
-    if trim is not None:
-        trim(0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ def forget_pages(mappings: Iterable[Mapping]) -> None:
     Args:
         mappings: that are there still; other memory at their addresses would be emptied.
     """
-    advise = _c_function("madvise")
+    advise = c_function("madvise")
     if advise is None:
         return
     for mapping in mappings:
@@ -82,7 +75,7 @@ def forget_bytes(block: NDArray[np.uint8], start: int) -> bool:
     size -= size % mmap.PAGESIZE
     if size <= 0:
         return True
-    advise = _c_function("madvise")
+    advise = c_function("madvise")
     if advise is None:
         return False
     return bool(advise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_DONTNEED) == 0)
@@ -98,11 +91,3 @@ def _all_clean() -> Iterator[Mapping]:
             mapping = Mapping(Path(match[4]), offset, start, stop - start)
         elif line.startswith("Anonymous:") and line.split()[1] == "0" and mapping is not None:
             yield mapping
-
-
-@functools.cache
-def _c_function(name: str) -> Any:
-    """A function of the C library; None where there is none, or no Linux."""
-    if not sys.platform.startswith("linux"):
-        return None
-    return getattr(ctypes.CDLL(None), name, None)

@@ -1,0 +1,89 @@
+"""Rows of activations become integers in one operator instead of two.
+
+    before                                          after
+    QuantizeLinear(x / row, 1/127, 128)             QuantizeLinear(x, row · 1/127, zeros,
+                                                        axis=-1, block_size=width of x)
+
+A block is a row, so its scale is that row's. For many rows that reads and writes activations once
+less: 1 to 3 % of a prompt of the 1.3B shape. For one row it only makes up the zero points, which
+must have the shape of the scales (all are 128).
+
+Must not fire where x has one row: at a last position, in the head.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from neo_export.passes._insert import insert_before
+
+if TYPE_CHECKING:
+    from onnxscript import OpBuilder
+
+__all__ = ["quantize_rows"]
+
+_OPSET = 21  # the first with blocks
+
+
+def quantize_rows(model: ir.Model) -> int:
+    """Apply to the whole model; returns how many activations are quantized in blocks."""
+    graph = model.graph
+    nodes = [node for node in graph if _divides_many_rows(node)]
+    if not nodes:
+        return 0
+    graph.opset_imports[""] = max(_OPSET, graph.opset_imports[""])
+    inputs = {value.name: value for value in graph.inputs}
+    zero = nodes[0].inputs[2]
+    assert zero is not None
+    (zeros,) = insert_before(
+        graph[0], "int8.zeros", lambda op: _zeros(op, inputs["input_ids"], zero)
+    )
+    for node in nodes:
+        _in_blocks(node, zeros)
+    return len(nodes)
+
+
+def _divides_many_rows(node: ir.Node) -> bool:
+    divide = _divide(node)
+    if divide is None or divide.inputs[0] is None:
+        return False
+    shape = divide.inputs[0].shape
+    return shape is not None and len(shape) == 3 and shape[1] != 1 and isinstance(shape[2], int)
+
+
+def _divide(node: ir.Node) -> ir.Node | None:
+    """What divides the activations that this node rounds, for an integer product alone."""
+    if node.op_type != "QuantizeLinear" or node.inputs[0] is None:
+        return None
+    if any(use.node.op_type != "MatMulIntegerToFloat" for use in node.outputs[0].uses()):
+        return None
+    producer = node.inputs[0].producer()
+    return producer if producer is not None and producer.op_type == "Div" else None
+
+
+def _zeros(op: OpBuilder, input_ids: ir.Value, zero: ir.Value) -> tuple[ir.Value]:
+    """The zero point of every row, [batch, sequence, 1]."""
+    zeros = op.Expand(zero, op.Concat(op.Shape(input_ids), [1], axis=0))
+    zeros.name = "int8.zeros"
+    return (zeros,)
+
+
+def _in_blocks(node: ir.Node, zeros: ir.Value) -> None:
+    divide, step = _divide(node), node.inputs[1]
+    assert divide is not None
+    x, row = divide.inputs
+    assert x is not None
+    assert x.shape is not None
+    width = x.shape[2]
+    assert isinstance(width, int)
+    name = f"{node.outputs[0].name}.scale"
+    (scale,) = insert_before(node, name, lambda op: (op.Mul(row, step),))
+    scale.name = name
+    for place, value in enumerate((x, scale, zeros)):
+        node.replace_input_with(place, value)
+    node.attributes["axis"] = ir.AttrInt64("axis", -1)
+    node.attributes["block_size"] = ir.AttrInt64("block_size", width)
+    if not divide.outputs[0].uses() and node.graph is not None:
+        node.graph.remove(divide, safe=True)
