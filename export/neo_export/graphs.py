@@ -33,7 +33,9 @@ __all__ = ["GRAPH_NAMES", "OPSET", "build_graph"]
 
 GRAPH_NAMES = ("prefill", "decode", "score")
 OPSET = 18
-"""LayerNormalization came with 17; 18 is old enough for every runtime in use."""
+"""LayerNormalization came with 17; 18 is old enough for every runtime in use.
+
+Passes may ask for more."""
 IR_VERSION = 10
 _SELECTED = "logits_sequence"
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 import platform
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import neo_runtime
 import numpy as np
@@ -14,9 +16,6 @@ import pytest
 from helpers.mappings import private_bytes
 from neo_runtime.backends import heap
 from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MEGA = 1 << 20
 on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
@@ -41,10 +40,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def new_pages(how: str) -> int:
     command = [sys.executable, "-c", FAULTS, how]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    names = ("GLIBC_TUNABLES", "LD_PRELOAD")
+    clean = {k: v for k, v in os.environ.items() if k not in names and not k.startswith("MALLOC_")}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=clean)
+    return int(done.stdout)
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @on_glibc
+@pytest.mark.skipif(mmap.PAGESIZE != 4096, reason="counts pages of 4 kB")
+@pytest.mark.skipif(
+    HUGE_PAGES.exists() and "[always]" in HUGE_PAGES.read_text(), reason="pages are huge"
+)
 def test_freed_blocks_are_used_again_within_a_call() -> None:
     """Three activations of 8 MB: 6144 pages of 4 kB."""
     assert new_pages("held") < 100
@@ -68,30 +77,62 @@ def test_a_little_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     process = Process(monkeypatch, 100)
     kept = heap.Heap(spare=25)
     for used, calls in ((125, 0), (126, 1), (125, 1), (126, 2)):
-        process.used = used
-        kept.after_call()
+        with kept.call():
+            process.used = used
         assert process.calls == calls
 
 
 def test_what_stays_is_counted_from_the_least_that_was_in_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A long cache was closed, or a result was dropped, before the call."""
     process = Process(monkeypatch, 100)
     kept = heap.Heap(spare=25)
-    process.used = 60  # a long cache was closed
-    kept.after_call()
-    process.used, process.left = 90, 70
-    kept.after_call()
+    process.used, process.left = 60, 70
+    with kept.call():
+        process.used = 90
     assert process.calls == 1
-    process.used = 95
-    kept.after_call()
+    with kept.call():
+        process.used = 95
+    assert process.calls == 1
+
+
+def test_what_another_call_uses_does_not_count_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(monkeypatch, 100)
+    kept = heap.Heap(spare=25)
+    with kept.call():
+        with kept.call():
+            process.used = process.left = 300
+        assert process.calls == 1
+    assert process.calls == 2
+    process.used, process.left = 125, 100
+    with kept.call():
+        pass
+    assert process.calls == 2
+    with kept.call():
+        process.used = 300
+    assert process.calls == 3
+
+
+def test_a_call_that_fails_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(monkeypatch, 100)
+    kept = heap.Heap(spare=25)
+
+    def fail() -> None:
+        with kept.call():
+            process.used = 300
+            raise ValueError("bad")
+
+    with pytest.raises(ValueError, match="bad"):
+        fail()
     assert process.calls == 1
 
 
 def test_everything_goes_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
     process = Process(monkeypatch, None)
     kept = heap.Heap(spare=25)
-    kept.after_call()
+    with kept.call():
+        pass
     assert process.calls == 1
 
 
@@ -100,16 +141,16 @@ def test_anonymous_bytes() -> None:
     held = np.ones(64 * MEGA, np.uint8)
     found = heap.anonymous_bytes()
     assert found is not None
-    assert abs(found - private_bytes()) < 4 * MEGA
+    assert abs(found - private_bytes()) < 16 * MEGA  # the kernel counts in batches
     del held
     after = heap.anonymous_bytes()
     assert after is not None
-    assert found - after > 60 * MEGA
+    assert found - after > 48 * MEGA
 
 
 @on_glibc
 def test_the_next_prompt_finds_memory(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of as much as is spare; with nothing to spare there is less in use behind each prompt."""
+    """As much as is spare; where nothing is, each prompt gives back what it freed."""
     trims: list[int] = []
     trim = ctypes.CDLL(None).malloc_trim
     monkeypatch.setattr(heap, "give_back", lambda: trims.append(trim(0)))
@@ -136,12 +177,9 @@ def test_decode_forgets_the_rows_of_tokens(
     batch: int, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    with neo_runtime.load(mini_bundle, threads=1) as model:
-        with model.new_cache(batch, 64) as cache:
-            model.prefill(cache, [np.arange(3)] * batch)
-            monkeypatch.setattr(
-                OnnxRuntimeBackend, "forget_token_rows", lambda _: calls.append(1)
-            )
-            for _ in range(40):
-                model.decode(cache, np.full(batch, 7))
+    with neo_runtime.load(mini_bundle, threads=1) as model, model.new_cache(batch, 64) as cache:
+        model.prefill(cache, [np.arange(3)] * batch)
+        monkeypatch.setattr(OnnxRuntimeBackend, "forget_token_rows", lambda _: calls.append(1))
+        for _ in range(40):
+            model.decode(cache, np.full(batch, 7))
     assert len(calls) == 40 // -(-16 // batch)

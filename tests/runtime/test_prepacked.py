@@ -213,13 +213,15 @@ def test_nothing_is_forgotten_behind_close(
     monkeypatch.setattr(onnxruntime_backend, "forget_pages", forgotten.append)
     backend = OnnxRuntimeBackend(open_bundle(bundle), threads=1)
     backend.session("prefill")
-    backend.after_prompt()
+    with backend.prompt():
+        pass
     assert len(forgotten) == 1
-    with backend._lock:  # as while a graph is loaded: a prompt does not wait for it
-        backend.after_prompt()
+    with backend._lock, backend.prompt():  # as while a graph is loaded: a prompt does not wait
+        pass
     assert len(forgotten) == 1
     backend.close()
-    backend.after_prompt()
+    with backend.prompt():
+        pass
     assert len(forgotten) == 1
 
 

@@ -9,7 +9,8 @@
 
 One scale a row (token), so that no row depends on its neighbours or on padding. The tied table is
 stored once: the head reads it as a product wants it, the embedding gathers columns of it.
-Must not fire for a weight that is kept wider, or that is computed.
+`quantize_rows` then joins division and rounding where there are many rows. Must not fire for a
+weight that is kept wider, or that is computed.
 """
 
 from __future__ import annotations

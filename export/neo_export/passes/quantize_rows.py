@@ -5,10 +5,10 @@
                                                         axis=-1, block_size=width of x)
 
 A block is a row, so its scale is that row's. For many rows that reads and writes activations once
-less: 1 to 3 % of a prompt of the 1.3B shape. For one row it only makes up the zero points, which
-must have the shape of the scales (all are 128).
+less: up to 4 % of a prompt of the 1.3B shape (docs/performance.md). For one row it would only make
+up the zero points, which must have the shape of the scales (all are 128).
 
-Must not fire where x has one row: at a last position, in the head.
+Must not fire where x has one row a sequence: in decode, at last positions, in the head.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _OPSET = 21  # the first with blocks
 def quantize_rows(model: ir.Model) -> int:
     """Apply to the whole model; returns how many activations are quantized in blocks."""
     graph = model.graph
+    input_ids = next((value for value in graph.inputs if value.name == "input_ids"), None)
+    if input_ids is None or input_ids.shape is None or input_ids.shape[1] == 1:
+        return 0
     nodes = [node for node in graph if _divides_many_rows(node)]
     if not nodes:
         return 0
     graph.opset_imports[""] = max(_OPSET, graph.opset_imports[""])
-    inputs = {value.name: value for value in graph.inputs}
     zero = nodes[0].inputs[2]
     assert zero is not None
-    (zeros,) = insert_before(
-        graph[0], "int8.zeros", lambda op: _zeros(op, inputs["input_ids"], zero)
-    )
+    (zeros,) = insert_before(graph[0], "int8.zeros", lambda op: _zeros(op, input_ids, zero))
     for node in nodes:
         _in_blocks(node, zeros)
     return len(nodes)
@@ -57,7 +57,7 @@ def _divide(node: ir.Node) -> ir.Node | None:
     """What divides the activations that this node rounds, for an integer product alone."""
     if node.op_type != "QuantizeLinear" or node.inputs[0] is None:
         return None
-    if any(use.node.op_type != "MatMulIntegerToFloat" for use in node.outputs[0].uses()):
+    if {use.node.op_type for use in node.outputs[0].uses()} != {"MatMulIntegerToFloat"}:
         return None
     producer = node.inputs[0].producer()
     return producer if producer is not None and producer.op_type == "Div" else None

@@ -177,7 +177,7 @@ TARGETS: dict[str, Target] = {
             summary="onnxruntime on a CPU: fused operators, cache updated in place",
             precisions=("fp32", "fp16", "int8", "int4", "mixed"),
             fusions=(fuse_attention, pack_qkv, window_caches, fuse_gelu, fuse_skip_layer_norm),
-            storage=(store_transposed,),
+            storage=(quantize_rows, store_transposed),
             fused=True,
             many_tokens=((fuse_gelu, fuse_gelu_behind_bias),),
             # The first whose GroupQueryAttention takes padded rows into window-sized caches.
@@ -282,8 +282,6 @@ def passes_for(
     if target.quantize_linear and is_quantized(precision):
         fusions = (*fusions, quantize_linear_weights(plan, largest_input))
         precision = "fp16"
-    if graph != "decode" and target.many_tokens:
-        storage = (quantize_rows, *storage)
     return fusions + _of_precision(target, precision, plan, quantizer) + storage
 
 

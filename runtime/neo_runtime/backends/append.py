@@ -47,6 +47,10 @@ class AppendStore(CacheStore):
 
     def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
         """See `CacheStore.prefill`."""
+        with self._backend.prompt():
+            return self._prefill(prompts, chunk)
+
+    def _prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
         counts = np.array([len(prompt) for prompt in prompts])
         if self._width and (counts != counts[0]).any():
             self._prefill_rows(prompts, counts, chunk)
@@ -105,7 +109,7 @@ class AppendStore(CacheStore):
                 own[0] = shared[row, :, self._width - used :]
             single._width = used
             single.lengths[0] = used
-            self._logits[row, 0] = single.prefill([prompt], chunk).full()[0]
+            self._logits[row, 0] = single._prefill([prompt], chunk).full()[0]
             pad = width - len(prompt) - used
             views = single._views(single._past, 1, used + len(prompt))
             for own, shared in zip(views, present, strict=True):

@@ -44,7 +44,7 @@ class KeptBlock:
         if block is not None and size <= len(block) and forget_bytes(block, size):
             return block
         del block  # before new memory is asked for
-        # Zeros come page by page as they are written, so what is not used costs no memory.
+        # Zeros of a large block come page by page as they are written, so its rest costs nothing.
         return np.zeros(size, dtype=np.uint8)
 
     def keep(self, block: NDArray[np.uint8]) -> None:
@@ -53,7 +53,7 @@ class KeptBlock:
             self._block = None if self._closed else block
 
     def close(self) -> None:
-        """Give the memory back to the system; that of open caches goes when they are closed."""
+        """Free the memory; that of open caches goes when they are closed."""
         with self._lock:
             self._closed, self._block = True, None
 

@@ -1,7 +1,7 @@
 """Memory that the C library keeps of what was freed: most goes back to the system, some is of use.
 
 glibc holds about 40 MB after the sessions of the 1.3B shape were built, and as much again after a
-prompt. Servers that run several processes want that back; but a page that the system hands out
+long prompt. Servers that run several processes want that back; but a page that the system hands out
 anew costs more than a microsecond, 2 % of a prompt's time, so a little may stay.
 """
 
@@ -10,8 +10,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["Heap", "c_function", "give_back", "hold_within_calls"]
 
@@ -20,28 +25,48 @@ _LARGEST_BLOCK = (32 << 20) - (8 << 10)  # glibc's DEFAULT_MMAP_THRESHOLD_MAX, i
 
 
 class Heap:
-    """Gives freed memory back once enough has come together.
+    """Gives back what calls freed, once enough has come together. Safe for threads.
 
-    Safe for threads: the worst of two at once is a call too many.
+    What counts is by how much the process has grown since the least that it had in use, seen where
+    calls begin. What callers free themselves is noticed where it leaves the process.
     """
 
     def __init__(self, spare: int) -> None:
         """Take notice of how much memory is in use.
 
         Args:
-            spare: bytes that may stay, of what was freed.
+            spare: bytes that may stay, of what calls freed.
         """
         self._spare = spare
+        self._lock = threading.Lock()
+        self._running = 0
         self._low = anonymous_bytes()
 
-    def after_call(self) -> None:
-        """Return what was freed to the system, if this process has grown by more than is spare."""
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around what takes memory and frees it."""
         used = anonymous_bytes()
-        if used is None or self._low is None or used - self._low > self._spare:
-            give_back()
-            self._low = anonymous_bytes()
-        else:
-            self._low = min(self._low, used)
+        with self._lock:
+            self._running += 1
+            if used is not None and self._low is not None:
+                self._low = min(self._low, used)
+        try:
+            yield
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        used = anonymous_bytes()
+        with self._lock:
+            self._running -= 1
+            low, alone = self._low, self._running == 0
+        if used is not None and low is not None and used - low <= self._spare:
+            return
+        give_back()
+        if alone:  # else the activations of another call would count as what must be there
+            used = anonymous_bytes()
+            with self._lock:
+                self._low = used
 
 
 def give_back() -> None:

@@ -158,8 +158,12 @@ class InPlaceStore(RightPaddedStore):
             self._call("prefill", row, ids, mask, positions, staged.past, staged.present).run()
             staged.store()
 
+    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
+        """See `CacheStore.prefill`."""
+        with self._backend.prompt():
+            return super().prefill(prompts, chunk)
+
     def _after_prefill(self) -> StepLogits:
-        self._backend.after_prompt()
         self._refresh_mask()
         return self._step()
 

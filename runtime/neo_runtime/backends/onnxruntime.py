@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from neo_runtime.errors import NeoError
 from neo_runtime.manifest import WEIGHTS_NAME, is_quantized
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxRuntimeBackend"]
 
-_SPARE = 40
-"""Of freed memory, as much as this part of the weights stays for the next prompt: 33 MB of int8 at
-the 1.3B shape, where a prompt of 128 tokens takes 25."""
+_SPARE_SHARE, _LARGEST_SPARE = 40, 32 << 20
+"""Of freed memory, as much as this part of the weights stays for the next prompt, and no more than
+that: 32 MB of int8 at the 1.3B shape, where a prompt of 128 tokens takes 25; 18 MB of int4, enough
+for 100 tokens."""
 
 
 class OnnxRuntimeBackend(Backend):
@@ -65,7 +67,8 @@ class OnnxRuntimeBackend(Backend):
             # longer chunks: it reads every weight once a chunk, in an order that costs more.
             self.default_chunk = 256
         hold_within_calls()
-        self._heap = Heap(self.manifest.files[WEIGHTS_NAME].size // _SPARE)
+        weights = self.manifest.files[WEIGHTS_NAME].size
+        self._heap = Heap(min(weights // _SPARE_SHARE, _LARGEST_SPARE))
         self.kept_block = KeptBlock()
         """Of the cache that was closed last."""
 
@@ -110,9 +113,8 @@ class OnnxRuntimeBackend(Backend):
     def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Backend.score`."""
         session = self.session("score")
-        with self.translated():
+        with self._heap.call(), self.translated():
             logits: NDArray[np.float32] = session.run(["logits"], self._score_feeds(ids))[0][0]
-        self._heap.after_call()
         return logits
 
     def _score_feeds(self, ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
@@ -130,9 +132,11 @@ class OnnxRuntimeBackend(Backend):
         feeds["position_ids"] = np.arange(count, dtype=np.int64)[None, :]
         return feeds
 
-    def after_prompt(self) -> None:
-        """Return the memory that a prompt took, and no other call needs."""
-        self._heap.after_call()
+    @contextmanager
+    def prompt(self) -> Iterator[None]:
+        """Around a prompt: behind it the memory that it took, and nothing else needs, goes back."""
+        with self._heap.call():
+            yield
         self.forget_token_rows()
 
     def forget_token_rows(self) -> None:
@@ -151,3 +155,4 @@ class OnnxRuntimeBackend(Backend):
             self._closed = True
             self._sessions.clear()
         self.kept_block.close()
+        give_back()

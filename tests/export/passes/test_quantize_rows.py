@@ -17,7 +17,6 @@ from helpers.graphs import (
 )
 from helpers.models import TinyConfig
 from helpers.running import run_model
-from neo_export.graphs import GRAPH_NAMES
 from neo_export.passes.quantize_int8 import quantize_int8_weights
 from neo_export.passes.quantize_rows import quantize_rows
 from neo_export.quantize.plan import WeightPlan
@@ -99,11 +98,26 @@ def test_must_not_fire_where_integers_are_read_elsewhere() -> None:
     assert "block_size" not in first.attributes
 
 
-@pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_decode_divides(name: str) -> None:
-    """One row: the zero points would only be one operator more."""
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("score", 4 * LAYERS), ("prefill", 4 * LAYERS - 3), ("decode", 0)]
+)
+def test_as_shipped(name: str, blocks: int) -> None:
+    """With q, k and v packed. Decode has one row: the zero points would be one operator more."""
     model = bound_graph(name, CONFIG)
     for step in passes_for(TARGETS["cpu"], "int8", name, spec_of(CONFIG)):
         apply_pass(step, model)
-    blocks = [n for n in nodes_of(model, "QuantizeLinear") if "block_size" in n.attributes]
-    assert (not blocks) == (name == "decode")
+    found = [n for n in nodes_of(model, "QuantizeLinear") if "block_size" in n.attributes]
+    assert len(found) == blocks
+
+
+def test_must_not_fire_for_one_row() -> None:
+    assert apply_pass(quantize_rows, quantized("decode")) == 0
+
+
+def test_a_prompt_of_one_token() -> None:
+    inputs = {k: v[:1, :1] for k, v in situations("score", CONFIG)[0].items() if v.ndim == 2}
+    inputs |= {k: v[:1, :, :0] for k, v in situations("score", CONFIG)[0].items() if v.ndim == 4}
+    model = quantized("score")
+    before = run_model(model, inputs)["logits"]
+    apply_pass(quantize_rows, model)
+    assert np.abs(run_model(model, inputs)["logits"] - before).max() < 6e-2
