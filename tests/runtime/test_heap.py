@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers.mappings import private_bytes
 from neo_runtime.backends import heap
+from neo_runtime.backends import onnxruntime as onnxruntime_backend
 from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
 MEGA = 1 << 20
@@ -23,6 +24,7 @@ on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about g
 FAULTS = """
 import ctypes, resource, sys
 from neo_runtime.backends import heap
+from neo_runtime.backends import onnxruntime as onnxruntime_backend
 if sys.argv[1] == "held":
     heap.hold_within_calls()
 library = ctypes.CDLL(None)
@@ -146,6 +148,41 @@ def test_anonymous_bytes() -> None:
     after = heap.anonymous_bytes()
     assert after is not None
     assert found - after > 48 * MEGA
+
+
+def test_how_much_is_spare(mini_bundle: Path) -> None:
+    """Never more than 32 MB, however large a float32 model is."""
+    assert onnxruntime_backend._spare(5_262 * MEGA) == 32 * MEGA
+    assert onnxruntime_backend._spare(800 * MEGA) == 20 * MEGA
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+        backend = model._backend
+        assert isinstance(backend, OnnxRuntimeBackend)
+        size = backend.manifest.files["weights.bin"].size
+        assert backend._heap._spare == onnxruntime_backend._spare(size)
+
+
+@pytest.mark.parametrize("kind", ["mini_bundle", "portable_bundle"])
+def test_when_memory_is_held_and_given_back(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a cache in place and an appended one."""
+    calls: list[str] = []
+    settle = heap.Heap._settle
+    for name in ("hold_within_calls", "give_back"):
+        monkeypatch.setattr(onnxruntime_backend, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(heap.Heap, "_settle", lambda self: (calls.append("call"), settle(self)))
+    model = neo_runtime.load(request.getfixturevalue(kind), threads=1)
+    assert calls[0] == "hold_within_calls"
+    with model.new_cache(2, 16) as cache:
+        model.prefill(cache, [np.arange(3), np.arange(5)])
+        model.decode(cache, np.array([1, 2]))  # loads its graph
+        calls.clear()
+        model.prefill(cache, [np.arange(2), np.arange(4)])
+        assert calls == ["call"]
+        model.decode(cache, np.array([1, 2]))
+        assert calls == ["call"]
+    model.close()
+    assert calls == ["call", "give_back"]
 
 
 @on_glibc

@@ -67,8 +67,7 @@ class OnnxRuntimeBackend(Backend):
             # longer chunks: it reads every weight once a chunk, in an order that costs more.
             self.default_chunk = 256
         hold_within_calls()
-        weights = self.manifest.files[WEIGHTS_NAME].size
-        self._heap = Heap(min(weights // _SPARE_SHARE, _LARGEST_SPARE))
+        self._heap = Heap(_spare(self.manifest.files[WEIGHTS_NAME].size))
         self.kept_block = KeptBlock()
         """Of the cache that was closed last."""
 
@@ -156,3 +155,8 @@ class OnnxRuntimeBackend(Backend):
             self._sessions.clear()
         self.kept_block.close()
         give_back()
+
+
+def _spare(weights: int) -> int:
+    """Bytes of freed memory that stay for the next prompt, for weights of so many bytes."""
+    return min(weights // _SPARE_SHARE, _LARGEST_SPARE)

@@ -121,3 +121,11 @@ def test_a_prompt_of_one_token() -> None:
     before = run_model(model, inputs)["logits"]
     apply_pass(quantize_rows, model)
     assert np.abs(run_model(model, inputs)["logits"] - before).max() < 6e-2
+
+
+@pytest.mark.parametrize(("had", "has"), [(18, 21), (24, 24)])
+def test_a_newer_opset_stays(had: int, has: int) -> None:
+    model = quantized("score")
+    model.graph.opset_imports[""] = had
+    assert apply_pass(quantize_rows, model) > 0
+    assert model.graph.opset_imports[""] == has
