@@ -24,7 +24,6 @@ on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about g
 FAULTS = """
 import ctypes, resource, sys
 from neo_runtime.backends import heap
-from neo_runtime.backends import onnxruntime as onnxruntime_backend
 if sys.argv[1] == "held":
     heap.hold_within_calls()
 library = ctypes.CDLL(None)
@@ -209,14 +208,19 @@ def test_the_next_prompt_finds_memory(mini_bundle: Path, monkeypatch: pytest.Mon
     assert counts[1] > 0
 
 
+@pytest.mark.parametrize("kind", ["mini_bundle", "portable_bundle"])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_decode_forgets_the_rows_of_tokens(
-    batch: int, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    batch: int, kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[int] = []
-    with neo_runtime.load(mini_bundle, threads=1) as model, model.new_cache(batch, 64) as cache:
+    calls: list[object] = []
+    bundle = request.getfixturevalue(kind)
+    with neo_runtime.load(bundle, threads=1) as model, model.new_cache(batch, 64) as cache:
         model.prefill(cache, [np.arange(3)] * batch)
-        monkeypatch.setattr(OnnxRuntimeBackend, "forget_token_rows", lambda _: calls.append(1))
+        model.decode(cache, np.full(batch, 7))  # loads its graph
+        model.prefill(cache, [np.arange(2)] * batch)  # begins to count anew
+        monkeypatch.setattr(onnxruntime_backend, "forget_pages", calls.append)
         for _ in range(40):
             model.decode(cache, np.full(batch, 7))
-    assert len(calls) == 40 // -(-16 // batch)
+    graphs = 2  # prefill and decode map the table
+    assert len(calls) == graphs * (40 // -(-16 // batch))

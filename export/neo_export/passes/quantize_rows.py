@@ -33,34 +33,31 @@ def quantize_rows(model: ir.Model) -> int:
     input_ids = next((value for value in graph.inputs if value.name == "input_ids"), None)
     if input_ids is None or input_ids.shape is None or input_ids.shape[1] == 1:
         return 0
-    nodes = [node for node in graph if _divides_many_rows(node)]
-    if not nodes:
+    found = [(node, divide) for node in graph if (divide := _divide(node)) is not None]
+    if not found:
         return 0
     graph.opset_imports[""] = max(_OPSET, graph.opset_imports[""])
-    zero = nodes[0].inputs[2]
+    zero = found[0][0].inputs[2]
     assert zero is not None
     (zeros,) = insert_before(graph[0], "int8.zeros", lambda op: _zeros(op, input_ids, zero))
-    for node in nodes:
-        _in_blocks(node, zeros)
-    return len(nodes)
-
-
-def _divides_many_rows(node: ir.Node) -> bool:
-    divide = _divide(node)
-    if divide is None or divide.inputs[0] is None:
-        return False
-    shape = divide.inputs[0].shape
-    return shape is not None and len(shape) == 3 and shape[1] != 1 and isinstance(shape[2], int)
+    for node, divide in found:
+        _in_blocks(node, divide, zeros)
+    return len(found)
 
 
 def _divide(node: ir.Node) -> ir.Node | None:
-    """What divides the activations that this node rounds, for an integer product alone."""
+    """What divides the many rows that this node rounds, for an integer product alone."""
     if node.op_type != "QuantizeLinear" or node.inputs[0] is None:
         return None
     if {use.node.op_type for use in node.outputs[0].uses()} != {"MatMulIntegerToFloat"}:
         return None
-    producer = node.inputs[0].producer()
-    return producer if producer is not None and producer.op_type == "Div" else None
+    divide = node.inputs[0].producer()
+    if divide is None or divide.op_type != "Div" or divide.inputs[0] is None:
+        return None
+    shape = divide.inputs[0].shape
+    if shape is None or len(shape) != 3 or shape[1] == 1 or not isinstance(shape[2], int):
+        return None
+    return divide
 
 
 def _zeros(op: OpBuilder, input_ids: ir.Value, zero: ir.Value) -> tuple[ir.Value]:
@@ -70,10 +67,8 @@ def _zeros(op: OpBuilder, input_ids: ir.Value, zero: ir.Value) -> tuple[ir.Value
     return (zeros,)
 
 
-def _in_blocks(node: ir.Node, zeros: ir.Value) -> None:
-    divide, step = _divide(node), node.inputs[1]
-    assert divide is not None
-    x, row = divide.inputs
+def _in_blocks(node: ir.Node, divide: ir.Node, zeros: ir.Value) -> None:
+    (x, row), step = divide.inputs, node.inputs[1]
     assert x is not None
     assert x.shape is not None
     width = x.shape[2]

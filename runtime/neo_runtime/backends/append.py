@@ -69,6 +69,7 @@ class AppendStore(CacheStore):
         ids = np.ascontiguousarray(tokens, dtype=np.int64)[:, None]
         self._advance("decode", ids, self._width - self.lengths)
         self.lengths += 1
+        self._backend.after_step(self.batch)
         return StepLogits.at_hand(self._logits[: self.batch, 0])
 
     def _advance(self, graph: str, ids: NDArray[np.int64], pads: NDArray[np.int64]) -> None:

@@ -8,19 +8,20 @@ anew costs more than a microsecond, 2 % of a prompt's time, so a little may stay
 from __future__ import annotations
 
 import ctypes
-import functools
-import sys
+import mmap
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from neo_runtime.backends.c_library import c_function
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Heap", "c_function", "give_back", "hold_within_calls"]
+__all__ = ["Heap", "give_back", "hold_within_calls"]
 
-_STATUS = Path("/proc/self/status")
+_STATM = Path("/proc/self/statm")
 _LARGEST_BLOCK = (32 << 20) - (8 << 10)  # glibc's DEFAULT_MMAP_THRESHOLD_MAX, its header included
 
 
@@ -94,18 +95,7 @@ def hold_within_calls() -> None:
 def anonymous_bytes() -> int | None:
     """Memory of this process that belongs to no file; None where the system does not say."""
     try:
-        lines = _STATUS.read_text("utf-8", "surrogateescape").splitlines()
+        _, resident, of_files, *_ = _STATM.read_text("ascii").split()
     except OSError:
         return None
-    for line in lines:
-        if line.startswith("RssAnon:"):
-            return 1024 * int(line.split()[1])
-    return None
-
-
-@functools.cache
-def c_function(name: str) -> Any:
-    """A function of the C library; None where there is none, or no Linux."""
-    if not sys.platform.startswith("linux"):
-        return None
-    return getattr(ctypes.CDLL(None), name, None)
+    return mmap.PAGESIZE * (int(resident) - int(of_files))

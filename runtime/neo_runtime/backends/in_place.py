@@ -40,10 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = ["InPlaceStore", "RightPaddedStore"]
 
-_TOKENS_MAPPED = 16
-"""Tokens that decode may read before their rows of the table leave its memory again: Linux maps up
-to 300 kB around each of them."""
-
 
 class RightPaddedStore(CacheStore):
     """How prompts are cut into calls; where the buffers lie is up to the subclass."""
@@ -137,8 +133,6 @@ class InPlaceStore(RightPaddedStore):
         self._positions = np.zeros((batch, 1), dtype=np.int64)
         self._mask = np.zeros((batch, length), dtype=np.int64)
         self._decode: BoundCall | None = None
-        self._tokens_read = 0
-        """Since the backend forgot what it had mapped for tokens."""
         self.lengths = np.zeros(batch, dtype=np.int64)
 
     def _run_prefill(
@@ -218,10 +212,7 @@ class InPlaceStore(RightPaddedStore):
             self._mask[np.arange(batch), self.lengths] = 1
             self._decode.run()
         self.lengths += 1
-        self._tokens_read += batch
-        if self._tokens_read >= _TOKENS_MAPPED:
-            self._tokens_read = 0
-            self._backend.forget_token_rows()
+        self._backend.after_step(batch)
         return self._step()
 
     def reorder(self, rows: NDArray[np.int64]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.backends.heap import c_function
+from neo_runtime.backends.c_library import c_function
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -1,0 +1,18 @@
+"""Functions of the C library that Python does not offer."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from typing import Any
+
+__all__ = ["c_function"]
+
+
+@functools.cache
+def c_function(name: str) -> Any:
+    """A function of the C library; None where there is none, or no Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), name, None)
