@@ -99,8 +99,9 @@ def test_a_plan_of_another_model(weights: dict[str, str], message: str, tmp_path
 
 
 def test_projections_that_differ_are_not_packed(tmp_path: Path) -> None:
-    """And those that agree are, whatever the rest of the layer does."""
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", CONFIG)
+    """And those that agree are, whatever the rest of the layer does; never those of the last."""
+    config = TinyConfig(attention_layers=("global", "local", "global"))
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", config)
     plan = WeightPlan(Storage("int4", 16), ((ATTENTION.format(0, "k"), Storage("int8")),))
     options = ExportOptions(precision="mixed", quantization=Quantization(plan=plan))
     summary = export_bundle(str(checkpoint), tmp_path / "bundle", options)
@@ -108,8 +109,8 @@ def test_projections_that_differ_are_not_packed(tmp_path: Path) -> None:
         packed = [step.fired for step in graph.passes if step.name == "pack_qkv"]
         assert packed == [1]
         assert graph.operators["MatMulIntegerToFloat"] == 1
-        # Of layer 0: q, v, out, two of the MLP; of layer 1: qkv, out, two of the MLP; the head.
-        assert graph.operators["MatMulNBits"] == 10
+        # Layer 0: q, v; layer 1: qkv; layer 2: q, k, v; of each out, two of the MLP; the head.
+        assert graph.operators["MatMulNBits"] == 16
 
 
 def test_a_kept_projection_stays_float32(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_a_kept_projection_stays_float32(tmp_path: Path) -> None:
     quantization = Quantization(keep=("*.0.*.q_proj.weight",))
     options = ExportOptions(precision="int8", quantization=quantization)
     summary = export_bundle(str(checkpoint), tmp_path / "bundle", options)
-    assert all(graph.operators["MatMulIntegerToFloat"] == 10 for graph in summary.graphs)
+    assert all(graph.operators["MatMulIntegerToFloat"] == 12 for graph in summary.graphs)
 
 
 def test_bytes_of_a_plan(tmp_path: Path) -> None:

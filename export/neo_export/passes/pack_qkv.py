@@ -7,7 +7,7 @@
 
 `packed` is [3·hidden, hidden]: Wq, Wk and Wv one below the other. New keys and values are then
 channels of the packed value (`channels_of`). Must not fire when the three read different inputs,
-or where the plan stores them differently.
+where the plan stores them differently, or in a layer whose queries are selected (`select_query`).
 """
 
 from __future__ import annotations
@@ -125,10 +125,13 @@ def pack_qkv(model: ir.Model) -> int:
     return apply(_PackQKV, model, lambda names: True)
 
 
-def pack_qkv_alike(plan: WeightPlan) -> Pass:
-    """The same for layers whose three projections the plan stores alike."""
+def pack_qkv_alike(plan: WeightPlan, apart: int | None = None) -> Pass:
+    """The same for layers whose three projections the plan stores alike; not for layer `apart`."""
+
+    def alike(names: list[str]) -> bool:
+        return plan.packs(names) and not names[0].startswith(f"transformer.h.{apart}.")
 
     def pack_qkv(model: ir.Model) -> int:
-        return apply(_PackQKV, model, plan.packs)
+        return apply(_PackQKV, model, alike)
 
     return pack_qkv

@@ -4,11 +4,16 @@
     MatMul(x, Transpose(w))           row = max(max|x| along the row, tiny)
                                       q   = QuantizeLinear(x / row, 1/127, 128)          u8
                                       y   = MatMulIntegerToFloat(q, w.int8, 1/127, s) · row
+    MatMul(FastGelu(x), …)            the same, with row = max(max gelu along the row, 0.171)
     Gemm(x, table, transB=1)          the same, with the table stored [hidden, vocabulary]
-    Gather(table, ids)                columns of that same table · their scales
+    Gather(table, ids)                rows of Transpose(that same table) · their scales
 
-One scale a row (token), so that no row depends on its neighbours or on padding. The tied table is
-stored once: the head reads it as a product wants it, the embedding gathers columns of it.
+One scale a row (token), so that no row depends on its neighbours or on padding. GELU is never
+below -0.1701, so the largest value of a row is its largest magnitude; where that is less, the
+row's step is 0.0013. The tied table is stored once, as the head reads it. onnxruntime turns it when
+it loads a graph, and keeps the turned one where it keeps prepacked weights: a column touches as
+many cache lines and pages as it has channels, a row half a page.
+
 `quantize_rows` then joins division and rounding where there are many rows. Must not fire for a
 weight that is kept wider, or that is computed.
 """
@@ -42,6 +47,7 @@ __all__ = ["quantize_int8_weights"]
 _LEVELS = 127
 _ZERO = 128
 _TINY = 1e-30  # a row of zeros must not divide by zero
+_GELU_DEPTH = 0.171  # gelu_new has its minimum at -0.7525: -0.17004
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,9 @@ class _Int8:
 
     def rows(self, op: Any, weight: ir.Value, ids: ir.Value) -> ir.Value:
         integers, scales = self._stored(weight)
-        columns = op.Transpose(op.Gather(integers, ids, axis=1), perm=[1, 2, 0])
+        rows = op.Gather(op.Transpose(integers, perm=[1, 0]), ids, axis=0)
         scale = op.Unsqueeze(op.Gather(scales, ids, axis=0), _last_axis(weight))
-        embedded: ir.Value = op.Mul(op.Cast(columns, to=ir.DataType.FLOAT), scale)
+        embedded: ir.Value = op.Mul(op.Cast(rows, to=ir.DataType.FLOAT), scale)
         return embedded
 
     def product(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
@@ -63,15 +69,26 @@ class _Int8:
         integers, scales = self._stored(weight)
         step = add_initializer(graph, "int8.step", _scalar(np.float32(1 / _LEVELS)))
         zero = add_initializer(graph, "int8.zero", _scalar(np.uint8(_ZERO)))
-        tiny = add_initializer(graph, "int8.tiny", _scalar(np.float32(_TINY)))
-        largest = op.ReduceMax(op.Abs(x), _last_axis(weight), keepdims=1)
-        row = op.Max(largest, tiny)
+        row = self._largest(op, x, weight)
         quantized = op.QuantizeLinear(op.Div(x, row), step, zero)
         product = op.MatMulIntegerToFloat(
             quantized, integers, step, scales, zero, _domain="com.microsoft"
         )
         scaled: ir.Value = op.Mul(product, row)
         return scaled
+
+    def _largest(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """What becomes 127 of each row [..., 1]; never 0."""
+        graph, axis = weight.graph, _last_axis(weight)
+        assert graph is not None
+        node = x.producer()
+        if node is not None and node.op_type == "FastGelu":
+            depth = add_initializer(graph, "int8.gelu_depth", _scalar(np.float32(_GELU_DEPTH)))
+            row: ir.Value = op.Max(op.ReduceMax(x, axis, keepdims=1), depth)
+        else:
+            tiny = add_initializer(graph, "int8.tiny", _scalar(np.float32(_TINY)))
+            row = op.Max(op.ReduceMax(op.Abs(x), axis, keepdims=1), tiny)
+        return row
 
     def _stored(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The integers [in, out] and scales [out]; made once, however often the weight is read."""

@@ -25,6 +25,7 @@ from neo_export.passes.quantize_int8 import quantize_int8_weights
 from neo_export.passes.quantize_int8_blocks import quantize_int8_blocks
 from neo_export.passes.quantize_linear import quantize_linear_weights
 from neo_export.passes.quantize_rows import quantize_rows
+from neo_export.passes.select_query import select_query
 from neo_export.passes.static_cache import static_cache
 from neo_export.passes.store_transposed import store_transposed
 from neo_export.passes.window_caches import window_caches
@@ -124,7 +125,7 @@ class Target:
         onnxruntime's fused attention computes them in float16 on processors that have kernels for
         it (MlasGQASupported: ARM64), and in float32 on others.
         """
-        fused = (fuse_attention, pack_qkv, window_caches)
+        fused = (fuse_attention, pack_qkv, select_query, window_caches)
         return replace(self, fused=False, fusions=tuple(f for f in self.fusions if f not in fused))
 
     def plan_for(
@@ -176,7 +177,14 @@ TARGETS: dict[str, Target] = {
             name="cpu",
             summary="onnxruntime on a CPU: fused operators, cache updated in place",
             precisions=("fp32", "fp16", "int8", "int4", "mixed"),
-            fusions=(fuse_attention, pack_qkv, window_caches, fuse_gelu, fuse_skip_layer_norm),
+            fusions=(
+                fuse_attention,
+                pack_qkv,
+                select_query,
+                window_caches,
+                fuse_gelu,
+                fuse_skip_layer_norm,
+            ),
             storage=(quantize_rows, store_transposed),
             fused=True,
             many_tokens=((fuse_gelu, fuse_gelu_behind_bias),),
@@ -267,7 +275,8 @@ def passes_for(
     plan = target.plan_for(quantization or Quantization(), graph, precision, spec)
     others = dict(() if graph == "decode" else target.many_tokens)
     fusions = tuple(others.get(f, f) for f in target.fusions)
-    fusions = tuple(pack_qkv_alike(plan) if f is pack_qkv else f for f in fusions)
+    apart = spec.num_layers - 1 if select_query in fusions else None
+    fusions = tuple(pack_qkv_alike(plan, apart) if f is pack_qkv else f for f in fusions)
     if precision not in ("fp16", "bf16") and not target.half_activations:
         # The CPU's kernel is half as exact as Add and LayerNormalization are (1.3B shape: logits
         # 1.9e-5 from float64 with it, 1.1e-5 without, PyTorch 1.3e-5), and three times as slow

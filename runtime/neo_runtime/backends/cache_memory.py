@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ def aligned_arrays(
     offset = -block.ctypes.data % _PAGE
     arrays: list[NDArray[np.generic]] = []
     for shape, stride in zip(shapes, _strides(shapes, dtype), strict=True):
-        size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+        size = math.prod(shape) * kind.itemsize
         arrays.append(block[offset : offset + size].view(kind).reshape(shape))
         offset += stride
     return arrays
@@ -84,5 +85,5 @@ def aligned_zeros(shapes: Sequence[tuple[int, ...]], dtype: str) -> list[NDArray
 
 def _strides(shapes: Sequence[tuple[int, ...]], dtype: str) -> list[int]:
     itemsize = np.dtype(dtype).itemsize
-    sizes = [int(np.prod(shape, dtype=np.int64)) * itemsize for shape in shapes]
+    sizes = [math.prod(shape) * itemsize for shape in shapes]
     return [-(-size // _PAGE) * _PAGE for size in sizes]

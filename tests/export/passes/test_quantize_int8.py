@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from helpers.graphs import (
     apply_pass,
@@ -17,11 +18,13 @@ from helpers.graphs import (
     situations,
     spec_of,
     through_identity,
+    value_named,
 )
 from helpers.models import TinyConfig
 from helpers.running import run_model
 from neo_export.checkpoint import expected_shapes
 from neo_export.graphs import GRAPH_NAMES
+from neo_export.passes.fuse_gelu import fuse_gelu_behind_bias
 from neo_export.passes.half_positions import half_positions
 from neo_export.passes.quantize_int8 import quantize_int8_weights
 from neo_export.probes import probes_of
@@ -32,7 +35,7 @@ from neo_export.weights import write_weights
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import onnx_ir as ir
+    from numpy.typing import NDArray
 
 CONFIG = TinyConfig()
 LAYERS = len(CONFIG.attention_layers)
@@ -115,11 +118,65 @@ def test_activations_are_scaled_a_row() -> None:
         assert node.attributes.get_int("keepdims") == 1
 
 
+def behind_gelu(parameters: dict[str, NDArray[np.float32]] | None = None) -> ir.Model:
+    model = bound_graph("score", CONFIG, parameters)
+    assert apply_pass(fuse_gelu_behind_bias, model) == LAYERS
+    assert apply_pass(quantize_int8_weights(WeightPlan.uniform("int8")), model) > 0
+    return model
+
+
+def test_gelu_is_never_as_low_as_its_rows_are_taken_to_be() -> None:
+    """So the largest value of a row is its largest magnitude, or less than that constant."""
+    [depth] = {
+        float(value.const_value.numpy())
+        for node in nodes_of(behind_gelu(), "Max")
+        for value in node.inputs
+        if value is not None and value.name == "int8.gelu_depth" and value.const_value is not None
+    }
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None]))
+    gelu = ir.node("FastGelu", [x], domain="com.microsoft")
+    gelu.outputs[0].name, gelu.outputs[0].type = "y", x.type
+    opsets = {"": 20, "com.microsoft": 1}
+    graph = ir.Graph([x], gelu.outputs, nodes=[gelu], opset_imports=opsets, name="gelu")
+    values = np.linspace(-20, 2, 1_000_001, dtype=np.float32)
+    lowest = run_model(ir.Model(graph, ir_version=10), {"x": values})["y"].min()
+    assert -depth < lowest < -0.99 * depth
+
+
+def test_rows_behind_gelu_are_scaled_by_their_largest_value() -> None:
+    model = behind_gelu()
+    assert operators(model)["Abs"] == PRODUCTS - LAYERS
+    for node in nodes_of(model, "FastGelu"):
+        readers = {use.node.op_type for use in node.outputs[0].uses()}
+        assert readers == {"ReduceMax", "Div"}
+    assert_same_outputs(quantized(), model, situations("score", CONFIG), 6e-2)
+
+
+@pytest.mark.parametrize("bias", [-0.7525, -6.0, 0.05])
+def test_a_small_row_behind_gelu_is_off_by_half_a_step(bias: float) -> None:
+    """At GELU's minimum, far below it, and where all of it is small."""
+    parameters = random_parameters(CONFIG)
+    place = f"transformer.h.{LAYERS - 1}.mlp"
+    parameters[f"{place}.c_fc.weight"][:] = 0
+    parameters[f"{place}.c_fc.bias"][:] = bias
+    model = behind_gelu(parameters)
+    value = value_named(model, place)
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+    model.graph.outputs.append(value)
+    found = run_model(model, situations("score", CONFIG)[0])[place]
+    gelu = bias * 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * (bias + 0.044715 * bias**3)))
+    weight = dequantize_int8(parameters[f"{place}.c_proj.weight"])
+    expected = gelu * weight.sum(axis=1) + parameters[f"{place}.c_proj.bias"]
+    half_step = 0.171 / 127 / 2
+    assert (np.abs(found - expected) <= half_step * np.abs(weight).sum(axis=1) + 1e-6).all()
+
+
 def test_the_tied_table_is_stored_once() -> None:
     model = quantized()
-    [gather] = [n for n in nodes_of(model, "Gather") if f"{TABLE}.int8" in _names(n)]
+    [turn] = [n for n in nodes_of(model, "Transpose") if f"{TABLE}.int8" in _names(n)]
     [head] = [n for n in nodes_of(model, "MatMulIntegerToFloat") if f"{TABLE}.int8" in _names(n)]
-    assert gather.inputs[0] is head.inputs[1]
+    assert turn.inputs[0] is head.inputs[1]
+    assert {use.node.op_type for use in turn.outputs[0].uses()} == {"Gather"}
     table = model.graph.initializers[f"{TABLE}.int8"]
     assert table.shape == (CONFIG.hidden_size, CONFIG.vocab_size)
     assert table.const_value is not None
