@@ -59,6 +59,8 @@ def test_prefill_shows_the_last_layer_at_the_end_of_each_call(mini_bundle: Path)
         every = list(range(trace.length))
         some = every if trace.graph == "decode" else every[-1:]
         for layer, place in (
+            (last, "query"),
+            (last, "attended"),
             (last, "attention"),
             (last, "mlp"),
             (last, "residual"),
@@ -66,7 +68,8 @@ def test_prefill_shows_the_last_layer_at_the_end_of_each_call(mini_bundle: Path)
         ):
             assert trace.rows(layer, place).tolist() == some
             assert trace.get(layer, place)[some].any(axis=1).all()
-        assert trace.rows(last, "attended").tolist() == every
+        assert trace.rows(last, "key").tolist() == every
+        assert trace.rows(last - 1, "attended").tolist() == every
         assert trace.rows(last - 1, "residual").tolist() == every
 
 
