@@ -229,6 +229,17 @@ def scaled(layer: int, head_dim: int, graphs: tuple[str, ...] = GRAPHS) -> Fault
     return Fault("scaled attention", layer, ("attended",), graphs=graphs, graph=change)
 
 
+def other_norm(layer: int, other: int, graph: str) -> Fault:
+    """One graph scales a layer's input as another layer's norm does."""
+
+    def change(model: onnx.ModelProto) -> None:
+        name, wrong = (f"transformer.h.{index}.ln_1.weight" for index in (layer, other))
+        [node] = [n for n in model.graph.node if name in n.input]
+        node.input[list(node.input).index(name)] = wrong
+
+    return Fault("another norm", layer, (PLACES["ln_1"],), graphs=(graph,), graph=change)
+
+
 def late_cache(layer: int, part: str, graph: str) -> Fault:
     """What a graph leaves in its cache lies one position further than it should.
 

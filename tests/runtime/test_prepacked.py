@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import neo_runtime
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from helpers.bundles import record
@@ -145,6 +146,20 @@ def test_size_counts_a_shared_file_once(bundle: Path, cache: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("graph", sorted(GRAPHS))
+def test_no_table_is_turned_while_running(bundle: Path, cache: Path, graph: str) -> None:
+    """What is stored has rows of tokens: turning a whole table would cost more than a step."""
+    answers(bundle)
+    vocabulary = open_bundle(bundle).manifest.model.vocab_size
+    stored_graph = onnx.load(key_folder(cache) / graph / f"{graph}.onnx", load_external_data=False)
+    tables = {t.name for t in stored_graph.graph.initializer if vocabulary in t.dims}
+    for node in stored_graph.graph.node:
+        assert node.op_type != "Transpose" or not tables & set(node.input)
+    rows = {t.name for t in stored_graph.graph.initializer if t.dims[:1] == [vocabulary]}
+    gathers = [n for n in stored_graph.graph.node if n.op_type.startswith("Gather")]
+    assert any(rows & set(node.input) for node in gathers)
+
+
 @pytest.mark.parametrize("graph", sorted(GRAPHS))
 def test_what_only_loading_read_is_not_kept_in_memory(
     bundle: Path, cache: Path, graph: str, monkeypatch: pytest.MonkeyPatch

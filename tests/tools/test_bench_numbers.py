@@ -91,6 +91,7 @@ def _graph(path: Path) -> Path:
         external("positions", TensorProto.FLOAT16, [6, 8], 100, 96),
         external("columns", TensorProto.INT8, [3, 12], 200, 36),
         external("bias", TensorProto.FLOAT, [10], 300, 40),
+        external("matrix", TensorProto.FLOAT, [2, 3], 500, 24),
         external("table.half", TensorProto.UINT8, [5, 4], 0, 20),
         external("unused", TensorProto.FLOAT, [10], 400, 40),
         helper.make_tensor("inline", TensorProto.INT64, [2], [1, 2]),
@@ -102,7 +103,10 @@ def _graph(path: Path) -> Path:
         helper.make_node("MatMulNBits", ["x", "table", "table.scales"], ["b"]),
         helper.make_node("MatMulNBits", ["x", "table.half", "table.scales"], ["h"]),
         helper.make_node("Gather", ["positions", "ids"], ["c"]),
-        helper.make_node("Gather", ["columns", "ids"], ["d"], axis=1),
+        helper.make_node("Transpose", ["columns"], ["columns.turned"], perm=[1, 0]),
+        helper.make_node("Gather", ["columns.turned", "ids"], ["d"]),
+        helper.make_node("Transpose", ["matrix"], ["matrix.turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "matrix.turned"], ["i"]),
         helper.make_node("Add", ["b", "bias"], ["e"]),
         helper.make_node("Add", ["e", "bias"], ["f"]),
         helper.make_node("Reshape", ["f", "inline"], ["g"]),
@@ -114,11 +118,11 @@ def _graph(path: Path) -> Path:
 
 def test_decode_weights_count_each_byte_once(tmp_path: Path) -> None:
     weights = traffic.decode_weights(_graph(tmp_path / "decode.onnx"))
-    # table 40 + scales 40 + bias 40 + inline 16; the unused tensor is not read.
-    assert weights.dense == 136
-    # positions: 96 bytes / 6 rows; columns: 36 bytes / 12 of axis 1.
+    # table 40 + scales 40 + bias 40 + matrix 24 + inline 16; the unused tensor is not read.
+    assert weights.dense == 160
+    # positions: 96 bytes / 6 rows; columns: 36 bytes / 12 of axis 1, the first of the turned ones.
     assert weights.per_row == 16 + 3
-    assert weights.total(4) == 136 + 4 * 19
+    assert weights.total(4) == 160 + 4 * 19
 
 
 def test_decode_weights_of_the_demo_model(mini_bundle: Path) -> None:

@@ -152,6 +152,17 @@ def test_a_norm_is_told_from_the_projections_behind_it(
         assert (found[0].layer, found[0].place) == (2, "ln_1")
 
 
+@pytest.mark.parametrize("export", ["cpu-fp32", "cpu-int8"])
+def test_a_norm_of_prefill_before_queries_of_chosen_positions(
+    export: str, tiny: Bench, tiny_reference: Reference
+) -> None:
+    """The last layer's: there queries are fewer than keys and values."""
+    fault = faults.other_norm(len(CONFIG.attention_layers) - 1, 0, "prefill")
+    found = find(tiny.spoiled(export, fault), tiny_reference, tiny_texts(1))
+    # Not of which region: chosen positions lie in some of them.
+    assert (found[0].layer, found[0].place, found[0].graphs) == (fault.layer, "ln_1", fault.graphs)
+
+
 @pytest.mark.parametrize("graph", ["score", "prefill", "decode"])
 def test_the_faulty_graph_is_named(graph: str, tiny: Bench, tiny_reference: Reference) -> None:
     fault = faults.scaled(1, CONFIG.head_dim, (graph,))

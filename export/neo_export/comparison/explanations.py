@@ -129,7 +129,8 @@ def _is_norm(layer: ReferenceLayer, index: int, trace: Trace) -> bool:
     if not all(trace.has(index, place) for place in _PROJECTIONS):
         return False
     stacked = np.concatenate([layer.matrix(f"{place[0]}_proj") for place in _PROJECTIONS])
-    found = np.concatenate([trace.get(index, place) for place in _PROJECTIONS], axis=1)
+    rows = trace.rows(index, "query")  # prefill's last layer has fewer of them than keys
+    found = np.concatenate([trace.get(index, place)[rows] for place in _PROJECTIONS], axis=1)
     basis, _ = np.linalg.qr(stacked.astype(np.float64))
     inside = (found @ basis) @ basis.T
     return bool(np.median(relative_l2(inside, found)) < _BETTER)

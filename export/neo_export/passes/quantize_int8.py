@@ -9,10 +9,11 @@
     Gather(table, ids)                rows of Transpose(that same table) · their scales
 
 One scale a row (token), so that no row depends on its neighbours or on padding. GELU is never
-below -0.1701, so the largest value of a row is its largest magnitude; where that is less, the
-row's step is 0.0013. The tied table is stored once, as the head reads it. onnxruntime turns it when
-it loads a graph, and keeps the turned one where it keeps prepacked weights: a column touches as
-many cache lines and pages as it has channels, a row half a page.
+below -0.171, so the larger of that and a row's largest value bounds every magnitude in it; a row
+whose values are all smaller has steps of 0.0013. The tied table is stored once, as the head reads
+it. onnxruntime turns it when it loads a graph, and keeps the turned one where it keeps prepacked
+weights: a column lies in as many cache lines as it has channels. (The table beside an untied head
+is stored the same way, though nothing but the embedding reads it.)
 
 `quantize_rows` then joins division and rounding where there are many rows. Must not fire for a
 weight that is kept wider, or that is computed.
@@ -78,7 +79,7 @@ class _Int8:
         return scaled
 
     def _largest(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
-        """What becomes 127 of each row [..., 1]; never 0."""
+        """The magnitude that 127 stands for in each row, [..., 1]; never 0."""
         graph, axis = weight.graph, _last_axis(weight)
         assert graph is not None
         node = x.producer()

@@ -275,6 +275,7 @@ def passes_for(
     plan = target.plan_for(quantization or Quantization(), graph, precision, spec)
     others = dict(() if graph == "decode" else target.many_tokens)
     fusions = tuple(others.get(f, f) for f in target.fusions)
+    # In every graph: they share the weights.
     apart = spec.num_layers - 1 if select_query in fusions else None
     fusions = tuple(pack_qkv_alike(plan, apart) if f is pack_qkv else f for f in fusions)
     if precision not in ("fp16", "bf16") and not target.half_activations:

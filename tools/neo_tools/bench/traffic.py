@@ -2,8 +2,9 @@
 
 Weights are counted in the decode graph itself: the bytes of every tensor that a node reads, once
 each however many names it has. A table that only Gather nodes read counts for one row a sequence
-(positions); a tied table is the head's matrix too, so it counts whole, and once. The cache counts
-with what attention needs: every position in a global layer, the window in a local one.
+(positions), and so does one that they read turned: onnxruntime turns it when it loads the graph. A
+tied table is the head's matrix too, so it counts whole, and once. The cache counts with what
+attention needs: every position in a global layer, the window in a local one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from neo_runtime.errors import DependencyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from neo_runtime.manifest import ModelSpec
@@ -95,18 +96,7 @@ def decode_weights(graph: Path) -> StepWeights:
     onnx = require_onnx()
     model = onnx.load(graph, load_external_data=False)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    dense: set[str] = set()
-    looked_up: dict[str, int] = {}
-    for node in model.graph.node:
-        attribute, tables = _GATHERS.get(node.op_type, ("", ()))
-        axis = next((a.i for a in node.attribute if a.name == attribute), 0)
-        for index, name in enumerate(node.input):
-            if name not in tensors:
-                continue
-            if index in tables:
-                looked_up[name] = axis
-            else:
-                dense.add(name)
+    dense, looked_up = _read(model.graph.node, tensors)
     whole = {_extent(onnx, tensors[name]) for name in dense}
     per_row = 0
     for name, axis in looked_up.items():
@@ -114,6 +104,29 @@ def decode_weights(graph: Path) -> StepWeights:
         if not any(_overlap(extent, other) for other in whole):
             per_row += (extent.stop - extent.start) // max(1, tensors[name].dims[axis])
     return StepWeights(dense=_union_bytes(whole), per_row=per_row)
+
+
+def _read(nodes: Iterable[Any], tensors: Mapping[str, Any]) -> tuple[set[str], dict[str, int]]:
+    """Names of tensors that are read whole; of those that are looked up, with the axis of rows."""
+    dense: set[str] = set()
+    looked_up: dict[str, int] = {}
+    turned: dict[str, tuple[str, list[int] | None]] = {}
+    for node in nodes:
+        if node.op_type == "Transpose" and node.input[0] in tensors:
+            perm = next(list(a.ints) for a in node.attribute if a.name == "perm")
+            turned[node.output[0]] = (node.input[0], perm)
+            continue
+        attribute, tables = _GATHERS.get(node.op_type, ("", ()))
+        axis = next((a.i for a in node.attribute if a.name == attribute), 0)
+        for index, name in enumerate(node.input):
+            source, axes = turned.get(name, (name, None))
+            if source not in tensors:
+                continue
+            if index in tables:
+                looked_up[source] = axis if axes is None else axes[axis]
+            else:
+                dense.add(source)
+    return dense, looked_up
 
 
 def _extent(onnx: Any, tensor: Any) -> _Extent:
