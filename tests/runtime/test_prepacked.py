@@ -145,7 +145,6 @@ def test_size_counts_a_shared_file_once(bundle: Path, cache: Path) -> None:
         assert model.prepacked_bytes == 0
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("graph", sorted(GRAPHS))
 def test_no_table_is_turned_while_running(bundle: Path, cache: Path, graph: str) -> None:
     """What is stored has rows of tokens: turning a whole table would cost more than a step."""
@@ -160,6 +159,7 @@ def test_no_table_is_turned_while_running(bundle: Path, cache: Path, graph: str)
     assert any(rows & set(node.input) for node in gathers)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("graph", sorted(GRAPHS))
 def test_what_only_loading_read_is_not_kept_in_memory(
     bundle: Path, cache: Path, graph: str, monkeypatch: pytest.MonkeyPatch

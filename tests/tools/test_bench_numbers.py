@@ -90,6 +90,7 @@ def _graph(path: Path) -> Path:
         external("table.scales", TensorProto.FLOAT, [10, 1], 40, 40),
         external("positions", TensorProto.FLOAT16, [6, 8], 100, 96),
         external("columns", TensorProto.INT8, [3, 12], 200, 36),
+        external("more.columns", TensorProto.INT8, [2, 5], 600, 10),
         external("bias", TensorProto.FLOAT, [10], 300, 40),
         external("matrix", TensorProto.FLOAT, [2, 3], 500, 24),
         external("table.half", TensorProto.UINT8, [5, 4], 0, 20),
@@ -105,6 +106,8 @@ def _graph(path: Path) -> Path:
         helper.make_node("Gather", ["positions", "ids"], ["c"]),
         helper.make_node("Transpose", ["columns"], ["columns.turned"], perm=[1, 0]),
         helper.make_node("Gather", ["columns.turned", "ids"], ["d"]),
+        helper.make_node("Transpose", ["more.columns"], ["more.turned"]),
+        helper.make_node("Gather", ["more.turned", "ids"], ["j"]),
         helper.make_node("Transpose", ["matrix"], ["matrix.turned"], perm=[1, 0]),
         helper.make_node("MatMul", ["x", "matrix.turned"], ["i"]),
         helper.make_node("Add", ["b", "bias"], ["e"]),
@@ -120,9 +123,10 @@ def test_decode_weights_count_each_byte_once(tmp_path: Path) -> None:
     weights = traffic.decode_weights(_graph(tmp_path / "decode.onnx"))
     # table 40 + scales 40 + bias 40 + matrix 24 + inline 16; the unused tensor is not read.
     assert weights.dense == 160
-    # positions: 96 bytes / 6 rows; columns: 36 bytes / 12 of axis 1, the first of the turned ones.
-    assert weights.per_row == 16 + 3
-    assert weights.total(4) == 160 + 4 * 19
+    # positions: 96 bytes / 6 rows; columns: 36 bytes / 12 of axis 1, the first of the turned ones;
+    # and 10 / 5, turned by default.
+    assert weights.per_row == 16 + 3 + 2
+    assert weights.total(4) == 160 + 4 * 21
 
 
 def test_decode_weights_of_the_demo_model(mini_bundle: Path) -> None:

@@ -6,7 +6,7 @@
                         MatMul(x, Wvᵀ), …)
 
 `packed` is [3·hidden, hidden]: Wq, Wk and Wv one below the other. New keys and values are then
-channels of the packed value (`channels_of`). Must not fire when the three read different inputs,
+channels of the packed value (`Probe.channels`). Must not fire when the three read different inputs,
 where the plan stores them differently, or in a layer whose queries are selected (`select_query`).
 """
 

@@ -83,12 +83,10 @@ class _Int8:
         graph, axis = weight.graph, _last_axis(weight)
         assert graph is not None
         node = x.producer()
-        if node is not None and node.op_type == "FastGelu":
-            depth = add_initializer(graph, "int8.gelu_depth", _scalar(np.float32(_GELU_DEPTH)))
-            row: ir.Value = op.Max(op.ReduceMax(x, axis, keepdims=1), depth)
-        else:
-            tiny = add_initializer(graph, "int8.tiny", _scalar(np.float32(_TINY)))
-            row = op.Max(op.ReduceMax(op.Abs(x), axis, keepdims=1), tiny)
+        gelu = node is not None and node.op_type == "FastGelu"
+        name, least = ("int8.gelu_depth", _GELU_DEPTH) if gelu else ("int8.tiny", _TINY)
+        floor = add_initializer(graph, name, _scalar(np.float32(least)))
+        row: ir.Value = op.Max(op.ReduceMax(x if gelu else op.Abs(x), axis, keepdims=1), floor)
         return row
 
     def _stored(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -47,14 +47,10 @@ def _choice(attention: ir.Node) -> ir.Node | None:
     product, choice = query.producer(), _only_reader(attention.outputs[0])
     if product is None or product.op_type != "MatMul":
         return None
-    if (
-        choice is None
-        or choice.op_type != "GatherND"
-        or choice.attributes.get_int("batch_dims") != 1
-    ):
+    if choice is None or choice.op_type != "GatherND":
         return None
-    shape = choice.outputs[0].shape
-    return choice if shape is not None and shape[1] == 1 else None
+    batched, shape = choice.attributes.get_int("batch_dims", 0) == 1, choice.outputs[0].shape
+    return choice if batched and shape is not None and shape[1] == 1 else None
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:

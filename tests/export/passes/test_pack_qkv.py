@@ -20,8 +20,9 @@ from helpers.graphs import (
 from helpers.models import TinyConfig
 from neo_export.graphs import GRAPH_NAMES
 from neo_export.passes.fuse_attention import fuse_attention
-from neo_export.passes.pack_qkv import pack_qkv
+from neo_export.passes.pack_qkv import pack_qkv, pack_qkv_alike
 from neo_export.probes import probes_of
+from neo_export.quantize.plan import WeightPlan
 
 if TYPE_CHECKING:
     from neo_runtime.manifest import Probe
@@ -46,6 +47,17 @@ def test_same_outputs_with_one_product(name: str) -> None:
     assert was["MatMul"] - found["MatMul"] == 2 * LAYERS
     assert found["GroupQueryAttention"] == LAYERS
     assert_same_outputs(before, after, situations(name, CONFIG), 2e-6)
+
+
+def test_one_layer_apart() -> None:
+    """That one alone, whatever else begins with its number."""
+    config = TinyConfig(attention_layers=("global",) * 11)
+    model = bound_graph("decode", config)
+    apply_pass(fuse_attention, model)
+    assert apply_pass(pack_qkv_alike(WeightPlan.uniform("fp32"), apart=1), model) == 10
+    assert [n.inputs[1] is None for n in nodes_of(model, "GroupQueryAttention")] == [
+        layer != 1 for layer in range(11)
+    ]
 
 
 def test_attributes_stay() -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from helpers.cache_steps import random_steps
 from helpers.graphs import apply_pass, bound_graph, feeds, nodes_of, spec_of
 from helpers.models import TinyConfig
 from helpers.running import relative_l2, run_model
@@ -27,15 +28,8 @@ LAYERS = len(CONFIG.attention_layers)
 NEW = {"decode": 1, "prefill": 7, "score": 7}
 
 
-def steps(seed: int = 0) -> CacheSteps:
-    """A step a channel, none like another; coarse, so that the rounding shows."""
-    generator = np.random.default_rng(seed)
-
-    def some() -> tuple[NDArray[np.float32], ...]:
-        size = (LAYERS, CONFIG.hidden_size)
-        return tuple(generator.uniform(0.02, 0.2, size).astype(np.float32))
-
-    return CacheSteps(key=some(), value=some())
+def steps() -> CacheSteps:
+    return random_steps(CONFIG)
 
 
 def quantized(name: str, config: TinyConfig = CONFIG, *, packed: bool = True) -> ir.Model:

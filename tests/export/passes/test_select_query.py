@@ -5,12 +5,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from helpers.cache_steps import random_steps
 from helpers.graphs import (
     apply_pass,
     bound_graph,
     nodes_of,
     situations,
     spec_of,
+    through_identity,
     value_named,
 )
 from helpers.models import TinyConfig
@@ -21,7 +23,6 @@ from neo_export.passes.pack_qkv import pack_qkv
 from neo_export.passes.quantize_cache import quantize_cache_steps
 from neo_export.passes.select_query import select_query
 from neo_export.probes import probes_of
-from neo_export.quantize.kv_cache import CacheSteps
 from neo_export.targets import TARGETS, passes_for
 
 CONFIG = TinyConfig()
@@ -138,29 +139,31 @@ def test_must_not_fire_for_several_positions_a_row() -> None:
     assert apply_pass(select_query, model) == 0
 
 
+def test_must_not_fire_on_a_choice_across_rows() -> None:
+    model = fused()
+    [choice] = [use.node for use in nodes_of(model, "GroupQueryAttention")[-1].outputs[0].uses()]
+    choice.attributes["batch_dims"] = ir.AttrInt64("batch_dims", 0)
+    assert apply_pass(select_query, model) == 0
+
+
+def test_must_not_fire_on_queries_of_another_operator() -> None:
+    """What it reads may mix positions."""
+    model = fused()
+    through_identity(model, nodes_of(model, "GroupQueryAttention")[-1], 0)
+    assert apply_pass(select_query, model) == 0
+
+
 @pytest.mark.parametrize("inputs", [situations("prefill", CONFIG)[0], ragged()])
 def test_with_a_cache_in_int8(inputs: dict[str, Any]) -> None:
     """Its pass packs what it finds, the repeated queries too."""
-    generator = np.random.default_rng(0)
-    steps = CacheSteps(
-        *(
-            tuple(
-                generator.uniform(0.01, 0.05, CONFIG.hidden_size).astype(np.float32)
-                for _ in range(LAYERS)
-            )
-            for _ in ("key", "value")
-        )
-    )
+    integers = {k: v.astype(np.int8) if v.ndim == 4 else v for k, v in inputs.items()}
+    quantize_cache = quantize_cache_steps(random_steps(CONFIG), single=False)
     found = []
-    for rewrites in ((), (select_query,)):
+    for rewrites in ((quantize_cache,), (select_query, quantize_cache)):
         model = fused()
-        for rewrite in (*rewrites, quantize_cache_steps(steps, single=False)):
+        for rewrite in rewrites:
             assert apply_pass(rewrite, model) > 0
-        feeds = {
-            name: value.astype(np.int8) if value.ndim == 4 else value
-            for name, value in inputs.items()
-        }
-        found.append(run_model(model, feeds)["logits"])
+        found.append(run_model(model, integers)["logits"])
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
 
 

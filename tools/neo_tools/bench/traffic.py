@@ -113,7 +113,8 @@ def _read(nodes: Iterable[Any], tensors: Mapping[str, Any]) -> tuple[set[str], d
     turned: dict[str, tuple[str, list[int] | None]] = {}
     for node in nodes:
         if node.op_type == "Transpose" and node.input[0] in tensors:
-            perm = next(list(a.ints) for a in node.attribute if a.name == "perm")
+            reverse = list(reversed(range(len(tensors[node.input[0]].dims))))
+            perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), reverse)
             turned[node.output[0]] = (node.input[0], perm)
             continue
         attribute, tables = _GATHERS.get(node.op_type, ("", ()))
