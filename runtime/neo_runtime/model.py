@@ -124,6 +124,8 @@ class Model:
             self.tokenizer = Tokenizer(bundle.file("tokenizer.json"))
         self.backend = chosen.name
         """"cpu", "cuda" or "tensorrt"."""
+        self.runs_on = chosen.backend.described
+        """The same for a reader: "CPU", a GPU's name, a plan on one."""
         self.backend_choice = chosen.reason
         """Why this backend, in one line, where `backend="auto"` had a choice; else None."""
         self._bundle = bundle

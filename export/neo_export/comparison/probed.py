@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import Manifest
     from numpy.typing import NDArray
 
-__all__ = ["open_probed", "probed_values", "score_trace"]
+__all__ = ["open_probed", "probed_model", "probed_values", "score_trace"]
 
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
@@ -29,19 +29,17 @@ def probed_values(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys(probe.value for probe in manifest.probes))
 
 
-def open_probed(folder: Path, manifest: Manifest, graph: str, *, threads: int = 0) -> Any:
-    """An onnxruntime session of `graph` whose outputs include the probed values.
+def probed_model(folder: Path, manifest: Manifest, graph: str) -> bytes:
+    """A serialized graph whose outputs include the probed values, bfloat16 ones as float32.
 
     Args:
-        folder: the bundle.
+        folder: the bundle, where its weights stay.
         manifest: its manifest.
         graph: "prefill", "decode" or "score" (whichever graph gives logits at every position).
-        threads: of one operator; 0 for onnxruntime's choice.
 
     Raises:
         BundleError: the graph lacks a value that the manifest lists.
     """
-    ort = require_onnxruntime()
     if graph == "score":
         graph = scoring_graph(manifest.graphs)
     model = ir.load(folder / manifest.graphs[graph].file)
@@ -52,7 +50,37 @@ def open_probed(folder: Path, manifest: Manifest, graph: str, *, threads: int = 
                 f"{folder / manifest.graphs[graph].file} has no value {name!r}, which the "
                 "manifest lists as a place to look at; export the bundle again"
             )
-        model.graph.outputs.append(values[name])
+        model.graph.outputs.append(_as_numpy_has_it(model, values[name]))
+    data: bytes = ir.serde.serialize_model(model).SerializeToString()
+    return data
+
+
+def _as_numpy_has_it(model: ir.Model, value: ir.Value) -> ir.Value:
+    """The value, or one of its name behind a Cast: numpy has no bfloat16."""
+    if value.dtype != ir.DataType.BFLOAT16:
+        return value
+    name, value.name = value.name, f"{value.name}.bfloat16"
+    cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+    wide = cast.outputs[0]
+    wide.name, wide.dtype, wide.shape = name, ir.DataType.FLOAT, value.shape
+    model.graph.append(cast)
+    return wide
+
+
+def open_probed(folder: Path, manifest: Manifest, graph: str, *, threads: int = 0) -> Any:
+    """An onnxruntime session on the CPU of what `probed_model` gives.
+
+    Args:
+        folder: the bundle.
+        manifest: its manifest.
+        graph: "prefill", "decode" or "score".
+        threads: of one operator; 0 for onnxruntime's choice.
+
+    Raises:
+        BundleError: the graph lacks a value that the manifest lists.
+    """
+    ort = require_onnxruntime()
+    data = probed_model(folder, manifest, graph)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -66,7 +94,6 @@ def open_probed(folder: Path, manifest: Manifest, graph: str, *, threads: int = 
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(folder)
     )
-    data = ir.serde.serialize_model(model).SerializeToString()
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from neo_runtime.manifest import Manifest
@@ -65,16 +66,25 @@ class CacheStore(ABC):
         """
 
     def contents(self) -> list[NDArray[np.generic]]:
-        """What the cache holds now, as it lies: layer by layer, keys first, views.
+        """What the cache holds now, as it lies: layer by layer, keys first.
 
         Returns:
-            [batch, heads, slots, head_dim] each. Positions are contiguous; slots behind them are
-            of no meaning. For tools that look into a cache.
+            [batch, heads, slots, head_dim] each, views, or copies of what is on a device (bfloat16
+            as float32). Positions are contiguous; slots behind them are of no meaning. For tools
+            that look into a cache.
 
         Raises:
             NotImplementedError: this engine keeps its cache where it cannot be seen.
         """
         raise NotImplementedError
+
+    def spoil(self) -> None:
+        """Fill a cache that is still empty with what no sequence leaves there.
+
+        For tools: memory is used again, and what an earlier text left in a slot could be right.
+        """
+        for array in self.contents():
+            array[...] = np.nan if array.dtype.kind == "f" else -1
 
     @abstractmethod
     def close(self) -> None:
@@ -85,7 +95,7 @@ class Backend(ABC):
     """The graphs of one bundle, loaded by one engine; several threads may use it at once."""
 
     manifest: Manifest
-    described: str = ""
+    described: str = "CPU"
     """What it runs on, for a line to the user."""
     default_chunk: int = 512
     """Tokens of a prompt that go through the graph at once: bounds the memory for activations."""

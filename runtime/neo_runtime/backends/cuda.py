@@ -99,8 +99,15 @@ class CudaBackend(Backend):
                 self._sessions[graph] = self._open(graph, self._weights)
             return self._sessions[graph]
 
+    def graph_source(self, graph: str) -> str | bytes:
+        """Path or serialized model of a graph, for onnxruntime."""
+        return str(self._bundle.file(self.manifest.graphs[graph].file))
+
+    def captures(self, graph: str) -> bool:
+        """Whether a graph's kernels are recorded in a CUDA graph and replayed."""
+        return graph == "decode"
+
     def _open(self, graph: str, weights: DeviceWeights) -> Any:
-        path = self._bundle.file(self.manifest.graphs[graph].file)
         options = self._ort.SessionOptions()
         options.log_severity_level = 4  # what fails is raised; no second account on stderr
         # A kernel's own copy of a weight would be a second one.
@@ -111,9 +118,10 @@ class CudaBackend(Backend):
         for name, value in values.items():
             options.add_initializer(name, value)
         self._kept.append(values)
-        providers = self.device.providers(capture=graph == "decode")
+        providers = self.device.providers(capture=self.captures(graph))
         with translated(self._ort):
-            session = self._ort.InferenceSession(str(path), options, providers=providers)
+            source = self.graph_source(graph)
+            session = self._ort.InferenceSession(source, options, providers=providers)
         wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
         if wanted not in session.get_providers():
             raise DeviceError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo_runtime.backends.device import Layout, move_rows
-from neo_runtime.backends.device_slots import ITEM_SIZES, Slot, Tensors
+from neo_runtime.backends.device_slots import ELEMENT_TYPES, ITEM_SIZES, Slot, Tensors
 from neo_runtime.backends.in_place import RightPaddedStore
 from neo_runtime.manifest import CANDIDATE_OUTPUTS
 from neo_runtime.step_logits import CandidateRows, StepLogits
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from neo_runtime.backends.cuda import CudaBackend
 
 __all__ = ["DeviceStore"]
+
+_BFLOAT16 = ELEMENT_TYPES["bfloat16"]
+_SPOILED = 1000.0
+"""Far from any key or value, and a number of every half precision."""
 
 
 class DeviceStore(RightPaddedStore):
@@ -142,6 +146,31 @@ class DeviceStore(RightPaddedStore):
             self._device.synchronize()
         return logits
 
+    def contents(self) -> list[NDArray[Any]]:
+        """See `CacheStore.contents`: copies."""
+        found = []
+        with self._backend.lock:
+            for address, dtype, shape in self.slot.cache.values():
+                held = np.empty(shape, np.uint16 if dtype == _BFLOAT16 else dtype)
+                self._device.download(held, address)
+                found.append(held)
+            self._device.synchronize()
+        if self._backend.manifest.cache.dtype == "bfloat16":
+            found = [(held.astype(np.uint32) << 16).view(np.float32) for held in found]
+        return [held[: self.batch] for held in found]
+
+    def spoil(self) -> None:
+        """See `CacheStore.spoil`: with a finite number, for what is masked is still multiplied."""
+        value = np.array(_SPOILED, np.float32)
+        with self._backend.lock:
+            for address, dtype, shape in self.slot.cache.values():
+                if dtype == _BFLOAT16:
+                    filled = np.full(shape, value.view(np.uint32) >> 16, dtype=np.uint16)
+                else:
+                    filled = np.full(shape, value, dtype=dtype)
+                self._device.upload(address, filled)
+                self._device.synchronize()
+
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """See `CacheStore.reorder`."""
         moved = np.flatnonzero(rows != np.arange(len(rows)))
@@ -172,7 +201,7 @@ def _rows(tensors: Tensors, row: int, count: int) -> Tensors:
     """The rows from `row` on, `count` of them: rows of a batch are contiguous."""
     chosen: Tensors = {}
     for name, (address, dtype, shape) in tensors.items():
-        item = 2 if dtype == 16 else np.dtype(dtype).itemsize
+        item = 2 if dtype == _BFLOAT16 else np.dtype(dtype).itemsize
         stride = int(np.prod(shape[1:], dtype=np.int64)) * item
         chosen[name] = (address + row * stride, dtype, (count, *shape[1:]))
     return chosen

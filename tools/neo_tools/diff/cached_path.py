@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import Manifest, Probe
     from numpy.typing import NDArray
 
-    from neo_tools.diff.probed_backend import ProbedBackend
+    from neo_tools.diff.probed_backend import Probed
 
-__all__ = ["Segment", "segments_of", "spoil", "trace_cached_path"]
+__all__ = ["Segment", "segments_of", "spoil", "trace_cached_path", "trace_scored"]
 
 _WRONG = 0.1
 """Relative L2 from which on a cached position counts as wrong in later checks, too."""
@@ -55,14 +55,13 @@ def segments_of(length: int, decoded: Sequence[tuple[int, int]], chunk: int) -> 
 
 
 def spoil(store: CacheStore) -> None:
-    """Fill an empty cache with NaN (−1 in int8): what an earlier text left could be right."""
+    """Make an empty cache unlike any that a text leaves, where the engine shows its cache."""
     with contextlib.suppress(NotImplementedError):
-        for array in store.contents():
-            array[...] = np.nan if array.dtype.kind == "f" else -1
+        store.spoil()
 
 
 def trace_cached_path(
-    backend: ProbedBackend,
+    backend: Probed,
     ids: NDArray[np.int64],
     segments: Sequence[Segment],
     step: Callable[[int], None] = lambda tokens: None,
@@ -102,6 +101,17 @@ def trace_cached_path(
         store.close()
         backend.sink = lambda values: None
     return recorder.traces, recorder.checks
+
+
+def trace_scored(backend: Probed, ids: NDArray[np.int64]) -> Trace:
+    """Run one text through the score graph, in as many calls as the backend makes of it."""
+    recorder = _Recorder(backend.manifest, len(ids), None)
+    backend.sink = recorder.take
+    try:
+        logits = backend.score(ids)
+    finally:
+        backend.sink = lambda values: None
+    return recorder.scored(logits)
 
 
 class _Recorder:
@@ -159,6 +169,20 @@ class _Recorder:
         )
         self._logits, self._logits_at = [], []
         self._selected.clear()
+
+    def scored(self, logits: NDArray[np.float32]) -> Trace:
+        """All positions as one trace of the score graph; `logits` [S, V]."""
+        kept = scratch_array(logits.shape, "float32")
+        kept[:] = logits
+        return Trace(
+            graph="score",
+            start=0,
+            length=len(logits),
+            probes=self._probes,
+            values=self._values,
+            logits=kept,
+            logits_at=np.arange(len(logits), dtype=np.int64),
+        )
 
     def check(self, store: CacheStore, graph: str) -> None:
         """Compare what the cache holds with what was computed for it."""
@@ -219,7 +243,7 @@ class _Recorder:
         else:
             flat = cached.transpose(1, 0, 2).reshape(capacity, -1).astype(np.float32)
             distances = np.linalg.norm(flat - computed[-1], axis=-1)
-            newest = int(np.nan_to_num(distances, nan=np.inf).argmin())  # NaN: see `spoil`
+            newest = int(np.nan_to_num(distances, nan=np.inf).argmin())  # see `CacheStore.spoil`
             kept = positions - (total - 1 - newest)
         window = self._manifest.model.window_size
         local = self._manifest.model.attention_layers[layer] == "local"

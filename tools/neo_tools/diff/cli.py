@@ -66,6 +66,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         prefill_chunk=arguments.prefill_chunk,
         localize_tokens=arguments.localize_tokens,
         continuations=arguments.continuations,
+        backend=arguments.backend,
+        device=arguments.device,
         threads=arguments.threads,
         limits=Limits(
             max_kl=arguments.max_kl,

@@ -21,6 +21,7 @@ that positions past the attention window count.
   neo-diff mini-int4 --reference neo-mini
   neo-diff gpt-neo-1.3b-int8 --reference EleutherAI/gpt-neo-1.3B --text wiki.txt --html report.html
   neo-diff mini-int8 --reference neo-mini --json --max-kl 0.01 --min-top1 0.95
+  neo-diff gpt-neo-1.3b-half --reference EleutherAI/gpt-neo-1.3B --backend cuda
 
 exit status: 0 within all limits (or --report-only); 1 past one; 2 wrong usage or bad input"""
 
@@ -88,6 +89,15 @@ def make_parser() -> argparse.ArgumentParser:
         default=32,
         help="positions of each context that go through decode, token by token: at its start, "
         "around the window's end, and at its end (32)",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "cuda", "tensorrt"),
+        default="auto",
+        help="what runs the bundle (auto: the GPU that it was exported for, else the CPU)",
+    )
+    parser.add_argument(
+        "--device", metavar="N", type=_count(0), default=0, help="which GPU, from 0 (0)"
     )
     _add_output(parser.add_argument_group("output"))
     _add_limits(

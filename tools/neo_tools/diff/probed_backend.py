@@ -6,21 +6,48 @@ they really leave behind, in whatever layout the bundle has.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from neo_export.comparison.cache_steps import read_cache_steps
-from neo_export.comparison.probed import open_probed, probed_values
+from neo_export.comparison.probed import open_probed, probed_values, score_trace
 from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
+    from neo_export.comparison.trace import Trace
+    from neo_export.quantize.kv_cache import CacheSteps
+    from neo_runtime.backends.base import CacheStore
     from neo_runtime.bundle import Bundle
+    from neo_runtime.manifest import Manifest
     from numpy.typing import NDArray
 
     Sink = Callable[[dict[str, NDArray[Any]]], None]
 
-__all__ = ["ProbedBackend"]
+__all__ = ["Probed", "ProbedBackend"]
+
+
+class Probed(Protocol):
+    """A backend whose graphs show their places."""
+
+    manifest: Manifest
+    cache_steps: CacheSteps | None
+    """Of an int8 cache."""
+    sink: Sink
+    """Gets the values of every call, [1, S, width] each."""
+
+    def open_cache(self, batch: int, length: int) -> CacheStore:
+        """See `Backend.open_cache`."""
+
+    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `Backend.score`."""
+
+    def score_trace(self, ids: NDArray[np.int64]) -> Trace:
+        """Places and logits of every position, by the score graph."""
+
+    def close(self) -> None:
+        """See `Backend.close`."""
 
 
 class ProbedBackend(OnnxRuntimeBackend):
@@ -33,6 +60,7 @@ class ProbedBackend(OnnxRuntimeBackend):
         self.cache_steps = read_cache_steps(bundle.path, bundle.manifest)
         """Of an int8 cache."""
         self._probed: dict[str, _ProbedSession] = {}
+        self._scoring: Any = None
         self.sink: Sink = lambda values: None
 
     def session(self, graph: str) -> Any:
@@ -43,9 +71,18 @@ class ProbedBackend(OnnxRuntimeBackend):
             self._probed[graph] = _ProbedSession(session, names, lambda v: self.sink(v))
         return self._probed[graph]
 
+    def score_trace(self, ids: NDArray[np.int64]) -> Trace:
+        """See `Probed.score_trace`."""
+        if self._scoring is None:
+            self._scoring = open_probed(
+                self._bundle_folder, self.manifest, "score", threads=self._threads
+            )
+        return score_trace(self._scoring, self.manifest, ids)
+
     def close(self) -> None:
         """See `Backend.close`."""
         self._probed.clear()
+        self._scoring = None
         super().close()
 
 

@@ -13,12 +13,12 @@ from neo_export.comparison.explanations import explain
 from neo_export.comparison.faults import find_faults
 from neo_export.comparison.held_weights import HeldWeights, open_held_weights
 from neo_export.comparison.jumps import find_jumps
-from neo_export.comparison.probed import open_probed, score_trace
 from neo_export.metrics import relative_l2
 from neo_export.tolerances import limits_name
 from neo_runtime.errors import RequestError
 from neo_runtime.manifest import MANIFEST_NAME
 
+from neo_tools.diff.engine import Engine, open_probed_backend, why_not_shown
 from neo_tools.diff.results import Subject
 from neo_tools.diff.shipped import score_logits
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     from neo_export.comparison.faults import Fault
-    from neo_export.comparison.trace import Text
+    from neo_export.comparison.trace import Text, Trace
     from neo_export.reference import LayeredReference
     from neo_runtime.bundle import Bundle
     from neo_runtime.manifest import Manifest, ModelSpec
@@ -133,18 +133,19 @@ class BundleReference(Reference):
         import neo_runtime
 
         errors = PlaceErrors()
-        manifest = self._bundle.manifest
         with neo_runtime.load(self._bundle.path, threads=self._threads) as model:
+            engine = Engine(backend=model.backend, threads=self._threads)
             self._logits = [score_logits(model, text.ids).values for text in texts]
-        session = open_probed(self._bundle.path, manifest, "score", threads=self._threads)
-        for number, text in enumerate(texts, start=1):
-            if text.traces:
-                self._compare(errors, text, session)
-            progress(number, len(texts))
+        if why_not_shown(self._bundle, engine):
+            return errors
+        with open_probed_backend(self._bundle, engine) as backend:
+            for number, text in enumerate(texts, start=1):
+                if text.traces:
+                    self._compare(errors, text, backend.score_trace(text.ids))
+                progress(number, len(texts))
         return errors
 
-    def _compare(self, errors: PlaceErrors, text: Text, session: object) -> None:
-        expected = score_trace(session, self._bundle.manifest, text.ids)
+    def _compare(self, errors: PlaceErrors, text: Text, expected: Trace) -> None:
         for trace in text.traces:
             for place in trace.probes.keys() & expected.probes.keys():
                 rows = trace.rows(*place)

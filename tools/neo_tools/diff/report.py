@@ -54,7 +54,8 @@ def _head(results: Results) -> list[str]:
     kind = "PyTorch, eager, float32" if reference.kind == "PyTorch" else "bundle"
     contexts = results.contexts
     return [
-        f"bundle      {bundle.path} ({bundle.precision}, target {bundle.target})",
+        f"bundle      {bundle.path} ({bundle.precision}, target {bundle.target}), on "
+        f"{results.runs_on}",
         f"reference   {reference.path} ({kind})",
         f"text        {results.text}: {sum(contexts)} tokens in {len(contexts)} contexts of up to "
         f"{max(contexts)}; window {results.window_size}",

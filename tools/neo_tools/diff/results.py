@@ -141,6 +141,10 @@ class Results:
 
     bundle: Subject
     reference: Subject
+    backend: str
+    """What ran the bundle: "cpu", "cuda" or "tensorrt"."""
+    runs_on: str
+    """The same for the reader: "CPU", a GPU's name, a plan on one."""
     text: str
     contexts: tuple[int, ...]
     """Tokens of each."""

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import neo_runtime
-from neo_export.comparison.probed import open_probed, score_trace
 from neo_export.comparison.trace import Text
 from neo_export.mapped_memory import drop_pages
 from neo_export.memory import PeakMemory
@@ -17,16 +16,23 @@ from neo_runtime.errors import BundleUnsupportedError, RequestError
 from neo_runtime.tokenizer import Tokenizer
 
 from neo_tools.diff.cached_path import segments_of, trace_cached_path
+from neo_tools.diff.engine import Engine, open_probed_backend, shown_elsewhere, why_not_shown
 from neo_tools.diff.findings import Findings, Written
 from neo_tools.diff.position_metrics import PositionMetrics, compare_rows, joined
-from neo_tools.diff.probed_backend import ProbedBackend
+from neo_tools.diff.progress import Count
 from neo_tools.diff.references import open_reference, require_same_shape
-from neo_tools.diff.shipped import Logits, greedy_continuation, score_logits, stepwise_logits
+from neo_tools.diff.shipped import (
+    path_of,
+    run_steps,
+    score_all,
+    score_graph,
+    write_texts,
+)
 from neo_tools.diff.summary import summarize
-from neo_tools.diff.texts import decode_segments, read_texts
+from neo_tools.diff.texts import read_texts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     import numpy as np
     from neo_export.comparison.faults import Fault
@@ -34,19 +40,17 @@ if TYPE_CHECKING:
     from neo_runtime.bundle import Bundle
     from numpy.typing import NDArray
 
-    from neo_tools.diff.cached_path import Segment
+    from neo_tools.diff.progress import Progress
     from neo_tools.diff.references import Reference
     from neo_tools.diff.results import Results
     from neo_tools.diff.settings import Settings
+    from neo_tools.diff.shipped import Logits
     from neo_tools.diff.texts import Texts
-
-    Progress = Callable[[str, int, int], None]
 
 __all__ = ["compare", "locate", "trace"]
 
 _LONGEST_PROBED_DECODE = 64
 """Tokens of a stretch of decode whose places are looked at; the logits of all are compared."""
-_LONGEST_PROMPT = 64
 
 
 def compare(settings: Settings, progress: Progress | None = None) -> Results:
@@ -66,23 +70,27 @@ def compare(settings: Settings, progress: Progress | None = None) -> Results:
     with PeakMemory() as memory, open_reference(settings.reference, threads) as reference:
         warnings = require_same_shape(bundle.manifest.model, reference.spec)
         texts = _texts(bundle, settings)
-        if reason := _why_not_here(bundle, threads):
+        if reason := _why_not_here(bundle, settings):
+            engine = Engine(threads=threads)
             warnings.append(
                 f"the bundle cannot be run here ({reason}): what is compared is the graph that its "
                 "plans are built from, run by onnxruntime, at every position at once"
             )
-            shipped, written = _score_graph(bundle, texts, threads, say), []
+            shipped, written = score_graph(bundle, texts, engine, say), []
         else:
             # Loaded twice: a session maps the weights, and so no more than two are open at once.
-            with neo_runtime.load(settings.bundle, threads=threads) as model:
-                shipped = _score_all(model, texts, say)
-            with neo_runtime.load(settings.bundle, threads=threads) as model:
-                _run_steps(model, texts, settings, shipped, say)
-                written = _write(model, texts, settings, say)
-        traced = trace(bundle, texts.contexts, settings, threads, say)
+            with _load(settings) as model:
+                engine = _engine_of(model, settings)
+                shipped = score_all(model, texts, say)
+            with _load(settings) as model:
+                run_steps(model, texts, settings, shipped, say)
+                written = write_texts(model, texts, settings, say)
+        traced = trace(bundle, texts.contexts, settings, engine, say)
         findings = _compare_all(reference, traced, shipped, written, bundle, say)
+        if settings.localize_tokens and (warning := shown_elsewhere(bundle, engine)):
+            warnings.append(warning)
         findings.warnings += [*warnings, *texts.warnings]
-        results = summarize(findings, bundle, reference.subject, texts, settings)
+        results = summarize(findings, bundle, reference.subject, texts, settings, engine)
     return replace(
         results,
         seconds=time.monotonic() - started,
@@ -103,75 +111,35 @@ def _texts(bundle: Bundle, settings: Settings) -> Texts:
     )
 
 
-def _why_not_here(bundle: Bundle, threads: int) -> str | None:
-    """Why a bundle that runs by a plan alone cannot be run on this machine."""
-    if bundle.manifest.cache.layout != "static":
+def _load(settings: Settings) -> Model:
+    return neo_runtime.load(
+        settings.bundle,
+        backend=settings.backend,
+        device=settings.device,
+        threads=settings.threads or physical_cores(),
+    )
+
+
+def _engine_of(model: Model, settings: Settings) -> Engine:
+    return Engine(
+        backend=model.backend,
+        device=settings.device,
+        threads=settings.threads or physical_cores(),
+        runs_on=model.runs_on,
+    )
+
+
+def _why_not_here(bundle: Bundle, settings: Settings) -> str | None:
+    """Why a bundle that runs by a plan alone is not run: no plan, no GPU, or not asked for."""
+    if bundle.manifest.cache.layout != "static" or settings.backend not in ("auto", "cpu"):
         return None
     try:
-        neo_runtime.load(bundle.path, threads=threads).close()
+        _load(settings).close()
     except BundleUnsupportedError as error:
+        if bundle.manifest.cache.dtype == "bfloat16":  # nor does its graph run
+            raise
         return str(error)
     return None
-
-
-def _score_graph(bundle: Bundle, texts: Texts, threads: int, say: Progress) -> list[list[Logits]]:
-    """Logits of every text at every position, by onnxruntime from the scoring graph."""
-    count = _Count("the graph's logits", texts.tokens, say)
-    session = open_probed(bundle.path, bundle.manifest, "score", threads=threads)
-    found = []
-    for ids in texts.contexts:
-        run = score_trace(session, bundle.manifest, ids)
-        assert run.logits is not None
-        found.append([Logits("score", run.positions, run.logits)])
-        drop_pages(run.logits)
-        count(len(ids))
-    return found
-
-
-def _segments(
-    ids: NDArray[np.int64], window: int, settings: Settings, longest: int | None = None
-) -> tuple[Segment, ...]:
-    """The path with decode in it; stretches of decode cut to `longest`."""
-    decoded = decode_segments(len(ids), window, settings.decode_positions)
-    if longest is not None:
-        decoded = tuple((start, min(stop, start + longest)) for start, stop in decoded)
-    return segments_of(len(ids), decoded, settings.prefill_chunk)
-
-
-def _score_all(model: Model, texts: Texts, say: Progress) -> list[list[Logits]]:
-    """Logits of every text at every position."""
-    found = []
-    count = _Count("the bundle's logits: score", texts.tokens, say)
-    for ids in texts.contexts:
-        found.append([score_logits(model, ids)])
-        drop_pages(found[-1][0].values)
-        count(len(ids))
-    return found
-
-
-def _run_steps(
-    model: Model, texts: Texts, settings: Settings, found: list[list[Logits]], say: Progress
-) -> None:
-    """Adds logits through prefill alone, and with decode in between."""
-    window = model.manifest.model.window_size
-    count = _Count("the bundle's logits: prefill and decode", 2 * texts.tokens, say)
-    for ids, logits in zip(texts.contexts, found, strict=True):
-        chunks = segments_of(len(ids), (), settings.prefill_chunk)
-        logits += stepwise_logits(model, ids, chunks, count)
-        logits += stepwise_logits(model, ids, _segments(ids, window, settings), count)
-
-
-def _write(model: Model, texts: Texts, settings: Settings, say: Progress) -> list[Written]:
-    """Greedy continuations of the first contexts' beginnings."""
-    written = []
-    for number, ids in enumerate(texts.contexts[: settings.continuations]):
-        prompt = min(_LONGEST_PROMPT, max(1, len(ids) // 2))
-        new = min(settings.new_tokens, model.manifest.max_length - prompt)
-        say("greedy texts", number, min(len(texts.contexts), settings.continuations))
-        if new > 0:
-            whole = greedy_continuation(model, ids[:prompt], new)
-            written.append(Written(number, prompt, whole))
-    return written
 
 
 def locate(
@@ -188,8 +156,12 @@ def locate(
         contexts: token ids [S] each.
         settings: how closely to look.
     """
-    threads = settings.threads or physical_cores()
-    texts = trace(bundle, contexts, settings, threads, lambda stage, done, total: None)
+    engine = Engine(
+        backend="cuda" if settings.backend == "cuda" else "cpu",
+        device=settings.device,
+        threads=settings.threads or physical_cores(),
+    )
+    texts = trace(bundle, contexts, settings, engine, lambda stage, done, total: None)
     errors = reference.run(texts, lambda done, total: None, bundle)
     for number, text in enumerate(texts):
         reference.add_logits(errors, text, reference.logits(number))
@@ -200,33 +172,33 @@ def trace(
     bundle: Bundle,
     contexts: Sequence[NDArray[np.int64]],
     settings: Settings,
-    threads: int,
+    engine: Engine,
     say: Progress,
 ) -> list[Text]:
     """The first contexts with their places shown, the others without."""
     window = bundle.manifest.model.window_size
-    chosen = _localized(contexts, settings.localize_tokens)
-    count = _Count("the bundle's places", 3 * sum(map(len, chosen)), say)
     result = [Text(ids) for ids in contexts]
-    session = open_probed(bundle.path, bundle.manifest, "score", threads=threads)
-    for text in result[: len(chosen)]:
-        text.traces = [score_trace(session, bundle.manifest, text.ids)]
-        text.traces[0].rest()
-        count(len(text.ids))
-    del session
-    if not chosen or bundle.manifest.cache.layout == "static":
+    chosen = result[: len(_localized(contexts, settings.localize_tokens))]
+    if not chosen or why_not_shown(bundle, engine):
         return result
-    backend = ProbedBackend(bundle, threads=threads)
-    for text in result[: len(chosen)]:
-        chunks = segments_of(len(text.ids), (), settings.prefill_chunk)
-        whole, checks = trace_cached_path(backend, text.ids, chunks, count)
-        mixed = _segments(text.ids, window, settings, _LONGEST_PROBED_DECODE)
-        parts, more = trace_cached_path(backend, text.ids, mixed, count)
-        # Prefill is looked at where it runs alone; here it only leads from one stretch to the next.
-        decoded = [trace for trace in parts if trace.graph == "decode"]
-        text.traces = [*text.traces, *whole, *decoded]
-        text.cache_checks = [*checks, *more]
-    backend.close()
+    count = Count("the bundle's places", 3 * sum(len(text.ids) for text in chosen), say)
+    with open_probed_backend(bundle, engine) as backend:
+        for text in chosen:
+            text.traces = [backend.score_trace(text.ids)]
+            text.traces[0].rest()
+            count(len(text.ids))
+    if bundle.manifest.cache.layout == "static":
+        return result
+    with open_probed_backend(bundle, engine) as backend:
+        for text in chosen:
+            chunks = segments_of(len(text.ids), (), settings.prefill_chunk)
+            whole, checks = trace_cached_path(backend, text.ids, chunks, count)
+            mixed = path_of(text.ids, window, settings, _LONGEST_PROBED_DECODE)
+            parts, more = trace_cached_path(backend, text.ids, mixed, count)
+            # Prefill is looked at where it runs alone; here it only leads to the next stretch.
+            decoded = [trace for trace in parts if trace.graph == "decode"]
+            text.traces = [*text.traces, *whole, *decoded]
+            text.cache_checks = [*checks, *more]
     return result
 
 
@@ -277,15 +249,3 @@ def _compare_all(
         written=list(written),
         best_of_reference=best,
     )
-
-
-class _Count:
-    """Adds up what was done of one stage, and reports it."""
-
-    def __init__(self, stage: str, total: int, say: Progress) -> None:
-        self._stage, self._total, self._say, self._done = stage, total, say, 0
-        say(stage, 0, total)
-
-    def __call__(self, done: int) -> None:
-        self._done = min(self._total, self._done + done)
-        self._say(self._stage, self._done, self._total)

@@ -34,5 +34,9 @@ class Settings:
     """Greedy texts that are compared."""
     new_tokens: int = 32
     """Of each greedy text."""
+    backend: str = "auto"
+    """What runs the bundle: `neo_runtime.load`'s."""
+    device: int = 0
+    """Which GPU."""
     threads: int | None = None
     limits: Limits = field(default_factory=Limits)

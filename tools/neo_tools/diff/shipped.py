@@ -6,19 +6,40 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from neo_export.mapped_memory import scratch_array
+from neo_export.mapped_memory import drop_pages, scratch_array
 
-from neo_tools.diff.cached_path import spoil
+from neo_tools.diff.cached_path import segments_of, spoil
+from neo_tools.diff.engine import open_probed_backend
+from neo_tools.diff.findings import Written
+from neo_tools.diff.progress import Count
+from neo_tools.diff.texts import decode_segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from neo_runtime import Model
+    from neo_runtime.bundle import Bundle
     from numpy.typing import NDArray
 
     from neo_tools.diff.cached_path import Segment
+    from neo_tools.diff.engine import Engine
+    from neo_tools.diff.progress import Progress
+    from neo_tools.diff.settings import Settings
+    from neo_tools.diff.texts import Texts
 
-__all__ = ["Logits", "greedy_continuation", "score_logits", "stepwise_logits"]
+__all__ = [
+    "Logits",
+    "greedy_continuation",
+    "path_of",
+    "run_steps",
+    "score_all",
+    "score_graph",
+    "score_logits",
+    "stepwise_logits",
+    "write_texts",
+]
+
+_LONGEST_PROMPT = 64
 
 
 @dataclass(frozen=True)
@@ -83,3 +104,63 @@ def greedy_continuation(model: Model, prompt: NDArray[np.int64], tokens: int) ->
             if len(written) < len(prompt) + tokens:
                 logits = model.decode(cache, written[-1:])
     return np.array(written, dtype=np.int64)
+
+
+def path_of(
+    ids: NDArray[np.int64], window: int, settings: Settings, longest: int | None = None
+) -> tuple[Segment, ...]:
+    """The path with decode in it; stretches of decode cut to `longest`."""
+    decoded = decode_segments(len(ids), window, settings.decode_positions)
+    if longest is not None:
+        decoded = tuple((start, min(stop, start + longest)) for start, stop in decoded)
+    return segments_of(len(ids), decoded, settings.prefill_chunk)
+
+
+def score_graph(bundle: Bundle, texts: Texts, engine: Engine, say: Progress) -> list[list[Logits]]:
+    """Logits of every text at every position, by onnxruntime from the scoring graph."""
+    count = Count("the graph's logits", texts.tokens, say)
+    found = []
+    with open_probed_backend(bundle, engine) as backend:
+        for ids in texts.contexts:
+            run = backend.score_trace(ids)
+            assert run.logits is not None
+            found.append([Logits("score", run.positions, run.logits)])
+            drop_pages(run.logits)
+            count(len(ids))
+    return found
+
+
+def score_all(model: Model, texts: Texts, say: Progress) -> list[list[Logits]]:
+    """Logits of every text at every position."""
+    found = []
+    count = Count("the bundle's logits: score", texts.tokens, say)
+    for ids in texts.contexts:
+        found.append([score_logits(model, ids)])
+        drop_pages(found[-1][0].values)
+        count(len(ids))
+    return found
+
+
+def run_steps(
+    model: Model, texts: Texts, settings: Settings, found: list[list[Logits]], say: Progress
+) -> None:
+    """Adds logits through prefill alone, and with decode in between."""
+    window = model.manifest.model.window_size
+    count = Count("the bundle's logits: prefill and decode", 2 * texts.tokens, say)
+    for ids, logits in zip(texts.contexts, found, strict=True):
+        chunks = segments_of(len(ids), (), settings.prefill_chunk)
+        logits += stepwise_logits(model, ids, chunks, count)
+        logits += stepwise_logits(model, ids, path_of(ids, window, settings), count)
+
+
+def write_texts(model: Model, texts: Texts, settings: Settings, say: Progress) -> list[Written]:
+    """Greedy continuations of the first contexts' beginnings."""
+    written = []
+    for number, ids in enumerate(texts.contexts[: settings.continuations]):
+        prompt = min(_LONGEST_PROMPT, max(1, len(ids) // 2))
+        new = min(settings.new_tokens, model.manifest.max_length - prompt)
+        say("greedy texts", number, min(len(texts.contexts), settings.continuations))
+        if new > 0:
+            whole = greedy_continuation(model, ids[:prompt], new)
+            written.append(Written(number, prompt, whole))
+    return written

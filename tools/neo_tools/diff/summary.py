@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from neo_runtime.bundle import Bundle
     from neo_runtime.manifest import ModelSpec
 
+    from neo_tools.diff.engine import Engine
     from neo_tools.diff.findings import Findings
     from neo_tools.diff.position_metrics import PositionMetrics
     from neo_tools.diff.settings import Settings
@@ -36,10 +37,24 @@ _WORST_TOKENS = 12
 _AROUND = 24
 """Tokens of text that are shown on either side of an affected one."""
 _BINS = 40
+_PACKAGES = (
+    "neo-onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "torch",
+    "transformers",
+    "numpy",
+)
 
 
 def summarize(
-    findings: Findings, bundle: Bundle, reference: Subject, texts: Texts, settings: Settings
+    findings: Findings,
+    bundle: Bundle,
+    reference: Subject,
+    texts: Texts,
+    settings: Settings,
+    engine: Engine,
 ) -> Results:
     """Seconds and memory are left at zero."""
     manifest = bundle.manifest
@@ -61,6 +76,8 @@ def summarize(
             digest=manifest.digest,
         ),
         reference=reference,
+        backend=engine.backend,
+        runs_on=engine.runs_on,
         text=texts.source,
         contexts=tuple(map(len, texts.contexts)),
         window_size=model.window_size,
@@ -201,9 +218,8 @@ def _histogram(found: PositionMetrics) -> dict[str, list[float]]:
 
 
 def _versions() -> dict[str, str]:
-    names = ("neo-onnx", "onnxruntime", "torch", "transformers", "numpy")
     found = {"python": platform.python_version()}
-    for name in names:
+    for name in _PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -1,0 +1,57 @@
+"""As `probed_backend`, on a GPU: the CUDA backend's own loop over graphs that show their places."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from neo_export.comparison.probed import probed_model, probed_values
+from neo_runtime.backends.cuda import CudaBackend
+
+from neo_tools.diff.cached_path import trace_scored
+
+if TYPE_CHECKING:
+    from neo_export.comparison.trace import Trace
+    from neo_export.quantize.kv_cache import CacheSteps
+    from neo_runtime.backends.device import Device
+    from neo_runtime.bundle import Bundle
+    from numpy.typing import NDArray
+
+    from neo_tools.diff.probed_backend import Sink
+
+__all__ = ["ProbedCudaBackend"]
+
+
+class ProbedCudaBackend(CudaBackend):
+    """Every call runs its kernels one by one, and `sink` gets the values, [1, S, width] each."""
+
+    def __init__(self, bundle: Bundle, device: Device) -> None:
+        # A graph from memory has no folder; onnxruntime looks for its weights before it takes ours.
+        folder = {"session.model_external_initializers_file_folder_path": str(bundle.path)}
+        super().__init__(bundle, device, folder)
+        self._bundle_folder = bundle.path
+        self.cache_steps: CacheSteps | None = None
+        """There are no int8 caches here."""
+        self._names = probed_values(self.manifest)
+        self.sink: Sink = lambda values: None
+
+    def graph_source(self, graph: str) -> bytes:
+        """See `CudaBackend.graph_source`."""
+        return probed_model(self._bundle_folder, self.manifest, graph)
+
+    def captures(self, graph: str) -> bool:
+        """See `CudaBackend.captures`: what is shown leaves the device at every step."""
+        return False
+
+    def run(self, graph: str, binding: Any, graph_id: int | None) -> None:
+        """See `CudaBackend.run`."""
+        # Behind those that the store has bound; anew each time, for their shape is the call's.
+        for name in self._names:
+            binding.bind_output(name)
+        super().run(graph, binding, None)
+        self.device.synchronize()
+        outputs = binding.get_outputs()[-len(self._names) :]
+        self.sink({n: o.numpy() for n, o in zip(self._names, outputs, strict=True)})
+
+    def score_trace(self, ids: NDArray[Any]) -> Trace:
+        """Places and logits of every position, by the score graph."""
+        return trace_scored(self, ids)
