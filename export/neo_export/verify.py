@@ -11,7 +11,7 @@ from neo_runtime.errors import VerificationError
 from neo_export.comparison.errors import measure, measure_logits
 from neo_export.comparison.explanations import explain
 from neo_export.comparison.faults import Fault, find_faults
-from neo_export.comparison.places import all_places
+from neo_export.comparison.places import all_places, place_text
 from neo_export.comparison.probed import open_probed, score_trace
 from neo_export.comparison.trace import Text
 from neo_export.reference import LayeredReference
@@ -136,14 +136,14 @@ def _judge(verification: Verification, manifest: Manifest) -> None:
             f"by {fault.error:.3g} ({fault.region}; relative L2, the limit of {precision} is "
             f"{fault.limit:g}){why}. Report this with the checkpoint's config.json"
         )
-    limit = tolerance.any_checkpoint
     for place in verification.places:
-        if not place.error <= limit:
-            where = place.place if place.layer is None else f"{place.place} of layer {place.layer}"
+        if not place.error <= tolerance.any_hidden:
             raise VerificationError(
-                f"{where} is off by {place.error:.3g} (relative L2, worst of "
-                f"{verification.tokens} positions), the limit of {precision} is {limit:g}"
+                f"{place_text(place.layer, place.place)} is off by {place.error:.3g} (relative L2, "
+                f"worst of {verification.tokens} positions), the limit of {precision} is "
+                f"{tolerance.any_hidden:g}"
             )
+    limit = tolerance.any_checkpoint
     # Where activations are rounded, the best two tokens move apart or together at will.
     judged = tolerance.typical is None
     disagreements = verification.argmax_disagreements if judged else 0

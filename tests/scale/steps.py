@@ -18,7 +18,7 @@ from .parity_steps import half, parity
 from .session import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from .session import Session
@@ -92,28 +92,52 @@ def optimum(session: Session) -> list[Figure]:
 
 
 def verify(session: Session) -> list[Figure]:
+    return _verified(session, "fp32", "--fp32")
+
+
+_GPU_FORMS = {
+    "cuda fp16": ("--fp16",),
+    "cuda int8": ("--int8", "--target", "cuda"),
+    "cuda int4": ("--int4", "--target", "cuda"),
+    "tensorrt fp16": ("--fp16", "--target", "tensorrt"),
+    "tensorrt int8": ("--int8", "--target", "tensorrt"),
+    "tensorrt int4": ("--int4", "--target", "tensorrt"),
+    "tensorrt fp8": ("--fp8", "--target", "tensorrt"),
+}
+"""What onnxruntime's CPU provider can run of them."""
+
+
+def verify_gpu_forms(session: Session) -> list[Figure]:
+    return [
+        figure
+        for form, options in _GPU_FORMS.items()
+        for figure in _verified(session, form, *options)
+    ]
+
+
+def _verified(session: Session, form: str, *options: str) -> list[Figure]:
     try:
-        done = session.bundle("fp32-verified", "--fp32", "--verify")
+        done = session.bundle(f"{form.replace(' ', '-')}-verified", *options, "--verify")
     except NeoError as error:
-        return [_failed_verification(session, error)]
+        return [_failed_verification(session, form, options, error)]
     pattern = rf"verified +(\d+) positions.*?off by {_NUMBER}, worst place (.*?) {_NUMBER} \("
     match = re.search(pattern, done.measured.output)
     if match is None:
         raise ValueError(f"no result of --verify in:\n{done.measured.output}")
     session.drop(done.bundle)
     tokens, logits, place, hidden = match.groups()
-    limit = TOLERANCES["fp32"].any_checkpoint
+    tolerance = TOLERANCES[form.split()[-1]]
     return [
         Figure(
-            name=f"logits, worst relative L2 of {tokens} positions",
+            name=f"{form}: logits, worst relative L2 of {tokens} positions",
             value=float(logits),
-            limit=limit,
+            limit=tolerance.any_checkpoint,
             command=done.command,
         ),
         Figure(
-            name="worst place of all layers, relative L2",
+            name=f"{form}: worst place of all layers, relative L2",
             value=float(hidden),
-            limit=limit,
+            limit=tolerance.any_hidden,
             command=done.command,
             note=place,
         ),
@@ -121,7 +145,9 @@ def verify(session: Session) -> list[Figure]:
     ]
 
 
-def _failed_verification(session: Session, error: NeoError) -> Figure:
+def _failed_verification(
+    session: Session, form: str, options: Sequence[str], error: NeoError
+) -> Figure:
     """The first place past its limit, as `neo-export --verify` names it; other errors go on."""
     pattern = (
         rf"neo-export: (.*?) (?:is|are) off by {_NUMBER} \(.*?limit of \w+:? (?:is )?{_NUMBER}"
@@ -130,9 +156,10 @@ def _failed_verification(session: Session, error: NeoError) -> Figure:
     if match is None:
         raise error
     place, value, limit = match.groups()
-    command = ("-m", "neo_export.cli", str(session.checkpoint), "-o", "BUNDLE", "--verify")
+    export = ("-m", "neo_export.cli", str(session.checkpoint), "-o", "BUNDLE")
+    command = (*export, *options, "--verify")
     return Figure(
-        name=f"{place}: worst relative L2",
+        name=f"{form}: {place}: worst relative L2",
         value=float(value),
         limit=float(limit),
         command=shown(command),
@@ -254,6 +281,7 @@ STEPS = (
     Step("export", "float32: seconds, peak memory, private memory at most 2 GB", export),
     Step("optimum", "`optimum-cli export onnx` of the same: ours in a third of its time", optimum),
     Step("verify", "`neo-export --verify`: every place of every layer against PyTorch", verify),
+    Step("verify-gpu", "the same of the forms for GPUs, run by the CPU", verify_gpu_forms),
     Step("reproducible", "a second export has the same bytes; `neo-verify`'s time", reproducible),
     Step("parity", "float32 logits against PyTorch at every position", parity),
     Step("fp16", "float16 logits against PyTorch float32, 600 tokens", half),
