@@ -20,7 +20,7 @@ from neo_tools.bench.results import Ratio, Results
 from neo_tools.bench.run import _gpu_command as gpu_command
 from neo_tools.bench.statistics import spread
 from neo_tools.gpu_check.__main__ import main, run_suite
-from neo_tools.gpu_check.report import Suite, write_report
+from neo_tools.gpu_check.report import BackendRun, Suite, write_report
 from neo_tools.gpu_check.targets import judge
 
 if TYPE_CHECKING:
@@ -125,15 +125,20 @@ def test_what_was_not_measured_is_not_met() -> None:
 def test_the_report(tmp_path: Path) -> None:
     results = run(share=0.5)
     suite = Suite(passed=9, failed=0, skipped=1, exit_status=0)
-    runs = {"cuda": (results, judge(results, "half", "int4"))}
+    verdicts = judge(results, "half", "int4")
+    runs = {"cuda": BackendRun(benches={"PyTorch eager": results}, verdicts=verdicts)}
     raw, text = write_report(tmp_path, GPU, suite, runs)
     found = json.loads(raw.read_text())
-    assert found["schema"] == "neo-gpu-check/1"
+    assert found["schema"] == "neo-gpu-check/2"
+    assert found["runs"]["cuda"]["benches"]["PyTorch eager"] == json.loads(
+        json.dumps(results.to_dict(), default=str)
+    )
     assert found["runs"]["cuda"]["targets"][0]["verdict"] == "not met"
     assert "| float16 decode, share of the copy bandwidth | at least 75 % | 50 % | not met |" in (
         text.read_text()
     )
     assert "9 passed, 0 failed, 1 skipped (correct)" in text.read_text()
+    assert "### cuda beside PyTorch eager" in text.read_text()
 
 
 def test_a_failed_suite_measures_nothing(tmp_path: Path) -> None:
@@ -145,6 +150,77 @@ def test_a_failed_suite_measures_nothing(tmp_path: Path) -> None:
         Suite(passed=3, failed=0, skipped=0, exit_status=2),
     ):
         assert not nothing.is_correct
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """As if there were one, and its figures those of `run`; what neo-bench was asked for."""
+    asked: list[Settings] = []
+
+    def measured(settings: Settings, progress: object) -> Results:
+        asked.append(settings)
+        names, results = {"half": "cuda-fp16", "int4": "cuda-int4"}, run()
+        rows = [dataclasses.replace(r, label=names[r.label]) for r in results.rows]
+        facts = [dataclasses.replace(p, label=names[p.label]) for p in results.participants]
+        return dataclasses.replace(results, rows=tuple(rows), participants=tuple(facts))
+
+    monkeypatch.setattr("neo_runtime.gpu.require_gpu", lambda device: GPU)
+    monkeypatch.setattr("neo_tools.bench.run.run", measured)
+    return asked
+
+
+def test_the_parts_of_a_check(
+    on_a_gpu: list[Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = Suite(passed=9, failed=0, skipped=1, exit_status=0)
+    monkeypatch.setattr("neo_tools.gpu_check.__main__.run_suite", lambda tests: suite)
+    assert main(["--output", str(tmp_path), "--device", "2"]) == 0
+    eager, compiled = on_a_gpu
+    assert [peer.label for peer in eager.peers] == ["torch:fp16"]
+    assert [bundle.name for bundle in eager.bundles] == ["cuda-fp16", "cuda-int4"]
+    assert {(c.kind, c.batch, c.prompt or c.depth) for c in eager.cases} == {
+        ("prefill", 1, 511),
+        ("decode", 1, 128),
+        ("decode", 32, 128),
+    }
+    assert [peer.label for peer in compiled.peers] == ["torch:fp16-compiled"]
+    assert [bundle.name for bundle in compiled.bundles] == ["cuda-fp16"]
+    assert {case.batch for case in compiled.cases} == {1}
+    assert {(s.backend, s.device) for s in on_a_gpu} == {("cuda", 2)}
+    found = json.loads((tmp_path / "gpu-report.json").read_text())
+    assert found["suite"]["passed"] == 9
+    assert list(found["runs"]["cuda"]["benches"]) == ["PyTorch eager", "torch.compile"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"gpu-report.json", "gpu-report.md"}
+
+
+def test_what_was_measured_before_an_interruption_stays(
+    on_a_gpu: list[Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from neo_tools.bench.run import run as measured
+
+    def interrupted(settings: Settings, progress: object) -> Results:
+        if on_a_gpu:
+            raise KeyboardInterrupt
+        return measured(settings, print)
+
+    monkeypatch.setattr("neo_tools.bench.run.run", interrupted)
+    assert main(["--no-tests", "--output", str(tmp_path)]) == 130
+    found = json.loads((tmp_path / "gpu-report.json").read_text())
+    assert found["suite"] is None
+    assert list(found["runs"]["cuda"]["benches"]) == ["PyTorch eager"]
+    assert [v["verdict"] for v in found["runs"]["cuda"]["targets"]][2] == "met"
+    assert "tests: left out" in (tmp_path / "gpu-report.md").read_text()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"gpu-report.json", "gpu-report.md"}
+
+
+def test_nothing_is_measured_behind_a_test_that_fails(
+    on_a_gpu: list[Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = Suite(passed=9, failed=1, skipped=0, exit_status=1)
+    monkeypatch.setattr("neo_tools.gpu_check.__main__.run_suite", lambda tests: suite)
+    assert main(["--output", str(tmp_path)]) == 1
+    assert not on_a_gpu
+    assert json.loads((tmp_path / "gpu-report.json").read_text())["runs"] == {}
 
 
 def test_counting_a_suite(tmp_path: Path) -> None:

@@ -14,16 +14,18 @@ from neo_runtime.command_line import run_command
 from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from neo_tools.bench.results import Results
-    from neo_tools.gpu_check.report import Suite
-    from neo_tools.gpu_check.targets import Verdict
+    from neo_tools.bench.cases import Settings
+    from neo_tools.gpu_check.report import BackendRun, Suite
 
 __all__ = ["main"]
 
 _DONE, _WRONG_NUMBERS = 0, 1
-_EPILOG = """exit status: 0 the tests passed and the report is written, whatever the targets say;
+_EPILOG = """The report is written anew after the tests and after each part of the benchmark: what
+interrupts the rest loses nothing that was measured.
+
+exit status: 0 the tests passed and the report is whole, whatever the targets say;
 1 a test failed (the report says so, nothing is measured); 2 no usable GPU, wrong usage, or a
 bundle that cannot be made or run"""
 _TESTS = Path(__file__).parents[3] / "tests" / "gpu"
@@ -44,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", type=int, default=0, metavar="N")
     parser.add_argument("--output", type=Path, default=Path("build/gpu"), metavar="FOLDER")
     parser.add_argument("--repetitions", type=int, default=5, metavar="N")
+    parser.add_argument(
+        "--no-tests",
+        action="store_true",
+        help="measure without the tests, which this machine has passed before; the report says so",
+    )
     arguments = parser.parse_args(argv)
     return run_command("gpu-check", lambda: _run(arguments), extras="gpu-check")
 
@@ -54,21 +61,17 @@ def _run(arguments: argparse.Namespace) -> int:
     from neo_tools.gpu_check.report import write_report
 
     gpu = require_gpu(arguments.device)
-    backends = arguments.backend or ["cuda"]
-    suite = run_suite(_TESTS)
-    runs: dict[str, tuple[Results, list[Verdict]]] = {}
-    if suite.is_correct:
-        with tempfile.TemporaryDirectory(dir=_scratch(arguments.output)) as folder:
-            for backend in backends:
-                runs[backend] = _measure(arguments, backend, Path(folder))
+    suite = None if arguments.no_tests else run_suite(_TESTS)
+    runs: dict[str, BackendRun] = {}
     paths = write_report(arguments.output, gpu, suite, runs)
+    if suite is None or suite.is_correct:
+        with tempfile.TemporaryDirectory(dir=arguments.output) as folder:
+            for backend in arguments.backend or ["cuda"]:
+                for run in _measure(arguments, backend, Path(folder)):
+                    runs[backend] = run
+                    write_report(arguments.output, gpu, suite, runs)
     print("\n".join(str(path) for path in paths))
-    return _DONE if suite.is_correct else _WRONG_NUMBERS
-
-
-def _scratch(output: Path) -> Path:
-    output.mkdir(parents=True, exist_ok=True)
-    return output
+    return _DONE if suite is None or suite.is_correct else _WRONG_NUMBERS
 
 
 def run_suite(tests: Path) -> Suite:
@@ -93,18 +96,16 @@ def run_suite(tests: Path) -> Suite:
     )
 
 
-def _measure(
-    arguments: argparse.Namespace, backend: str, folder: Path
-) -> tuple[Results, list[Verdict]]:
-    """Export, run neo-bench beside PyTorch, and compare with the targets."""
+def _measure(arguments: argparse.Namespace, backend: str, folder: Path) -> Iterator[BackendRun]:
+    """Export, run neo-bench beside PyTorch, and compare with the targets: more each time."""
     from neo_export.cli import DEMO
     from neo_export.exporter import ExportOptions, export_bundle
 
-    from neo_tools.bench.cases import PeerChoice, Settings, make_cases
     from neo_tools.bench.run import run
-    from neo_tools.gpu_check.targets import LONG_PROMPT, MANY, SHORT, judge
+    from neo_tools.gpu_check.report import BackendRun
+    from neo_tools.gpu_check.targets import judge
 
-    model = arguments.model or DEMO
+    model = Path(arguments.model or DEMO)
     bundles = {}
     for precision in ("fp16", "int4"):
         bundles[precision] = folder / f"{backend}-{precision}"
@@ -113,25 +114,42 @@ def _measure(
         )
         if backend == "tensorrt":
             _build_plan(bundles[precision])
+    found = BackendRun()
+    for title, settings in _parts(arguments, backend, model, bundles):
+        results = run(settings, lambda line: print(line, file=sys.stderr, flush=True))
+        verdicts = found.verdicts or judge(results, bundles["fp16"].name, bundles["int4"].name)
+        found = BackendRun(benches=found.benches | {title: results}, verdicts=verdicts)
+        yield found
+
+
+def _parts(
+    arguments: argparse.Namespace, backend: str, model: Path, bundles: dict[str, Path]
+) -> Iterator[tuple[str, Settings]]:
+    """What the targets speak of; then `torch.compile`, which takes minutes to start."""
+    from neo_tools.bench.cases import PeerChoice, Settings, make_cases
+    from neo_tools.gpu_check.targets import LONG_PROMPT, MANY, SHORT
+
     longest = min(LONG_PROMPT, _positions(bundles["fp16"]) - 1)
     shared = {"threads": (1,), "new_tokens": (64,), "depths": (SHORT,)}
-    cases = make_cases(prompts=(longest,), batches=(1,), **shared)
-    cases += make_cases(prompts=(0,), batches=(MANY,), **shared)
-    settings = Settings(
-        bundles=tuple(bundles.values()),
-        peers=(
-            PeerChoice(name="torch", precision="fp16"),
-            PeerChoice(name="torch", precision="fp16-compiled"),
-        ),
-        model=Path(model),
-        threads=(1,),
-        repetitions=arguments.repetitions,
-        backend=backend,
-        device=arguments.device,
-        cases=cases,
-    )
-    results = run(settings, lambda line: print(line, file=sys.stderr, flush=True))
-    return results, judge(results, bundles["fp16"].name, bundles["int4"].name)
+    one = make_cases(prompts=(longest,), batches=(1,), **shared)
+    many = make_cases(prompts=(0,), batches=(MANY,), **shared)
+    for title, chosen, peer, cases in (
+        ("PyTorch eager", tuple(bundles.values()), "fp16", one + many),
+        ("torch.compile", (bundles["fp16"],), "fp16-compiled", one),
+    ):
+        yield (
+            title,
+            Settings(
+                bundles=chosen,
+                peers=(PeerChoice(name="torch", precision=peer),),
+                model=model,
+                threads=(1,),
+                repetitions=arguments.repetitions,
+                backend=backend,
+                device=arguments.device,
+                cases=cases,
+            ),
+        )
 
 
 def _positions(bundle: Path) -> int:

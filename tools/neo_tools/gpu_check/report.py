@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from neo_export.text_file import write_text_file
 
 from neo_tools.bench.report import to_markdown
 
@@ -16,9 +18,9 @@ if TYPE_CHECKING:
     from neo_tools.bench.results import Results
     from neo_tools.gpu_check.targets import Verdict
 
-__all__ = ["SCHEMA", "Suite", "write_report"]
+__all__ = ["SCHEMA", "BackendRun", "Suite", "write_report"]
 
-SCHEMA = "neo-gpu-check/1"
+SCHEMA = "neo-gpu-check/2"
 _TARGET_GPU = "H100"
 
 
@@ -38,60 +40,78 @@ class Suite:
         return self.exit_status == 0 and self.failed == 0 and self.passed > 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class BackendRun:
+    """What was measured with one backend so far."""
+
+    benches: dict[str, Results] = field(default_factory=dict)
+    """Runs of the benchmark by title: the rival."""
+    verdicts: list[Verdict] = field(default_factory=list)
+
+
 def write_report(
     folder: Path,
     gpu: GpuFacts,
-    suite: Suite,
-    runs: dict[str, tuple[Results, list[Verdict]]],
+    suite: Suite | None,
+    runs: dict[str, BackendRun],
 ) -> tuple[Path, Path]:
     """Write `gpu-report.json` and `gpu-report.md`.
 
     Args:
-        folder: where to.
+        folder: where to; made if it is not there.
         gpu: what everything ran on.
-        suite: the tests.
-        runs: by backend: the benchmark, and the targets; empty where the tests failed.
+        suite: the tests; None where they were left out.
+        runs: by backend; empty where the tests failed.
     """
     raw: dict[str, Any] = {
         "schema": SCHEMA,
         "gpu": asdict(gpu),
-        "suite": asdict(suite) | {"is_correct": suite.is_correct},
+        "suite": suite and asdict(suite) | {"is_correct": suite.is_correct},
         "runs": {
             backend: {
-                "targets": [asdict(verdict) for verdict in verdicts],
-                "bench": results.to_dict(),
+                "targets": [asdict(verdict) for verdict in run.verdicts],
+                "benches": {title: results.to_dict() for title, results in run.benches.items()},
             }
-            for backend, (results, verdicts) in runs.items()
+            for backend, run in runs.items()
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "gpu-report.json", folder / "gpu-report.md"
-    paths[0].write_text(json.dumps(raw, indent=1, default=str) + "\n", encoding="utf-8")
-    paths[1].write_text(_markdown(gpu, suite, runs), encoding="utf-8")
+    write_text_file(paths[0], json.dumps(raw, indent=1, default=str) + "\n")
+    write_text_file(paths[1], _markdown(gpu, suite, runs))
     return paths
 
 
-def _markdown(gpu: GpuFacts, suite: Suite, runs: dict[str, tuple[Results, list[Verdict]]]) -> str:
+def _suite_text(suite: Suite | None) -> str:
+    if suite is None:
+        return "left out"
+    return (
+        f"{suite.passed} passed, {suite.failed} failed, {suite.skipped} skipped "
+        f"({'correct' if suite.is_correct else 'NOT CORRECT: nothing was measured'})"
+    )
+
+
+def _markdown(gpu: GpuFacts, suite: Suite | None, runs: dict[str, BackendRun]) -> str:
     lines = [
         f"# GPU check on {gpu.name}",
         "",
         f"- device {gpu.index}, compute capability {gpu.compute_capability}, "
         f"{gpu.memory_bytes / 2**30:.0f} GiB, driver for CUDA {gpu.driver_cuda[0]}."
         f"{gpu.driver_cuda[1]}",
-        f"- tests: {suite.passed} passed, {suite.failed} failed, {suite.skipped} skipped "
-        f"({'correct' if suite.is_correct else 'NOT CORRECT: nothing was measured'})",
+        f"- tests: {_suite_text(suite)}",
         "",
     ]
     if _TARGET_GPU not in gpu.name:
         lines += [f"The targets are for an {_TARGET_GPU}; this is another GPU.", ""]
-    for backend, (results, verdicts) in runs.items():
+    for backend, run in runs.items():
         lines += [
             f"## {backend}",
             "",
             "| target | wanted | measured | verdict |",
             "|---|---|---|---|",
-            *(f"| {v.name} | {v.wanted} | {v.measured} | {v.verdict} |" for v in verdicts),
+            *(f"| {v.name} | {v.wanted} | {v.measured} | {v.verdict} |" for v in run.verdicts),
             "",
-            to_markdown(results),
         ]
+        for title, results in run.benches.items():
+            lines += [f"### {backend} beside {title}", "", to_markdown(results)]
     return "\n".join(lines) + "\n"
