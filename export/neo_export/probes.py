@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from neo_runtime.manifest import ModelSpec, Probe
 
 from neo_export.model import place_name
+from neo_export.passes.fold_bias import hidden_sums
 from neo_export.passes.pack_qkv import PACKED_PLACE
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def probes_of(model: ir.Model, spec: ModelSpec) -> tuple[Probe, ...]:
         AssertionError: a pass lost a name.
     """
     names = {value.name for node in model.graph for value in node.outputs}
+    names |= hidden_sums(model.graph).keys()
     probes = [Probe(layer=None, place="embedding", value=place_name(None, "embedding"))]
     for layer in range(spec.num_layers):
         packed = place_name(layer, PACKED_PLACE)

@@ -90,6 +90,18 @@ def test_an_odd_vocabulary_is_padded_for_the_head(precision: str, tmp_path: Path
     assert_agrees(Graphs(tmp_path / "b").run("score", ids), expected, LIMIT)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
+def test_no_bias_is_a_kernel_of_its_own(precision: str, tmp_path: Path) -> None:
+    """onnxruntime folds those behind the products of float16 alone."""
+    options = ExportOptions(target="cuda", precision=precision)
+    export_bundle(str(DEMO), tmp_path / "bundle", options)
+    for name in GRAPH_NAMES:
+        graph = ir.load(tmp_path / "bundle" / f"{name}.onnx").graph
+        sums = [node for node in graph if node.op_type == "Add"]
+        assert not [node for node in sums if any(v and v.is_initializer() for v in node.inputs)]
+        assert len(sums) == 1  # NaN for a mask that cannot be honoured
+
+
 def test_calibrated_weights_are_verified_as_stored(tmp_path: Path) -> None:
     """GPTQ's integers are read back from the graph, whose scales are in half precision."""
     with (DEMO / "heldout.jsonl").open(encoding="utf-8") as lines:

@@ -12,6 +12,7 @@ from neo_runtime.installation import require_onnxruntime
 from neo_export.check import first_prompt_feeds, scoring_graph
 from neo_export.comparison.trace import Trace
 from neo_export.mapped_memory import scratch_array
+from neo_export.passes.fold_bias import hidden_sums
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +44,8 @@ def probed_model(folder: Path, manifest: Manifest, graph: str) -> bytes:
     if graph == "score":
         graph = scoring_graph(manifest.graphs)
     model = ir.load(folder / manifest.graphs[graph].file)
-    values = {value.name: value for node in model.graph for value in node.outputs}
+    values = {str(value.name): value for node in model.graph for value in node.outputs}
+    values |= _sums(model)
     for name in probed_values(manifest):
         if name not in values:
             raise BundleError(
@@ -53,6 +55,17 @@ def probed_model(folder: Path, manifest: Manifest, graph: str) -> bytes:
         model.graph.outputs.append(_as_numpy_has_it(model, values[name]))
     data: bytes = ir.serde.serialize_model(model).SerializeToString()
     return data
+
+
+def _sums(model: ir.Model) -> dict[str, ir.Value]:
+    """Places that the graph does not compute by themselves: computed beside it."""
+    found = {}
+    for name, (product, bias) in hidden_sums(model.graph).items():
+        add = ir.node("Add", [product, bias])
+        model.graph.append(add)
+        found[name] = add.outputs[0]
+        found[name].name, found[name].type, found[name].shape = name, product.type, product.shape
+    return found
 
 
 def _as_numpy_has_it(model: ir.Model, value: ir.Value) -> ir.Value:

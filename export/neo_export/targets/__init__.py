@@ -14,6 +14,7 @@ from neo_export.passes.candidates import candidates
 from neo_export.passes.device_lengths import device_lengths
 from neo_export.passes.exact_activations import exact_activations
 from neo_export.passes.float16 import bfloat16, float16_except
+from neo_export.passes.fold_bias import fold_bias
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE, fuse_attention
 from neo_export.passes.fuse_gelu import fuse_gelu, fuse_gelu_behind_bias
 from neo_export.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
@@ -197,7 +198,14 @@ TARGETS: dict[str, Target] = {
             precisions=("fp16", "bf16", "int8", "int4", "mixed"),
             # No window_caches: CUDA's kernel takes padded rows into window-sized caches from
             # 1.32 on, and the wheel for GPUs is 1.31. It reads no more than the window anyway.
-            fusions=(fuse_attention, pack_qkv, fuse_gelu, device_lengths, fuse_skip_layer_norm),
+            fusions=(
+                fuse_attention,
+                pack_qkv,
+                fuse_gelu,
+                device_lengths,
+                fuse_skip_layer_norm,
+                fold_bias,
+            ),
             storage=(store_transposed, pad_head),
             fused=True,
             minimum_onnxruntime="1.31.0",
