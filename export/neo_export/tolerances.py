@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import Manifest
 
 __all__ = [
+    "HALVES",
     "INT8_CACHE",
     "LOCAL",
     "QUALITY",
@@ -156,8 +157,17 @@ INT8_CACHE = Tolerance(
 )
 
 
-def tolerance_of(manifest: Manifest) -> Tolerance:
-    """The limits for a bundle; next to int8 or int4 products an int8 cache adds nothing to them."""
+def tolerance_of(manifest: Manifest, *, rounds_activations: bool) -> Tolerance:
+    """The limits for a bundle; next to int8 or int4 products an int8 cache adds nothing to them.
+
+    Args:
+        manifest: of the bundle.
+        rounds_activations: whether products round their inputs to integers or to 8-bit floats;
+            where weights alone are quantized, and the reference has those weights, what is left
+            is half precision.
+    """
+    if is_quantized(manifest.precision) and not rounds_activations:
+        return TOLERANCES["bf16" if manifest.cache.dtype == "bfloat16" else "fp16"]
     if (manifest.precision, manifest.cache.dtype) == ("fp32", "int8"):
         return INT8_CACHE
     return TOLERANCES[manifest.precision]
@@ -253,13 +263,14 @@ for _kind in ("int8", "int4", "fp8"):
     )
 
 
-_HALVES = ("float16", "bfloat16")
+HALVES = ("float16", "bfloat16")
+"""Types of a cache, and so of activations, in half precision."""
 
 
 def limits_name(manifest: Manifest) -> str:
     """Which of `LOCAL` a bundle is held to: its precision, and how it computes between products."""
     kind = {"mixed": "int4"}.get(manifest.precision, manifest.precision)
-    return f"{kind}-half" if is_quantized(kind) and manifest.cache.dtype in _HALVES else kind
+    return f"{kind}-half" if is_quantized(kind) and manifest.cache.dtype in HALVES else kind
 
 
 @dataclass(frozen=True)

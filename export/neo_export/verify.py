@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 from neo_runtime.errors import VerificationError
 
+from neo_export.check import scoring_graph
 from neo_export.comparison.errors import measure, measure_logits
 from neo_export.comparison.explanations import explain
 from neo_export.comparison.faults import Fault, find_faults
@@ -15,7 +17,7 @@ from neo_export.comparison.places import all_places, place_text
 from neo_export.comparison.probed import open_probed, score_trace
 from neo_export.comparison.trace import Text
 from neo_export.reference import LayeredReference
-from neo_export.tolerances import limits_name, tolerance_of
+from neo_export.tolerances import HALVES, limits_name, tolerance_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,8 +115,16 @@ def verify_bundle(
         places=places,
         first_fault=explain(faults, reference, texts),
     )
-    _judge(verification, manifest)
+    _judge(verification, manifest, _rounds_activations(folder, manifest))
     return verification
+
+
+def _rounds_activations(folder: Path, manifest: Manifest) -> bool:
+    """Whether the products of a bundle with quantized weights round what they are given, too."""
+    if manifest.cache.dtype not in HALVES:
+        return True
+    graph = ir.load(folder / manifest.graphs[scoring_graph(manifest.graphs)].file).graph
+    return any(node.op_type == "QuantizeLinear" for node in graph)
 
 
 def _disagreements(found: NDArray[Any], expected: NDArray[np.float32]) -> int:
@@ -125,9 +135,9 @@ def _disagreements(found: NDArray[Any], expected: NDArray[np.float32]) -> int:
     return int(np.count_nonzero(differs & (lead > off)))
 
 
-def _judge(verification: Verification, manifest: Manifest) -> None:
+def _judge(verification: Verification, manifest: Manifest, rounds_activations: bool) -> None:
     precision = manifest.precision
-    tolerance = tolerance_of(manifest)
+    tolerance = tolerance_of(manifest, rounds_activations=rounds_activations)
     fault = verification.first_fault
     if fault is not None:
         why = f"; it looks like {fault.kind}" if fault.kind else ""

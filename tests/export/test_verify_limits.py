@@ -1,0 +1,93 @@
+"""Which limits `neo-export --verify` holds a bundle to, and what it says where one is passed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from helpers.models import DEMO
+from neo_export.calibrated import Calibrated
+from neo_export.exporter import ExportOptions, export_bundle
+from neo_export.targets import TARGETS
+from neo_export.tolerances import LOCAL, TOLERANCES, limits_name, tolerance_of
+from neo_export.verify import PlaceError, Verification, _judge, _rounds_activations
+from neo_runtime.bundle import open_bundle
+from neo_runtime.errors import VerificationError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from neo_runtime.manifest import Manifest
+
+PRECISIONS = {precision for target in TARGETS.values() for precision in target.precisions}
+
+
+def test_every_precision_has_limits(mini_bundle: Path) -> None:
+    assert TOLERANCES.keys() == PRECISIONS
+    manifest = open_bundle(mini_bundle).manifest
+    for precision in PRECISIONS:
+        for dtype in ("float32", "float16", "bfloat16"):
+            cache = replace(manifest.cache, dtype=dtype)
+            assert limits_name(replace(manifest, precision=precision, cache=cache)) in LOCAL
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "calibrated", "limits"),
+    [
+        ("cpu", "fp32", False, "fp32"),
+        ("cpu", "int8", False, "int8"),
+        ("cpu", "int4", False, "int4"),
+        ("cuda", "fp16", False, "fp16"),
+        ("cuda", "int8", False, "fp16"),
+        ("cuda", "int4", False, "fp16"),
+        ("tensorrt", "int4", False, "fp16"),
+        ("tensorrt", "int8", False, "fp16"),
+        ("tensorrt", "int8", True, "int8"),
+        ("tensorrt", "fp8", True, "fp8"),
+    ],
+)
+def test_weights_alone_leave_half_precision(
+    target: str,
+    precision: str,
+    calibrated: bool,
+    limits: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against PyTorch on the stored weights: only rounded activations are worth more than that."""
+    if calibrated:
+        monkeypatch.setattr(Calibrated, "largest_input", lambda _self, _weight: 8.0)
+    options = ExportOptions(target=target, precision=precision)
+    export_bundle(str(DEMO), tmp_path / "bundle", options)
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    rounds = _rounds_activations(tmp_path / "bundle", manifest)
+    assert tolerance_of(manifest, rounds_activations=rounds) is TOLERANCES[limits]
+
+
+def _found(manifest: Manifest, logits: float, hidden: float) -> Verification:
+    place = PlaceError(17, "attended", hidden)
+    return Verification(
+        tokens=544,
+        window_size=manifest.model.window_size,
+        logits_error=logits,
+        typical_error=logits,
+        argmax_disagreements=0,
+        worst_place=place,
+        places=(PlaceError(None, "embedding", 0.0), place),
+        first_fault=None,
+    )
+
+
+def test_hidden_states_have_a_limit_of_their_own(cuda_bundle: Path) -> None:
+    manifest = open_bundle(cuda_bundle).manifest
+    limits = TOLERANCES["fp16"]
+    _judge(_found(manifest, limits.any_checkpoint, limits.any_hidden), manifest, True)
+    with pytest.raises(
+        VerificationError, match=r"^attended of layer 17 is off by 0\.11 .* is 0\.1$"
+    ):
+        _judge(_found(manifest, 0.01, 0.11), manifest, True)
+    with pytest.raises(VerificationError, match=r"^the logits are off by 0\.05 .*fp16: 0\.04"):
+        _judge(_found(manifest, 0.05, 0.05), manifest, True)
+    with pytest.raises(VerificationError, match=r"^attended of layer 17 is off by nan"):
+        _judge(_found(manifest, 0.01, float("nan")), manifest, True)
