@@ -18,7 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from neo_export.calibrated import calibrated, open_statistics, uses_gptq
 from neo_export.check import check_bundle, scoring_graph
 from neo_export.checkpoint import expected_shapes, open_checkpoint
-from neo_export.graphs import build_graph
+from neo_export.graphs import build_graph, drop_builder_notes
 from neo_export.hub import resolve_model
 from neo_export.memory import PeakMemory
 from neo_export.passes.quantize_cache import quantize_cache_steps
@@ -285,6 +285,7 @@ def _build(
             RemoveUnusedNodesPass()(model)
             steps.append(PassSummary(rewrite.__name__, fired, len(model.graph)))
         RemoveUnusedNodesPass()(model)
+        drop_builder_notes(model.graph)
         sort_initializers(model.graph)
         operators = dict(sorted(Counter(node.op_type for node in model.graph).items()))
         models[name] = model

@@ -17,7 +17,7 @@ from neo_export.comparison.places import all_places, place_text
 from neo_export.comparison.probed import open_probed, score_trace
 from neo_export.comparison.trace import Text
 from neo_export.reference import LayeredReference
-from neo_export.tolerances import HALVES, limits_name, tolerance_of
+from neo_export.tolerances import HALVES, TOLERANCES, limits_name, tolerance_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,22 +136,23 @@ def _disagreements(found: NDArray[Any], expected: NDArray[np.float32]) -> int:
 
 
 def _judge(verification: Verification, manifest: Manifest, rounds_activations: bool) -> None:
-    precision = manifest.precision
-    tolerance = tolerance_of(manifest, rounds_activations=rounds_activations)
     fault = verification.first_fault
     if fault is not None:
         why = f"; it looks like {fault.kind}" if fault.kind else ""
         raise VerificationError(
             f"{fault.where} is wrong: computed by PyTorch from the bundle's own inputs it is off "
-            f"by {fault.error:.3g} ({fault.region}; relative L2, the limit of {precision} is "
-            f"{fault.limit:g}){why}. Report this with the checkpoint's config.json"
+            f"by {fault.error:.3g} ({fault.region}; relative L2, the limit of "
+            f"{limits_name(manifest)} is {fault.limit:g}){why}. Report this with the checkpoint's "
+            "config.json"
         )
+    name = tolerance_name(manifest, rounds_activations=rounds_activations)
+    tolerance = TOLERANCES[name]
     for place in verification.places:
-        if not place.error <= tolerance.any_hidden:
+        allowed = tolerance.of_place(place.place)
+        if not place.error <= allowed:
             raise VerificationError(
                 f"{place_text(place.layer, place.place)} is off by {place.error:.3g} (relative L2, "
-                f"worst of {verification.tokens} positions), the limit of {precision} is "
-                f"{tolerance.any_hidden:g}"
+                f"worst of {verification.tokens} positions), the limit of {name} is {allowed:g}"
             )
     limit = tolerance.any_checkpoint
     # Where activations are rounded, the best two tokens move apart or together at will.
@@ -160,6 +161,6 @@ def _judge(verification: Verification, manifest: Manifest, rounds_activations: b
     if not verification.logits_error <= limit or disagreements:
         raise VerificationError(
             f"the logits are off by {verification.logits_error:.3g} (relative L2, worst of "
-            f"{verification.tokens} positions; limit of {precision}: {limit:g}), with "
+            f"{verification.tokens} positions; limit of {name}: {limit:g}), with "
             f"{disagreements} positions whose best token differs"
         )

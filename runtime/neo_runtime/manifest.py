@@ -109,7 +109,11 @@ class CacheSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A place inside a graph that tools look at: the value of this name exists in every graph."""
+    """A place inside every graph that tools look at.
+
+    The value of this name, or, where a fused operator adds it up (node metadata `neo.sum`), the sum
+    of that operator's first input and its bias.
+    """
 
     layer: int | None
     """None for the final norm."""

@@ -35,7 +35,7 @@ from neo_export.quantize.plan import WeightPlan
 from neo_export.quantize.stored import StoredWeights
 from neo_export.statistics import Statistics
 from neo_export.targets import Quantization
-from neo_export.tolerances import INT8_CACHE, TOLERANCES
+from neo_export.tolerances import TOLERANCES
 from neo_export.verify import verify_bundle
 from neo_runtime.errors import VerificationError
 
@@ -143,7 +143,7 @@ def test_every_passage(name: str, cases: Callable[[str], Case]) -> None:
     found = errors(Graphs(case.exact, optimize=case.exact == case.bundle), case)
     # int8 matrices have coarser keys, and more of them on an edge.
     assert np.median(found) <= (5 * EXACT if name == "demo-int8" else EXACT)
-    assert found.max() <= INT8_CACHE.logits
+    assert found.max() <= TOLERANCES["int8-cache"].logits
     # The test sees the rounding itself: PyTorch without it is much further off than that.
     assert np.median(relative_l2(case.unrounded, case.logits)) > 20 * EXACT
 
@@ -194,7 +194,7 @@ def test_a_wrong_graph_is_found_out(
 ) -> None:
     case = cases(name)
     wrong = Graphs(altered(case.bundle, tmp_path / "wrong", CHANGES[change]))
-    assert errors(wrong, case).max() > INT8_CACHE.logits
+    assert errors(wrong, case).max() > TOLERANCES["int8-cache"].logits
 
 
 def test_every_place_of_every_layer(cases: Callable[[str], Case]) -> None:
@@ -207,7 +207,7 @@ def test_every_place_of_every_layer(cases: Callable[[str], Case]) -> None:
         )
         steps = steps_from_ranges(Statistics.open(case.statistics), checkpoint.spec)
         found = verify_bundle(case.bundle, manifest, checkpoint, weights, steps)
-        assert found.worst_place.error <= INT8_CACHE.hidden
+        assert found.worst_place.error <= TOLERANCES["int8-cache"].hidden
         assert found.typical_error <= EXACT
         with pytest.raises(VerificationError, match="attended of layer 0"):
             verify_bundle(case.bundle, manifest, checkpoint, weights)

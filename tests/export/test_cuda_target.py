@@ -102,6 +102,14 @@ def test_no_bias_is_a_kernel_of_its_own(precision: str, tmp_path: Path) -> None:
         assert len(sums) == 1  # NaN for a mask that cannot be honoured
 
 
+def test_nodes_carry_no_notes_but_ours(cuda_bundle: Path) -> None:
+    for name in GRAPH_NAMES:
+        nodes = onnx.load(str(cuda_bundle / f"{name}.onnx"), load_external_data=False).graph.node
+        keys = [note.key for node in nodes for note in node.metadata_props]
+        assert keys == 8 * ["neo.sum"]
+        assert not any(node.doc_string for node in nodes)
+
+
 def test_calibrated_weights_are_verified_as_stored(tmp_path: Path) -> None:
     """GPTQ's integers are read back from the graph, whose scales are in half precision."""
     with (DEMO / "heldout.jsonl").open(encoding="utf-8") as lines:

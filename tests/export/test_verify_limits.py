@@ -10,7 +10,7 @@ from helpers.models import DEMO
 from neo_export.calibrated import Calibrated
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import TARGETS
-from neo_export.tolerances import LOCAL, TOLERANCES, limits_name, tolerance_of
+from neo_export.tolerances import LOCAL, TOLERANCES, limits_name, tolerance_name
 from neo_export.verify import PlaceError, Verification, _judge, _rounds_activations
 from neo_runtime.bundle import open_bundle
 from neo_runtime.errors import VerificationError
@@ -24,7 +24,7 @@ PRECISIONS = {precision for target in TARGETS.values() for precision in target.p
 
 
 def test_every_precision_has_limits(mini_bundle: Path) -> None:
-    assert TOLERANCES.keys() == PRECISIONS
+    assert TOLERANCES.keys() == PRECISIONS | {"int8-cache"}
     manifest = open_bundle(mini_bundle).manifest
     for precision in PRECISIONS:
         for dtype in ("float32", "float16", "bfloat16"):
@@ -62,32 +62,44 @@ def test_weights_alone_leave_half_precision(
     export_bundle(str(DEMO), tmp_path / "bundle", options)
     manifest = open_bundle(tmp_path / "bundle").manifest
     rounds = _rounds_activations(tmp_path / "bundle", manifest)
-    assert tolerance_of(manifest, rounds_activations=rounds) is TOLERANCES[limits]
+    assert tolerance_name(manifest, rounds_activations=rounds) == limits
 
 
-def _found(manifest: Manifest, logits: float, hidden: float) -> Verification:
-    place = PlaceError(17, "attended", hidden)
+def _found(
+    manifest: Manifest, logits: float = 0.0, attended: float = 0.0, mlp: float = 0.0
+) -> Verification:
+    places = (PlaceError(17, "attended", attended), PlaceError(17, "mlp", mlp))
     return Verification(
         tokens=544,
         window_size=manifest.model.window_size,
         logits_error=logits,
         typical_error=logits,
         argmax_disagreements=0,
-        worst_place=place,
-        places=(PlaceError(None, "embedding", 0.0), place),
+        worst_place=places[0],
+        places=places,
         first_fault=None,
     )
 
 
-def test_hidden_states_have_a_limit_of_their_own(cuda_bundle: Path) -> None:
+def test_what_attention_gives_has_a_limit_of_its_own(cuda_bundle: Path) -> None:
     manifest = open_bundle(cuda_bundle).manifest
-    limits = TOLERANCES["fp16"]
-    _judge(_found(manifest, limits.any_checkpoint, limits.any_hidden), manifest, True)
-    with pytest.raises(
-        VerificationError, match=r"^attended of layer 17 is off by 0\.11 .* is 0\.1$"
+    limit = TOLERANCES["fp16"].any_checkpoint
+    _judge(_found(manifest, logits=limit, attended=2 * limit, mlp=limit), manifest, True)
+    for errors, words in (
+        (
+            {"attended": 0.11},
+            r"^attended of layer 17 is off by 0\.11 .* the limit of fp16 is 0\.1$",
+        ),
+        ({"attended": float("nan")}, r"^attended of layer 17 is off by nan"),
+        ({"mlp": 0.05}, r"^mlp of layer 17 is off by 0\.05 .* the limit of fp16 is 0\.04$"),
+        ({"logits": 0.05}, r"^the logits are off by 0\.05 .*limit of fp16: 0\.04"),
     ):
-        _judge(_found(manifest, 0.01, 0.11), manifest, True)
-    with pytest.raises(VerificationError, match=r"^the logits are off by 0\.05 .*fp16: 0\.04"):
-        _judge(_found(manifest, 0.05, 0.05), manifest, True)
-    with pytest.raises(VerificationError, match=r"^attended of layer 17 is off by nan"):
-        _judge(_found(manifest, 0.01, float("nan")), manifest, True)
+        with pytest.raises(VerificationError, match=words):
+            _judge(_found(manifest, **errors), manifest, True)
+
+
+def test_the_limit_that_is_named_is_the_one_that_was_passed(cuda_bundle: Path) -> None:
+    manifest = replace(open_bundle(cuda_bundle).manifest, precision="int4")
+    _judge(_found(manifest, mlp=0.05), manifest, True)
+    with pytest.raises(VerificationError, match=r"the limit of fp16 is 0\.04$"):
+        _judge(_found(manifest, mlp=0.05), manifest, False)

@@ -13,7 +13,7 @@ from helpers.int8_cache import calibrated
 from helpers.models import DEMO, TinyConfig, make_checkpoint, random_ids
 from helpers.running import relative_l2
 from neo_export.cli import main as export
-from neo_export.tolerances import INT8_CACHE, TOLERANCES
+from neo_export.tolerances import TOLERANCES
 from neo_runtime.backends.staged_cache import StagedCache
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def test_perplexity_is_that_of_the_float_cache(
 def test_scoring_measures_what_generation_does(precision: str, model: Model) -> None:
     ids = held_out_ids(1, LENGTH)[0]
     scored = model.logits(ids)
-    limit = INT8_CACHE if precision == "fp32" else TOLERANCES[precision]
+    limit = TOLERANCES["int8-cache"] if precision == "fp32" else TOLERANCES[precision]
     seen = np.sort([*range(30, LENGTH, 32), *range(31, LENGTH, 32)])
     for found, expected in (
         (by_decode(model, ids), scored),
@@ -131,7 +131,7 @@ def test_rows_together_as_alone_and_however_long_the_buffers(precision: str, mod
     ):
         difference = relative_l2(together, other)
         assert np.median(difference) <= TOLERANCES["fp32"].logits
-        limit = INT8_CACHE if precision == "fp32" else TOLERANCES[precision]
+        limit = TOLERANCES["int8-cache"] if precision == "fp32" else TOLERANCES[precision]
         assert difference.max() <= limit.logits
 
 

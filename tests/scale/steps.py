@@ -138,7 +138,7 @@ def _verified(session: Session, form: str, *options: str) -> list[Figure]:
         Figure(
             name=f"{form}: worst place of all layers, relative L2",
             value=float(hidden),
-            limit=tolerance.any_hidden,
+            limit=tolerance.of_place(place.split()[-1]),
             command=done.command,
             note=place,
         ),

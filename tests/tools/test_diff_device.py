@@ -41,22 +41,26 @@ SHOWN = ("query", "key", "value", "attended", "attention", "mlp", "residual")
 
 
 @pytest.fixture
-def devices(monkeypatch: pytest.MonkeyPatch) -> list[HostDevice]:
-    """Host memory in place of every GPU; what was opened so far."""
-    opened: list[HostDevice] = []
+def devices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, HostDevice]]:
+    """Host memory in place of every GPU; number and memory of what was opened so far."""
+    opened: list[tuple[int, HostDevice]] = []
 
-    def device(index: int = 0) -> HostDevice:
-        opened.append(HostDevice())
-        return opened[-1]
+    def device(index: int) -> HostDevice:
+        opened.append((index, HostDevice()))
+        return opened[-1][1]
 
     def backend(bundle: Any, options: Any) -> CudaBackend:
-        found = CudaBackend(bundle, device())
+        found = CudaBackend(bundle, device(options.device))
         found.described = f"NVIDIA Test (device {options.device})"
         return found
 
     monkeypatch.setattr("neo_runtime.backends.cuda_device.CudaDevice", device)
     monkeypatch.setitem(choice._OPENERS, "cuda", backend)
     return opened
+
+
+def ran(results: dict[str, Any], subject: str = "bundle") -> tuple[str, str]:
+    return results[subject]["backend"], results[subject]["runs_on"]
 
 
 def result(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
@@ -66,17 +70,17 @@ def result(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any
 
 
 def test_the_same_is_found(
-    cuda_bundle: Path, devices: list[HostDevice], capsys: pytest.CaptureFixture[str]
+    cuda_bundle: Path, devices: list[tuple[int, HostDevice]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found, expected = (
         result(capsys, cuda_bundle, "--reference", DEMO, *FEW, "--backend", backend, "--device", 3)
         for backend in ("cuda", "cpu")
     )
-    assert (found["backend"], found["runs_on"]) == ("cuda", "NVIDIA Test (device 3)")
-    assert (expected["backend"], expected["runs_on"]) == ("cpu", "CPU")
+    assert ran(found) == ("cuda", "NVIDIA Test (device 3)")
+    assert ran(expected) == ("cpu", "CPU")
     # Logits twice, then places of score, then those of prefill and decode.
-    assert len(devices) == 4
-    assert all(device.closed for device in devices)
+    assert [index for index, _ in devices] == [3] * 4
+    assert all(device.closed for _, device in devices)
     for key in ("localized_tokens", "first_fault"):
         assert found[key] == expected[key]
     bundle, other = (results["perplexity"]["bundle"] for results in (found, expected))
@@ -92,8 +96,41 @@ def test_the_same_is_found(
         assert mine["local_median"] == pytest.approx(other["local_median"], rel=0.5, abs=1e-4)
 
 
+def test_a_bundle_as_the_reference(
+    cuda_bundle: Path,
+    mini_bundle: Path,
+    devices: list[tuple[int, HostDevice]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It runs on what it was made for, on the GPU that was named, its places too."""
+    # Limits are those of the bundle, here float32's.
+    arguments = (mini_bundle, "--reference", cuda_bundle, *FEW, "--device", 2, "--report-only")
+    found = result(capsys, *arguments)
+    assert ran(found) == ("cpu", "CPU")
+    assert ran(found, "reference") == ("cuda", "NVIDIA Test (device 2)")
+    assert [index for index, _ in devices] == [2, 2]
+    assert found["places"]
+    devices.clear()
+    found = result(capsys, *arguments, "--localize-tokens", "0")
+    assert [index for index, _ in devices] == [2]
+    assert not found["places"]
+
+
+def test_a_reference_that_shows_no_places(
+    cuda_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """What was not compared is not right: it is said, and not counted."""
+    reason = "for a reason"
+    monkeypatch.setattr("neo_tools.diff.references.why_not_shown", lambda *_: reason)
+    few = ["--tokens", "64", "--continuations", "0", "--quiet", "--backend", "cpu"]
+    assert not main([str(cuda_bundle), "--reference", str(cuda_bundle), *few])
+    out, err = capsys.readouterr()
+    assert f"places are not compared, the reference shows none: {reason}" in err
+    assert "every step" not in out
+
+
 def test_the_report_says_what_ran_it(
-    cuda_bundle: Path, devices: list[HostDevice], capsys: pytest.CaptureFixture[str]
+    cuda_bundle: Path, devices: list[tuple[int, HostDevice]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ["--tokens", "64", "--localize-tokens", "0", "--continuations", "0"]
     assert not main([str(cuda_bundle), "--reference", str(DEMO), *few, "--backend", "cuda"])
@@ -158,7 +195,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("precision", ["fp16", "int4"])
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_named(
-    name: str, precision: str, checkpoint: Path, devices: list[HostDevice], tmp_path: Path
+    name: str,
+    precision: str,
+    checkpoint: Path,
+    devices: list[tuple[int, HostDevice]],
+    tmp_path: Path,
 ) -> None:
     fault, bundle = FAULTS[name], tmp_path / "bundle"
     options = ExportOptions(
@@ -182,7 +223,7 @@ def test_faults_are_named(
     assert first.region in fault.regions
 
 
-def test_a_slot_that_is_not_written_is_seen(cuda_bundle: Path) -> None:
+def test_slots_are_unlike_what_a_text_leaves(cuda_bundle: Path) -> None:
     """Memory of an earlier text is used again, and would hold the right keys of the same one."""
     backend = ProbedCudaBackend(open_bundle(cuda_bundle), HostDevice())
     for _ in range(2):
@@ -251,7 +292,7 @@ def test_a_plan(
     monkeypatch.setitem(choice._OPENERS, "tensorrt", backend)
     few = ["--tokens", "300", "--context", "150", *FEW[2:]]
     found = result(capsys, bundle, "--reference", DEMO, *few, "--backend", "tensorrt")
-    assert (found["backend"], found["runs_on"]) == ("tensorrt", f"test.plan on {GPU.name}")
+    assert ran(found) == ("tensorrt", f"test.plan on {GPU.name}")
     assert {graph["graph"] for graph in found["graphs"]} == {"score", "prefill", "decode"}
     assert {place["graph"] for place in found["places"]} == {"score"}
     assert found["first_fault"] is None

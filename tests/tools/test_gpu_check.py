@@ -126,7 +126,13 @@ def test_the_report(tmp_path: Path) -> None:
     results = run(share=0.5)
     suite = Suite(passed=9, failed=0, skipped=1, exit_status=0)
     verdicts = judge(results, "half", "int4")
-    runs = {"cuda": BackendRun(benches={"PyTorch eager": results}, verdicts=verdicts)}
+    runs = {
+        "cuda": BackendRun(
+            planned=("PyTorch eager", "torch.compile"),
+            benches={"PyTorch eager": results},
+            verdicts=verdicts,
+        )
+    }
     raw, text = write_report(tmp_path, GPU, suite, runs)
     found = json.loads(raw.read_text())
     assert found["schema"] == "neo-gpu-check/2"
@@ -139,6 +145,7 @@ def test_the_report(tmp_path: Path) -> None:
     )
     assert "9 passed, 0 failed, 1 skipped (correct)" in text.read_text()
     assert "### cuda beside PyTorch eager" in text.read_text()
+    assert "NOT MEASURED: cuda beside torch.compile." in text.read_text()
 
 
 def test_a_failed_suite_measures_nothing(tmp_path: Path) -> None:
@@ -190,6 +197,8 @@ def test_the_parts_of_a_check(
     found = json.loads((tmp_path / "gpu-report.json").read_text())
     assert found["suite"]["passed"] == 9
     assert list(found["runs"]["cuda"]["benches"]) == ["PyTorch eager", "torch.compile"]
+    assert found["runs"]["cuda"]["missing"] == []
+    assert "NOT MEASURED" not in (tmp_path / "gpu-report.md").read_text()
     assert {entry.name for entry in tmp_path.iterdir()} == {"gpu-report.json", "gpu-report.md"}
 
 
@@ -208,6 +217,7 @@ def test_what_was_measured_before_an_interruption_stays(
     found = json.loads((tmp_path / "gpu-report.json").read_text())
     assert found["suite"] is None
     assert list(found["runs"]["cuda"]["benches"]) == ["PyTorch eager"]
+    assert found["runs"]["cuda"]["missing"] == ["torch.compile"]
     assert [v["verdict"] for v in found["runs"]["cuda"]["targets"]][2] == "met"
     assert "tests: left out" in (tmp_path / "gpu-report.md").read_text()
     assert {entry.name for entry in tmp_path.iterdir()} == {"gpu-report.json", "gpu-report.md"}

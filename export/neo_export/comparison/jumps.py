@@ -29,11 +29,12 @@ def find_jumps(errors: PlaceErrors, spec: ModelSpec, precisions: Sequence[str]) 
     Without the reference's weights there is no telling whether a step went wrong or its inputs
     were wrong already: only the first is sure to be where it arose.
     """
-    limit = max(TOLERANCES.get(name, TOLERANCES["mixed"]).any_checkpoint for name in precisions)
+    limits = [TOLERANCES[name] for name in precisions]
     before = dict.fromkeys(errors.graphs, 0.0)
     found = []
     for layer, place in all_places(spec):
         graphs, regions, seen, worst = [], [], [], 0.0
+        limit = max(tolerance.of_place(place) for tolerance in limits)
         for graph in errors.graphs:
             series = errors.series(graph, (layer, place))
             if series is None:

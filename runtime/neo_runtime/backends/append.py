@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.base import CacheStore
+from neo_runtime.backends.base import CacheStore, spoil_views
 from neo_runtime.backends.binding import BoundCall
 from neo_runtime.backends.cache_memory import aligned_zeros
 from neo_runtime.step_logits import StepLogits
@@ -142,6 +142,10 @@ class AppendStore(CacheStore):
     def contents(self) -> list[NDArray[Any]]:
         """See `CacheStore.contents`."""
         return self._views(self._past, self.batch, self._width)
+
+    def spoil(self) -> None:
+        """See `CacheStore.spoil`."""
+        spoil_views(self.contents())
 
     def close(self) -> None:
         """See `CacheStore.close`."""

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
     from neo_runtime.manifest import Manifest
     from neo_runtime.step_logits import StepLogits
 
-__all__ = ["Backend", "CacheStore", "layer_lengths"]
+__all__ = ["Backend", "CacheStore", "layer_lengths", "spoil_views"]
+
+
+def spoil_views(arrays: Iterable[NDArray[np.generic]]) -> None:
+    """`CacheStore.spoil` where `contents` gives views: NaN, −1 in int8."""
+    for array in arrays:
+        array[...] = np.nan if array.dtype.kind == "f" else -1
 
 
 class CacheStore(ABC):
@@ -82,9 +88,11 @@ class CacheStore(ABC):
         """Fill a cache that is still empty with what no sequence leaves there.
 
         For tools: memory is used again, and what an earlier text left in a slot could be right.
+
+        Raises:
+            NotImplementedError: as `contents`.
         """
-        for array in self.contents():
-            array[...] = np.nan if array.dtype.kind == "f" else -1
+        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:
@@ -95,7 +103,7 @@ class Backend(ABC):
     """The graphs of one bundle, loaded by one engine; several threads may use it at once."""
 
     manifest: Manifest
-    described: str = "CPU"
+    described: str = ""
     """What it runs on, for a line to the user."""
     default_chunk: int = 512
     """Tokens of a prompt that go through the graph at once: bounds the memory for activations."""

@@ -107,6 +107,7 @@ def _open_cpu(bundle: Bundle, options: BackendOptions, otherwise: str | None = N
 def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
     from neo_runtime.backends.cuda import CudaBackend, why_not_cuda
     from neo_runtime.backends.cuda_device import CudaDevice
+    from neo_runtime.backends.device import closed_on_error
     from neo_runtime.gpu import require_cuda_provider, require_gpu
 
     reason = why_not_cuda(bundle.manifest)
@@ -115,7 +116,8 @@ def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
     gpu = require_gpu(options.device)
     require_cuda_provider(gpu)
     check_installation(bundle.manifest, bundle.path)
-    backend = CudaBackend(bundle, CudaDevice(options.device), options.session_config)
+    with closed_on_error(CudaDevice(options.device)) as device:
+        backend = CudaBackend(bundle, device, options.session_config)
     backend.described = f"{gpu.name} (device {gpu.index})"
     return backend
 
@@ -127,12 +129,14 @@ def _open_tensorrt(bundle: Bundle, options: BackendOptions) -> Backend:
             "export with --target tensorrt, then neo-engine"
         )
     from neo_runtime.backends.cuda_device import CudaDevice
+    from neo_runtime.backends.device import closed_on_error
     from neo_runtime.backends.tensorrt import TensorRTBackend
     from neo_runtime.gpu import require_gpu
 
     gpu = require_gpu(options.device)
     system = f"{sys.platform}-{platform.machine()}"
-    backend = TensorRTBackend(bundle, CudaDevice(options.device), gpu, system)
+    with closed_on_error(CudaDevice(options.device)) as device:
+        backend = TensorRTBackend(bundle, device, gpu, system)
     backend.described = f"{backend.record.file} on {gpu.name} (device {gpu.index})"
     return backend
 

@@ -7,16 +7,17 @@ the device's stream, and is complete once `synchronize` returns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
-__all__ = ["ALIGNMENT", "Device", "Layout", "move_rows"]
+__all__ = ["ALIGNMENT", "Device", "Layout", "closed_on_error", "move_rows"]
 
 ALIGNMENT = 256
 """Bytes: what cudaMalloc guarantees, and the most that a kernel wants."""
@@ -100,6 +101,16 @@ class Device(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give the stream and the pinned memory back."""
+
+
+@contextmanager
+def closed_on_error(device: Device) -> Iterator[Device]:
+    """Give a device to whoever will close it; here it is closed only where that fails."""
+    try:
+        yield device
+    except BaseException:
+        device.close()
+        raise
 
 
 class Layout:

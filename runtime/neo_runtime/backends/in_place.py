@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.base import CacheStore, layer_lengths
+from neo_runtime.backends.base import CacheStore, layer_lengths, spoil_views
 from neo_runtime.backends.binding import BoundCall
 from neo_runtime.backends.cache_memory import aligned_arrays, aligned_size
 from neo_runtime.backends.staged_cache import StagedCache
@@ -237,6 +237,10 @@ class InPlaceStore(RightPaddedStore):
     def contents(self) -> list[NDArray[Any]]:
         """See `CacheStore.contents`."""
         return [buffer[: self.batch] for buffer in self._buffers]
+
+    def spoil(self) -> None:
+        """See `CacheStore.spoil`."""
+        spoil_views(self.contents())
 
     def close(self) -> None:
         """See `CacheStore.close`."""

@@ -40,6 +40,8 @@ to 300 kB around each of them."""
 class OnnxRuntimeBackend(Backend):
     """Sessions are made when first used, one a graph, and shared by all threads."""
 
+    described = "CPU"
+
     def __init__(
         self,
         bundle: Bundle,

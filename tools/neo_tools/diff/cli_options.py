@@ -94,7 +94,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--backend",
         choices=("auto", "cpu", "cuda", "tensorrt"),
         default="auto",
-        help="what runs the bundle (auto: the GPU that it was exported for, else the CPU)",
+        help="what runs the bundle (auto: the GPU that it was exported for, else the CPU; of a "
+        "bundle for TensorRT whose plan cannot be run, its graph is)",
     )
     parser.add_argument(
         "--device", metavar="N", type=_count(0), default=0, help="which GPU, from 0 (0)"

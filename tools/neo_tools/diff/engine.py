@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from neo_runtime import Model
     from neo_runtime.bundle import Bundle
 
     from neo_tools.diff.probed_backend import Probed
@@ -27,6 +28,11 @@ class Engine:
     """Of one operator on a CPU."""
     runs_on: str = "CPU"
     """For the reader: a GPU's name, a plan."""
+
+    @classmethod
+    def of(cls, model: Model, device: int, threads: int) -> Engine:
+        """What a model that was loaded with these runs on."""
+        return cls(backend=model.backend, device=device, threads=threads, runs_on=model.runs_on)
 
 
 def why_not_shown(bundle: Bundle, engine: Engine) -> str | None:
@@ -63,10 +69,12 @@ def open_probed_backend(bundle: Bundle, engine: Engine) -> Iterator[Probed]:
     backend: Probed
     if engine.backend == "cuda":
         from neo_runtime.backends.cuda_device import CudaDevice
+        from neo_runtime.backends.device import closed_on_error
 
         from neo_tools.diff.probed_cuda import ProbedCudaBackend
 
-        backend = ProbedCudaBackend(bundle, CudaDevice(engine.device))
+        with closed_on_error(CudaDevice(engine.device)) as device:
+            backend = ProbedCudaBackend(bundle, device)
     else:
         from neo_tools.diff.probed_backend import ProbedBackend
 

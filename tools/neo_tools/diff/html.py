@@ -155,7 +155,7 @@ def _details(results: Results) -> str:
     rows = [
         ("bundle", f"{bundle.path} ({bundle.precision}, target {bundle.target})"),
         ("digest", bundle.digest or ""),
-        ("run by", f"backend {results.backend}, {results.runs_on}"),
+        ("run by", f"backend {bundle.backend}, {bundle.runs_on}"),
         ("reference", f"{reference.path} ({reference.kind}, {reference.precision})"),
         (
             "text",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import Manifest, ModelSpec
     from numpy.typing import NDArray
 
-    Progress = Callable[[int, int], None]
+    LayersDone = Callable[[int, int], None]
 
 __all__ = ["Reference", "open_reference", "require_same_shape"]
 
@@ -53,9 +54,11 @@ class Reference(ABC):
 
     subject: Subject
     spec: ModelSpec
+    warnings: list[str]
+    """What a reader has to know of the last `run`."""
 
     @abstractmethod
-    def run(self, texts: Sequence[Text], progress: Progress, bundle: Bundle) -> PlaceErrors:
+    def run(self, texts: Sequence[Text], progress: LayersDone, bundle: Bundle) -> PlaceErrors:
         """Run all texts, comparing the traces of those that have some.
 
         Args:
@@ -84,10 +87,11 @@ class PyTorchReference(Reference):
         self.layered = layered
         self.spec = layered.spec
         self.subject = Subject(path=path, kind="PyTorch", precision="fp32")
+        self.warnings = []
         self._finals: list[NDArray[np.float32]] = []
         self._held: HeldWeights | None = None
 
-    def run(self, texts: Sequence[Text], progress: Progress, bundle: Bundle) -> PlaceErrors:
+    def run(self, texts: Sequence[Text], progress: LayersDone, bundle: Bundle) -> PlaceErrors:
         """See `Reference.run`."""
         cache = read_cache_steps(bundle.path, bundle.manifest)
         self._held = open_held_weights(bundle.path, bundle.manifest, self.layered.read)
@@ -115,7 +119,7 @@ class PyTorchReference(Reference):
 class BundleReference(Reference):
     """Another bundle's score graph: there are accumulated errors only, place against place."""
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int, device: int) -> None:
         manifest = bundle.manifest
         self.spec = manifest.model
         self.subject = Subject(
@@ -125,24 +129,33 @@ class BundleReference(Reference):
             target=manifest.target,
             digest=manifest.digest,
         )
-        self._bundle, self._threads = bundle, threads
+        self.warnings = []
+        self._bundle, self._threads, self._device = bundle, threads, device
         self._logits: list[NDArray[np.float32]] = []
 
-    def run(self, texts: Sequence[Text], progress: Progress, bundle: Bundle) -> PlaceErrors:
+    def run(self, texts: Sequence[Text], progress: LayersDone, bundle: Bundle) -> PlaceErrors:
         """See `Reference.run`."""
         import neo_runtime
 
         errors = PlaceErrors()
-        with neo_runtime.load(self._bundle.path, threads=self._threads) as model:
-            engine = Engine(backend=model.backend, threads=self._threads)
+        with neo_runtime.load(
+            self._bundle.path, threads=self._threads, device=self._device
+        ) as model:
+            engine = Engine.of(model, self._device, self._threads)
             self._logits = [score_logits(model, text.ids).values for text in texts]
-        if why_not_shown(self._bundle, engine):
+        self.subject = replace(self.subject, backend=engine.backend, runs_on=engine.runs_on)
+        traced = [text for text in texts if text.traces]
+        if not traced:
+            return errors
+        if reason := why_not_shown(self._bundle, engine):
+            self.warnings = [f"places are not compared, the reference shows none: {reason}"]
+            for text in traced:
+                text.traces, text.cache_checks = (), ()
             return errors
         with open_probed_backend(self._bundle, engine) as backend:
-            for number, text in enumerate(texts, start=1):
-                if text.traces:
-                    self._compare(errors, text, backend.score_trace(text.ids))
-                progress(number, len(texts))
+            for number, text in enumerate(traced, start=1):
+                self._compare(errors, text, backend.score_trace(text.ids))
+                progress(number, len(traced))
         return errors
 
     def _compare(self, errors: PlaceErrors, text: Text, expected: Trace) -> None:
@@ -174,8 +187,13 @@ class BundleReference(Reference):
 
 
 @contextmanager
-def open_reference(model: str, threads: int) -> Iterator[Reference]:
+def open_reference(model: str, threads: int, device: int = 0) -> Iterator[Reference]:
     """A bundle's folder, a checkpoint's folder, or a hub id.
+
+    Args:
+        model: one of these.
+        threads: of one operator on a CPU.
+        device: the GPU of a bundle for one; a checkpoint runs on the CPU.
 
     Raises:
         BundleError: the bundle cannot be used.
@@ -185,7 +203,7 @@ def open_reference(model: str, threads: int) -> Iterator[Reference]:
     if (Path(model) / MANIFEST_NAME).is_file():
         from neo_runtime.bundle import open_bundle
 
-        yield BundleReference(open_bundle(model), threads)
+        yield BundleReference(open_bundle(model), threads, device)
         return
     from neo_export.checkpoint import open_checkpoint
     from neo_export.hub import resolve_model

@@ -51,11 +51,12 @@ def fault_text(fault: Fault) -> str:
 
 def _head(results: Results) -> list[str]:
     bundle, reference = results.bundle, results.reference
-    kind = "PyTorch, eager, float32" if reference.kind == "PyTorch" else "bundle"
+    pytorch = reference.kind == "PyTorch"
+    kind = "PyTorch, eager, float32" if pytorch else f"bundle, on {reference.runs_on}"
     contexts = results.contexts
     return [
         f"bundle      {bundle.path} ({bundle.precision}, target {bundle.target}), on "
-        f"{results.runs_on}",
+        f"{bundle.runs_on}",
         f"reference   {reference.path} ({kind})",
         f"text        {results.text}: {sum(contexts)} tokens in {len(contexts)} contexts of up to "
         f"{max(contexts)}; window {results.window_size}",

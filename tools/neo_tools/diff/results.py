@@ -32,6 +32,10 @@ class Subject:
     precision: str
     target: str | None = None
     digest: str | None = None
+    backend: str | None = None
+    """What ran a bundle: "cpu", "cuda" or "tensorrt"."""
+    runs_on: str | None = None
+    """The same for the reader: "CPU", a GPU's name, a plan on one."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +145,6 @@ class Results:
 
     bundle: Subject
     reference: Subject
-    backend: str
-    """What ran the bundle: "cpu", "cuda" or "tensorrt"."""
-    runs_on: str
-    """The same for the reader: "CPU", a GPU's name, a plan on one."""
     text: str
     contexts: tuple[int, ...]
     """Tokens of each."""

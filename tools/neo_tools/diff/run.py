@@ -67,29 +67,33 @@ def compare(settings: Settings, progress: Progress | None = None) -> Results:
     started = time.monotonic()
     threads = settings.threads or physical_cores()
     bundle = open_bundle(settings.bundle)
-    with PeakMemory() as memory, open_reference(settings.reference, threads) as reference:
+    with (
+        PeakMemory() as memory,
+        open_reference(settings.reference, threads, settings.device) as reference,
+    ):
         warnings = require_same_shape(bundle.manifest.model, reference.spec)
         texts = _texts(bundle, settings)
         if reason := _why_not_here(bundle, settings):
             engine = Engine(threads=threads)
             warnings.append(
-                f"the bundle cannot be run here ({reason}): what is compared is the graph that its "
-                "plans are built from, run by onnxruntime, at every position at once"
+                f"no plan is run ({reason}): what is compared is the graph that plans are built "
+                "from, run by onnxruntime on the CPU, at every position at once"
             )
             shipped, written = score_graph(bundle, texts, engine, say), []
         else:
             # Loaded twice: a session maps the weights, and so no more than two are open at once.
             with _load(settings) as model:
-                engine = _engine_of(model, settings)
+                engine = Engine.of(model, settings.device, threads)
                 shipped = score_all(model, texts, say)
-            with _load(settings) as model:
+            # Named now: "auto" would say once more what it took.
+            with _load(replace(settings, backend=engine.backend)) as model:
                 run_steps(model, texts, settings, shipped, say)
                 written = write_texts(model, texts, settings, say)
         traced = trace(bundle, texts.contexts, settings, engine, say)
         findings = _compare_all(reference, traced, shipped, written, bundle, say)
         if settings.localize_tokens and (warning := shown_elsewhere(bundle, engine)):
             warnings.append(warning)
-        findings.warnings += [*warnings, *texts.warnings]
+        findings.warnings += [*warnings, *reference.warnings, *texts.warnings]
         results = summarize(findings, bundle, reference.subject, texts, settings, engine)
     return replace(
         results,
@@ -120,19 +124,12 @@ def _load(settings: Settings) -> Model:
     )
 
 
-def _engine_of(model: Model, settings: Settings) -> Engine:
-    return Engine(
-        backend=model.backend,
-        device=settings.device,
-        threads=settings.threads or physical_cores(),
-        runs_on=model.runs_on,
-    )
-
-
 def _why_not_here(bundle: Bundle, settings: Settings) -> str | None:
     """Why a bundle that runs by a plan alone is not run: no plan, no GPU, or not asked for."""
     if bundle.manifest.cache.layout != "static" or settings.backend not in ("auto", "cpu"):
         return None
+    if settings.backend == "cpu" and bundle.manifest.cache.dtype != "bfloat16":
+        return "the CPU was asked for, and plans run on a GPU"
     try:
         _load(settings).close()
     except BundleUnsupportedError as error:
@@ -148,7 +145,7 @@ def locate(
     contexts: Sequence[NDArray[np.int64]],
     settings: Settings,
 ) -> list[Fault]:
-    """Only the places: those that are off, in the order of computation.
+    """Only the places, on the CPU unless the settings name "cuda": those that are off, in order.
 
     Args:
         bundle: opened.
@@ -161,6 +158,8 @@ def locate(
         device=settings.device,
         threads=settings.threads or physical_cores(),
     )
+    if reason := why_not_shown(bundle, engine):
+        raise BundleUnsupportedError(f"{bundle.path} shows no places: {reason}")
     texts = trace(bundle, contexts, settings, engine, lambda stage, done, total: None)
     errors = reference.run(texts, lambda done, total: None, bundle)
     for number, text in enumerate(texts):

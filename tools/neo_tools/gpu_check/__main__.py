@@ -25,9 +25,9 @@ _DONE, _WRONG_NUMBERS = 0, 1
 _EPILOG = """The report is written anew after the tests and after each part of the benchmark: what
 interrupts the rest loses nothing that was measured.
 
-exit status: 0 the tests passed and the report is whole, whatever the targets say;
-1 a test failed (the report says so, nothing is measured); 2 no usable GPU, wrong usage, or a
-bundle that cannot be made or run"""
+exit status: 0 the tests passed (or were left out) and the report is whole, whatever the
+targets say; 1 a test failed (the report says so, nothing is measured); 2 no usable GPU, wrong
+usage, or a bundle that cannot be made or run"""
 _TESTS = Path(__file__).parents[3] / "tests" / "gpu"
 
 
@@ -64,6 +64,7 @@ def _run(arguments: argparse.Namespace) -> int:
     suite = None if arguments.no_tests else run_suite(_TESTS)
     runs: dict[str, BackendRun] = {}
     paths = write_report(arguments.output, gpu, suite, runs)
+    print(f"gpu-check: the report so far: {paths[1]}", file=sys.stderr)
     if suite is None or suite.is_correct:
         with tempfile.TemporaryDirectory(dir=arguments.output) as folder:
             for backend in arguments.backend or ["cuda"]:
@@ -114,11 +115,14 @@ def _measure(arguments: argparse.Namespace, backend: str, folder: Path) -> Itera
         )
         if backend == "tensorrt":
             _build_plan(bundles[precision])
-    found = BackendRun()
-    for title, settings in _parts(arguments, backend, model, bundles):
+    parts = dict(_parts(arguments, backend, model, bundles))
+    found = BackendRun(planned=tuple(parts))
+    yield found
+    for title, settings in parts.items():
         results = run(settings, lambda line: print(line, file=sys.stderr, flush=True))
         verdicts = found.verdicts or judge(results, bundles["fp16"].name, bundles["int4"].name)
-        found = BackendRun(benches=found.benches | {title: results}, verdicts=verdicts)
+        benches = found.benches | {title: results}
+        found = BackendRun(planned=tuple(parts), benches=benches, verdicts=verdicts)
         yield found
 
 

@@ -44,9 +44,16 @@ class Suite:
 class BackendRun:
     """What was measured with one backend so far."""
 
+    planned: tuple[str, ...]
+    """Titles of the benchmark's parts: the rivals."""
     benches: dict[str, Results] = field(default_factory=dict)
-    """Runs of the benchmark by title: the rival."""
+    """Those that were measured, by title."""
     verdicts: list[Verdict] = field(default_factory=list)
+
+    @property
+    def missing(self) -> list[str]:
+        """Parts that were not measured, or not yet."""
+        return [title for title in self.planned if title not in self.benches]
 
 
 def write_report(
@@ -70,6 +77,7 @@ def write_report(
         "runs": {
             backend: {
                 "targets": [asdict(verdict) for verdict in run.verdicts],
+                "missing": run.missing,
                 "benches": {title: results.to_dict() for title, results in run.benches.items()},
             }
             for backend, run in runs.items()
@@ -112,6 +120,8 @@ def _markdown(gpu: GpuFacts, suite: Suite | None, runs: dict[str, BackendRun]) -
             *(f"| {v.name} | {v.wanted} | {v.measured} | {v.verdict} |" for v in run.verdicts),
             "",
         ]
+        if run.missing:
+            lines += [f"NOT MEASURED: {backend} beside {', '.join(run.missing)}.", ""]
         for title, results in run.benches.items():
             lines += [f"### {backend} beside {title}", "", to_markdown(results)]
     return "\n".join(lines) + "\n"
