@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import neo_runtime
 import pytest
+from helpers.host_device import HostDevice
 from neo_runtime.backends import choice
 from neo_runtime.backends.cuda_device import checked
 from neo_runtime.backends.sessions import translated
@@ -242,9 +243,23 @@ def test_bad_requests(mini_bundle: Path) -> None:
 def test_a_plan_needs_tensorrt(
     tensorrt_bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    device = HostDevice()
     monkeypatch.setattr("neo_runtime.backends.cuda_device.cuda_runtime", lambda: cuda)
-    monkeypatch.setattr("neo_runtime.backends.cuda_device.CudaDevice.__init__", lambda *_: None)
+    monkeypatch.setattr("neo_runtime.backends.cuda_device.CudaDevice", lambda index: device)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(DependencyError, match=r"TensorRT cannot be imported.*neo-onnx\[tensorrt\]"):
         neo_runtime.load(tensorrt_bundle, backend="tensorrt")
+    assert device.closed
+
+
+def test_a_gpu_without_room_for_the_weights_is_let_go(
+    cuda_bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = HostDevice(capacity=1000)
+    monkeypatch.setattr("neo_runtime.backends.cuda_device.cuda_runtime", lambda: cuda)
+    monkeypatch.setattr("neo_runtime.backends.cuda_device.CudaDevice", lambda index: device)
+    monkeypatch.setattr("neo_runtime.gpu.require_cuda_provider", lambda gpu: None)
+    with pytest.raises(DeviceMemoryError):
+        neo_runtime.load(cuda_bundle, backend="cuda")
+    assert device.closed
