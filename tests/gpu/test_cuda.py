@@ -9,9 +9,11 @@ import neo_runtime
 import numpy as np
 import pytest
 from helpers import faults
-from helpers.models import DEMO, Reference, TinyConfig, make_checkpoint
+from helpers.models import DEMO, ODD_CONFIGS, Reference, TinyConfig, make_checkpoint
+from helpers.parity import assert_parity
 from helpers.running import relative_l2
 from neo_export.exporter import ExportOptions, export_bundle
+from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
 from neo_export.tolerances import TOLERANCES
 from neo_runtime.backends.cuda import CudaBackend
 from neo_runtime.errors import NeoError
@@ -34,14 +36,22 @@ provider on the same bundle, which `tests/export/test_cuda_target.py` holds to P
 within the limit of float16 of what the stored weights give."""
 
 
-@pytest.fixture(scope="module", params=["fp16", "bf16", "int8", "int4"])
-def bundle(
-    request: pytest.FixtureRequest, gpu: GpuFacts, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+SUPPORTED = [name for name, c in ODD_CONFIGS.items() if c.head_dim % HEAD_SIZE_MULTIPLE == 0]
+"""Other heads do not suit the fused attention: `why_not_cuda`."""
+
+
+def require_cuda(gpu: GpuFacts) -> None:
     try:
         require_cuda_provider(gpu)
     except NeoError as error:
         pytest.skip(f"no CUDA provider: {error}")
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16", "int8", "int4"])
+def bundle(
+    request: pytest.FixtureRequest, gpu: GpuFacts, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    require_cuda(gpu)
     folder = tmp_path_factory.mktemp("cuda") / request.param
     export_bundle(str(DEMO), folder, ExportOptions(target="cuda", precision=request.param))
     return folder
@@ -122,6 +132,17 @@ def test_candidates_give_the_text_of_full_logits(
             patch.setattr("neo_runtime.step_logits.RowLogits.candidates", None)
             full = model.generate(["Once upon a time", "The"], max_new_tokens=60, **options)
         assert [c.text for c in found] == [c.text for c in full]
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_checkpoints_that_stand_out(name: str, gpu: GpuFacts, tmp_path: Path) -> None:
+    """Windows, heads, layers and vocabularies of all kinds, by every way that a service calls."""
+    require_cuda(gpu)
+    config = ODD_CONFIGS[name]
+    source = make_checkpoint(tmp_path / "model", config)
+    export_bundle(str(source), tmp_path / "b", ExportOptions(target="cuda", precision="fp16"))
+    with neo_runtime.load(tmp_path / "b", backend="cuda") as model:
+        assert_parity(model, Reference(source), config, LIMIT)
 
 
 def _memory_of_more_sessions(bundle: Path) -> tuple[int, int]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import numpy as np
 import pytest
-from helpers.models import DEMO
+from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint
+from helpers.parity import assert_parity
 from helpers.running import relative_l2
 from neo_export.engine.device import device_for
 from neo_export.engine.flavour import find_flavour
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from helpers.models import Reference
     from neo_runtime.gpu import GpuFacts
     from neo_runtime.model import Model
 
@@ -31,18 +31,36 @@ LIMIT = TOLERANCES["fp16"].logits
 
 
 @pytest.fixture(scope="module")
-def model(gpu: GpuFacts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+def tensorrt(gpu: GpuFacts) -> None:
     try:
         require_tensorrt()
         device_for(find_flavour(), None)
     except NeoError as error:
         pytest.skip(f"no TensorRT: {error}")
-    bundle: Path = tmp_path_factory.mktemp("tensorrt") / "bundle"
-    export_bundle(str(DEMO), bundle, ExportOptions(target="tensorrt", precision="fp16"))
+
+
+def plan_of(source: Path, bundle: Path) -> Path:
+    export_bundle(str(source), bundle, ExportOptions(target="tensorrt", precision="fp16"))
     command = [sys.executable, "-m", "neo_export.engine.cli", str(bundle), "--max-batch", "3"]
     subprocess.run(command, check=True)
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def model(tensorrt: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    bundle = plan_of(DEMO, tmp_path_factory.mktemp("tensorrt") / "bundle")
     with neo_runtime.load(bundle, backend="tensorrt") as model:
         yield model
+
+
+@pytest.mark.parametrize("name", ODD_CONFIGS)
+def test_checkpoints_that_stand_out(name: str, tensorrt: None, tmp_path: Path) -> None:
+    """Windows, heads, layers and vocabularies of all kinds, by every way that a service calls."""
+    config = ODD_CONFIGS[name]
+    source = make_checkpoint(tmp_path / "model", config)
+    bundle = plan_of(source, tmp_path / "bundle")
+    with neo_runtime.load(bundle, backend="tensorrt") as model:
+        assert_parity(model, Reference(source), config, LIMIT)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,11 @@ import neo_runtime
 import numpy as np
 import pytest
 from helpers.host_device import HostDevice
+from helpers.models import ODD_CONFIGS, Reference, make_checkpoint
+from helpers.parity import assert_parity
+from neo_export.exporter import ExportOptions, export_bundle
+from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
+from neo_export.tolerances import TOLERANCES
 from neo_runtime.backends.choice import Chosen
 from neo_runtime.backends.cuda import CudaBackend
 from neo_runtime.backends.device_store import DeviceStore
@@ -76,6 +81,18 @@ def test_the_same_completions(case: dict[str, Any], cpu: Model, device_model: Mo
         return [(c.token_ids, c.text, c.finish_reason, c.logprobs, c.score) for c in found]
 
     assert facts(device_model) == facts(cpu)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, config in ODD_CONFIGS.items() if config.head_dim % HEAD_SIZE_MULTIPLE == 0]
+)
+def test_checkpoints_that_stand_out(name: str, tmp_path: Path) -> None:
+    """As `tests/gpu` has it on a GPU: every position against PyTorch, by every kind of call."""
+    config = ODD_CONFIGS[name]
+    source = make_checkpoint(tmp_path / "model", config)
+    export_bundle(str(source), tmp_path / "b", ExportOptions(target="cuda", precision="fp16"))
+    with open_model(tmp_path / "b", HostDevice(), prefill_chunk=7) as model:
+        assert_parity(model, Reference(source), config, TOLERANCES["fp16"].logits)
 
 
 def test_candidates_give_the_text_of_full_logits(

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 from helpers.fake_engine import GPU, PLATFORM, FakeTensorRT, with_plan, write_record
 from helpers.host_device import HostDevice
+from helpers.models import ODD_CONFIGS, Reference, make_checkpoint
+from helpers.parity import assert_parity
+from neo_export.exporter import ExportOptions, export_bundle
+from neo_export.tolerances import TOLERANCES
 from neo_runtime.backends.choice import Chosen
 from neo_runtime.backends.tensorrt import TensorRTBackend
 from neo_runtime.bundle import open_bundle
@@ -88,6 +92,24 @@ def test_chunks_turns_and_the_last_position(model: Model, cpu: Model) -> None:
     assert caches[0].lengths.tolist() == [end, 82]
     for cache in caches:
         cache.close()
+
+
+@pytest.mark.parametrize("name", ODD_CONFIGS)
+def test_checkpoints_that_stand_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `tests/gpu` has it on a GPU: every position against PyTorch, by every kind of call."""
+    config = ODD_CONFIGS[name]
+    source = make_checkpoint(tmp_path / "model", config)
+    export_bundle(str(source), tmp_path / "exported", ExportOptions(target="tensorrt"))
+    bundle = with_plan(tmp_path / "exported", tmp_path / "bundle")
+    fake = FakeTensorRT(bundle)
+    module = "neo_runtime.backends.tensorrt.require_tensorrt"
+    monkeypatch.setattr(module, lambda: (fake, "tensorrt_rtx"))
+    opened = open_bundle(bundle)
+    backend = TensorRTBackend(opened, HostDevice(), GPU, PLATFORM)
+    with Model(opened, Chosen(backend, "tensorrt", None)) as model:
+        assert_parity(model, Reference(source), config, TOLERANCES["fp32"].logits)
 
 
 def test_scores_in_pieces(model: Model, cpu: Model) -> None:
