@@ -1,0 +1,115 @@
+"""How far a single step of a single layer may be off before it is a fault: `LOCAL`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from neo_runtime.manifest import is_quantized
+
+if TYPE_CHECKING:
+    from neo_runtime.manifest import Manifest
+
+__all__ = ["HALVES", "LOCAL", "LocalLimits", "limits_name"]
+
+
+@dataclass(frozen=True)
+class LocalLimits:
+    """Limits for one step of one layer, computed from the bundle's own inputs of that step.
+
+    Relative L2 of a position's hidden state, against PyTorch on the checkpoint's own weights.
+    """
+
+    exact: float
+    """Worst position, where no stored matrix leads to the place: the attention between its
+    projections, sums, norms, and what the cache holds."""
+    product: float
+    """Median over the positions of a region, where a stored matrix leads to the place."""
+    held: float
+    """The same where the step was computed from the integers that the bundle holds, so that only
+    the rounding of activations is left."""
+    outlier: float
+    """Multiple of the median over the other layers' same place from which on a layer stands out.
+    Counts only from a tenth of `product` on, and where at least three other layers are there."""
+    reason: str
+
+
+LOCAL: dict[str, LocalLimits] = {
+    "fp32": LocalLimits(
+        exact=1e-4,
+        product=1e-4,
+        held=1e-4,
+        outlier=50.0,
+        reason=(
+            "Measured at most 3e-6; the rest is for checkpoints that amplify (see "
+            "`Tolerance.any_checkpoint`). A wrong matrix gives 1e-1 to 2, a window off by one "
+            "1e-3 to 1."
+        ),
+    ),
+    "fp16": LocalLimits(
+        exact=1e-2,
+        product=1e-2,
+        held=1e-2,
+        outlier=20.0,
+        reason="Measured at most 2.2e-3, 2⁻¹¹ a rounding, several a step.",
+    ),
+    "bf16": LocalLimits(
+        exact=4e-2,
+        product=5e-2,
+        held=5e-2,
+        outlier=20.0,
+        reason=(
+            "As fp16, with three bits less. Measured in ONNX's evaluator, which rounds every step "
+            "of a norm: 2.9e-2 behind the final norm, 3e-3 at other places that no matrix leads "
+            "to, medians up to 3.1e-2 where one does. Another layer's norm gives 8.4e-2 and more, "
+            "c_proj without its bias 1.6e-1, a window off by one 1; what out_proj's bias adds to "
+            "neo-mini is less than the limit."
+        ),
+    ),
+    "int8": LocalLimits(
+        exact=1e-4,
+        product=1e-1,
+        held=5e-2,
+        outlier=4.0,
+        reason=(
+            "Weights in 7 bits with a scale a channel and activations in 8: measured medians 0.7 "
+            "to 3.2 % a product. What lies between the products is computed in float32."
+        ),
+    ),
+    "fp8": LocalLimits(
+        exact=1e-4,
+        product=1e-1,
+        held=1e-1,
+        outlier=4.0,
+        reason=(
+            "Weights in 4 bits of precision with a scale a channel, activations too: measured "
+            "medians below 5 % a product."
+        ),
+    ),
+    "int4": LocalLimits(
+        exact=1e-4,
+        product=3e-1,
+        held=5e-2,
+        outlier=4.0,
+        reason=(
+            "Weights in 4 bits: measured medians 4 to 13 % a product, blocks of 64. What lies "
+            "between the products is computed in float32."
+        ),
+    ),
+}
+for _kind in ("int8", "int4", "fp8"):
+    LOCAL[f"{_kind}-half"] = replace(
+        LOCAL[_kind],
+        exact=LOCAL["fp16"].exact,
+        reason=f"As {_kind}; what lies between the products is computed in float16.",
+    )
+
+
+HALVES = ("float16", "bfloat16")
+"""Types of a cache, and so of activations, in half precision."""
+
+
+def limits_name(manifest: Manifest) -> str:
+    """Which of `LOCAL` a bundle is held to: its precision, and how it computes between products."""
+    kind = {"mixed": "int4"}.get(manifest.precision, manifest.precision)
+    return f"{kind}-half" if is_quantized(kind) and manifest.cache.dtype in HALVES else kind
