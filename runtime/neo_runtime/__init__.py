@@ -30,8 +30,9 @@ if TYPE_CHECKING:
         RequestError,
     )
     from neo_runtime.kv_cache import KVCache
+    from neo_runtime.loading import load
     from neo_runtime.manifest import Manifest
-    from neo_runtime.model import Model, load
+    from neo_runtime.model import Model
     from neo_runtime.options import GenerationOptions
     from neo_runtime.text_stream import TextStream
     from neo_runtime.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ _MODULES = {
     "TextStream": "text_stream",
     "Timings": "completion",
     "Tokenizer": "tokenizer",
-    "load": "model",
+    "load": "loading",
 }
 
 

@@ -83,7 +83,7 @@ class NeoEngine:
         """Open the bundle, and the sessions of prefill and decode."""
         started = perf_counter()
         import neo_runtime
-        import neo_runtime.model
+        import neo_runtime.loading
 
         if self._options["backend"] in ("cuda", "tensorrt"):
             self._context_bytes = self._held_bytes()
@@ -201,7 +201,7 @@ class NeoEngine:
         if self._opened is not None:
             raise ValueError("first_token wants a process that has loaded nothing")
         import neo_runtime
-        import neo_runtime.model
+        import neo_runtime.loading
         from neo_runtime.options import GenerationOptions
 
         options = GenerationOptions(max_new_tokens=1, ignore_eos=True)

@@ -1,0 +1,83 @@
+"""`neo_runtime.load`: from a folder to a model on a backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from neo_runtime.backends.choice import BackendOptions, open_backend
+from neo_runtime.bundle import open_bundle
+from neo_runtime.cores import physical_cores
+from neo_runtime.errors import RequestError
+from neo_runtime.model import Model
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+__all__ = ["load"]
+
+
+def load(
+    bundle: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    device: int = 0,
+    threads: int | None = None,
+    max_cache_bytes: int | None = None,
+    verify: bool = False,
+    prefill_chunk: int | None = None,
+    session_config: Mapping[str, str] | None = None,
+    keep_prepacked: bool | None = None,
+) -> Model:
+    """Open a bundle. Graphs are loaded when they are first used.
+
+    Args:
+        bundle: a folder written by `neo-export`.
+        backend: "cpu", "cuda" or "tensorrt": that one, or an error; "auto": the GPU for which the
+            bundle was made, where it can be used, else the CPU, and a line in the log that says so.
+        device: which GPU, from 0.
+        threads: threads that one operator may use; by default the physical cores that this
+            process may use.
+        max_cache_bytes: limit for the key/value caches of all requests together.
+        verify: also compare the weights with their checksum, which reads the whole file.
+        prefill_chunk: tokens of a prompt that go through the graph at once, which bounds the memory
+            for activations (of all first prompts of a batch together with fused attention, of each
+            without it); by default 256 on a CPU (512 with float weights), 2048 on a GPU.
+        session_config: more onnxruntime session configuration entries.
+        keep_prepacked: keep what this CPU's kernels make of weights in a cache folder
+            (`NEO_CACHE_DIR`, by default in the user's cache folder), and map it from there: later
+            loads are faster, and all graphs and processes share one copy. None: of quantized
+            weights. True: of float32 as well, which then computes faster, batches above all; it
+            takes twice the bundle's size on disk, and the first load once that in memory.
+
+    Raises:
+        BundleError: the folder is no usable bundle (see its subclasses).
+        DependencyError: onnxruntime or tokenizers is missing or broken, or onnxruntime is not the
+            wheel that the backend needs.
+        DeviceError: the GPU that was asked for cannot be used, or has no room for the weights.
+        RequestError: a bad argument.
+    """
+    limits = {
+        "threads": threads,
+        "max_cache_bytes": max_cache_bytes,
+        "prefill_chunk": prefill_chunk,
+    }
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise RequestError(f"{name} is {value}, expected at least 1")
+    if device < 0:
+        raise RequestError(f"device is {device}, expected 0 or more")
+    # The backend looks at its own engine: a plan runs without onnxruntime.
+    opened = open_bundle(bundle, verify=verify, check_runtime=False)
+    options = BackendOptions(
+        threads=threads or physical_cores(),
+        session_config=session_config,
+        keep_prepacked=keep_prepacked,
+        device=device,
+    )
+    return Model(
+        opened,
+        open_backend(opened, backend, options),
+        max_cache_bytes=max_cache_bytes,
+        prefill_chunk=prefill_chunk,
+    )
