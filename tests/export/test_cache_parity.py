@@ -26,7 +26,7 @@ from helpers.int8_cache import cache_steps, calibrated, round_cache
 from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint, random_ids
 from helpers.passages import passages
 from helpers.running import Graphs, relative_l2
-from neo_export import exporter
+from neo_export import prepared
 from neo_export.calibrated import Calibrated
 from neo_export.checkpoint import open_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
@@ -120,7 +120,7 @@ def nothing_else_calibrated() -> Iterator[None]:
     """Let an export take the cache's steps from statistics and nothing else: plain rounding."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            exporter,
+            prepared,
             "calibrated",
             lambda statistics, checkpoint, read, target, *_: Calibrated(target),
         )

@@ -1,0 +1,92 @@
+"""The graphs of a bundle with their passes applied, and what the manifest says of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from neo_runtime.manifest import GraphSpec, TensorSpec
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from neo_export.graphs import build_graph, drop_builder_notes
+from neo_export.weights import bind_parameters, sort_initializers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
+
+    from neo_export.prepared import Prepared
+
+__all__ = ["GraphSummary", "PassSummary", "build_graphs", "graph_spec"]
+
+
+@dataclass(frozen=True)
+class PassSummary:
+    """One pass on one graph."""
+
+    name: str
+    fired: int
+    nodes: int
+    """Operators of the graph after it."""
+
+
+@dataclass(frozen=True)
+class GraphSummary:
+    """One graph, from the portable form to what was written."""
+
+    name: str
+    bytes: int
+    nodes_before: int
+    passes: tuple[PassSummary, ...]
+    operators: dict[str, int]
+
+
+def build_graphs(
+    prepared: Prepared,
+) -> tuple[dict[str, ir.Model], dict[str, Callable[[int], GraphSummary]]]:
+    """Every graph of the bundle; its weights are read when they are written.
+
+    Returns:
+        The graphs by name, and what makes a summary of each of its size on disk, in bytes.
+    """
+    models, summaries = {}, {}
+    for name, entry in prepared.target.graphs:
+        model = build_graph(entry, prepared.spec)
+        bind_parameters(model, prepared.read)
+        before, steps = len(model.graph), []
+        for rewrite in prepared.passes[name]:
+            fired = rewrite(model)
+            RemoveUnusedNodesPass()(model)
+            steps.append(PassSummary(rewrite.__name__, fired, len(model.graph)))
+        RemoveUnusedNodesPass()(model)
+        drop_builder_notes(model.graph)
+        sort_initializers(model.graph)
+        operators = dict(sorted(Counter(node.op_type for node in model.graph).items()))
+        models[name] = model
+        summaries[name] = _summarize(name, before, tuple(steps), operators)
+    return models, summaries
+
+
+def _summarize(
+    name: str, before: int, steps: tuple[PassSummary, ...], operators: dict[str, int]
+) -> Callable[[int], GraphSummary]:
+    return lambda size: GraphSummary(name, size, before, steps, operators)
+
+
+def graph_spec(name: str, model: ir.Model) -> GraphSpec:
+    """Inputs and outputs of a graph, as the manifest lists them."""
+    return GraphSpec(
+        file=f"{name}.onnx",
+        inputs=tuple(_tensor_spec(value) for value in model.graph.inputs),
+        outputs=tuple(_tensor_spec(value) for value in model.graph.outputs),
+    )
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None
+    assert value.dtype is not None
+    assert value.shape is not None
+    shape = tuple(n if isinstance(n, int) else str(n.value) for n in value.shape)
+    return TensorSpec(name=value.name, dtype=str(value.dtype.numpy()), shape=shape)

@@ -1,0 +1,163 @@
+"""Everything that an export decides before it writes: what is kept how, and which passes run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from neo_runtime.errors import RequestError
+from neo_runtime.manifest import is_quantized
+
+from neo_export.calibrated import calibrated, open_statistics, uses_gptq
+from neo_export.checkpoint import expected_shapes
+from neo_export.passes.quantize_cache import quantize_cache_steps
+from neo_export.quantize.kv_cache import calibrated_steps
+from neo_export.quantize.read_back import ReadBack
+from neo_export.quantize.remembered import Remembered
+from neo_export.quantize.stored import StoredWeights
+from neo_export.targets import passes_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import numpy as np
+    from neo_runtime.manifest import CacheSpec, ModelSpec
+    from numpy.typing import NDArray
+
+    from neo_export.calibrated import Calibrated
+    from neo_export.checkpoint import Checkpoint
+    from neo_export.export_options import ExportOptions
+    from neo_export.passes import Pass
+    from neo_export.quantize.kv_cache import CacheSteps
+    from neo_export.targets import Target
+    from neo_export.weights import ReadParameter
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The decisions of one export."""
+
+    options: ExportOptions
+    spec: ModelSpec
+    max_length: int
+    """Positions that a sequence may have."""
+    decided: Calibrated
+    cache: CacheSpec
+    steps: CacheSteps | None
+    """Of an int8 cache."""
+    passes: dict[str, tuple[Pass, ...]]
+    """Of each graph of the bundle, in order."""
+    read: ReadParameter
+    """Gives the checkpoint's weights, outliers moved into them."""
+
+    @property
+    def target(self) -> Target:
+        """The one that was asked for, with what stays wide."""
+        return self.decided.target
+
+    def stored_weights(self, graph: str, written: Path) -> ReadParameter:
+        """What gives each weight as a written graph has it, by the checkpoint's name.
+
+        Args:
+            graph: name of the bundle's graph.
+            written: its file.
+        """
+        options = self.options
+        plan = self.target.plan_for(options.quantization, graph, options.precision, self.spec)
+        stored = StoredWeights(
+            self.read,
+            plan,
+            ReadBack(written) if self.decided.quantizer else self.target.quantizer,
+            half_positions=is_quantized(options.precision),
+        )
+        return self.decided.migration.restoring(stored)
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    target: Target,
+    options: ExportOptions,
+    say: Callable[[str, int, int], None],
+) -> Prepared:
+    """Decide; statistics are read, and what they ask for is searched.
+
+    Args:
+        checkpoint: an opened one.
+        target: the one that the options name.
+        options: what to make of it.
+        say: called with a stage's name, done and total.
+
+    Raises:
+        NeoError: the options do not fit the checkpoint or the target, or the statistics either.
+    """
+    spec, precision = checkpoint.spec, options.precision
+    max_length = _max_length(options.max_length, spec)
+    if options.quantization.plan is not None:
+        options.quantization.plan.check_model(expected_shapes(spec), "the plan")
+
+    def read(name: str) -> NDArray[np.float32]:
+        tensor = checkpoint.tensors[name]
+        tensor.check_finite()  # here, where the checkpoint's own name is known
+        return tensor.read()
+
+    plan = target.plan_for(options.quantization, "decode", precision, spec)
+    second_moments = uses_gptq(target, plan, spec)
+    statistics = open_statistics(
+        options.calibration, checkpoint, say, second_moments=second_moments
+    )
+    decided = calibrated(statistics, checkpoint, read, target, precision, plan, say)
+    cache, steps = decided.target.cache(spec, precision), None
+    if options.kv_cache == "int8":
+        steps = calibrated_steps(statistics, cache, spec)
+        cache = replace(cache, dtype="int8")
+    return Prepared(
+        options=options,
+        spec=spec,
+        max_length=max_length,
+        decided=decided,
+        cache=cache,
+        steps=steps,
+        passes=_passes(options, decided, spec, max_length, steps),
+        read=decided.migration.reading(read),
+    )
+
+
+def _passes(
+    options: ExportOptions,
+    decided: Calibrated,
+    spec: ModelSpec,
+    max_length: int,
+    steps: CacheSteps | None,
+) -> dict[str, tuple[Pass, ...]]:
+    quantizer = decided.quantizer
+    if quantizer is not None and options.remembered is not None:
+        quantizer = Remembered(quantizer, options.remembered)
+    passes = {}
+    for name, _ in decided.target.graphs:
+        passes[name] = decided.passes + passes_for(
+            decided.target,
+            options.precision,
+            name,
+            spec,
+            options.quantization,
+            quantizer,
+            max_length,
+            decided.largest_input,
+        )
+        if steps is not None:
+            passes[name] += (quantize_cache_steps(steps, single=name == "decode"),)
+    return passes
+
+
+def _max_length(asked: int | None, spec: ModelSpec) -> int:
+    if asked is None:
+        return spec.max_position_embeddings
+    if not 1 <= asked <= spec.max_position_embeddings:
+        raise RequestError(
+            f"--max-length is {asked}, expected 1 to {spec.max_position_embeddings}: "
+            "the checkpoint's position table has no more rows"
+        )
+    return asked
