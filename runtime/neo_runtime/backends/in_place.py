@@ -121,6 +121,10 @@ class InPlaceStore(RightPaddedStore):
         self._length = length
         # The prefill graph widens an int8 cache, whole buffers of it.
         self._widens = backend.manifest.cache.dtype == "int8"
+        evicts = backend.manifest.cache.window is not None
+        self._growing = [
+            not (evicts and kind == "local") for kind in model.attention_layers for _ in range(2)
+        ]
         dtype = backend.manifest.cache.dtype
         block = backend.kept_block.take(aligned_size(shapes, dtype))
         self._buffers = aligned_arrays(block, shapes, dtype)
@@ -148,7 +152,7 @@ class InPlaceStore(RightPaddedStore):
                 self._call("prefill", row, ids, mask, positions, cache, cache).run()
                 return
             past = int(self.lengths[row])  # the same for all of them: one row, or empty ones
-            staged = StagedCache(cache, self._length, past, total)
+            staged = StagedCache(cache, self._growing, past, total)
             self._call("prefill", row, ids, mask, positions, staged.past, staged.present).run()
             staged.store()
 

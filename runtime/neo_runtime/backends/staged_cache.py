@@ -26,12 +26,15 @@ __all__ = ["StagedCache"]
 class StagedCache:
     """Keys and values of some rows, as one call reads (`past`) and writes (`present`) them."""
 
-    def __init__(self, buffers: Sequence[NDArray[Any]], length: int, past: int, total: int) -> None:
+    def __init__(
+        self, buffers: Sequence[NDArray[Any]], growing: Sequence[bool], past: int, total: int
+    ) -> None:
         """Copy the past.
 
         Args:
             buffers: of the rows of the call, [batch, heads, positions, head_dim] each.
-            length: positions of the long ones; shorter buffers (windows) are used as they are.
+            growing: which of them hold the whole sequence. The others hold a window, of which
+                their layers need the room from the first token on: they are used as they are.
             past: positions in use.
             total: positions in use after the call.
         """
@@ -39,9 +42,9 @@ class StagedCache:
         self._used = slice(past, total)
         self.present = [
             np.empty((*buffer.shape[:2], total, buffer.shape[3]), dtype=buffer.dtype)
-            if buffer.shape[2] == length
+            if grows
             else buffer
-            for buffer in buffers
+            for buffer, grows in zip(buffers, growing, strict=True)
         ]
         """What the call writes."""
         self.past = self.present
