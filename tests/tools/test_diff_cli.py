@@ -77,6 +77,16 @@ def test_a_bundle_against_itself_is_exactly_zero(
     assert found["first_fault"] is None
 
 
+def test_a_quantized_bundle_against_the_float_one(
+    int4_bundle: Path, mini_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the weights' rounding loses adds up over the layers, and is no fault."""
+    status, found = result(capsys, int4_bundle, "--reference", mini_bundle, *FEW)
+    assert status == 0
+    assert found["first_fault"] is None
+    assert max(place["cumulative_max"] for place in found["places"]) > 0.2
+
+
 def test_a_quantized_bundle(int4_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its figures are those of its logits, and the summary says the same as the JSON."""
     status, found = result(capsys, int4_bundle, "--reference", DEMO, *FEW)

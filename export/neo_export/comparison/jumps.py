@@ -8,7 +8,7 @@ import numpy as np
 
 from neo_export.comparison.faults import Fault
 from neo_export.comparison.places import REGIONS, all_places, region_masks
-from neo_export.tolerances import TOLERANCES
+from neo_export.tolerances import ACCUMULATED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,62 +19,65 @@ if TYPE_CHECKING:
 
 __all__ = ["find_jumps"]
 
-_JUMP = 8.0
-"""Multiple of the largest median before, from which on an error has jumped."""
+_JUMP, _LEAST = 8.0, 1 / 5
+"""An error has jumped that is this multiple of the largest before, and this part of the limit."""
 
 
-def find_jumps(errors: PlaceErrors, spec: ModelSpec, precisions: Sequence[str]) -> list[Fault]:
-    """Places whose accumulated error is past the coarser precision's limit, or far past all before.
+def find_jumps(errors: PlaceErrors, spec: ModelSpec, names: Sequence[str]) -> list[Fault]:
+    """Places whose accumulated error is past the coarser bundle's limit, or far past all before.
 
     Without the reference's weights there is no telling whether a step went wrong or its inputs
     were wrong already: only the first is sure to be where it arose.
+
+    Args:
+        errors: of all places.
+        spec: the model.
+        names: which of `ACCUMULATED` the two bundles are held to.
     """
-    limits = [TOLERANCES[name] for name in precisions]
+    coarser = max((ACCUMULATED[name] for name in names), key=lambda limits: limits.worst)
     before = dict.fromkeys(errors.graphs, 0.0)
     found = []
     for layer, place in all_places(spec):
-        graphs, regions, seen, worst = [], [], [], 0.0
-        limit = max(tolerance.of_place(place) for tolerance in limits)
+        off: dict[tuple[str, str], float] = {}
+        seen: set[str] = set()
         for graph in errors.graphs:
             series = errors.series(graph, (layer, place))
             if series is None:
                 continue
-            by_region = _worst(series, place, spec.window_size)
-            seen += list(by_region)
-            allowed = limit
+            allowed = coarser.worst
             if before[graph] > 0:
-                allowed = min(limit, max(_JUMP * before[graph], limit / 10))
-            off = {region: error for region, error in by_region.items() if not error <= allowed}
-            if off:
-                graphs.append(graph)
-                regions += list(off)
-                worst = max(worst, *off.values())
+                allowed = min(allowed, max(_JUMP * before[graph], _LEAST * allowed))
+            for region, (worst, median) in _by_region(series, place, spec.window_size).items():
+                seen.add(region)
+                if not (worst <= allowed and median <= coarser.median):
+                    off[graph, region] = worst
             if not place.startswith("cached"):
                 before[graph] = max(before[graph], float(np.max(series.cumulative)))
-        if graphs:
+        if off:
+            regions = {region for _, region in off}
             affected = tuple(region for region in REGIONS if region in regions)
-            everywhere = set(affected) == set(seen)
             found.append(
                 Fault(
                     layer=layer,
                     place=place,
-                    region="everywhere" if everywhere else affected[0],
+                    region="everywhere" if regions == seen else affected[0],
                     regions=affected,
-                    graphs=tuple(graphs),
-                    error=worst,
-                    limit=limit,
+                    graphs=tuple(dict.fromkeys(graph for graph, _ in off)),
+                    error=max(off.values()),
+                    limit=coarser.worst,
                 )
             )
     return found
 
 
-def _worst(series: Series, place: str, window: int) -> dict[str, float]:
-    """Largest error of each region that there are positions of; NaN counts as infinite."""
+def _by_region(series: Series, place: str, window: int) -> dict[str, tuple[float, float]]:
+    """Largest and median error of each region that there are positions of; NaN is infinite."""
     result = {}
     for region, mask in region_masks(series.positions, window).items():
         chosen = series.cumulative[mask]
         if place.startswith("cached"):
             chosen = chosen[~np.isnan(chosen)]  # left the cache before anyone looked
         if len(chosen):
-            result[region] = float(np.nan_to_num(chosen, nan=np.inf).max())
+            finite = np.nan_to_num(chosen, nan=np.inf)
+            result[region] = float(finite.max()), float(np.median(finite))
     return result

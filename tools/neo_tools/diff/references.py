@@ -15,7 +15,7 @@ from neo_export.comparison.faults import find_faults
 from neo_export.comparison.held_weights import HeldWeights, open_held_weights
 from neo_export.comparison.jumps import find_jumps
 from neo_export.metrics import relative_l2
-from neo_export.tolerances import limits_name
+from neo_export.tolerances import accumulated_name, limits_name
 from neo_runtime.errors import RequestError
 from neo_runtime.manifest import MANIFEST_NAME
 
@@ -183,7 +183,8 @@ class BundleReference(Reference):
 
     def faults(self, errors: PlaceErrors, bundle: Manifest, texts: Sequence[Text]) -> list[Fault]:
         """See `Reference.faults`."""
-        return find_jumps(errors, self.spec, (bundle.precision, self.subject.precision))
+        both = (bundle, self._bundle.manifest)
+        return find_jumps(errors, self.spec, [accumulated_name(manifest) for manifest in both])
 
 
 @contextmanager
