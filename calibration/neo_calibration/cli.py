@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neo_export.stages import StageLine
-from neo_runtime.command_line import run_command
+from neo_runtime.command_line import add_version, run_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     parser.add_argument("model", metavar="MODEL", help="the checkpoint")
     parser.add_argument(
         "--text",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from neo_export.mapped_memory import take_room
 from neo_export.output_errors import as_output_error
 from neo_export.renames import exchange, rename_exclusive
 from neo_export.statistics import STATISTICS_NAME, PlaceSummary
@@ -119,7 +120,9 @@ class WorkFolder:
     def hidden_to_write(self, layer: int, tokens: int, width: int) -> Iterator[NDArray[np.float32]]:
         """The same, to be filled; it is there once the block has ended normally."""
         partial = self.root / f"hidden.{layer}.partial"
-        rows: np.memmap[Any, Any] = np.memmap(partial, np.float32, "w+", shape=(tokens, width))
+        with partial.open("wb") as file:
+            take_room(file, 4 * tokens * width, str(self.root.parent))
+        rows: np.memmap[Any, Any] = np.memmap(partial, np.float32, "r+", shape=(tokens, width))
         yield rows
         rows.flush()
         partial.replace(self.root / f"hidden.{layer}")

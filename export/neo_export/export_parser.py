@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from neo_runtime.command_line import add_version
+
 from neo_export.search_options import add_search_options
 
 __all__ = ["export_parser"]
@@ -27,6 +29,7 @@ def export_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="the checkpoint (see below)")
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="BUNDLE", help="folder to create"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import platform
 import time
@@ -9,7 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-from neo_runtime.errors import RequestError
+from neo_runtime.errors import DependencyError, RequestError
 from neo_runtime.manifest import MANIFEST_NAME, Manifest
 
 from neo_export.built_graphs import build_graphs, graph_spec
@@ -58,6 +59,8 @@ def export_bundle(
     target = target_named(options.target)
     say = progress or (lambda stage, done, total: None)
     started = time.monotonic()
+    if options.verify:
+        _require_pytorch()
     with (
         PeakMemory() as memory,
         staged_folder(output, force=options.force) as folder,
@@ -104,6 +107,16 @@ def export_bundle(
         kept_wide=prepared.decided.half.tensors,
         largest_score=prepared.decided.half.scores,
     )
+
+
+def _require_pytorch() -> None:
+    """Before any work: the comparison comes last."""
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise DependencyError(
+                f"--verify compares with PyTorch and needs the package {name}: "
+                "pip install 'neo-onnx[torch]'"
+            )
 
 
 def _write(

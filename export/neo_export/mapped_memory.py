@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+from neo_runtime.errors import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
-__all__ = ["drop_pages", "scratch_array"]
+__all__ = ["drop_pages", "scratch_array", "take_room"]
 
 _LARGE = 1 << 24
 """Bytes from which on an array lies in a file."""
@@ -29,7 +31,29 @@ def scratch_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     if size < _LARGE:
         return np.zeros(shape, dtype)
     with tempfile.TemporaryFile(prefix="neo-onnx-") as file:
+        take_room(file, size, tempfile.gettempdir())
         return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
+
+
+def take_room(file: IO[bytes], size: int, folder: str) -> None:
+    """Make a new file so long, with room on the disk for all of it.
+
+    A hole in a mapped file is filled when it is written to, and where the disk is full then the
+    process dies of it.
+
+    Raises:
+        OutputError: there is no room.
+    """
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} has no room for {size / 1e6:,.0f} MB of hidden states ({error.strerror}); "
+            "make some, or name another folder"
+        ) from error
 
 
 def drop_pages(*arrays: NDArray[Any]) -> None:

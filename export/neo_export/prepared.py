@@ -12,6 +12,7 @@ from neo_export.calibrated import calibrated, open_statistics, uses_gptq
 from neo_export.checkpoint import expected_shapes
 from neo_export.passes.quantize_cache import quantize_cache_steps
 from neo_export.quantize.kv_cache import calibrated_steps
+from neo_export.quantize.plan import check_patterns
 from neo_export.quantize.read_back import ReadBack
 from neo_export.quantize.remembered import Remembered
 from neo_export.quantize.stored import StoredWeights
@@ -97,6 +98,7 @@ def prepare(
     max_length = _max_length(options.max_length, spec)
     if options.quantization.plan is not None:
         options.quantization.plan.check_model(expected_shapes(spec), "the plan")
+    check_patterns(options.quantization.keep, expected_shapes(spec), "--keep-fp32")
 
     def read(name: str) -> NDArray[np.float32]:
         tensor = checkpoint.tensors[name]

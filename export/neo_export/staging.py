@@ -126,9 +126,9 @@ def _checked_target(destination: Path, *, force: bool) -> Path:
         raise OutputError(f"cannot write {destination}: {parent} is not a folder")
     _tidy_up(target)
     if os.path.lexists(target):
+        _refuse_unless_replaceable(target, destination)
         if not force:
             raise OutputError(f"{destination} exists already; use --force to replace it")
-        _refuse_unless_replaceable(target, destination)
     return target
 
 

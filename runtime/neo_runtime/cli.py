@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.cli_options import add_option_flags, chosen_options, token_ids
-from neo_runtime.command_line import OneLineParser, run_command
+from neo_runtime.command_line import OneLineParser, add_version, run_command
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_version(parser)
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder written by neo-export")
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="default: standard input")
     parser.add_argument(
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
     return run_command(
         "neo-generate",
-        lambda: _run(_parser().parse_args(argv)),
+        lambda: _run(_parser().parse_intermixed_args(argv)),
         extras="cpu",
         unverified=_BAD_MODEL,
     )

@@ -15,7 +15,7 @@ from neo_runtime.errors import NeoError, VerificationError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["OneLineParser", "discard_stdout", "one_line", "run_command"]
+__all__ = ["OneLineParser", "add_version", "discard_stdout", "one_line", "run_command"]
 
 _WRONG, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 
@@ -26,6 +26,23 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and exit."""
         self.exit(_WRONG, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class _ShowVersion(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"{parser.prog} {version('neo-onnx')}")
+        parser.exit()
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Let a command take `--version`."""
+    parser.add_argument(
+        "--version", action=_ShowVersion, nargs=0, help="show the version, and exit"
+    )
 
 
 def one_line(message: str) -> str:

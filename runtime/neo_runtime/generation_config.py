@@ -102,12 +102,14 @@ def supported_entries(
         elif key not in _NEUTRAL:
             raise RequestError(
                 f"generation_config.json: unknown entry {key!r} ({value!r}), which may change "
-                "the text that the model generates; remove it from the file, or set it to null"
+                "the text that the model generates; remove it from the checkpoint's file (or set "
+                "it to null) and export again"
             )
         elif value not in _NEUTRAL[key]:
             neutral = [repr(item) for item in _NEUTRAL[key]] + ["null"]
             raise RequestError(
                 f"generation_config.json: {key} is {value!r}, which is not supported, expected "
-                f"{' or '.join(neutral)}; remove the entry from the file"
+                f"{' or '.join(neutral)}; remove the entry from the checkpoint's file and export "
+                "again"
             )
     return entries

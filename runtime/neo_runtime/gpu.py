@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import importlib.metadata
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["CUDA_PROVIDER", "GpuFacts", "cuda_runtime", "require_cuda_provider", "require_gpu"]
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
+_NO_DRIVER = (
+    "there is no NVIDIA driver on this machine (in a container: it is not passed in); install it, "
+    "start the container with --gpus all, or load with backend='cpu'"
+)
+_DRIVER_LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,24 @@ def cuda_runtime() -> ModuleType:
     except ImportError as error:
         raise DependencyError(
             f"cuda-bindings is missing or cannot be loaded ({error}); it comes with "
-            "pip install 'neo-onnx[gpu]' (or 'neo-onnx[tensorrt]')"
+            f"pip install 'neo-onnx[gpu]' (or 'neo-onnx[tensorrt]'){_beside_the_wheel_for_cpus()}"
         ) from error
+
+
+def _beside_the_wheel_for_cpus() -> str:
+    try:
+        importlib.metadata.version("onnxruntime")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return "; for [gpu] pip uninstall onnxruntime first, the two wheels overwrite each other"
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL(_DRIVER_LIBRARY)
+    except OSError:
+        return False
+    return True
 
 
 def require_gpu(index: int = 0) -> GpuFacts:
@@ -53,13 +76,15 @@ def require_gpu(index: int = 0) -> GpuFacts:
         DependencyError: cuda-bindings is missing.
         DeviceError: no driver, too old a driver, no GPU, or none of this index; with the remedy.
     """
-    cuda: Any = cuda_runtime()
+    try:
+        cuda: Any = cuda_runtime()
+    except DependencyError:
+        if not _has_driver():  # then packages would help nobody
+            raise DeviceError(_NO_DRIVER) from None
+        raise
     driver = _version(cuda.cudaDriverGetVersion())
     if driver == (0, 0):
-        raise DeviceError(
-            "there is no NVIDIA driver on this machine (in a container: it is not passed in); "
-            "install it, start the container with --gpus all, or load with backend='cpu'"
-        )
+        raise DeviceError(_NO_DRIVER)
     code, count = cuda.cudaGetDeviceCount()
     name = getattr(code, "name", str(code))
     if name == "cudaErrorInsufficientDriver":

@@ -173,15 +173,15 @@ class Model:
         self._check_room(cache, 1)
         return cache.store.decode(ids)
 
-    def logits(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
-        """Score every position: token ids [n] → logits of the next token, float32 [n, vocab].
+    def logits(self, ids: Prompt | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Score every position: text, or token ids [n] → logits of the next token [n, vocab].
 
         Raises:
-            RequestError: no ids, or one out of range.
+            RequestError: no ids, one out of range, or text for a bundle without a tokenizer.
             ContextLengthError: more ids than the model has positions.
         """
         self._check_open()
-        array = token_array(ids, self.manifest.model.vocab_size)
+        array = token_array(ids, self.manifest.model.vocab_size, self.tokenizer)
         if len(array) > self.manifest.max_length:
             raise ContextLengthError(
                 f"{len(array)} token ids, but the bundle has {self.manifest.max_length} "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.bundle import check_installation, open_bundle
-from neo_runtime.command_line import discard_stdout
+from neo_runtime.command_line import add_version, discard_stdout
 from neo_runtime.errors import BundleDamagedError, NeoError
 from neo_runtime.installation import onnxruntime_is_installed
 from neo_runtime.manifest import MANIFEST_NAME
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder written by neo-export")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -247,6 +249,21 @@ def test_an_interrupt_stops_the_build(bundle: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         build_engine(bundle, EngineRequest(), flavour(), ADA, interrupt)
+    assert not (bundle / ENGINES_FOLDER).exists()
+
+
+@pytest.mark.parametrize("stage", ["parsing the graph", "Building engine"])
+def test_ctrl_c_stops_the_build(stage: str, bundle: Path) -> None:
+    """Python's own interrupt would be raised inside NVIDIA's code, which drops it and goes on."""
+
+    def press(found: str, done: int, total: int) -> None:
+        if stage in found and not done:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(bundle, EngineRequest(), flavour(), ADA, press)
+    assert signal.getsignal(signal.SIGINT) is before
     assert not (bundle / ENGINES_FOLDER).exists()
 
 

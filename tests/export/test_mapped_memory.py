@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from neo_export.mapped_memory import drop_pages, scratch_array
+from neo_export.mapped_memory import drop_pages, scratch_array, take_room
+from neo_runtime.errors import OutputError
 
 
 def resident() -> int:
@@ -34,3 +37,25 @@ def test_small_arrays_lie_in_memory() -> None:
     array[:] = 1
     drop_pages(array)
     assert array.sum() == 10
+
+
+def test_no_room_is_said_before_anything_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hole that cannot be filled kills the process that writes to it."""
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OutputError, match=r"has no room for 80 MB .*No space left"):
+        scratch_array((20_000_000,), "float32")
+    with (tmp_path / "file").open("wb") as file, pytest.raises(OutputError, match="no room for"):
+        take_room(file, 10**9, "the folder")
+
+
+def test_room_is_taken(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        take_room(file, 1_000_000, "the folder")
+    assert (tmp_path / "file").stat().st_size == 1_000_000
+    assert (tmp_path / "file").stat().st_blocks * 512 >= 1_000_000

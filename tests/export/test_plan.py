@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -149,3 +150,21 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert graph["operators"]["Gemm"] == 1
     assert main([*arguments, "--force", "--block-size", "32"]) == 2
     assert "--block-size was given with --plan, it goes with --int4" in capsys.readouterr().err
+
+
+def test_a_typo_in_what_to_keep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", CONFIG)
+    command = [str(checkpoint), "-o", str(tmp_path / "bundle"), "--int8", "--keep-fp32", "*c_porj*"]
+    assert main(command) == 2
+    assert "--keep-fp32: '*c_porj*' matches no weight matrix" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_what_the_comparison_needs_is_looked_for_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", CONFIG)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr("neo_export.exporter.prepare", None)  # not reached
+    assert main([str(checkpoint), "-o", str(tmp_path / "bundle"), "--verify"]) == 2
+    assert "--verify compares with PyTorch and needs the package torch" in capsys.readouterr().err

@@ -153,7 +153,7 @@ class TestRefused:
         (parent / "home").mkdir()
         (parent / "home" / "thesis.tex").write_text("years of work")
         message = "not a bundle, refusing to replace it.*contents and no neo.json"
-        self.refuse(parent / "home", message if force else "exists already", force=force)
+        self.refuse(parent / "home", message, force=force)
 
     def test_a_folder_named_like_a_manifest(self, parent: Path) -> None:
         (parent / "home" / "neo.json").mkdir(parents=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import pytest
@@ -121,3 +123,24 @@ def test_wrong_usage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 2
     expected = "neo-x: unrecognized arguments: --none; see neo-x --help\n"
     assert capsys.readouterr() == ("", expected)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "neo_calibration.cli",
+        "neo_export.cli",
+        "neo_export.engine.cli",
+        "neo_runtime.cli",
+        "neo_runtime.verify",
+        "neo_tools.bench.cli",
+        "neo_tools.diff.cli",
+    ],
+)
+def test_every_command_tells_its_version(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(module).main(["--version"])
+    assert not end.value.code
+    name, number = capsys.readouterr().out.split()
+    assert name.startswith("neo-")
+    assert number == version("neo-onnx")

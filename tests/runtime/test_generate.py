@@ -85,6 +85,9 @@ def test_score_equals_transformers_at_every_position(model: Model) -> None:
     assert found.dtype == np.float32
     assert relative_error(found, reference_logits(ids)) < 1e-5
     assert model.logits(ids[:1]).shape == (1, VOCABULARY)
+    assert model.tokenizer is not None
+    text = "Tom and his dog"
+    np.testing.assert_array_equal(model.logits(text), model.logits(model.tokenizer.encode(text)))
 
 
 @pytest.mark.parametrize("layout", ["mini_bundle", "portable_bundle"])
@@ -178,7 +181,7 @@ def test_requests_that_cannot_be_honoured(fused: Model) -> None:
 def test_what_onnxruntime_raises_is_translated(
     fused: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neo_runtime.model.token_array", lambda ids, _: np.array(ids))
+    monkeypatch.setattr("neo_runtime.model.token_array", lambda ids, *_: np.array(ids))
     with fused.new_cache(1, 8) as cache:
         with pytest.raises(RequestError, match=r"outside the model's tables.*idx=9999"):
             fused.prefill(cache, [[9999]])

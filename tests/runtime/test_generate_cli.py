@@ -70,6 +70,16 @@ def test_it_reads_standard_input(
         assert printed.err.count("\n") == 1
 
 
+def test_the_prompt_may_stand_anywhere(
+    mini_bundle: Path, model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = model.generate(PROMPT, max_new_tokens=5).text
+    few = ["--max-new-tokens", "5"]
+    for arguments in ([str(mini_bundle), *few, PROMPT], [*few, str(mini_bundle), PROMPT]):
+        assert main(arguments) == 0
+        assert capsys.readouterr().out == f"{expected}\n"
+
+
 def test_json_holds_everything(
     mini_bundle: Path, model: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,8 +105,17 @@ def test_no_such_gpu(cuda: FakeCuda) -> None:
         require_gpu(2)
 
 
+def test_neither_a_driver_nor_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No package would help."""
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    monkeypatch.setattr("neo_runtime.gpu._DRIVER_LIBRARY", "libno-such-driver.so.1")
+    with pytest.raises(DeviceError, match="there is no NVIDIA driver"):
+        require_gpu()
+
+
 def test_cuda_bindings_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    monkeypatch.setattr("neo_runtime.gpu._has_driver", lambda: True)
     with pytest.raises(DependencyError, match=r"cuda-bindings.*neo-onnx\[gpu\]"):
         require_gpu()
 

@@ -326,3 +326,17 @@ def test_a_copy_elsewhere_gives_the_same(
     _, two = result(capsys, tmp_path / "copy", *short)
     assert one["positions"] == two["positions"]
     assert one["places"] == two["places"]
+
+
+def test_a_damaged_weight_is_no_comparison(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = shutil.copytree(mini_bundle, tmp_path / "bundle")
+    with (damaged / "weights.bin").open("r+b") as file:
+        file.seek(1_000_000)
+        byte = file.read(1)
+        file.seek(1_000_000)
+        file.write(bytes([byte[0] ^ 1]))
+    status, _, err = run(capsys, damaged, "--reference", DEMO, *FEW)
+    assert status == 2
+    assert "weights.bin" in err

@@ -19,7 +19,7 @@ from neo_runtime.manifest import MANIFEST_NAME, Manifest
 
 from neo_export.engine.device import platform_name
 from neo_export.engine.network import add_profiles, parse_graph
-from neo_export.engine.progress import progress_monitor
+from neo_export.engine.progress import kept_interrupt, progress_monitor
 from neo_export.engine.ranges import resolve_options
 
 if TYPE_CHECKING:
@@ -152,12 +152,15 @@ def _serialize(
     parsed = parse_graph(flavour, builder, graph)
     config = _configure(flavour, builder, device, options)
     add_profiles(builder, config, parsed.network, options)
-    monitor = progress_monitor(flavour, say)
-    config.progress_monitor = monitor
     timings = _load_timings(flavour, config, timing_cache)
-    plan = builder.build_serialized_network(parsed.network, config)
+    with kept_interrupt() as interrupted:
+        monitor = progress_monitor(flavour, say, interrupted)
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(parsed.network, config)
     if monitor.failure is not None:
         raise monitor.failure
+    if interrupted.is_set():
+        raise KeyboardInterrupt
     if plan is None:
         raise EngineError(_failure(flavour, f"could not build {graph.name}"))
     if timings:

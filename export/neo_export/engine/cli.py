@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.command_line import run_command
+from neo_runtime.command_line import add_version, run_command
 from neo_runtime.errors import RequestError
 
 from neo_export.stages import StageLine
@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
     for what, metavar, default in (("length", "N", "all positions"), ("batch", "N", "1")):
         unit = "new tokens of a prompt chunk" if what == "length" else "sequences at once"

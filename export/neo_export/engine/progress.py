@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from neo_export.engine.flavour import Flavour
 
-__all__ = ["progress_monitor"]
+__all__ = ["kept_interrupt", "progress_monitor"]
 
 
-def progress_monitor(flavour: Flavour, say: Callable[[str, int, int], None]) -> Any:
+@contextmanager
+def kept_interrupt() -> Iterator[threading.Event]:
+    """Notice Ctrl-C instead of raising it: NVIDIA's code drops what its callbacks raise.
+
+    In other threads than the main one, which Ctrl-C does not reach, nothing changes.
+    """
+    seen = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: seen.set())
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def progress_monitor(
+    flavour: Flavour, say: Callable[[str, int, int], None], interrupted: threading.Event
+) -> Any:
     """An `IProgressMonitor` that calls `say(phase, steps done, steps)`.
 
     Only phases of the first two levels are told: those below take milliseconds. An exception in
-    `say`, an interrupt among them, is kept (`monitor.failure`) and stops the build.
+    `say` is kept (`monitor.failure`) and stops the build; so does `interrupted`.
     """
     monitor_class: Any = flavour.module.IProgressMonitor
 
@@ -37,7 +59,7 @@ def progress_monitor(flavour: Flavour, say: Callable[[str, int, int], None]) -> 
         def step_complete(self, phase: str, step: int) -> bool:
             if phase in self.steps:
                 self._say(phase, step + 1)
-            return self.failure is None
+            return self.failure is None and not interrupted.is_set()
 
         def phase_finish(self, phase: str) -> None:
             if phase in self.steps:

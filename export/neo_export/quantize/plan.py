@@ -30,7 +30,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-__all__ = ["PACKED_PROJECTION", "PLAN_SCHEMA_VERSION", "Storage", "WeightPlan", "is_planned"]
+__all__ = [
+    "PACKED_PROJECTION",
+    "PLAN_SCHEMA_VERSION",
+    "Storage",
+    "WeightPlan",
+    "check_patterns",
+    "is_planned",
+]
 
 PLAN_SCHEMA_VERSION = 1
 PACKED_PROJECTION = "qkv_proj"
@@ -150,13 +157,8 @@ class WeightPlan:
             RequestError: a name that the model does not have, two patterns that disagree, or a
                 mixture that no graph computes.
         """
+        check_patterns((pattern for pattern, _ in self.weights), shapes, source)
         names = [name for name, shape in shapes.items() if is_planned(name, shape)]
-        for pattern, _ in self.weights:
-            if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
-                raise RequestError(
-                    f"{source}: {pattern!r} matches no weight matrix of this model; the first are "
-                    f"{', '.join(names[:3])}. Is it the plan of another model?"
-                )
         for name in names:
             self._check_name(name, source)
         kinds = self.kinds(names)
@@ -231,3 +233,25 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key!r} is there twice")
         found[key] = value
     return found
+
+
+def check_patterns(
+    patterns: Iterable[str], shapes: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """Refuse shell patterns that no weight matrix matches.
+
+    Args:
+        patterns: of names.
+        shapes: of the model's parameters, by name.
+        source: where they come from, for the error.
+
+    Raises:
+        RequestError: names the pattern, and what there is.
+    """
+    names = [name for name, shape in shapes.items() if is_planned(name, shape)]
+    for pattern in patterns:
+        if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
+            raise RequestError(
+                f"{source}: {pattern!r} matches no weight matrix of this model; the first are "
+                f"{', '.join(names[:3])}. Is it meant for another model?"
+            )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from neo_runtime.command_line import OneLineParser, run_command
+from neo_runtime.command_line import OneLineParser, add_version, run_command
 from neo_runtime.cores import physical_cores
 from neo_runtime.errors import OutputError, RequestError
 
@@ -214,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_version(parser)
     parser.add_argument("bundles", metavar="BUNDLE", nargs="+", type=Path)
     lists = (
         ("-p", "--prompt", 0, "prompt lengths (128)"),

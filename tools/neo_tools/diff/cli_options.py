@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from neo_runtime.command_line import OneLineParser
+from neo_runtime.command_line import OneLineParser, add_version
 
 __all__ = ["make_parser"]
 
@@ -73,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_version(parser)
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
     parser.add_argument("--reference", metavar="MODEL", required=True, help="see below")
     parser.add_argument("--text", metavar="FILE", type=Path, help="what to compare on")

@@ -82,7 +82,7 @@ def compare(settings: Settings, progress: Progress | None = None) -> Results:
             shipped, written = score_graph(bundle, texts, engine, say), []
         else:
             # Loaded twice: a session maps the weights, and so no more than two are open at once.
-            with _load(settings) as model:
+            with _load(settings, verify=True) as model:
                 engine = Engine.of(model, settings.device, threads)
                 shipped = score_all(model, texts, say)
             # Named now: "auto" would say once more what it took.
@@ -115,9 +115,10 @@ def _texts(bundle: Bundle, settings: Settings) -> Texts:
     )
 
 
-def _load(settings: Settings) -> Model:
+def _load(settings: Settings, *, verify: bool = False) -> Model:
     return neo_runtime.load(
         settings.bundle,
+        verify=verify,
         backend=settings.backend,
         device=settings.device,
         threads=settings.threads or physical_cores(),
