@@ -291,7 +291,8 @@ def test_unwritable_folder(
     with caplog.at_level(logging.WARNING, "neo_runtime"):
         found = answers(bundle)
     assert np.array_equal(found, expected)
-    message = caplog.records[0].getMessage()
+    [once] = caplog.records
+    message = once.getMessage()
     assert str(cache) in message
     assert "loading is slower" in message
     assert "NEO_CACHE_DIR" in message

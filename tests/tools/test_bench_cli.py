@@ -155,3 +155,17 @@ def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(run, "run", interrupt)
     assert cli.main(["b"]) == 130
+
+
+def test_a_bundle_that_no_cpu_runs(
+    tensorrt_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told before any worker starts."""
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    monkeypatch.setattr("neo_runtime.gpu._DRIVER_LIBRARY", "libno-such-driver.so.1")
+    for flags, reason in (([], "there is no NVIDIA driver"), (["--backend", "cpu"], "asked for")):
+        assert cli.main([str(tensorrt_bundle), *flags, "--quiet"]) == 2
+        said = capsys.readouterr().err
+        assert "(tensorrt, fp32) runs on a GPU alone: " in said
+        assert reason in said
+        assert said.count("\n") == 1

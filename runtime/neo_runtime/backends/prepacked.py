@@ -75,6 +75,7 @@ class PrepackedCache:
         kind = "\n".join([_LAYOUT, digest, onnxruntime_version, cpu_kind()])
         key = hashlib.sha256(kind.encode()).hexdigest()[:24]
         self.folder = (root or cache_root()) / "prepacked" / key
+        self._has_warned = False
 
     def graph(self, name: str, build: Callable[[Path, dict[str, str]], None]) -> Path | None:
         """The stored graph `name`, built now if it is not there.
@@ -120,6 +121,10 @@ class PrepackedCache:
         return sum(sizes.values())
 
     def _warn(self, reason: str) -> None:
+        """Once a model: each of its sessions meets the same obstacle."""
+        if self._has_warned:
+            return
+        self._has_warned = True
         _log.warning(
             "prepacked weights cannot be kept in %s (%s): each session makes its own copy, "
             "loading is slower; set NEO_CACHE_DIR to a folder with room that can be written",

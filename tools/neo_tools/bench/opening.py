@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.bundle import open_bundle
-from neo_runtime.errors import CheckpointError, RequestError
+from neo_runtime.errors import BundleUnsupportedError, CheckpointError, NeoError, RequestError
+from neo_runtime.gpu import require_gpu
 
 from neo_tools.bench import traffic
 from neo_tools.bench.cases import check_lengths
@@ -59,6 +60,7 @@ def open_bundles(settings: Settings) -> list[BundleInfo]:
     found = []
     for label, path in zip(labels_of(settings.bundles), settings.bundles, strict=True):
         bundle = open_bundle(path)
+        _refuse_without_gpu(settings, path, bundle.manifest)
         check_lengths(settings, bundle.manifest.max_length, str(path))
         graph = bundle.file(bundle.manifest.graphs["decode"].file)
         weights = traffic.decode_weights(graph)
@@ -70,6 +72,22 @@ def open_bundles(settings: Settings) -> list[BundleInfo]:
             "and cannot get the same token ids; run them one by one"
         )
     return found
+
+
+def _refuse_without_gpu(settings: Settings, path: Path, manifest: Manifest) -> None:
+    """Before workers start: bundles that no CPU runs."""
+    if manifest.cache.layout != "static" and manifest.cache.dtype != "bfloat16":
+        return
+    why = "the CPU was asked for"
+    if settings.backend != "cpu":
+        try:
+            require_gpu(settings.device)
+            return
+        except NeoError as error:
+            why = str(error)
+    raise BundleUnsupportedError(
+        f"{path} ({manifest.target}, {manifest.precision}) runs on a GPU alone: {why}"
+    )
 
 
 def check_checkpoint(settings: Settings, manifest: Manifest) -> None:

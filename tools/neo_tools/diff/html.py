@@ -140,7 +140,9 @@ def _greedy(results: Results) -> str:
     rows = (
         (
             str(one.context),
-            f"never in {one.tokens}" if one.parted_after is None else f"{one.parted_after} tokens",
+            f"not in {one.tokens} tokens"
+            if one.parted_after is None
+            else f"{one.parted_after} tokens",
             f'<span class="text">{escape(one.bundle_text)}</span>',
             "" if one.reference_token is None else f"<code>{_token(one.reference_token)}</code>",
         )

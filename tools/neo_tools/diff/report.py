@@ -95,10 +95,10 @@ def _continuations(found: tuple[Continuation, ...]) -> list[str]:
     if not found:
         return []
     ends = [
-        f"never in {one.tokens}" if one.parted_after is None else f"after {one.parted_after}"
+        f"not in {one.tokens}" if one.parted_after is None else f"after {one.parted_after}"
         for one in found
     ]
-    return [f"greedy text parts {', '.join(ends)} tokens"]
+    return [f"greedy texts part from the reference's: {', '.join(ends)} tokens"]
 
 
 def _layers(results: Results) -> list[str]:
