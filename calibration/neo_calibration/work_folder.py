@@ -120,8 +120,12 @@ class WorkFolder:
     def hidden_to_write(self, layer: int, tokens: int, width: int) -> Iterator[NDArray[np.float32]]:
         """The same, to be filled; it is there once the block has ended normally."""
         partial = self.root / f"hidden.{layer}.partial"
-        with partial.open("wb") as file:
-            take_room(file, 4 * tokens * width, str(self.root.parent))
+        try:
+            with partial.open("wb") as file:
+                take_room(file, 4 * tokens * width, str(self.root.parent))
+        except OutputError:
+            partial.unlink()  # what it got is room that somebody needs
+            raise
         rows: np.memmap[Any, Any] = np.memmap(partial, np.float32, "r+", shape=(tokens, width))
         yield rows
         rows.flush()

@@ -82,7 +82,9 @@ def _export(
         raise RequestError("--calibration and --calibrate-text were given; choose one")
     build = _engine_builder(arguments)
     if text is not None:
-        check_destination(arguments.output, force=arguments.force)  # before the long work
+        # Before the long work:
+        check_destination(arguments.output, force=arguments.force)
+        _check_kept(model, quantization)
     found, remembered = None, None
     with StageLine("neo-export") as bar:
         with termination_raises(), ExitStack() as stack:
@@ -110,6 +112,17 @@ def _export(
                 bar.show,
             )
         return summary, found, build(bar.show)
+
+
+def _check_kept(model: str, quantization: Quantization) -> None:
+    """Names that nothing in the model has are a mistake."""
+    from neo_export.checkpoint import expected_shapes, open_checkpoint
+    from neo_export.hub import resolve_model
+    from neo_export.quantize.plan import check_patterns
+
+    if quantization.keep:
+        with open_checkpoint(resolve_model(model)) as checkpoint:
+            check_patterns(quantization.keep, expected_shapes(checkpoint.spec), "--keep-fp32")
 
 
 def _target(arguments: argparse.Namespace, precision: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import tempfile
@@ -19,6 +20,7 @@ __all__ = ["drop_pages", "scratch_array", "take_room"]
 
 _LARGE = 1 << 24
 """Bytes from which on an array lies in a file."""
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DONT_NEED = getattr(mmap, "MADV_DONTNEED", None)
 
 
@@ -45,11 +47,13 @@ def take_room(file: IO[bytes], size: int, folder: str) -> None:
         OutputError: there is no room.
     """
     try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
+        os.posix_fallocate(file.fileno(), 0, size)
+    except AttributeError:  # not every system has it
+        file.truncate(size)
     except OSError as error:
+        if error.errno not in _NO_ROOM:  # nor can every file system reserve
+            file.truncate(size)
+            return
         raise OutputError(
             f"{folder} has no room for {size / 1e6:,.0f} MB of hidden states ({error.strerror}); "
             "make some, or name another folder"

@@ -81,11 +81,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, in any order; what stands behind `--` is never an option."""
+    parser = _parser()
+    # argparse of Python 3.11 forgets `--` where options and the others may mix.
+    return parser.parse_args(argv) if "--" in argv else parser.parse_intermixed_args(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
     return run_command(
         "neo-generate",
-        lambda: _run(_parser().parse_intermixed_args(argv)),
+        lambda: _run(_parsed(sys.argv[1:] if argv is None else argv)),
         extras="cpu",
         unverified=_BAD_MODEL,
     )

@@ -19,7 +19,8 @@ __all__ = ["CUDA_PROVIDER", "GpuFacts", "cuda_runtime", "require_cuda_provider",
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 _NO_DRIVER = (
-    "there is no NVIDIA driver on this machine (in a container: it is not passed in); install it, "
+    "there is no NVIDIA driver on this machine, or its library is not where the system looks for "
+    "libraries (in a container: it is not passed in); install it, "
     "start the container with --gpus all, or load with backend='cpu'"
 )
 _DRIVER_LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"

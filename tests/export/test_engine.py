@@ -19,6 +19,7 @@ from neo_export.engine.build import build_engine, read_bundle
 from neo_export.engine.cli import main
 from neo_export.engine.device import Device, local_device
 from neo_export.engine.network import add_profiles, parse_graph, profile_shapes
+from neo_export.engine.progress import kept_interrupt, progress_monitor
 from neo_export.engine.ranges import EngineRequest, resolve_options
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_runtime.engine_record import (
@@ -252,12 +253,13 @@ def test_an_interrupt_stops_the_build(bundle: Path) -> None:
     assert not (bundle / ENGINES_FOLDER).exists()
 
 
-@pytest.mark.parametrize("stage", ["parsing the graph", "Building engine"])
-def test_ctrl_c_stops_the_build(stage: str, bundle: Path) -> None:
+def test_ctrl_c_stops_the_build(bundle: Path) -> None:
     """Python's own interrupt would be raised inside NVIDIA's code, which drops it and goes on."""
+    steps: list[tuple[str, int, int]] = []
 
-    def press(found: str, done: int, total: int) -> None:
-        if stage in found and not done:
+    def press(stage: str, done: int, total: int) -> None:
+        steps.append((stage, done, total))
+        if "Building engine" in stage and not done:
             os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
@@ -265,6 +267,31 @@ def test_ctrl_c_stops_the_build(stage: str, bundle: Path) -> None:
         build_engine(bundle, EngineRequest(), flavour(), ADA, press)
     assert signal.getsignal(signal.SIGINT) is before
     assert not (bundle / ENGINES_FOLDER).exists()
+    stopped = len(steps)
+    steps.clear()
+    build_engine(bundle, EngineRequest(), flavour(), ADA, lambda *step: steps.append(step))
+    assert stopped < len(steps) - 2
+
+
+def test_an_interrupt_is_the_monitors_no() -> None:
+    with kept_interrupt() as interrupted:
+        monitor = progress_monitor(flavour(), lambda *_: None, interrupted)
+        monitor.phase_start("Building engine", None, 5)
+        assert monitor.step_complete("Building engine", 0)
+        signal.raise_signal(signal.SIGINT)
+        assert not monitor.step_complete("Building engine", 1)
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
+    """As in a job that a script runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with kept_interrupt() as interrupted:
+            signal.raise_signal(signal.SIGINT)
+        assert not interrupted.is_set()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_failure_of_the_builder_is_told_in_its_own_words(bundle: Path) -> None:

@@ -57,6 +57,17 @@ def test_the_coarser_bundle_decides() -> None:
     assert named(found, ("fp32", "bf16")) == named(found, ("int4", "fp32")) == []
 
 
+def test_the_error_and_the_limit_that_it_passed() -> None:
+    usual = LIMITS.median / 2
+    for places, error, limit in (
+        ({"mlp": 1.1 * LIMITS.median}, 1.1 * LIMITS.median, LIMITS.median),
+        ({"mlp": 1.1 * LIMITS.worst}, 1.1 * LIMITS.worst, LIMITS.worst),
+    ):
+        [fault] = find_jumps(errors(usual, **places), SPEC, HALF)
+        assert (fault.error, fault.limit) == (error, limit)
+        assert fault.error > fault.limit
+
+
 def test_the_region_of_a_fault() -> None:
     [fault] = find_jumps(errors(1e-6, positions=12, attended=1.0), SPEC, ("fp32", "fp32"))
     assert (fault.region, fault.regions) == ("past", ("past",))

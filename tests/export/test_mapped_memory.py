@@ -54,6 +54,16 @@ def test_no_room_is_said_before_anything_is_mapped(
         take_room(file, 10**9, "the folder")
 
 
+def test_a_file_system_that_cannot_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported, raising=False)
+    with (tmp_path / "file").open("wb") as file:
+        take_room(file, 1_000_000, "the folder")
+    assert (tmp_path / "file").stat().st_size == 1_000_000
+
+
 def test_room_is_taken(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
         take_room(file, 1_000_000, "the folder")

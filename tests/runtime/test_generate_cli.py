@@ -80,6 +80,19 @@ def test_the_prompt_may_stand_anywhere(
         assert capsys.readouterr().out == f"{expected}\n"
 
 
+def test_a_prompt_behind_two_dashes_is_no_option(
+    mini_bundle: Path, model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = model.generate("--json", max_new_tokens=5).text
+    few = ["--max-new-tokens", "5"]
+    for arguments in (
+        [*few, "--", str(mini_bundle), "--json"],
+        [*few, str(mini_bundle), "--", "--json"],
+    ):
+        assert main(arguments) == 0
+        assert capsys.readouterr().out == f"{expected}\n"
+
+
 def test_json_holds_everything(
     mini_bundle: Path, model: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -337,6 +337,8 @@ def test_a_damaged_weight_is_no_comparison(
         byte = file.read(1)
         file.seek(1_000_000)
         file.write(bytes([byte[0] ^ 1]))
-    status, _, err = run(capsys, damaged, "--reference", DEMO, *FEW)
-    assert status == 2
-    assert "weights.bin" in err
+    for arguments in ((damaged, "--reference", DEMO), (mini_bundle, "--reference", damaged)):
+        status, _, err = run(capsys, *arguments, *FEW)
+        assert status == 2
+        assert str(damaged) in err
+        assert "weights.bin" in err

@@ -13,7 +13,7 @@ import numpy as np
 from neo_export.checkpoint import expected_shapes, open_checkpoint
 from neo_export.hub import resolve_model
 from neo_export.quantize.int4 import BLOCK_SIZES, largest_block_size
-from neo_export.quantize.plan import Storage, WeightPlan
+from neo_export.quantize.plan import Storage, WeightPlan, check_patterns
 from neo_export.search_options import check_divergence, check_report_folder, parse_size
 from neo_export.statistics import Statistics
 from neo_export.text_file import write_text_file
@@ -80,6 +80,7 @@ def run_auto(
         check_report_folder(options.report)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(resolve_model(model)))
+        check_patterns(options.keep, expected_shapes(checkpoint.spec), "--keep-fp32")
         limit = _size_limit(options, checkpoint.spec)
         statistics = Statistics.open(options.statistics)
         statistics.require_second_moments()

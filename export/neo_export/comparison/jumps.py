@@ -38,7 +38,7 @@ def find_jumps(errors: PlaceErrors, spec: ModelSpec, names: Sequence[str]) -> li
     before = dict.fromkeys(errors.graphs, 0.0)
     found = []
     for layer, place in all_places(spec):
-        off: dict[tuple[str, str], float] = {}
+        off: dict[tuple[str, str], tuple[float, float]] = {}
         seen: set[str] = set()
         for graph in errors.graphs:
             series = errors.series(graph, (layer, place))
@@ -49,8 +49,10 @@ def find_jumps(errors: PlaceErrors, spec: ModelSpec, names: Sequence[str]) -> li
                 allowed = min(allowed, max(_JUMP * before[graph], _LEAST * allowed))
             for region, (worst, median) in _by_region(series, place, spec.window_size).items():
                 seen.add(region)
-                if not (worst <= allowed and median <= coarser.median):
-                    off[graph, region] = worst
+                if not worst <= allowed:
+                    off[graph, region] = worst, allowed
+                elif median > coarser.median:
+                    off[graph, region] = median, coarser.median
             if not place.startswith("cached"):
                 before[graph] = max(before[graph], float(np.max(series.cumulative)))
         if off:
@@ -63,8 +65,8 @@ def find_jumps(errors: PlaceErrors, spec: ModelSpec, names: Sequence[str]) -> li
                     region="everywhere" if regions == seen else affected[0],
                     regions=affected,
                     graphs=tuple(dict.fromkeys(graph for graph, _ in off)),
-                    error=max(off.values()),
-                    limit=coarser.worst,
+                    error=max(off.values())[0],
+                    limit=max(off.values())[1],
                 )
             )
     return found

@@ -19,13 +19,16 @@ __all__ = ["kept_interrupt", "progress_monitor"]
 def kept_interrupt() -> Iterator[threading.Event]:
     """Notice Ctrl-C instead of raising it: NVIDIA's code drops what its callbacks raise.
 
-    In other threads than the main one, which Ctrl-C does not reach, nothing changes.
+    Nothing changes in other threads than the main one, which Ctrl-C does not reach, and where
+    something else than Python deals with it, or nothing does (a job in the background).
     """
     seen = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or before in (None, signal.SIG_IGN):
         yield seen
         return
-    before = signal.signal(signal.SIGINT, lambda *_: seen.set())
+    signal.signal(signal.SIGINT, lambda *_: seen.set())
     try:
         yield seen
     finally:

@@ -47,7 +47,7 @@ __all__ = ["TARGETS", "Quantization", "Target", "passes_for", "target_named"]
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How int8, int4 and mixed bundles store their weights; the others ignore it."""
+    """How int8, int4 and mixed bundles store their weights; to the others it means nothing."""
 
     block_size: int | None = None
     """int4: inputs that share a scale; None for the largest up to 128 that divides every width."""

@@ -204,7 +204,8 @@ def open_reference(model: str, threads: int, device: int = 0) -> Iterator[Refere
     if (Path(model) / MANIFEST_NAME).is_file():
         from neo_runtime.bundle import open_bundle
 
-        yield BundleReference(open_bundle(model), threads, device)
+        bundle = open_bundle(model, verify=True, check_runtime=False)
+        yield BundleReference(bundle, threads, device)
         return
     from neo_export.checkpoint import open_checkpoint
     from neo_export.hub import resolve_model

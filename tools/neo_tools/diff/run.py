@@ -66,7 +66,7 @@ def compare(settings: Settings, progress: Progress | None = None) -> Results:
     say = progress or (lambda stage, done, total: None)
     started = time.monotonic()
     threads = settings.threads or physical_cores()
-    bundle = open_bundle(settings.bundle)
+    bundle = open_bundle(settings.bundle, verify=True, check_runtime=False)
     with (
         PeakMemory() as memory,
         open_reference(settings.reference, threads, settings.device) as reference,
@@ -82,7 +82,7 @@ def compare(settings: Settings, progress: Progress | None = None) -> Results:
             shipped, written = score_graph(bundle, texts, engine, say), []
         else:
             # Loaded twice: a session maps the weights, and so no more than two are open at once.
-            with _load(settings, verify=True) as model:
+            with _load(settings) as model:
                 engine = Engine.of(model, settings.device, threads)
                 shipped = score_all(model, texts, say)
             # Named now: "auto" would say once more what it took.
@@ -115,10 +115,9 @@ def _texts(bundle: Bundle, settings: Settings) -> Texts:
     )
 
 
-def _load(settings: Settings, *, verify: bool = False) -> Model:
+def _load(settings: Settings) -> Model:
     return neo_runtime.load(
         settings.bundle,
-        verify=verify,
         backend=settings.backend,
         device=settings.device,
         threads=settings.threads or physical_cores(),
