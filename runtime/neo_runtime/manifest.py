@@ -205,6 +205,11 @@ class Manifest:
         return manifest
 
     @property
+    def needs_gpu(self) -> bool:
+        """Whether no engine for CPUs runs the bundle: by a plan alone, or in bfloat16."""
+        return self.cache.layout == "static" or self.cache.dtype == "bfloat16"
+
+    @property
     def digest(self) -> str:
         """sha256 (hex) over the names and checksums of all files: what the bundle *is*."""
         lines = "".join(f"{name} {record.sha256}\n" for name, record in sorted(self.files.items()))

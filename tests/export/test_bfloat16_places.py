@@ -58,15 +58,9 @@ def trace_of(folder: Path) -> Trace:
     with np.errstate(all="ignore"):
         found = dict(zip(names, evaluator.run(names, feeds), strict=True))
     assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
-    return Trace(
-        graph="score",
-        start=0,
-        length=LENGTH,
-        probes={(probe.layer, probe.place): probe for probe in manifest.probes},
-        values={name: found[name][0] for name in names[1:]},
-        logits=found["logits"][0],
-        logits_at=positions[0],
-    )
+    probes = {(probe.layer, probe.place): probe for probe in manifest.probes}
+    values = {name: found[name][0] for name in names[1:]}
+    return Trace.scored(probes, values, found["logits"][0])
 
 
 def find(source: Path, folder: Path) -> list[Fault]:

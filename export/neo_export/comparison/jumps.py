@@ -56,6 +56,7 @@ def find_jumps(errors: PlaceErrors, spec: ModelSpec, names: Sequence[str]) -> li
             if not place.startswith("cached"):
                 before[graph] = max(before[graph], float(np.max(series.cumulative)))
         if off:
+            error, limit = max(off.values())
             regions = {region for _, region in off}
             affected = tuple(region for region in REGIONS if region in regions)
             found.append(
@@ -65,8 +66,8 @@ def find_jumps(errors: PlaceErrors, spec: ModelSpec, names: Sequence[str]) -> li
                     region="everywhere" if regions == seen else affected[0],
                     regions=affected,
                     graphs=tuple(dict.fromkeys(graph for graph, _ in off)),
-                    error=max(off.values())[0],
-                    limit=max(off.values())[1],
+                    error=error,
+                    limit=limit,
                 )
             )
     return found

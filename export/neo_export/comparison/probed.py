@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 from neo_runtime.errors import BundleError, VerificationError
 from neo_runtime.installation import require_onnxruntime
@@ -17,6 +16,7 @@ from neo_export.passes.fold_bias import hidden_sums
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     from neo_runtime.manifest import Manifest
     from numpy.typing import NDArray
 
@@ -137,12 +137,5 @@ def score_trace(session: Any, manifest: Manifest, ids: NDArray[np.int64]) -> Tra
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise VerificationError(f"{graph.file} fails on {len(ids)} tokens: {reason}") from error
-    return Trace(
-        graph="score",
-        start=0,
-        length=len(ids),
-        probes={(probe.layer, probe.place): probe for probe in manifest.probes},
-        values=kept,
-        logits=kept["logits"],
-        logits_at=np.arange(len(ids), dtype=np.int64),
-    )
+    probes = {(probe.layer, probe.place): probe for probe in manifest.probes}
+    return Trace.scored(probes, kept, kept["logits"])

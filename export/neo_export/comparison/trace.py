@@ -41,6 +41,25 @@ class Trace:
     selected: frozenset[str] = frozenset()
     """Probed values of which the graph computes the positions `logits_at` alone."""
 
+    @classmethod
+    def scored(
+        cls,
+        probes: Mapping[Place, Probe],
+        values: Mapping[str, NDArray[Any]],
+        logits: NDArray[np.float32],
+    ) -> Trace:
+        """All positions of a text by the score graph; `logits` [S, V]."""
+        length = len(logits)
+        return cls(
+            graph="score",
+            start=0,
+            length=length,
+            probes=probes,
+            values=values,
+            logits=logits,
+            logits_at=np.arange(length, dtype=np.int64),
+        )
+
     def rest(self) -> None:
         """Leave resident memory until something is read again."""
         drop_pages(*self.values.values())

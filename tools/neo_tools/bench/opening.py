@@ -76,7 +76,7 @@ def open_bundles(settings: Settings) -> list[BundleInfo]:
 
 def _refuse_without_gpu(settings: Settings, path: Path, manifest: Manifest) -> None:
     """Before workers start: bundles that no CPU runs."""
-    if manifest.cache.layout != "static" and manifest.cache.dtype != "bfloat16":
+    if not manifest.needs_gpu:
         return
     why = "the CPU was asked for"
     if settings.backend != "cpu":

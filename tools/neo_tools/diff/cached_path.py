@@ -174,15 +174,7 @@ class _Recorder:
         """All positions as one trace of the score graph; `logits` [S, V]."""
         kept = scratch_array(logits.shape, "float32")
         kept[:] = logits
-        return Trace(
-            graph="score",
-            start=0,
-            length=len(logits),
-            probes=self._probes,
-            values=self._values,
-            logits=kept,
-            logits_at=np.arange(len(logits), dtype=np.int64),
-        )
+        return Trace.scored(self._probes, self._values, kept)
 
     def check(self, store: CacheStore, graph: str) -> None:
         """Compare what the cache holds with what was computed for it."""
