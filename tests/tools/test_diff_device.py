@@ -164,6 +164,27 @@ def test_every_value_is_the_one_of_the_cpu(cuda_bundle: Path) -> None:
         np.testing.assert_array_equal(mine.logits_at, other.logits_at)
 
 
+def test_nothing_is_captured_or_replayed(
+    cuda_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is shown leaves the device at every step, which a CUDA graph would not repeat."""
+    replayed: list[int | None] = []
+    run = CudaBackend.run
+
+    def watched(self: CudaBackend, graph: str, binding: Any, graph_id: int | None) -> None:
+        replayed.append(graph_id)
+        run(self, graph, binding, graph_id)
+
+    monkeypatch.setattr(CudaBackend, "run", watched)
+    device = HostDevice()
+    backend = ProbedCudaBackend(open_bundle(cuda_bundle), device)
+    trace_cached_path(backend, random_ids(faults.CONFIG, 20), segments_of(20, [(10, 13)], 10))
+    backend.close()
+    assert device.captured == [False, False]
+    assert len(replayed) == 5
+    assert set(replayed) == {None}
+
+
 def test_score_in_several_calls(cuda_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = random_ids(faults.CONFIG, 100)
     with_one, with_many = (
@@ -268,6 +289,9 @@ def test_a_bfloat16_cache_is_read_and_spoiled(tmp_path: Path) -> None:
     address, _, shape = next(iter(store.slot.cache.values()))
     device.upload(address, np.full(shape, 0xBF80, dtype=np.uint16))
     assert (store.contents()[0] == -1.0).all()
+    assert len(store.contents()[0]) == 2
+    store.reorder(np.array([1]))
+    assert len(store.contents()[0]) == 1
     store.close()
     backend.close()
 
