@@ -7,6 +7,7 @@ device memory, slots, calls of the score graph in pieces, places fetched from th
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,6 +128,17 @@ def test_a_reference_that_shows_no_places(
     out, err = capsys.readouterr()
     assert f"places are not compared, the reference shows none: {reason}" in err
     assert "every step" not in out
+
+
+def test_what_auto_took_is_said_once(
+    cuda_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The bundle is loaded twice."""
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    few = ["--tokens", "64", "--localize-tokens", "0", "--continuations", "0", "--quiet"]
+    assert not main([str(cuda_bundle), "--reference", str(DEMO), *few])
+    said = [record for record in caplog.records if "backend cpu" in record.getMessage()]
+    assert len(said) == 1
 
 
 def test_the_report_says_what_ran_it(
