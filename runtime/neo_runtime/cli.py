@@ -7,11 +7,11 @@ import io
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.cli_options import add_option_flags, chosen_options, token_ids
+from neo_runtime.cli_options import add_option_flags, chosen_options
+from neo_runtime.cli_prompts import read_prompts
 from neo_runtime.command_line import OneLineParser, add_version, run_command
 from neo_runtime.errors import RequestError
 
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts-file",
         metavar="FILE",
         help="several prompts instead: JSON lines, each a string, a list of token ids, or an "
-        'object with "prompt" or "text"',
+        'object with "prompt" or "text"; - for standard input',
     )
     parser.add_argument(
         "--token-ids",
@@ -104,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
     options = chosen_options(arguments)
     if "logprobs" in options and not arguments.json:
         raise RequestError("--logprobs needs --json; add it")
-    prompts = _prompts(arguments)
+    prompts = read_prompts(arguments.prompt, arguments.prompts_file, ids=arguments.token_ids)
     import neo_runtime
 
     started = perf_counter()
@@ -120,8 +120,9 @@ def _run(arguments: argparse.Namespace) -> int:
         loaded = perf_counter() - started
         if model.backend_choice is not None and model.backend != "cpu":  # else it was logged
             print(f"neo-generate: {model.backend_choice}", file=sys.stderr)
-        if _can_stream(arguments, model, options):
-            completions = [_stream(model, prompts[0], options, echo=arguments.echo)]
+        first = prompts[0]
+        if isinstance(first, str) and _can_stream(arguments, model, options):
+            completions = [_stream(model, first, options, echo=arguments.echo)]
         else:
             completions = model.generate(prompts, batch_size=arguments.batch_size, **options)
             _print(arguments, model, completions, loaded)
@@ -130,58 +131,10 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prompts(arguments: argparse.Namespace) -> list[Any]:
-    """The prompts, each text or a list of ids."""
-    if arguments.prompts_file is not None:
-        if arguments.prompt is not None:
-            raise RequestError("PROMPT and --prompts-file exclude each other; give one of them")
-        return _prompts_of_file(arguments.prompts_file)
-    prompt = arguments.prompt
-    try:
-        if prompt is None:
-            prompt = sys.stdin.read().removesuffix("\n")
-        prompt.encode()  # a command line may carry bytes that are no text
-    except UnicodeError as error:
-        raise RequestError(f"the prompt is not valid UTF-8 ({error}); convert it") from error
-    if not prompt:
-        raise RequestError("the prompt is empty; give PROMPT, or text on standard input")
-    if not arguments.token_ids:
-        return [prompt]
-    try:
-        return [token_ids(prompt)]
-    except ValueError as error:
-        raise RequestError(f"--token-ids: {prompt!r} is no list of ids such as 1,2,3") from error
-
-
-def _prompts_of_file(name: str) -> list[Any]:
-    prompts = []
-    try:
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
-    except UnicodeError as error:
-        raise RequestError(f"{name} is not valid UTF-8 ({error}); convert it") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise RequestError(f"{name}, line {number} is not JSON ({error})") from error
-        if isinstance(entry, dict):
-            entry = entry.get("prompt", entry.get("text"))
-        if not isinstance(entry, str | list):
-            raise RequestError(
-                f"{name}, line {number} holds no prompt; expected a string, a list of token ids, "
-                'or an object with "prompt" or "text"'
-            )
-        prompts.append(entry)
-    return prompts
-
-
 def _can_stream(arguments: argparse.Namespace, model: Model, options: dict[str, Any]) -> bool:
     defaults = model.defaults
     return not (
         arguments.json
-        or arguments.token_ids
         or arguments.prompts_file is not None
         or model.tokenizer is None
         or options.get("num_beams", defaults.num_beams) > 1

@@ -9,6 +9,7 @@ import numpy as np
 
 from neo_runtime.beam_search import BeamSearch
 from neo_runtime.completion import Completion, Timings
+from neo_runtime.prompts import named_prompt
 from neo_runtime.sampling import RowSampler, row_generator
 from neo_runtime.text_stream import StopMatcher, StreamDecoder
 
@@ -128,7 +129,8 @@ def make_rows(
     """
     groups: list[list[Row]] = []
     for index, prompt in enumerate(prompts):
-        total = options.total_length(len(prompt), model.manifest.max_length)
+        with named_prompt(index, len(prompts)):
+            total = options.total_length(len(prompt), model.manifest.max_length)
         groups.append([])
         for copy in range(options.num_return_sequences):
             generator = row_generator(options.seed, index, copy)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from neo_runtime.backends.choice import BackendOptions, open_backend
 from neo_runtime.bundle import open_bundle
 from neo_runtime.cores import physical_cores
-from neo_runtime.errors import RequestError
 from neo_runtime.model import Model
+from neo_runtime.option_values import count
 
 if TYPE_CHECKING:
     import os
@@ -63,10 +63,8 @@ def load(
         "prefill_chunk": prefill_chunk,
     }
     for name, value in limits.items():
-        if value is not None and value < 1:
-            raise RequestError(f"{name} is {value}, expected at least 1")
-    if device < 0:
-        raise RequestError(f"device is {device}, expected 0 or more")
+        count(1, optional=True)(name, value)
+    count(0)("device", device)
     # The backend looks at its own engine: a plan runs without onnxruntime.
     opened = open_bundle(bundle, verify=verify, check_runtime=False)
     options = BackendOptions(

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, overload
 from neo_runtime.errors import ContextLengthError, NeoError, RequestError
 from neo_runtime.generator import beam_completions, make_rows, steps
 from neo_runtime.kv_cache import CacheLedger, KVCache
+from neo_runtime.option_values import count
 from neo_runtime.options import GenerationOptions
-from neo_runtime.prompts import as_list, token_array, with_bad_words
+from neo_runtime.prompts import as_list, named_prompt, token_array, with_bad_words
 from neo_runtime.text_stream import TextStream
 from neo_runtime.tokenizer import Tokenizer
 
@@ -243,17 +244,24 @@ class Model:
         given, is_single = as_list(prompt)
         prompts = self._encode(given)
         completions = (
-            [c for ids in prompts for c in beam_completions(self, ids, chosen)]
+            self._search(prompts, chosen)
             if chosen.num_beams > 1
             else self._sample(prompts, chosen, batch_size)
         )
         return completions[0] if is_single and chosen.num_return_sequences == 1 else completions
 
+    def _search(
+        self, prompts: list[NDArray[np.int64]], options: GenerationOptions
+    ) -> list[Completion]:
+        for index, ids in enumerate(prompts):  # before any of them is computed
+            with named_prompt(index, len(prompts)):
+                options.total_length(len(ids), self.manifest.max_length)
+        return [c for ids in prompts for c in beam_completions(self, ids, options)]
+
     def _sample(
         self, prompts: list[NDArray[np.int64]], options: GenerationOptions, batch_size: int | None
     ) -> list[Completion]:
-        if batch_size is not None and batch_size < 1:
-            raise RequestError(f"batch_size is {batch_size}, expected at least 1")
+        count(1, optional=True)("batch_size", batch_size)
         groups = make_rows(self, prompts, options)
         size = batch_size or len(groups)
         for start in range(0, len(groups), size):
@@ -309,7 +317,11 @@ class Model:
         if not len(prompts):
             raise RequestError("the list of prompts is empty; give at least one")
         vocab_size = self.manifest.model.vocab_size
-        return [token_array(prompt, vocab_size, self.tokenizer) for prompt in prompts]
+        arrays = []
+        for index, prompt in enumerate(prompts):
+            with named_prompt(index, len(prompts)):
+                arrays.append(token_array(prompt, vocab_size, self.tokenizer))
+        return arrays
 
     def _check_room(self, cache: KVCache, more: int | Sequence[int]) -> None:
         needed = cache.store.lengths + more

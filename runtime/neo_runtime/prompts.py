@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -9,26 +10,46 @@ import numpy as np
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from neo_runtime.options import GenerationOptions
     from neo_runtime.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "as_list", "token_array", "with_bad_words"]
+__all__ = ["Prompt", "as_list", "named_prompt", "token_array", "with_bad_words"]
 
 Prompt: TypeAlias = "str | Sequence[int]"
 """Text, or token ids."""
 
 
 def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-    """The prompts, and whether it was a single one: text, or a flat row of ids."""
+    """The prompts, and whether it was a single one: text, or a flat row of ids.
+
+    Raises:
+        RequestError: it is neither.
+    """
     given: Any = prompt
     if isinstance(given, str):
         return [given], True
+    if not hasattr(given, "__len__") or isinstance(given, bytes | dict | set):
+        raise RequestError(
+            f"the prompt is of type {type(given).__name__}, expected text, token ids, or a list "
+            "of these"
+        )
     is_single = len(given) > 0 and not isinstance(given[0], str) and np.ndim(given[0]) == 0
     return ([given], True) if is_single else (list(given), False)
+
+
+@contextmanager
+def named_prompt(index: int, count: int) -> Iterator[None]:
+    """Where there are several prompts, errors say which one is meant, as Python counts them."""
+    try:
+        yield
+    except RequestError as error:
+        if count == 1:
+            raise
+        raise type(error)(f"prompts[{index}]: {error}") from error
 
 
 def token_array(

@@ -164,6 +164,17 @@ def test_requests_that_cannot_be_honoured(fused: Model) -> None:
         fused.generate("Hey", max_new_token=3)
     with pytest.raises(RequestError, match="bad_words"):
         fused.generate("Hey", bad_words=[" "])
+    for wrong in (None, 7, 2.5, b"text", {"prompt": "text"}):
+        with pytest.raises(RequestError, match=f"of type {type(wrong).__name__}, expected text"):
+            fused.generate(wrong)  # type: ignore[call-overload]
+    for beams in (1, 2):
+        options = {"num_beams": beams, "max_new_tokens": 5}
+        with pytest.raises(RequestError, match=r"^prompts\[1\]: token id 4096 at place 1"):
+            fused.generate(["Tom", [3, 4096]], **options)
+        with pytest.raises(ContextLengthError, match=r"^prompts\[2\]: .* 510 tokens"):
+            fused.generate([[1], [2], [3] * 510], **options)
+    with pytest.raises(RequestError, match="batch_size is 'all', expected an integer of at least"):
+        fused.generate("Tom", batch_size="all")  # type: ignore[call-overload]
     with pytest.raises(RequestError, match="batch_size is 0"):
         fused.generate("Hey", batch_size=0)
     with fused.new_cache(2, 8) as cache:
@@ -174,7 +185,7 @@ def test_requests_that_cannot_be_honoured(fused: Model) -> None:
         with pytest.raises(RequestError, match="token id 4096"):
             fused.decode(cache, [1, 4096])
     for option in ("threads", "max_cache_bytes", "prefill_chunk"):
-        with pytest.raises(RequestError, match=f"{option} is 0"):
+        with pytest.raises(RequestError, match=f"{option} is 0, expected an integer of at least 1"):
             neo_runtime.load("anywhere", **{option: 0})  # type: ignore[arg-type]
 
 

@@ -15,6 +15,7 @@ import pytest
 from helpers.derived_bundles import without_tokenizer
 from neo_runtime.cli import main
 from neo_runtime.cli_options import add_option_flags, chosen_options
+from neo_runtime.cli_prompts import read_prompts
 from neo_runtime.options import GenerationOptions
 
 if TYPE_CHECKING:
@@ -116,7 +117,11 @@ def test_json_holds_everything(
 
 
 def test_several_completions_and_prompts(
-    mini_bundle: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mini_bundle: Path,
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     options: dict[str, Any] = {
         "do_sample": True, "seed": 4, "max_new_tokens": 8, "num_return_sequences": 2
@@ -130,13 +135,24 @@ def test_several_completions_and_prompts(
     path.write_text('"Tom"\n\n{"prompt": "Sue", "id": 3}\n{"text": "The dog"}\n[5, 6, 7]\n')
     prompts: list[Any] = ["Tom", "Sue", "The dog", [5, 6, 7]]
     texts = [c.text for c in model.generate(prompts, **options)]
-    flags += ["--prompts-file", str(path), "--batch-size", "3"]
-    assert main([str(mini_bundle), *flags]) == 0
+    flags += ["--batch-size", "3"]
+    assert main([str(mini_bundle), *flags, "--prompts-file", str(path)]) == 0
+    assert capsys.readouterr().out == "\n---\n".join(map(str, texts)) + "\n"
+    stdin(monkeypatch, path.read_bytes())
+    assert main([str(mini_bundle), *flags, "--prompts-file", "-"]) == 0
     assert capsys.readouterr().out == "\n---\n".join(map(str, texts)) + "\n"
 
     beams = model.generate(PROMPT, num_beams=3, max_new_tokens=9).text
     assert main([str(mini_bundle), PROMPT, "--num-beams", "3", "--max-new-tokens", "9"]) == 0
     assert capsys.readouterr().out == f"{beams}\n"
+
+
+def test_a_line_of_json_may_hold_any_line_break_but_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    prompts = ["a\u2028b", "c\x85d", "e\nf"]
+    lines = [json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
+    path.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert read_prompts(None, str(path), ids=False) == prompts
 
 
 def test_token_ids(
@@ -215,7 +231,7 @@ def test_files_that_cannot_be_used(
 ) -> None:
     path = tmp_path / "prompts.jsonl"
     for contents, message in (
-        (b"\n", "empty"),
+        (b"\n", "holds no prompts"),
         (b'"a"\n{', "line 2 is not JSON"),
         (b'"a"\n{"b": 1}', "line 2 holds no prompt"),
         (b"\xff", "UTF-8"),
