@@ -31,7 +31,7 @@ from neo_runtime.engine_record import (
     read_records,
     why_unfit,
 )
-from neo_runtime.errors import BundleDamagedError, BundleError, EngineError
+from neo_runtime.errors import BundleDamagedError, BundleError, EngineError, RequestError
 from neo_runtime.manifest import Manifest, ModelSpec
 from onnx import TensorProto, helper
 
@@ -319,6 +319,17 @@ def test_a_failed_write_leaves_nothing(bundle: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(build_module.OutputError, match="No space left"):
         build_engine(bundle, EngineRequest(max_length=8), flavour(), ADA)
     assert list((bundle / ENGINES_FOLDER).iterdir()) == []
+
+
+def test_what_would_be_lost_after_the_build_is_told_before_it(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "parse_graph", lambda *_: pytest.fail("it began"))
+    with pytest.raises(RequestError, match="times no kernels"):
+        build_engine(bundle, EngineRequest(), flavour(), ADA, timing_cache=bundle / "timings")
+    (bundle / ENGINES_FOLDER).write_bytes(b"")
+    with pytest.raises(build_module.OutputError, match=r"cannot be written .*directory"):
+        build_engine(bundle, EngineRequest(), flavour(), ADA)
 
 
 def test_an_altered_graph_is_refused(bundle: Path) -> None:

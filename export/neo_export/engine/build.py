@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from dataclasses import dataclass
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.engine_record import (
@@ -14,7 +15,13 @@ from neo_runtime.engine_record import (
     EngineRecord,
     engine_key,
 )
-from neo_runtime.errors import BundleDamagedError, BundleError, EngineError, OutputError
+from neo_runtime.errors import (
+    BundleDamagedError,
+    BundleError,
+    EngineError,
+    OutputError,
+    RequestError,
+)
 from neo_runtime.manifest import MANIFEST_NAME, Manifest
 
 from neo_export.engine.device import platform_name
@@ -73,6 +80,12 @@ def build_engine(
     say = progress or (lambda stage, done, total: None)
     manifest = read_bundle(bundle)
     options = resolve_options(request, manifest)
+    if timing_cache is not None and flavour.ahead_of_time:
+        raise RequestError(
+            f"--timing-cache was given, but {flavour.product} times no kernels: they are chosen on "
+            "the GPU, at first use; leave it out"
+        )
+    _check_writable(bundle)
     started = time.monotonic()
     say("parsing the graph", 0, 0)
     cache = timing_cache or bundle / ENGINES_FOLDER / _TIMING_CACHE
@@ -136,6 +149,20 @@ def read_bundle(bundle: Path) -> Manifest:
     return manifest
 
 
+def _check_writable(bundle: Path) -> None:
+    """Before minutes of building rather than after them."""
+    folder = bundle / ENGINES_FOLDER
+    try:
+        with TemporaryFile(dir=folder if folder.exists() else bundle):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"{folder} cannot be written ({error.strerror}); make room or permit it")
+
+
 def _serialize(
     flavour: Flavour,
     device: Device,
@@ -189,7 +216,7 @@ def _configure(flavour: Flavour, builder: Any, device: Device, options: EngineOp
 
 def _load_timings(flavour: Flavour, config: Any, path: Path) -> bool:
     """Use the timings of earlier builds; TensorRT itself ignores those of another GPU."""
-    if flavour.ahead_of_time:  # it times nothing: kernels are chosen on the GPU, at first use
+    if flavour.ahead_of_time:  # it times nothing
         return False
     data = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(data) or config.create_timing_cache(b"")
@@ -221,9 +248,7 @@ def write_engine(bundle: Path, record: EngineRecord, plan: memoryview | bytes) -
         _replace(path, plan)
         _replace(path.with_suffix(".json"), record.to_json().encode())
     except OSError as error:
-        raise OutputError(
-            f"{folder} cannot be written ({error.strerror}); make room or permit it"
-        ) from error
+        raise _unwritable(folder, error) from error
     return path
 
 
