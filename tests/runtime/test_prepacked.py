@@ -202,6 +202,28 @@ def test_rows_of_tokens_leave_memory_behind_a_prompt(
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_model_forgets_nothing_that_another_one_mapped(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the other one is closed, anything may come to lie there, and would be zeroed."""
+    answers(bundle)
+    forgotten: list[Mapping] = []
+    monkeypatch.setattr(sessions, "forget_pages", forgotten.extend)
+    monkeypatch.setattr(onnxruntime_backend, "forget_pages", forgotten.extend)
+    backends = [OnnxRuntimeBackend(open_bundle(bundle), threads=1) for _ in range(3)]
+    own: list[set[int]] = []
+    for backend in (*backends, backends[0]):  # the first once more, beside all the others
+        forgotten.clear()
+        backend.session("prefill")
+        with backend.prompt():
+            pass
+        own.append({m.start for m in forgotten if m.path.name == prepacked.WEIGHTS_FILE})
+    assert all(own)
+    assert own[3] <= own[0]
+    assert len(own[0] | own[1] | own[2]) == sum(map(len, own[:3])), "no address twice"
+
+
 def test_a_cache_that_goes_while_it_is_opened(
     bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

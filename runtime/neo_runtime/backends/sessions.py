@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.backends.prepacked import WEIGHTS_FILE, PrepackedCache
-from neo_runtime.backends.unused_memory import Mapping, clean_mappings, forget_pages
+from neo_runtime.backends.unused_memory import (
+    Mapping,
+    clean_mappings,
+    forget_pages,
+    mapped_within,
+)
 from neo_runtime.errors import BundleError, DeviceMemoryError, NeoError, RequestError
 from neo_runtime.installation import require_onnxruntime
 from neo_runtime.manifest import is_quantized
@@ -105,24 +110,27 @@ class SessionFactory:
         """
         path = self._bundle.file(self._bundle.manifest.graphs[graph].file)
         library = Path(self._ort.capi.onnxruntime_pybind11_state.__file__)
-        session = None
         stored = self._stored(graph, path)
-        if stored is not None:
-            options = self._options(graph)
-            # It was optimized when it was stored.
-            options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            with contextlib.suppress(BundleError):  # somebody emptied the cache this very moment
-                session = self._open(stored, options)
-        # Loading reads what running does not: scales that are packed with
-        # their weights, half of the library.
-        if session is None or stored is None:
+        session = None if stored is None else self._open_stored(graph, stored)
+        if session is None:
             session = self._open(path, self._options(graph))
-            forget_pages(clean_mappings(library))
-        else:
-            mappings = clean_mappings(library, stored.with_name(WEIGHTS_FILE))
-            forget_pages(mappings)
-            with contextlib.suppress(OSError, ValueError):  # the cache, again
-                self.token_rows[graph] = _token_rows(stored, mappings, self._bundle.manifest)
+        forget_pages(clean_mappings(library))  # loading reads half of it that running does not
+        return session
+
+    def _open_stored(self, graph: str, stored: Path) -> Any:
+        """A session over prepacked weights; None where somebody emptied the cache meanwhile."""
+        options = self._options(graph)
+        # It was optimized when it was stored.
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            with mapped_within(stored.with_name(WEIGHTS_FILE)) as mappings:
+                session = self._open(stored, options)
+        except BundleError:
+            return None
+        # The session is held here, so its mappings are there.
+        forget_pages(mappings)  # scales, for one, are packed with their weights
+        with contextlib.suppress(OSError, ValueError):  # the cache, again
+            self.token_rows[graph] = _token_rows(stored, mappings, self._bundle.manifest)
         return session
 
     def _stored(self, graph: str, path: Path) -> Path | None:
@@ -176,13 +184,12 @@ class SessionFactory:
 
 def _token_rows(stored: Path, mappings: Sequence[Mapping], manifest: Manifest) -> list[Mapping]:
     """See `SessionFactory.token_rows`; onnxruntime maps each tensor of a stored graph by itself."""
-    weights = stored.with_name(WEIGHTS_FILE).resolve()
     tensors = external_tensors(stored.read_bytes())
     vocabulary = manifest.model.vocab_size
     tables = [t for t in tensors if len(t.shape) > 1 and t.shape[0] == vocabulary]
     # A mapping begins where a page does.
     offsets = {table.offset - table.offset % mmap.PAGESIZE for table in tables}
-    return [m for m in mappings if m.path == weights and m.offset in offsets]
+    return [mapping for mapping in mappings if mapping.offset in offsets]
 
 
 def failure_kinds(ort: Any) -> tuple[type[Exception], ...]:

@@ -10,6 +10,8 @@ import ctypes
 import mmap
 import re
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +24,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Mapping", "clean_mappings", "forget_bytes", "forget_pages"]
+__all__ = ["Mapping", "clean_mappings", "forget_bytes", "forget_pages", "mapped_within"]
 
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \S+ +(.*)")
 _MADV_DONTNEED = 4
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,20 @@ def clean_mappings(*files: Path) -> list[Mapping]:
     return [mapping for mapping in _all_clean() if mapping.path in wanted]
 
 
+@contextmanager
+def mapped_within(*files: Path) -> Iterator[list[Mapping]]:
+    """Collect what the block maps of some files: filled when it ends, without an error.
+
+    Mappings that somebody else made may go at any time, and other memory may come to lie at their
+    addresses. So blocks run one at a time, and what was there before is left out.
+    """
+    found: list[Mapping] = []
+    with _one_at_a_time:
+        before = set(clean_mappings(*files))
+        yield found
+        found += [mapping for mapping in clean_mappings(*files) if mapping not in before]
+
+
 def forget_pages(mappings: Iterable[Mapping]) -> None:
     """Take pages of mapped files out of this process, where the system can (Linux).
 
@@ -54,7 +71,8 @@ def forget_pages(mappings: Iterable[Mapping]) -> None:
     still is there.
 
     Args:
-        mappings: that are there still; other memory at their addresses would be emptied.
+        mappings: that are there still, because whoever made them does not let go meanwhile; other
+            memory at their addresses would be emptied.
     """
     advise = c_function("madvise")
     if advise is None:
@@ -84,8 +102,12 @@ def forget_bytes(block: NDArray[np.uint8], start: int) -> bool:
 def _all_clean() -> Iterator[Mapping]:
     if not sys.platform.startswith("linux"):
         return
+    try:
+        lines = Path("/proc/self/smaps").read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:  # some sandboxes have none
+        return
     mapping = None
-    for line in Path("/proc/self/smaps").read_text("utf-8", "surrogateescape").splitlines():
+    for line in lines:
         if match := _MAPPING.fullmatch(line):
             start, stop, offset = (int(match[group], 16) for group in (1, 2, 3))
             mapping = Mapping(Path(match[4]), offset, start, stop - start)
