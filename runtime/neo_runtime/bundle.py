@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neo_runtime.consistency import check_manifest
-from neo_runtime.errors import BundleDamagedError, BundleError, BundleUnsupportedError
+from neo_runtime.errors import (
+    BundleDamagedError,
+    BundleError,
+    BundleUnsupportedError,
+    RequestError,
+)
 from neo_runtime.installation import require_onnxruntime, version_numbers
 from neo_runtime.manifest import MANIFEST_NAME, WEIGHTS_NAME, Manifest
 from neo_runtime.onnx_external import external_locations
@@ -41,20 +46,40 @@ class Bundle:
     """A bundle that has been checked."""
 
     path: Path
-    """The folder."""
+    """The folder, absolute."""
     manifest: Manifest
+    stamps: dict[str, tuple[int, ...]]
+    """What the system says of each file, from when it was last checked."""
 
     def file(self, name: str) -> Path:
         """Path of the file `name` (relative to the folder, with `/`), which `manifest.files` lists.
 
+        A file that is no longer the one that was checked is compared with its checksum again: a
+        bundle may be exported or copied anew to where a model of it is in use.
+
         Raises:
-            BundleError: the bundle has no such file.
+            BundleError: the bundle has no such file, or has it no more.
+            BundleDamagedError: it has changed.
         """
         if name not in self.manifest.files:
             raise BundleError(
                 f"{self.path} has no file {name!r}; it has {', '.join(sorted(self.manifest.files))}"
             )
+        record = self.manifest.files[name]
+        stamp = _check_place_and_size(self.path, name, record)
+        if stamp != self.stamps[name]:
+            _check_sum(self.path, name, record)
+            self.stamps[name] = stamp
         return self.path / name
+
+    def graph(self, name: str) -> Path:
+        """Path of the graph `name` of the manifest, which reads the weights that it was made for.
+
+        Raises:
+            BundleError, BundleDamagedError: see `file`.
+        """
+        self.file(WEIGHTS_NAME)
+        return self.file(self.manifest.graphs[name].file)
 
 
 def open_bundle(
@@ -80,31 +105,30 @@ def open_bundle(
         BundleUnsupportedError: a newer schema, a target or precision that is not known here, or
             too old an onnxruntime.
         DependencyError: onnxruntime is missing or cannot be used.
+        RequestError: `path` is none.
     """
-    folder = Path(path)
+    folder = _folder(path)
     manifest = _read_manifest(folder)
     check_manifest(manifest, f"{folder / MANIFEST_NAME}")
-    for name, record in manifest.files.items():
-        _check_place_and_size(folder, name, record)
+    stamps = {
+        name: _check_place_and_size(folder, name, record) for name, record in manifest.files.items()
+    }
     checked = [n for n in sorted(manifest.files) if verify or n != WEIGHTS_NAME]
     done, total = 0, sum(manifest.files[name].size for name in checked)
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
     for name in checked:
-        digest = hashlib.sha256()
-        for chunk in _chunks(folder / name):
-            digest.update(chunk)
-            done += len(chunk)
-            if progress is not None:
-                progress(done, total)
-        if digest.hexdigest() != manifest.files[name].sha256:
-            raise BundleDamagedError(
-                f"{folder / name} differs from its checksum: sha256 {digest.hexdigest()}, expected "
-                f"{manifest.files[name].sha256}; copy or export the bundle again"
-            )
+        _check_sum(folder, name, manifest.files[name], read)
     for file in sorted({graph.file for graph in manifest.graphs.values()}):
         _check_external_data(folder, file, manifest)
     if check_runtime:
         check_installation(manifest, folder)
-    return Bundle(folder, manifest)
+    return Bundle(folder, manifest, stamps)
 
 
 def check_installation(manifest: Manifest, folder: Path) -> str:
@@ -121,6 +145,14 @@ def check_installation(manifest: Manifest, folder: Path) -> str:
             f"{version}; upgrade onnxruntime, or export with --target portable"
         )
     return version
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    """Absolute, for the process may change its working folder while a bundle is in use."""
+    try:
+        return Path(path).absolute()
+    except TypeError as error:
+        raise RequestError(f"the bundle is {path!r}, expected the path of a folder") from error
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -153,7 +185,8 @@ def _read_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(text, str(path))
 
 
-def _check_place_and_size(folder: Path, name: str, record: FileRecord) -> None:
+def _check_place_and_size(folder: Path, name: str, record: FileRecord) -> tuple[int, ...]:
+    """Look at a file from outside; what tells it from any that takes its place."""
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or _FOREIGN.search(name):
         raise BundleDamagedError(
@@ -181,6 +214,23 @@ def _check_place_and_size(folder: Path, name: str, record: FileRecord) -> None:
         raise BundleDamagedError(
             f"{path} has {facts.st_size} bytes, expected {record.size}; "
             "copy or export the bundle again"
+        )
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _check_sum(
+    folder: Path, name: str, record: FileRecord, progress: Callable[[int], None] | None = None
+) -> None:
+    """Read a file; `progress` is called with the bytes of each piece."""
+    digest = hashlib.sha256()
+    for chunk in _chunks(folder / name):
+        digest.update(chunk)
+        if progress is not None:
+            progress(len(chunk))
+    if digest.hexdigest() != record.sha256:
+        raise BundleDamagedError(
+            f"{folder / name} differs from its checksum: sha256 {digest.hexdigest()}, expected "
+            f"{record.sha256}; copy or export the bundle again"
         )
 
 

@@ -21,7 +21,7 @@ from helpers.bundles import (
 )
 from neo_runtime import bundle as bundle_module
 from neo_runtime.bundle import open_bundle
-from neo_runtime.errors import BundleDamagedError, BundleError, BundleUnsupportedError
+from neo_runtime.errors import BundleDamagedError, BundleError, BundleUnsupportedError, RequestError
 from neo_runtime.manifest import CacheSpec, FileRecord, TensorSpec
 
 if TYPE_CHECKING:
@@ -49,6 +49,36 @@ def test_a_whole_bundle_opens(folder: Path, verify: bool) -> None:
     assert bundle.file("engines/notes.txt").read_text() == "none\n"
     with pytest.raises(BundleError, match=r"has no file 'nothing'; it has config\.json, decode"):
         bundle.file("nothing")
+
+
+@pytest.mark.parametrize("name", ["prefill.onnx", "weights.bin", "tokenizer.json"])
+def test_what_changes_behind_an_open_bundle_is_found(folder: Path, name: str) -> None:
+    bundle = open_bundle(folder)
+    data = (folder / name).read_bytes()
+    os.utime(folder / name, (1, 1))
+    assert bundle.file(name).read_bytes() == data, "the same contents, however old"
+    (folder / "copy").write_bytes(data)
+    (folder / "copy").replace(folder / name)
+    assert bundle.graph("prefill") == folder / "prefill.onnx"
+    (folder / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    os.utime(folder / name, (2, 2))
+    with pytest.raises(BundleDamagedError, match=rf"{name} differs from its checksum"):
+        bundle.file(name)
+    if name != "tokenizer.json":
+        with pytest.raises(BundleDamagedError, match=name):
+            bundle.graph("prefill")
+    (folder / name).unlink()
+    with pytest.raises(BundleDamagedError, match=rf"{name} is missing"):
+        bundle.file(name)
+
+
+def test_the_working_folder_may_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    bundle = open_bundle(folder.name)
+    monkeypatch.chdir("/")
+    assert bundle.file("engines/notes.txt").read_text() == "none\n"
+    with pytest.raises(RequestError, match="the bundle is None, expected the path of a folder"):
+        open_bundle(None)  # type: ignore[arg-type]
 
 
 def test_the_graphs_are_valid_for_onnx_itself(folder: Path) -> None:

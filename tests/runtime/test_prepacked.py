@@ -28,7 +28,7 @@ from neo_runtime.backends import prepacked, sessions
 from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from neo_runtime.backends.prepacked import PrepackedCache, cache_root
 from neo_runtime.bundle import open_bundle
-from neo_runtime.errors import BundleError
+from neo_runtime.errors import BundleDamagedError, BundleError
 from neo_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -222,6 +222,54 @@ def test_a_model_forgets_nothing_that_another_one_mapped(
     assert all(own)
     assert own[3] <= own[0]
     assert len(own[0] | own[1] | own[2]) == sum(map(len, own[:3])), "no address twice"
+
+
+def replaced(bundle: Path, folder: Path) -> Path:
+    """Put another bundle of the same kind where this one is, as an export with --force does."""
+    make_checkpoint(folder / "checkpoint", CONFIG, seed=1)
+    options = ExportOptions(
+        precision=open_bundle(bundle).manifest.precision, quantization=Quantization(block_size=32)
+    )
+    export_bundle(str(folder / "checkpoint"), bundle, replace(options, force=True))
+    return bundle
+
+
+def test_a_bundle_that_is_replaced_under_a_model_is_an_error(
+    bundle: Path, cache: Path, tmp_path: Path
+) -> None:
+    live = Path(shutil.copytree(bundle, tmp_path / "live"))
+    with neo_runtime.load(live, threads=1) as model:
+        model.logits(IDS)
+        replaced(live, tmp_path)
+        assert model.logits(IDS).size, "a graph that is loaded stays"
+        with (
+            model.new_cache(1, 32) as kept,
+            pytest.raises(BundleDamagedError, match="differs from its checksum"),
+        ):
+            model.prefill(kept, [IDS])
+
+
+def test_nothing_is_stored_of_a_bundle_that_was_replaced_meanwhile(
+    bundle: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is stored counts as the bundle's, whose digest names it, wherever that lies later."""
+    with monkeypatch.context() as patched:
+        patched.setenv("NEO_CACHE_DIR", str(tmp_path / "elsewhere"))
+        expected = answers(bundle)
+    live = Path(shutil.copytree(bundle, tmp_path / "live"))
+    open_session = sessions.SessionFactory._open
+
+    def opened(factory: sessions.SessionFactory, path: Path, options: Any) -> Any:
+        if path.is_relative_to(live):
+            replaced(live, tmp_path)
+        return open_session(factory, path, options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sessions.SessionFactory, "_open", opened)
+        with pytest.raises(BundleDamagedError, match="differs from its checksum"):
+            answers(live)
+    assert stored(cache) == {}
+    assert np.array_equal(answers(bundle), expected)
 
 
 def test_a_cache_that_goes_while_it_is_opened(

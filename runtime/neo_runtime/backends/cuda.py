@@ -101,7 +101,7 @@ class CudaBackend(Backend):
 
     def graph_source(self, graph: str) -> str | bytes:
         """Path or serialized model of a graph, for onnxruntime."""
-        return str(self._bundle.file(self.manifest.graphs[graph].file))
+        return str(self._bundle.graph(graph))
 
     def captures(self, graph: str) -> bool:
         """Whether a graph's kernels are recorded in a CUDA graph and replayed."""

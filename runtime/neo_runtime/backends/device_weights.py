@@ -61,7 +61,7 @@ class DeviceWeights:
         Raises:
             BundleDamagedError: a tensor lies outside of the file.
         """
-        file = self._bundle.file(self._bundle.manifest.graphs[graph].file)
+        file = self._bundle.graph(graph)
         values = {}
         for tensor in external_tensors(file.read_bytes()):
             if tensor.offset + tensor.length > self.nbytes:

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.errors import BundleError
+from neo_runtime.errors import BundleDamagedError, BundleError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -88,6 +88,9 @@ class PrepackedCache:
         Returns:
             The graph's path; None where the cache cannot be used (logged as a warning): then
             each session prepacks for itself.
+
+        Raises:
+            BundleDamagedError: so `build` said; nothing was stored.
         """
         folder = self.folder / name
         path = folder / f"{name}.onnx"
@@ -102,6 +105,8 @@ class PrepackedCache:
         except OSError as error:
             self._warn(error.strerror or str(error))
             return None
+        except BundleDamagedError:
+            raise
         except BundleError as error:
             # So onnxruntime reports a full disk. If it is the bundle's own graph that cannot be
             # loaded, the session without a cache says so next.

@@ -107,13 +107,14 @@ class SessionFactory:
 
         Raises:
             BundleError: onnxruntime cannot load the graph.
+            BundleDamagedError: the bundle is no longer what was opened.
         """
-        path = self._bundle.file(self._bundle.manifest.graphs[graph].file)
+        path = self._bundle.graph(graph)
         library = Path(self._ort.capi.onnxruntime_pybind11_state.__file__)
         stored = self._stored(graph, path)
         session = None if stored is None else self._open_stored(graph, stored)
         if session is None:
-            session = self._open(path, self._options(graph))
+            session = self._open_own(graph, path, self._options(graph))
         forget_pages(clean_mappings(library))  # loading reads half of it that running does not
         return session
 
@@ -145,7 +146,13 @@ class SessionFactory:
         options.optimized_model_filepath = str(to)
         for key, value in settings.items():
             options.add_session_config_entry(key, value)
-        self._open(path, options)
+        self._open_own(graph, path, options)
+
+    def _open_own(self, graph: str, path: Path, options: Any) -> Any:
+        """A session of the bundle's own graph, of which nothing changed while it was read."""
+        session = self._open(path, options)
+        self._bundle.graph(graph)
+        return session
 
     def _options(self, graph: str) -> Any:
         options = self._ort.SessionOptions()
