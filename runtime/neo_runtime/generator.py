@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_runtime.beam_search import BeamResult
+    from neo_runtime.cached_model import CachedModel
     from neo_runtime.completion import FinishReason
-    from neo_runtime.model import Model
     from neo_runtime.options import GenerationOptions
     from neo_runtime.sampling import Choice
     from neo_runtime.tokenizer import Tokenizer
@@ -119,7 +119,7 @@ class Row:
 
 
 def make_rows(
-    model: Model, prompts: Sequence[IntArray], options: GenerationOptions
+    model: CachedModel, prompts: Sequence[IntArray], options: GenerationOptions
 ) -> list[list[Row]]:
     """The rows of each prompt, `num_return_sequences` of them; nothing is computed yet.
 
@@ -139,7 +139,7 @@ def make_rows(
     return groups
 
 
-def steps(model: Model, groups: Sequence[Sequence[Row]]) -> Generator[list[str], None, None]:
+def steps(model: CachedModel, groups: Sequence[Sequence[Row]]) -> Generator[list[str], None, None]:
     """Continue all rows together; each step yields the pieces of the rows still active.
 
     Rows that have ended leave the batch, and closing the generator frees the cache.
@@ -187,7 +187,7 @@ def _fill_holes(active: Sequence[int]) -> list[int]:
 
 
 def beam_completions(
-    model: Model, prompt: IntArray, options: GenerationOptions
+    model: CachedModel, prompt: IntArray, options: GenerationOptions
 ) -> list[Completion]:
     """Beam search for one prompt: the best `num_return_sequences` hypotheses, best first.
 

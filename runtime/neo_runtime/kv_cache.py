@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
+from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +14,7 @@ import numpy as np
 from neo_runtime.errors import CacheLimitError, NeoError, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -23,18 +26,20 @@ __all__ = ["CacheLedger", "KVCache"]
 
 
 class CacheLedger:
-    """Bytes of all live caches of a model, and their limit. Safe for threads."""
+    """Bytes of all live caches of a model, and their limit. Safe for threads, and finalizers."""
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._in_use = 0
+        self._taken = 0
+        self._returned: deque[int] = deque()
+        """What was given back since `_taken` was last brought up to date."""
 
     @property
     def in_use(self) -> int:
         """Bytes of the caches that are open now."""
         with self._lock:
-            return self._in_use
+            return self._settled()
 
     def reserve(self, size: int, batch: int, length: int) -> None:
         """Take `size` bytes.
@@ -43,19 +48,28 @@ class CacheLedger:
             CacheLimitError: the limit would be passed; nothing was taken.
         """
         with self._lock:
-            if self._limit is not None and self._in_use + size > self._limit:
-                raise CacheLimitError(
-                    f"a cache of {batch} x {length} positions needs {size} bytes; "
-                    f"{self._in_use} of the limit of {self._limit} bytes are in use "
-                    "(max_cache_bytes); ask for fewer or shorter sequences at once, close "
-                    "other requests, or raise the limit"
-                )
-            self._in_use += size
+            in_use = self._settled()
+            if self._limit is None or in_use + size <= self._limit:
+                self._taken += size
+                return
+        raise CacheLimitError(
+            f"a cache of {batch} x {length} positions needs {size} bytes; {in_use} of the limit of "
+            f"{self._limit} bytes are in use (max_cache_bytes); ask for fewer or shorter sequences "
+            "at once, close other requests, or raise the limit"
+        )
 
     def release(self, size: int) -> None:
-        """Give `size` bytes back."""
-        with self._lock:
-            self._in_use -= size
+        """Give `size` bytes back.
+
+        Takes no lock: a cache becomes garbage at any moment, and its finalizer may interrupt this
+        thread while it holds the lock.
+        """
+        self._returned.append(size)
+
+    def _settled(self) -> int:
+        while self._returned:
+            self._taken -= self._returned.popleft()
+        return self._taken
 
 
 class KVCache:
@@ -72,21 +86,47 @@ class KVCache:
         Raises:
             CacheLimitError: the ledger has no room, or the system has no memory.
         """
+        self._backend = backend
         self._max_batch = batch
+        self._is_changing = False
         self._length = length
         self._nbytes = backend.cache_bytes(batch, length)
+        if self._nbytes > sys.maxsize:
+            raise _no_memory(batch, length, self._nbytes)
         ledger.reserve(self._nbytes, batch, length)
         try:
             self._open_store: CacheStore | None = backend.open_cache(batch, length)
         except BaseException as error:
             ledger.release(self._nbytes)
             if isinstance(error, MemoryError) and not isinstance(error, NeoError):
-                raise CacheLimitError(
-                    f"a cache of {batch} x {length} positions needs {self._nbytes} bytes, more "
-                    "than the system gives; ask for fewer or shorter sequences at once"
-                ) from error
+                raise _no_memory(batch, length, self._nbytes) from error
             raise
         self._release = weakref.finalize(self, ledger.release, self._nbytes)
+        self._release.atexit = False
+
+    def is_of(self, backend: Backend) -> bool:
+        """Whether the cache is one of this engine's."""
+        return self._backend is backend
+
+    @contextmanager
+    def changing(self) -> Iterator[CacheStore]:
+        """Around each call that changes what the cache holds.
+
+        Graphs write into the cache while they run, so a call that ended early (Ctrl-C, no memory)
+        leaves nobody knows what: local layers may have evicted positions, lengths do not agree.
+
+        Raises:
+            NeoError: the cache is closed, or an earlier call ended early.
+        """
+        store = self.store
+        if self._is_changing:
+            raise NeoError(
+                "the last call with this cache did not come to its end, so what the cache holds is "
+                "not known; make another one with Model.new_cache"
+            )
+        self._is_changing = True
+        yield store
+        self._is_changing = False
 
     @property
     def store(self) -> CacheStore:
@@ -128,8 +168,7 @@ class KVCache:
         Raises:
             RequestError: a row that does not exist, none, or too many.
         """
-        chosen = np.asarray(rows, dtype=np.int64)
-        batch = self.batch
+        chosen, batch = _row_numbers(rows), self.batch
         if not 0 < len(chosen) <= self._max_batch:
             raise RequestError(
                 f"reorder got {len(chosen)} rows, expected 1 to {self._max_batch}: the batch "
@@ -137,7 +176,8 @@ class KVCache:
             )
         if chosen.min() < 0 or chosen.max() >= batch:
             raise RequestError(f"reorder got rows {chosen.tolist()}, expected 0 to {batch - 1}")
-        self.store.reorder(chosen)
+        with self.changing() as store:
+            store.reorder(chosen)
 
     @property
     def closed(self) -> bool:
@@ -161,3 +201,32 @@ class KVCache:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _no_memory(batch: int, length: int, size: int) -> CacheLimitError:
+    return CacheLimitError(
+        f"a cache of {batch} x {length} positions needs {size} bytes, more than the system gives; "
+        "ask for fewer or shorter sequences at once"
+    )
+
+
+def _row_numbers(rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows as int64 [n].
+
+    Raises:
+        RequestError: they are no flat sequence of integers.
+    """
+    try:
+        found = np.asarray(rows)
+    except ValueError as error:  # of unequal lengths
+        raise RequestError(f"reorder got {rows!r}, expected a flat sequence of rows") from error
+    if found.dtype == np.bool_:
+        raise RequestError(
+            "reorder got truth values, expected row numbers; give np.flatnonzero of them"
+        )
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise RequestError(
+            f"reorder got {found.dtype} of shape {list(found.shape)}, expected a flat sequence of "
+            "row numbers"
+        )
+    return found.astype(np.int64, copy=False)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from neo_runtime.options import GenerationOptions
     from neo_runtime.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "as_list", "named_prompt", "token_array", "with_bad_words"]
+__all__ = ["Prompt", "as_list", "named_prompt", "prompt_ids", "token_array", "with_bad_words"]
 
 Prompt: TypeAlias = "str | Sequence[int]"
 """Text, or token ids."""
@@ -37,8 +37,12 @@ def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
             f"the prompt is of type {type(given).__name__}, expected text, token ids, or a list "
             "of these"
         )
-    is_single = len(given) > 0 and not isinstance(given[0], str) and np.ndim(given[0]) == 0
+    is_single = len(given) > 0 and _is_number(given[0])
     return ([given], True) if is_single else (list(given), False)
+
+
+def _is_number(item: Any) -> bool:
+    return not hasattr(item, "__len__") or getattr(item, "ndim", 1) == 0
 
 
 @contextmanager
@@ -52,20 +56,34 @@ def named_prompt(index: int, count: int) -> Iterator[None]:
         raise type(error)(f"prompts[{index}]: {error}") from error
 
 
-def token_array(
-    prompt: Prompt | NDArray[Any], vocab_size: int, tokenizer: Tokenizer | None = None
+def prompt_ids(
+    prompt: Prompt | NDArray[Any], vocab_size: int, tokenizer: Tokenizer | None
 ) -> NDArray[np.int64]:
-    """Token ids of a prompt, checked: int64 [n], n at least 1.
+    """Token ids of a prompt, text or ids: int64 [n], n at least 1.
 
     Raises:
-        RequestError: text without a tokenizer, no tokens, or ids that the model does not have.
+        RequestError: text without a tokenizer; or see `token_array`.
     """
-    ids: Any = prompt
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise RequestError("the bundle has no tokenizer; give the prompt as token ids")
-        ids = tokenizer.encode(prompt)
-    found = np.asarray(ids)
+    if not isinstance(prompt, str):
+        return token_array(prompt, vocab_size)
+    if tokenizer is None:
+        raise RequestError("the bundle has no tokenizer; give the prompt as token ids")
+    return token_array(tokenizer.encode(prompt), vocab_size)
+
+
+def token_array(ids: Sequence[int] | NDArray[Any], vocab_size: int) -> NDArray[np.int64]:
+    """Token ids, checked: int64 [n], n at least 1.
+
+    Raises:
+        RequestError: no tokens, no integers, or ids that the model does not have.
+    """
+    given: Any = ids
+    if isinstance(given, str):
+        raise RequestError(f"{given!r} is text, expected token ids; see Model.tokenizer.encode")
+    try:
+        found = np.asarray(given)
+    except ValueError as error:  # sequences of unequal lengths
+        raise RequestError("token ids are nested, expected a flat sequence of integers") from error
     if not found.size:
         raise RequestError("the prompt is empty; give at least one token")
     if found.ndim != 1 or found.dtype.kind not in "iu":
@@ -96,6 +114,8 @@ def with_bad_words(
         return options
     if tokenizer is None:
         raise RequestError("the bundle has no tokenizer; give bad_words_ids instead of bad_words")
+    if not all(isinstance(word, str) for word in words):
+        raise RequestError(f"bad_words is {words!r}, expected words; see bad_words_ids for tokens")
     if not all(word.strip() for word in words):
         raise RequestError("bad_words holds an empty word; remove it")
     forms = [form for word in words for form in (word.strip(), " " + word.strip())]

@@ -192,7 +192,8 @@ def test_requests_that_cannot_be_honoured(fused: Model) -> None:
 def test_what_onnxruntime_raises_is_translated(
     fused: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neo_runtime.model.token_array", lambda ids, *_: np.array(ids))
+    for name in ("token_array", "prompt_ids"):
+        monkeypatch.setattr(f"neo_runtime.cached_model.{name}", lambda ids, *_: np.array(ids))
     with fused.new_cache(1, 8) as cache:
         with pytest.raises(RequestError, match=r"outside the model's tables.*idx=9999"):
             fused.prefill(cache, [[9999]])

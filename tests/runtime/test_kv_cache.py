@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import gc
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import neo_runtime
 import numpy as np
 import pytest
 from helpers.hf_reference import reference_logits, relative_error, varied_prompts
+from neo_runtime.backends.binding import BoundCall
 from neo_runtime.backends.cache_memory import KeptBlock
 from neo_runtime.errors import CacheLimitError, NeoError, RequestError
 from neo_runtime.kv_cache import CacheLedger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from neo_runtime import Model
+    from neo_runtime import KVCache, Model
 
 
 @pytest.fixture(scope="module", params=["mini_bundle", "portable_bundle"])
@@ -63,8 +64,86 @@ def test_it_is_given_back(model: Model) -> None:
     model.prefill(model.new_cache(2, 8), [[1], [2]])
     gc.collect()
     assert model.cache_bytes_in_use == 0
-    with pytest.raises(RequestError, match="0 x 8"):
-        model.new_cache(0, 8)
+    for batch, length, wrong in ((0, 8, "batch is 0"), (1, 2.0, "length is 2.0")):
+        with pytest.raises(RequestError, match=f"{wrong}, expected an integer of at least 1"):
+            model.new_cache(batch, length)  # type: ignore[arg-type]
+    with pytest.raises(CacheLimitError, match="more than the system gives"):
+        model.new_cache(2**50, 8)
+
+
+def test_a_call_that_ends_early_ends_the_cache(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph has written into the cache by then, and lengths say nothing of it."""
+    run = BoundCall.run
+
+    def interrupted(call: BoundCall) -> None:
+        run(call)
+        raise KeyboardInterrupt
+
+    steps: tuple[Callable[[KVCache], object], ...] = (
+        lambda cache: model.prefill(cache, [[1], [2, 3]]),
+        lambda cache: model.decode(cache, [1, 2]),
+        lambda cache: cache.reorder([1, 0]),
+    )
+    for broken in steps[:2]:
+        with model.new_cache(2, 8) as cache:
+            steps[0](cache)
+            with monkeypatch.context() as patched:
+                patched.setattr(BoundCall, "run", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    broken(cache)
+            for call in steps:
+                with pytest.raises(NeoError, match=r"did not come to its end.*make another"):
+                    call(cache)
+    with model.new_cache(2, 8) as cache:
+        for wrong in ([[1], []], [[1], [10**6]], [[1]], [[1] * 9, [1]]):
+            with pytest.raises(RequestError):
+                model.prefill(cache, wrong)
+        for call in steps:  # what was refused has changed nothing
+            call(cache)
+    assert model.cache_bytes_in_use == 0
+
+
+def test_a_cache_of_another_model_is_refused(model: Model, mini_bundle: Path) -> None:
+    with neo_runtime.load(mini_bundle, threads=1) as other, other.new_cache(1, 8) as cache:
+        for call in (model.prefill, model.decode):
+            with pytest.raises(RequestError, match="another model's"):
+                call(cache, [[1]])  # type: ignore[operator]
+            with pytest.raises(RequestError, match="of type NoneType, expected one of"):
+                call(None, [[1]])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([True, False], r"truth values.*np\.flatnonzero"),
+        ([0.0, 1.0], "float64 of shape"),
+        (1, r"shape \[\]"),
+        ("ab", "expected a flat sequence"),
+        ([[0], [1]], r"shape \[2, 1\]"),
+        ([[0], [1, 1]], "expected a flat sequence"),
+        ([], "0 rows"),
+        ([0, 1, 0], "3 rows, expected 1 to 2"),
+        ([2], "expected 0 to 1"),
+    ],
+)
+def test_rows_that_are_none(model: Model, rows: Any, message: str) -> None:
+    with model.new_cache(2, 8) as cache, pytest.raises(RequestError, match=message):
+        cache.reorder(rows)
+
+
+def test_finalizers_wait_for_no_lock() -> None:
+    """They run at any moment, in a thread that holds the lock, too."""
+    ledger, kept = CacheLedger(100), KeptBlock()
+    ledger.reserve(60, 1, 1)
+    with ledger._lock, kept._lock:
+        ledger.release(60)
+        kept.keep(np.zeros(10, np.uint8))
+    ledger.reserve(100, 1, 1)
+    assert ledger.in_use == 100
+    with pytest.raises(CacheLimitError, match="100 of the limit of 100 bytes are in use"):
+        ledger.reserve(1, 1, 1)
 
 
 def test_a_limit_holds_for_all_caches_together(mini_bundle: Path) -> None:

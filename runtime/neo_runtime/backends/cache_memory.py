@@ -28,7 +28,8 @@ class KeptBlock:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # A cache that becomes garbage is closed at any moment, within a call of this class too.
+        self._lock = threading.RLock()
         self._block: NDArray[np.uint8] | None = None
         self._closed = False
 
