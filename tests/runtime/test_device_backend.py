@@ -7,6 +7,7 @@ the same graphs, but this one through device memory, slots, candidates and captu
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ from neo_runtime.model import Model
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
 PROMPTS = ["Once upon a time", "The", "Tom and his dog went to the park. They saw a big tree and"]
 
@@ -243,6 +246,57 @@ def test_a_cache_may_outlive_its_model(cuda_bundle: Path) -> None:
         model.decode(cache, [1])
     cache.close()
     assert device.closed
+
+
+def test_a_cache_that_is_garbage_gives_its_memory_back(cuda_bundle: Path) -> None:
+    device = HostDevice()
+    model = open_model(cuda_bundle, device)
+    backend = model._backend
+    assert isinstance(backend, CudaBackend)
+
+    def drop() -> int:
+        model.prefill(model.new_cache(2, 16), [[1], [2]])
+        gc.collect()
+        return device.in_use
+
+    assert len({drop() for _ in range(6)}) == 1
+    cache = model.new_cache(1, 16)
+    with backend.lock:  # as in the middle of a step, when nothing may be freed
+        del cache
+        gc.collect()
+        assert not backend.slots.is_empty
+        assert len(backend.slots._taken) == 1
+    model.new_cache(1, 16).close()
+    assert backend.slots._taken == []
+    cache = model.new_cache(1, 16)
+    model.close()
+    assert not device.closed
+    del cache
+    gc.collect()
+    assert device.closed
+
+
+def test_what_fails_for_want_of_memory_keeps_none(
+    cuda_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = HostDevice()
+    with open_model(cuda_bundle, device) as model:
+        model.logits([1] * 300)
+        held = device.in_use
+        device.capacity = held + 1000  # less than the logits of 300 positions
+        for _ in range(6):
+            with pytest.raises(DeviceMemoryError):
+                model.logits([1] * 300)
+        assert device.in_use == held
+        device.capacity = None
+
+        def pinned(size: int) -> NDArray[np.uint8]:
+            raise DeviceError("CUDA failed to pin host memory")
+
+        monkeypatch.setattr(device, "pinned", pinned)
+        with pytest.raises(DeviceError):
+            model.new_cache(7, 16)
+        assert device.in_use == held
 
 
 def test_stale_slots_do_not_show(cuda_bundle: Path, cpu: Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 import neo_runtime
@@ -167,6 +168,30 @@ def test_damaged_refused_and_unfit_plans(bundle: Path, tensorrt: FakeTensorRT) -
     tensorrt.refuses, tensorrt.aliased = False, False
     with pytest.raises(EngineError, match=r"does not update .* in place"):
         open_engine(bundle)
+
+
+def test_a_cache_that_is_garbage_gives_its_memory_back(model: Model) -> None:
+    backend = model._backend
+    assert isinstance(backend, TensorRTBackend)
+    assert isinstance(backend.device, HostDevice)
+    held = backend.device.in_use
+
+    def use() -> None:
+        cache = model.new_cache(1, 8)
+        model.prefill(cache, [[1]])
+        model.decode(cache, [1])
+
+    for _ in range(2):
+        use()
+        gc.collect()
+        assert backend.device.in_use == held
+    cache = model.new_cache(1, 8)
+    with backend.lock:  # as in the middle of a step, when nothing may be freed
+        del cache
+        gc.collect()
+        assert backend.device.in_use > held
+    model.new_cache(1, 8).close()
+    assert backend.device.in_use == held
 
 
 def test_nothing_works_after_closing(model: Model) -> None:

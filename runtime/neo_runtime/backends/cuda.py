@@ -7,6 +7,8 @@ over host memory, which is how it is tested where there is no GPU.
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +17,13 @@ from neo_runtime.backends.base import Backend
 from neo_runtime.backends.device_slots import ELEMENT_TYPES, ITEM_SIZES, SlotPool
 from neo_runtime.backends.device_store import DeviceStore
 from neo_runtime.backends.device_weights import DeviceWeights
+from neo_runtime.backends.leftovers import Leftovers
 from neo_runtime.backends.sessions import translated
 from neo_runtime.errors import BundleUnsupportedError, DeviceError, NeoError
 from neo_runtime.installation import require_onnxruntime
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -78,8 +81,10 @@ class CudaBackend(Backend):
         self._ort: Any = require_onnxruntime()
         self._bundle, self.manifest, self.device = bundle, bundle.manifest, device
         self._session_config = dict(session_config or {})
-        self.lock = threading.RLock()
-        """Held while the device works: copies and kernels of one call stay together."""
+        self.lock = threading.Lock()
+        """Held while the device works: copies and kernels of one call stay together, and nothing is
+        allocated or freed while kernels are captured."""
+        self._leftovers = Leftovers(self.lock)
         self.slots = SlotPool(self.manifest, device)
         self._weights: DeviceWeights | None = DeviceWeights(bundle, device, self._ort)
         self._kept: list[Any] = []
@@ -91,13 +96,15 @@ class CudaBackend(Backend):
         return self._weights.nbytes if self._weights is not None else 0
 
     def session(self, graph: str) -> Any:
-        """The `onnxruntime.InferenceSession` of "prefill", "decode" or "score"."""
-        with self.lock:
-            if self._weights is None:
-                raise NeoError("the model is closed; call neo_runtime.load again")
-            if graph not in self._sessions:
-                self._sessions[graph] = self._open(graph, self._weights)
-            return self._sessions[graph]
+        """The `onnxruntime.InferenceSession` of "prefill", "decode" or "score".
+
+        The caller holds the lock.
+        """
+        if self._weights is None:
+            raise NeoError("the model is closed; call neo_runtime.load again")
+        if graph not in self._sessions:
+            self._sessions[graph] = self._open(graph, self._weights)
+        return self._sessions[graph]
 
     def graph_source(self, graph: str) -> str | bytes:
         """Path or serialized model of a graph, for onnxruntime."""
@@ -134,11 +141,15 @@ class CudaBackend(Backend):
 
     def prepare(self) -> None:
         """See `Backend.prepare`."""
-        for graph in ("prefill", "decode"):
-            self.session(graph)
+        with self.lock:
+            for graph in ("prefill", "decode"):
+                self.session(graph)
 
     def bind(self, graph: str, inputs: Tensors, outputs: Tensors) -> Any:
-        """Bind addresses to a graph's inputs and outputs; the cache is its own output."""
+        """Bind addresses to a graph's inputs and outputs; the cache is its own output.
+
+        The caller holds the lock.
+        """
         binding = self.session(graph).io_binding()
         name, index = self.device.name, self.device.index
         for tensor, (address, dtype, shape) in inputs.items():
@@ -151,7 +162,7 @@ class CudaBackend(Backend):
         return binding
 
     def run(self, graph: str, binding: Any, graph_id: int | None) -> None:
-        """Compute, in the device's stream.
+        """Compute, in the device's stream. The caller holds the lock.
 
         Args:
             graph: whose session runs.
@@ -192,40 +203,62 @@ class CudaBackend(Backend):
         """See `Backend.score`."""
         vocab_size, count = self.manifest.model.vocab_size, len(ids)
         logits = np.empty((count, vocab_size), np.float32)
-        store = DeviceStore(self, 1, self._capacity(count))
         size = min(count, _SCORED)
-        with self.lock:
-            block = self.device.allocate(4 * size * vocab_size)
-            try:
+        store = DeviceStore(self, 1, self._capacity(count))
+        try:
+            with self._block(4 * size * vocab_size) as block:
                 for start in range(0, count, size):
                     end = min(start + size, count)
-                    shape = (1, end - start, vocab_size)
                     store.run_chunk(
                         "score",
                         0,
                         np.ascontiguousarray(ids[None, start:end]),
                         np.ones((1, end), dtype=np.int64),
                         np.arange(start, end, dtype=np.int64)[None],
-                        {"logits": (block, np.float32, shape)},
+                        {"logits": (block, np.float32, (1, end - start, vocab_size))},
                     )
-                    self.device.download(logits[start:end], block)
-                    self.device.synchronize()
-            finally:
-                self.device.free(block)
-                store.close()
+                    with self.lock:
+                        self.device.download(logits[start:end], block)
+                        self.device.synchronize()
+        finally:
+            store.close()
         return logits
 
-    def give_back(self, slot: Slot) -> None:
-        """Take a slot from a store that is closed."""
+    @contextmanager
+    def _block(self, size: int) -> Iterator[int]:
+        """Device memory for the time of a call."""
         with self.lock:
-            self.slots.give(slot)
-            self._close_device()
+            block = self.device.allocate(size)
+        try:
+            yield block
+        finally:
+            with self.lock:
+                self.device.free(block)
+
+    def take_slot(self, batch: int, length: int) -> Slot:
+        """Buffers for a store.
+
+        Raises:
+            DeviceMemoryError: the device has no room.
+        """
+        with self.lock:
+            self._leftovers.clear()
+            return self.slots.take(batch, length)
+
+    def give_back(self, slot: Slot) -> None:
+        """Take a slot from a store that is closed, or garbage."""
+        self._leftovers.leave(partial(self._keep, slot))
+
+    def _keep(self, slot: Slot) -> None:
+        self.slots.give(slot)
+        self._close_device()
 
     def close(self) -> None:
         """See `Backend.close`. Caches that are open keep their memory until they are closed."""
         with self.lock:
             if self._weights is None:
                 return
+            self._leftovers.clear()
             self.slots.close()
             self._sessions.clear()
             self._kept.clear()

@@ -11,6 +11,7 @@ those that are given back, graph and all.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,6 @@ class Slot:
     logits: Tensors
     addresses: tuple[int, int, int, int]
     """Of the four blocks, cache first."""
-    sizes: tuple[int, int, int, int]
     host_mask: NDArray[np.int64]
     """[batch, length], pinned."""
     host_ids: NDArray[np.int64]
@@ -126,21 +126,23 @@ class SlotPool:
 
     def _make(self, batch: int, length: int) -> Slot:
         layouts = slot_layouts(self._manifest, batch, length)
-        addresses: list[int] = []
-        try:
-            addresses.extend(self._device.allocate(layout.size) for layout in layouts)
-        except BaseException:
-            for address in addresses:
-                self._device.free(address)
-            raise
+        device = self._device
+        with ExitStack() as undone:  # if something does not fit
+            blocks = []
+            for layout in layouts:
+                blocks.append(device.allocate(layout.size))
+                undone.callback(device.free, blocks[-1])
+            pinned = []
+            for size in (8 * batch * length, 16 * batch, layouts[2].size):
+                pinned.append(device.pinned(size))
+                undone.callback(device.unpin, pinned[-1])
+            # Whatever lies there must be finite: masked positions still pass through the kernels.
+            device.zero(blocks[0], layouts[0].size)
+            undone.pop_all()
         cache, inputs, small, logits = (
-            layout.tensors(address) for layout, address in zip(layouts, addresses, strict=True)
+            layout.tensors(address) for layout, address in zip(layouts, blocks, strict=True)
         )
-        sizes = tuple(layout.size for layout in layouts)
-        # Whatever lies there must be finite: masked positions still pass through the kernels.
-        self._device.zero(addresses[0], sizes[0])
         self._made += 1
-        pinned = self._device.pinned
         return Slot(
             batch=batch,
             length=length,
@@ -149,11 +151,10 @@ class SlotPool:
             inputs=inputs,
             small=small,
             logits=logits,
-            addresses=(addresses[0], addresses[1], addresses[2], addresses[3]),
-            sizes=(sizes[0], sizes[1], sizes[2], sizes[3]),
-            host_mask=pinned(8 * batch * length).view(np.int64).reshape(batch, length),
-            host_ids=pinned(16 * batch).view(np.int64).reshape(2, batch),
-            host_small=pinned(sizes[2]),
+            addresses=(blocks[0], blocks[1], blocks[2], blocks[3]),
+            host_mask=pinned[0].view(np.int64).reshape(batch, length),
+            host_ids=pinned[1].view(np.int64).reshape(2, batch),
+            host_small=pinned[2],
         )
 
 

@@ -6,6 +6,7 @@ captured CUDA graph can be replayed; a row that is not in use has one position.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,8 +34,9 @@ class DeviceStore(RightPaddedStore):
 
     def __init__(self, backend: CudaBackend, batch: int, length: int) -> None:
         self._backend, self._device = backend, backend.device
-        with backend.lock:
-            self._slot: Slot | None = backend.slots.take(batch, length)
+        self._slot: Slot | None = backend.take_slot(batch, length)
+        self._give_back = weakref.finalize(self, backend.give_back, self._slot)
+        self._give_back.atexit = False  # the system takes everything then
         self.lengths = np.zeros(batch, dtype=np.int64)
         self._is_mask_stale = True
 
@@ -192,9 +194,8 @@ class DeviceStore(RightPaddedStore):
 
     def close(self) -> None:
         """See `CacheStore.close`."""
-        if self._slot is not None:
-            self._backend.give_back(self._slot)
-            self._slot = None
+        self._give_back()
+        self._slot = None
 
 
 def _rows(tensors: Tensors, row: int, count: int) -> Tensors:

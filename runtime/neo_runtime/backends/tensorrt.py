@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo_runtime.backends.base import Backend, CacheStore
+from neo_runtime.backends.leftovers import Leftovers
 from neo_runtime.backends.tensorrt_store import ITEM_SIZES, TensorRTStore
 from neo_runtime.engine_record import (
     DECODE_PROFILE,
@@ -88,7 +89,8 @@ class TensorRTBackend(Backend):
         """
         module, flavour = require_tensorrt()
         self._trt: Any = module
-        self.manifest, self.device, self.lock = bundle.manifest, device, threading.RLock()
+        self.manifest, self.device, self.lock = bundle.manifest, device, threading.Lock()
+        self.leftovers = Leftovers(self.lock)
         machine = MachineFacts(
             flavour="tensorrt" if flavour == "tensorrt" else "tensorrt_rtx",
             version=str(module.__version__),
@@ -217,6 +219,7 @@ class TensorRTBackend(Backend):
         with self.lock:
             if self._closed:
                 return
+            self.leftovers.clear()
             self._closed = True
             self._contexts.clear()
             self._engine = self._runtime = None

@@ -8,6 +8,8 @@ The step is queued once as it is, then captured as a CUDA graph over these addre
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from neo_runtime.backends.device import Device
     from neo_runtime.backends.tensorrt import TensorRTBackend
 
 __all__ = ["ITEM_SIZES", "TensorRTStore"]
@@ -45,21 +48,17 @@ class TensorRTStore(CacheStore):
         for name in ("input_ids", "position_ids", "logit_positions"):
             step.add(name, np.int64, (batch, 1), 8)
         step.add("logits", np.float32, (batch, 1, model.vocab_size), 4)
-        self._graph: Any = None
         with backend.lock:
-            self._cache_block = self._device.allocate(cache.size)
-            try:
-                self._step_block = self._device.allocate(step.size)
-            except BaseException:
-                self._device.free(self._cache_block)
-                raise
-            # A slot that was never written is masked, and still multiplied by 0.
-            self._device.zero(self._cache_block, cache.size)
-            self._device.zero(self._step_block, step.size)
-        self._cache = cache.tensors(self._cache_block)
-        self._step_tensors = step.tensors(self._step_block)
+            backend.leftovers.clear()
+            self._held = _Held(self._device, cache.size, step.size)
+        self._give_back = weakref.finalize(self, backend.leftovers.leave, self._held.free)
+        self._give_back.atexit = False  # the system takes everything then
+        self._cache = cache.tensors(self._held.cache)
+        self._step_tensors = step.tensors(self._held.step)
+        bound = {n: (a, s) for n, (a, _, s) in self._step_tensors.items()} | self._bound_cache()
+        # Holds no store, for what is captured outlives it.
+        self._queue_step = partial(backend.queue, DECODE_PROFILE, bound)
         self.lengths = np.zeros(batch, dtype=np.int64)
-        self._is_open = True
 
     def _bound_cache(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         bound = {}
@@ -161,20 +160,16 @@ class TensorRTStore(CacheStore):
             backend.check_open()
             for index, name in enumerate(("input_ids", "position_ids")):
                 self._device.upload(self._step_tensors[name][0], ids[index])
-            if self._graph is None:
+            if self._held.graph is None:
                 self._queue_step()  # once without: kernels are chosen and loaded
                 self._device.synchronize()
-                self._graph = self._device.capture(self._queue_step)
+                self._held.graph = self._device.capture(self._queue_step)
             else:
-                self._device.replay(self._graph)
+                self._device.replay(self._held.graph)
             self._device.download(logits, self._step_tensors["logits"][0])
             self._device.synchronize()
         self.lengths += 1
         return StepLogits.at_hand(logits[:, 0])
-
-    def _queue_step(self) -> None:
-        tensors = {n: (a, s) for n, (a, _, s) in self._step_tensors.items()}
-        self._backend.queue(DECODE_PROFILE, tensors | self._bound_cache())
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """See `CacheStore.reorder`."""
@@ -195,12 +190,29 @@ class TensorRTStore(CacheStore):
 
     def close(self) -> None:
         """See `CacheStore.close`."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        with self._backend.lock:
-            if self._graph is not None:
-                self._device.discard(self._graph)
-                self._graph = None
-            self._device.free(self._step_block)
-            self._device.free(self._cache_block)
+        self._give_back()
+
+
+class _Held:
+    """What a store has of the device; it outlives the store until it can be given back."""
+
+    def __init__(self, device: Device, cache_size: int, step_size: int) -> None:
+        self._device = device
+        self.graph: Any = None
+        """The captured step."""
+        self.cache = device.allocate(cache_size)
+        try:
+            self.step = device.allocate(step_size)
+        except BaseException:
+            device.free(self.cache)
+            raise
+        # A slot that was never written is masked, and still multiplied by 0.
+        device.zero(self.cache, cache_size)
+        device.zero(self.step, step_size)
+
+    def free(self) -> None:
+        """Give it back; once."""
+        if self.graph is not None:
+            self._device.discard(self.graph)
+        self._device.free(self.step)
+        self._device.free(self.cache)

@@ -1,0 +1,43 @@
+"""Device memory of caches that are closed, or garbage, until it can be given back."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+
+__all__ = ["Leftovers"]
+
+
+class Leftovers:
+    """Work that waits until nobody uses the device.
+
+    Garbage is collected at any moment, in the middle of this thread's own use of the device too,
+    when nothing may be freed (kernels are being captured) and lists are half changed. So a
+    finalizer leaves its work here. It is done at once if the device is nobody's, else before
+    memory is next asked for.
+
+    Args:
+        lock: held by whoever uses the device; not reentrant.
+    """
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def leave(self, work: Callable[[], None]) -> None:
+        """Do `work` now or later; never waits."""
+        self._waiting.append(work)
+        if self._lock.acquire(blocking=False):
+            try:
+                self.clear()
+            finally:
+                self._lock.release()
+
+    def clear(self) -> None:
+        """Do what waits. The caller holds the lock."""
+        while self._waiting:
+            self._waiting.popleft()()
