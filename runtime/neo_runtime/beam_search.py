@@ -107,7 +107,7 @@ class BeamSearch:
         self._done = _Hypotheses(
             ids=ids.copy(),
             length=np.full(self._num_beams, self._length),
-            score=np.full(self._num_beams, _OUT, np.float32),
+            score=np.full(self._num_beams, -np.inf, np.float32),
             finished=np.zeros(self._num_beams, np.bool_),
         )
         self._can_improve = True
@@ -130,10 +130,6 @@ class BeamSearch:
         """
         if self._is_finished:
             return None
-        with np.errstate(over="ignore"):  # -1e9 / a tiny length penalty: still no candidate
-            return self._step(logits)
-
-    def _step(self, logits: FloatArray) -> tuple[IntArray, IntArray] | None:
         scores, parents, tokens = self._candidates(self._log_probs(logits))
         ids = self._running[parents]
         ids[:, self._length] = tokens
@@ -158,7 +154,7 @@ class BeamSearch:
         """
         done = self._done
         new_tokens = done.length - self._prompt_length
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # of places that are not filled
             log_probs = done.score * new_tokens.astype(np.float32) ** self._options.length_penalty
         return [
             BeamResult(
@@ -210,15 +206,20 @@ class BeamSearch:
         return hits
 
     def _update_done(self, ids: IntArray, scores: FloatArray, hits: BoolArray) -> None:
-        """Merge the candidates that just ended into the best finished hypotheses."""
+        """Merge the candidates that just ended into the best finished hypotheses.
+
+        What has not ended has no score here, where the reference gives it -1e9: a length penalty
+        far below 0 makes real scores smaller than that.
+        """
+        is_full = self._options.early_stopping is True and bool(self._done.finished.all())
+        if is_full or not self._can_improve:
+            return
         ended = hits.copy()
         ended[self._num_beams :] = False  # the rest is there to go on with, not to be returned
         new_tokens = self._length + 1 - self._prompt_length
-        scores = scores / np.float32(new_tokens**self._options.length_penalty)
-        is_full = self._options.early_stopping is True and bool(self._done.finished.all())
-        if is_full or not self._can_improve:
-            scores = scores + _OUT
-        scores = scores + (~ended).astype(np.float32) * _OUT
+        with np.errstate(over="ignore"):  # of what is no candidate, at -1e9
+            scores = scores / np.float32(new_tokens**self._options.length_penalty)
+        scores = np.where(ended, scores, np.float32(-np.inf))
         length = np.full(len(ids), self._length + 1)
         self._done = self._done.best_with(_Hypotheses(ids, length, scores, ended))
 
@@ -229,5 +230,4 @@ class BeamSearch:
             length = self._max_length
         new_tokens = length - self._prompt_length
         best = self._scores[0] / np.float32(new_tokens**self._options.length_penalty)
-        worst = np.where(self._done.finished, self._done.score.min(), _OUT)
-        return bool((best > worst).any())
+        return bool(best > self._done.score.min())  # that of a place not filled is -inf

@@ -116,6 +116,8 @@ class CachedModel:
         """As `prefill`, with logits that are fetched from where they lie when asked for."""
         self._check_cache(cache)
         vocab_size = self.manifest.model.vocab_size
+        if not hasattr(prompts, "__len__"):
+            raise RequestError(f"prompts is {prompts!r}, expected token ids for each sequence")
         arrays = []
         for index, prompt in enumerate(prompts):
             with named_prompt(index, len(prompts)):

@@ -9,6 +9,7 @@ import numpy as np
 
 from neo_runtime.beam_search import BeamSearch
 from neo_runtime.completion import Completion, Timings
+from neo_runtime.errors import RequestError
 from neo_runtime.prompts import named_prompt
 from neo_runtime.sampling import RowSampler, row_generator
 from neo_runtime.text_stream import StopMatcher, StreamDecoder
@@ -193,6 +194,7 @@ def beam_completions(
 
     Raises:
         ContextLengthError: the prompt and what was asked for do not fit the model.
+        RequestError: the options forbid every continuation.
     """
     watch = Stopwatch()
     total = options.total_length(len(prompt), model.manifest.max_length)
@@ -208,7 +210,13 @@ def beam_completions(
             cache.reorder(parents)
             step = search.step(model.decode(cache, tokens))
     watch.last = watch.seconds()
-    return [_beam_completion(model.tokenizer, prompt, options, r, watch) for r in search.results()]
+    results = search.results()
+    if not results:
+        raise RequestError(
+            "the options leave no way to any end; relax bad_words_ids, suppress_tokens or "
+            "no_repeat_ngram_size"
+        )
+    return [_beam_completion(model.tokenizer, prompt, options, r, watch) for r in results]
 
 
 def _stop_check(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from neo_runtime.backends.choice import BackendOptions, open_backend
 from neo_runtime.bundle import open_bundle
 from neo_runtime.cores import physical_cores
+from neo_runtime.errors import RequestError
 from neo_runtime.model import Model
 from neo_runtime.option_values import count
 
@@ -65,6 +66,12 @@ def load(
     for name, value in limits.items():
         count(1, optional=True)(name, value)
     count(0)("device", device)
+    for key, entry in (session_config or {}).items():
+        if not isinstance(key, str) or not isinstance(entry, str):
+            raise RequestError(
+                f"session_config has {key!r}: {entry!r}, expected text for both: "
+                '"session.intra_op.allow_spinning": "0"'
+            )
     # The backend looks at its own engine: a plan runs without onnxruntime.
     opened = open_bundle(bundle, verify=verify, check_runtime=False)
     options = BackendOptions(

@@ -29,6 +29,7 @@ __all__ = ["build_warpers", "keep_largest"]
 
 _FIRST_GUESS = 128
 _GROWTH = 8
+_TINY = 1e-30
 
 
 class Temperature:
@@ -36,8 +37,12 @@ class Temperature:
 
     def __init__(self, temperature: float) -> None:
         self._temperature = np.float32(temperature)
+        # Logits of some millions would become infinite, and a difference of infinities no number.
+        self._shifts = temperature < _TINY
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
+        if self._shifts:
+            scores -= scores.max()
         with np.errstate(over="ignore"):
             return np.divide(scores, self._temperature, out=scores)
 

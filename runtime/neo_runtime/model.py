@@ -100,6 +100,7 @@ class Model(CachedModel):
             CacheLimitError: the cache for the batch would pass the limit.
         """
         chosen = self._options(options, overrides, bad_words)
+        count(1, optional=True)("batch_size", batch_size)
         given, is_single = as_list(prompt)
         prompts = self._encode(given)
         completions = (
@@ -120,7 +121,6 @@ class Model(CachedModel):
     def _sample(
         self, prompts: list[NDArray[np.int64]], options: GenerationOptions, batch_size: int | None
     ) -> list[Completion]:
-        count(1, optional=True)("batch_size", batch_size)
         groups = make_rows(self, prompts, options)
         size = batch_size or len(groups)
         for start in range(0, len(groups), size):

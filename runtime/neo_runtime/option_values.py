@@ -7,7 +7,6 @@ expected and, where there is a usual cause, what to do.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from numbers import Integral, Real
@@ -29,7 +28,11 @@ __all__ = [
     "token_bias",
     "token_ids",
     "token_sequences",
+    "why_no_text",
 ]
+
+_LARGEST, _SMALLEST = 3.4028234e38, 1.1754944e-38
+"""Of float32, in which scores are computed."""
 
 Check = Callable[[str, Any], Any]
 T = TypeVar("T")
@@ -55,6 +58,11 @@ def _integer(name: str, value: object, expected: str, hint: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise _refuse(name, value, expected, hint)
     return int(value)
+
+
+def _is_float32(value: Any) -> bool:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and -_LARGEST <= value <= _LARGEST
 
 
 def count(minimum: int, *, optional: bool = False, hint: str = "") -> Check:
@@ -98,11 +106,11 @@ def number(
     def check(name: str, value: Any) -> float | None:
         if value is None and optional:
             return None
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        if not _is_float32(value):
             raise _refuse(name, value, expected, hint)
         found = float(value)
         if (
-            (above is not None and found <= above)
+            (above is not None and found - above < _SMALLEST)
             or (minimum is not None and found < minimum)
             or (below is not None and found >= below)
             or (maximum is not None and found > maximum)
@@ -194,8 +202,8 @@ def sequence_bias(name: str, value: Any) -> tuple[tuple[tuple[int, ...], float],
 
 
 def _bias(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not value < math.inf:
-        raise _refuse(f"a bias in {name}", value, "a number below infinity")
+    if not _is_float32(value) and value != float("-inf"):
+        raise _refuse(f"a bias in {name}", value, "a number that float32 holds, or -inf")
     return float(value)
 
 
@@ -210,6 +218,18 @@ def exponential_decay(name: str, value: Any) -> tuple[int, float] | None:
     return count(0)(f"{name}[0]", items[0]), number(above=0)(f"{name}[1]", items[1])
 
 
+def why_no_text(value: object) -> str | None:
+    """What keeps a value from being text that UTF-8 can hold; None: nothing."""
+    if not isinstance(value, str):
+        return f"it is of type {type(value).__name__}"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        # JSON that was cut inside "\\ud83d\\ude00" has one.
+        return f"character {error.start} is an unpaired surrogate, half of a character"
+    return None
+
+
 def strings(name: str, value: Any) -> tuple[str, ...]:
     """One string or a sequence of them, none empty."""
     expected = "a string or a sequence of strings, none of them empty"
@@ -219,6 +239,8 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
     for item in found:
         if not isinstance(item, str) or not item:
             raise _refuse(name, item, expected)
+        if (why := why_no_text(item)) is not None:
+            raise _refuse(name, item, expected, why)
     return tuple(found)
 
 

@@ -59,7 +59,8 @@ class GenerationOptions:
     ignore_eos: bool = option(False, values.flag)
     """Take `eos_token_id` as empty: go on until another limit."""
     stop: tuple[str, ...] = option((), values.strings)
-    """The text ends before the first of these strings (`stop_strings` in transformers)."""
+    """The text ends before the first of these strings (`stop_strings` in transformers). Special
+    tokens are no text: `eos_token_id` ends at those."""
 
     do_sample: bool = option(False, values.flag)
     """Draw each token; otherwise take the most probable one."""

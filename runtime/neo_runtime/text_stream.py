@@ -8,6 +8,7 @@ and the beginning of a stop string. All the pieces together are the text of the 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
@@ -108,19 +109,23 @@ class TextStream(Iterator[str]):
     def __init__(self, pieces: Generator[str, None, Completion]) -> None:
         """Wrap a generator of pieces that returns the completion."""
         self._pieces = pieces
-        self._is_closed = False
+        self._closed = threading.Event()
         self._completion: Completion | None = None
 
     def __next__(self) -> str:
-        if self._is_closed:
+        if self._closed.is_set():
             self._pieces.close()
             raise StopIteration
         try:
-            return next(self._pieces)
+            piece = next(self._pieces)
         except StopIteration as end:
             if end.value is not None:
                 self._completion = end.value
             raise StopIteration from None
+        if self._closed.is_set():  # by another thread, meanwhile
+            self._pieces.close()
+            raise StopIteration
+        return piece
 
     @property
     def completion(self) -> Completion:
@@ -135,7 +140,7 @@ class TextStream(Iterator[str]):
 
     def close(self) -> None:
         """Stop and free the cache; from another thread: before the next token."""
-        self._is_closed = True
+        self._closed.set()
         try:
             self._pieces.close()
         except ValueError:

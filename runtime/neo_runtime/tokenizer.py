@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.errors import BundleDamagedError, DependencyError
+from neo_runtime.errors import BundleDamagedError, DependencyError, RequestError
+from neo_runtime.option_values import why_no_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,8 +47,16 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the special tokens that the file itself adds, if any."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of `text`, with the special tokens that the file itself adds, if any.
+
+        Raises:
+            RequestError: `text` is none, or holds half of a character.
+        """
+        try:
+            found = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            raise RequestError(f"{text!r} is no text: {why_no_text(text)}") from error
+        ids: list[int] = found.ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

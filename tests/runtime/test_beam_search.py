@@ -161,6 +161,26 @@ def test_copies_of_a_hypothesis_are_left_out_of_the_results() -> None:
     assert [r.token_ids for r in beams.results()] == [(0, 3)]
 
 
+@pytest.mark.parametrize("length_penalty", [-7.0, -10.0])
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+def test_a_penalty_that_makes_scores_smaller_than_any_limit(
+    length_penalty: float, early_stopping: bool | str
+) -> None:
+    """Where the reference returns what is no hypothesis: its -1e9 for none counts as better."""
+    options = GenerationOptions(
+        num_beams=3,
+        num_return_sequences=3,
+        max_new_tokens=60,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,  # type: ignore[arg-type]
+    )
+    found = search(tiny_model(VOCAB, seed=1, scale=0.3), options)
+    assert [len(result.token_ids) for result in found] == [60] * 3
+    assert len({result.token_ids for result in found}) == 3
+    assert found[0].score < -1e9
+    assert [r.score for r in found] == sorted((r.score for r in found), reverse=True)
+
+
 def test_forbidding_every_token_is_an_error() -> None:
     options = GenerationOptions(num_beams=2, suppress_tokens=tuple(range(6)))
     with pytest.raises(RequestError, match="forbid every token"):

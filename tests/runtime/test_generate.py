@@ -175,9 +175,22 @@ def test_requests_that_cannot_be_honoured(fused: Model) -> None:
             fused.generate([[1], [2], [3] * 510], **options)
     with pytest.raises(RequestError, match="batch_size is 'all', expected an integer of at least"):
         fused.generate("Tom", batch_size="all")  # type: ignore[call-overload]
-    with pytest.raises(RequestError, match="batch_size is 0"):
-        fused.generate("Hey", batch_size=0)
+    for beams in (1, 2):
+        with pytest.raises(RequestError, match="batch_size is 0"):
+            fused.generate("Hey", batch_size=0, num_beams=beams)
+    for wrong in ({"max_new_tokens": 2}, 50):
+        with pytest.raises(RequestError, match=r"expected GenerationOptions; give single options"):
+            fused.generate("Hey", wrong)  # type: ignore[call-overload]
+    for nested in ([[1, 2], [3]], [[[1, 2], [3]]]):
+        with pytest.raises(RequestError, match="nested, expected a flat sequence"):
+            fused.logits(nested) if len(nested) > 1 else fused.generate(nested)
+    with pytest.raises(RequestError, match="expected words; see bad_words_ids"):
+        fused.generate("Hey", bad_words=[1])  # type: ignore[list-item]
     with fused.new_cache(2, 8) as cache:
+        with pytest.raises(RequestError, match=r"prompts\[0\]: 'Tom' is text, expected token ids"):
+            fused.prefill(cache, ["Tom", "Sue"])  # type: ignore[list-item]
+        with pytest.raises(RequestError, match="prompts is None, expected token ids"):
+            fused.prefill(cache, None)  # type: ignore[arg-type]
         with pytest.raises(RequestError, match="1 prompts for a cache of 2"):
             fused.prefill(cache, [[1]])
         with pytest.raises(RequestError, match="3 tokens for a cache of 2"):

@@ -541,6 +541,22 @@ def test_bundles_do_not_share(bundle: Path, cache: Path, tmp_path: Path) -> None
     assert np.array_equal(found, answers(tmp_path / "other", keep_prepacked=False))
 
 
+def test_a_user_without_a_home_has_no_cache(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A container may run as anybody."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("NEO_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with caplog.at_level(logging.WARNING, "neo_runtime"):
+        assert answers(bundle).size
+    assert [record.getMessage().count("no home folder") for record in caplog.records] == [1]
+
+
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache_root() != Path.home() / ".cache" / "neo-onnx", "the session's own, see conftest"
     monkeypatch.setenv("NEO_CACHE_DIR", str(tmp_path))

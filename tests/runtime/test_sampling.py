@@ -174,6 +174,15 @@ def test_logits_that_are_no_numbers_are_an_error(do_sample: bool, value: float) 
         sampler(do_sample=do_sample).pick(logits)
 
 
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_the_smallest_temperature_is_greedy(top_k: int) -> None:
+    for seed in range(5):
+        picked = sampler(do_sample=True, temperature=2e-38, top_k=top_k, seed=seed)
+        greedy = sampler()
+        for step in range(8):
+            assert picked.pick(logits_of(step)).token == greedy.pick(logits_of(step)).token
+
+
 def test_forbidding_every_token_is_an_error_when_sampling() -> None:
     with pytest.raises(RequestError, match="forbid every token"):
         sampler(do_sample=True, suppress_tokens=range(24)).pick(logits_of(0))

@@ -207,6 +207,25 @@ def test_a_failing_consumer_frees_the_cache(model: Model) -> None:
     assert model.cache_bytes_in_use == 0
 
 
+def test_a_piece_that_comes_after_close_is_dropped(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader may ask for no other: nothing may wait for that."""
+    stream = model.stream("Once", ignore_eos=True)
+    next(stream)
+    decode = model.decode_step
+
+    def closed_meanwhile(*arguments: Any) -> Any:
+        closer = threading.Thread(target=stream.close)
+        closer.start()
+        closer.join()
+        return decode(*arguments)
+
+    monkeypatch.setattr(model, "decode_step", closed_meanwhile)
+    assert next(stream, None) is None
+    assert model.cache_bytes_in_use == 0
+
+
 def test_another_thread_may_close(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a step: the step ends, and no further one begins."""
     stream = model.stream("Once", ignore_eos=True)

@@ -11,7 +11,7 @@ from helpers.hf_reference import heldout_texts
 from helpers.models import DEMO
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from neo_runtime.errors import BundleDamagedError, DependencyError
+from neo_runtime.errors import BundleDamagedError, DependencyError, RequestError
 from neo_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -57,6 +57,12 @@ def test_any_text_comes_back(text: str) -> None:
     tokenizer = Tokenizer(DEMO / "tokenizer.json")
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_half_a_character_is_no_text(tokenizer: Tokenizer) -> None:
+    for text in (json.loads('"so funny \\ud83d"'), None, b"text"):
+        with pytest.raises(RequestError, match=r"is no text: (character 9 is .* surrogate|it is)"):
+            tokenizer.encode(text)
 
 
 def test_a_file_cannot_cut_or_pad_a_prompt(tmp_path: Path, tokenizer: Tokenizer) -> None:

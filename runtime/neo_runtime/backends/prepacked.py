@@ -33,7 +33,7 @@ from neo_runtime.errors import BundleDamagedError, BundleError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["WEIGHTS_FILE", "PrepackedCache", "cache_root", "cpu_kind"]
+__all__ = ["WEIGHTS_FILE", "PrepackedCache", "cache_root", "cpu_kind", "warn_of_copies"]
 
 WEIGHTS_FILE = "prepacked.bin"
 """Beside each stored graph: its tensors, and what onnxruntime made of them."""
@@ -46,11 +46,18 @@ _log = logging.getLogger("neo_runtime")
 
 
 def cache_root() -> Path:
-    """Where caches live: `NEO_CACHE_DIR`, else `neo-onnx` in the user's cache folder."""
+    """Where caches live: `NEO_CACHE_DIR`, else `neo-onnx` in the user's cache folder.
+
+    Raises:
+        OSError: this user has no home.
+    """
     if named := os.environ.get("NEO_CACHE_DIR"):
         return Path(named)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "neo-onnx"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "neo-onnx"
+    except RuntimeError as error:  # a container's user may be nobody in particular
+        raise OSError("this user has no home folder") from error
 
 
 def cpu_kind() -> str:
@@ -59,6 +66,16 @@ def cpu_kind() -> str:
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
         lines = {line.strip() for line in file if line.startswith(("model name", "flags", "Feat"))}
     return "\n".join([platform.machine(), platform.processor(), *sorted(lines)])
+
+
+def warn_of_copies(where: str, reason: str) -> None:
+    """Say in the log what it means that there is no place for prepacked weights."""
+    _log.warning(
+        "prepacked weights cannot be kept %s (%s): each session makes its own copy, loading is "
+        "slower; set NEO_CACHE_DIR to a folder with room that can be written",
+        where,
+        reason,
+    )
 
 
 class PrepackedCache:
@@ -71,6 +88,9 @@ class PrepackedCache:
             digest: `Manifest.digest` of the bundle.
             onnxruntime_version: of the library that will read the files.
             root: in place of `cache_root()`.
+
+        Raises:
+            OSError: see `cache_root`.
         """
         kind = "\n".join([_LAYOUT, digest, onnxruntime_version, cpu_kind()])
         key = hashlib.sha256(kind.encode()).hexdigest()[:24]
@@ -130,12 +150,7 @@ class PrepackedCache:
         if self._has_warned:
             return
         self._has_warned = True
-        _log.warning(
-            "prepacked weights cannot be kept in %s (%s): each session makes its own copy, "
-            "loading is slower; set NEO_CACHE_DIR to a folder with room that can be written",
-            self.folder,
-            reason,
-        )
+        warn_of_copies(f"in {self.folder}", reason)
 
     def _discard(self, name: str) -> None:
         """Remove a damaged folder; sessions that have mapped its files keep them."""

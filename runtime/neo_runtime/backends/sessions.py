@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.backends.prepacked import WEIGHTS_FILE, PrepackedCache
+from neo_runtime.backends.prepacked import WEIGHTS_FILE, PrepackedCache, warn_of_copies
 from neo_runtime.backends.unused_memory import (
     Mapping,
     clean_mappings,
@@ -100,7 +100,10 @@ class SessionFactory:
         around its row: a prompt of 128 different ones 40 MB of int4's, 90 MB of int8's."""
         wanted = keeps_prepacked(bundle.manifest) if keep_prepacked is None else keep_prepacked
         if wanted:
-            self.prepacked = PrepackedCache(bundle.manifest.digest, self._ort.__version__)
+            try:
+                self.prepacked = PrepackedCache(bundle.manifest.digest, self._ort.__version__)
+            except OSError as error:
+                warn_of_copies("on disk", str(error))
 
     def session(self, graph: str) -> Any:
         """A new `InferenceSession` of "prefill", "decode" or "score".
