@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 __all__ = ["check_bundle", "first_prompt_feeds", "open_session", "run_graph", "scoring_graph"]
 
 _PROMPT = 8  # tokens of the short run
+_INLINE = 1 << 16
 
 
 def check_bundle(folder: Path, manifest: Manifest) -> None:
-    """ONNX's checker, the declared shapes, and a short run with finite logits, for every graph.
+    """ONNX's checker, declared shapes, no weights inside, and a short run, for every graph.
 
     Graphs in bfloat16 are only checked, not run: onnxruntime's CPU provider has no kernels for it.
 
@@ -36,6 +37,7 @@ def check_bundle(folder: Path, manifest: Manifest) -> None:
             onnx.checker.check_model(str(path))
         except onnx.checker.ValidationError as error:
             raise VerificationError(f"{graph.file} fails ONNX's checker: {error}") from error
+        _check_structure_only(path, manifest.max_length)
         if manifest.precision != "bf16":
             _short_run(path, name, graph, manifest)
 
@@ -95,6 +97,17 @@ def first_prompt_feeds(
         past = window if length == WINDOW_DIMENSION else length if isinstance(length, int) else 0
         feeds[tensor.name] = np.zeros((batch, heads, past, size), dtype=tensor.dtype)
     return feeds
+
+
+def _check_structure_only(path: Path, max_length: int) -> None:
+    """What a graph brings itself: numbers, and a table of the cache's slots, but no weights."""
+    most = max(_INLINE, 16 * max_length)
+    for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
+        if tensor.ByteSize() > most:
+            raise VerificationError(
+                f"{path.name} holds {tensor.name} itself, {tensor.ByteSize()} bytes; expected "
+                "weights in weights.bin alone"
+            )
 
 
 def _short_run(path: Path, name: str, graph: GraphSpec, manifest: Manifest) -> None:

@@ -52,12 +52,19 @@ class _Int4:
 
     def rows(self, op: Any, weight: ir.Value, ids: ir.Value) -> ir.Value:
         rows, columns = static_shape(weight)
-        packed, scales, size = self._stored(weight)
-        table = alias_of(packed, f"{weight.name}.int4.rows", (rows, columns // 2))
+        shape = (rows, columns // 2)
+        table, scales, size = self._stored(weight, shape)
+        if static_shape(table) != shape:  # the head reads it, too
+            table = alias_of(table, f"{weight.name}.int4.rows", shape)
         return block_rows(op, table, ids, scales, bits=_BITS, block_size=size)
 
-    def _stored(self, weight: ir.Value) -> tuple[ir.Value, ir.Value, int]:
-        """Packed integers, scales, block size; made once, however often the weight is read."""
+    def _stored(
+        self, weight: ir.Value, shape: tuple[int, ...] | None = None
+    ) -> tuple[ir.Value, ir.Value, int]:
+        """Packed integers, scales, block size; made once, however often the weight is read.
+
+        The first reader's `shape` is that of the integers; None for a product's.
+        """
         graph, name = weight.graph, str(weight.name)
         assert graph is not None
         rows, columns = static_shape(weight)
@@ -65,15 +72,16 @@ class _Int4:
         assert size is not None
         check_block_size(size, columns, name)
         blocks = columns // size
+        packed_shape = shape or (rows, blocks, size // 2)
 
         def make() -> tuple[NDArray[Any], ...]:
             stored = self.quantizer.int4(name, read(weight), size)
-            return stored.packed, stored.scales
+            return stored.packed.reshape(packed_shape), stored.scales
 
         packed, scales = add_lazy_parts(
             graph,
             {
-                f"{name}.int4": (ir.DataType.UINT8, (rows, blocks, size // 2)),
+                f"{name}.int4": (ir.DataType.UINT8, packed_shape),
                 f"{name}.int4.scales": (ir.DataType.FLOAT, (rows, blocks)),
             },
             make,

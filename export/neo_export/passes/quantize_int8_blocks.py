@@ -47,28 +47,36 @@ class _Int8Blocks:
         return block_product(op, x, stored, scales, bits=_BITS, block_size=size)
 
     def rows(self, op: Any, weight: ir.Value, ids: ir.Value) -> ir.Value:
-        stored, scales, size = self._stored(weight)
-        table = alias_of(stored, f"{weight.name}.int8.rows", static_shape(weight))
+        shape = static_shape(weight)
+        table, scales, size = self._stored(weight, shape)
+        if static_shape(table) != shape:  # the head reads it, too
+            table = alias_of(table, f"{weight.name}.int8.rows", shape)
         return block_rows(op, table, ids, scales, bits=_BITS, block_size=size)
 
-    def _stored(self, weight: ir.Value) -> tuple[ir.Value, ir.Value, int]:
-        """Integers, scales, block size; made once, however often the weight is read."""
+    def _stored(
+        self, weight: ir.Value, shape: tuple[int, ...] | None = None
+    ) -> tuple[ir.Value, ir.Value, int]:
+        """Integers, scales, block size; made once, however often the weight is read.
+
+        The first reader's `shape` is that of the integers; None for a product's.
+        """
         graph, name = weight.graph, str(weight.name)
         assert graph is not None
         rows, columns = static_shape(weight)
         size = largest_block_size((columns,))
         blocks = columns // size
+        stored_shape = shape or (rows, blocks, size)
 
         def make() -> tuple[NDArray[Any], ...]:
             made = self.quantizer.int8(name, read(weight))
             integers = (made.integers.astype(np.int16) + _ZERO).astype(np.uint8)
             scales = np.repeat(made.scales[:, None], blocks, axis=1)
-            return integers.reshape(rows, blocks, size), scales
+            return integers.reshape(stored_shape), scales
 
         stored, scales = add_lazy_parts(
             graph,
             {
-                f"{name}.int8": (ir.DataType.UINT8, (rows, blocks, size)),
+                f"{name}.int8": (ir.DataType.UINT8, stored_shape),
                 f"{name}.int8.scales": (ir.DataType.FLOAT, (rows, blocks)),
             },
             make,

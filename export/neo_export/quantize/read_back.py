@@ -61,7 +61,7 @@ class ReadBack:
         """
         packed, rows = self._find(name, "int4", len(weight))
         scales, _ = self._find(name, "int4.scales", len(weight))
-        stored = Int4Weight(packed[rows], scales[rows])
+        stored = Int4Weight(packed[rows].reshape(len(weight), -1, block_size // 2), scales[rows])
         _check_near(name, "int4", weight, stored.read_back())
         return stored
 
