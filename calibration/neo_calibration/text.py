@@ -114,7 +114,10 @@ def _token_ids(
             "tokenizer.json (or vocab.json and merges.txt) there"
         )
     tokenizer = Tokenizer.from_buffer(raw)
-    end = list(checkpoint.spec.eos_token_id[:1])
+    # Settings of a training run, which a file may hold.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    end = checkpoint.spec.separator
     ids: list[int] = []
     digests: dict[str, str] = {}
     for file in files:

@@ -70,6 +70,14 @@ class ModelSpec:
     eos_token_id: tuple[int, ...]
     pad_token_id: int | None
 
+    @property
+    def separator(self) -> tuple[int, ...]:
+        """What stands between two documents: the first end-of-sequence id that the vocabulary has.
+
+        Small models often carry GPT-2's 50256, and have no such token.
+        """
+        return tuple(token for token in self.eos_token_id if token < self.vocab_size)[:1]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,6 +42,23 @@ def test_json_lines_are_joined_by_the_end_of_text(
     path.write_text("\n".join(json.dumps({name: text}) for text in ("A cat.", "A dog.")) + "\n\n")
     [ids] = read_texts(path, tokenizer, SPEC, tokens=100, context=64).contexts
     assert ids.tolist() == [*tokenizer.encode("A cat."), 0, *tokenizer.encode("A dog."), 0]
+
+
+def test_a_model_without_its_own_end_of_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("A cat.", "A dog.")))
+    expected = [tokenizer.encode("A cat."), tokenizer.encode("A dog.")]
+    for eos, between in (((50256,), []), ((50256, 5), [5])):
+        spec = replace(SPEC, eos_token_id=eos)
+        [ids] = read_texts(path, tokenizer, spec, tokens=100, context=64).contexts
+        assert ids.tolist() == [*expected[0], *between, *expected[1], *between]
+
+
+def test_a_byte_order_mark_is_no_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name, text in (("a.txt", "A cat."), ("a.jsonl", '{"text": "A cat."}')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        [ids] = read_texts(tmp_path / name, tokenizer, SPEC, tokens=4, context=64).contexts
+        assert ids.tolist()[:3] == tokenizer.encode("A cat.")
 
 
 def test_the_texts_that_come_along(tokenizer: Tokenizer) -> None:

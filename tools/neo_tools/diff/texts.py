@@ -113,11 +113,11 @@ def decode_segments(length: int, window: int, positions: int | None) -> tuple[tu
 def _token_ids(path: Path, tokenizer: Tokenizer, model: ModelSpec, tokens: int) -> list[int]:
     try:
         if path.suffix.lower() not in (".jsonl", ".ndjson"):
-            with path.open(encoding="utf-8") as file:
+            with path.open(encoding="utf-8-sig") as file:
                 return tokenizer.encode(file.read(_CHARACTERS * tokens))
         ids: list[int] = []
-        separator = list(model.eos_token_id[:1])
-        with path.open(encoding="utf-8") as file:
+        separator = model.separator
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     ids += [*tokenizer.encode(_text_of(line, path, number)), *separator]
