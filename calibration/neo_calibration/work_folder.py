@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["WorkFolder"]
 
+_REQUEST = "request.json"
+
 
 class WorkFolder:
     """The hidden folder beside the destination; see `neo_calibration.collect` for its layout."""
@@ -63,12 +65,13 @@ class WorkFolder:
                 work._begin(json.dumps(request, indent=1, sort_keys=True) + "\n")
                 yield work
         except OSError as error:
-            if failure := as_output_error(error, output, root):
+            left = f"what is finished is in {root}, and the same command goes on from there"
+            if failure := as_output_error(error, output, root, left):
                 raise failure from error
             raise
 
     def _begin(self, request: str) -> None:
-        file = self.root / "request.json"
+        file = self.root / _REQUEST
         same = file.is_file() and file.read_text(encoding="utf-8") == request
         if same and self.new.is_dir():
             return
@@ -137,6 +140,8 @@ class WorkFolder:
 
     def finish(self, *, force: bool) -> None:
         """Put the folder of statistics in place, and remove everything else."""
+        # First: what lies here once they have traded places belongs to no request.
+        (self.root / _REQUEST).unlink()
         try:
             rename_exclusive(self.new, self.target)
         except FileExistsError:

@@ -34,7 +34,10 @@ def require_space(destination: Path, parent: Path, needed: int) -> None:
 
 
 def as_output_error(
-    error: BaseException, destination: Path, staging: Path | None
+    error: BaseException,
+    destination: Path,
+    staging: Path | None,
+    left: str = "nothing was left behind",
 ) -> OutputError | None:
     """Translate a failure to write `destination`; None for every other exception.
 
@@ -43,6 +46,7 @@ def as_output_error(
         destination: what the user asked for.
         staging: the hidden folder being written, or None if there is none yet. (From then on
             other files are being read as well, and their errors are not ours.)
+        left: what there is now, in words.
     """
     if not isinstance(error, OSError) or isinstance(error, NeoError):
         return None
@@ -67,7 +71,7 @@ def as_output_error(
         advice = f"you may not write in {parent}; choose another folder or change its permissions"
     else:
         advice = f"check {error.filename or parent}, or choose another folder"
-    return OutputError(f"cannot write {destination}: {reason}; {advice}; nothing was left behind")
+    return OutputError(f"cannot write {destination}: {reason}; {advice}; {left}")
 
 
 def _is_about(error: OSError, staging: Path) -> bool:

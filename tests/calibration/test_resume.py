@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -62,14 +63,15 @@ def test_killed_again_and_again(checkpoint: Path, whole: dict[str, bytes], tmp_p
     randomness, kills = random.Random(0), 0
     for number in range(12):
         folder = tmp_path / f"stats-{number}"
+        longest = 0.03  # too short for the whole; then seldom long enough, even here
         while not folder.exists():
             pid = fork(lambda folder=folder: run(checkpoint, folder))
-            # Seldom long enough for the whole.
-            time.sleep(randomness.uniform(0.0, 0.1))
+            time.sleep(randomness.uniform(0.0, longest))
+            longest = 0.1
             os.kill(pid, signal.SIGKILL)
             kills += killed(pid)
         assert snapshot(folder) == whole
-    assert kills >= 12
+    assert kills >= 10
 
 
 class StoppedError(Exception):
@@ -115,6 +117,37 @@ def test_other_text_starts_anew(
             run(checkpoint, tmp_path / "stats", seed=4)
     run(checkpoint, tmp_path / "stats", seed=3)
     assert snapshot(tmp_path / "stats") == whole
+
+
+def test_killed_when_the_old_folder_is_removed(
+    checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have traded places by then: the old one lies where the unfinished one was."""
+    run(checkpoint, tmp_path / "stats", seed=4)
+
+    def stop(*_: object, **__: object) -> None:
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("neo_calibration.work_folder.shutil.rmtree", stop)
+        with pytest.raises(StoppedError):
+            run(checkpoint, tmp_path / "stats", force=True)
+    for _ in range(2):
+        run(checkpoint, tmp_path / "stats", force=True)
+        assert snapshot(tmp_path / "stats") == whole
+
+
+def test_a_failed_write_says_where_the_finished_part_is(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("neo_calibration.work_folder.write_arrays", full)
+    with pytest.raises(
+        OutputError, match=r"No space .* finished is in .*/\.stats\.calibrating, and"
+    ):
+        run(checkpoint, tmp_path / "stats")
 
 
 def test_what_is_there_is_replaced_only_when_asked(
