@@ -213,6 +213,8 @@ def test_a_bundle_against_another(tiny: Bench) -> None:
 DEMO_EXPORTS = {
     "fp32": ExportOptions(),
     "int4": ExportOptions(precision="int4", quantization=Quantization(block_size=32)),
+    # Decode reads other integers than the graph that scores.
+    "int4-int8": ExportOptions(precision="int4", quantization=Quantization(int8_prefill=True)),
 }
 
 

@@ -41,8 +41,8 @@ class PlaceErrors:
     """Series by graph and place; texts are appended to one another."""
 
     parts: dict[tuple[str, Place], list[Series]] = field(default_factory=dict)
-    held: set[Place] = field(default_factory=set)
-    """Places whose own step was computed from the very weights that the bundle holds."""
+    held: set[tuple[str, Place]] = field(default_factory=set)
+    """Places of graphs whose own step was computed from the very weights that the graph holds."""
 
     def add(self, graph: str, place: Place, series: Series) -> None:
         """Append what was found in one text."""
@@ -70,7 +70,7 @@ def measure(
     texts: Sequence[Text],
     progress: Callable[[int, int], None] | None = None,
     cache: CacheSteps | None = None,
-    held: HeldWeights | None = None,
+    held: Mapping[str, HeldWeights] | None = None,
 ) -> tuple[PlaceErrors, list[NDArray[np.float32]]]:
     """Run the reference over all texts, a layer at a time, and compare at every place.
 
@@ -80,26 +80,29 @@ def measure(
         progress: called with layers done and all.
         cache: the steps of the bundle's int8 cache: the attention's own step is computed from keys
             and values rounded so. The reference's own run is not.
-        held: the weights of a quantized bundle, to compute steps from.
+        held: the weights of a quantized bundle by graph, to compute steps from.
 
     Returns:
         The errors, and the reference's hidden states after the final norm, [S, H] a text.
     """
     errors = PlaceErrors()
-    local = reference if held is None else reference.with_weights(held)
+    held = held or {}
+    own_models = {weights: reference.with_weights(weights) for weights in held.values()}
     hidden = [reference.embed(text.ids) for text in texts]
     for text, state in zip(texts, hidden, strict=True):
         for trace in text.traces:
+            local = own_models[held[trace.graph]] if held else reference
             own = {"embedding": expected_embedding(local, trace, text.ids)}
             _compare(errors, trace, None, own, {"embedding": state})
     layers = reference.spec.num_layers
     for index in range(layers):
         layer = reference.layer(index)
-        own_layer = layer if held is None else local.layer(index)
+        own_layers = {weights: model.layer(index) for weights, model in own_models.items()}
         for number, text in enumerate(texts):
             places = layer.places(hidden[number])
             hidden[number] = places["residual"]
             for trace in text.traces:
+                own_layer = own_layers[held[trace.graph]] if held else layer
                 own = expected_in_layer(own_layer, index, trace, cache)
                 _compare(errors, trace, index, own, places)
                 trace.rest()
@@ -122,9 +125,16 @@ def _add_caches(errors: PlaceErrors, texts: Sequence[Text]) -> None:
                 errors.add(check.graph, place, Series(check.positions, found, found))
 
 
-def _held_places(reference: LayeredReference, held: HeldWeights | None) -> set[Place]:
+def _held_places(
+    reference: LayeredReference, held: Mapping[str, HeldWeights]
+) -> set[tuple[str, Place]]:
     tied, places = reference.spec.tie_word_embeddings, all_places(reference.spec)
-    return set() if held is None else {place for place in places if held.covers(place, tied=tied)}
+    return {
+        (graph, place)
+        for graph, weights in held.items()
+        for place in places
+        if weights.covers(place, tied=tied)
+    }
 
 
 def measure_logits(

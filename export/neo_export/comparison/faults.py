@@ -126,14 +126,15 @@ def _limit(
     layer, name = place
     if name in EXACT:
         return limits.exact
-    product = limits.held if place in errors.held else limits.product
+    held = (graph, place) in errors.held
+    product = limits.held if held else limits.product
     if layer is None:
         return product
     others = [
         float(np.median(series.local))
         for other in range(spec.num_layers)
         if other != layer
-        and ((other, name) in errors.held) == (place in errors.held)
+        and ((graph, (other, name)) in errors.held) == held
         and (series := errors.series(graph, (other, name))) is not None
     ]
     if len(others) < _LEAST_OTHERS:

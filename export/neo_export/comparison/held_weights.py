@@ -47,8 +47,11 @@ _LEADING = {
 
 def open_held_weights(
     folder: Path, manifest: Manifest, read: Callable[[str], NDArray[np.float32]]
-) -> HeldWeights | None:
-    """None for a bundle whose weights are not integers.
+) -> dict[str, HeldWeights]:
+    """By the graph that reads them, one for graphs that store all matrices alike.
+
+    Empty for a bundle whose weights are not integers. The graph that scores is called "score" here,
+    as in traces.
 
     Args:
         folder: the bundle.
@@ -56,17 +59,35 @@ def open_held_weights(
         read: reads a weight of the checkpoint.
     """
     if not is_quantized(manifest.precision):
-        return None
-    return HeldWeights(folder / manifest.graphs[scoring_graph(manifest.graphs)].file, read)
+        return {}
+    made: list[tuple[dict[str, int], HeldWeights]] = []
+    found = {}
+    for name, spec in manifest.graphs.items():
+        storages = _storages(folder / spec.file)
+        same = next((held for known, held in made if known == storages), None)
+        if same is None:  # --int8-prefill: decode has int4 where the others have int8
+            same = HeldWeights(folder / spec.file, storages, read)
+            made.append((storages, same))
+        found[name] = same
+    return found | {"score": found[scoring_graph(manifest.graphs)]}
 
 
 class HeldWeights:
     """Reads weights by the checkpoint's names, float32."""
 
-    def __init__(self, graph: Path, read: Callable[[str], NDArray[np.float32]]) -> None:
+    def __init__(
+        self, graph: Path, storages: dict[str, int], read: Callable[[str], NDArray[np.float32]]
+    ) -> None:
+        """Read the structure of a graph.
+
+        Args:
+            graph: its file.
+            storages: matrix name → block size of int4, 0 for int8.
+            read: reads a weight of the checkpoint.
+        """
         self._read = read
         self._read_back = ReadBack(graph)
-        self._blocks = _storages(graph)
+        self._blocks = storages
         self._held: set[str] = set()
         self._last: tuple[str, NDArray[np.float32]] | None = None
 

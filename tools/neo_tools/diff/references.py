@@ -89,12 +89,17 @@ class PyTorchReference(Reference):
         self.subject = Subject(path=path, kind="PyTorch", precision="fp32")
         self.warnings = []
         self._finals: list[NDArray[np.float32]] = []
-        self._held: HeldWeights | None = None
+        self._held: dict[str, HeldWeights] = {}
 
     def run(self, texts: Sequence[Text], progress: LayersDone, bundle: Bundle) -> PlaceErrors:
         """See `Reference.run`."""
         cache = read_cache_steps(bundle.path, bundle.manifest)
         self._held = open_held_weights(bundle.path, bundle.manifest, self.layered.read)
+        if len(set(self._held.values())) > 1:
+            self.warnings.append(
+                "decode reads other integers than prompts and scores (--int8-prefill): perplexity "
+                "and top-1 agreement are those of prompts; for decode see its row of logits"
+            )
         errors, self._finals = measure(self.layered, texts, progress, cache, self._held)
         return errors
 
@@ -106,7 +111,8 @@ class PyTorchReference(Reference):
         """See `Reference.add_logits`."""
         for trace in text.traces:
             assert trace.logits_at is not None
-            own = self.layered if self._held is None else self.layered.with_weights(self._held)
+            held = self._held.get(trace.graph)
+            own = self.layered if held is None else self.layered.with_weights(held)
             measure_logits(errors, own, trace, expected[trace.logits_at])
 
     def faults(self, errors: PlaceErrors, bundle: Manifest, texts: Sequence[Text]) -> list[Fault]:
