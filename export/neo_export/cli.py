@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from neo_export.engine.build import BuiltEngine
-    from neo_export.exporter import ExportSummary
+    from neo_export.exporter import ExportOptions, ExportSummary
     from neo_export.run_calibration import Searched
     from neo_export.targets import Quantization
 
@@ -81,11 +81,20 @@ def _export(
     if search is None and statistics and text:
         raise RequestError("--calibration and --calibrate-text were given; choose one")
     build = _engine_builder(arguments)
+    options = ExportOptions(
+        target=_target(arguments, precision),
+        precision=precision,
+        quantization=quantization,
+        kv_cache=arguments.kv_cache,
+        max_length=arguments.max_length,
+        verify=arguments.verify,
+        force=arguments.force,
+    )
     if text is not None:
         # Before the long work:
         check_destination(arguments.output, force=arguments.force)
-        _check_kept(model, quantization)
-    found, remembered = None, None
+        _check_model(model, options, searches=search is not None)
+    found = None
     with StageLine("neo-export") as bar:
         with termination_raises(), ExitStack() as stack:
             if text is not None and statistics is None:
@@ -94,35 +103,21 @@ def _export(
                 bar.end()
                 found = stack.enter_context(searched(model, text, statistics, search))
                 quantization = replace(quantization, plan=found.plan)
-                remembered = found.remembered
-            summary = export_bundle(
-                model,
-                arguments.output,
-                ExportOptions(
-                    target=_target(arguments, precision),
-                    precision=precision,
-                    quantization=quantization,
-                    kv_cache=arguments.kv_cache,
-                    calibration=statistics,
-                    remembered=remembered,
-                    max_length=arguments.max_length,
-                    verify=arguments.verify,
-                    force=arguments.force,
-                ),
-                bar.show,
-            )
+                options = replace(options, quantization=quantization, remembered=found.remembered)
+            options = replace(options, calibration=statistics)
+            summary = export_bundle(model, arguments.output, options, bar.show)
         return summary, found, build(bar.show)
 
 
-def _check_kept(model: str, quantization: Quantization) -> None:
-    """Names that nothing in the model has are a mistake."""
-    from neo_export.checkpoint import expected_shapes, open_checkpoint
+def _check_model(model: str, options: ExportOptions, *, searches: bool) -> None:
+    """Refuse what the export would refuse when everything else is done."""
+    from neo_export.checkpoint import open_checkpoint
     from neo_export.hub import resolve_model
-    from neo_export.quantize.plan import check_patterns
+    from neo_export.options_check import check_options
+    from neo_export.targets import target_named
 
-    if quantization.keep:
-        with open_checkpoint(resolve_model(model)) as checkpoint:
-            check_patterns(quantization.keep, expected_shapes(checkpoint.spec), "--keep-fp32")
+    with open_checkpoint(resolve_model(model)) as checkpoint:
+        check_options(checkpoint.spec, target_named(options.target), options, searches=searches)
 
 
 def _target(arguments: argparse.Namespace, precision: str) -> str:

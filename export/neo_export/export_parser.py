@@ -90,8 +90,9 @@ def export_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="int8, int4, plan, auto: leave the weights of these names in float32 (a shell pattern "
-        "of the checkpoint's names, such as '*.mlp.c_proj.weight'; repeatable)",
+        help="int8, int4, plan, auto: leave the weights of these names in float32, or in float16 "
+        "where the target computes in it (cuda, tensorrt); a shell pattern "
+        "of the checkpoint's names, such as '*.mlp.c_proj.weight', repeatable",
     )
     parser.add_argument(
         "--int8-prefill",

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from neo_runtime.errors import RequestError
 from neo_runtime.manifest import is_quantized
 
 from neo_export.calibrated import calibrated, open_statistics, uses_gptq
-from neo_export.checkpoint import expected_shapes
+from neo_export.options_check import check_options
 from neo_export.passes.quantize_cache import quantize_cache_steps
 from neo_export.quantize.kv_cache import calibrated_steps
-from neo_export.quantize.plan import check_patterns
 from neo_export.quantize.read_back import ReadBack
 from neo_export.quantize.remembered import Remembered
 from neo_export.quantize.stored import StoredWeights
@@ -95,10 +93,8 @@ def prepare(
         NeoError: the options do not fit the checkpoint or the target, or the statistics either.
     """
     spec, precision = checkpoint.spec, options.precision
-    max_length = _max_length(options.max_length, spec)
-    if options.quantization.plan is not None:
-        options.quantization.plan.check_model(expected_shapes(spec), "the plan")
-    check_patterns(options.quantization.keep, expected_shapes(spec), "--keep-fp32")
+    check_options(spec, target, options)
+    max_length = options.max_length or spec.max_position_embeddings
 
     def read(name: str) -> NDArray[np.float32]:
         tensor = checkpoint.tensors[name]
@@ -113,7 +109,7 @@ def prepare(
     decided = calibrated(statistics, checkpoint, read, target, precision, plan, say)
     cache, steps = decided.target.cache(spec, precision), None
     if options.kv_cache == "int8":
-        steps = calibrated_steps(statistics, cache, spec)
+        steps = calibrated_steps(statistics, spec)
         cache = replace(cache, dtype="int8")
     return Prepared(
         options=options,
@@ -152,14 +148,3 @@ def _passes(
         if steps is not None:
             passes[name] += (quantize_cache_steps(steps, single=name == "decode"),)
     return passes
-
-
-def _max_length(asked: int | None, spec: ModelSpec) -> int:
-    if asked is None:
-        return spec.max_position_embeddings
-    if not 1 <= asked <= spec.max_position_embeddings:
-        raise RequestError(
-            f"--max-length is {asked}, expected 1 to {spec.max_position_embeddings}: "
-            "the checkpoint's position table has no more rows"
-        )
-    return asked

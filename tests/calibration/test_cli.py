@@ -285,6 +285,35 @@ def test_export_calibrates_by_itself(
     assert "neo-calibrate" not in err, "nothing is run for nothing"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--int8 --target portable", "target portable has no precision 'int8'"),
+        ("--int8 --max-length 999", "--max-length is 999, expected 1 to 512"),
+        ("--fp16 --kv-cache int8", "goes with float32 activations"),
+        ("--int8 --kv-cache int8 --target tensorrt", "needs attention that reads int8"),
+        ("--int4 --int8-prefill --target tensorrt", "--int8-prefill was given with target"),
+        ("--int4 --block-size 128", "block size 128 does not fit transformer.wte.weight"),
+        ("--int4 --block-size 0", "block size 0 does not fit"),
+        ("--int8 --keep-fp32 *.c_porj.weight", "'*.c_porj.weight' matches no weight matrix"),
+        ("--plan {plan}", "the plan: 'transformer.h.9.mlp.c_fc.weight' matches no weight"),
+        ("--auto --max-kl 0.5 --max-length 999", "--max-length is 999"),
+        ("--auto --max-kl 0.5 --keep-fp32 none", "'none' matches no weight matrix"),
+    ],
+)
+def test_what_cannot_be_exported_is_told_before_hours_of_work(
+    flags: str, message: str, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    storages = {"transformer.h.9.mlp.c_fc.weight": "int8"}
+    plan = {"schema_version": 1, "default": "int8", "weights": storages}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    given = flags.format(plan=tmp_path / "plan.json").split()
+    assert export(["-o", str(tmp_path / "bundle"), *given, "--calibrate-text", str(text)]) == 2
+    err = capfd.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1, "nothing was begun"
+
+
 def test_export_says_when_calibration_fails(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,7 +63,7 @@ class _Int8Blocks:
         graph, name = weight.graph, str(weight.name)
         assert graph is not None
         rows, columns = static_shape(weight)
-        size = largest_block_size((columns,))
+        size = largest_block_size((columns,), "--fp16")
         blocks = columns // size
         stored_shape = shape or (rows, blocks, size)
 

@@ -65,10 +65,14 @@ def check_block_size(block_size: int, width: int, name: str) -> None:
         )
 
 
-def largest_block_size(widths: tuple[int, ...]) -> int:
+def largest_block_size(widths: tuple[int, ...], other: str = "--int8") -> int:
     """The largest usual block size (up to 128) that divides every width.
 
     128 is what GPTQ, AWQ and OpenVINO take by default; fewer scales are fewer bytes a token.
+
+    Args:
+        widths: inputs of the matrices.
+        other: what to export with where there is none, for the error.
 
     Raises:
         RequestError: none does.
@@ -77,8 +81,8 @@ def largest_block_size(widths: tuple[int, ...]) -> int:
         if not any(width % size for width in widths):
             return size
     raise RequestError(
-        f"no int4 block size divides all of the widths {', '.join(map(str, widths))}; "
-        "export with --int8"
+        f"no block size divides all of the widths {', '.join(map(str, widths))}; "
+        f"export with {other}"
     )
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "CacheSteps",
     "ChannelRanges",
     "calibrated_steps",
+    "check_int8_cache",
     "steps_from_ranges",
     "stored_cache",
 ]
@@ -100,19 +101,14 @@ def steps_from_ranges(ranges: ChannelRanges, spec: ModelSpec) -> CacheSteps:
     )
 
 
-def calibrated_steps(
-    statistics: Statistics | None, cache: CacheSpec, spec: ModelSpec
-) -> CacheSteps:
-    """The steps of an int8 cache.
+def check_int8_cache(cache: CacheSpec) -> None:
+    """Refuse an int8 cache where there is none.
 
     Args:
-        statistics: of this very model; None where there was no calibration.
         cache: how the target keeps keys and values otherwise.
-        spec: the model.
 
     Raises:
-        RequestError: this target or precision has no int8 cache, or there is no calibration.
-        StatisticsError: the statistics are damaged.
+        RequestError: this target or precision has no int8 cache.
     """
     if cache.layout != "in_place":
         raise RequestError(
@@ -124,6 +120,19 @@ def calibrated_steps(
             f"--kv-cache int8 goes with float32 activations, these are {cache.dtype}; "
             "use it with --fp32, --int8, --int4 or --plan"
         )
+
+
+def calibrated_steps(statistics: Statistics | None, spec: ModelSpec) -> CacheSteps:
+    """The steps of an int8 cache.
+
+    Args:
+        statistics: of this very model; None where there was no calibration.
+        spec: the model.
+
+    Raises:
+        RequestError: there is no calibration.
+        StatisticsError: the statistics are damaged.
+    """
     if statistics is None:
         raise RequestError(
             "--kv-cache int8 needs to know how large keys and values become: run neo-calibrate "

@@ -168,6 +168,18 @@ class WeightPlan:
                 "because its graphs compute in float16. Use fp32 for what shall stay exact"
             )
 
+    def refuse_half(self, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+        """Refuse float16 where what is not quantized is float32.
+
+        Raises:
+            RequestError: a matrix of the model has it.
+        """
+        if "fp16" in self.kinds(name for name, shape in shapes.items() if is_planned(name, shape)):
+            raise RequestError(
+                f"{source} stores weights in fp16, which this target has none of beside integers; "
+                "use fp32, or export with --fp16 in place of a plan"
+            )
+
     def _check_name(self, name: str, source: str) -> None:
         if any(name == exact for exact, _ in self.weights):
             return

@@ -67,7 +67,8 @@ class Quantization:
             plan = self.plan
         elif precision == "int4":
             widths = (spec.hidden_size, spec.intermediate_size)
-            plan = WeightPlan.uniform("int4", self.block_size or largest_block_size(widths))
+            size = largest_block_size(widths) if self.block_size is None else self.block_size
+            plan = WeightPlan.uniform("int4", size)
         else:
             plan = WeightPlan.uniform(precision)
         if self.int8_prefill and graph != "decode":
@@ -109,8 +110,23 @@ class Target:
     finds_candidates: bool = False
     """Prefill and decode find the best tokens themselves (`passes.candidates`)."""
 
+    needs_fused: bool = False
+    """Has no attention but the fused one."""
+
     wide: Wide = field(default_factory=Wide)
     """What stays float32 in half precision."""
+
+    def check_precision(self, precision: str) -> None:
+        """Refuse a precision that the target does not have.
+
+        Raises:
+            RequestError: says which it has.
+        """
+        if precision not in self.precisions:
+            raise RequestError(
+                f"target {self.name} has no precision {precision!r}, "
+                f"expected one of {', '.join(self.precisions)}"
+            )
 
     def keeping_wide(self, wide: Wide) -> Target:
         """The same target for a checkpoint of which some tensors do not fit float16."""
@@ -211,6 +227,7 @@ TARGETS: dict[str, Target] = {
             minimum_onnxruntime="1.31.0",
             half_activations=True,
             finds_candidates=True,
+            needs_fused=True,
         ),
         Target(
             name="portable",
@@ -275,11 +292,7 @@ def passes_for(
     Raises:
         RequestError: the target has no such precision.
     """
-    if precision not in target.precisions:
-        raise RequestError(
-            f"target {target.name} has no precision {precision!r}, "
-            f"expected one of {', '.join(target.precisions)}"
-        )
+    target.check_precision(precision)
     plan = target.plan_for(quantization or Quantization(), graph, precision, spec)
     others = dict(() if graph == "decode" else target.many_tokens)
     fusions = tuple(others.get(f, f) for f in target.fusions)

@@ -1,0 +1,77 @@
+"""What an export is refused for by its options and the model's shape alone.
+
+Calibration and the search for a plan may take hours, and come first: so this is looked at before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from neo_runtime.errors import RequestError
+
+from neo_export.checkpoint import expected_shapes
+from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
+from neo_export.quantize.int4 import check_block_size
+from neo_export.quantize.kv_cache import check_int8_cache
+from neo_export.quantize.plan import WeightPlan, check_patterns, is_planned
+
+if TYPE_CHECKING:
+    from neo_runtime.manifest import ModelSpec
+
+    from neo_export.export_options import ExportOptions
+    from neo_export.targets import Target
+
+__all__ = ["check_options"]
+
+
+def check_options(
+    spec: ModelSpec, target: Target, options: ExportOptions, *, searches: bool = False
+) -> None:
+    """Refuse options that contradict each other, the target or the model.
+
+    Args:
+        spec: the model.
+        target: the one that the options name.
+        options: what is asked for.
+        searches: the plan is still to be found.
+
+    Raises:
+        RequestError: says what does not fit.
+    """
+    if searches:
+        found = replace(options.quantization, plan=WeightPlan.uniform("int8"))
+        options = replace(options, quantization=found)
+    target.check_precision(options.precision)
+    _check_length(options.max_length, spec)
+    if target.needs_fused and spec.head_dim % HEAD_SIZE_MULTIPLE:
+        raise RequestError(
+            f"the model has heads of {spec.head_dim}, and the attention of target {target.name} "
+            f"takes multiples of {HEAD_SIZE_MULTIPLE}; export with --target cpu or portable"
+        )
+    _check_storages(spec, target, options)
+    if options.kv_cache == "int8":
+        check_int8_cache(target.cache(spec, options.precision))
+
+
+def _check_length(asked: int | None, spec: ModelSpec) -> None:
+    if asked is not None and not 1 <= asked <= spec.max_position_embeddings:
+        raise RequestError(
+            f"--max-length is {asked}, expected 1 to {spec.max_position_embeddings}: "
+            "the checkpoint's position table has no more rows"
+        )
+
+
+def _check_storages(spec: ModelSpec, target: Target, options: ExportOptions) -> None:
+    shapes, quantization = expected_shapes(spec), options.quantization
+    if quantization.plan is not None:
+        quantization.plan.check_model(shapes, "the plan")
+        if options.precision == "mixed" and not target.half_activations:
+            quantization.plan.refuse_half(shapes, "the plan")
+    check_patterns(quantization.keep, shapes, "--keep-fp32")
+    for graph, _ in target.graphs:
+        plan = target.plan_for(quantization, graph, options.precision, spec)
+        for name, shape in shapes.items():
+            block = plan.of(name).block_size if is_planned(name, shape) else None
+            if block is not None:
+                check_block_size(block, shape[1], name)

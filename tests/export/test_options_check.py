@@ -1,0 +1,60 @@
+"""Options that contradict the model or the target, by what a user would write in Python."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from helpers.models import TinyConfig, make_checkpoint
+from neo_export.checkpoint import open_checkpoint
+from neo_export.export_options import ExportOptions
+from neo_export.options_check import check_options
+from neo_export.quantize.plan import Storage, WeightPlan
+from neo_export.targets import TARGETS, Quantization
+from neo_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from neo_runtime.manifest import ModelSpec
+
+PLAN = WeightPlan(Storage("int8"), (("transformer.wte.weight", Storage("int4", 128)),))
+HALF = WeightPlan(Storage("int8"), (("transformer.wte.weight", Storage("fp16")),))
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """Two heads of 20."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("tiny"), TinyConfig(head_dim=20))
+    with open_checkpoint(folder) as checkpoint:
+        return checkpoint.spec
+
+
+def check(spec: ModelSpec, target: str, precision: str, **quantization: object) -> None:
+    chosen = Quantization(**quantization)  # type: ignore[arg-type]
+    options = ExportOptions(target=target, precision=precision, quantization=chosen)
+    check_options(spec, TARGETS[target], options)
+
+
+def test_what_fits(spec: ModelSpec) -> None:
+    check(spec, "cpu", "fp32")
+    check(spec, "cpu", "int8", keep=("*.wte.weight",))
+    check(spec, "portable", "fp16")
+    check(spec, "tensorrt", "fp8")
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "quantization", "message"),
+    [
+        ("cuda", "fp16", {}, "heads of 20, and the attention of target cuda takes multiples of 8"),
+        ("cuda", "int8", {}, "heads of 20"),
+        ("cpu", "int4", {}, "no block size divides all of the widths 40, 160; export with --int8"),
+        ("cpu", "int4", {"block_size": 16}, "does not fit transformer.wte.weight.* 40 inputs"),
+        ("cpu", "mixed", {"plan": PLAN}, "block size 128 does not fit transformer.wte.weight"),
+        ("cpu", "mixed", {"plan": HALF}, "the plan mixes fp16, int8"),
+        ("cpu", "mixed", {"plan": WeightPlan.uniform("fp16")}, "stores weights in fp16"),
+    ],
+)
+def test_what_does_not(
+    spec: ModelSpec, target: str, precision: str, quantization: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        check(spec, target, precision, **quantization)
