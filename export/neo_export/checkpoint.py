@@ -167,6 +167,9 @@ def _match(found: dict[str, LazyTensor], spec: ModelSpec, folder: Path) -> dict[
     """The tensors that the architecture has, renamed, each checked; the harmless rest dropped."""
     expected = expected_shapes(spec)
     named = _canonical(found)
+    if spec.tie_word_embeddings and EMBEDDING not in named and HEAD in named:
+        # safetensors.torch.save_model keeps the first name, by the alphabet, of a shared tensor.
+        named[EMBEDDING] = named.pop(HEAD)
     unexpected = named.keys() - expected.keys() - {HEAD}
     if unexpected:
         raise _unexpected_error(sorted(named[name].name for name in unexpected), spec, folder)

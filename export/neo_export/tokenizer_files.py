@@ -46,7 +46,7 @@ def read_tokenizer_json(folder: Path) -> bytes | None:
     """
     whole = folder / "tokenizer.json"
     if whole.is_file():
-        return _checked(whole)
+        return _completed(whole)
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if not vocab.is_file() and not merges.is_file():
         return None
@@ -59,17 +59,31 @@ def read_tokenizer_json(folder: Path) -> bytes | None:
     return text.encode("utf-8")
 
 
-def _checked(path: Path) -> bytes:
+def _completed(path: Path) -> bytes:
+    """The file's own bytes, unless the files beside it name tokens that it lacks.
+
+    A tokenizer that was enlarged and saved in the old form leaves the base model's file as it was.
+    """
     from tokenizers import Tokenizer
 
     try:
         data = path.read_bytes()
-        Tokenizer.from_str(data.decode("utf-8"))
+        tokenizer = Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(
             f"{path} cannot be used as a tokenizer ({error}); download or save it again"
         ) from error
-    return data
+    folder = path.parent
+    config = _optional(folder / "tokenizer_config.json")
+    config |= _optional(folder / "special_tokens_map.json")
+    special = _special_texts(config, tokenizer)
+    numbered = _numbered_tokens(config, _optional(folder / "added_tokens.json"), special, folder)
+    lacking = {i: t for i, t in numbered.items() if tokenizer.token_to_id(t.content) is None}
+    if not lacking:
+        return data
+    _add_numbered(tokenizer, lacking, folder)
+    text: str = tokenizer.to_str(pretty=False)
+    return text.encode("utf-8")
 
 
 def _build(folder: Path, vocab: Path, merges: Path) -> Tokenizer:
@@ -125,9 +139,19 @@ def _add_tokens(
     tokenizer: Tokenizer, config: dict[str, Any], added: dict[str, Any], folder: Path
 ) -> None:
     """Add the special tokens, and those beyond the vocabulary with the ids they were given."""
+    special = _special_texts(config, tokenizer)
+    numbered = _numbered_tokens(config, added, special, folder)
+    _add_numbered(tokenizer, numbered, folder)
+    known_texts = {token.content for token in numbered.values()}
+    tokenizer.add_special_tokens([text for text in special if text not in known_texts])
+
+
+def _numbered_tokens(
+    config: dict[str, Any], added: dict[str, Any], special: list[str], folder: Path
+) -> dict[int, AddedToken]:
+    """The tokens that `added_tokens_decoder` or `added_tokens.json` gives ids."""
     from tokenizers import AddedToken
 
-    special = _special_texts(config, tokenizer)
     decoder = config.get("added_tokens_decoder")
     numbered: dict[int, AddedToken] = {}
     try:
@@ -139,6 +163,10 @@ def _add_tokens(
                 numbered[int(i)] = AddedToken(text, special=known, normalized=not known)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: the added tokens are damaged ({error})") from error
+    return numbered
+
+
+def _add_numbered(tokenizer: Tokenizer, numbered: dict[int, AddedToken], folder: Path) -> None:
     for i, token in sorted(numbered.items()):
         tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != i:
@@ -147,8 +175,6 @@ def _add_tokens(
                 f"{tokenizer.token_to_id(token.content)}; the tokenizer's files do not belong "
                 "together. Save the tokenizer again with save_pretrained"
             )
-    known_texts = {token.content for token in numbered.values()}
-    tokenizer.add_special_tokens([text for text in special if text not in known_texts])
 
 
 def _added_token(raw: Any) -> AddedToken:

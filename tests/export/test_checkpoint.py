@@ -17,7 +17,8 @@ import pytest
 import torch
 from neo_export.checkpoint import expected_shapes, open_checkpoint
 from neo_export.config import parse_config
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save_file, save_model
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, GPTNeoModel
 
 if TYPE_CHECKING:
@@ -171,6 +172,19 @@ def test_a_tied_head_stored_again_is_accepted(tmp_path: Path) -> None:
     assert "lm_head.weight" in state
     model.config.save_pretrained(tmp_path)
     save_file(state, tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert_same(checkpoint, model)
+
+
+def test_a_tied_table_may_be_stored_as_the_head_alone(tmp_path: Path) -> None:
+    """So `safetensors.torch.save_model` writes shared tensors: by the first of their names."""
+    model = make_model()
+    model.config.save_pretrained(tmp_path)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    with safe_open(tmp_path / "model.safetensors", "np") as file:
+        names = set(file.keys())
+    assert "lm_head.weight" in names
+    assert "transformer.wte.weight" not in names
     with open_checkpoint(tmp_path) as checkpoint:
         assert_same(checkpoint, model)
 

@@ -9,7 +9,7 @@ import pytest
 from neo_export.tokenizer_files import find_tokenizer_files, read_tokenizer_json
 from neo_runtime.errors import CheckpointError
 from tokenizers import Tokenizer
-from transformers import GPT2Tokenizer
+from transformers import AutoTokenizer, GPT2Tokenizer
 
 DEMO = Path(neo_export.__file__).parent / "demo" / "neo-mini"
 TEXTS = [
@@ -104,6 +104,41 @@ def test_a_whole_file_comes_first(pair: Path) -> None:
     (pair / "tokenizer.json").write_bytes(data)
     (pair / "vocab.json").write_text("not read")
     assert read_tokenizer_json(pair) == data
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"<new>": NEW, "<extra>": NEW + 1}),
+        (
+            "tokenizer_config.json",
+            {
+                "added_tokens_decoder": {
+                    "0": {"content": "<|endoftext|>", "special": True},
+                    str(NEW): {"content": "<new>", "normalized": False, "special": False},
+                    str(NEW + 1): {"content": "<extra>", "normalized": False, "special": True},
+                }
+            },
+        ),
+    ],
+)
+def test_tokens_beside_a_whole_file_are_added(
+    name: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    data = (DEMO / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    (tmp_path / "config.json").write_bytes((DEMO / "config.json").read_bytes())
+    assert read_tokenizer_json(tmp_path) == data
+    (tmp_path / name).write_text(json.dumps(content))
+    ours = built(tmp_path)
+    assert ours.token_to_id("<new>") == NEW
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert ours.encode(text).ids == theirs(text)["input_ids"], text
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<new>": NEW + 7}))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="should have id 4103 and would get 4096"):
+        read_tokenizer_json(tmp_path)
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
