@@ -111,6 +111,11 @@ def parse_config(raw: dict[str, Any], source: str = CONFIG_NAME) -> ModelSpec:
         )
     num_layers = values.integer("num_layers", 24)
     intermediate_size = values.optional_integer("intermediate_size", None, minimum=1)
+    positions = values.integer("max_position_embeddings", 2048)
+    window = values.integer("window_size", 256)
+    kinds = _attention_layers(values, num_layers)
+    if window >= positions:  # nothing ever leaves it: such a layer needs no mask, and no such cache
+        kinds = ("global",) * num_layers
     return ModelSpec(
         vocab_size=values.integer("vocab_size", 50257),
         hidden_size=hidden_size,
@@ -118,9 +123,9 @@ def parse_config(raw: dict[str, Any], source: str = CONFIG_NAME) -> ModelSpec:
         num_layers=num_layers,
         num_heads=num_heads,
         head_dim=hidden_size // num_heads,
-        max_position_embeddings=values.integer("max_position_embeddings", 2048),
-        window_size=values.integer("window_size", 256),
-        attention_layers=_attention_layers(values, num_layers),
+        max_position_embeddings=positions,
+        window_size=window,
+        attention_layers=kinds,
         layer_norm_epsilon=values.positive("layer_norm_epsilon", 1e-5),
         activation_function=_activation(values),
         tie_word_embeddings=values.boolean("tie_word_embeddings", True),

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from neo_runtime.errors import OutputError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = ["write_text_file"]
 
@@ -16,9 +13,19 @@ __all__ = ["write_text_file"]
 def write_text_file(path: Path, text: str) -> None:
     """Write a file, or replace it, whole or not at all.
 
+    A link stays one: what it leads to is replaced. What is no file (a pipe, `/dev/stdout`) is
+    written to as it is.
+
     Raises:
         OutputError: writing failed.
     """
+    if path.exists() and not path.is_file():
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        return
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

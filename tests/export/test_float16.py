@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 LIMIT = TOLERANCES["fp16"].logits
 TARGETS = ("cpu", "cuda", "portable")
+UNFUSED = ("head_size_12",)
+"""Heads that CUDA's attention does not take."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ class Halves:
     """[1, S, V], float32 PyTorch."""
 
 
-def _export(checkpoint: Path, folder: Path) -> dict[str, Path]:
-    for target in TARGETS:
+def _export(checkpoint: Path, folder: Path, targets: tuple[str, ...] = TARGETS) -> dict[str, Path]:
+    for target in targets:
         options = ExportOptions(target=target, precision="fp16")
         export_bundle(str(checkpoint), folder / target, options)
-    return {target: folder / target for target in TARGETS}
+    return {target: folder / target for target in targets}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Halves]:
         folder, config = tmp_path_factory.mktemp(name), ODD_CONFIGS[name]
         reference = Reference(make_checkpoint(folder / "checkpoint", config))
         ids = random_ids(config, 1, config.max_position_embeddings)
-        return Halves(_export(folder / "checkpoint", folder), reference, ids, reference.logits(ids))
+        targets = tuple(t for t in TARGETS if t != "cuda" or name not in UNFUSED)
+        bundles = _export(folder / "checkpoint", folder, targets)
+        return Halves(bundles, reference, ids, reference.logits(ids))
 
     return make
 
@@ -84,8 +88,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Halves]:
 TINY = ("plain", "untied_head", "head_size_12", "head_size_80", "window_4")
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["demo", *TINY])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        (name, target)
+        for name in ("demo", *TINY)
+        for target in TARGETS
+        if target != "cuda" or name not in UNFUSED
+    ],
+)
 def test_onnxruntime(name: str, target: str, demo: Halves, tiny: Callable[[str], Halves]) -> None:
     halves = demo if name == "demo" else tiny(name)
     graphs = Graphs(halves.bundles[target])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,25 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_text_file(tmp_path / "a.json", "größer")
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == "größer"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    write_text_file(tmp_path / "link.json", "new")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real.json").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text_file(tmp_path / "pipe", "text")
+        assert os.read(reader, 100) == b"text"
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(OutputError, match="Is a directory"):
+        write_text_file(tmp_path, "text")
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_failure_leaves_what_was_there_and_nothing_else(
