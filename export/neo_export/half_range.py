@@ -1,8 +1,9 @@
 """What float16 cannot hold, found from a checkpoint and its statistics: it stays float32.
 
 float16 ends at 65504 and has 11 bits down to 2⁻¹⁴, fewer below. Looked at are every weight, the
-range of every place with a margin (the text that was run is not the text to come), sums before
-their bias, and unscaled attention scores.
+largest value of every place with a margin (the text that was run is not the text to come), how
+small norms, gelu and the residual stream are (queries, keys and values are cached in float16 in
+any case), sums before their bias, and unscaled attention scores.
 """
 
 from __future__ import annotations
