@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import TYPE_CHECKING
 
 from neo_runtime.errors import ContextLengthError, NeoError, RequestError
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from neo_runtime.step_logits import StepLogits
 
 __all__ = ["CachedModel"]
+
+_LOG = logging.getLogger("neo_runtime")
 
 
 class CachedModel:
@@ -54,6 +58,7 @@ class CachedModel:
         self._ledger = CacheLedger(max_cache_bytes)
         self._prefill_chunk = prefill_chunk or self._backend.default_chunk
         self._is_closed = False
+        self._process = os.getpid()
 
     def cache_bytes(self, batch: int, length: int) -> int:
         """Bytes of a key/value cache of `batch` sequences of up to `length` positions."""
@@ -194,6 +199,23 @@ class CachedModel:
     def _check_open(self) -> None:
         if self._is_closed:
             raise NeoError("the model is closed; call neo_runtime.load again")
+        if os.getpid() != self._process:
+            self._check_fork()
+
+    def _check_fork(self) -> None:
+        """What a child process can do with a model of its parent's."""
+        if self.backend != "cpu":
+            raise NeoError(
+                "the model was loaded in another process, and what it has on the GPU does not "
+                "survive a fork; call neo_runtime.load in each process"
+            )
+        self._process = os.getpid()
+        if self._backend.threads > 1:
+            _LOG.warning(
+                "the model was loaded before a fork: onnxruntime's threads are the parent's, so it "
+                "computes on one here; call neo_runtime.load in each process, which share the "
+                "weights all the same"
+            )
 
     def close(self) -> None:
         """Let go of the graphs. Calls that run in other threads end with an error."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,7 @@ import neo_runtime
 import pytest
 from helpers.hf_reference import heldout_texts
 from neo_runtime.backends.sessions import SessionFactory
+from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,3 +92,24 @@ def test_each_graph_is_loaded_once(mini_bundle: Path, monkeypatch: pytest.Monkey
         assert sorted(loaded) == ["decode", "prefill"]
         model.logits([1])
         assert sorted(loaded) == ["decode", "prefill", "score"]
+
+
+@pytest.mark.parametrize(("threads", "lines"), [(2, 1), (1, 0)])
+def test_a_child_process_is_told_what_it_lacks(
+    threads: int,
+    lines: int,
+    mini_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with neo_runtime.load(mini_bundle, threads=threads) as model:
+        expected = model.generate("Tom", max_new_tokens=3).text
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with caplog.at_level(logging.WARNING, "neo_runtime"):
+            for _ in range(2):
+                assert model.generate("Tom", max_new_tokens=3).text == expected
+        assert [r.getMessage().count("before a fork") for r in caplog.records] == [1] * lines
+        monkeypatch.setattr(os, "getpid", lambda: -2)
+        model.backend = "cuda"
+        with pytest.raises(NeoError, match=r"does not survive a fork; call neo_runtime.load"):
+            model.generate("Tom")

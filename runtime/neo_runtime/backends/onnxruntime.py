@@ -63,6 +63,7 @@ class OnnxRuntimeBackend(Backend):
         self._factory = SessionFactory(
             bundle, threads=threads, session_config=session_config, keep_prepacked=keep_prepacked
         )
+        self.threads = threads
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._closed = False
