@@ -6,6 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from neo_runtime.closable import Closable
 from neo_runtime.errors import ContextLengthError, NeoError, RequestError
 from neo_runtime.kv_cache import CacheLedger, KVCache
 from neo_runtime.option_values import count
@@ -14,8 +15,6 @@ from neo_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
-    from typing import Self
 
     import numpy as np
     from numpy.typing import NDArray
@@ -31,7 +30,7 @@ __all__ = ["CachedModel"]
 _LOG = logging.getLogger("neo_runtime")
 
 
-class CachedModel:
+class CachedModel(Closable):
     """Everything of a `Model` that needs no text and no options: see there."""
 
     def __init__(
@@ -221,14 +220,3 @@ class CachedModel:
         """Let go of the graphs. Calls that run in other threads end with an error."""
         self._is_closed = True
         self._backend.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

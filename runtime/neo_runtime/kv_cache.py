@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neo_runtime.closable import Closable
 from neo_runtime.errors import CacheLimitError, NeoError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from types import TracebackType
-    from typing import Self
 
     from numpy.typing import NDArray
 
@@ -72,7 +71,7 @@ class CacheLedger:
         return self._taken
 
 
-class KVCache:
+class KVCache(Closable):
     """Keys and values of `batch` sequences of up to `length` positions. One thread at a time.
 
     Made by `Model.new_cache`. The memory is allocated once, and given up by `close`, at the end
@@ -190,17 +189,6 @@ class KVCache:
             self._open_store.close()
             self._open_store = None
             self._release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _no_memory(batch: int, length: int, size: int) -> CacheLimitError:

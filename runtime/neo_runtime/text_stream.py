@@ -12,12 +12,11 @@ import threading
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
+from neo_runtime.closable import Closable
 from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
-    from typing import Self
 
     from neo_runtime.completion import Completion
     from neo_runtime.tokenizer import Tokenizer
@@ -99,7 +98,7 @@ class StopMatcher:
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
-class TextStream(Iterator[str]):
+class TextStream(Iterator[str], Closable):
     """The pieces of one completion, in order. Also a context manager that closes it.
 
     Tokens are computed as pieces are asked for: a consumer that stops asking stops the work, and
@@ -146,14 +145,3 @@ class TextStream(Iterator[str]):
         except ValueError:
             # Another thread is computing a token right now; it closes when that is done.
             return
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
