@@ -7,6 +7,7 @@ import gc
 import mmap
 import sys
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import neo_runtime
@@ -17,8 +18,6 @@ from neo_runtime.backends import heap, unused_memory
 from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
 PAGE = mmap.PAGESIZE
@@ -139,3 +138,27 @@ def test_nothing_is_forgotten_where_the_system_cannot(
     with mapped(file) as view:
         forget(file)
         assert view[PAGE] == 1
+
+
+@on_linux
+def test_what_a_block_maps_is_told_from_what_was_there(file: Path, tmp_path: Path) -> None:
+    lasting = tmp_path / "lasting"
+    lasting.write_bytes(file.read_bytes())
+    with mapped(file) as before, mapped(lasting):
+        before[3 * PAGE] = 200  # written to, and so not clean: it was there all the same
+        with unused_memory.mapped_within(file, lasting) as found:
+            assert found == []
+            with file.open("rb") as opened:
+                own = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        addresses = {mapping.path.name: mapping.start for mapping in found}
+        assert addresses.keys() == {file.name, "lasting"}
+        assert addresses[file.name] == np.frombuffer(own, np.uint8).ctypes.data
+
+
+@on_linux
+def test_a_system_that_shows_no_mappings(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(*_: object) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    assert unused_memory.clean_mappings(file) == []

@@ -89,6 +89,8 @@ class SessionFactory:
                 quantized products.
         """
         self._ort: Any = require_onnxruntime()
+        self._library = Path(self._ort.capi.onnxruntime_pybind11_state.__file__)
+        """Of which loading a graph reads half that running does not."""
         self._bundle = bundle
         self._threads = threads
         self._session_config = dict(session_config or {})
@@ -113,12 +115,11 @@ class SessionFactory:
             BundleDamagedError: the bundle is no longer what was opened.
         """
         path = self._bundle.graph(graph)
-        library = Path(self._ort.capi.onnxruntime_pybind11_state.__file__)
         stored = self._stored(graph, path)
         session = None if stored is None else self._open_stored(graph, stored)
         if session is None:
             session = self._open_own(graph, path, self._options(graph))
-        forget_pages(clean_mappings(library))  # loading reads half of it that running does not
+            forget_pages(clean_mappings(self._library))
         return session
 
     def _open_stored(self, graph: str, stored: Path) -> Any:
@@ -127,12 +128,13 @@ class SessionFactory:
         # It was optimized when it was stored.
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            with mapped_within(stored.with_name(WEIGHTS_FILE)) as mappings:
+            with mapped_within(stored.with_name(WEIGHTS_FILE), self._library) as mappings:
                 session = self._open(stored, options)
         except BundleError:
             return None
-        # The session is held here, so its mappings are there.
-        forget_pages(mappings)  # scales, for one, are packed with their weights
+        # The session is held here, so its mappings are there. Loading reads what running does not:
+        # scales that are packed with their weights.
+        forget_pages(mappings)
         with contextlib.suppress(OSError, ValueError):  # the cache, again
             self.token_rows[graph] = _token_rows(stored, mappings, self._bundle.manifest)
         return session
@@ -194,12 +196,13 @@ class SessionFactory:
 
 def _token_rows(stored: Path, mappings: Sequence[Mapping], manifest: Manifest) -> list[Mapping]:
     """See `SessionFactory.token_rows`; onnxruntime maps each tensor of a stored graph by itself."""
+    weights = stored.with_name(WEIGHTS_FILE).resolve()
     tensors = external_tensors(stored.read_bytes())
     vocabulary = manifest.model.vocab_size
     tables = [t for t in tensors if len(t.shape) > 1 and t.shape[0] == vocabulary]
     # A mapping begins where a page does.
     offsets = {table.offset - table.offset % mmap.PAGESIZE for table in tables}
-    return [mapping for mapping in mappings if mapping.offset in offsets]
+    return [m for m in mappings if m.path == weights and m.offset in offsets]
 
 
 def failure_kinds(ort: Any) -> tuple[type[Exception], ...]:
