@@ -164,6 +164,15 @@ def shifted_positions(by: int) -> Fault:
     return Fault(f"positions shifted by {by}", None, ("embedding",), weights=change)
 
 
+def few_positions(start: int, stop: int) -> Fault:
+    """Some rows of the position table are the first one."""
+
+    def change(tensors: Tensors) -> None:
+        tensors["transformer.wpe.weight"][start:stop] = tensors["transformer.wpe.weight"][0]
+
+    return Fault("few positions", None, ("embedding",), ("past",), weights=change)
+
+
 # Wrong graphs, for onnxruntime's fused attention.
 
 
@@ -240,6 +249,71 @@ def other_norm(layer: int, other: int, graph: str) -> Fault:
     return Fault("another norm", layer, (PLACES["ln_1"],), graphs=(graph,), graph=change)
 
 
+def _detour(model: onnx.ModelProto, name: str) -> str:
+    """Another name for what computes an output; whoever asks has to make the output of it."""
+    [node] = [node for node in model.graph.node if name in node.output]
+    node.output[list(node.output).index(name)] = f"{name}.right"
+    return f"{name}.right"
+
+
+def _constants(model: onnx.ModelProto, prefix: str, **values: Any) -> dict[str, str]:
+    names = {label: f"{prefix}.{label}" for label in values}
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.array(value), names[label]) for label, value in values.items()
+    )
+    return names
+
+
+def unwritten_slot(layer: int, slot: int) -> Fault:
+    """Prefill leaves NaN in one slot of a layer's values."""
+
+    def change(model: onnx.ModelProto) -> None:
+        name = f"present.{layer}.value"
+        right = _detour(model, name)
+        c = _constants(
+            model, name, axis=np.int64(2), zero=np.int64(0), one=np.int64(1), slot=np.int64(slot),
+            axes=np.array([0, 1, 3]), nan=np.float32(np.nan),
+        )  # fmt: skip
+        for kind, inputs, output in (
+            ("Shape", [right], "shape"),
+            ("Gather", [f"{name}.shape", c["axis"]], "length"),
+            ("Range", [c["zero"], f"{name}.length", c["one"]], "slots"),
+            ("Equal", [f"{name}.slots", c["slot"]], "that"),
+            ("Unsqueeze", [f"{name}.that", c["axes"]], "mask"),
+        ):
+            model.graph.node.append(helper.make_node(kind, inputs, [f"{name}.{output}"]))
+        model.graph.node.append(
+            helper.make_node("Where", [f"{name}.mask", c["nan"], right], [name])
+        )
+
+    return Fault("unwritten slot", layer, ("cached_value",), graphs=("prefill",), graph=change)
+
+
+def other_rows() -> Fault:
+    """The logits of every row of a batch but the first are negated, in prefill and decode."""
+
+    def change(model: onnx.ModelProto) -> None:
+        right = _detour(model, "logits")
+        c = _constants(
+            model, "rows", zero=np.array([0]), one=np.array([1]), axis=np.int64(0),
+            plus=np.float32(1), minus=np.float32(-1), axes=np.array([2]),
+        )  # fmt: skip
+        for kind, inputs, output in (
+            ("Slice", ["input_ids", c["zero"], c["one"], c["one"]], "first"),
+            ("Mul", ["rows.first", c["zero"]], "zeros"),
+            ("Add", ["rows.zeros", c["one"]], "ones"),
+            ("CumSum", ["rows.ones", c["axis"]], "numbers"),
+            ("Equal", ["rows.numbers", c["one"]], "that"),
+            ("Where", ["rows.that", c["plus"], c["minus"]], "sign"),
+            ("Unsqueeze", ["rows.sign", c["axes"]], "signs"),
+        ):
+            model.graph.node.append(helper.make_node(kind, inputs, [f"rows.{output}"]))
+        model.graph.node.append(helper.make_node("Mul", [right, "rows.signs"], ["logits"]))
+
+    graphs = ("prefill", "decode")
+    return Fault("other rows", None, ("logits",), graphs=graphs, graph=change)
+
+
 def late_cache(layer: int, part: str, graph: str) -> Fault:
     """What a graph leaves in its cache lies one position further than it should.
 
@@ -248,19 +322,13 @@ def late_cache(layer: int, part: str, graph: str) -> Fault:
 
     def change(model: onnx.ModelProto) -> None:
         name = f"present.{layer}.{part}"
-        [node] = [node for node in model.graph.node if name in node.output]
-        node.output[list(node.output).index(name)] = f"{name}.right"
-        start, end, axes = (
-            numpy_helper.from_array(np.array([n], dtype=np.int64), f"{name}.{label}")
-            for label, n in (("start", 0), ("end", -1), ("axes", 2))
-        )
-        one = numpy_helper.from_array(np.array([1], dtype=np.int64), f"{name}.one")
-        model.graph.initializer.extend([start, end, axes, one])
-        inputs = [f"{name}.right", start.name]
+        right = _detour(model, name)
+        c = _constants(model, name, start=[0], end=[-1], axes=[2], one=[1])
+        inputs = [right, c["start"]]
         model.graph.node.extend(
             [
-                helper.make_node("Slice", [*inputs, one.name, axes.name], [f"{name}.first"]),
-                helper.make_node("Slice", [*inputs, end.name, axes.name], [f"{name}.rest"]),
+                helper.make_node("Slice", [*inputs, c["one"], c["axes"]], [f"{name}.first"]),
+                helper.make_node("Slice", [*inputs, c["end"], c["axes"]], [f"{name}.rest"]),
                 helper.make_node("Concat", [f"{name}.first", f"{name}.rest"], [name], axis=2),
             ]
         )

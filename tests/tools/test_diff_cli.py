@@ -61,8 +61,19 @@ def test_perplexity_is_pytorchs(
     assert found["perplexity"]["bundle"] == pytest.approx(plain, rel=1e-4)
     assert found["first_fault"] is None
     assert found["passed"]
-    assert {graph["graph"] for graph in found["graphs"]} == {"score", "prefill", "decode"}
+    assert {graph["graph"] for graph in found["graphs"]} == {"score", "prefill", "decode", "batch"}
     assert len(found["positions"]["kl"]) == 1024
+
+
+def test_what_is_wrong_in_batches_alone_is_past_the_limits(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = faults.spoiled_bundle(mini_bundle, tmp_path / "bundle", faults.other_rows())
+    status, found = result(capsys, bundle, "--reference", mini_bundle, *FEW)
+    assert status == 1
+    whole = {g["graph"]: g["kl_mean"] for g in found["graphs"] if g["region"] == "all"}
+    assert whole.pop("batch") > 0.1
+    assert max(whole.values()) < 1e-9
 
 
 def test_a_bundle_against_itself_is_exactly_zero(

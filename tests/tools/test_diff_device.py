@@ -329,7 +329,7 @@ def test_a_plan(
     few = ["--tokens", "300", "--context", "150", *FEW[2:]]
     found = result(capsys, bundle, "--reference", DEMO, *few, "--backend", "tensorrt")
     assert ran(found) == ("tensorrt", f"test.plan on {GPU.name}")
-    assert {graph["graph"] for graph in found["graphs"]} == {"score", "prefill", "decode"}
+    assert {graph["graph"] for graph in found["graphs"]} == {"score", "prefill", "decode", "batch"}
     assert {place["graph"] for place in found["places"]} == {"score"}
     assert found["first_fault"] is None
     [warning] = [warning for warning in found["warnings"] if "places" in warning]

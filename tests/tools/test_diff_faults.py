@@ -170,6 +170,20 @@ def test_the_faulty_graph_is_named(graph: str, tiny: Bench, tiny_reference: Refe
     assert found[0].graphs == (graph,)
 
 
+@pytest.mark.parametrize("export", ["cpu-fp32", "cpu-int8", "cpu-int4"])
+def test_a_few_positions_of_many(export: str, tiny: Bench, tiny_reference: Reference) -> None:
+    """No median sees them."""
+    fault = faults.few_positions(20, 24)
+    assert_named(find(tiny.spoiled(export, fault), tiny_reference, tiny_texts(5)), fault)
+
+
+def test_a_slot_that_nobody_wrote(tiny: Bench, tiny_reference: Reference) -> None:
+    fault = faults.unwritten_slot(0, 3)
+    found = find(tiny.spoiled("cpu-fp32", fault), tiny_reference, tiny_texts(6))
+    assert (found[0].layer, found[0].place, found[0].graphs[0]) == (0, "cached_value", "prefill")
+    assert not np.isfinite(found[0].error)
+
+
 @pytest.mark.parametrize("target", ["cuda", "tensorrt"])
 def test_other_targets(target: str, tiny: Bench, tiny_reference: Reference, tmp_path: Path) -> None:
     """A bundle for a GPU by its graphs, those that plans are built from included."""

@@ -120,4 +120,16 @@ def test_decoded_positions(positions: int | None, length: int) -> None:
         assert len(flat) == length
     elif length == 512 and positions >= 16:
         assert {63, 64, 65} <= set(flat)
+        assert {78, 79, 80} <= set(flat), "a local cache of 64 + 16 positions is full at 80"
         assert len(flat) == pytest.approx(positions, abs=2)
+
+
+def test_decoded_positions_of_the_published_shape() -> None:
+    segments = decode_segments(2048, 256, 32)
+    lengths = [stop - start for start, stop in segments]
+    assert sorted(lengths)[-4:] == [6, 6, 6, 6]
+    assert (318, 324) in segments
+    assert sum(lengths) == 32
+    alone = [start for start, stop in segments if stop - start == 1]
+    assert len(alone) == 8
+    assert np.diff(alone).max() < 300

@@ -42,8 +42,8 @@ class Fault:
     graphs: tuple[str, ...]
     """The graphs that are affected."""
     error: float
-    """Relative L2 of this step, in the worst region: its worst position where the place is exact,
-    its median where a stored matrix leads to it. Infinite where values are not finite."""
+    """Relative L2 of this step in the worst region: its worst position where the place is exact, or
+    where few positions are off; else its median. Infinite where values are not finite."""
     limit: float
     kind: str | None = None
     """What would explain it, where one of the usual mistakes does."""
@@ -75,7 +75,8 @@ def _late_caches(fault: Fault, found: list[Fault]) -> tuple[int, bool]:
 
     A wrong window makes a graph keep too little, too. Score has no cache, and prefill runs alone
     before it runs between stretches of decode: what is wrong there, and not in the cache that was
-    left there, is not the cache's fault.
+    left there, is not the cache's fault. Nor is what is wrong at positions before those whose
+    cache is wrong.
     """
     layer = fault.layer
     if layer is None:
@@ -83,7 +84,8 @@ def _late_caches(fault: Fault, found: list[Fault]) -> tuple[int, bool]:
     attended = next((f for f in found if (f.layer, f.place) == (layer, "attended")), None)
     if attended is None or fault.place not in CACHED:
         return layer, False
-    return layer, bool({"score", "prefill"} & set(attended.graphs) - set(fault.graphs))
+    earlier = REGIONS.index(attended.regions[0]) < REGIONS.index(fault.regions[0])
+    return layer, earlier or bool({"score", "prefill"} & set(attended.graphs) - set(fault.graphs))
 
 
 def _fault_at(
@@ -95,14 +97,17 @@ def _fault_at(
         series = errors.series(graph, place)
         if series is None:
             continue
-        limit = _limit(errors, graph, place, spec, limits)
+        usual = _limit(errors, graph, place, spec, limits)
         by_region = _by_region(series, place, spec)
         seen += list(by_region)
-        off = {region: error for region, error in by_region.items() if not error <= limit}
+        off = {
+            region: _excess(*figures, usual, limits.worst) for region, figures in by_region.items()
+        }
+        off = {region: excess for region, excess in off.items() if excess is not None}
         if off:
             graphs.append(graph)
             regions += list(off)
-            worst = max(worst, *(np.inf if np.isnan(error) else error for error in off.values()))
+            worst, limit = max((worst, limit), *filter(None, off.values()))
     if not graphs:
         return None
     affected = tuple(region for region in REGIONS if region in regions)
@@ -143,17 +148,31 @@ def _limit(
     return min(product, max(limits.outlier * usual, product / 10))
 
 
-def _by_region(series: Series, place: Place, spec: ModelSpec) -> dict[str, float]:
-    """The figure that is judged, of each region that the texts reach."""
-    statistic = np.nanmax if place[1] in EXACT else np.median
+def _by_region(series: Series, place: Place, spec: ModelSpec) -> dict[str, tuple[float, float]]:
+    """What is judged, and the worst position, of each region that the texts reach."""
+    statistic = np.max if place[1] in EXACT else np.median
     result = {}
     for region, mask in region_masks(series.positions, spec.window_size).items():
         chosen = series.local[mask]
         if place[1].startswith("cached"):
             chosen = chosen[~np.isnan(chosen)]  # left the cache before anyone looked
         elif np.isnan(chosen).any():
-            result[region] = float("inf")
+            result[region] = float("inf"), float("inf")
             continue
         if len(chosen):
-            result[region] = float(statistic(chosen))
+            result[region] = float(statistic(chosen)), float(chosen.max())
     return result
+
+
+def _excess(judged: float, worst: float, usual: float, most: float) -> tuple[float, float] | None:
+    """A figure that is past its limit, and that limit; None where both are within theirs.
+
+    Args:
+        judged: the worst position of an exact place, the median of another.
+        worst: the worst position.
+        usual: limit of the first.
+        most: limit of the second, at places that are not exact.
+    """
+    if not judged <= usual:
+        return judged, usual
+    return (worst, most) if not worst <= max(most, usual) else None

@@ -214,6 +214,10 @@ class _Recorder:
             result[kept] = 0.0
         else:
             result[kept] = relative_l2(rows, computed[kept])
+            if len(computed) <= cached.shape[1]:
+                # Nobody wrote it. Of a buffer that was full, a graph with a smaller window has kept
+                # too little, which is a fault of its attention.
+                result[kept] = np.nan_to_num(result[kept], nan=np.inf)
         known = self._known_wrong.setdefault(place, np.zeros(self._length, dtype=np.bool_))
         known = known[: len(result)]
         found_now = ~known

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from neo_tools.diff.page_parts import number, section, table
 from neo_tools.diff.page_plots import by_layer, by_position, kl_distribution
-from neo_tools.diff.report import GRAPHS, fault_text
+from neo_tools.diff.report import fault_text, faultless_text, path_text
 
 if TYPE_CHECKING:
     from neo_tools.diff.results import Results
@@ -48,7 +48,7 @@ def _verdict(results: Results) -> str:
     if fault is not None:
         where = f"First fault: {escape(fault_text(fault))}."
     elif results.localized_tokens:
-        where = "Every step of every layer computes what it should."
+        where = f"{faultless_text(results).capitalize()}."
     else:
         where = "Places inside the layers were not looked at."
     warnings = "".join(f"<li>{escape(warning)}</li>" for warning in results.warnings)
@@ -85,7 +85,7 @@ def _logits(results: Results) -> str:
     )
     rows = (
         (
-            escape(GRAPHS[graph.graph])
+            escape(path_text(graph.graph))
             if graph.region == "all"
             else f'<span class="soft">{graph.region} the window</span>',
             str(graph.positions),

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
     from neo_tools.diff.results import Continuation, Results
 
-__all__ = ["GRAPHS", "fault_text", "report"]
+__all__ = ["GRAPHS", "fault_text", "faultless_text", "path_text", "report"]
 
 _SHOWN_LAYERS = 48
 GRAPHS = {"score": "score", "prefill": "chunked prefill", "decode": "decode"}
+_PATHS = GRAPHS | {"batch": "ragged batch"}
 
 
 def report(results: Results) -> str:
@@ -29,6 +30,18 @@ def report(results: Results) -> str:
         _verdict(results),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def path_text(graph: str) -> str:
+    """The name of a row of logits."""
+    return _PATHS[graph]
+
+
+def faultless_text(results: Results) -> str:
+    """What can be said where no place is at fault."""
+    if results.reference.kind == "PyTorch":
+        return "every step of every layer is right"
+    return "no place stands out from those before it"
 
 
 def fault_text(fault: Fault) -> str:
@@ -72,7 +85,7 @@ def _logits(results: Results) -> list[str]:
         alone = sum(other.graph == graph.graph for other in results.graphs) == 2
         if graph.region != "all" and alone:
             continue
-        name = GRAPHS[graph.graph]
+        name = path_text(graph.graph)
         if graph.region != "all":
             name = f"  {graph.region} the window"
         lines.append(
@@ -149,10 +162,12 @@ def _verdict(results: Results) -> list[str]:
         mark = "ok  " if check.passed else "PAST"
         lines.append(f"{mark} {check.name:<22}{check.found:>10.4g} {sign} {check.limit:g}")
     fault = results.first_fault
-    if results.localized_tokens:
-        lines.append(
-            f"FAULT {fault_text(fault)}" if fault else "ok   every step of every layer is right"
-        )
+    if not results.localized_tokens:
+        lines.append("     places inside the layers were not looked at")
+    elif fault is None:
+        lines.append(f"ok   {faultless_text(results)}")
+    else:
+        lines.append(f"FAULT {fault_text(fault)}")
     lines.append("")
     lines.append("within all limits" if results.passed else "NOT within all limits")
     return lines

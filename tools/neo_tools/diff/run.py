@@ -87,7 +87,7 @@ def compare(settings: Settings, progress: Progress | None = None) -> Results:
                 shipped = score_all(model, texts, say)
             # Named now: "auto" would say once more what it took.
             with _load(replace(settings, backend=engine.backend)) as model:
-                run_steps(model, texts, settings, shipped, say)
+                warnings += run_steps(model, texts, settings, shipped, say)
                 written = write_texts(model, texts, settings, say)
         traced = trace(bundle, texts.contexts, settings, engine, say)
         findings = _compare_all(reference, traced, shipped, written, bundle, say)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from neo_export.mapped_memory import drop_pages, scratch_array
+from neo_runtime.errors import CacheLimitError
 
 from neo_tools.diff.cached_path import segments_of, spoil
 from neo_tools.diff.engine import open_probed_backend
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Logits",
+    "batch_logits",
     "greedy_continuation",
     "path_of",
     "run_steps",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _LONGEST_PROMPT = 64
+_BATCH_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,47 @@ def stepwise_logits(
     ]
 
 
+def batch_logits(
+    model: Model, contexts: Sequence[NDArray[np.int64]]
+) -> tuple[dict[int, Logits], str | None]:
+    """Beginnings of contexts as one ragged batch: a prompt each, then decode, fed the true tokens.
+
+    One prompt ends just before a step of decode evicts from a local layer's cache, one within the
+    window, one behind a few tokens.
+
+    Args:
+        model: the bundle.
+        contexts: token ids [S] each, at least two tokens.
+
+    Returns:
+        Logits by the context's number, and why there are none, where there are none.
+    """
+    window = model.manifest.model.window_size
+    new = min(_BATCH_STEPS, *(len(ids) - 1 for ids in contexts))
+    rows = [
+        (number % len(contexts), max(1, min(length, len(contexts[number % len(contexts)]) - new)))
+        for number, length in enumerate((window + window // 4 - 2, window // 2 + 1, 5))
+    ]
+    found: dict[int, list[tuple[int, NDArray[np.float32]]]] = {}
+    longest = max(prompt for _, prompt in rows) + new
+    try:
+        with model.new_cache(len(rows), model.rounded_length(longest)) as cache:
+            spoil(cache.store)
+            logits = model.prefill(cache, [contexts[of][:prompt] for of, prompt in rows])
+            for step in range(new + 1):
+                for (of, prompt), row in zip(rows, logits, strict=True):
+                    found.setdefault(of, []).append((prompt + step - 1, row.copy()))
+                if step < new:
+                    tokens = [int(contexts[of][prompt + step]) for of, prompt in rows]
+                    logits = model.decode(cache, tokens)
+    except CacheLimitError as error:  # a plan for single sequences
+        return {}, f"batches are not compared: {error}"
+    return {
+        of: Logits("batch", np.array([at for at, _ in some]), np.stack([row for _, row in some]))
+        for of, some in found.items()
+    }, None
+
+
 def greedy_continuation(model: Model, prompt: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
     """The prompt and what the bundle writes behind it, always its best token: [S + tokens]."""
     written = list(prompt)
@@ -143,14 +187,18 @@ def score_all(model: Model, texts: Texts, say: Progress) -> list[list[Logits]]:
 
 def run_steps(
     model: Model, texts: Texts, settings: Settings, found: list[list[Logits]], say: Progress
-) -> None:
-    """Adds logits through prefill alone, and with decode in between."""
+) -> list[str]:
+    """Adds logits through prefill alone, with decode in between, and of a batch; warnings."""
     window = model.manifest.model.window_size
     count = Count("the bundle's logits: prefill and decode", 2 * texts.tokens, say)
     for ids, logits in zip(texts.contexts, found, strict=True):
         chunks = segments_of(len(ids), (), settings.prefill_chunk)
         logits += stepwise_logits(model, ids, chunks, count)
         logits += stepwise_logits(model, ids, path_of(ids, window, settings), count)
+    together, warning = batch_logits(model, texts.contexts)
+    for number, rows in together.items():
+        found[number].append(rows)
+    return [] if warning is None else [warning]
 
 
 def write_texts(model: Model, texts: Texts, settings: Settings, say: Progress) -> list[Written]:

@@ -90,8 +90,9 @@ def read_texts(
 def decode_segments(length: int, window: int, positions: int | None) -> tuple[tuple[int, int], ...]:
     """Which positions of a context go through decode, one token at a time: (start, stop) each.
 
-    A quarter of them at the start, half around the window's end, a quarter at the end of the
-    context.
+    A fifth of them at the start, around the window's end, from just before the first step that
+    evicts from a local layer's cache (`neo_runtime.backends.base.layer_lengths`), and at the end
+    of the context; the rest one by one, evenly over all of it.
 
     Args:
         length: of the context.
@@ -100,11 +101,20 @@ def decode_segments(length: int, window: int, positions: int | None) -> tuple[tu
     """
     if positions is None or positions >= length:
         return ((0, length),)
-    quarter = max(1, positions // 4)
+    fifth, evicts = max(1, positions // 5), window + window // 4
     around = sorted(range(length), key=lambda at: abs(at - window))
-    first_to_last = dict.fromkeys([*range(quarter), *range(length - quarter, length), *around])
+    alone = max(0, positions - 4 * fifth)
+    wanted = [
+        *range(fifth),
+        *range(length - fifth, length),
+        *around[:fifth],
+        *range(evicts - 2, evicts - 2 + fifth),
+        *((number + 1) * length // (alone + 1) for number in range(alone)),
+        *around,  # where some of these are the same, or lie behind the context
+    ]
+    inside = dict.fromkeys(at for at in wanted if at < length)
     chosen = np.zeros(length + 2, dtype=np.int8)
-    chosen[np.array(list(first_to_last)[: max(positions, 2 * quarter)]) + 1] = 1
+    chosen[np.array(list(inside)[: max(positions, 2 * fifth)]) + 1] = 1
     edges = np.diff(chosen)
     starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
     return tuple(zip(starts.tolist(), stops.tolist(), strict=True))
