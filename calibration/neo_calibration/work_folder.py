@@ -65,7 +65,9 @@ class WorkFolder:
                 work._begin(json.dumps(request, indent=1, sort_keys=True) + "\n")
                 yield work
         except OSError as error:
-            left = f"what is finished is in {root}, and the same command goes on from there"
+            left = "nothing was left behind"
+            if root.is_dir():
+                left = f"what is finished is in {root}, and the same command goes on from there"
             if failure := as_output_error(error, output, root, left):
                 raise failure from error
             raise
@@ -140,12 +142,12 @@ class WorkFolder:
 
     def finish(self, *, force: bool) -> None:
         """Put the folder of statistics in place, and remove everything else."""
-        # First: what lies here once they have traded places belongs to no request.
-        (self.root / _REQUEST).unlink()
         try:
             rename_exclusive(self.new, self.target)
         except FileExistsError:
             _check_target(self.target, force=force)
+            # What lies here once they have traded places belongs to no request.
+            (self.root / _REQUEST).unlink()
             if not exchange(self.new, self.target):
                 shutil.rmtree(self.target)
                 self.new.rename(self.target)

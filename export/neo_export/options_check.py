@@ -12,7 +12,7 @@ from neo_runtime.errors import RequestError
 
 from neo_export.checkpoint import expected_shapes
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
-from neo_export.quantize.int4 import check_block_size
+from neo_export.quantize.int4 import check_block_size, largest_block_size
 from neo_export.quantize.kv_cache import check_int8_cache
 from neo_export.quantize.plan import WeightPlan, check_patterns, is_planned
 
@@ -72,6 +72,10 @@ def _check_storages(spec: ModelSpec, target: Target, options: ExportOptions) -> 
     for graph, _ in target.graphs:
         plan = target.plan_for(quantization, graph, options.precision, spec)
         for name, shape in shapes.items():
-            block = plan.of(name).block_size if is_planned(name, shape) else None
-            if block is not None:
-                check_block_size(block, shape[1], name)
+            storage = plan.of(name) if is_planned(name, shape) else None
+            if storage is None:
+                continue
+            if storage.block_size is not None:
+                check_block_size(storage.block_size, shape[1], name)
+            elif storage.kind == "int8" and target.half_activations:  # a row's blocks share a scale
+                largest_block_size((shape[1],), "--fp16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -13,15 +14,16 @@ __all__ = ["write_text_file"]
 def write_text_file(path: Path, text: str) -> None:
     """Write a file, or replace it, whole or not at all.
 
-    A link stays one: what it leads to is replaced. What is no file (a pipe, `/dev/stdout`) is
-    written to as it is.
+    A link stays one: what it leads to is replaced. What is no file (a pipe), and what this process
+    has open as its own output (`/dev/stdout`, wherever it goes), is written to as it is.
 
     Raises:
         OutputError: writing failed.
     """
-    if path.exists() and not path.is_file():
+    if path.exists() and (not path.is_file() or _is_output(path)):
         try:
-            path.write_text(text, encoding="utf-8")
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
         return
@@ -33,3 +35,13 @@ def write_text_file(path: Path, text: str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _is_output(path: Path) -> bool:
+    """Whether a file is what stdout or stderr goes to."""
+    status = path.stat()
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(status, os.fstat(stream)):
+                return True
+    return False

@@ -6,6 +6,7 @@ transformers' `GPT2Tokenizer`: byte-level BPE, no normalizer, special tokens mat
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import CheckpointError
@@ -31,6 +32,7 @@ TOKENIZER_FILES = (
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 _DEFAULT_SPECIAL = "<|endoftext|>"
+_LOG = logging.getLogger("neo_export")
 
 
 def find_tokenizer_files(folder: Path) -> tuple[Path, ...]:
@@ -77,11 +79,16 @@ def _completed(path: Path) -> bytes:
     config = _optional(folder / "tokenizer_config.json")
     config |= _optional(folder / "special_tokens_map.json")
     special = _special_texts(config, tokenizer)
-    numbered = _numbered_tokens(config, _optional(folder / "added_tokens.json"), special, folder)
-    lacking = {i: t for i, t in numbered.items() if tokenizer.token_to_id(t.content) is None}
-    if not lacking:
+    added = _optional(folder / "added_tokens.json")
+    try:
+        numbered = _numbered_tokens(config, added, special, folder)
+        lacking = {i: t for i, t in numbered.items() if tokenizer.token_to_id(t.content) is None}
+        if not lacking:
+            return data
+        _add_numbered(tokenizer, lacking, folder)
+    except CheckpointError as error:  # left over from another time: the whole file counts
+        _LOG.warning("%s. Only what %s holds is used", error, path.name)
         return data
-    _add_numbered(tokenizer, lacking, folder)
     text: str = tokenizer.to_str(pretty=False)
     return text.encode("utf-8")
 

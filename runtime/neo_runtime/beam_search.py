@@ -209,7 +209,8 @@ class BeamSearch:
         """Merge the candidates that just ended into the best finished hypotheses.
 
         What has not ended has no score here, where the reference gives it -1e9: a length penalty
-        far below 0 makes real scores smaller than that.
+        far below 0 makes real scores smaller than that. What goes on from no candidate counts
+        where it is better than the -1e9, as there.
         """
         is_full = self._options.early_stopping is True and bool(self._done.finished.all())
         if is_full or not self._can_improve:
@@ -218,8 +219,9 @@ class BeamSearch:
         ended[self._num_beams :] = False  # the rest is there to go on with, not to be returned
         new_tokens = self._length + 1 - self._prompt_length
         with np.errstate(over="ignore"):  # of what is no candidate, at -1e9
-            scores = scores / np.float32(new_tokens**self._options.length_penalty)
-        scores = np.where(ended, scores, np.float32(-np.inf))
+            found = scores / np.float32(new_tokens**self._options.length_penalty)
+        ended &= (scores > _OUT / 2) | (found > _OUT)
+        scores = np.where(ended, found, np.float32(-np.inf))
         length = np.full(len(ids), self._length + 1)
         self._done = self._done.best_with(_Hypotheses(ids, length, scores, ended))
 
@@ -230,4 +232,7 @@ class BeamSearch:
             length = self._max_length
         new_tokens = length - self._prompt_length
         best = self._scores[0] / np.float32(new_tokens**self._options.length_penalty)
-        return bool(best > self._done.score.min())  # that of a place not filled is -inf
+        worst = self._done.score.min()  # -inf of a place that is not filled
+        if self._scores[0] <= _OUT / 2:  # no beam is a candidate any more
+            worst = max(worst, _OUT)
+        return bool(best > worst)

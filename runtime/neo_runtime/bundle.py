@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import re
 import stat
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from neo_runtime.manifest import MANIFEST_NAME, WEIGHTS_NAME, Manifest
 from neo_runtime.onnx_external import external_locations
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterator
 
     from neo_runtime.manifest import FileRecord
@@ -46,7 +46,7 @@ class Bundle:
     """A bundle that has been checked."""
 
     path: Path
-    """The folder, absolute."""
+    """The folder, absolute and without links."""
     manifest: Manifest
     stamps: dict[str, tuple[int, ...]]
     """What the system says of each file, from when it was last checked."""
@@ -68,7 +68,13 @@ class Bundle:
         record = self.manifest.files[name]
         stamp = _check_place_and_size(self.path, name, record)
         if stamp != self.stamps[name]:
-            _check_sum(self.path, name, record)
+            try:
+                _check_sum(self.path, name, record)
+            except BundleDamagedError as error:
+                raise BundleDamagedError(
+                    f"{self.path / name} is not what it was when the bundle was opened; if another "
+                    "one was put in its place, call neo_runtime.load again"
+                ) from error
             self.stamps[name] = stamp
         return self.path / name
 
@@ -113,6 +119,8 @@ def open_bundle(
     stamps = {
         name: _check_place_and_size(folder, name, record) for name, record in manifest.files.items()
     }
+    if _read_manifest(folder) != manifest:
+        raise BundleDamagedError(f"{folder} was replaced while it was opened; load it again")
     checked = [n for n in sorted(manifest.files) if verify or n != WEIGHTS_NAME]
     done, total = 0, sum(manifest.files[name].size for name in checked)
 
@@ -148,11 +156,13 @@ def check_installation(manifest: Manifest, folder: Path) -> str:
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
-    """Absolute, for the process may change its working folder while a bundle is in use."""
+    """Without links: they, and the process's working folder, may change while it is in use."""
     try:
-        return Path(path).absolute()
+        return Path(os.path.realpath(path))
     except TypeError as error:
         raise RequestError(f"the bundle is {path!r}, expected the path of a folder") from error
+    except ValueError as error:
+        raise BundleError(f"{os.fspath(path)!r} is not a path ({error})") from error
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -203,7 +213,7 @@ def _check_place_and_size(folder: Path, name: str, record: FileRecord) -> tuple[
                 f"{path} is missing; copy or export the bundle again"
             ) from error
         raise BundleError(f"{path} cannot be opened: {error}") from error
-    if not real.is_relative_to(folder.resolve()):
+    if not real.is_relative_to(folder):
         raise BundleDamagedError(
             f"{path} is a link that leaves the folder (to {real}); a bundle must be complete in "
             "itself: put the file in its place"

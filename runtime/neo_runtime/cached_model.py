@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from neo_runtime.step_logits import StepLogits
 
 __all__ = ["CachedModel"]
-
-_LOG = logging.getLogger("neo_runtime")
 
 
 class CachedModel(Closable):
@@ -198,22 +195,10 @@ class CachedModel(Closable):
     def _check_open(self) -> None:
         if self._is_closed:
             raise NeoError("the model is closed; call neo_runtime.load again")
-        if os.getpid() != self._process:
-            self._check_fork()
-
-    def _check_fork(self) -> None:
-        """What a child process can do with a model of its parent's."""
-        if self.backend != "cpu":
+        if self.backend != "cpu" and os.getpid() != self._process:
             raise NeoError(
                 "the model was loaded in another process, and what it has on the GPU does not "
                 "survive a fork; call neo_runtime.load in each process"
-            )
-        self._process = os.getpid()
-        if self._backend.threads > 1:
-            _LOG.warning(
-                "the model was loaded before a fork: onnxruntime's threads are the parent's, so it "
-                "computes on one here; call neo_runtime.load in each process, which share the "
-                "weights all the same"
             )
 
     def close(self) -> None:

@@ -53,10 +53,12 @@ def read_prompts(prompt: str | None, file: str | None, *, ids: bool) -> list[Pro
 def _of_lines(file: str) -> list[Prompt]:
     name = "standard input" if file == _STDIN else file
     try:
-        text = sys.stdin.read() if file == _STDIN else Path(file).read_text(encoding="utf-8-sig")
+        text = sys.stdin.read() if file == _STDIN else Path(file).read_text(encoding="utf-8")
     except UnicodeError as error:
         raise RequestError(f"{name} is not valid UTF-8 ({error}); convert it") from error
-    lines = enumerate(text.split("\n"), start=1)  # JSON may hold other line breaks
+    lines = enumerate(
+        text.removeprefix("\ufeff").split("\n"), start=1
+    )  # JSON may hold other line breaks
     found = [_of_line(name, number, line) for number, line in lines if line.strip()]
     if not found:
         raise RequestError(f"{name} holds no prompts; expected JSON lines, one prompt each")

@@ -207,7 +207,8 @@ def beam_completions(
         watch.first = watch.seconds()
         while step is not None:
             parents, tokens = step
-            cache.reorder(parents)
+            # All beams were the prompt at first, and the cache has it once.
+            cache.reorder(parents if cache.batch > 1 else np.zeros_like(parents))
             step = search.step(model.decode(cache, tokens))
     watch.last = watch.seconds()
     results = search.results()

@@ -29,7 +29,7 @@ __all__ = ["build_warpers", "keep_largest"]
 
 _FIRST_GUESS = 128
 _GROWTH = 8
-_TINY = 1e-30
+_LARGEST = 3.4e38
 
 
 class Temperature:
@@ -37,13 +37,15 @@ class Temperature:
 
     def __init__(self, temperature: float) -> None:
         self._temperature = np.float32(temperature)
-        # Logits of some millions would become infinite, and a difference of infinities no number.
-        self._shifts = temperature < _TINY
+        self._largest = _LARGEST * min(temperature, 1.0)
+        """Of a score that does not become infinite."""
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
-        if self._shifts:
-            scores -= scores.max()
+        highest = scores.max()
         with np.errstate(over="ignore"):
+            # The quotient would be infinite, and a difference of infinities is no number.
+            if self._largest < abs(float(highest)) < np.inf:
+                scores -= highest
             return np.divide(scores, self._temperature, out=scores)
 
 

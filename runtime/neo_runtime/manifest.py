@@ -76,7 +76,7 @@ class ModelSpec:
 
         Small models often carry GPT-2's 50256, and have no such token.
         """
-        return tuple(token for token in self.eos_token_id if token < self.vocab_size)[:1]
+        return tuple(token for token in self.eos_token_id if 0 <= token < self.vocab_size)[:1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,8 @@ class Model(CachedModel):
 
         Args:
             prompt: text, token ids, or a list of these. A prompt in a list gets the result that
-                it would get alone (a tuple of seeds has one for each).
+                it would get alone, the last digits of float sums aside (a tuple of seeds has one
+                for each).
             options: instead of the bundle's `defaults`.
             bad_words: words that must not appear; more `bad_words_ids`.
             batch_size: prompts that are computed together; by default all.

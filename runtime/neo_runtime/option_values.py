@@ -7,6 +7,7 @@ expected and, where there is a usual cause, what to do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from numbers import Integral, Real
@@ -31,8 +32,8 @@ __all__ = [
     "why_no_text",
 ]
 
-_LARGEST, _SMALLEST = 3.4028234e38, 1.1754944e-38
-"""Of float32, in which scores are computed."""
+_LARGEST, _SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38
+"""Of float32 (its normal numbers), in which scores are computed."""
 
 Check = Callable[[str, Any], Any]
 T = TypeVar("T")
@@ -60,9 +61,15 @@ def _integer(name: str, value: object, expected: str, hint: str = "") -> int:
     return int(value)
 
 
-def _is_float32(value: Any) -> bool:
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    return is_number and -_LARGEST <= value <= _LARGEST
+def _float32(value: object) -> float | None:
+    """A number that float32 holds; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if abs(number) <= _LARGEST else None
 
 
 def count(minimum: int, *, optional: bool = False, hint: str = "") -> Check:
@@ -100,15 +107,15 @@ def number(
         )
         if limit is not None
     ]
-    expected = " ".join(["a finite number", " and ".join(limits)]).strip()
+    expected = " ".join(["a number that float32 holds,", " and ".join(limits)]).strip(" ,")
     expected += " or None" if optional else ""
 
     def check(name: str, value: Any) -> float | None:
         if value is None and optional:
             return None
-        if not _is_float32(value):
+        found = _float32(value)
+        if found is None:
             raise _refuse(name, value, expected, hint)
-        found = float(value)
         if (
             (above is not None and found - above < _SMALLEST)
             or (minimum is not None and found < minimum)
@@ -202,9 +209,12 @@ def sequence_bias(name: str, value: Any) -> tuple[tuple[tuple[int, ...], float],
 
 
 def _bias(name: str, value: Any) -> float:
-    if not _is_float32(value) and value != float("-inf"):
+    found = _float32(value)
+    if found is None and isinstance(value, Real) and value < 0:
+        return -math.inf  # so far below 0 that the token is forbidden
+    if found is None:
         raise _refuse(f"a bias in {name}", value, "a number that float32 holds, or -inf")
-    return float(value)
+    return found
 
 
 def exponential_decay(name: str, value: Any) -> tuple[int, float] | None:

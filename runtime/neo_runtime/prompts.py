@@ -42,7 +42,8 @@ def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
 
 
 def _is_number(item: Any) -> bool:
-    return not hasattr(item, "__len__") or getattr(item, "ndim", 1) == 0
+    has_parts = hasattr(item, "__len__") and getattr(item, "ndim", 1) > 0
+    return not (isinstance(item, str) or has_parts)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +21,40 @@ def test_room_for_all_rows_is_taken_first(tmp_path: Path) -> None:
         assert (tmp_path / "hidden.3.partial").stat().st_blocks * 512 >= 4 * 1000 * 64
         rows[:] = 2.0
     assert (folder.hidden(3, 1000, 64) == 2.0).all()
+
+
+def test_what_is_finished_is_kept_when_the_end_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "statistics"
+
+    def has_part() -> bool:
+        with WorkFolder.acquire(target, {"a": 1}, force=True) as work:
+            return work.has_part("layer")
+
+    with WorkFolder.acquire(target, {"a": 1}, force=False) as work:
+        work.write_part("layer", [])
+    target.mkdir()
+    (target / "statistics.json").write_text("{}")
+    with (
+        pytest.raises(OutputError, match="exists already"),
+        WorkFolder.acquire(target, {"a": 1}, force=True) as work,
+    ):
+        work.finish(force=False)
+    assert has_part()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shutil.rmtree(target)
+    with monkeypatch.context() as patch:
+        patch.setattr("neo_calibration.work_folder.rename_exclusive", full)
+        with (
+            pytest.raises(OutputError, match="what is finished is in"),
+            WorkFolder.acquire(target, {"a": 1}, force=True) as work,
+        ):
+            work.finish(force=False)
+    assert has_part()
 
 
 def test_a_full_disk_is_said_and_nothing_is_held(

@@ -14,6 +14,8 @@ from neo_export.targets import TARGETS, Quantization
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from neo_runtime.manifest import ModelSpec
 
 PLAN = WeightPlan(Storage("int8"), (("transformer.wte.weight", Storage("int4", 128)),))
@@ -32,6 +34,14 @@ def check(spec: ModelSpec, target: str, precision: str, **quantization: object) 
     chosen = Quantization(**quantization)  # type: ignore[arg-type]
     options = ExportOptions(target=target, precision=precision, quantization=chosen)
     check_options(spec, TARGETS[target], options)
+
+
+def test_int8_for_cuda_is_stored_in_blocks(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", TinyConfig(head_dim=8, num_heads=5))
+    with open_checkpoint(folder) as checkpoint:
+        check(checkpoint.spec, "cpu", "int8")
+        with pytest.raises(RequestError, match="divides all of the widths 40; export with --fp16"):
+            check(checkpoint.spec, "cuda", "int8")
 
 
 def test_what_fits(spec: ModelSpec) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,19 @@ def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="Is a directory"):
         write_text_file(tmp_path, "text")
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_standard_output_in_a_file_keeps_what_it_has(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys; from neo_export.text_file import write_text_file; "
+        "print('first', flush=True); write_text_file(pathlib.Path('/dev/stdout'), 'report\\n'); "
+        "print('last')"
+    )
+    with (tmp_path / "out").open("a") as out:
+        out.write("before\n")
+        out.flush()
+        subprocess.run([sys.executable, "-c", script], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == "before\nfirst\nreport\nlast\n"
 
 
 def test_a_failure_leaves_what_was_there_and_nothing_else(

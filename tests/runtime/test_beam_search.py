@@ -76,6 +76,8 @@ RULES: list[dict[str, Any]] = [
     {"no_repeat_ngram_size": 2},
     {"min_new_tokens": 3, "no_repeat_ngram_size": 1, "repetition_penalty": 1.5},
     {"renormalize_logits": True, "bad_words_ids": [[9], [5, 1]]},
+    # Fewer ways to begin than beams: some of these are no candidates.
+    {"begin_suppress_tokens": [token for token in range(VOCAB) if token not in (3, 7)]},
 ]
 
 

@@ -62,7 +62,7 @@ def test_what_changes_behind_an_open_bundle_is_found(folder: Path, name: str) ->
     assert bundle.graph("prefill") == folder / "prefill.onnx"
     (folder / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
     os.utime(folder / name, (2, 2))
-    with pytest.raises(BundleDamagedError, match=rf"{name} differs from its checksum"):
+    with pytest.raises(BundleDamagedError, match=rf"{name} is not what it was when .*load again"):
         bundle.file(name)
     if name != "tokenizer.json":
         with pytest.raises(BundleDamagedError, match=name):
@@ -70,6 +70,31 @@ def test_what_changes_behind_an_open_bundle_is_found(folder: Path, name: str) ->
     (folder / name).unlink()
     with pytest.raises(BundleDamagedError, match=rf"{name} is missing"):
         bundle.file(name)
+
+
+def test_a_bundle_that_is_replaced_while_it_is_opened(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_bundle(folder.parent / "other", weights=bytes(range(1, 65)))
+    check = bundle_module._check_place_and_size
+
+    def exchanged(place: Path, name: str, record: FileRecord) -> tuple[int, ...]:
+        if (folder.parent / "other").exists():
+            folder.rename(folder.parent / "old")
+            (folder.parent / "other").rename(folder)
+        return check(place, name, record)
+
+    monkeypatch.setattr(bundle_module, "_check_place_and_size", exchanged)
+    with pytest.raises(BundleDamagedError, match="was replaced while it was opened"):
+        open_bundle(folder)
+
+
+def test_a_link_may_be_turned_to_another_bundle(folder: Path) -> None:
+    (folder.parent / "current").symlink_to(folder)
+    bundle = open_bundle(folder.parent / "current")
+    (folder.parent / "current").unlink()
+    (folder.parent / "current").symlink_to(folder.parent)
+    assert bundle.graph("prefill") == folder / "prefill.onnx"
 
 
 def test_the_working_folder_may_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

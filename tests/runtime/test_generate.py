@@ -69,6 +69,22 @@ def test_beam_search_equals_transformers(fused: Model) -> None:
         assert [c.finish_reason for c in found] == ["stop" if end else "length" for end in ends]
 
 
+def test_beams_with_few_ways_to_begin(fused: Model) -> None:
+    prompts = varied_prompts()[:4]
+    allowed = {11, 300, 512}
+    options = {
+        "num_beams": 4,
+        "num_return_sequences": 3,
+        "max_new_tokens": 12,
+        "begin_suppress_tokens": [token for token in range(4096) if token not in allowed],
+    }
+    expected = reference_continuations(prompts, do_sample=False, **options)
+    for prompt, hypotheses in zip(prompts, expected, strict=True):
+        found = fused.generate([prompt], **options)
+        assert [c.token_ids for c in found] == hypotheses
+        assert {c.token_ids[0] for c in found} <= allowed
+
+
 def test_beam_search_on_the_appended_cache(portable_bundle: Path, fused: Model) -> None:
     prompts = varied_prompts()[:3]
     options = {"num_beams": 3, "max_new_tokens": 40}
@@ -178,6 +194,10 @@ def test_requests_that_cannot_be_honoured(fused: Model) -> None:
     for beams in (1, 2):
         with pytest.raises(RequestError, match="batch_size is 0"):
             fused.generate("Hey", batch_size=0, num_beams=beams)
+    texts = fused.generate(np.array(["Tom", "Sue"]), max_new_tokens=2)  # type: ignore[call-overload]
+    assert [c.text for c in texts] == [
+        fused.generate(text, max_new_tokens=2).text for text in ("Tom", "Sue")
+    ]
     for wrong in ({"max_new_tokens": 2}, 50):
         with pytest.raises(RequestError, match=r"expected GenerationOptions; give single options"):
             fused.generate("Hey", wrong)  # type: ignore[call-overload]

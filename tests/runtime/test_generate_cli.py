@@ -138,7 +138,7 @@ def test_several_completions_and_prompts(
     flags += ["--batch-size", "3"]
     assert main([str(mini_bundle), *flags, "--prompts-file", str(path)]) == 0
     assert capsys.readouterr().out == "\n---\n".join(map(str, texts)) + "\n"
-    stdin(monkeypatch, path.read_bytes())
+    stdin(monkeypatch, b"\xef\xbb\xbf" + path.read_bytes())
     assert main([str(mini_bundle), *flags, "--prompts-file", "-"]) == 0
     assert capsys.readouterr().out == "\n---\n".join(map(str, texts)) + "\n"
 

@@ -108,6 +108,20 @@ def test_contradictions_are_errors(given: dict[str, Any], message: str) -> None:
         GenerationOptions(**given)
 
 
+def test_the_ends_of_float32_are_numbers() -> None:
+    ends = np.finfo(np.float32)
+    bias = {1: float(ends.min), 2: ends.max, 3: -1e300, 4: -(10**400), 5: np.float16(0.5)}
+    kept = GenerationOptions(logit_bias=bias, temperature=float(ends.tiny), do_sample=True)
+    assert list(kept.logit_bias.values()) == [ends.min, ends.max, -np.inf, -np.inf, 0.5]
+    assert kept.temperature == ends.tiny
+    with pytest.raises(
+        RequestError, match=r"temperature is 1e\+39, expected a number that float32"
+    ):
+        GenerationOptions(temperature=1e39, do_sample=True)
+    with pytest.raises(RequestError, match="a bias in logit_bias is array"):
+        GenerationOptions(logit_bias={5: np.array([1.0, 2.0])})
+
+
 def test_values_are_kept_in_one_plain_form() -> None:
     options = GenerationOptions().merged(
         eos_token_id=np.int64(7),

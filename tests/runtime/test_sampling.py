@@ -183,6 +183,13 @@ def test_the_smallest_temperature_is_greedy(top_k: int) -> None:
             assert picked.pick(logits_of(step)).token == greedy.pick(logits_of(step)).token
 
 
+@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize(("temperature", "bias"), [(0.5, 3e38), (0.2, 1e38), (1e-29, 1e10)])
+def test_quotients_beyond_float32(temperature: float, bias: float, top_k: int) -> None:
+    options = {"do_sample": True, "top_k": top_k, "logit_bias": {7: bias}}
+    assert sampler(temperature=temperature, **options).pick(logits_of(0)).token == 7
+
+
 def test_forbidding_every_token_is_an_error_when_sampling() -> None:
     with pytest.raises(RequestError, match="forbid every token"):
         sampler(do_sample=True, suppress_tokens=range(24)).pick(logits_of(0))

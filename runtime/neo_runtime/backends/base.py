@@ -105,8 +105,6 @@ class Backend(ABC):
     manifest: Manifest
     described: str = ""
     """What it runs on, for a line to the user."""
-    threads: int = 1
-    """Of the processor, that one operator may use."""
     default_chunk: int = 512
     """Tokens of a prompt that go through the graph at once: bounds the memory for activations."""
 

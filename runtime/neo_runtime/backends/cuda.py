@@ -265,6 +265,7 @@ class CudaBackend(Backend):
             self._weights.close()
             self._weights = None
             self._close_device()
+        self._leftovers.settle()  # of a cache that was closed meanwhile
 
     def _close_device(self) -> None:
         if self._weights is None and self.slots.is_empty:

@@ -31,7 +31,11 @@ class Leftovers:
     def leave(self, work: Callable[[], None]) -> None:
         """Do `work` now or later; never waits."""
         self._waiting.append(work)
-        if self._lock.acquire(blocking=False):
+        self.settle()
+
+    def settle(self) -> None:
+        """Do what waits, if nobody uses the device; for who has just let go of the lock, too."""
+        while self._waiting and self._lock.acquire(blocking=False):
             try:
                 self.clear()
             finally:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +40,14 @@ _TOKENS_MAPPED = 16
 to 300 kB around each of them."""
 
 
+_live: weakref.WeakSet[OnnxRuntimeBackend] = weakref.WeakSet()
+
+
 class OnnxRuntimeBackend(Backend):
-    """Sessions are made when first used, one a graph, and shared by all threads."""
+    """Sessions are made when first used, one a graph, and shared by all threads.
+
+    A forked child makes its own: the threads of its parent's are not there.
+    """
 
     described = "CPU"
 
@@ -63,7 +72,6 @@ class OnnxRuntimeBackend(Backend):
         self._factory = SessionFactory(
             bundle, threads=threads, session_config=session_config, keep_prepacked=keep_prepacked
         )
-        self.threads = threads
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -78,6 +86,18 @@ class OnnxRuntimeBackend(Backend):
         """Since the rows of tokens left memory; threads may miscount."""
         self.kept_block = KeptBlock()
         """Of the cache that was closed last."""
+        _live.add(self)
+
+    def begin_anew(self) -> None:
+        """Leave the sessions to the parent process; nobody holds the locks of a new child."""
+        for session in self._sessions.values():
+            # Its end would wait for threads that are not there, at exit at the latest.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+        self._sessions = {}
+        self._factory.token_rows.clear()
+        self._lock = threading.Lock()
+        self._heap = Heap(_spare(self.manifest.files[WEIGHTS_NAME].size))
+        self.kept_block = KeptBlock()
 
     def session(self, graph: str) -> Any:
         """The `onnxruntime.InferenceSession` of "prefill", "decode" or "score"."""
@@ -170,6 +190,15 @@ class OnnxRuntimeBackend(Backend):
             self._sessions.clear()
         self.kept_block.close()
         give_back()
+
+
+def _after_fork() -> None:
+    for backend in list(_live):
+        backend.begin_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _spare(weights: int) -> int:

@@ -224,6 +224,7 @@ class TensorRTBackend(Backend):
             self._contexts.clear()
             self._engine = self._runtime = None
             self.device.close()
+        self.leftovers.settle()  # of a cache that was closed meanwhile
 
     def check_open(self) -> None:
         """Refuse to work after `close`."""
