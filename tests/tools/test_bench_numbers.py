@@ -155,8 +155,10 @@ def test_flops_are_two_a_weight_and_four_a_position() -> None:
     step = 2 * (2 * layer + 100 * 8)
     assert traffic.decode_flops(model, batch=1, depth=9) == step + 4 * 8 * (10 + 4)
     assert traffic.decode_flops(model, batch=5, depth=9) == 5 * (step + 4 * 8 * 14)
-    # Positions 1…6 in the global layer, 1, 2, 3, 4, 4, 4 in the local one; the head once.
-    expected = 6 * 2 * 2 * layer + 2 * 100 * 8 + 4 * 8 * (21 + 18)
+    # Positions 1…6 in the global layer, 4 for the last in the local one, which is the last layer:
+    # it needs keys and values of all, the rest of it and the head once.
+    expected = 6 * 2 * layer + 6 * 2 * 2 * 8 * 8 + 2 * (layer - 2 * 8 * 8) + 2 * 100 * 8
+    expected += 4 * 8 * (21 + 4)
     assert traffic.prefill_flops(model, batch=2, length=6) == 2 * expected
 
 

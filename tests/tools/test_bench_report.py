@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -164,6 +165,25 @@ def test_svg_escapes_names_and_shows_every_point() -> None:
     for label in ("ours", "torch:fp32"):
         for test in ("pp16", "tg2 @ d8"):
             assert any(title.startswith(f"{label}, {test}:") for title in titles)
+
+
+def test_a_roof_without_a_peak_is_a_slope() -> None:
+    sample = results()
+    [limits] = sample.limits
+    svg = plot.to_svg(dataclasses.replace(sample, limits=(dataclasses.replace(limits, peak={}),)))
+    texts = [element.text for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+    assert "memory" in texts
+    assert not any("peak" in (text or "") for text in texts)
+
+
+def test_memory_on_a_gpu_is_the_gpus() -> None:
+    sample = results(rows=(row(device_bytes=2_200_000),))
+    for backend, share in (("cpu", "2.00"), ("cuda", "1.10")):
+        facts = dataclasses.replace(sample.participants[0], details={"backend": backend})
+        parts = (facts, *sample.participants[1:])
+        text = to_markdown(dataclasses.replace(sample, participants=parts))
+        [line] = [line for table in tables(text) for line in table if "device MB" in line]
+        assert (line["device MB"], line["÷ (weights + cache)"]) == ("2.2", share)
 
 
 def test_svg_grows_with_its_legend() -> None:

@@ -84,8 +84,15 @@ def run(
         rounds=(eager,),
         spread=spread([eager]),
     )
+    against = dataclasses.replace(
+        ratio,
+        other="half",
+        bundle="int4",
+        rounds=(step / int4_step,),
+        spread=spread([step / int4_step]),
+    )
     facts_of_both = (facts, dataclasses.replace(facts, label="int4"))
-    return dataclasses.replace(base, rows=rows, participants=facts_of_both, ratios=(ratio,))
+    return dataclasses.replace(base, rows=rows, participants=facts_of_both, ratios=(ratio, against))
 
 
 def verdicts(results: Results) -> list[str]:
@@ -169,7 +176,13 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
         names, results = {"half": "cuda-fp16", "int4": "cuda-int4"}, run()
         rows = [dataclasses.replace(r, label=names[r.label]) for r in results.rows]
         facts = [dataclasses.replace(p, label=names[p.label]) for p in results.participants]
-        return dataclasses.replace(results, rows=tuple(rows), participants=tuple(facts))
+        ratios = [
+            dataclasses.replace(r, other=names.get(r.other, r.other), bundle=names[r.bundle])
+            for r in results.ratios
+        ]
+        return dataclasses.replace(
+            results, rows=tuple(rows), participants=tuple(facts), ratios=tuple(ratios)
+        )
 
     monkeypatch.setattr("neo_runtime.gpu.require_gpu", lambda device: GPU)
     monkeypatch.setattr("neo_tools.bench.run.run", measured)
@@ -180,7 +193,7 @@ def test_the_parts_of_a_check(
     on_a_gpu: list[Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = Suite(passed=9, failed=0, skipped=1, exit_status=0)
-    monkeypatch.setattr("neo_tools.gpu_check.__main__.run_suite", lambda tests: suite)
+    monkeypatch.setattr("neo_tools.gpu_check.__main__.run_suite", lambda *_: suite)
     assert main(["--output", str(tmp_path), "--device", "2"]) == 0
     eager, compiled = on_a_gpu
     assert [peer.label for peer in eager.peers] == ["torch:fp16"]
@@ -227,7 +240,7 @@ def test_nothing_is_measured_behind_a_test_that_fails(
     on_a_gpu: list[Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = Suite(passed=9, failed=1, skipped=0, exit_status=1)
-    monkeypatch.setattr("neo_tools.gpu_check.__main__.run_suite", lambda tests: suite)
+    monkeypatch.setattr("neo_tools.gpu_check.__main__.run_suite", lambda *_: suite)
     assert main(["--output", str(tmp_path)]) == 1
     assert not on_a_gpu
     assert json.loads((tmp_path / "gpu-report.json").read_text())["runs"] == {}

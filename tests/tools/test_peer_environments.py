@@ -190,8 +190,16 @@ def test_command_line_prints_errors_without_a_traceback(
     assert main(["load-portable", str(tmp_path), "--root", str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert [line.split(":")[0] for line in printed.err.splitlines()] == ["error"] * 3
+    assert [line.split(":")[0] for line in printed.err.splitlines()] == ["peers"] * 3
     assert "setup optimum" in printed.err
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"fingerprint": 3}'])
+def test_a_marker_that_says_nothing_is_no_environment(content: str, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "neo-peer.json").write_text(content)
+    with pytest.raises(DependencyError, match="was set up for other versions"):
+        environments.python_of("torch", tmp_path)
 
 
 def test_load_portable_wants_a_bundle(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from pathlib import Path
@@ -202,6 +203,14 @@ def _count(text: str) -> int:
     return number
 
 
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time; a number of seconds above 0")
+    return number
+
+
+_seconds.__name__ = "number"
 _count.__name__ = "number"  # what argparse calls it in its message
 
 
@@ -281,7 +290,7 @@ def _add_details(group: argparse._ArgumentGroup) -> None:
         help="buffer of the bandwidth measurement (16 times the last-level cache, at least 1074)",
     )
     group.add_argument(
-        "--timeout", metavar="S", type=float, default=3600.0, help="for one answer (3600)"
+        "--timeout", metavar="S", type=_seconds, default=3600.0, help="for one answer (3600)"
     )
 
 

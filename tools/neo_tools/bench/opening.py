@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.bundle import open_bundle
@@ -16,7 +16,7 @@ from neo_tools.bench.cases import check_lengths
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.manifest import Manifest
+    from neo_runtime.manifest import Manifest, ModelSpec
 
     from neo_tools.bench.cases import Settings
     from neo_tools.bench.traffic import StepWeights
@@ -49,8 +49,11 @@ def labels_of(paths: tuple[Path, ...]) -> list[str]:
     ]
 
 
-def open_bundles(settings: Settings) -> list[BundleInfo]:
+def open_bundles(settings: Settings) -> tuple[Settings, list[BundleInfo]]:
     """Open all bundles of a run.
+
+    Returns:
+        The settings with the backend named, and what was opened.
 
     Raises:
         BundleError: one cannot be used.
@@ -65,13 +68,55 @@ def open_bundles(settings: Settings) -> list[BundleInfo]:
         graph = bundle.file(bundle.manifest.graphs["decode"].file)
         weights = traffic.decode_weights(graph)
         found.append(BundleInfo(label=label, path=path, manifest=bundle.manifest, weights=weights))
-    sizes = {info.manifest.model.vocab_size for info in found}
-    if len(sizes) > 1:
+    shapes = {info.label: _shape(info.manifest.model) for info in found}
+    if len(set(shapes.values())) > 1:
+        listed = "; ".join(f"{label} has {shape}" for label, shape in shapes.items())
         raise RequestError(
-            f"the bundles have vocabularies of {sorted(sizes)} tokens: they are different models, "
-            "and cannot get the same token ids; run them one by one"
+            f"the bundles are different models, and figures of one say nothing of another: {listed}"
+            "; run them one by one"
         )
-    return found
+    return replace(settings, backend=_backend(settings, found)), found
+
+
+def _backend(settings: Settings, found: list[BundleInfo]) -> str:
+    """What all bundles run on, named: the machine's limit and the peers depend on it.
+
+    Raises:
+        RequestError: it was left open, and is not the same for all of them.
+    """
+    if settings.backend != "auto":
+        return settings.backend
+    chosen = {info.label: _own_backend(info.manifest.target, settings.device) for info in found}
+    listed = ", ".join(f"{label} on {name}" for label, name in chosen.items())
+    if len(set(chosen.values())) > 1:
+        raise RequestError(
+            f"the bundles would run on different machines ({listed}), whose figures do not "
+            "compare; run them one by one, or name --backend"
+        )
+    name = next(iter(chosen.values()))
+    if name != "cpu" and settings.peers:
+        raise RequestError(
+            f"the bundles would run on a GPU ({listed}) and the peers on the CPU; name --backend "
+            f"{name} for both, or --backend cpu"
+        )
+    return name
+
+
+def _own_backend(target: str, device: int) -> str:
+    if target not in ("cuda", "tensorrt"):
+        return "cpu"
+    try:
+        require_gpu(device)
+    except NeoError:
+        return "cpu"
+    return target
+
+
+def _shape(model: ModelSpec) -> str:
+    return (
+        f"{model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
+        f"vocabulary {model.vocab_size}"
+    )
 
 
 def _refuse_without_gpu(settings: Settings, path: Path, manifest: Manifest) -> None:

@@ -199,6 +199,10 @@ class Participant:
 
 
 def rotated(items: Sequence[Participant], by: int) -> list[Participant]:
-    """The order of a round: whoever began the last one comes last."""
-    by %= max(1, len(items))
-    return [*items[by:], *items[:by]]
+    """The order of a round: everyone begins in turn, and every second round runs backwards.
+
+    So nobody always comes behind the same other one, who may have pressed weights out of memory.
+    """
+    start = by % max(1, len(items))
+    order = [*items[start:], *items[:start]]
+    return order if by % 2 == 0 else [order[0], *order[:0:-1]]

@@ -127,7 +127,7 @@ def _axes(points: Sequence[Point], limits: Limits) -> _Axes:
     """Wide enough for the points and the corners of the roof."""
     peaks = list(limits.peak.values())
     xs = [p.intensity for p in points] + [peak / limits.bandwidth for peak in peaks]
-    ys = [p.rate for p in points] + [max(peaks)]
+    ys = [p.rate for p in points] + peaks
     return _Axes(
         left=math.floor(math.log10(min(xs) / 1.5)),
         right=math.ceil(math.log10(max(xs) * 1.5)),
@@ -224,10 +224,12 @@ def _roof(axes: _Axes, limits: Limits) -> list[str]:
     found = []
     peaks = sorted(limits.peak.items(), key=lambda pair: pair[1])
     start = max(10.0**axes.left, 10.0**axes.bottom / limits.bandwidth)
-    corner = peaks[-1][1] / limits.bandwidth
+    # Without a peak (none is measured on a GPU) the slope goes on to the picture's edge.
+    top = peaks[-1][1] if peaks else min(10.0**axes.top, 10.0**axes.right * limits.bandwidth)
+    corner = top / limits.bandwidth
     style = 'stroke-width="2"'
     x1, y1 = axes.x(start), axes.y(start * limits.bandwidth)
-    x2, y2 = axes.x(corner), axes.y(peaks[-1][1])
+    x2, y2 = axes.x(corner), axes.y(top)
     found.append(_line(x1, y1, x2, y2, _INK, style))
     turn = -math.degrees(math.atan2(y1 - y2, x2 - x1))
     x, y = (x1 + 3 * x2) / 4, (y1 + 3 * y2) / 4
@@ -297,6 +299,8 @@ def _write_png(results: Results, path: Path) -> None:
     axes = _axes(points, limits)
     figure, plane = pyplot.subplots(figsize=(9.6, 5.6), layout="constrained")
     ends = (10.0**axes.left, 10.0**axes.right)
+    if not limits.peak:
+        plane.plot(ends, [x * limits.bandwidth / 1e9 for x in ends], color=_INK)
     for name, peak in limits.peak.items():
         corner = peak / limits.bandwidth
         xs = (ends[0], corner, ends[1])

@@ -40,6 +40,7 @@ CSV_COLUMNS = (
     "load_to_first_token_seconds",
     "private_bytes",
     "proportional_bytes",
+    "device_bytes",
     "cache_bytes",
     "bytes_per_token",
     "bytes_are_nominal",
@@ -227,15 +228,23 @@ def _share_text(share: Spread | None) -> str:
     return "–" if share is None else f"{share.median:.0%} ({share.min:.0%} – {share.max:.0%})"
 
 
-_MEMORY_HEAD = (*_CASE_HEAD, "private MB", "proportional MB", "cache MB", "÷ (weights + cache)")
+_MEMORY_HEAD = (
+    *_CASE_HEAD,
+    "private MB",
+    "proportional MB",
+    "device MB",
+    "cache MB",
+    "÷ (weights + cache)",
+)
 
 
 def _memory_cells(results: Results, row: Row) -> list[str]:
-    sizes = (row.private_bytes, row.proportional_bytes, row.cache_bytes)
-    weights = _facts_of(results, row).weights_bytes
-    share = "–"
-    if weights is not None and row.cache_bytes is not None and row.proportional_bytes is not None:
-        share = f"{row.proportional_bytes / (weights + row.cache_bytes):.2f}"
+    sizes = (row.private_bytes, row.proportional_bytes, row.device_bytes, row.cache_bytes)
+    facts = _facts_of(results, row)
+    on_gpu = facts.details.get("backend") in ("cuda", "tensorrt")
+    held, share = row.device_bytes if on_gpu else row.proportional_bytes, "–"
+    if facts.weights_bytes is not None and row.cache_bytes is not None and held is not None:
+        share = f"{held / (facts.weights_bytes + row.cache_bytes):.2f}"
     return [*_case_cells(row), *(_megabytes(size) for size in sizes), share]
 
 

@@ -46,7 +46,7 @@ def run(settings: Settings, progress: Callable[[str], None]) -> Results:
     Raises:
         NeoError: a bundle, a checkpoint or a peer cannot be used, or a worker failed.
     """
-    bundles = open_bundles(settings)
+    settings, bundles = open_bundles(settings)
     check_checkpoint(settings, bundles[0].manifest)
     machine, watch = machine_facts(), CpuWatch()
     parts: list[_Part] = [

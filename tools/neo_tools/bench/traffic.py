@@ -10,7 +10,7 @@ attention needs: every position in a global layer, the window in a local one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -196,11 +196,20 @@ def decode_flops(model: ModelSpec, *, batch: int, depth: int, steps: int = 1) ->
 
 
 def prefill_flops(model: ModelSpec, *, batch: int, length: int) -> float:
-    """Operations of a prompt into an empty cache; the head runs on the last position only."""
+    """Operations that a prompt into an empty cache needs at least.
+
+    The last layer keeps keys and values of every position; all else there, and the head, is for the
+    last one alone.
+    """
     width = model.num_heads * model.head_dim
-    attended = sum(_attended(model, position + 1) for position in range(length))
-    layers = 2.0 * _layer_weights(model) * model.num_layers * length
-    return batch * (layers + 2.0 * model.vocab_size * model.hidden_size + 4.0 * width * attended)
+    before = replace(model, attention_layers=model.attention_layers[:-1])
+    attended = sum(_attended(before, position + 1) for position in range(length))
+    attended += _attended(model, length) - _attended(before, length)
+    cached = 2 * model.hidden_size * width
+    matrices = _layer_weights(model) * (model.num_layers - 1) * length
+    matrices += cached * length + _layer_weights(model) - cached
+    head = model.vocab_size * model.hidden_size
+    return batch * (2.0 * (matrices + head) + 4.0 * width * attended)
 
 
 def _layer_weights(model: ModelSpec) -> int:

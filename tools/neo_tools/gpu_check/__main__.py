@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -52,21 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="measure without the tests, which this machine has passed before; the report says so",
     )
     arguments = parser.parse_args(argv)
+    if arguments.repetitions < 1:
+        parser.error(f"--repetitions is {arguments.repetitions}, expected at least 1")
     return run_command("gpu-check", lambda: _run(arguments), extras="gpu-check")
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from neo_export.staging import termination_raises
     from neo_runtime.gpu import require_gpu
 
     from neo_tools.gpu_check.report import write_report
 
     gpu = require_gpu(arguments.device)
-    suite = None if arguments.no_tests else run_suite(_TESTS)
+    suite = None if arguments.no_tests else run_suite(_TESTS, arguments.device)
     runs: dict[str, BackendRun] = {}
     paths = write_report(arguments.output, gpu, suite, runs)
     print(f"gpu-check: the report so far: {paths[1]}", file=sys.stderr)
     if suite is None or suite.is_correct:
-        with tempfile.TemporaryDirectory(dir=arguments.output) as folder:
+        with (
+            termination_raises(),
+            tempfile.TemporaryDirectory(dir=arguments.output) as folder,
+        ):
             for backend in arguments.backend or ["cuda"]:
                 for run in _measure(arguments, backend, Path(folder)):
                     runs[backend] = run
@@ -75,14 +82,23 @@ def _run(arguments: argparse.Namespace) -> int:
     return _DONE if suite is None or suite.is_correct else _WRONG_NUMBERS
 
 
-def run_suite(tests: Path) -> Suite:
-    """The tests that need a GPU, in a process of their own; their output goes to stderr."""
+def run_suite(tests: Path, device: int = 0) -> Suite:
+    """The tests that need a GPU, in a process of their own; their output goes to stderr.
+
+    Args:
+        tests: their folder.
+        device: the GPU that they see, as their first.
+    """
     from neo_tools.gpu_check.report import Suite
 
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)]
-        status = subprocess.run([*command, f"--junitxml={found}"], stdout=sys.stderr).returncode
+        status = subprocess.run(
+            [*command, f"--junitxml={found}"],
+            stdout=sys.stderr,
+            env=os.environ | _only_gpu(device),
+        ).returncode
         counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
         if found.exists():
             for suite in ET.parse(found).getroot().iter("testsuite"):
@@ -114,7 +130,7 @@ def _measure(arguments: argparse.Namespace, backend: str, folder: Path) -> Itera
             str(model), bundles[precision], ExportOptions(target=backend, precision=precision)
         )
         if backend == "tensorrt":
-            _build_plan(bundles[precision])
+            _build_plan(bundles[precision], arguments.device)
     parts = dict(_parts(arguments, backend, model, bundles))
     found = BackendRun(planned=tuple(parts))
     yield found
@@ -162,12 +178,20 @@ def _positions(bundle: Path) -> int:
     return open_bundle(bundle).manifest.max_length
 
 
-def _build_plan(bundle: Path) -> None:
+def _only_gpu(device: int) -> dict[str, str]:
+    """Environment of a child that shall use this GPU, whatever it asks for."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    seen = visible[device] if device < len(visible) and visible[device] else str(device)
+    return {"CUDA_VISIBLE_DEVICES": seen}
+
+
+def _build_plan(bundle: Path, device: int) -> None:
     """A plan for the large batch, with `neo-engine` in a process of its own."""
     from neo_tools.gpu_check.targets import MANY
 
     command = [sys.executable, "-m", "neo_export.engine.cli", str(bundle), "--max-batch", str(MANY)]
-    if subprocess.run(command, stdout=sys.stderr).returncode:
+    environment = os.environ | _only_gpu(device)
+    if subprocess.run(command, stdout=sys.stderr, env=environment).returncode:
         raise NeoError(f"neo-engine could not build a plan of {bundle}; its words are above")
 
 

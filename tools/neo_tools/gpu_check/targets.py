@@ -44,7 +44,7 @@ def judge(results: Results, half: str, int4: str | None) -> list[Verdict]:
     return [
         _share(decode),
         _ratio(results, half),
-        _int4(results.rows, decode, int4),
+        _int4(results, half, int4),
         _prompt(_row(results.rows, half, prompt=LONG_PROMPT, batch=1)),
         _batch(decode, _row(results.rows, half, depth=SHORT, batch=MANY)),
         _memory(results, half, decode),
@@ -76,14 +76,19 @@ def _share(row: Row | None) -> Verdict:
     return _verdict(name, wanted, share, f"{100 * (share or 0):.0f} %", met=(share or 0) >= 0.75)
 
 
-def _ratio(results: Results, half: str) -> Verdict:
+def _decode_ratio(results: Results, other: str, bundle: str | None) -> float | None:
+    """Median of the rounds' ratios of one sequence's decode; None where they did not run."""
     found = [
         ratio.spread.median
         for ratio in results.ratios
-        if (ratio.other, ratio.bundle, ratio.batch) == (_EAGER, half, 1)
+        if (ratio.other, ratio.bundle, ratio.batch) == (other, bundle, 1)
         and ratio.test.startswith("tg")
     ]
-    value = found[0] if found else None
+    return found[0] if found else None
+
+
+def _ratio(results: Results, half: str) -> Verdict:
+    value = _decode_ratio(results, _EAGER, half)
     name, wanted = "float16 decode against PyTorch eager float16", "at least 3 times"
     return _verdict(name, wanted, value, f"{value or 0:.2f} times", met=(value or 0) >= 3)
 
@@ -92,10 +97,8 @@ def _seconds(row: Row | None) -> float | None:
     return median(row.round_seconds) if row else None
 
 
-def _int4(rows: Sequence[Row], decode: Row | None, int4: str | None) -> Verdict:
-    other = _row(rows, int4, depth=SHORT, batch=1) if int4 else None
-    half_seconds, int4_seconds = _seconds(decode), _seconds(other)
-    value = half_seconds / int4_seconds if half_seconds and int4_seconds else None
+def _int4(results: Results, half: str, int4: str | None) -> Verdict:
+    value = _decode_ratio(results, half, int4)
     name, wanted = "int4 decode against float16", "at least 1.8 times"
     return _verdict(name, wanted, value, f"{value or 0:.2f} times", met=(value or 0) >= 1.8)
 

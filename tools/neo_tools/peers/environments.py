@@ -147,12 +147,21 @@ def python_of(name: str, root: Path | None = None) -> Path:
     marker = folder / _MARKER
     if not marker.is_file():
         raise DependencyError(f"the peer {name} has no environment in {folder}; run `{command}`")
-    if json.loads(marker.read_text("utf-8")).get("fingerprint") != spec.fingerprint:
+    if _fingerprint_in(marker) != spec.fingerprint:
         raise DependencyError(
             f"the environment in {folder} was set up for other versions than "
             f"{spec.constraints.name} names; run `{command}` again"
         )
     return _interpreter(folder)
+
+
+def _fingerprint_in(marker: Path) -> str | None:
+    """Of what an environment was set up for; None where the file says nothing of it."""
+    try:
+        found: object = json.loads(marker.read_text("utf-8"))["fingerprint"]
+    except (ValueError, KeyError, TypeError):  # half written, or somebody else's
+        return None
+    return found if isinstance(found, str) else None
 
 
 def setup(name: str, root: Path | None = None) -> Path:
@@ -223,9 +232,13 @@ def _run(command: Sequence[str], what: str) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            tail.append(line.rstrip())
-            print(f"  {line.rstrip()}", file=sys.stderr, flush=True)
+        try:
+            for line in process.stdout:
+                tail.append(line.rstrip())
+                print(f"  {line.rstrip()}", file=sys.stderr, flush=True)
+        except BaseException:  # Ctrl-C, above all: nobody would wait for it any more
+            process.kill()
+            raise
     if process.returncode:
         raise DependencyError(
             f"could not {what}: `{' '.join(command)}` ended with status {process.returncode}; "

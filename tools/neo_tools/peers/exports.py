@@ -59,9 +59,13 @@ class ExportReport:
 
 
 def exported_folder(peer: str, model: Path, precision: str, root: Path | None = None) -> Path:
-    """Where the export of this model lives: `ROOT/models/<name>-<digest>/<peer>-<precision>`."""
+    """Where the export of this model lives, by the versions that made it.
+
+    `ROOT/models/<name>-<digest>/<peer>-<precision>-<fingerprint>`
+    """
     name = f"{model.resolve().name}-{_digest(model)}"
-    return root_folder(root) / "models" / name / f"{peer}-{precision}"
+    made_by = spec_of(peer).fingerprint[:8]
+    return root_folder(root) / "models" / name / f"{peer}-{precision}-{made_by}"
 
 
 def ensure_export(peer: str, model: Path, precision: str, root: Path | None = None) -> Path:
