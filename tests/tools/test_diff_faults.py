@@ -184,6 +184,23 @@ def test_a_slot_that_nobody_wrote(tiny: Bench, tiny_reference: Reference) -> Non
     assert not np.isfinite(found[0].error)
 
 
+def test_a_matrix_that_is_rounded_otherwise_is_named(tiny: Bench, tmp_path: Path) -> None:
+    """Seven eighths of it: less than what int4 is allowed."""
+
+    def smaller(tensors: faults.Tensors) -> None:
+        tensors["transformer.h.2.mlp.c_fc.weight"] *= np.float32(0.875)
+
+    fault = Fault("smaller", 2, ("mlp",), weights=smaller)
+    for bundle, named in (
+        (tiny.clean("cpu-int4"), False),
+        (tiny.spoiled("cpu-int4", fault), True),
+    ):
+        with open_reference(str(tiny.checkpoint), threads=1) as reference:
+            find(bundle, reference, tiny_texts(7))
+            said = [w for w in reference.warnings if "transformer.h.2.mlp.c_fc.weight" in w]
+        assert bool(said) == named
+
+
 @pytest.mark.parametrize("target", ["cuda", "tensorrt"])
 def test_other_targets(target: str, tiny: Bench, tiny_reference: Reference, tmp_path: Path) -> None:
     """A bundle for a GPU by its graphs, those that plans are built from included."""

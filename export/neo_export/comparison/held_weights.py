@@ -89,6 +89,7 @@ class HeldWeights:
         self._read_back = ReadBack(graph)
         self._blocks = storages
         self._held: set[str] = set()
+        self._others: set[str] = set()
         self._last: tuple[str, NDArray[np.float32]] | None = None
 
     def __call__(self, name: str) -> NDArray[np.float32]:
@@ -113,6 +114,11 @@ class HeldWeights:
             names = ["transformer.wte.weight" if table else "lm_head.weight"]
         return bool(names) and self._held.issuperset(names)
 
+    @property
+    def odd_ones(self) -> list[str]:
+        """Matrices whose integers are others than rounding makes, where those of most are not."""
+        return sorted(self._others) if len(self._others) < len(self._held) else []
+
     def _rounded(self, name: str, weight: NDArray[np.float32]) -> NDArray[np.float32] | None:
         """The matrix [out, in] rounded to nearest, where the bundle holds exactly that."""
         part = next((part for part in _PROJECTIONS if f".{part}." in name), None)
@@ -121,6 +127,7 @@ class HeldWeights:
             stored = self._blocks.get(name.replace(part, PACKED_PROJECTION))
         if stored is None:
             return None
+        self._others.add(name)
         try:
             if stored == 0:
                 found = self._read_back.int8(name, weight).read_back()
@@ -130,8 +137,10 @@ class HeldWeights:
                 expected = quantize_int4(weight, stored).read_back()
         except VerificationError:
             return None
-        same = found.shape == expected.shape and np.array_equal(found, expected)
-        return expected if same else None
+        if found.shape != expected.shape or not np.array_equal(found, expected):
+            return None
+        self._others.discard(name)
+        return expected
 
 
 def _storages(graph: Path) -> dict[str, int]:

@@ -101,6 +101,12 @@ class PyTorchReference(Reference):
                 "and top-1 agreement are those of prompts; for decode see its row of logits"
             )
         errors, self._finals = measure(self.layered, texts, progress, cache, self._held)
+        if odd := sorted({name for held in self._held.values() for name in held.odd_ones}):
+            self.warnings.append(
+                f"the integers of {', '.join(odd)} are not those that rounding the checkpoint's "
+                "matrix gives, as most others are: a mistake there counts as rounding up to the "
+                "limit of the precision"
+            )
         return errors
 
     def logits(self, number: int) -> NDArray[np.float32]:
