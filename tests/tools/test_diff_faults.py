@@ -201,6 +201,27 @@ def test_a_matrix_that_is_rounded_otherwise_is_named(tiny: Bench, tmp_path: Path
         assert bool(said) == named
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weights_alone_are_quantized_for_cuda(
+    precision: str, tiny: Bench, tiny_reference: Reference, tmp_path: Path
+) -> None:
+    """So a step computed from the very integers is as close as float16's."""
+
+    def larger(tensors: faults.Tensors) -> None:
+        tensors["transformer.h.2.ln_2.weight"] *= np.float32(1.05)
+
+    fault = Fault("larger", 2, ("mlp",), weights=larger)
+    spoiled = spoiled_checkpoint(tiny.checkpoint, tmp_path / "spoiled", fault)
+    quantization = Quantization(block_size=16 if precision == "int4" else None)
+    options = ExportOptions(target="cuda", precision=precision, quantization=quantization)
+    for source, name in ((tiny.checkpoint, "right"), (spoiled, "wrong")):
+        export_bundle(str(source), tmp_path / name, options)
+    assert find(tmp_path / "right", tiny_reference, tiny_texts(8)) == []
+    found = find(tmp_path / "wrong", tiny_reference, tiny_texts(8))
+    assert_named(found, fault)
+    assert 1e-2 < found[0].error < 1e-1
+
+
 @pytest.mark.parametrize("target", ["cuda", "tensorrt"])
 def test_other_targets(target: str, tiny: Bench, tiny_reference: Reference, tmp_path: Path) -> None:
     """A bundle for a GPU by its graphs, those that plans are built from included."""

@@ -9,6 +9,7 @@ for outliers, or wrong) is compared with the checkpoint's own, more loosely.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +19,8 @@ from neo_runtime.manifest import is_quantized
 
 from neo_export.check import scoring_graph
 from neo_export.passes._tensors import static_shape
-from neo_export.quantize.int4 import quantize_int4
-from neo_export.quantize.int8 import quantize_int8
+from neo_export.quantize.int4 import Int4Weight, quantize_int4
+from neo_export.quantize.int8 import LIMIT, Int8Weight, quantize_int8
 from neo_export.quantize.plan import PACKED_PROJECTION
 from neo_export.quantize.read_back import ReadBack
 
@@ -45,6 +46,22 @@ _LEADING = {
 """Place of a layer → the matrices that lead to it."""
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """How a graph stores a matrix."""
+
+    block_size: int | None
+    """Of int4; None for int8."""
+    eight_bits: bool
+    """int8 uses all of them, as kernels do that multiply in floating point."""
+    half: bool
+    """Scales are float16."""
+
+    def scales(self, exact: NDArray[np.float32]) -> NDArray[np.float32]:
+        """As they are stored."""
+        return exact.astype(np.float16).astype(np.float32) if self.half else exact
+
+
 def open_held_weights(
     folder: Path, manifest: Manifest, read: Callable[[str], NDArray[np.float32]]
 ) -> dict[str, HeldWeights]:
@@ -60,7 +77,7 @@ def open_held_weights(
     """
     if not is_quantized(manifest.precision):
         return {}
-    made: list[tuple[dict[str, int], HeldWeights]] = []
+    made: list[tuple[dict[str, _Stored], HeldWeights]] = []
     found = {}
     for name, spec in manifest.graphs.items():
         storages = _storages(folder / spec.file)
@@ -76,13 +93,13 @@ class HeldWeights:
     """Reads weights by the checkpoint's names, float32."""
 
     def __init__(
-        self, graph: Path, storages: dict[str, int], read: Callable[[str], NDArray[np.float32]]
+        self, graph: Path, storages: dict[str, _Stored], read: Callable[[str], NDArray[np.float32]]
     ) -> None:
         """Read the structure of a graph.
 
         Args:
             graph: its file.
-            storages: matrix name → block size of int4, 0 for int8.
+            storages: how it stores them, by the matrix' name.
             read: reads a weight of the checkpoint.
         """
         self._read = read
@@ -129,12 +146,14 @@ class HeldWeights:
             return None
         self._others.add(name)
         try:
-            if stored == 0:
+            if stored.block_size is None:
                 found = self._read_back.int8(name, weight).read_back()
-                expected = quantize_int8(weight).read_back()
+                int8 = quantize_int8(weight, 127 if stored.eight_bits else LIMIT)
+                expected = Int8Weight(int8.integers, stored.scales(int8.scales)).read_back()
             else:
-                found = self._read_back.int4(name, weight, stored).read_back()
-                expected = quantize_int4(weight, stored).read_back()
+                found = self._read_back.int4(name, weight, stored.block_size).read_back()
+                int4 = quantize_int4(weight, stored.block_size)
+                expected = Int4Weight(int4.packed, stored.scales(int4.scales)).read_back()
         except VerificationError:
             return None
         if found.shape != expected.shape or not np.array_equal(found, expected):
@@ -143,16 +162,24 @@ class HeldWeights:
         return expected
 
 
-def _storages(graph: Path) -> dict[str, int]:
-    """Matrix name → block size of int4, 0 for int8."""
+def _storages(graph: Path) -> dict[str, _Stored]:
+    """By the matrix' name."""
     initializers = ir.load(graph).graph.initializers
     found = {}
-    for name in initializers:
-        if name.endswith(".int8"):
-            found[name.removesuffix(".int8")] = 0
-        elif name.endswith(".int4") and f"{name}.scales" in initializers:
-            packed, scales = (
-                math.prod(static_shape(initializers[n])) for n in (name, f"{name}.scales")
-            )
-            found[name.removesuffix(".int4")] = 2 * packed // scales  # two numbers a byte
+    for name, value in initializers.items():
+        matrix, _, kind = name.rpartition(".")
+        scales = next(
+            (n for n in (f"{name}.scales", f"{name}.scales.float16") if n in initializers), None
+        )
+        if kind not in ("int8", "int4") or scales is None:
+            continue
+        block = None
+        if kind == "int4":
+            packed, blocks = (math.prod(static_shape(initializers[n])) for n in (name, scales))
+            block = 2 * packed // blocks  # two numbers a byte
+        found[matrix] = _Stored(
+            block_size=block,
+            eight_bits=value.dtype == ir.DataType.UINT8,
+            half=initializers[scales].dtype == ir.DataType.FLOAT16,
+        )
     return found
