@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 from neo_runtime.errors import OutputError
@@ -20,10 +21,15 @@ def write_text_file(path: Path, text: str) -> None:
     Raises:
         OutputError: writing failed.
     """
-    if path.exists() and (not path.is_file() or _is_output(path)):
+    if path.exists() and (stream := _output(path)) is not None:
+        (sys.stdout, sys.stderr)[stream - 1].flush()
+        # The same place in the file as the stream's own, which writes on behind this.
+        with os.fdopen(os.dup(stream), "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    if path.exists() and not path.is_file():
         try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(text)
+            path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
         return
@@ -37,11 +43,11 @@ def write_text_file(path: Path, text: str) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _is_output(path: Path) -> bool:
-    """Whether a file is what stdout or stderr goes to."""
+def _output(path: Path) -> int | None:
+    """Whether a file is what stdout (1) or stderr (2) goes to."""
     status = path.stat()
     for stream in (1, 2):
         with contextlib.suppress(OSError):
             if os.path.samestat(status, os.fstat(stream)):
-                return True
-    return False
+                return stream
+    return None

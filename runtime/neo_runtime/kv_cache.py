@@ -13,6 +13,7 @@ import numpy as np
 
 from neo_runtime.closable import Closable
 from neo_runtime.errors import CacheLimitError, NeoError, RequestError
+from neo_runtime.forks import in_every_child
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,15 +25,31 @@ if TYPE_CHECKING:
 __all__ = ["CacheLedger", "KVCache"]
 
 
+_ledgers: weakref.WeakSet[CacheLedger] = weakref.WeakSet()
+
+
+def _free_ledgers() -> None:
+    for ledger in list(_ledgers):
+        ledger.free_lock()
+
+
+in_every_child(_free_ledgers)
+
+
 class CacheLedger:
     """Bytes of all live caches of a model, and their limit. Safe for threads, and finalizers."""
 
     def __init__(self, limit: int | None) -> None:
+        _ledgers.add(self)
         self._limit = limit
         self._lock = threading.Lock()
         self._taken = 0
         self._returned: deque[int] = deque()
         """What was given back since `_taken` was last brought up to date."""
+
+    def free_lock(self) -> None:
+        """In a child, whose parent's threads are not there to do it."""
+        self._lock = threading.Lock()
 
     @property
     def in_use(self) -> int:

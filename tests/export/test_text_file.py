@@ -36,13 +36,14 @@ def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_standard_output_in_a_file_keeps_what_it_has(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["a", "w"])
+def test_standard_output_in_a_file_keeps_what_it_has(mode: str, tmp_path: Path) -> None:
     script = (
         "import pathlib, sys; from neo_export.text_file import write_text_file; "
-        "print('first', flush=True); write_text_file(pathlib.Path('/dev/stdout'), 'report\\n'); "
+        "print('first'); write_text_file(pathlib.Path('/dev/stdout'), 'report\\n'); "
         "print('last')"
     )
-    with (tmp_path / "out").open("a") as out:
+    with (tmp_path / "out").open(mode) as out:
         out.write("before\n")
         out.flush()
         subprocess.run([sys.executable, "-c", script], stdout=out, check=True)

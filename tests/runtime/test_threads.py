@@ -15,6 +15,7 @@ import neo_runtime
 import pytest
 from helpers.hf_reference import heldout_texts
 from helpers.kills import fork
+from neo_runtime.backends import prepacked, unused_memory
 from neo_runtime.backends.sessions import SessionFactory
 from neo_runtime.errors import NeoError
 
@@ -115,11 +116,62 @@ def test_a_forked_child_has_sessions_of_its_own(mini_bundle: Path) -> None:
         assert model.generate("Tom", max_new_tokens=9).text == expected
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="locks of files")
+def test_a_child_waits_for_no_lock_of_its_parents_threads(
+    mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that loading a graph takes: who held them is not there."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        ledger, lock = model._ledger, folder / "lock"
+        with unused_memory._one_at_a_time, ledger._lock, prepacked._locked(lock):
+            held.set()
+            assert done.wait(timeout=120)
+
+    def child() -> None:
+        signal.alarm(60)
+        with (
+            unused_memory._one_at_a_time,
+            model.new_cache(1, 8) as cache,
+            prepacked._locked(folder / "other"),
+        ):
+            model.prefill(cache, [[1]])
+
+    with neo_runtime.load(mini_bundle, threads=2) as model:
+        closed = neo_runtime.load(mini_bundle, threads=2)
+        kept = closed.new_cache(1, 8)
+        closed.prefill(kept, [[1]])
+        closed.decode(kept, [2])
+        closed.close()  # its cache holds a session all the same
+        thread = threading.Thread(target=hold)
+        thread.start()
+        assert held.wait(timeout=60)
+        pid = fork(child)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        # Nor does a child that lives on keep the file's lock from others.
+        pid = fork(lambda: signal.pause())
+        done.set()
+        thread.join()
+        try:
+            with prepacked._locked(folder / "lock"):
+                pass
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
 def test_a_child_that_ends_waits_for_nobody(mini_bundle: Path) -> None:
     script = """
 import os, signal, sys, neo_runtime
-model = neo_runtime.load(sys.argv[1], threads=2)
+model, closed = (neo_runtime.load(sys.argv[1], threads=2) for _ in range(2))
 model.generate("Tom", max_new_tokens=3)
+cache = closed.new_cache(1, 8)
+closed.prefill(cache, [[1]])
+closed.decode(cache, [2])
+closed.close()
 if os.fork() == 0:
     signal.alarm(60)
     sys.exit(0)

@@ -124,6 +124,16 @@ def test_decoded_positions(positions: int | None, length: int) -> None:
         assert len(flat) == pytest.approx(positions, abs=2)
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 10_000])
+def test_decoded_positions_with_other_windows(window: int) -> None:
+    for length in (2, 10, 64, 2048):
+        for positions in (1, 5, 40):
+            flat = [a for s in decode_segments(length, window, positions) for a in range(*s)]
+            assert flat == sorted(set(flat))
+            assert flat[0] == 0
+            assert flat[-1] == length - 1
+
+
 def test_decoded_positions_of_the_published_shape() -> None:
     segments = decode_segments(2048, 256, 32)
     lengths = [stop - start for start, stop in segments]

@@ -42,7 +42,7 @@ LOCAL: dict[str, LocalLimits] = {
         exact=1e-4,
         product=1e-4,
         held=1e-4,
-        worst=1e-4,
+        worst=1e-3,
         outlier=50.0,
         reason=(
             "Measured at most 3e-6; the rest is for checkpoints that amplify (see "
@@ -54,7 +54,7 @@ LOCAL: dict[str, LocalLimits] = {
         exact=1e-2,
         product=1e-2,
         held=1e-2,
-        worst=1e-2,
+        worst=4e-2,
         outlier=20.0,
         reason="Measured at most 2.2e-3, 2⁻¹¹ a rounding, several a step.",
     ),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import threading
 import weakref
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from neo_runtime.backends.in_place import InPlaceStore
 from neo_runtime.backends.sessions import SessionFactory
 from neo_runtime.backends.unused_memory import forget_pages
 from neo_runtime.errors import NeoError
+from neo_runtime.forks import in_every_child
 from neo_runtime.manifest import WEIGHTS_NAME, is_quantized
 
 if TYPE_CHECKING:
@@ -90,9 +89,6 @@ class OnnxRuntimeBackend(Backend):
 
     def begin_anew(self) -> None:
         """Leave the sessions to the parent process; nobody holds the locks of a new child."""
-        for session in self._sessions.values():
-            # Its end would wait for threads that are not there, at exit at the latest.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
         self._sessions = {}
         self._factory.token_rows.clear()
         self._lock = threading.Lock()
@@ -197,8 +193,7 @@ def _after_fork() -> None:
         backend.begin_anew()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+in_every_child(_after_fork)
 
 
 def _spare(weights: int) -> int:

@@ -26,9 +26,10 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from neo_runtime.errors import BundleDamagedError, BundleError
+from neo_runtime.forks import in_every_child
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -225,8 +226,27 @@ def _locked(path: Path) -> Iterator[None]:
 
             fcntl.flock(file, fcntl.LOCK_EX)
         except (ImportError, OSError):
-            pass
-        yield
+            yield
+            return
+        _held_locks.add(file)
+        try:
+            yield
+        finally:
+            _held_locks.discard(file)
+            # Not by closing alone: a child that was forked off meanwhile may have it open as well.
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+_held_locks: set[IO[str]] = set()
+
+
+def _let_go_of_locks() -> None:
+    for file in list(_held_locks):
+        file.close()
+    _held_locks.clear()
+
+
+in_every_child(_let_go_of_locks)
 
 
 def _sync(path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import re
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from neo_runtime.backends.unused_memory import (
     mapped_within,
 )
 from neo_runtime.errors import BundleError, DeviceMemoryError, NeoError, RequestError
+from neo_runtime.forks import in_every_child
 from neo_runtime.installation import require_onnxruntime
 from neo_runtime.manifest import is_quantized
 from neo_runtime.onnx_external import external_tensors
@@ -38,6 +41,19 @@ __all__ = [
 ]
 
 _OUT_OF_MEMORY = re.compile(r"CUDA.*out of memory|Failed to allocate memory.*(?:Cuda|CUDA)")
+
+
+_live: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _keep_for_ever() -> None:
+    """Sessions of the parent: their end would wait for threads that are not in the child."""
+    for session in list(_live):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+    _live.clear()
+
+
+in_every_child(_keep_for_ever)
 
 
 def session_settings(manifest: Manifest, graph: str, *, prepacked: bool = False) -> dict[str, str]:
@@ -178,9 +194,11 @@ class SessionFactory:
 
     def _open(self, path: Path, options: Any) -> Any:
         try:
-            return self._ort.InferenceSession(
+            session = self._ort.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )
+            _live.add(session)
+            return session
         except failure_kinds(self._ort) as error:
             raise BundleError(
                 f"onnxruntime {self._ort.__version__} cannot load {path}: {failure_reason(error)}; "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neo_runtime.backends.c_library import c_function
+from neo_runtime.forks import in_every_child
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -29,6 +30,14 @@ __all__ = ["Mapping", "clean_mappings", "forget_bytes", "forget_pages", "mapped_
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \S+ +(.*)")
 _MADV_DONTNEED = 4
 _one_at_a_time = threading.Lock()
+
+
+def _free_the_lock() -> None:
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+
+
+in_every_child(_free_the_lock)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from neo_runtime.backends.cuda import why_not_cuda
 from neo_runtime.bundle import open_bundle
 from neo_runtime.errors import BundleUnsupportedError, CheckpointError, NeoError, RequestError
-from neo_runtime.gpu import require_gpu
+from neo_runtime.gpu import require_cuda_provider, require_gpu
 
 from neo_tools.bench import traffic
 from neo_tools.bench.cases import check_lengths
@@ -86,7 +87,7 @@ def _backend(settings: Settings, found: list[BundleInfo]) -> str:
     """
     if settings.backend != "auto":
         return settings.backend
-    chosen = {info.label: _own_backend(info.manifest.target, settings.device) for info in found}
+    chosen = {info.label: _own_backend(info.manifest, settings.device) for info in found}
     listed = ", ".join(f"{label} on {name}" for label, name in chosen.items())
     if len(set(chosen.values())) > 1:
         raise RequestError(
@@ -102,11 +103,15 @@ def _backend(settings: Settings, found: list[BundleInfo]) -> str:
     return name
 
 
-def _own_backend(target: str, device: int) -> str:
-    if target not in ("cuda", "tensorrt"):
+def _own_backend(manifest: Manifest, device: int) -> str:
+    """What `neo_runtime.load` takes where nothing is asked for."""
+    target = manifest.target
+    if target not in ("cuda", "tensorrt") or (target == "cuda" and why_not_cuda(manifest)):
         return "cpu"
     try:
-        require_gpu(device)
+        gpu = require_gpu(device)
+        if target == "cuda":
+            require_cuda_provider(gpu)
     except NeoError:
         return "cpu"
     return target

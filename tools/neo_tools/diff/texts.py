@@ -112,7 +112,7 @@ def decode_segments(length: int, window: int, positions: int | None) -> tuple[tu
         *((number + 1) * length // (alone + 1) for number in range(alone)),
         *around,  # where some of these are the same, or lie behind the context
     ]
-    inside = dict.fromkeys(at for at in wanted if at < length)
+    inside = dict.fromkeys(at for at in wanted if 0 <= at < length)
     chosen = np.zeros(length + 2, dtype=np.int8)
     chosen[np.array(list(inside)[: max(positions, 2 * fifth)]) + 1] = 1
     edges = np.diff(chosen)
