@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from neo_runtime.errors import RequestError, StatisticsError
+from neo_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -105,18 +106,13 @@ def read_text(
 def _token_ids(
     files: Sequence[Path], checkpoint: Checkpoint, tokens: int
 ) -> tuple[list[int], dict[str, str]]:
-    from tokenizers import Tokenizer  # here, so that --help does not wait for it
-
     raw = checkpoint.tokenizer_json()
     if raw is None:
         raise StatisticsError(
             f"{checkpoint.folder} has no tokenizer, which calibration text needs; put its "
             "tokenizer.json (or vocab.json and merges.txt) there"
         )
-    tokenizer = Tokenizer.from_buffer(raw)
-    # Settings of a training run, which a file may hold.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = Tokenizer(raw)
     end = checkpoint.spec.separator
     ids: list[int] = []
     digests: dict[str, str] = {}
@@ -126,7 +122,7 @@ def _token_ids(
         for document in _documents(file, data, _CHARACTERS * tokens):
             if len(ids) >= tokens:
                 break
-            found = tokenizer.encode(document, add_special_tokens=False).ids
+            found = tokenizer.encode(document, add_special_tokens=False)
             ids += [*found, *end] if found else []
     wrong = max(ids, default=0)
     if wrong >= checkpoint.spec.vocab_size:

@@ -9,7 +9,7 @@ from neo_runtime.closable import Closable
 from neo_runtime.errors import ContextLengthError, NeoError, RequestError
 from neo_runtime.kv_cache import CacheLedger, KVCache
 from neo_runtime.option_values import count
-from neo_runtime.prompts import named_prompt, prompt_ids, token_array
+from neo_runtime.prompts import of_each, prompt_ids, token_array
 from neo_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -119,10 +119,7 @@ class CachedModel(Closable):
         vocab_size = self.manifest.model.vocab_size
         if not hasattr(prompts, "__len__"):
             raise RequestError(f"prompts is {prompts!r}, expected token ids for each sequence")
-        arrays = []
-        for index, prompt in enumerate(prompts):
-            with named_prompt(index, len(prompts)):
-                arrays.append(token_array(prompt, vocab_size))
+        arrays = of_each(prompts, lambda ids: token_array(ids, vocab_size))
         if len(arrays) != cache.batch:
             raise RequestError(f"{len(arrays)} prompts for a cache of {cache.batch} sequences")
         self._check_room(cache, [len(array) for array in arrays])

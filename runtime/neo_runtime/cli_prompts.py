@@ -56,10 +56,8 @@ def _of_lines(file: str) -> list[Prompt]:
         text = sys.stdin.read() if file == _STDIN else Path(file).read_text(encoding="utf-8")
     except UnicodeError as error:
         raise RequestError(f"{name} is not valid UTF-8 ({error}); convert it") from error
-    lines = enumerate(
-        text.removeprefix("\ufeff").split("\n"), start=1
-    )  # JSON may hold other line breaks
-    found = [_of_line(name, number, line) for number, line in lines if line.strip()]
+    lines = text.removeprefix("\ufeff").split("\n")  # JSON may hold other line breaks
+    found = [_of_line(name, n, line) for n, line in enumerate(lines, start=1) if line.strip()]
     if not found:
         raise RequestError(f"{name} holds no prompts; expected JSON lines, one prompt each")
     return found

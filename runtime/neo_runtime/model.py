@@ -12,7 +12,7 @@ from neo_runtime.errors import RequestError
 from neo_runtime.generator import beam_completions, make_rows, steps
 from neo_runtime.option_values import count
 from neo_runtime.options import GenerationOptions
-from neo_runtime.prompts import as_list, named_prompt, prompt_ids, with_bad_words
+from neo_runtime.prompts import as_list, of_each, prompt_ids, with_bad_words
 from neo_runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -114,9 +114,8 @@ class Model(CachedModel):
     def _search(
         self, prompts: list[NDArray[np.int64]], options: GenerationOptions
     ) -> list[Completion]:
-        for index, ids in enumerate(prompts):  # before any of them is computed
-            with named_prompt(index, len(prompts)):
-                options.total_length(len(ids), self.manifest.max_length)
+        # Before any of them is computed:
+        of_each(prompts, lambda ids: options.total_length(len(ids), self.manifest.max_length))
         return [c for ids in prompts for c in beam_completions(self, ids, options)]
 
     def _sample(
@@ -182,11 +181,7 @@ class Model(CachedModel):
         if not len(prompts):
             raise RequestError("the list of prompts is empty; give at least one")
         vocab_size = self.manifest.model.vocab_size
-        arrays = []
-        for index, prompt in enumerate(prompts):
-            with named_prompt(index, len(prompts)):
-                arrays.append(prompt_ids(prompt, vocab_size, self.tokenizer))
-        return arrays
+        return of_each(prompts, lambda prompt: prompt_ids(prompt, vocab_size, self.tokenizer))
 
 
 def _pieces(model: Model, row: Row) -> Generator[str, None, Completion]:

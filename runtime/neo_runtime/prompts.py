@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from neo_runtime.options import GenerationOptions
     from neo_runtime.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "as_list", "named_prompt", "prompt_ids", "token_array", "with_bad_words"]
+__all__ = [
+    "Prompt",
+    "as_list",
+    "named_prompt",
+    "of_each",
+    "prompt_ids",
+    "token_array",
+    "with_bad_words",
+]
 
 Prompt: TypeAlias = "str | Sequence[int]"
 """Text, or token ids."""
+T = TypeVar("T")
 
 
 def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
@@ -55,6 +64,15 @@ def named_prompt(index: int, count: int) -> Iterator[None]:
         if count == 1:
             raise
         raise type(error)(f"prompts[{index}]: {error}") from error
+
+
+def of_each(prompts: Sequence[Any], work: Callable[[Any], T]) -> list[T]:
+    """What `work` makes of each prompt; its errors say of which."""
+    found = []
+    for index, prompt in enumerate(prompts):
+        with named_prompt(index, len(prompts)):
+            found.append(work(prompt))
+    return found
 
 
 def prompt_ids(

@@ -17,8 +17,8 @@ __all__ = ["Tokenizer"]
 class Tokenizer:
     """The tokenizer of a bundle (its `tokenizer.json`). Several threads may use it at once."""
 
-    def __init__(self, path: Path) -> None:
-        """Load a `tokenizer.json`.
+    def __init__(self, source: Path | bytes) -> None:
+        """Load a `tokenizer.json`: a file, or what one holds.
 
         Raises:
             DependencyError: the package `tokenizers` is missing.
@@ -31,10 +31,15 @@ class Tokenizer:
                 "the package tokenizers is missing; install it with: pip install tokenizers"
             ) from error
         try:
-            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer: Any = (
+                tokenizers.Tokenizer.from_buffer(source)
+                if isinstance(source, bytes)
+                else tokenizers.Tokenizer.from_file(str(source))
+            )
         except Exception as error:  # the package raises bare Exception
+            name = "tokenizer.json" if isinstance(source, bytes) else source
             raise BundleDamagedError(
-                f"{path} is no tokenizer that tokenizers {tokenizers.__version__} can read "
+                f"{name} is no tokenizer that tokenizers {tokenizers.__version__} can read "
                 f"({error}); export the bundle again"
             ) from error
         # Settings of the training run: a file may hold them, a prompt must not be cut by them.

@@ -101,13 +101,14 @@ def _fault_at(
         by_region = _by_region(series, place, spec)
         seen += list(by_region)
         off = {
-            region: _excess(*figures, usual, limits.worst) for region, figures in by_region.items()
+            region: excess
+            for region, figures in by_region.items()
+            if (excess := _excess(*figures, usual, limits.worst)) is not None
         }
-        off = {region: excess for region, excess in off.items() if excess is not None}
         if off:
             graphs.append(graph)
             regions += list(off)
-            worst, limit = max((worst, limit), *filter(None, off.values()))
+            worst, limit = max((worst, limit), *off.values())
     if not graphs:
         return None
     affected = tuple(region for region in REGIONS if region in regions)

@@ -71,8 +71,6 @@ class OnnxRuntimeBackend(Backend):
         self._factory = SessionFactory(
             bundle, threads=threads, session_config=session_config, keep_prepacked=keep_prepacked
         )
-        self._sessions: dict[str, Any] = {}
-        self._lock = threading.Lock()
         self._closed = False
         self.manifest = bundle.manifest
         if is_quantized(self.manifest.precision):
@@ -80,20 +78,19 @@ class OnnxRuntimeBackend(Backend):
             # longer chunks: it reads every weight once a chunk, in an order that costs more.
             self.default_chunk = 256
         hold_within_calls()
-        self._heap = Heap(_spare(self.manifest.files[WEIGHTS_NAME].size))
         self._tokens_read = 0
         """Since the rows of tokens left memory; threads may miscount."""
-        self.kept_block = KeptBlock()
-        """Of the cache that was closed last."""
+        self.begin()
         _live.add(self)
 
-    def begin_anew(self) -> None:
-        """Leave the sessions to the parent process; nobody holds the locks of a new child."""
-        self._sessions = {}
+    def begin(self) -> None:
+        """Without sessions; in a forked child, too, where nobody holds the parent's locks."""
+        self._sessions: dict[str, Any] = {}
         self._factory.token_rows.clear()
         self._lock = threading.Lock()
         self._heap = Heap(_spare(self.manifest.files[WEIGHTS_NAME].size))
         self.kept_block = KeptBlock()
+        """Of the cache that was closed last."""
 
     def session(self, graph: str) -> Any:
         """The `onnxruntime.InferenceSession` of "prefill", "decode" or "score"."""
@@ -190,7 +187,7 @@ class OnnxRuntimeBackend(Backend):
 
 def _after_fork() -> None:
     for backend in list(_live):
-        backend.begin_anew()
+        backend.begin()
 
 
 in_every_child(_after_fork)
