@@ -12,6 +12,8 @@ from helpers.faults import CONFIG, EXPORTS, Fault, drawn, spoiled_bundle, spoile
 from helpers.held_out import held_out_ids
 from helpers.int8_cache import calibrated
 from helpers.models import DEMO, make_checkpoint, random_ids
+from neo_export.checkpoint import open_checkpoint
+from neo_export.comparison.held_weights import open_held_weights
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import Quantization
 from neo_runtime.bundle import open_bundle
@@ -216,6 +218,14 @@ def test_weights_alone_are_quantized_for_cuda(
     options = ExportOptions(target="cuda", precision=precision, quantization=quantization)
     for source, name in ((tiny.checkpoint, "right"), (spoiled, "wrong")):
         export_bundle(str(source), tmp_path / name, options)
+    bundle = open_bundle(tmp_path / "right")
+    with open_checkpoint(tiny.checkpoint) as checkpoint:
+        held = open_held_weights(
+            bundle.path, bundle.manifest, lambda name: checkpoint.tensors[name].read()
+        )["decode"]
+        for matrix in ("c_fc", "c_proj"):
+            held(f"transformer.h.2.mlp.{matrix}.weight")
+    assert held.covers((2, "mlp"), tied=True)
     assert find(tmp_path / "right", tiny_reference, tiny_texts(8)) == []
     found = find(tmp_path / "wrong", tiny_reference, tiny_texts(8))
     assert_named(found, fault)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -234,6 +236,43 @@ def test_what_was_measured_before_an_interruption_stays(
     assert [v["verdict"] for v in found["runs"]["cuda"]["targets"]][2] == "met"
     assert "tests: left out" in (tmp_path / "gpu-report.md").read_text()
     assert {entry.name for entry in tmp_path.iterdir()} == {"gpu-report.json", "gpu-report.md"}
+
+
+def test_a_termination_leaves_no_bundles(
+    on_a_gpu: list[Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminated(settings: Settings, progress: object) -> Results:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr("neo_tools.bench.run.run", terminated)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            main(["--no-tests", "--output", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"gpu-report.json", "gpu-report.md"}
+
+
+def test_the_tests_see_the_gpu_that_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import os, pytest
+@pytest.mark.gpu
+def test_it():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == os.environ["EXPECTED"]
+"""
+    (tmp_path / "test_seen.py").write_text(code)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: here\n")
+    for visible, expected in ((None, "2"), ("5,6,7", "7")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setenv("EXPECTED", expected)
+        assert run_suite(tmp_path, 2).is_correct
 
 
 def test_nothing_is_measured_behind_a_test_that_fails(
