@@ -20,10 +20,20 @@ if TYPE_CHECKING:
 
     from neo_runtime.backends.base import Backend
     from neo_runtime.bundle import Bundle
+    from neo_runtime.gpu import GpuFacts
 
-__all__ = ["BACKENDS", "BackendOptions", "Chosen", "open_backend"]
+__all__ = [
+    "BACKENDS",
+    "BackendOptions",
+    "Chosen",
+    "automatic_backend",
+    "open_backend",
+    "usable_gpu",
+]
 
 BACKENDS = ("auto", "cpu", "cuda", "tensorrt")
+_GPU_TARGETS = ("cuda", "tensorrt")
+"""Targets whose bundles "auto" runs on the backend of that name."""
 _LOG = logging.getLogger("neo_runtime")
 
 
@@ -62,8 +72,8 @@ def open_backend(bundle: Bundle, name: str, options: BackendOptions) -> Chosen:
         raise RequestError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
     if name != "auto":
         return Chosen(_OPENERS[name](bundle, options), name, None)
-    preferred = {"cuda": "cuda", "tensorrt": "tensorrt"}.get(bundle.manifest.target)
-    if preferred is None:
+    preferred = bundle.manifest.target
+    if preferred not in _GPU_TARGETS:
         return Chosen(_open_cpu(bundle, options), "cpu", None)
     try:
         backend = _OPENERS[preferred](bundle, options)
@@ -104,18 +114,58 @@ def _open_cpu(bundle: Bundle, options: BackendOptions, otherwise: str | None = N
     )
 
 
-def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
-    from neo_runtime.backends.cuda import CudaBackend, why_not_cuda
-    from neo_runtime.backends.cuda_device import CudaDevice
-    from neo_runtime.backends.device import closed_on_error
+def usable_gpu(bundle: Bundle, name: str, device: int) -> GpuFacts:
+    """The GPU on which backend `name` can run a bundle, as far as can be told without loading it.
+
+    Args:
+        bundle: an opened bundle.
+        name: "cuda" or "tensorrt".
+        device: of CUDA's numbers.
+
+    Raises:
+        BundleUnsupportedError: the bundle was made for another backend.
+        DeviceError: the GPU cannot be used.
+        DependencyError: a package is missing, or the wrong one is installed.
+    """
     from neo_runtime.gpu import require_cuda_provider, require_gpu
 
-    reason = why_not_cuda(bundle.manifest)
+    manifest = bundle.manifest
+    if name == "tensorrt":
+        if manifest.cache.layout != "static":
+            raise BundleUnsupportedError(
+                f"{bundle.path} was exported for {manifest.target} and has no TensorRT plan; "
+                "export with --target tensorrt, then neo-engine"
+            )
+        return require_gpu(device)
+    from neo_runtime.backends.cuda import why_not_cuda
+
+    reason = why_not_cuda(manifest)
     if reason is not None:
         raise BundleUnsupportedError(f"{bundle.path} does not run on backend cuda: {reason}")
-    gpu = require_gpu(options.device)
+    gpu = require_gpu(device)
     require_cuda_provider(gpu)
-    check_installation(bundle.manifest, bundle.path)
+    check_installation(manifest, bundle.path)
+    return gpu
+
+
+def automatic_backend(bundle: Bundle, device: int) -> str:
+    """What "auto" would open a bundle with: "cpu", "cuda" or "tensorrt"."""
+    preferred = bundle.manifest.target
+    if preferred not in _GPU_TARGETS:
+        return "cpu"
+    try:
+        usable_gpu(bundle, preferred, device)
+    except NeoError:
+        return "cpu"
+    return preferred
+
+
+def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
+    gpu = usable_gpu(bundle, "cuda", options.device)
+    from neo_runtime.backends.cuda import CudaBackend
+    from neo_runtime.backends.cuda_device import CudaDevice
+    from neo_runtime.backends.device import closed_on_error
+
     with closed_on_error(CudaDevice(options.device)) as device:
         backend = CudaBackend(bundle, device, options.session_config)
     backend.described = f"{gpu.name} (device {gpu.index})"
@@ -123,17 +173,11 @@ def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
 
 
 def _open_tensorrt(bundle: Bundle, options: BackendOptions) -> Backend:
-    if bundle.manifest.cache.layout != "static":
-        raise BundleUnsupportedError(
-            f"{bundle.path} was exported for {bundle.manifest.target} and has no TensorRT plan; "
-            "export with --target tensorrt, then neo-engine"
-        )
+    gpu = usable_gpu(bundle, "tensorrt", options.device)
     from neo_runtime.backends.cuda_device import CudaDevice
     from neo_runtime.backends.device import closed_on_error
     from neo_runtime.backends.tensorrt import TensorRTBackend
-    from neo_runtime.gpu import require_gpu
 
-    gpu = require_gpu(options.device)
     system = f"{sys.platform}-{platform.machine()}"
     with closed_on_error(CudaDevice(options.device)) as device:
         backend = TensorRTBackend(bundle, device, gpu, system)

@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.backends.cuda import why_not_cuda
+from neo_runtime.backends.choice import automatic_backend
 from neo_runtime.bundle import open_bundle
 from neo_runtime.errors import BundleUnsupportedError, CheckpointError, NeoError, RequestError
-from neo_runtime.gpu import require_cuda_provider, require_gpu
+from neo_runtime.gpu import require_gpu
 
 from neo_tools.bench import traffic
 from neo_tools.bench.cases import check_lengths
@@ -62,6 +62,7 @@ def open_bundles(settings: Settings) -> tuple[Settings, list[BundleInfo]]:
         DependencyError: onnx, which reads the graphs, is not installed.
     """
     found = []
+    backends = {}
     for label, path in zip(labels_of(settings.bundles), settings.bundles, strict=True):
         bundle = open_bundle(path)
         _refuse_without_gpu(settings, path, bundle.manifest)
@@ -69,6 +70,8 @@ def open_bundles(settings: Settings) -> tuple[Settings, list[BundleInfo]]:
         graph = bundle.file(bundle.manifest.graphs["decode"].file)
         weights = traffic.decode_weights(graph)
         found.append(BundleInfo(label=label, path=path, manifest=bundle.manifest, weights=weights))
+        if settings.backend == "auto":
+            backends[label] = automatic_backend(bundle, settings.device)
     shapes = {info.label: _shape(info.manifest.model) for info in found}
     if len(set(shapes.values())) > 1:
         listed = "; ".join(f"{label} has {shape}" for label, shape in shapes.items())
@@ -76,18 +79,17 @@ def open_bundles(settings: Settings) -> tuple[Settings, list[BundleInfo]]:
             f"the bundles are different models, and figures of one say nothing of another: {listed}"
             "; run them one by one"
         )
-    return replace(settings, backend=_backend(settings, found)), found
+    if settings.backend == "auto":
+        settings = replace(settings, backend=_common(backends, peers=bool(settings.peers)))
+    return settings, found
 
 
-def _backend(settings: Settings, found: list[BundleInfo]) -> str:
-    """What all bundles run on, named: the machine's limit and the peers depend on it.
+def _common(chosen: dict[str, str], *, peers: bool) -> str:
+    """The one backend that all bundles would run on: the machine's limit depends on it.
 
     Raises:
-        RequestError: it was left open, and is not the same for all of them.
+        RequestError: it is not the same for all of them, or for the peers.
     """
-    if settings.backend != "auto":
-        return settings.backend
-    chosen = {info.label: _own_backend(info.manifest, settings.device) for info in found}
     listed = ", ".join(f"{label} on {name}" for label, name in chosen.items())
     if len(set(chosen.values())) > 1:
         raise RequestError(
@@ -95,26 +97,12 @@ def _backend(settings: Settings, found: list[BundleInfo]) -> str:
             "compare; run them one by one, or name --backend"
         )
     name = next(iter(chosen.values()))
-    if name != "cpu" and settings.peers:
+    if name != "cpu" and peers:
         raise RequestError(
             f"the bundles would run on a GPU ({listed}) and the peers on the CPU; name --backend "
             f"{name} for both, or --backend cpu"
         )
     return name
-
-
-def _own_backend(manifest: Manifest, device: int) -> str:
-    """What `neo_runtime.load` takes where nothing is asked for."""
-    target = manifest.target
-    if target not in ("cuda", "tensorrt") or (target == "cuda" and why_not_cuda(manifest)):
-        return "cpu"
-    try:
-        gpu = require_gpu(device)
-        if target == "cuda":
-            require_cuda_provider(gpu)
-    except NeoError:
-        return "cpu"
-    return target
 
 
 def _shape(model: ModelSpec) -> str:
