@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from neo_runtime.bundle import check_installation, open_bundle
 from neo_runtime.command_line import add_version, discard_stdout
-from neo_runtime.errors import BundleDamagedError, NeoError
+from neo_runtime.engine_record import ENGINES_FOLDER, read_records
+from neo_runtime.errors import BundleDamagedError, EngineError, NeoError
 from neo_runtime.installation import onnxruntime_is_installed
 from neo_runtime.manifest import MANIFEST_NAME
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from neo_runtime.bundle import Bundle
+    from neo_runtime.engine_record import EngineRecord
 
 __all__ = ["main"]
 
@@ -34,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
     parser = argparse.ArgumentParser(
         prog="neo-verify",
-        description="Check every file of a bundle against its recorded size and sha256.",
+        description="Check every file of a bundle, and its TensorRT plans, against their recorded "
+        "sizes and sha256.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -48,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         bundle = open_bundle(
             arguments.bundle, verify=True, progress=progress.update, check_runtime=False
         )
-        report |= _facts(bundle)
+        report |= _facts(bundle, _whole_plans(bundle))
         if onnxruntime_is_installed():
             report["onnxruntime"] = check_installation(bundle.manifest, bundle.path)
         status, report["status"] = _WHOLE, "whole"
-    except BundleDamagedError as error:
+    except (BundleDamagedError, EngineError) as error:
         status, report["status"], report["error"] = _DAMAGED, "damaged", str(error)
     except NeoError as error:
         status, report["status"], report["error"] = _UNUSABLE, "unusable", str(error)
@@ -65,13 +69,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _print(json.dumps(report, indent=1) if arguments.json else _text(report), status)
 
 
-def _facts(bundle: Bundle) -> dict[str, Any]:
+def _whole_plans(bundle: Bundle) -> list[EngineRecord]:
+    """Records of the bundle's TensorRT plans, each of which was read to its end.
+
+    Raises:
+        EngineError: a record cannot be read, or a plan is missing or is not what it says.
+    """
+    records = read_records(bundle.path)
+    for record in records:
+        path = bundle.path / ENGINES_FOLDER / record.file
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != record.sha256:
+            raise EngineError(
+                f"{path} differs from its record: sha256 {found}, expected {record.sha256}; "
+                "build it again with neo-engine"
+            )
+    return records
+
+
+def _facts(bundle: Bundle, plans: list[EngineRecord]) -> dict[str, Any]:
     manifest, model = bundle.manifest, bundle.manifest.model
     present = {
         Path(parent, name).relative_to(bundle.path).as_posix()
         for parent, _, names in os.walk(bundle.path)
         for name in names
     }
+    known = {MANIFEST_NAME, *manifest.files}
+    for plan in plans:
+        name = f"{ENGINES_FOLDER}/{plan.file}"
+        known |= {name, Path(name).with_suffix(".json").as_posix()}
     return {
         "model": f"GPT-Neo, {model.num_layers} layers, width {model.hidden_size}, "
         f"vocabulary {model.vocab_size}",
@@ -81,11 +108,31 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
         "graphs": sorted(manifest.graphs),
         "files": {name: record.size for name, record in sorted(manifest.files.items())},
         "bytes": sum(record.size for record in manifest.files.values()),
-        "not_listed": sorted(present - manifest.files.keys() - {MANIFEST_NAME}),
+        "not_listed": sorted(present - known),
+        "plans": {plan.file: _plan_facts(plan, manifest.digest) for plan in plans},
         "digest": manifest.digest,
         "minimum_onnxruntime": manifest.minimum_onnxruntime,
         "onnxruntime": None,
     }
+
+
+def _plan_facts(plan: EngineRecord, digest: str) -> dict[str, Any]:
+    return {
+        "size": plan.size,
+        "flavour": plan.flavour,
+        "version": plan.version,
+        "compute_capability": plan.compute_capability,
+        "of_this_bundle": plan.bundle_digest == digest,
+    }
+
+
+def _plan_line(name: str, plan: dict[str, Any]) -> str:
+    """One plan, for a reader."""
+    line = (
+        f"  plan {name}: {plan['size']:,} bytes, {plan['flavour']} {plan['version']}, compute "
+        f"capability {plan['compute_capability']}"
+    )
+    return line if plan["of_this_bundle"] else f"{line}; built from ANOTHER bundle, will not run"
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -99,6 +146,7 @@ def _text(report: dict[str, Any]) -> str:
         f"up to {report['max_length']} positions",
         *(f"  {size:>{width},}  {name}" for name, size in report["files"].items()),
         f"  {report['bytes']:>{width},}  bytes in {len(report['files'])} files",
+        *(_plan_line(name, plan) for name, plan in report["plans"].items()),
         *(f"  not listed in {MANIFEST_NAME}, not checked: {n}" for n in report["not_listed"]),
         f"  digest {report['digest']}",
         f"  onnxruntime {report['onnxruntime'] or 'is not installed or cannot be used'}, "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from helpers.bundles import edit_json, make_bundle
+from helpers.fake_engine import PLAN, write_record
 from neo_runtime import verify
 from neo_runtime.verify import main
 
@@ -68,6 +69,25 @@ def test_a_damaged_bundle(
         assert json.loads(out)["error"] == err.removeprefix("neo-verify: ").strip()
     else:
         assert out == ""
+
+
+def test_plans_are_read_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_record(folder)
+    assert main([str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert f"  plan test.plan: {len(PLAN)} bytes, tensorrt_rtx 1.7.1.116, compute capab" in out
+    assert "not listed" not in out
+    write_record(folder, bundle_digest="0" * 64)
+    assert main([str(folder)]) == 0
+    assert "capability 8.9; built from ANOTHER bundle, will not run" in capsys.readouterr().out
+    (folder / "engines" / "test.plan").write_bytes(PLAN[::-1])
+    assert main([str(folder), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["status"] == "damaged"
+    assert "test.plan differs from its record: sha256" in report["error"]
+    (folder / "engines" / "test.plan").unlink()
+    assert main([str(folder)]) == 1
+    assert "test.plan is missing" in capsys.readouterr().err
 
 
 def test_not_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
