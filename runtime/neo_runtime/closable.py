@@ -1,15 +1,34 @@
-"""What `close` ends is also a context manager."""
+"""What `close` ends: context managers, and what is closed only where something fails."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
     from typing import Self
 
-__all__ = ["Closable"]
+__all__ = ["Closable", "closed_on_error"]
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+Resource = TypeVar("Resource", bound=_Closes)
+
+
+@contextmanager
+def closed_on_error(resource: Resource) -> Iterator[Resource]:
+    """Give a resource to whoever will close it; here it is closed only where that fails."""
+    try:
+        yield resource
+    except BaseException:
+        resource.close()
+        raise
 
 
 class Closable(ABC):

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
+import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -26,11 +28,15 @@ if TYPE_CHECKING:
 __all__ = [
     "DECODE_PROFILE",
     "ENGINES_FOLDER",
+    "FLAVOURS",
     "PREFILL_PROFILE",
     "EngineOptions",
     "EngineRecord",
+    "Flavour",
     "MachineFacts",
     "choose_engine",
+    "engine_key",
+    "platform_name",
     "read_records",
     "why_unfit",
 ]
@@ -41,6 +47,8 @@ DECODE_PROFILE, PREFILL_PROFILE = 0, 1
 """Indices of the optimization profiles of every plan."""
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
+FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
+"""The modules that build and run plans."""
 _PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 
 
@@ -135,6 +143,11 @@ class EngineRecord:
         return record
 
 
+def platform_name() -> str:
+    """Operating system and processor, as records name them: "linux-x86_64"."""
+    return f"{sys.platform}-{platform.machine()}"
+
+
 def engine_key(
     digest: str,
     options: EngineOptions,
@@ -222,7 +235,7 @@ def read_records(bundle: Path) -> list[EngineRecord]:
 def choose_engine(
     records: Iterable[EngineRecord], machine: MachineFacts, bundle_digest: str
 ) -> EngineRecord:
-    """The plan to run: of those that fit, the one with the largest batch, then chunk.
+    """The plan to run: of those that fit one that takes any small request, then the largest.
 
     Raises:
         EngineError: none fits; each one's reason is given, and how to build one that does.
@@ -240,4 +253,10 @@ def choose_engine(
             f"no TensorRT plan of this bundle fits this machine ({found}); build one here with "
             "neo-engine BUNDLE"
         )
-    return max(fitting, key=lambda r: (r.options.max_batch, r.options.max_length, r.file))
+    return max(fitting, key=_preference)
+
+
+def _preference(record: EngineRecord) -> tuple[bool, int, int, str]:
+    options = record.options
+    takes_small_ones = options.min_batch == 1 and options.min_length == 1
+    return takes_small_ones, options.max_batch, options.max_length, record.file

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import os
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ _NO_DRIVER = (
     "libraries (in a container: it is not passed in); install it, "
     "start the container with --gpus all, or load with backend='cpu'"
 )
+_PRELOADING = threading.Lock()
+_preloaded: list[ModuleType] = []
 _DRIVER_LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 
 
@@ -139,18 +142,27 @@ def require_cuda_provider(gpu: GpuFacts) -> ModuleType:
             f"onnxruntime {ort.__version__} is built for CUDA {built}, the driver runs CUDA up to "
             f"{_text(gpu.driver_cuda)}; update the driver"
         )
-    preload = getattr(ort, "preload_dlls", None)
-    if preload is not None:  # finds CUDA's libraries in site-packages; prints what it lacks
-        _quietly(preload)
+    _preload(ort)
     return ort
 
 
-def _quietly(call: Any) -> None:
+def _preload(ort: ModuleType) -> None:
+    """Let onnxruntime find CUDA's libraries in site-packages; once, as it prints what it lacks.
+
+    Printing is kept back for the whole process, so no two threads may do it at a time.
+    """
     import contextlib
     import io
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        call()
+    preload = getattr(ort, "preload_dlls", None)
+    if preload is None:
+        return
+    with _PRELOADING:
+        if ort in _preloaded:
+            return
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            preload()
+        _preloaded.append(ort)
 
 
 def _version(result: tuple[Any, int]) -> tuple[int, int]:

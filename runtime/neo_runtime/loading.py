@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.backends.choice import BackendOptions, open_backend
 from neo_runtime.bundle import open_bundle
+from neo_runtime.closable import closed_on_error
 from neo_runtime.cores import physical_cores
 from neo_runtime.errors import RequestError
 from neo_runtime.model import Model
@@ -80,9 +81,6 @@ def load(
         keep_prepacked=keep_prepacked,
         device=device,
     )
-    return Model(
-        opened,
-        open_backend(opened, backend, options),
-        max_cache_bytes=max_cache_bytes,
-        prefill_chunk=prefill_chunk,
-    )
+    chosen = open_backend(opened, backend, options)
+    with closed_on_error(chosen.backend):
+        return Model(opened, chosen, max_cache_bytes=max_cache_bytes, prefill_chunk=prefill_chunk)

@@ -136,6 +136,24 @@ def test_the_demo_model_builds_with_both_profiles(
     assert why_unfit(record, replace(here, compute_capability="12.0"), record.bundle_digest)
 
 
+def test_a_plan_ahead_of_time_is_named_by_its_capability_alone(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    """One that is built beside a GPU of that capability takes the place of one built elsewhere."""
+    bundle = shutil.copytree(bundles["fp16"], tmp_path / "bundle")
+    for device in (ADA, replace(ADA, name="NVIDIA L4")):
+        build_engine(bundle, EngineRequest(max_length=8), flavour(), device)
+    assert len(read_records(bundle)) == 1
+
+
+def test_no_memory_is_allocated_while_a_step_runs() -> None:
+    trt = flavour().module
+    builder = trt.Builder(flavour().logger)
+    options = EngineOptions(opt_length=16, max_length=48, max_logit_positions=20)
+    config = build_module._configure(flavour(), builder, ADA, options)
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
 def test_profiles_in_the_configuration_of_the_builder(bundles: dict[str, Path]) -> None:
     trt = flavour().module
     builder = trt.Builder(flavour().logger)
@@ -208,10 +226,11 @@ def test_quantized_inputs_build(precision: str, tmp_path: Path) -> None:
     spec = replace(spec, num_layers=2, attention_layers=("global", "local"))
     graph = write_hollow_graphs(spec, precision, tmp_path, lambda _: 6.0)["prefill"]
     options = EngineOptions(opt_length=128, max_length=512, max_logit_positions=64)
-    plan = build_module._serialize(
+    plan, warnings = build_module._serialize(
         flavour(), ADA, graph, options, lambda *_: None, tmp_path / "timing.cache"
     )
     assert plan.nbytes > 1.5e6
+    assert warnings == []
 
 
 def test_foreign_operators_are_named_node_by_node(tmp_path: Path) -> None:
@@ -315,7 +334,7 @@ def test_a_failed_write_leaves_nothing(bundle: Path, monkeypatch: pytest.MonkeyP
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(build_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(build_module.OutputError, match="No space left"):
         build_engine(bundle, EngineRequest(max_length=8), flavour(), ADA)
     assert list((bundle / ENGINES_FOLDER).iterdir()) == []

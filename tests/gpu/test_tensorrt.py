@@ -16,7 +16,7 @@ from neo_export.engine.device import device_for
 from neo_export.engine.flavour import find_flavour
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.tolerances import TOLERANCES
-from neo_runtime.backends.tensorrt import require_tensorrt
+from neo_runtime.backends.tensorrt_plan import installed_modules
 from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ LIMIT = TOLERANCES["fp16"].logits
 @pytest.fixture(scope="module")
 def tensorrt(gpu: GpuFacts) -> None:
     try:
-        require_tensorrt()
+        installed_modules()
         device_for(find_flavour(), None)
     except NeoError as error:
         pytest.skip(f"no TensorRT: {error}")

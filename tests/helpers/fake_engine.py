@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ from neo_runtime.gpu import GpuFacts
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.manifest import Manifest
 
 GPU = GpuFacts(
     index=0,
@@ -32,13 +32,17 @@ GPU = GpuFacts(
 PLATFORM = "linux-x86_64"
 OPTIONS = EngineOptions(opt_length=16, max_length=48, max_batch=3, max_logit_positions=20)
 PLAN = b"a plan"
+ACTIVATIONS = 1 << 12
+"""Bytes."""
 
 
 class FakeContext:
     """Runs the prefill graph on what the addresses hold, within its profile."""
 
-    def __init__(self, session: Any, manifest: Manifest) -> None:
-        self.session, self.manifest = session, manifest
+    def __init__(self, fake: FakeTensorRT, config: Any) -> None:
+        self.fake, self.session, self.manifest = fake, fake.session, fake.manifest
+        self.is_eager = getattr(config, "dynamic_shapes_kernel_specialization_strategy", None)
+        self.memory: tuple[int, int] | None = None
         self.profile = -1
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -50,15 +54,24 @@ class FakeContext:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = tuple(shape)
-        most = {0: 1, 1: OPTIONS.max_length}[self.profile]
-        fits = shape[0] <= OPTIONS.max_batch
+        options = self.fake.options
+        least, most = {0: (1, 1), 1: (options.min_length, options.max_length)}[self.profile]
+        fits = options.min_batch <= shape[0] <= options.max_batch
         if name in ("input_ids", "position_ids"):
-            fits = fits and 1 <= shape[1] <= most
+            fits = fits and least <= shape[1] <= most
         elif name == "logit_positions":
             fits = fits and 1 <= shape[1] <= (
-                1 if self.profile == 0 else OPTIONS.max_logit_positions
+                1 if self.profile == 0 else options.max_logit_positions
             )
         return fits
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert self.profile >= 0
+        assert size == ACTIVATIONS
+        self.memory = (address, size)
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.fake.is_capturable
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
@@ -68,6 +81,7 @@ class FakeContext:
         return [t.name for t in self.manifest.graphs["prefill"].inputs if t.name not in self.shapes]
 
     def execute_async_v3(self, stream: int) -> bool:
+        assert self.memory is not None
         binding = self.session.io_binding()
         kinds = {t.name: t.dtype for t in self.manifest.graphs["prefill"].inputs}
         for name, shape in self.shapes.items():
@@ -91,9 +105,11 @@ class FakeContext:
 
 
 class FakeEngine:
-    def __init__(self, session: Any, manifest: Manifest, aliased: bool) -> None:
-        self.session, self.manifest, self.aliased = session, manifest, aliased
-        graph = manifest.graphs["prefill"]
+    device_memory_size_v2 = ACTIVATIONS
+
+    def __init__(self, fake: FakeTensorRT) -> None:
+        self.fake, self.aliased = fake, fake.aliased
+        graph = fake.manifest.graphs["prefill"]
         self.names = [t.name for t in (*graph.inputs, *graph.outputs)]
         self.contexts: list[FakeContext] = []
 
@@ -108,8 +124,14 @@ class FakeEngine:
         past = "past_key_values." + name.removeprefix("present.")
         return past if self.aliased else ""
 
-    def create_execution_context(self) -> FakeContext:
-        self.contexts.append(FakeContext(self.session, self.manifest))
+    def create_runtime_config(self) -> Any:
+        config = SimpleNamespace(strategy=None)
+        config.set_execution_context_allocation_strategy = partial(setattr, config, "strategy")
+        return config
+
+    def create_execution_context(self, config: Any) -> FakeContext:
+        assert config.strategy == "user managed"
+        self.contexts.append(FakeContext(self.fake, config))
         return self.contexts[-1]
 
 
@@ -117,6 +139,8 @@ class FakeTensorRT:
     """The module `tensorrt_rtx`."""
 
     __version__ = "1.7.1.116"
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
 
     def __init__(self, bundle: Path, *, aliased: bool = True) -> None:
         options = ort.SessionOptions()
@@ -127,13 +151,18 @@ class FakeTensorRT:
         self.manifest, self.aliased = open_bundle(bundle).manifest, aliased
         self.engine: FakeEngine | None = None
         self.refuses = False
+        self.options, self.is_capturable = OPTIONS, True
+        self.runtime: Any = None
         severity = SimpleNamespace(ERROR=1, WARNING=2)
         self.ILogger = type("ILogger", (), {"Severity": severity})
         self.logger: Any = None
 
     def Runtime(self, logger: Any) -> Any:  # noqa: N802
         self.logger = logger
-        return SimpleNamespace(deserialize_cuda_engine=self._deserialize)
+        self.runtime = SimpleNamespace(
+            deserialize_cuda_engine=self._deserialize, engine_host_code_allowed=False
+        )
+        return self.runtime
 
     def _deserialize(self, plan: bytes) -> FakeEngine | None:
         assert plan == PLAN
@@ -141,8 +170,13 @@ class FakeTensorRT:
             self.logger.log(1, "The engine cannot run on compute capability 9.0\n")
             self.logger.log(2, "a mere warning")
             return None
-        self.engine = FakeEngine(self.session, self.manifest, self.aliased)
+        self.engine = FakeEngine(self)
         return self.engine
+
+
+def installed(fake: FakeTensorRT) -> Any:
+    """In place of `tensorrt_plan.installed_modules`."""
+    return lambda: {"tensorrt_rtx": fake}
 
 
 def write_record(bundle: Path, **changes: Any) -> None:

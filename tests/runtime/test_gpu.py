@@ -21,6 +21,7 @@ from neo_runtime.errors import (
     DependencyError,
     DeviceError,
     DeviceMemoryError,
+    NeoError,
     RequestError,
 )
 from neo_runtime.gpu import GpuFacts, require_cuda_provider, require_gpu
@@ -150,8 +151,8 @@ def test_both_wheels(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_and_other_failures_of_cuda() -> None:
     assert checked((Error.cudaSuccess, 5), "work") == 5
-    with pytest.raises(DeviceMemoryError, match=r"no memory left for 100 bytes.*--int4"):
-        checked((Error.cudaErrorMemoryAllocation, None), "100 bytes")
+    with pytest.raises(DeviceMemoryError, match=r"is full: CUDA failed to allocate 100.*--int4"):
+        checked((Error.cudaErrorMemoryAllocation, None), "allocate 100 bytes")
     with pytest.raises(DeviceError, match="failed to copy memory: cudaErrorUnknown"):
         checked((Error.cudaErrorUnknown, None), "copy memory")
 
@@ -160,14 +161,28 @@ def test_memory_and_other_failures_of_cuda() -> None:
     "message",
     [
         "CUDA error cudaErrorMemoryAllocation:out of memory",
-        "Failed to allocate memory for requested buffer of size 100 (BFCArena of Cuda)",
         "CUDA failure 2: out of memory ; GPU=0",
+        "Non-zero status code returned while running MatMul node. Name:'m' Status Message: "
+        "onnxruntime/core/framework/bfc_arena.cc:359 void* onnxruntime::BFCArena::"
+        "AllocateRawInternal(size_t, bool, onnxruntime::Stream*) "
+        "Failed to allocate memory for requested buffer of size 68719476736",
+        "Non-zero status code returned while running MatMul node. Name:'m' Status Message: "
+        "bfc_arena.cc:358 Available memory of 0 is smaller than requested bytes of 1024",
+        "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
     ],
 )
 def test_memory_that_onnxruntime_lacks(message: str) -> None:
     ort = importlib.import_module("onnxruntime")
-    with pytest.raises(DeviceMemoryError, match="lower prefill_chunk"), translated(ort):
-        raise RuntimeError(message)
+
+    def fail(text: str, *, on_gpu: bool) -> None:
+        with translated(ort, on_gpu=on_gpu):
+            raise RuntimeError(text)
+
+    with pytest.raises(DeviceMemoryError, match="lower prefill_chunk"):
+        fail(message, on_gpu=True)
+    with pytest.raises(NeoError, match="onnxruntime failed") as caught:
+        fail(message, on_gpu=False)
+    assert not isinstance(caught.value, DeviceMemoryError)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "tensorrt"])

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import neo_runtime
 import numpy as np
 import pytest
-from helpers.fake_engine import GPU, PLATFORM, FakeTensorRT, with_plan, write_record
+from helpers.fake_engine import (
+    GPU,
+    OPTIONS,
+    PLATFORM,
+    FakeTensorRT,
+    installed,
+    with_plan,
+    write_record,
+)
 from helpers.host_device import HostDevice
 from helpers.models import ODD_CONFIGS, Reference, make_checkpoint
 from helpers.parity import assert_parity
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.tolerances import TOLERANCES
+from neo_runtime.backends import tensorrt_plan
 from neo_runtime.backends.choice import Chosen
 from neo_runtime.backends.tensorrt import TensorRTBackend
 from neo_runtime.bundle import open_bundle
-from neo_runtime.errors import CacheLimitError, EngineError, NeoError
+from neo_runtime.errors import (
+    CacheLimitError,
+    DeviceError,
+    DeviceMemoryError,
+    EngineError,
+    NeoError,
+    RequestError,
+)
 from neo_runtime.model import Model
 from neo_runtime.tensorrt_log import logger_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -34,10 +54,22 @@ def bundle(tensorrt_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def tensorrt(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
     fake = FakeTensorRT(bundle)
-    monkeypatch.setattr(
-        "neo_runtime.backends.tensorrt.require_tensorrt", lambda: (fake, "tensorrt_rtx")
-    )
+    monkeypatch.setattr("neo_runtime.backends.tensorrt_plan.installed_modules", installed(fake))
     return fake
+
+
+def open_engine(bundle: Path) -> TensorRTBackend:
+    return TensorRTBackend(open_bundle(bundle), HostDevice(), GPU, PLATFORM)
+
+
+@contextmanager
+def open_model(
+    bundle: Path, device: HostDevice | None = None
+) -> Iterator[tuple[Model, HostDevice]]:
+    opened, device = open_bundle(bundle), device or HostDevice()
+    backend = TensorRTBackend(opened, device, GPU, PLATFORM)
+    with Model(opened, Chosen(backend, "tensorrt", None)) as model:
+        yield model, device
 
 
 @pytest.fixture
@@ -105,8 +137,8 @@ def test_checkpoints_that_stand_out(
     export_bundle(str(source), tmp_path / "exported", ExportOptions(target="tensorrt"))
     bundle = with_plan(tmp_path / "exported", tmp_path / "bundle")
     fake = FakeTensorRT(bundle)
-    module = "neo_runtime.backends.tensorrt.require_tensorrt"
-    monkeypatch.setattr(module, lambda: (fake, "tensorrt_rtx"))
+    module = "neo_runtime.backends.tensorrt_plan.installed_modules"
+    monkeypatch.setattr(module, installed(fake))
     opened = open_bundle(bundle)
     backend = TensorRTBackend(opened, HostDevice(), GPU, PLATFORM)
     with Model(opened, Chosen(backend, "tensorrt", None)) as model:
@@ -118,23 +150,120 @@ def test_scores_in_pieces(model: Model, cpu: Model) -> None:
     np.testing.assert_allclose(model.logits(ids), cpu.logits(ids), atol=2e-3)
 
 
-def test_two_contexts_and_a_captured_step(model: Model, tensorrt: FakeTensorRT) -> None:
+def test_contexts_and_captured_steps(model: Model, tensorrt: FakeTensorRT) -> None:
+    """A context for each captured graph; all share one block for activations; buffers come back."""
     device = model._backend.device  # type: ignore[attr-defined]
-    model.generate("Once", max_new_tokens=12)
+    held = device.in_use
+    for _ in range(3):
+        model.generate("Once", max_new_tokens=12)
+    model.generate(["Once", "The"], max_new_tokens=12)
     assert tensorrt.engine is not None
-    assert [context.profile for context in tensorrt.engine.contexts] == [0, 1]
-    assert (device.captures, device.replays, device.discards) == (1, 10, 1)
+    contexts = tensorrt.engine.contexts
+    assert [(context.profile, context.is_eager) for context in contexts] == [
+        (1, None),
+        (0, "eager"),
+        (0, "eager"),
+    ]
+    assert len({context.memory for context in contexts}) == 1
+    assert (device.captures, device.replays) == (2, 2 + 3 * 11 - 3 + 10)
+    buffers = sum(found.nbytes for found in model._backend._steps.items)  # type: ignore[attr-defined]
+    assert device.in_use - held == buffers
+    model.close()
+    assert device.discards == 2
     assert not device.blocks
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(
+    bundle: Path, tensorrt: FakeTensorRT, cpu: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = cpu.generate("Once", max_new_tokens=12).text
+    tensorrt.is_capturable = False
+    with open_model(bundle) as (model, device):
+        assert model.generate("Once", max_new_tokens=12).text == expected
+        assert (device.captures, device.replays) == (0, 0)
+
+    class Failing(HostDevice):
+        def capture(self, queue: Callable[[], None]) -> Any:
+            raise DeviceError("CUDA failed to end a capture")
+
+    tensorrt.is_capturable = True
+    with open_model(bundle, Failing()) as (model, device):
+        assert model.generate("Once", max_new_tokens=12).text == expected
+    assert "without a CUDA graph: CUDA failed to end a capture" in caplog.text
+
+
+def test_nothing_of_an_earlier_request_is_left(model: Model) -> None:
+    """A masked slot is still multiplied by 0, and what was there may not have been finite."""
+    cache = model.new_cache(1, 8)
+    buffers = model._backend._steps.items[0]  # type: ignore[attr-defined]
+    for address, shape in buffers.cache.values():
+        count = int(np.prod(shape))
+        array = (ctypes.c_float * count).from_address(address)
+        np.ctypeslib.as_array(array)[:] = np.nan
+    cache.close()
+    assert np.isfinite(model.prefill(model.new_cache(1, 8), [[1, 2, 3]])).all()
+
+
+def test_shorter_chunks_than_the_plan_takes(
+    bundle: Path, tensorrt: FakeTensorRT, cpu: Model
+) -> None:
+    tensorrt.options = replace(OPTIONS, min_length=16)
+    write_record(bundle, options=tensorrt.options)
+    ids = np.random.default_rng(3).integers(0, 4096, 100)
+    with open_model(bundle) as (model, _):
+        for count in (1, 3, 50, 100):  # 50: 48 and 2
+            np.testing.assert_allclose(
+                model.logits(ids[:count]), cpu.logits(ids[:count]), atol=2e-3
+            )
+        found = model.generate(["The", "Tom and his dog"], max_new_tokens=20)
+        expected = cpu.generate(["The", "Tom and his dog"], max_new_tokens=20)
+        assert [c.text for c in found] == [c.text for c in expected]
+        end = model.manifest.max_length
+        cache = model.new_cache(1, end)
+        model.prefill(cache, [ids[np.arange(end - 5) % 100]])
+        with pytest.raises(RequestError, match=r"1 to 3 rows and chunks of 16 to 48 tokens"):
+            model.prefill(cache, [ids[:3]])  # no room for padding
+
+
+def test_fewer_rows_than_the_plan_takes(bundle: Path, tensorrt: FakeTensorRT) -> None:
+    tensorrt.options = replace(OPTIONS, min_batch=2)
+    write_record(bundle, options=tensorrt.options)
+    with open_model(bundle) as (model, _):
+        assert len(model.generate(["Once", "The"], max_new_tokens=2)) == 2
+        for call in (partial(model.generate, "Once", max_new_tokens=2), partial(model.logits, [1])):
+            with pytest.raises(CacheLimitError, match=r"takes 2 or more.*--min-batch 1"):
+                call()
+
+
+def test_code_inside_of_a_plan_is_allowed_where_it_is_needed(
+    bundle: Path, tensorrt: FakeTensorRT
+) -> None:
+    open_engine(bundle).close()
+    assert tensorrt.runtime.engine_host_code_allowed is False
+    write_record(bundle, options=replace(OPTIONS, version_compatible=True))
+    open_engine(bundle).close()
+    assert tensorrt.runtime.engine_host_code_allowed is True
+
+
+def test_the_module_is_that_of_the_plan(
+    bundle: Path, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where both are installed."""
+    other = FakeTensorRT(bundle)
+    other.__version__ = "11.4.0"
+    modules = {"tensorrt": other, "tensorrt_rtx": tensorrt}
+    monkeypatch.setattr(tensorrt_plan, "installed_modules", lambda: modules)
+    open_engine(bundle).close()
+    assert (other.engine, tensorrt.engine is None) == (None, False)
+    write_record(bundle, gpu="NVIDIA Other")
+    with pytest.raises(EngineError, match=r"here is TensorRT\).*; or: .*chosen on NVIDIA Other"):
+        open_engine(bundle)
 
 
 def test_more_rows_than_the_plan_takes(model: Model) -> None:
     with pytest.raises(CacheLimitError, match=r"built for 3; lower batch_size.*--max-batch"):
         model.generate(["Once"] * 4, max_new_tokens=2)
     assert len(model.generate(["Once"] * 4, max_new_tokens=2, batch_size=2)) == 4
-
-
-def open_engine(bundle: Path) -> TensorRTBackend:
-    return TensorRTBackend(open_bundle(bundle), HostDevice(), GPU, PLATFORM)
 
 
 @pytest.mark.parametrize(
@@ -173,32 +302,67 @@ def test_damaged_refused_and_unfit_plans(bundle: Path, tensorrt: FakeTensorRT) -
 def test_a_cache_that_is_garbage_gives_its_memory_back(model: Model) -> None:
     backend = model._backend
     assert isinstance(backend, TensorRTBackend)
-    assert isinstance(backend.device, HostDevice)
-    held = backend.device.in_use
+    device = backend.device
+    assert isinstance(device, HostDevice)
 
-    def use() -> None:
+    def use() -> int:
         cache = model.new_cache(1, 8)
         model.prefill(cache, [[1]])
         model.decode(cache, [1])
-
-    for _ in range(2):
-        use()
+        del cache
         gc.collect()
-        assert backend.device.in_use == held
+        return device.in_use
+
+    assert len({use() for _ in range(3)}) == 1
     cache = model.new_cache(1, 8)
     with backend.lock:  # as in the middle of a step, when nothing may be freed
         del cache
         gc.collect()
-        assert backend.device.in_use > held
+        assert len(backend._steps._taken) == 1
     model.new_cache(1, 8).close()
-    assert backend.device.in_use == held
+    assert backend._steps._taken == []
+
+
+def test_memory_is_freed_before_it_is_refused(bundle: Path, tensorrt: FakeTensorRT) -> None:
+    with open_model(bundle) as (model, device):
+        model.generate(["Once", "The"], max_new_tokens=2)
+        device.capacity = device.in_use + 100
+        model.generate("Once", max_new_tokens=2)  # idle buffers make room, here and for a chunk
+        with pytest.raises(DeviceMemoryError):
+            model.generate(["Once"] * 3, max_new_tokens=2)
+        device.capacity = None
+
+
+def test_a_model_that_is_garbage_gives_everything_back(
+    bundle: Path, tensorrt: FakeTensorRT
+) -> None:
+    device = HostDevice()
+    opened = open_bundle(bundle)
+    model = Model(opened, Chosen(TensorRTBackend(opened, device, GPU, PLATFORM), "tensorrt", None))
+    model.generate("Once", max_new_tokens=3)
+    del model
+    gc.collect()
+    assert device.closed
 
 
 def test_nothing_works_after_closing(model: Model) -> None:
-    cache = model.new_cache(1, 8)
-    cache.close()
+    cache, other = model.new_cache(2, 8), model.new_cache(1, 8)
+    model.prefill(cache, [[1], [2]])
+    other.close()
     backend = model._backend
+    assert isinstance(backend, TensorRTBackend)
+    device = backend.device
+    assert isinstance(device, HostDevice)
     model.close()
     model.close()
-    with pytest.raises(NeoError, match="closed"):
-        backend.open_cache(1, 8)
+    assert not device.closed
+    for call in (
+        partial(backend.open_cache, 1, 8),
+        partial(cache.reorder, [1, 0]),
+        partial(model.prefill, cache, [[1], [2]]),
+        partial(model.decode, cache, [1, 1]),
+    ):
+        with pytest.raises(NeoError, match="closed"):
+            call()
+    cache.close()
+    assert device.closed

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers import faults
-from helpers.fake_engine import GPU, PLATFORM, FakeTensorRT, with_plan
+from helpers.fake_engine import GPU, PLATFORM, FakeTensorRT, installed, with_plan
 from helpers.host_device import HostDevice
 from helpers.models import DEMO, make_checkpoint, random_ids
 from neo_export.comparison.probed import probed_model, probed_values
@@ -22,6 +22,7 @@ from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import Quantization
 from neo_runtime.backends import choice
 from neo_runtime.backends.cuda import CudaBackend
+from neo_runtime.backends.cuda_sessions import CudaSessions
 from neo_runtime.backends.tensorrt import TensorRTBackend
 from neo_runtime.bundle import open_bundle
 from neo_tools.diff.cached_path import segments_of, trace_cached_path
@@ -180,21 +181,21 @@ def test_nothing_is_captured_or_replayed(
     cuda_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is shown leaves the device at every step, which a CUDA graph would not repeat."""
-    replayed: list[int | None] = []
-    run = CudaBackend.run
+    replayed: list[int] = []
+    run = CudaSessions.run
 
-    def watched(self: CudaBackend, graph: str, binding: Any, graph_id: int | None) -> None:
+    def watched(self: CudaSessions, graph: str, binding: Any, graph_id: int = -1) -> None:
         replayed.append(graph_id)
         run(self, graph, binding, graph_id)
 
-    monkeypatch.setattr(CudaBackend, "run", watched)
+    monkeypatch.setattr(CudaSessions, "run", watched)
     device = HostDevice()
     backend = ProbedCudaBackend(open_bundle(cuda_bundle), device)
     trace_cached_path(backend, random_ids(faults.CONFIG, 20), segments_of(20, [(10, 13)], 10))
     backend.close()
     assert device.captured == [False, False]
     assert len(replayed) == 5
-    assert set(replayed) == {None}
+    assert set(replayed) == {-1}
 
 
 def test_score_in_several_calls(cuda_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,8 +318,8 @@ def test_a_plan(
     """Logits through the engine, with its cache and its captured step; places of its graph."""
     bundle = with_plan(tensorrt_bundle, tmp_path / "bundle")
     fake = FakeTensorRT(bundle)
-    module = "neo_runtime.backends.tensorrt.require_tensorrt"
-    monkeypatch.setattr(module, lambda: (fake, "tensorrt_rtx"))
+    module = "neo_runtime.backends.tensorrt_plan.installed_modules"
+    monkeypatch.setattr(module, installed(fake))
 
     def backend(bundle: Any, options: Any) -> TensorRTBackend:
         found = TensorRTBackend(bundle, HostDevice(), GPU, PLATFORM)

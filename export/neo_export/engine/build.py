@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from dataclasses import dataclass
 from tempfile import TemporaryFile
@@ -14,6 +13,7 @@ from neo_runtime.engine_record import (
     EngineOptions,
     EngineRecord,
     engine_key,
+    platform_name,
 )
 from neo_runtime.errors import (
     BundleDamagedError,
@@ -24,10 +24,11 @@ from neo_runtime.errors import (
 )
 from neo_runtime.manifest import MANIFEST_NAME, Manifest
 
-from neo_export.engine.device import platform_name
 from neo_export.engine.network import add_profiles, parse_graph
 from neo_export.engine.progress import kept_interrupt, progress_monitor
 from neo_export.engine.ranges import resolve_options
+from neo_export.engine.replace import replace_file
+from neo_export.engine.timing_cache import check_place, load_timings, save_timings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +53,7 @@ class BuiltEngine:
     weight_bytes: int
     """Of the bundle's `weights.bin`, to compare the plan's size with."""
     warnings: tuple[str, ...]
-    """TensorRT's own."""
+    """TensorRT's, and what could not be kept."""
 
 
 def build_engine(
@@ -85,20 +86,18 @@ def build_engine(
             f"--timing-cache was given, but {flavour.product} times no kernels: they are chosen on "
             "the GPU, at first use; leave it out"
         )
+    if timing_cache is not None:
+        check_place(timing_cache)
     _check_writable(bundle)
     started = time.monotonic()
     say("parsing the graph", 0, 0)
     cache = timing_cache or bundle / ENGINES_FOLDER / _TIMING_CACHE
-    plan = _serialize(flavour, device, bundle / manifest.graphs[GRAPH].file, options, say, cache)
+    graph = bundle / manifest.graphs[GRAPH].file
+    plan, warnings = _serialize(flavour, device, graph, options, say, cache)
     say("writing the plan", 0, 0)
-    key = engine_key(
-        manifest.digest,
-        options,
-        flavour.name,
-        flavour.version,
-        device.compute_capability,
-        device.name,
-    )
+    gpu = None if flavour.ahead_of_time else device.name
+    capability = device.compute_capability
+    key = engine_key(manifest.digest, options, flavour.name, flavour.version, capability, gpu)
     record = EngineRecord(
         file=f"{key}.plan",
         size=len(plan),
@@ -106,15 +105,15 @@ def build_engine(
         bundle_digest=manifest.digest,
         flavour=flavour.name,
         version=flavour.version,
-        compute_capability=device.compute_capability,
-        gpu=None if flavour.ahead_of_time else device.name,
+        compute_capability=capability,
+        gpu=gpu,
         platform=platform_name(),
         options=options,
         build_seconds=round(time.monotonic() - started, 3),
     )
     path = write_engine(bundle, record, plan)
     weights = manifest.files["weights.bin"].size
-    return BuiltEngine(record, path, weights, tuple(flavour.messages()))
+    return BuiltEngine(record, path, weights, (*flavour.messages(), *warnings))
 
 
 def read_bundle(bundle: Path) -> Manifest:
@@ -170,7 +169,8 @@ def _serialize(
     options: EngineOptions,
     say: Callable[[str, int, int], None],
     timing_cache: Path,
-) -> memoryview:
+) -> tuple[memoryview, list[str]]:
+    """The plan, and warnings."""
     trt = flavour.module
     flavour.messages()  # of whatever was built before
     builder = trt.Builder(flavour.logger)
@@ -179,7 +179,8 @@ def _serialize(
     parsed = parse_graph(flavour, builder, graph)
     config = _configure(flavour, builder, device, options)
     add_profiles(builder, config, parsed.network, options)
-    timings = _load_timings(flavour, config, timing_cache)
+    if not flavour.ahead_of_time:  # which times nothing
+        load_timings(config, timing_cache)
     with kept_interrupt() as interrupted:
         monitor = progress_monitor(flavour, say, interrupted)
         config.progress_monitor = monitor
@@ -190,9 +191,8 @@ def _serialize(
         raise KeyboardInterrupt
     if plan is None:
         raise EngineError(_failure(flavour, f"could not build {graph.name}"))
-    if timings:
-        _save_timings(config, timing_cache)
-    return memoryview(plan)
+    warning = None if flavour.ahead_of_time else save_timings(config, timing_cache)
+    return memoryview(plan), [warning] if warning else []
 
 
 def _configure(flavour: Flavour, builder: Any, device: Device, options: EngineOptions) -> Any:
@@ -208,26 +208,14 @@ def _configure(flavour: Flavour, builder: Any, device: Device, options: EngineOp
     ):
         if wanted:
             config.set_flag(getattr(trt.BuilderFlag, flag))
+    user_allocation = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+    if user_allocation is not None:
+        # TensorRT for RTX might allocate while a step runs, which no CUDA graph can capture.
+        config.set_flag(user_allocation)
     if flavour.ahead_of_time:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, device.member), 0)
     return config
-
-
-def _load_timings(flavour: Flavour, config: Any, path: Path) -> bool:
-    """Use the timings of earlier builds; TensorRT itself ignores those of another GPU."""
-    if flavour.ahead_of_time:  # it times nothing
-        return False
-    data = path.read_bytes() if path.is_file() else b""
-    cache = config.create_timing_cache(data) or config.create_timing_cache(b"")
-    return bool(cache is not None and config.set_timing_cache(cache, False))
-
-
-def _save_timings(config: Any, path: Path) -> None:
-    cache = config.get_timing_cache()
-    if cache is not None:
-        path.parent.mkdir(exist_ok=True)
-        _replace(path, memoryview(cache.serialize()))
 
 
 def _failure(flavour: Flavour, what: str) -> str:
@@ -245,20 +233,8 @@ def write_engine(bundle: Path, record: EngineRecord, plan: memoryview | bytes) -
     path = folder / record.file
     try:
         folder.mkdir(exist_ok=True)
-        _replace(path, plan)
-        _replace(path.with_suffix(".json"), record.to_json().encode())
+        replace_file(path, plan)
+        replace_file(path.with_suffix(".json"), record.to_json().encode())
     except OSError as error:
         raise _unwritable(folder, error) from error
     return path
-
-
-def _replace(path: Path, data: memoryview | bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)

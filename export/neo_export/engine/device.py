@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import platform
 import re
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +13,7 @@ from neo_runtime.errors import EngineError, RequestError
 if TYPE_CHECKING:
     from neo_export.engine.flavour import Flavour
 
-__all__ = ["Device", "device_for", "local_device", "platform_name"]
+__all__ = ["Device", "device_for", "local_device"]
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 _LIBRARIES = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
@@ -34,11 +32,6 @@ class Device:
     def member(self) -> str:
         """Its name in TensorRT's `ComputeCapability`."""
         return f"SM{self.compute_capability.replace('.', '')}"
-
-
-def platform_name() -> str:
-    """Operating system and processor, as records name them: "linux-x86_64"."""
-    return f"{sys.platform}-{platform.machine()}"
 
 
 def local_device(index: int = 0) -> Device | None:

@@ -7,12 +7,12 @@ took, and why, where there was something to choose.
 from __future__ import annotations
 
 import logging
-import platform
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from neo_runtime.bundle import check_installation
+from neo_runtime.closable import closed_on_error
+from neo_runtime.engine_record import platform_name
 from neo_runtime.errors import BundleUnsupportedError, NeoError, RequestError
 
 if TYPE_CHECKING:
@@ -164,10 +164,11 @@ def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
     gpu = usable_gpu(bundle, "cuda", options.device)
     from neo_runtime.backends.cuda import CudaBackend
     from neo_runtime.backends.cuda_device import CudaDevice
-    from neo_runtime.backends.device import closed_on_error
 
     with closed_on_error(CudaDevice(options.device)) as device:
         backend = CudaBackend(bundle, device, options.session_config)
+    with closed_on_error(backend):
+        backend.prepare()  # shows whether CUDA's libraries are there, while "auto" can choose
     backend.described = f"{gpu.name} (device {gpu.index})"
     return backend
 
@@ -175,12 +176,10 @@ def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
 def _open_tensorrt(bundle: Bundle, options: BackendOptions) -> Backend:
     gpu = usable_gpu(bundle, "tensorrt", options.device)
     from neo_runtime.backends.cuda_device import CudaDevice
-    from neo_runtime.backends.device import closed_on_error
     from neo_runtime.backends.tensorrt import TensorRTBackend
 
-    system = f"{sys.platform}-{platform.machine()}"
     with closed_on_error(CudaDevice(options.device)) as device:
-        backend = TensorRTBackend(bundle, device, gpu, system)
+        backend = TensorRTBackend(bundle, device, gpu, platform_name())
     backend.described = f"{backend.record.file} on {gpu.name} (device {gpu.index})"
     return backend
 

@@ -6,7 +6,8 @@ over host memory, which is how it is tested where there is no GPU.
 
 from __future__ import annotations
 
-import threading
+import itertools
+import weakref
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,32 +15,41 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo_runtime.backends.base import Backend
-from neo_runtime.backends.device_slots import ELEMENT_TYPES, ITEM_SIZES, SlotPool
+from neo_runtime.backends.cuda_sessions import CudaSessions
+from neo_runtime.backends.device_locks import alone, new_lock
+from neo_runtime.backends.device_slots import (
+    ELEMENT_TYPES,
+    ITEM_SIZES,
+    CapturedStep,
+    Slot,
+    make_slot,
+)
 from neo_runtime.backends.device_store import DeviceStore
-from neo_runtime.backends.device_weights import DeviceWeights
+from neo_runtime.backends.idle_pool import IdlePool
 from neo_runtime.backends.leftovers import Leftovers
-from neo_runtime.backends.sessions import translated
-from neo_runtime.errors import BundleUnsupportedError, DeviceError, NeoError
+from neo_runtime.backends.one_thread import OneThread
+from neo_runtime.errors import BundleUnsupportedError
 from neo_runtime.installation import require_onnxruntime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
     from neo_runtime.backends.base import CacheStore
     from neo_runtime.backends.device import Device
-    from neo_runtime.backends.device_slots import Slot, Tensors
+    from neo_runtime.backends.device_slots import Tensors
     from neo_runtime.bundle import Bundle
     from neo_runtime.manifest import Manifest
 
 __all__ = ["CudaBackend", "why_not_cuda"]
 
 _LENGTHS = 256
-"""Caches are made in steps of so many positions, so that slots and their graphs are used again."""
+"""Caches are made in steps of this many positions, so that slots and their graphs are reused."""
 _SCORED = 512
 """Positions that are scored in one call: their logits are 100 MB."""
+_MOST_GRAPHS = 64
+"""CUDA graphs that one session captures: onnxruntime frees them only with the session."""
 
 
 def why_not_cuda(manifest: Manifest) -> str | None:
@@ -60,6 +70,8 @@ class CudaBackend(Backend):
     """Sessions are made when first used. One call runs at a time: there is one stream."""
 
     default_chunk = 2048
+    captures = True
+    """Whether a decode step is recorded in a CUDA graph and replayed."""
 
     def __init__(
         self, bundle: Bundle, device: Device, session_config: Mapping[str, str] | None = None
@@ -78,107 +90,96 @@ class CudaBackend(Backend):
         reason = why_not_cuda(bundle.manifest)
         if reason is not None:
             raise BundleUnsupportedError(f"{bundle.path} does not run on backend cuda: {reason}")
-        self._ort: Any = require_onnxruntime()
         self._bundle, self.manifest, self.device = bundle, bundle.manifest, device
-        self._session_config = dict(session_config or {})
-        self.lock = threading.Lock()
+        self.lock = new_lock()
         """Held while the device works: copies and kernels of one call stay together, and nothing is
         allocated or freed while kernels are captured."""
+        with self.lock:
+            self._sessions = CudaSessions(
+                bundle,
+                device,
+                require_onnxruntime(),
+                source=self._source(),
+                captures=self.captures,
+                config=session_config or {},
+            )
+        make = partial(make_slot, self.manifest, device)
+        self.slots: IdlePool[Slot] = IdlePool(make, most_idle=self._sessions.weight_bytes)
+        self._thread = OneThread()
+        self._graph_ids = itertools.count(1)
+        self._captured_by_session = 0
+        self._session_number = 0
         self._leftovers = Leftovers(self.lock)
-        self.slots = SlotPool(self.manifest, device)
-        self._weights: DeviceWeights | None = DeviceWeights(bundle, device, self._ort)
-        self._kept: list[Any] = []
-        self._sessions: dict[str, Any] = {}
+        everything = partial(_let_go, self._sessions, self.slots, self._thread, device)
+        self._end = weakref.finalize(self, self._leftovers.leave_last, everything)
+        self._end.atexit = False  # the system takes everything then
+
+    def _source(self) -> Callable[[str], str | bytes]:
+        """A function that gives a graph's path, or serialized model; it holds no backend."""
+        bundle = self._bundle
+        return lambda graph: str(bundle.graph(graph))
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights on the device."""
-        return self._weights.nbytes if self._weights is not None else 0
-
-    def session(self, graph: str) -> Any:
-        """The `onnxruntime.InferenceSession` of "prefill", "decode" or "score".
-
-        The caller holds the lock.
-        """
-        if self._weights is None:
-            raise NeoError("the model is closed; call neo_runtime.load again")
-        if graph not in self._sessions:
-            self._sessions[graph] = self._open(graph, self._weights)
-        return self._sessions[graph]
-
-    def graph_source(self, graph: str) -> str | bytes:
-        """Path or serialized model of a graph, for onnxruntime."""
-        return str(self._bundle.graph(graph))
-
-    def captures(self, graph: str) -> bool:
-        """Whether a graph's kernels are recorded in a CUDA graph and replayed."""
-        return graph == "decode"
-
-    def _open(self, graph: str, weights: DeviceWeights) -> Any:
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 4  # what fails is raised; no second account on stderr
-        # A kernel's own copy of a weight would be a second one.
-        settings = {"session.disable_prepacking": "1"} | self._session_config
-        for key, value in settings.items():
-            options.add_session_config_entry(key, value)
-        values = weights.initializers(graph)
-        for name, value in values.items():
-            options.add_initializer(name, value)
-        self._kept.append(values)
-        providers = self.device.providers(capture=self.captures(graph))
-        with translated(self._ort):
-            source = self.graph_source(graph)
-            session = self._ort.InferenceSession(source, options, providers=providers)
-        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
-        if wanted not in session.get_providers():
-            raise DeviceError(
-                f"onnxruntime {self._ort.__version__} could not start its {wanted} (it would have "
-                "run on the CPU instead): CUDA's libraries are missing or of another version; pip "
-                "install 'neo-onnx[gpu]' brings those of CUDA 13, and onnxruntime.preload_dlls() "
-                "names what it cannot find"
-            )
-        return session
+        return self._sessions.weight_bytes
 
     def prepare(self) -> None:
         """See `Backend.prepare`."""
         with self.lock:
             for graph in ("prefill", "decode"):
-                self.session(graph)
+                self.slots.with_room(partial(self._sessions.get, graph))
 
-    def bind(self, graph: str, inputs: Tensors, outputs: Tensors) -> Any:
-        """Bind addresses to a graph's inputs and outputs; the cache is its own output.
+    def allocate(self, size: int) -> int:
+        """Device memory, for which idle slots make room. The caller holds the lock."""
+        return self.slots.with_room(partial(self.device.allocate, size))
 
-        The caller holds the lock.
-        """
-        binding = self.session(graph).io_binding()
-        name, index = self.device.name, self.device.index
-        for tensor, (address, dtype, shape) in inputs.items():
-            binding.bind_input(tensor, name, index, dtype, shape, address)
-            if tensor.startswith("past_key_values."):
-                present = "present." + tensor.removeprefix("past_key_values.")
-                binding.bind_output(present, name, index, dtype, shape, address)
-        for tensor, (address, dtype, shape) in outputs.items():
-            binding.bind_output(tensor, name, index, dtype, shape, address)
-        return binding
+    def run(self, graph: str, inputs: Tensors, outputs: Tensors) -> None:
+        """Queue a graph's kernels over these addresses. The caller holds the lock."""
+        self.slots.with_room(partial(self._run, graph, inputs, outputs))
 
-    def run(self, graph: str, binding: Any, graph_id: int | None) -> None:
-        """Compute, in the device's stream. The caller holds the lock.
+    def _run(self, graph: str, inputs: Tensors, outputs: Tensors) -> None:
+        self.run_bound(graph, self._sessions.bind(graph, inputs, outputs))
 
-        Args:
-            graph: whose session runs.
-            binding: of `bind`.
-            graph_id: replay (at first: capture) the CUDA graph of this number; None: run kernels.
-        """
-        options = self._ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", "-1" if graph_id is None else str(graph_id))
-        # The stream is ours, and what reads the results waits for it.
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        with self.translated():
-            self.session(graph).run_with_iobinding(binding, options)
+    def run_bound(self, graph: str, binding: Any) -> None:
+        """Queue a graph's kernels. The caller holds the lock."""
+        self._sessions.run(graph, binding)
 
-    def translated(self) -> AbstractContextManager[None]:
-        """Turn what onnxruntime raises while running into this project's errors."""
-        return translated(self._ort)
+    def decode(self, slot: Slot) -> None:
+        """Queue one decode step over the buffers of a slot. The caller holds the lock."""
+        if not self.captures:
+            self.run("decode", slot.inputs | slot.cache, slot.logits | slot.small)
+            return
+        found, thread = slot.captured, self._thread.settle()
+        if found is None or (found.session, found.thread) != (self._session_number, thread):
+            with alone(self.lock):
+                self.slots.with_room(partial(self._capture, slot))
+        else:
+            self._replay(slot, found.graph_id)
+
+    def _replay(self, slot: Slot, graph_id: int) -> None:
+        run = partial(self._sessions.run, "decode", slot.binding, graph_id)
+        self._thread.run(run)
+
+    def _capture(self, slot: Slot) -> None:
+        """A first step, which onnxruntime captures."""
+        if self._captured_by_session >= _MOST_GRAPHS:
+            self._renew_session()
+        if slot.binding is None:
+            inputs, outputs = slot.inputs | slot.cache, slot.logits | slot.small
+            slot.binding = self._sessions.bind("decode", inputs, outputs)
+        graph_id = next(self._graph_ids)
+        self._captured_by_session += 1
+        thread = self._thread.settle()
+        self._replay(slot, graph_id)
+        slot.captured = CapturedStep(graph_id, self._session_number, thread)
+
+    def _renew_session(self) -> None:
+        for slot in self.slots.items:
+            slot.binding = slot.captured = None
+        self._sessions.drop("decode")
+        self._session_number += 1
+        self._captured_by_session = 0
 
     def _capacity(self, length: int) -> int:
         """Positions of the buffers for sequences of up to `length`; at least two.
@@ -228,7 +229,7 @@ class CudaBackend(Backend):
     def _block(self, size: int) -> Iterator[int]:
         """Device memory for the time of a call."""
         with self.lock:
-            block = self.device.allocate(size)
+            block = self.allocate(size)
         try:
             yield block
         finally:
@@ -236,14 +237,16 @@ class CudaBackend(Backend):
                 self.device.free(block)
 
     def take_slot(self, batch: int, length: int) -> Slot:
-        """Buffers for a store.
+        """Buffers for a store; keys and values are zeros.
 
         Raises:
             DeviceMemoryError: the device has no room.
         """
         with self.lock:
             self._leftovers.clear()
-            return self.slots.take(batch, length)
+            slot = self.slots.take(batch, length)
+            slot.clear()
+            return slot
 
     def give_back(self, slot: Slot) -> None:
         """Take a slot from a store that is closed, or garbage."""
@@ -251,22 +254,28 @@ class CudaBackend(Backend):
 
     def _keep(self, slot: Slot) -> None:
         self.slots.give(slot)
-        self._close_device()
+        if self._sessions.is_closed and not self.slots.items:
+            self.device.close()
 
     def close(self) -> None:
         """See `Backend.close`. Caches that are open keep their memory until they are closed."""
         with self.lock:
-            if self._weights is None:
+            if self._sessions.is_closed:
                 return
             self._leftovers.clear()
-            self.slots.close()
-            self._sessions.clear()
-            self._kept.clear()
-            self._weights.close()
-            self._weights = None
-            self._close_device()
+            self._end.detach()
+            _let_go(self._sessions, self.slots, self._thread, self.device)
         self._leftovers.settle()  # of a cache that was closed meanwhile
 
-    def _close_device(self) -> None:
-        if self._weights is None and self.slots.is_empty:
-            self.device.close()
+
+def _let_go(
+    sessions: CudaSessions, slots: IdlePool[Slot], thread: OneThread, device: Device
+) -> None:
+    """Give everything back but the slots that stores have; nobody uses the device."""
+    slots.close()
+    for slot in slots.items:
+        slot.binding = slot.captured = None
+    thread.close()
+    sessions.close()
+    if not slots.items:
+        device.close()

@@ -22,6 +22,10 @@ __all__ = ["CudaDevice", "checked"]
 def checked(results: tuple[Any, ...], what: str) -> Any:
     """What a call of the CUDA runtime gave: its results without the error code.
 
+    Args:
+        results: the error code, then the results.
+        what: the call did, as in "failed to …".
+
     Raises:
         DeviceMemoryError: the device has no memory left.
         DeviceError: any other failure.
@@ -32,8 +36,8 @@ def checked(results: tuple[Any, ...], what: str) -> Any:
     name = getattr(code, "name", str(code))
     if name == "cudaErrorMemoryAllocation":
         raise DeviceMemoryError(
-            f"the GPU has no memory left for {what}; close other programs on it, ask for fewer or "
-            "shorter sequences at once (max_cache_bytes), or export with --int4"
+            f"the GPU's memory is full: CUDA failed to {what}; close other programs on it, ask for "
+            "fewer or shorter sequences at once (max_cache_bytes), or export with --int4"
         )
     raise DeviceError(f"CUDA failed to {what}: {name}; see the driver's log (dmesg, nvidia-smi)")
 
@@ -62,7 +66,7 @@ class CudaDevice(Device):
     def allocate(self, size: int) -> int:
         """See `Device.allocate`."""
         self._select()
-        return int(checked(self._cuda.cudaMalloc(max(size, 1)), f"{size} bytes"))
+        return int(checked(self._cuda.cudaMalloc(max(size, 1)), f"allocate {size} bytes"))
 
     def free(self, address: int) -> None:
         """See `Device.free`."""
@@ -73,7 +77,13 @@ class CudaDevice(Device):
         """See `Device.pinned`."""
         self._select()
         flags = self._cuda.cudaHostAllocDefault
-        address = int(checked(self._cuda.cudaHostAlloc(max(size, 1), flags), "pin host memory"))
+        code, address = self._cuda.cudaHostAlloc(max(size, 1), flags)
+        if getattr(code, "name", "") == "cudaErrorMemoryAllocation":
+            raise DeviceError(
+                f"the system gives no {size} bytes of host memory for copies to the GPU (pinned "
+                "memory); free memory of the machine, or raise the container's limit"
+            )
+        address = int(checked((code, address), f"pin {size} bytes of host memory"))
         self._pinned.add(address)
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 

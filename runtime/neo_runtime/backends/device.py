@@ -7,17 +7,16 @@ the device's stream, and is complete once `synchronize` returns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
-__all__ = ["ALIGNMENT", "Device", "Layout", "closed_on_error", "move_rows"]
+__all__ = ["ALIGNMENT", "Device", "Layout", "move_rows"]
 
 ALIGNMENT = 256
 """Bytes: what cudaMalloc guarantees, and the most that a kernel wants."""
@@ -103,16 +102,6 @@ class Device(ABC):
         """Give the stream and the pinned memory back."""
 
 
-@contextmanager
-def closed_on_error(device: Device) -> Iterator[Device]:
-    """Give a device to whoever will close it; here it is closed only where that fails."""
-    try:
-        yield device
-    except BaseException:
-        device.close()
-        raise
-
-
 class Layout:
     """Tensors one behind the other in one block of device memory."""
 
@@ -137,6 +126,7 @@ class Layout:
 
 def move_rows(
     device: Device,
+    allocate: Callable[[int], int],
     tensors: Iterable[int],
     shape: tuple[int, int, int],
     used: int,
@@ -147,6 +137,7 @@ def move_rows(
 
     Args:
         device: where they are.
+        allocate: gives device memory for one tensor's rows.
         tensors: address of each, [batch, heads, length, bytes of a position].
         shape: heads, length, and the bytes of one position of one head.
         used: positions that are copied.
@@ -155,7 +146,7 @@ def move_rows(
     """
     heads, length, position = shape
     pitch, width = length * position, max(used, 1) * position
-    block = device.allocate(heads * width * len(sources))
+    block = allocate(heads * width * len(sources))
     try:
         for tensor in tensors:
             for index, source in enumerate(sources):

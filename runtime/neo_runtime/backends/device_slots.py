@@ -5,8 +5,8 @@
     small     top_values, top_ids, exp_sum: what a step sends back
     logits    float32 [batch, 1, vocab]: stay, and are fetched only when asked for
 
-These make a *slot*, and its captured CUDA graph is over their addresses. `SlotPool` keeps some of
-those that are given back, graph and all.
+These make a *slot*, and its captured CUDA graph is over their addresses. Some of those that are
+given back are kept, graph and all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo_runtime.backends.device import Layout
-from neo_runtime.errors import DeviceMemoryError
 from neo_runtime.manifest import CANDIDATE_OUTPUTS
 
 if TYPE_CHECKING:
@@ -27,25 +26,45 @@ if TYPE_CHECKING:
     from neo_runtime.backends.device import Device
     from neo_runtime.manifest import Manifest
 
-__all__ = ["ELEMENT_TYPES", "ITEM_SIZES", "Slot", "SlotPool", "Tensors", "slot_layouts"]
+__all__ = [
+    "ELEMENT_TYPES",
+    "ITEM_SIZES",
+    "CapturedStep",
+    "Slot",
+    "Tensors",
+    "make_slot",
+    "slot_layouts",
+]
 
 ELEMENT_TYPES: dict[str, Any] = {"float16": np.float16, "float32": np.float32, "bfloat16": 16}
 """What onnxruntime takes for a type: a numpy type, or ONNX's number of it."""
 ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
-_KEPT = 4
-"""Idle slots that a pool keeps."""
 
 Tensors = dict[str, tuple[int, Any, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """Where a slot's CUDA graph lies: onnxruntime keeps it with a session and a thread."""
+
+    graph_id: int
+    """`gpu_graph_id` of the runs that replay it."""
+    session: int
+    """Number of the decode session, counted from 0."""
+    thread: int
+    """Number of the thread, counted from 0."""
 
 
 @dataclass(eq=False)
 class Slot:
     """The buffers for one batch and length, and the binding of the decode graph over them."""
 
+    device: Device
     batch: int
     length: int
-    graph_id: int
-    """Names its captured graph: `gpu_graph_id` of a run."""
+    nbytes: int
+    """On the device, of it `cache_size` keys and values."""
+    cache_size: int
     cache: Tensors
     """By the graph's input name."""
     inputs: Tensors
@@ -60,102 +79,67 @@ class Slot:
     host_small: NDArray[np.uint8]
     """The block `small`, pinned."""
     binding: Any = None
-    """Of the decode graph, made when it first runs."""
-
-
-class SlotPool:
-    """Makes slots, and keeps some of those that are given back."""
-
-    def __init__(self, manifest: Manifest, device: Device) -> None:
-        self._manifest, self._device = manifest, device
-        self._idle: list[Slot] = []
-        self._taken: list[Slot] = []
-        self._made = 0
-        self._is_closed = False
-
-    def take(self, batch: int, length: int) -> Slot:
-        """A slot of this size; the contents of its cache are whatever was there.
-
-        Raises:
-            DeviceMemoryError: the device has no room, even without the idle slots.
-        """
-        fitting = [slot for slot in self._idle if (slot.batch, slot.length) == (batch, length)]
-        if fitting:
-            slot = fitting[-1]
-            self._idle.remove(slot)
-        else:
-            try:
-                slot = self._make(batch, length)
-            except DeviceMemoryError:
-                if not self._idle:
-                    raise
-                self._free_idle()
-                slot = self._make(batch, length)
-        self._taken.append(slot)
-        return slot
-
-    def give(self, slot: Slot) -> None:
-        """Keep a slot for later; the oldest idle one beyond `_KEPT` is freed."""
-        self._taken.remove(slot)
-        self._idle.append(slot)
-        while len(self._idle) > (0 if self._is_closed else _KEPT):
-            self._free(self._idle.pop(0))
-
-    def close(self) -> None:
-        """Free the idle slots, and the others when they are given back."""
-        self._is_closed = True
-        self._free_idle()
-        for slot in self._taken:
-            slot.binding = None  # it holds its session
+    """Of the decode graph, made when it first runs. It holds its session."""
+    captured: CapturedStep | None = None
+    """Its CUDA graph, once captured."""
 
     @property
-    def is_empty(self) -> bool:
-        """Whether no slot is left."""
-        return not self._idle and not self._taken
+    def key(self) -> tuple[int, ...]:
+        """See `Pooled`."""
+        return self.batch, self.length
 
-    def _free_idle(self) -> None:
-        while self._idle:
-            self._free(self._idle.pop())
+    def clear(self) -> None:
+        """Queue: write zeros to the cache.
 
-    def _free(self, slot: Slot) -> None:
-        slot.binding = None
-        for address in slot.addresses:
-            self._device.free(address)
-        for array in (slot.host_mask, slot.host_ids, slot.host_small):
-            self._device.unpin(array)
+        Masked positions may pass through kernels, so what is there must be finite, and an earlier
+        request may have left what is not.
+        """
+        self.device.zero(self.addresses[0], self.cache_size)
 
-    def _make(self, batch: int, length: int) -> Slot:
-        layouts = slot_layouts(self._manifest, batch, length)
-        device = self._device
-        with ExitStack() as undone:  # if something does not fit
-            blocks = []
-            for layout in layouts:
-                blocks.append(device.allocate(layout.size))
-                undone.callback(device.free, blocks[-1])
-            pinned = []
-            for size in (8 * batch * length, 16 * batch, layouts[2].size):
-                pinned.append(device.pinned(size))
-                undone.callback(device.unpin, pinned[-1])
-            # Whatever lies there must be finite: masked positions still pass through the kernels.
-            device.zero(blocks[0], layouts[0].size)
-            undone.pop_all()
-        cache, inputs, small, logits = (
-            layout.tensors(address) for layout, address in zip(layouts, blocks, strict=True)
-        )
-        self._made += 1
-        return Slot(
-            batch=batch,
-            length=length,
-            graph_id=self._made,
-            cache=cache,
-            inputs=inputs,
-            small=small,
-            logits=logits,
-            addresses=(blocks[0], blocks[1], blocks[2], blocks[3]),
-            host_mask=pinned[0].view(np.int64).reshape(batch, length),
-            host_ids=pinned[1].view(np.int64).reshape(2, batch),
-            host_small=pinned[2],
-        )
+    def free(self) -> None:
+        """See `Pooled`."""
+        self.binding = None
+        for address in self.addresses:
+            self.device.free(address)
+        for array in (self.host_mask, self.host_ids, self.host_small):
+            self.device.unpin(array)
+
+
+def make_slot(manifest: Manifest, device: Device, batch: int, length: int) -> Slot:
+    """Allocate the buffers for one batch and length.
+
+    Raises:
+        DeviceMemoryError: the device has no room.
+    """
+    layouts = slot_layouts(manifest, batch, length)
+    with ExitStack() as undone:  # if something does not fit
+        blocks = []
+        for layout in layouts:
+            blocks.append(device.allocate(layout.size))
+            undone.callback(device.free, blocks[-1])
+        pinned = []
+        for size in (8 * batch * length, 16 * batch, layouts[2].size):
+            pinned.append(device.pinned(size))
+            undone.callback(device.unpin, pinned[-1])
+        undone.pop_all()
+    cache, inputs, small, logits = (
+        layout.tensors(address) for layout, address in zip(layouts, blocks, strict=True)
+    )
+    return Slot(
+        device=device,
+        batch=batch,
+        length=length,
+        nbytes=sum(layout.size for layout in layouts),
+        cache_size=layouts[0].size,
+        cache=cache,
+        inputs=inputs,
+        small=small,
+        logits=logits,
+        addresses=(blocks[0], blocks[1], blocks[2], blocks[3]),
+        host_mask=pinned[0].view(np.int64).reshape(batch, length),
+        host_ids=pinned[1].view(np.int64).reshape(2, batch),
+        host_small=pinned[2],
+    )
 
 
 def slot_layouts(manifest: Manifest, batch: int, length: int) -> tuple[Layout, ...]:

@@ -70,7 +70,7 @@ class DeviceStore(RightPaddedStore):
         for name, array in arrays.items():
             layout.add(name, np.int64, array.shape, 8)
         with self._backend.lock:
-            block = self._device.allocate(layout.size)
+            block = self._backend.allocate(layout.size)
             try:
                 for name, array in arrays.items():
                     self._device.upload(block + layout.offset(name), array)
@@ -79,8 +79,7 @@ class DeviceStore(RightPaddedStore):
                 outputs = _rows(self.slot.logits, row, len(ids)) if logits is None else logits
                 if graph != "score":
                     outputs = outputs | _rows(self.slot.small, row, len(ids))
-                binding = self._backend.bind(graph, inputs | cache, outputs)
-                self._backend.run(graph, binding, None)
+                self._backend.run(graph, inputs | cache, outputs)
                 self._device.synchronize()
             finally:
                 self._device.free(block)
@@ -100,10 +99,7 @@ class DeviceStore(RightPaddedStore):
             self._upload_mask()
             for index, name in enumerate(("input_ids", "position_ids")):
                 self._device.upload(slot.inputs[name][0], slot.host_ids[index])
-            if slot.binding is None:
-                outputs = slot.logits | slot.small
-                slot.binding = self._backend.bind("decode", slot.inputs | slot.cache, outputs)
-            self._backend.run("decode", slot.binding, slot.graph_id)
+            self._backend.decode(slot)
             self.lengths += 1
             return self._step()
 
@@ -183,6 +179,7 @@ class DeviceStore(RightPaddedStore):
             with self._backend.lock:
                 move_rows(
                     self._device,
+                    self._backend.allocate,
                     [address for address, _, _ in self.slot.cache.values()],
                     (heads, length, head_dim * item),
                     int(self.lengths[sources].max()),

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 __all__ = ["Leftovers"]
 
 
+_orphans: deque[Leftovers] = deque()
+"""Of devices that are garbage, while another model's capture holds their locks."""
+
+
 class Leftovers:
     """Work that waits until nobody uses the device.
 
@@ -33,8 +37,25 @@ class Leftovers:
         self._waiting.append(work)
         self.settle()
 
+    def leave_last(self, work: Callable[[], None]) -> None:
+        """As `leave`, on a device that nobody will use again: what waits is done for any other."""
+        self.leave(work)
+        if self._waiting:
+            _orphans.append(self)
+
     def settle(self) -> None:
         """Do what waits, if nobody uses the device; for who has just let go of the lock, too."""
+        self._settle()
+        for _ in range(len(_orphans)):
+            try:
+                orphan = _orphans.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            orphan._settle()
+            if orphan._waiting:
+                _orphans.append(orphan)
+
+    def _settle(self) -> None:
         while self._waiting and self._lock.acquire(blocking=False):
             try:
                 self.clear()

@@ -40,7 +40,13 @@ __all__ = [
     "translated",
 ]
 
-_OUT_OF_MEMORY = re.compile(r"CUDA.*out of memory|Failed to allocate memory.*(?:Cuda|CUDA)")
+_OUT_OF_MEMORY = re.compile(
+    r"CUDA.*out of memory"
+    r"|Failed to allocate memory for requested buffer"
+    r"|Available memory of \d+ is smaller than requested bytes"
+    r"|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED"
+)
+"""onnxruntime's arena does not say whose memory it asked for."""
 
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -208,7 +214,7 @@ class SessionFactory:
     @contextmanager
     def translated(self) -> Iterator[None]:
         """Turn what onnxruntime raises while running into this project's errors."""
-        with translated(self._ort):
+        with translated(self._ort, on_gpu=False):
             yield
 
 
@@ -232,8 +238,13 @@ def failure_kinds(ort: Any) -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def translated(ort: Any) -> Iterator[None]:
-    """Turn what onnxruntime raises while running into this project's errors."""
+def translated(ort: Any, *, on_gpu: bool) -> Iterator[None]:
+    """Turn what onnxruntime raises while running into this project's errors.
+
+    Args:
+        ort: the module onnxruntime.
+        on_gpu: memory that it lacks is a GPU's.
+    """
     try:
         yield
     except NeoError:
@@ -244,7 +255,7 @@ def translated(ort: Any) -> Iterator[None]:
             raise RequestError(
                 f"a token id or position lies outside the model's tables: {reason}"
             ) from error
-        if _OUT_OF_MEMORY.search(str(error)):
+        if on_gpu and _OUT_OF_MEMORY.search(str(error)):
             raise DeviceMemoryError(
                 "the GPU has no memory left for activations; close other programs on it, lower "
                 f"prefill_chunk or the batch, or export with --int4 ({reason})"

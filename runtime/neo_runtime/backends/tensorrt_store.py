@@ -8,15 +8,16 @@ The step is queued once as it is, then captured as a CUDA graph over these addre
 
 from __future__ import annotations
 
+import logging
 import weakref
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from neo_runtime.backends.base import CacheStore
 from neo_runtime.backends.device import Layout, move_rows
-from neo_runtime.engine_record import DECODE_PROFILE, PREFILL_PROFILE
+from neo_runtime.engine_record import DECODE_PROFILE
+from neo_runtime.errors import DeviceError
 from neo_runtime.step_logits import StepLogits
 
 if TYPE_CHECKING:
@@ -26,45 +27,110 @@ if TYPE_CHECKING:
 
     from neo_runtime.backends.device import Device
     from neo_runtime.backends.tensorrt import TensorRTBackend
+    from neo_runtime.backends.tensorrt_plan import LoadedPlan, Tensors
+    from neo_runtime.manifest import Manifest
 
-__all__ = ["ITEM_SIZES", "TensorRTStore"]
+__all__ = ["ITEM_SIZES", "StepBuffers", "TensorRTStore"]
 
 ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_LOG = logging.getLogger("neo_runtime")
+
+
+class StepBuffers:
+    """The buffers of a batch, a context of its own for the decode step, and its CUDA graph.
+
+    NVIDIA wants one context for each captured graph.
+    """
+
+    def __init__(self, plan: LoadedPlan, device: Device, manifest: Manifest, batch: int) -> None:
+        """Allocate.
+
+        Raises:
+            DeviceMemoryError: the device has no room.
+        """
+        model, item = manifest.model, ITEM_SIZES[manifest.cache.dtype]
+        shape = (batch, model.num_heads, manifest.max_length, model.head_dim)
+        cache, step = Layout(), Layout()
+        for layer in range(model.num_layers):
+            for part in ("key", "value"):
+                cache.add(f"{layer}.{part}", None, shape, item)
+        for name in ("input_ids", "position_ids", "logit_positions"):
+            step.add(name, np.int64, (batch, 1), 8)
+        step.add("logits", np.float32, (batch, 1, model.vocab_size), 4)
+        self.key = (batch,)
+        self.nbytes = cache.size + step.size
+        self._plan, self._device = plan, device
+        self._sizes = cache.size, step.size
+        self._graph: Any = None
+        self._may_capture = True
+        self._context: Any = plan.new_context(DECODE_PROFILE)
+        self._blocks = [device.allocate(cache.size)]
+        try:
+            self._blocks.append(device.allocate(step.size))
+        except BaseException:
+            device.free(self._blocks[0])
+            raise
+        self.cache = {n: (a, s) for n, (a, _, s) in cache.tensors(self._blocks[0]).items()}
+        self.step = {n: (a, s) for n, (a, _, s) in step.tensors(self._blocks[1]).items()}
+
+    def clear(self) -> None:
+        """Queue: a slot that was never written is masked, and still multiplied by 0."""
+        for address, size in zip(self._blocks, self._sizes, strict=True):
+            self._device.zero(address, size)
+
+    def bound_cache(self) -> Tensors:
+        """Past and present of every layer."""
+        bound = {}
+        for name, tensor in self.cache.items():
+            bound[f"past_key_values.{name}"] = bound[f"present.{name}"] = tensor
+        return bound
+
+    def run(self) -> None:
+        """Queue the decode step. The caller holds the lock."""
+        if self._graph is not None:
+            self._device.replay(self._graph)
+            return
+        self._queue()  # once without: kernels are chosen and loaded
+        if self._may_capture:
+            self._device.synchronize()
+            self._may_capture = self._plan.can_capture(self._context) and self._capture()
+
+    def _queue(self) -> None:
+        self._plan.queue(self._context, self.step | self.bound_cache())
+
+    def _capture(self) -> bool:
+        try:
+            self._graph = self._device.capture(self._queue)
+        except DeviceError as error:
+            _LOG.warning("decode steps run without a CUDA graph: %s", error)
+            return False
+        return True
+
+    def release(self) -> None:
+        """Let go of all that is the engine's."""
+        if self._graph is not None:
+            self._device.discard(self._graph)
+        self._graph = self._context = None
+
+    def free(self) -> None:
+        """Give everything back."""
+        self.release()
+        for address in self._blocks:
+            self._device.free(address)
 
 
 class TensorRTStore(CacheStore):
     """See the module."""
 
     def __init__(self, backend: TensorRTBackend, batch: int) -> None:
-        backend.check_open()
         model = backend.manifest.model
         self._backend, self._device, self._rows = backend, backend.device, batch
         self._item = ITEM_SIZES[backend.manifest.cache.dtype]
         self._row_shape = (model.num_heads, backend.manifest.max_length, model.head_dim)
-        cache, step = Layout(), Layout()
-        for layer in range(model.num_layers):
-            for part in ("key", "value"):
-                cache.add(f"{layer}.{part}", None, (batch, *self._row_shape), self._item)
-        for name in ("input_ids", "position_ids", "logit_positions"):
-            step.add(name, np.int64, (batch, 1), 8)
-        step.add("logits", np.float32, (batch, 1, model.vocab_size), 4)
-        with backend.lock:
-            backend.leftovers.clear()
-            self._held = _Held(self._device, cache.size, step.size)
-        self._give_back = weakref.finalize(self, backend.leftovers.leave, self._held.free)
+        self._buffers = backend.take_buffers(batch)
+        self._give_back = weakref.finalize(self, backend.give_back, self._buffers)
         self._give_back.atexit = False  # the system takes everything then
-        self._cache = cache.tensors(self._held.cache)
-        self._step_tensors = step.tensors(self._held.step)
-        bound = {n: (a, s) for n, (a, _, s) in self._step_tensors.items()} | self._bound_cache()
-        # Holds no store, for what is captured outlives it.
-        self._queue_step = partial(backend.queue, DECODE_PROFILE, bound)
         self.lengths = np.zeros(batch, dtype=np.int64)
-
-    def _bound_cache(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        bound = {}
-        for name, (address, _, shape) in self._cache.items():
-            bound[f"past_key_values.{name}"] = bound[f"present.{name}"] = (address, shape)
-        return bound
 
     def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
         """See `CacheStore.prefill`."""
@@ -117,6 +183,9 @@ class TensorRTStore(CacheStore):
         counts = np.full(rows, ids.shape[1]) if counts is None else counts
         last = backend.manifest.max_length - 1
         chosen = slice(first, first + rows)
+        lacking = backend.record.options.min_length - ids.shape[1]
+        if lacking > 0 and int(self.lengths[chosen].max()) + ids.shape[1] + lacking <= last + 1:
+            ids = np.pad(ids, ((0, 0), (0, lacking)))
         positions = self.lengths[chosen, None] + np.arange(ids.shape[1])
         # Padding may not run past the table or the cache: it is fed, but never looked at.
         arrays = {
@@ -131,8 +200,7 @@ class TensorRTStore(CacheStore):
         layout.add("logits", np.float32, shape, 4)
         logits = np.empty(shape, np.float32)
         with backend.lock:
-            backend.check_open()
-            block = self._device.allocate(layout.size)
+            block = backend.allocate(layout.size)
             try:
                 for name, array in arrays.items():
                     self._device.upload(block + layout.offset(name), array)
@@ -140,9 +208,9 @@ class TensorRTStore(CacheStore):
                 stride = self._item * int(np.prod(self._row_shape))
                 cache = {
                     n: (a + first * stride, (rows, *s[1:]))
-                    for n, (a, s) in self._bound_cache().items()
+                    for n, (a, s) in self._buffers.bound_cache().items()
                 }
-                backend.queue(PREFILL_PROFILE, tensors | cache)
+                backend.queue_prefill(tensors | cache)
                 self._device.download(logits, block + layout.offset("logits"))
                 self._device.synchronize()
             finally:
@@ -156,17 +224,13 @@ class TensorRTStore(CacheStore):
         ids = np.zeros((2, self._rows), dtype=np.int64)
         ids[0, :batch], ids[1, :batch] = tokens, self.lengths
         logits = np.empty((batch, 1, backend.manifest.model.vocab_size), np.float32)
+        step = self._buffers.step
         with backend.lock:
-            backend.check_open()
+            backend.plan.check_open()
             for index, name in enumerate(("input_ids", "position_ids")):
-                self._device.upload(self._step_tensors[name][0], ids[index])
-            if self._held.graph is None:
-                self._queue_step()  # once without: kernels are chosen and loaded
-                self._device.synchronize()
-                self._held.graph = self._device.capture(self._queue_step)
-            else:
-                self._device.replay(self._held.graph)
-            self._device.download(logits, self._step_tensors["logits"][0])
+                self._device.upload(step[name][0], ids[index])
+            self._buffers.run()
+            self._device.download(logits, step["logits"][0])
             self._device.synchronize()
         self.lengths += 1
         return StepLogits.at_hand(logits[:, 0])
@@ -178,9 +242,11 @@ class TensorRTStore(CacheStore):
             sources = rows[moved]
             heads, length, head_dim = self._row_shape
             with self._backend.lock:
+                self._backend.plan.check_open()
                 move_rows(
                     self._device,
-                    [address for address, _, _ in self._cache.values()],
+                    self._backend.allocate,
+                    [address for address, _ in self._buffers.cache.values()],
                     (heads, length, head_dim * self._item),
                     int(self.lengths[sources].max()),
                     sources.tolist(),
@@ -191,28 +257,3 @@ class TensorRTStore(CacheStore):
     def close(self) -> None:
         """See `CacheStore.close`."""
         self._give_back()
-
-
-class _Held:
-    """What a store has of the device; it outlives the store until it can be given back."""
-
-    def __init__(self, device: Device, cache_size: int, step_size: int) -> None:
-        self._device = device
-        self.graph: Any = None
-        """The captured step."""
-        self.cache = device.allocate(cache_size)
-        try:
-            self.step = device.allocate(step_size)
-        except BaseException:
-            device.free(self.cache)
-            raise
-        # A slot that was never written is masked, and still multiplied by 0.
-        device.zero(self.cache, cache_size)
-        device.zero(self.step, step_size)
-
-    def free(self) -> None:
-        """Give it back; once."""
-        if self.graph is not None:
-            self._device.discard(self.graph)
-        self._device.free(self.step)
-        self._device.free(self.cache)

@@ -69,7 +69,7 @@ def open_probed_backend(bundle: Bundle, engine: Engine) -> Iterator[Probed]:
     backend: Probed
     if engine.backend == "cuda":
         from neo_runtime.backends.cuda_device import CudaDevice
-        from neo_runtime.backends.device import closed_on_error
+        from neo_runtime.closable import closed_on_error
 
         from neo_tools.diff.probed_cuda import ProbedCudaBackend
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from neo_export.comparison.probed import probed_model, probed_values
@@ -10,6 +11,8 @@ from neo_runtime.backends.cuda import CudaBackend
 from neo_tools.diff.cached_path import trace_scored
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from neo_export.comparison.trace import Trace
     from neo_export.quantize.kv_cache import CacheSteps
     from neo_runtime.backends.device import Device
@@ -24,30 +27,28 @@ __all__ = ["ProbedCudaBackend"]
 class ProbedCudaBackend(CudaBackend):
     """Every call runs its kernels one by one, and `sink` gets the values, [1, S, width] each."""
 
+    captures = False
+    """What is shown leaves the device at every step."""
+
     def __init__(self, bundle: Bundle, device: Device) -> None:
         # A graph from memory has no folder; onnxruntime looks for its weights before it takes ours.
         folder = {"session.model_external_initializers_file_folder_path": str(bundle.path)}
         super().__init__(bundle, device, folder)
-        self._bundle_folder = bundle.path
         self.cache_steps: CacheSteps | None = None
         """There are no int8 caches here."""
         self._names = probed_values(self.manifest)
         self.sink: Sink = lambda values: None
 
-    def graph_source(self, graph: str) -> bytes:
-        """See `CudaBackend.graph_source`."""
-        return probed_model(self._bundle_folder, self.manifest, graph)
+    def _source(self) -> Callable[[str], bytes]:
+        """See `CudaBackend`."""
+        return partial(probed_model, self._bundle.path, self.manifest)
 
-    def captures(self, graph: str) -> bool:
-        """See `CudaBackend.captures`: what is shown leaves the device at every step."""
-        return False
-
-    def run(self, graph: str, binding: Any, graph_id: int | None) -> None:
-        """See `CudaBackend.run`."""
+    def run_bound(self, graph: str, binding: Any) -> None:
+        """See `CudaBackend.run_bound`."""
         # Behind those that the store has bound; anew each time, for their shape is the call's.
         for name in self._names:
             binding.bind_output(name)
-        super().run(graph, binding, None)
+        super().run_bound(graph, binding)
         self.device.synchronize()
         outputs = binding.get_outputs()[-len(self._names) :]
         self.sink({n: o.numpy() for n, o in zip(self._names, outputs, strict=True)})

@@ -1,0 +1,107 @@
+"""Buffers of a device that are kept for the next use of their size, and freed for want of room."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from neo_runtime.errors import DeviceMemoryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["IdlePool", "Pooled"]
+
+_KEPT = 8
+"""Idle buffers that a pool keeps at most."""
+
+
+class Pooled(Protocol):
+    """What a pool keeps."""
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Its size, as `IdlePool.take` is asked for it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes on the device."""
+
+    def free(self) -> None:
+        """Give its memory back."""
+
+
+Item = TypeVar("Item", bound=Pooled)
+Result = TypeVar("Result")
+
+
+class IdlePool(Generic[Item]):
+    """Makes buffers, and keeps those that are given back, the latest first.
+
+    Args:
+        make: makes one of the size that `take` is asked for.
+        most_idle: bytes that idle buffers may have together; one is kept whatever its size.
+    """
+
+    def __init__(self, make: Callable[..., Item], most_idle: int) -> None:
+        self._make, self._most_idle = make, most_idle
+        self._idle: list[Item] = []
+        self._taken: list[Item] = []
+        self._is_closed = False
+
+    def take(self, *key: int) -> Item:
+        """Buffers of this size; their contents are whatever was there.
+
+        Raises:
+            DeviceMemoryError: the device has no room, even without the idle ones.
+        """
+        fitting = [item for item in self._idle if item.key == key]
+        if fitting:
+            item = fitting[-1]
+            self._idle.remove(item)
+        else:
+            item = self.with_room(lambda: self._make(*key))
+        self._taken.append(item)
+        return item
+
+    def give(self, item: Item) -> None:
+        """Keep buffers for later; those that were idle for longest make room for them."""
+        self._taken.remove(item)
+        self._idle.append(item)
+        while self._is_crowded():
+            self._idle.pop(0).free()
+
+    def _is_crowded(self) -> bool:
+        if self._is_closed:
+            return bool(self._idle)
+        size = sum(item.nbytes for item in self._idle)
+        return len(self._idle) > _KEPT or (len(self._idle) > 1 and size > self._most_idle)
+
+    def with_room(self, work: Callable[[], Result]) -> Result:
+        """Do what needs memory of the device; if there is too little, once more without idle ones.
+
+        Raises:
+            DeviceMemoryError: it does not fit even so.
+        """
+        try:
+            return work()
+        except DeviceMemoryError:
+            if not self.free_idle():
+                raise
+        return work()
+
+    def free_idle(self) -> bool:
+        """Free the idle buffers; whether there were any."""
+        found = bool(self._idle)
+        while self._idle:
+            self._idle.pop().free()
+        return found
+
+    def close(self) -> None:
+        """Free the idle buffers now, and the others when they are given back."""
+        self._is_closed = True
+        self.free_idle()
+
+    @property
+    def items(self) -> list[Item]:
+        """All that there are, idle or taken."""
+        return [*self._idle, *self._taken]

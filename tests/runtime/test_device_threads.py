@@ -1,0 +1,272 @@
+"""What a device's memory and CUDA graphs cost with many threads, sizes and models."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from helpers.host_device import HostDevice
+from neo_runtime.backends import cuda
+from neo_runtime.backends.choice import Chosen
+from neo_runtime.backends.cuda import CudaBackend
+from neo_runtime.backends.cuda_sessions import CudaSessions
+from neo_runtime.backends.device_locks import alone, new_lock
+from neo_runtime.backends.leftovers import Leftovers
+from neo_runtime.backends.one_thread import OneThread
+from neo_runtime.bundle import open_bundle
+from neo_runtime.errors import DeviceMemoryError
+from neo_runtime.model import Model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+class Runs:
+    """Decode runs of onnxruntime: the session, the thread and the CUDA graph of each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: list[tuple[int, str, int]] = []
+        self.sessions: list[Any] = []
+        run = CudaSessions.run
+
+        def watched(sessions: CudaSessions, graph: str, binding: Any, graph_id: int = -1) -> None:
+            if graph == "decode":
+                session = sessions.get(graph)
+                if session not in self.sessions:
+                    self.sessions.append(session)
+                number = self.sessions.index(session)
+                self.found.append((number, threading.current_thread().name, graph_id))
+            run(sessions, graph, binding, graph_id)
+
+        monkeypatch.setattr(CudaSessions, "run", watched)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    return Runs(monkeypatch)
+
+
+@pytest.fixture
+def device() -> HostDevice:
+    return HostDevice()
+
+
+@pytest.fixture
+def model(cuda_bundle: Path, device: HostDevice) -> Iterator[Model]:
+    opened = open_bundle(cuda_bundle)
+    with Model(opened, Chosen(CudaBackend(opened, device), "cuda", None)) as model:
+        yield model
+
+
+def in_thread(work: Callable[[], object], name: str = "request") -> None:
+    thread = threading.Thread(target=work, name=name)
+    thread.start()
+    thread.join()
+
+
+def test_requests_of_many_threads_decode_in_one(model: Model, runs: Runs) -> None:
+    """onnxruntime keeps handles and graphs for each thread that ever ran a captured session."""
+    request = partial(model.generate, "Once", max_new_tokens=3)
+    for _ in range(2):
+        request()
+    here = threading.current_thread().name
+    assert {name for _, name, _ in runs.found} == {here}
+    assert len({graph for _, _, graph in runs.found}) == 1
+    runs.found.clear()
+    for number in range(5):
+        in_thread(request, f"request {number}")
+    request()
+    assert {name for _, name, _ in runs.found} == {"neo-decode_0"}
+    assert len({graph for _, _, graph in runs.found}) == 1
+
+
+def test_graphs_are_let_go_of_with_their_session(
+    model: Model, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_MOST_GRAPHS", 3)
+    generate = partial(model.generate, max_new_tokens=3)
+    expected = [completion.text for completion in generate(["Once", "The"])]
+    runs.found.clear()
+    cache = model.new_cache(1, 16)
+    model.prefill(cache, [[1, 2, 3]])
+    kept = [model.decode(cache, [4])]
+    for _ in range(3):
+        for batch in (2, 3, 4, 5):
+            texts = [completion.text for completion in generate((["Once", "The"] * 3)[:batch])]
+            assert texts[:2] == expected
+    kept.append(model.decode(cache, [5]))
+    other = model.new_cache(1, 16)
+    model.prefill(other, [[1, 2, 3]])
+    np.testing.assert_array_equal(kept, [model.decode(other, [4]), model.decode(other, [5])])
+    captured: dict[int, set[int]] = {}
+    for session, _, graph in runs.found:
+        captured.setdefault(session, set()).add(graph)
+    assert len(captured) > 2
+    assert max(len(graphs) for graphs in captured.values()) <= 3
+
+
+def test_sizes_in_turn_are_not_captured_again(model: Model, runs: Runs) -> None:
+    for _ in range(3):
+        for batch in range(1, 4):
+            model.generate(["Once"] * batch, max_new_tokens=3)
+    assert len({graph for _, _, graph in runs.found}) == 3
+
+
+def test_a_capture_is_alone(
+    model: Model, cuda_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other models wait, as what they allocate would spoil it; afterwards they do not."""
+    opened = open_bundle(cuda_bundle)
+    other = CudaBackend(opened, HostDevice())
+    held: list[bool] = []
+    run = CudaSessions.run
+
+    def watched(sessions: CudaSessions, graph: str, binding: Any, graph_id: int = -1) -> None:
+        if graph == "decode":
+            held.append(other.lock.locked())
+        run(sessions, graph, binding, graph_id)
+
+    monkeypatch.setattr(CudaSessions, "run", watched)
+    model.generate("Once", max_new_tokens=4)
+    assert held == [True, False, False]
+    other.close()
+
+
+def test_two_that_capture_do_not_wait_for_each_other() -> None:
+    locks = [new_lock(), new_lock()]
+    turns: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            with locks[number], alone(locks[number]):
+                assert locks[0].locked()
+                assert locks[1].locked()
+                turns.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(turns) == 400
+    assert not locks[0].locked()
+    assert not locks[1].locked()
+
+
+def test_interrupted_work_ends_before_its_caller_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, done = OneThread(), threading.Event()
+    one.run(lambda: None)
+    waits: list[object] = []
+
+    def interrupted(futures: Any) -> None:
+        waits.append(futures)
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        done.set()
+        futures[0].result()
+
+    monkeypatch.setattr("neo_runtime.backends.one_thread.wait", interrupted)
+    caught: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            one.run(lambda: done.wait() and None)
+        except KeyboardInterrupt as error:
+            caught.append(error)
+            assert done.is_set()
+
+    in_thread(call)
+    assert len(caught) == 1
+    assert len(waits) == 2
+    one.close()
+
+
+def test_an_error_of_the_worker_is_the_callers() -> None:
+    one = OneThread()
+    one.run(lambda: None)
+
+    def call() -> None:
+        with pytest.raises(ZeroDivisionError):
+            one.run(lambda: 1 // 0 and None)
+
+    in_thread(call)
+    one.close()
+
+
+def test_idle_slots_make_room_for_whatever_needs_it(model: Model, device: HostDevice) -> None:
+    def fill() -> None:
+        device.capacity = None
+        for batch in range(1, 4):
+            model.generate(["Once"] * batch, max_new_tokens=2)
+        device.capacity = device.in_use + 100
+
+    fill()
+    assert len(model.logits([1, 2, 3])) == 3
+    device.capacity = None
+    cache = model.new_cache(2, 16)
+    model.prefill(cache, [[1], [2]])
+    fill()
+    cache.reorder([1, 0])  # needs a block for the rows that move
+    fill()
+    model.prefill(cache, [[1], [2]])
+    device.capacity = None
+
+
+def test_a_run_that_lacks_memory_is_tried_without_idle_slots(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = model.logits([1, 2, 3])
+    run, failed = CudaSessions.run, []
+
+    def short(sessions: CudaSessions, graph: str, binding: Any, graph_id: int = -1) -> None:
+        if graph == "score" and backend.slots._idle:
+            failed.append(graph)
+            raise DeviceMemoryError("no memory for activations")
+        run(sessions, graph, binding, graph_id)
+
+    backend = model._backend
+    assert isinstance(backend, CudaBackend)
+    model.generate(["Once"] * 2, max_new_tokens=2)
+    monkeypatch.setattr(CudaSessions, "run", short)
+    np.testing.assert_array_equal(model.logits([1, 2, 3]), expected)
+    assert failed == ["score"]
+
+
+def test_nothing_of_an_earlier_request_is_left(model: Model) -> None:
+    """A masked slot may still be multiplied by 0, and what was there may not have been finite."""
+    for _ in range(2):
+        store = model._backend.open_cache(2, 16)
+        assert all((held == 0).all() for held in store.contents())
+        store.spoil()
+        assert not any((held == 0).any() for held in store.contents())
+        store.close()
+
+
+def test_a_model_that_is_garbage_gives_everything_back(cuda_bundle: Path) -> None:
+    device = HostDevice()
+    opened = open_bundle(cuda_bundle)
+    model = Model(opened, Chosen(CudaBackend(opened, device), "cuda", None))
+    model.generate("Once", max_new_tokens=3)
+    cache = model.new_cache(1, 16)
+    del model
+    gc.collect()
+    assert not device.closed, "a cache still has its slot"
+    del cache
+    gc.collect()
+    assert device.closed
+
+
+def test_garbage_during_a_capture_is_given_back_afterwards() -> None:
+    """Its lock is held by the model that captures, and nobody will ask for it again."""
+    mine, garbage = new_lock(), new_lock()
+    done: list[int] = []
+    with mine, alone(mine):
+        Leftovers(garbage).leave_last(lambda: done.append(1))
+        assert done == []
+    Leftovers(mine).settle()
+    assert done == [1]
