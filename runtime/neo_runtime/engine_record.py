@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from neo_runtime.errors import BundleDamagedError, EngineError
+from neo_runtime.errors import BundleDamagedError, BundleUnsupportedError, EngineError
 from neo_runtime.installation import version_numbers
 from neo_runtime.manifest import parse_strictly
 
@@ -125,13 +125,14 @@ class EngineRecord:
         """Parse strictly.
 
         Raises:
-            EngineError: no such record, or of a newer schema.
+            EngineError: it is not a record.
+            BundleUnsupportedError: it is one of another schema version.
         """
         try:
             raw = json.loads(text)
             version = raw.get("schema_version") if isinstance(raw, dict) else None
             if version != RECORD_SCHEMA_VERSION:
-                raise EngineError(
+                raise BundleUnsupportedError(
                     f"{source} has schema version {version!r}, expected {RECORD_SCHEMA_VERSION}; "
                     "build the plan again with neo-engine"
                 )
@@ -213,6 +214,7 @@ def read_records(bundle: Path) -> list[EngineRecord]:
 
     Raises:
         EngineError: a record cannot be read, or its plan is missing or has another size.
+        BundleUnsupportedError: a record has another schema version.
     """
     records = []
     for path in sorted((bundle / ENGINES_FOLDER).glob("*.json")):

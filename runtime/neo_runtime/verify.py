@@ -8,13 +8,14 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.bundle import check_installation, open_bundle
-from neo_runtime.command_line import add_version, discard_stdout
+from neo_runtime.command_line import add_version, discard_stdout, run_command
 from neo_runtime.engine_record import ENGINES_FOLDER, read_records
-from neo_runtime.errors import BundleDamagedError, EngineError, NeoError
+from neo_runtime.errors import BundleDamagedError, BundleError, EngineError, NeoError
 from neo_runtime.installation import onnxruntime_is_installed
 from neo_runtime.manifest import MANIFEST_NAME
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_WHOLE, _DAMAGED, _UNUSABLE, _INTERRUPTED = 0, 1, 2, 130
+_WHOLE, _DAMAGED, _UNUSABLE = 0, 1, 2
 _EPILOG = """exit status:
   0  whole, and this installation can run it (or has no onnxruntime to tell)
   1  damaged
@@ -46,12 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder written by neo-export")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)
+    work = partial(_run, arguments.bundle, as_json=arguments.json)
+    return run_command(parser.prog, work, extras="cpu")
+
+
+def _run(folder: str, *, as_json: bool) -> int:
     progress = _Progress()
-    report: dict[str, Any] = {"bundle": arguments.bundle}
+    report: dict[str, Any] = {"bundle": folder}
     try:
-        bundle = open_bundle(
-            arguments.bundle, verify=True, progress=progress.update, check_runtime=False
-        )
+        bundle = open_bundle(folder, verify=True, progress=progress.update, check_runtime=False)
         report |= _facts(bundle, _whole_plans(bundle))
         if onnxruntime_is_installed():
             report["onnxruntime"] = check_installation(bundle.manifest, bundle.path)
@@ -60,13 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, report["status"], report["error"] = _DAMAGED, "damaged", str(error)
     except NeoError as error:
         status, report["status"], report["error"] = _UNUSABLE, "unusable", str(error)
-    except KeyboardInterrupt:
-        return _INTERRUPTED
     finally:
         progress.clear()
     if "error" in report:
         print(f"neo-verify: {report['error']}", file=sys.stderr)
-    return _print(json.dumps(report, indent=1) if arguments.json else _text(report), status)
+    return _print(json.dumps(report, indent=1) if as_json else _text(report), status)
 
 
 def _whole_plans(bundle: Bundle) -> list[EngineRecord]:
@@ -74,12 +76,16 @@ def _whole_plans(bundle: Bundle) -> list[EngineRecord]:
 
     Raises:
         EngineError: a record cannot be read, or a plan is missing or is not what it says.
+        BundleError: a plan cannot be read.
     """
     records = read_records(bundle.path)
     for record in records:
         path = bundle.path / ENGINES_FOLDER / record.file
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}") from error
         if found != record.sha256:
             raise EngineError(
                 f"{path} differs from its record: sha256 {found}, expected {record.sha256}; "

@@ -211,7 +211,14 @@ def test_only_decoding_is_captured(cuda_bundle: Path) -> None:
     with open_model(cuda_bundle, device) as model:
         model._backend.prepare()
         model.logits([1, 2])
+        backend = model._backend
+        assert isinstance(backend, CudaBackend)
+        patterns = {
+            graph: backend._sessions.get(graph).get_session_options().enable_mem_pattern
+            for graph in ("prefill", "decode", "score")
+        }
     assert device.captured == [False, True, False]
+    assert patterns == {"prefill": False, "decode": True, "score": False}
 
 
 def test_slots_are_used_again_and_given_back(cuda_bundle: Path) -> None:

@@ -18,7 +18,7 @@ from neo_runtime.engine_record import (
     read_records,
     why_unfit,
 )
-from neo_runtime.errors import EngineError
+from neo_runtime.errors import BundleUnsupportedError, EngineError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -130,7 +130,6 @@ def test_records_are_read_back(bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schema_version", 2, "schema version 2, expected 1"),
         ("size", "4", "size.*found '4'"),
         ("flavour", "tensor", "flavour.*found 'tensor'"),
         ("file", "../one.plan", "outside of its folder"),
@@ -142,6 +141,13 @@ def test_a_damaged_record_is_an_error(bundle: Path, key: str, value: Any, messag
     raw = json.loads(RECORD.to_json()) | {key: value}
     (bundle / ENGINES_FOLDER / "one.json").write_text(json.dumps(raw))
     with pytest.raises(EngineError, match=message):
+        read_records(bundle)
+
+
+def test_a_record_of_another_schema_is_not_damaged(bundle: Path) -> None:
+    raw = json.loads(RECORD.to_json()) | {"schema_version": 2}
+    (bundle / ENGINES_FOLDER / "one.json").write_text(json.dumps(raw))
+    with pytest.raises(BundleUnsupportedError, match="schema version 2, expected 1"):
         read_records(bundle)
 
 

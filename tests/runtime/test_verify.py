@@ -90,6 +90,24 @@ def test_plans_are_read_too(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "test.plan is missing" in capsys.readouterr().err
 
 
+def test_plans_that_cannot_be_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No verdict on bytes: the status of what cannot be used, not of damage."""
+    write_record(folder)
+    record = folder / "engines" / "test.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"schema_version": 99}))
+    assert main([str(folder)]) == 2
+    assert "has schema version 99" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")  # noqa: PTH110
+def test_a_full_disk_is_no_verdict(folder: Path) -> None:
+    command = [sys.executable, "-m", "neo_runtime.verify", str(folder)]
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert done.stderr.decode() == "neo-verify: [Errno 28] No space left on device\n"
+
+
 def test_not_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     out, err = capsys.readouterr()

@@ -77,6 +77,9 @@ class CudaSessions:
     def _make(self, graph: str, values: Mapping[str, Any]) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 4  # what fails is raised; no second account on stderr
+        # One block for each length of a prompt would not fit between those of other lengths: with
+        # prompts that grow, onnxruntime's arena held ten times what the longest needs.
+        options.enable_mem_pattern = graph == "decode"
         # A kernel's own copy of a weight would be a second one.
         settings = {"session.disable_prepacking": "1"} | dict(self._config)
         for key, value in settings.items():
