@@ -14,6 +14,7 @@ ALLOWED = {
     "export/neo_export": (
         "neo_export",
         "neo_runtime.command_line",
+        "neo_runtime.cores",
         "neo_runtime.engine_record",
         "neo_runtime.errors",
         "neo_runtime.installation",

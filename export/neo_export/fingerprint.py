@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
+from neo_runtime.cores import usable_processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ def tensor_digests(
         progress: called with tensors done and in all.
     """
     digests: dict[str, str] = {}
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing lets go of the lock
+    with ThreadPoolExecutor(usable_processors()) as pool:  # hashing lets go of the lock
         for name, digest in zip(
             checkpoint.tensors, pool.map(_digest, checkpoint.tensors.values()), strict=True
         ):

@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["physical_cores"]
+__all__ = ["physical_cores", "usable_processors"]
+
+
+def usable_processors() -> int:
+    """Processors (hardware threads) that this process may run on: at least 1."""
+    if hasattr(os, "sched_getaffinity"):  # macOS and Windows have none
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def physical_cores() -> int:
@@ -15,7 +22,7 @@ def physical_cores() -> int:
     second), only processors of the affinity mask are, and a container's CPU quota is a limit.
     """
     if not hasattr(os, "sched_getaffinity"):
-        return max(1, (os.cpu_count() or 1))
+        return usable_processors()
     processors = os.sched_getaffinity(0)
     cores = {_siblings(processor) for processor in processors}
     quota = _cgroup_quota()

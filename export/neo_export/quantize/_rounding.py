@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from neo_runtime.cores import usable_processors
 from numpy.typing import NDArray
 
 __all__ = ["in_slabs", "search_scale"]
@@ -24,7 +24,7 @@ def in_slabs(weight: NDArray[np.float32], quantize: Quantizer) -> tuple[NDArray[
     """
     rows = max(1, _SLAB // weight.shape[1])
     slabs = [weight[start : start + rows] for start in range(0, len(weight), rows)]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_processors()) as pool:
         parts = list(pool.map(quantize, slabs))
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 

@@ -18,11 +18,11 @@ Work is done on Wᵀ, so that a column of W is contiguous, and a slab of rows at
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from neo_runtime.cores import usable_processors
 
 from neo_export.quantize.refinement import descend, fit_scales
 
@@ -96,7 +96,7 @@ def gptq(
     # Not by the number of cores: a sum in another order may turn an integer.
     rows = max(1, _SLAB // weight.shape[1])
     slabs = [slice(start, start + rows) for start in range(0, len(weight), rows)]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_processors()) as pool:
         parts = list(pool.map(quantize, slabs))
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from neo_runtime.cores import physical_cores
+from neo_runtime.cores import physical_cores, usable_processors
 
 from neo_tools.older_cpu import ENVIRONMENT_VARIABLE
 
@@ -75,12 +75,11 @@ def machine_facts() -> Machine:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    affinity = getattr(os, "sched_getaffinity", None)
     return Machine(
         cpu=cpu,
         flags=flags,
         cores=physical_cores(),
-        processors=len(affinity(0)) if affinity else os.cpu_count() or 1,
+        processors=usable_processors(),
         l3_bytes=l3_bytes(),
         memory_bytes=memory_bytes("MemTotal"),
         system=f"{platform.system()} {platform.release()}",
