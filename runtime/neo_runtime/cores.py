@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
-__all__ = ["physical_cores", "usable_processors"]
+from neo_runtime.errors import RequestError
+
+__all__ = ["chosen_threads", "physical_cores", "usable_processors"]
+
+_LOG = logging.getLogger("neo_runtime")
+_MOST_A_PROCESSOR = 16
+
+
+def chosen_threads(asked: int | None) -> int:
+    """Threads to compute on: those asked for, or one for each physical core.
+
+    Raises:
+        RequestError: with this many, which wait for each other, a token would take minutes.
+    """
+    if asked is None:
+        return physical_cores()
+    processors = usable_processors()
+    if asked > _MOST_A_PROCESSOR * processors:
+        raise RequestError(
+            f"threads is {asked}, but this process may use {processors} processors; expected at "
+            f"most {_MOST_A_PROCESSOR * processors}, best are {physical_cores()} (the default)"
+        )
+    if asked > processors:
+        _LOG.warning(
+            "%d threads for %d processors wait for each other; best are %d (the default)",
+            asked,
+            processors,
+            physical_cores(),
+        )
+    return asked
 
 
 def usable_processors() -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from neo_runtime.backends.choice import BackendOptions, open_backend
 from neo_runtime.bundle import open_bundle
 from neo_runtime.closable import closed_on_error
-from neo_runtime.cores import physical_cores
+from neo_runtime.cores import chosen_threads
 from neo_runtime.errors import RequestError
 from neo_runtime.model import Model
 from neo_runtime.option_values import count
@@ -76,7 +76,7 @@ def load(
     # The backend looks at its own engine: a plan runs without onnxruntime.
     opened = open_bundle(bundle, verify=verify, check_runtime=False)
     options = BackendOptions(
-        threads=threads or physical_cores(),
+        threads=chosen_threads(threads),
         session_config=session_config,
         keep_prepacked=keep_prepacked,
         device=device,

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
-from neo_runtime.cores import physical_cores, usable_processors
-
-if TYPE_CHECKING:
-    import pytest
+import pytest
+from neo_runtime.cores import chosen_threads, physical_cores, usable_processors
+from neo_runtime.errors import RequestError
 
 
 def test_at_least_one_of_those_that_may_be_used() -> None:
     assert 1 <= physical_cores() <= usable_processors() <= (os.cpu_count() or 1)
+
+
+def test_more_threads_than_processors(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("neo_runtime.cores.usable_processors", lambda: 2)
+    assert chosen_threads(None) == physical_cores()
+    assert chosen_threads(2) == 2
+    assert not caplog.records
+    assert chosen_threads(32) == 32
+    assert "32 threads for 2 processors" in caplog.text
+    with pytest.raises(RequestError, match=r"threads is 33, .* 2 processors; expected at most 32"):
+        chosen_threads(33)
 
 
 def test_systems_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
