@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import Manifest
     from neo_runtime.model import Model
     from neo_runtime.options import GenerationOptions
+    from neo_runtime.sampling import Choice
     from neo_runtime.text_stream import TextStream
     from neo_runtime.tokenizer import Tokenizer
 
@@ -42,6 +43,7 @@ __all__ = [
     "BundleError",
     "BundleUnsupportedError",
     "CacheLimitError",
+    "Choice",
     "Completion",
     "ContextLengthError",
     "DependencyError",
@@ -61,6 +63,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Choice": "sampling",
     "Completion": "completion",
     "GenerationOptions": "options",
     "KVCache": "kv_cache",

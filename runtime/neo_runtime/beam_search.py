@@ -112,6 +112,8 @@ class BeamSearch:
         )
         self._can_improve = True
         self._is_finished = False
+        self.ends_early = False
+        """Whether `end_soon` has made the search shorter."""
 
     def step(self, logits: FloatArray) -> tuple[IntArray, IntArray] | None:
         """Take the next tokens.
@@ -145,6 +147,12 @@ class BeamSearch:
         is_full = self._options.early_stopping is True and bool(self._done.finished.all())
         self._is_finished = not self._can_improve or is_full or bool(hits.all())
         return None if self._is_finished else (parents[order], tokens[order])
+
+    def end_soon(self) -> None:
+        """End with the next step, as if no hypothesis might be longer."""
+        if self._length + 1 < self._max_length:
+            self._max_length = self._length + 1
+            self.ends_early = True
 
     def results(self) -> list[BeamResult]:
         """The best finished hypotheses, best first: `num_return_sequences` of them.

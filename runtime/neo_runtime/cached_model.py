@@ -66,6 +66,21 @@ class CachedModel(Closable):
         return self._ledger.in_use
 
     @property
+    def cache_bytes_left(self) -> int | None:
+        """Bytes that more caches may take; None without `max_cache_bytes`."""
+        return self._ledger.left
+
+    @property
+    def default_batch(self) -> int:
+        """Sequences that `generate` computes together where `batch_size` is left open."""
+        return self._backend.default_batch
+
+    def prepare(self) -> None:
+        """Load the graphs for prefill and decode now, instead of with the first request."""
+        self._check_open()
+        self._backend.prepare()
+
+    @property
     def prepacked_bytes(self) -> int:
         """Bytes of prepacked weights that are kept on disk for this bundle."""
         return self._backend.prepacked_bytes

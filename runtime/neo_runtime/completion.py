@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Completion", "FinishReason", "Timings"]
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class Completion:
     """The generated ids, with the end-of-sequence token or the tokens of the stop string."""
     prompt_token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    """"stop": an end-of-sequence token or a stop string; "length": a limit was reached."""
+    """"stop": an end-of-sequence token or a stop string; "length": a limit was reached;
+    "cancelled": `should_stop` said so."""
     stop: str | None
     """The stop string that was found."""
     timings: Timings

@@ -10,7 +10,6 @@ import numpy as np
 from neo_runtime.beam_search import BeamSearch
 from neo_runtime.completion import Completion, Timings
 from neo_runtime.errors import RequestError
-from neo_runtime.prompts import named_prompt
 from neo_runtime.sampling import RowSampler, row_generator
 from neo_runtime.text_stream import StopMatcher, StreamDecoder
 
@@ -22,13 +21,19 @@ if TYPE_CHECKING:
     from neo_runtime.beam_search import BeamResult
     from neo_runtime.cached_model import CachedModel
     from neo_runtime.completion import FinishReason
+    from neo_runtime.kv_cache import KVCache
     from neo_runtime.options import GenerationOptions
     from neo_runtime.sampling import Choice
     from neo_runtime.tokenizer import Tokenizer
 
     IntArray = NDArray[np.int64]
 
-__all__ = ["Row", "beam_completions", "make_rows", "steps"]
+__all__ = ["Row", "beam_completions", "cancelled_rows", "make_rows", "never", "steps"]
+
+
+def never() -> bool:
+    """What `should_stop` is where nobody wants to stop."""
+    return False
 
 
 class Stopwatch:
@@ -79,6 +84,8 @@ class Row:
         self.watch = Stopwatch()
         self.choices: list[Choice] = []
         self.finish_reason: FinishReason | None = None
+        self.rest = ""
+        """Text that was held back when the row was cancelled."""
         self._eos = options.active_eos
         self._keeps_logprobs = options.logprobs is not None
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
@@ -105,6 +112,13 @@ class Row:
         self._pieces.append(piece)
         return piece
 
+    def cancel(self) -> None:
+        """End here, as the caller wants no more."""
+        self.finish_reason = "cancelled"
+        if self._decoder:
+            self.rest = self._matcher.push(self._decoder.finish()) + self._matcher.finish()
+            self._pieces.append(self.rest)
+
     def completion(self) -> Completion:
         """The result of a row that has ended."""
         assert self.finish_reason is not None
@@ -120,63 +134,75 @@ class Row:
 
 
 def make_rows(
-    model: CachedModel, prompts: Sequence[IntArray], options: GenerationOptions
-) -> list[list[Row]]:
-    """The rows of each prompt, `num_return_sequences` of them; nothing is computed yet.
+    model: CachedModel, prompt: IntArray, options: GenerationOptions, total: int, index: int
+) -> list[Row]:
+    """The rows of a prompt, `num_return_sequences` of them; nothing is computed yet.
 
-    Raises:
-        ContextLengthError: a prompt and what was asked for do not fit the model.
-        RequestError: options that do not fit the prompt.
+    Args:
+        model: whose tokenizer makes the text.
+        prompt: int64 [n].
+        options: what was asked for.
+        total: tokens of prompt and continuation together, at most.
+        index: of the prompt among those of the request; chooses its seed.
     """
-    groups: list[list[Row]] = []
-    for index, prompt in enumerate(prompts):
-        with named_prompt(index, len(prompts)):
-            total = options.total_length(len(prompt), model.manifest.max_length)
-        groups.append([])
-        for copy in range(options.num_return_sequences):
-            generator = row_generator(options.seed, index, copy)
-            sampler = RowSampler(options, prompt, generator, total)
-            groups[-1].append(Row(prompt, options, sampler, total, model.tokenizer))
-    return groups
+    rows = []
+    for copy in range(options.num_return_sequences):
+        generator = row_generator(options.seed, index, copy)
+        sampler = RowSampler(options, prompt, generator, total)
+        rows.append(Row(prompt, options, sampler, total, model.tokenizer))
+    return rows
 
 
-def steps(model: CachedModel, groups: Sequence[Sequence[Row]]) -> Generator[list[str], None, None]:
+def cancelled_rows(model: CachedModel, prompt: IntArray, options: GenerationOptions) -> list[Row]:
+    """The rows of a prompt that nobody waits for any more: without a token."""
+    rows = make_rows(model, prompt, options, len(prompt), 0)
+    for row in rows:
+        row.cancel()
+    return rows
+
+
+def steps(
+    model: CachedModel,
+    cache: KVCache,
+    groups: Sequence[Sequence[Row]],
+    should_stop: Callable[[], bool],
+) -> Generator[list[str], None, None]:
     """Continue all rows together; each step yields the pieces of the rows still active.
 
-    Rows that have ended leave the batch, and closing the generator frees the cache.
+    Rows that have ended leave the batch.
 
     Args:
         model: computes the logits.
+        cache: empty, for all rows.
         groups: the rows of each prompt: as many for every prompt.
+        should_stop: asked after each step; rows that are still active end as "cancelled".
     """
-    # Neighbours go through the graph together, padded to the longest.
-    groups = sorted(groups, key=lambda group: len(group[0].prompt))
+    model.prepare()  # before the clocks start
     rows = [row for group in groups for row in group]
     for row in rows:
         row.watch = Stopwatch()
-    # The last token of a row is never fed, so it needs no position.
-    length = max(row.total for row in rows) - 1
-    with model.new_cache(len(rows), model.rounded_length(length)) as cache:
-        cache.reorder(range(len(groups)))
-        logits = model.prefill_step(cache, [group[0].prompt for group in groups])
-        copies = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-        if len(copies) > len(groups):
-            cache.reorder(copies)
-            logits = logits.take(copies)
-        for row in rows:
-            row.watch.prefill = row.watch.seconds()
-        while True:
-            yield [
-                row.push(row.sampler.pick(scores)) for row, scores in zip(rows, logits, strict=True)
-            ]
-            active = [index for index, row in enumerate(rows) if row.finish_reason is None]
-            if not active:
-                return
-            if len(active) < len(rows):
-                active = _fill_holes(active)
-                cache.reorder(active)
-                rows = [rows[index] for index in active]
-            logits = model.decode_step(cache, [row.choices[-1].token for row in rows])
+    cache.reorder(range(len(groups)))
+    logits = model.prefill_step(cache, [group[0].prompt for group in groups])
+    copies = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    if len(copies) > len(groups):
+        cache.reorder(copies)
+        logits = logits.take(copies)
+    for row in rows:
+        row.watch.prefill = row.watch.seconds()
+    while True:
+        yield [row.push(row.sampler.pick(scores)) for row, scores in zip(rows, logits, strict=True)]
+        active = [index for index, row in enumerate(rows) if row.finish_reason is None]
+        if not active:
+            return
+        if should_stop():
+            for index in active:
+                rows[index].cancel()
+            return
+        if len(active) < len(rows):
+            active = _fill_holes(active)
+            cache.reorder(active)
+            rows = [rows[index] for index in active]
+        logits = model.decode_step(cache, [row.choices[-1].token for row in rows])
 
 
 def _fill_holes(active: Sequence[int]) -> list[int]:
@@ -188,24 +214,36 @@ def _fill_holes(active: Sequence[int]) -> list[int]:
 
 
 def beam_completions(
-    model: CachedModel, prompt: IntArray, options: GenerationOptions
+    model: CachedModel,
+    prompt: IntArray,
+    options: GenerationOptions,
+    should_stop: Callable[[], bool],
 ) -> list[Completion]:
     """Beam search for one prompt: the best `num_return_sequences` hypotheses, best first.
+
+    Args:
+        model: computes the logits.
+        prompt: int64 [n].
+        options: what was asked for.
+        should_stop: asked after each step; the search ends with the next one.
 
     Raises:
         ContextLengthError: the prompt and what was asked for do not fit the model.
         RequestError: the options forbid every continuation.
     """
+    model.prepare()  # before the clock starts
     watch = Stopwatch()
     total = options.total_length(len(prompt), model.manifest.max_length)
-    search = BeamSearch(options, prompt, total, _stop_check(model.tokenizer, prompt, options))
     with model.new_cache(options.num_beams, model.rounded_length(total - 1)) as cache:
+        search = BeamSearch(options, prompt, total, _stop_check(model.tokenizer, prompt, options))
         cache.reorder([0])
         logits = model.prefill(cache, [prompt])
         watch.prefill = watch.seconds()
         step = search.step(logits)
         watch.first = watch.seconds()
         while step is not None:
+            if should_stop():
+                search.end_soon()
             parents, tokens = step
             # All beams were the prompt at first, and the cache has it once.
             cache.reorder(parents if cache.batch > 1 else np.zeros_like(parents))
@@ -217,7 +255,11 @@ def beam_completions(
             "the options leave no way to any end; relax bad_words_ids, suppress_tokens or "
             "no_repeat_ngram_size"
         )
-    return [_beam_completion(model.tokenizer, prompt, options, r, watch) for r in results]
+    other_end: FinishReason = "cancelled" if search.ends_early else "length"
+    return [
+        _beam_completion(model.tokenizer, prompt, options, result, watch, other_end)
+        for result in results
+    ]
 
 
 def _stop_check(
@@ -242,6 +284,7 @@ def _beam_completion(
     options: GenerationOptions,
     result: BeamResult,
     watch: Stopwatch,
+    other_end: FinishReason,
 ) -> Completion:
     matcher = StopMatcher(options.stop)
     text = None
@@ -252,7 +295,7 @@ def _beam_completion(
         text=text,
         token_ids=result.token_ids,
         prompt_token_ids=tuple(prompt.tolist()),
-        finish_reason="stop" if has_ended else "length",
+        finish_reason="stop" if has_ended else other_end,
         stop=matcher.found,
         timings=watch.timings(len(result.token_ids)),
         score=result.score,

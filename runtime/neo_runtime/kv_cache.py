@@ -57,6 +57,11 @@ class CacheLedger:
         with self._lock:
             return self._settled()
 
+    @property
+    def left(self) -> int | None:
+        """Bytes that caches may still take; None without a limit."""
+        return None if self._limit is None else max(0, self._limit - self.in_use)
+
     def reserve(self, size: int, batch: int, length: int) -> None:
         """Take `size` bytes.
 

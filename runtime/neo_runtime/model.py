@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
+import threading
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
+from neo_runtime.batches import sampled_completions
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import RequestError
-from neo_runtime.generator import beam_completions, make_rows, steps
+from neo_runtime.generator import beam_completions, cancelled_rows, make_rows, never, steps
 from neo_runtime.option_values import count
 from neo_runtime.options import GenerationOptions
 from neo_runtime.prompts import as_list, of_each, prompt_ids, with_bad_words
 from neo_runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -57,6 +58,20 @@ class Model(CachedModel):
         *,
         bad_words: Sequence[str] = ...,
         batch_size: int | None = ...,
+        should_stop: Callable[[], bool] = ...,
+        num_return_sequences: int,
+        **overrides: Any,
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions | None = ...,
+        *,
+        bad_words: Sequence[str] = ...,
+        batch_size: int | None = ...,
+        should_stop: Callable[[], bool] = ...,
         **overrides: Any,
     ) -> Completion: ...
 
@@ -68,6 +83,7 @@ class Model(CachedModel):
         *,
         bad_words: Sequence[str] = ...,
         batch_size: int | None = ...,
+        should_stop: Callable[[], bool] = ...,
         **overrides: Any,
     ) -> list[Completion]: ...
 
@@ -78,6 +94,7 @@ class Model(CachedModel):
         *,
         bad_words: Sequence[str] = (),
         batch_size: int | None = None,
+        should_stop: Callable[[], bool] = never,
         **overrides: Any,
     ) -> Completion | list[Completion]:
         """Continue a prompt, or a list of prompts together.
@@ -88,12 +105,18 @@ class Model(CachedModel):
                 for each).
             options: instead of the bundle's `defaults`.
             bad_words: words that must not appear; more `bad_words_ids`.
-            batch_size: prompts that are computed together; by default all.
+            batch_size: prompts that are computed together; by default as many as make up to 16
+                sequences on a CPU, 32 with CUDA, what a TensorRT plan takes, and fewer where
+                `max_cache_bytes` leaves less room.
+            should_stop: asked before each batch and after each of its tokens, such as
+                `lambda: time.monotonic() > deadline` or a `threading.Event`'s `is_set`; once true,
+                what has not ended ends with the finish reason "cancelled".
             **overrides: options by name, see `GenerationOptions`: `max_new_tokens=50`, …
 
         Returns:
-            A completion for a single prompt; for a list a list in its order. With
-            `num_return_sequences` above 1 always a list, the continuations of a prompt together.
+            A completion for a single prompt; for a list of prompts a list in its order. With
+            `num_return_sequences` (given by name, or above 1 in `options`) always a list, the
+            continuations of a prompt together.
 
         Raises:
             RequestError: a prompt or an option that cannot be honoured.
@@ -104,29 +127,28 @@ class Model(CachedModel):
         count(1, optional=True)("batch_size", batch_size)
         given, is_single = as_list(prompt)
         prompts = self._encode(given)
-        completions = (
-            self._search(prompts, chosen)
-            if chosen.num_beams > 1
-            else self._sample(prompts, chosen, batch_size)
-        )
-        return completions[0] if is_single and chosen.num_return_sequences == 1 else completions
+        if chosen.num_beams > 1:
+            completions = self._search(prompts, chosen, should_stop)
+        else:
+            completions = sampled_completions(self, prompts, chosen, batch_size, should_stop)
+        is_one = is_single and "num_return_sequences" not in overrides
+        return completions[0] if is_one and chosen.num_return_sequences == 1 else completions
 
     def _search(
-        self, prompts: list[NDArray[np.int64]], options: GenerationOptions
+        self,
+        prompts: list[NDArray[np.int64]],
+        options: GenerationOptions,
+        should_stop: Callable[[], bool],
     ) -> list[Completion]:
         # Before any of them is computed:
         of_each(prompts, lambda ids: options.total_length(len(ids), self.manifest.max_length))
-        return [c for ids in prompts for c in beam_completions(self, ids, options)]
-
-    def _sample(
-        self, prompts: list[NDArray[np.int64]], options: GenerationOptions, batch_size: int | None
-    ) -> list[Completion]:
-        groups = make_rows(self, prompts, options)
-        size = batch_size or len(groups)
-        for start in range(0, len(groups), size):
-            for _ in steps(self, groups[start : start + size]):
-                pass
-        return [row.completion() for group in groups for row in group]
+        found: list[Completion] = []
+        for ids in prompts:
+            if should_stop():
+                found += [row.completion() for row in cancelled_rows(self, ids, options)]
+            else:
+                found += beam_completions(self, ids, options, should_stop)
+        return found
 
     def stream(
         self,
@@ -134,6 +156,7 @@ class Model(CachedModel):
         options: GenerationOptions | None = None,
         *,
         bad_words: Sequence[str] = (),
+        should_stop: Callable[[], bool] = never,
         **overrides: Any,
     ) -> TextStream:
         """Continue one prompt and yield the text in pieces of valid UTF-8, as they come.
@@ -155,8 +178,11 @@ class Model(CachedModel):
         given, is_single = as_list(prompt)
         if not is_single:
             raise RequestError("stream takes one prompt, not a list of them; use generate")
-        [[row]] = make_rows(self, self._encode(given), chosen)
-        return TextStream(_pieces(self, row))
+        [ids] = self._encode(given)
+        total = chosen.total_length(len(ids), self.manifest.max_length)
+        [row] = make_rows(self, ids, chosen, total, 0)
+        closed = threading.Event()
+        return TextStream(_pieces(self, row, should_stop, closed), closed)
 
     def _options(
         self,
@@ -184,9 +210,15 @@ class Model(CachedModel):
         return of_each(prompts, lambda prompt: prompt_ids(prompt, vocab_size, self.tokenizer))
 
 
-def _pieces(model: Model, row: Row) -> Generator[str, None, Completion]:
-    with closing(steps(model, [[row]])) as pieces:
-        for [piece] in pieces:
+def _pieces(
+    model: Model, row: Row, should_stop: Callable[[], bool], closed: threading.Event
+) -> Generator[str, None, Completion | None]:
+    with model.new_cache(1, model.rounded_length(row.total - 1)) as cache:
+        for [piece] in steps(model, cache, [[row]], should_stop):
+            if closed.is_set():  # by another thread; many tokens may pass without any text
+                return None
             if piece:
                 yield piece
+        if rest := row.rest:
+            yield rest
     return row.completion()

@@ -8,7 +8,6 @@ and the beginning of a stop string. All the pieces together are the text of the 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from neo_runtime.closable import Closable
 from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Sequence
 
     from neo_runtime.completion import Completion
@@ -105,10 +105,17 @@ class TextStream(Iterator[str], Closable):
     `close` (also called by leaving `with`, or when the stream is garbage) frees the cache.
     """
 
-    def __init__(self, pieces: Generator[str, None, Completion]) -> None:
-        """Wrap a generator of pieces that returns the completion."""
+    def __init__(
+        self, pieces: Generator[str, None, Completion | None], closed: threading.Event
+    ) -> None:
+        """Wrap a generator.
+
+        Args:
+            pieces: yields text and returns the completion; None where it was closed before.
+            closed: set by `close`, for `pieces` to look at after each token.
+        """
         self._pieces = pieces
-        self._closed = threading.Event()
+        self._closed = closed
         self._completion: Completion | None = None
 
     def __next__(self) -> str:

@@ -166,8 +166,9 @@ def test_a_limit_holds_for_all_caches_together(mini_bundle: Path) -> None:
         with pytest.raises(CacheLimitError):
             model.generate(prompt, **options | {"max_new_tokens": 21})
         with pytest.raises(CacheLimitError):
-            model.generate([prompt] * 2, **options)
+            model.generate([prompt] * 2, **options, batch_size=2)
         assert len(model.generate([prompt] * 2, **options, batch_size=1)) == 2
+        assert len(model.generate([prompt] * 2, **options)) == 2, "batches that fit the limit"
         assert model.cache_bytes_in_use == 0
 
 

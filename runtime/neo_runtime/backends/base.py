@@ -108,6 +108,9 @@ class Backend(ABC):
     default_chunk: int = 512
     """Tokens of a prompt that go through the graph at once: bounds the memory for activations."""
 
+    default_batch: int = 16
+    """Sequences that are computed together: more are hardly faster, and take more memory."""
+
     def prepare(self) -> None:
         """Load now what prefill and decode need, instead of with the first request."""
         return

@@ -70,6 +70,7 @@ class CudaBackend(Backend):
     """Sessions are made when first used. One call runs at a time: there is one stream."""
 
     default_chunk = 2048
+    default_batch = 32
     captures = True
     """Whether a decode step is recorded in a CUDA graph and replayed."""
 

@@ -60,6 +60,7 @@ class TensorRTBackend(Backend):
         self.record: EngineRecord = chosen.record
         """Of the plan that runs."""
         self.default_chunk = self.record.options.max_length
+        self.default_batch = self.record.options.max_batch
         with self.lock:
             self.plan = LoadedPlan(chosen, device)
             try:

@@ -1,0 +1,81 @@
+"""Prompts in batches: their sizes, and the caches for them, before anything is computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from neo_runtime.generator import Row, cancelled_rows, make_rows, steps
+from neo_runtime.prompts import of_each
+from neo_runtime.sampling import row_generator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from neo_runtime.cached_model import CachedModel
+    from neo_runtime.completion import Completion
+    from neo_runtime.options import GenerationOptions
+
+__all__ = ["sampled_completions"]
+
+
+def sampled_completions(
+    model: CachedModel,
+    prompts: Sequence[NDArray[np.int64]],
+    options: GenerationOptions,
+    batch_size: int | None,
+    should_stop: Callable[[], bool],
+) -> list[Completion]:
+    """Continue each prompt, prompts of like length together.
+
+    Args:
+        model: computes the logits.
+        prompts: int64 [n] each.
+        options: for all of them.
+        batch_size: prompts a batch; None for what suits the backend and the cache's limit.
+        should_stop: asked before each batch and after each step.
+
+    Returns:
+        `num_return_sequences` completions for each prompt, in the order of the prompts.
+
+    Raises:
+        ContextLengthError: a prompt and what was asked for do not fit the model.
+        RequestError: options that do not fit a prompt.
+        CacheLimitError: the cache for a batch would pass the limit.
+    """
+    longest = model.manifest.max_length
+    totals = of_each(prompts, lambda ids: options.total_length(len(ids), longest))
+    row_generator(options.seed, len(prompts) - 1, 0)  # too few seeds are told before any work
+    copies = options.num_return_sequences
+    size = batch_size or _batch_size(model, copies, max(totals))
+    # Neighbours go through the graph together, padded to the longest.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    rows: dict[int, list[Row]] = {}
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        if should_stop():
+            for index in order[start:]:
+                rows[index] = cancelled_rows(model, prompts[index], options)
+            break
+        # The last token of a row is never fed, so it needs no position.
+        length = model.rounded_length(max(totals[index] for index in batch) - 1)
+        # Before rows are made: they take memory that no limit counts.
+        with model.new_cache(len(batch) * copies, length) as cache:
+            made = [
+                make_rows(model, prompts[index], options, totals[index], index) for index in batch
+            ]
+            rows |= dict(zip(batch, made, strict=True))
+            for _ in steps(model, cache, made, should_stop):
+                pass
+    return [row.completion() for index in range(len(prompts)) for row in rows[index]]
+
+
+def _batch_size(model: CachedModel, copies: int, length: int) -> int:
+    """Prompts a batch, where the caller leaves it open: at least one."""
+    size = max(1, model.default_batch // copies)
+    room = model.cache_bytes_left
+    while size > 1 and room is not None and model.cache_bytes(size * copies, length) > room:
+        size //= 2
+    return size
