@@ -1,4 +1,4 @@
-"""Generate text from a neo-onnx bundle with numpy, onnxruntime and tokenizers alone.
+"""Generate text from a neo-onnx bundle with only numpy, onnxruntime and tokenizers.
 
     import neo_runtime
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         EngineError,
         NeoError,
         RequestError,
+        VerificationError,
     )
     from neo_runtime.kv_cache import KVCache
     from neo_runtime.loading import load
@@ -59,6 +60,7 @@ __all__ = [
     "TextStream",
     "Timings",
     "Tokenizer",
+    "VerificationError",
     "load",
 ]
 

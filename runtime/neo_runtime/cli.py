@@ -1,4 +1,4 @@
-"""`neo-generate BUNDLE [PROMPT]`: continue a prompt and print the text as it comes."""
+"""`neo-generate BUNDLE [PROMPT]`: continue a prompt and print the text as it is generated."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _BAD_MODEL = 1
-_EPILOG = """Without PROMPT the prompt is read from standard input, less its last newline.
-Defaults come from the bundle's generation_config.json. Several completions are printed with a
-line --- between them.
+_EPILOG = """Without PROMPT the prompt is read from standard input, without its last newline.
+Option defaults come from the bundle's generation_config.json. Several completions are separated by
+a line "---".
 
-exit status: 0 done; 1 the model computes no usable numbers; 2 wrong usage, a bundle or a request
-that cannot be served; 130 interrupted; 141 the reader of the output went away"""
+exit status: 0 done; 1 the model's logits hold NaN or infinity; 2 wrong usage, or a bundle or
+request that cannot be served; 130 interrupted; 141 the reader of the output has gone"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,36 +44,45 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_version(parser)
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder written by neo-export")
-    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="default: standard input")
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="the prompt (default: standard input)"
+    )
     parser.add_argument(
         "--prompts-file",
         metavar="FILE",
-        help="several prompts instead: JSON lines, each a string, a list of token ids, or an "
+        help="read several prompts instead: JSON lines, each a string, a list of token ids, or an "
         'object with "prompt" or "text"; - for standard input',
     )
     parser.add_argument(
         "--token-ids",
         action="store_true",
-        help="PROMPT is a list of token ids such as 1,2,3, and ids are printed",
+        help="take PROMPT as token ids such as 1,2,3, and print token ids",
     )
     parser.add_argument("--echo", action="store_true", help="print the prompt before the text")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--timings", action="store_true", help="print timings to stderr")
     parser.add_argument(
         "--backend",
         choices=("auto", "cpu", "cuda", "tensorrt"),
         default="auto",
-        help="default: the GPU that the bundle was exported for where it can be used, else the CPU",
+        help="what runs the bundle (default: auto, the GPU that it was exported for if that can be "
+        "used, else the CPU)",
     )
-    parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU, from 0")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: physical cores")
+    parser.add_argument(
+        "--device", type=int, default=0, metavar="N", help="index of the GPU (default: 0)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads per operator (default: physical cores)"
+    )
     parser.add_argument(
         "--max-cache-mb",
         type=int,
         metavar="MB",
-        help="limit for the key/value cache, 10^6 bytes",
+        help="limit of the key/value cache in 10^6 bytes (default: none)",
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="prompts computed together")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="prompts to compute together (default: all)"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="compare the weights with their checksum first"
     )
@@ -82,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, in any order; what stands behind `--` is never an option."""
+    """The arguments, in any order; nothing after `--` is an option."""
     parser = _parser()
     # argparse of Python 3.11 forgets `--` where options and the others may mix.
     return parser.parse_args(argv) if "--" in argv else parser.parse_intermixed_args(argv)

@@ -55,67 +55,94 @@ _LENGTH: tuple[_Flag, ...] = (
         "max-new-tokens",
         int,
         "N",
-        f"tokens to generate at most (default {DEFAULT_MAX_NEW_TOKENS}, or what "
-        "the model has positions left)",
+        f"generate at most N tokens (default: {DEFAULT_MAX_NEW_TOKENS}, or as many as the model "
+        "has positions left)",
     ),
-    ("max-length", int, "N", "the same, with the prompt"),
-    ("min-new-tokens", int, "N", "no end of sequence before"),
-    ("min-length", int, "N", "the same, with the prompt"),
-    ("eos-token-id", token_ids, "IDS", "end-of-sequence ids, instead of the model's"),
+    ("max-length", int, "N", "at most N tokens, prompt included"),
+    ("min-new-tokens", int, "N", "generate at least N tokens before end of sequence"),
+    ("min-length", int, "N", "the same, prompt included"),
+    ("eos-token-id", token_ids, "IDS", "end-of-sequence ids (default: the model's)"),
     (
         "exponential-decay-length-penalty",
         _decay,
         "START,FACTOR",
-        "after START new tokens, end of sequence becomes more probable",
+        "after START new tokens end of sequence becomes more probable at each step",
     ),
-    ("forced-eos-token-id", token_ids, "IDS", "the last token where the length limit is reached"),
+    (
+        "forced-eos-token-id",
+        token_ids,
+        "IDS",
+        "ids allowed for the last token before the length limit",
+    ),
 )
 _SAMPLING: tuple[_Flag, ...] = (
-    ("seed", int, "N", "the same seed gives the same text"),
-    ("temperature", float, "X", "divides the logits"),
-    ("top-k", int, "K", "keep the K most probable tokens (default 50; 0: all)"),
-    ("top-p", float, "P", "keep the most probable tokens that have P together"),
+    ("seed", int, "N", "seed of the draws; the same seed gives the same text"),
+    ("temperature", float, "X", "divide the logits by X"),
+    ("top-k", int, "K", "keep the K most probable tokens (default: 50; 0: all)"),
+    ("top-p", float, "P", "keep the fewest most probable tokens whose probabilities sum to P"),
     ("min-p", float, "P", "keep tokens of at least P times the largest probability"),
-    ("typical-p", float, "P", "keep the most typical tokens that have P together"),
+    ("typical-p", float, "P", "keep the most typical tokens whose probabilities sum to P"),
     ("epsilon-cutoff", float, "P", "keep tokens of at least this probability"),
-    ("eta-cutoff", float, "P", "the same, lower where the distribution is flat"),
-    ("num-return-sequences", int, "N", "continuations of each prompt"),
+    ("eta-cutoff", float, "P", "the same, with a lower limit for flat distributions"),
+    ("num-return-sequences", int, "N", "continuations per prompt (default: 1)"),
 )
 _PENALTIES: tuple[_Flag, ...] = (
-    ("repetition-penalty", float, "X", "above 1: tokens seen before become less probable"),
-    ("presence-penalty", float, "X", "OpenAI's: once for each token generated before"),
-    ("frequency-penalty", float, "X", "OpenAI's: for each time a token was generated"),
-    ("no-repeat-ngram-size", int, "N", "no N tokens appear twice in a row"),
+    (
+        "repetition-penalty",
+        float,
+        "X",
+        "above 1: tokens of prompt and continuation become less probable",
+    ),
+    (
+        "presence-penalty",
+        float,
+        "X",
+        "OpenAI's: subtract X from the logit of each token generated so far",
+    ),
+    (
+        "frequency-penalty",
+        float,
+        "X",
+        "OpenAI's: subtract X once per time that the token was generated",
+    ),
+    ("no-repeat-ngram-size", int, "N", "no n-gram of N tokens appears twice"),
     ("suppress-tokens", token_ids, "IDS", "ids that are never generated"),
     ("begin-suppress-tokens", token_ids, "IDS", "ids that are not generated first"),
 )
 _BEAMS: tuple[_Flag, ...] = (
-    ("num-beams", int, "N", "above 1: beam search"),
-    ("length-penalty", float, "X", "scores are divided by length ** X"),
-    ("early-stopping", _early_stopping, "WHEN", "true, false or never"),
+    ("num-beams", int, "N", "above 1: beam search (default: 1)"),
+    ("length-penalty", float, "X", "divide scores by new tokens ** X (default: 1)"),
+    (
+        "early-stopping",
+        _early_stopping,
+        "WHEN",
+        "end at N finished beams (true), when a better one is unlikely (false) or "
+        "impossible (never) (default: false)",
+    ),
 )
 _REPEATED: tuple[_Flag, ...] = (
-    ("stop", str, "TEXT", "end before this text; may be repeated"),
+    ("stop", str, "TEXT", "end the text before TEXT; may be repeated"),
     ("bad-words", str, "WORD", "a word that must not appear; may be repeated"),
     ("bad-words-ids", token_ids, "IDS", "a sequence of ids that must not appear; may be repeated"),
-    ("logit-bias", _biased_token, "ID=BIAS", "add to a token's logit; may be repeated"),
+    ("logit-bias", _biased_token, "ID=BIAS", "add BIAS to the logit of token ID; may be repeated"),
     (
         "sequence-bias",
         _biased_sequence,
         "IDS=BIAS",
-        "add to the logit of the last id behind the others; may be repeated",
+        "add BIAS to the logit of the last id when the ids before it were just generated; may be "
+        "repeated",
     ),
 )
 _SWITCHES = (
-    ("do-sample", "draw tokens; otherwise take the most probable one"),
-    ("ignore-eos", "go on behind end of sequence"),
-    ("renormalize-logits", "log-softmax behind all rules"),
-    ("remove-invalid-values", "replace NaN and infinite logits"),
+    ("do-sample", "draw each token; otherwise take the most probable one"),
+    ("ignore-eos", "continue past end of sequence"),
+    ("renormalize-logits", "apply log-softmax after all other rules"),
+    ("remove-invalid-values", "replace NaN by 0 and infinities by the largest float32 numbers"),
 )
 
 
 def add_option_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags; one that is not given leaves no attribute behind."""
+    """Add the flags; a flag that is not given sets no attribute."""
     for title, flags in (
         ("length", _LENGTH),
         ("sampling", _SAMPLING),

@@ -1,6 +1,6 @@
-"""How every command line ends: an exit status and, where something went wrong, one line on stderr.
+"""How every command ends: an exit status and, on an error, one line on stderr.
 
-Imports nothing heavy: `--help` and wrong usage answer at once.
+Imports nothing heavy, so that `--help` and wrong usage answer at once.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _WRONG, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """For commands whose usage is long: a mistake is one line, without all of it."""
+    """A parser that reports wrong usage in one line, without repeating a long usage text."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and exit."""
+        """Print the message in one line and exit."""
         self.exit(_WRONG, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 class _ShowVersion(argparse.Action):
-    """Looks the version up only when it is asked for."""
+    """Looks up the version only when it is requested."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
         from importlib.metadata import version
@@ -40,13 +40,11 @@ class _ShowVersion(argparse.Action):
 
 def add_version(parser: argparse.ArgumentParser) -> None:
     """Let a command take `--version`."""
-    parser.add_argument(
-        "--version", action=_ShowVersion, nargs=0, help="show the version, and exit"
-    )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
 
 
 def one_line(message: str) -> str:
-    """The lines of a message side by side; spaces within a line stay, they may be a path's."""
+    """Join the lines of a message; spaces within a line stay, as a path may contain them."""
     return " ".join(line.strip() for line in message.splitlines() if line.strip())
 
 
@@ -63,17 +61,16 @@ def run_command(
 
     Args:
         program: what lines on stderr begin with.
-        work: returns the exit status. A progress line on stderr is closed when it ends, in
-            whatever way.
-        extras: of the package, with commas: those that bring what the command imports.
-        interrupted: what Ctrl-C leaves behind, in words; None for nothing worth a line. Where it
-            depends on how far the work is, the work raises a KeyboardInterrupt that says so.
-        unverified: the status where what was written or run does not compute what it should.
-        wording: makes one line of an error's message.
+        work: returns the exit status. It closes its progress line on stderr however it ends.
+        extras: the package's extras (comma-separated) that install what the command imports.
+        interrupted: message for Ctrl-C; None for no message. Where it depends on how far the work
+            got, the work raises a KeyboardInterrupt with the message.
+        unverified: exit status for a `VerificationError`.
+        wording: turns an error's message into one line.
 
     Returns:
-        The status of `work`; 2 for an error, 130 after Ctrl-C, 141 where the reader of stdout
-        went away. An error that nobody foresaw is raised: its traceback is what helps then.
+        The status of `work`; 2 for an error, 130 after Ctrl-C, 141 when the reader of stdout
+        has gone. An unexpected exception is raised with its traceback.
     """
     try:
         status = work()
@@ -100,7 +97,7 @@ def run_command(
 
 
 def discard_stdout() -> None:
-    """Let stdout go nowhere: the interpreter flushes it once more at its end."""
+    """Redirect stdout to nowhere: the interpreter flushes it once more when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -122,7 +122,7 @@ def _file_problems(manifest: Manifest) -> Iterator[str]:
 
 
 def _graph_problems(name: str, graph: GraphSpec, manifest: Manifest) -> Iterator[str]:
-    """What the contract between exporter and runtime asks for: see DESIGN, the IO contract."""
+    """Differences from the inputs and outputs that docs/bundle.md specifies."""
     model = manifest.model
     kinds = ("key", "value")
     layers = range(model.num_layers)

@@ -1,24 +1,24 @@
 """Every error that this project raises on purpose, as a tree.
 
     NeoError
-    ├── BundleError            the folder given is not a bundle that can be used
+    ├── BundleError            the folder is not a usable bundle
     │   ├── BundleDamagedError       a file is missing, truncated, or differs from its checksum
-    │   └── BundleUnsupportedError   newer schema, too old an onnxruntime, unknown target
+    │   └── BundleUnsupportedError   newer schema, unknown target, an onnxruntime that is too old
     ├── CheckpointError        the model given to `neo-export` cannot be exported
     ├── HubError               a model hub or its client library cannot be reached
     ├── RequestError           a prompt or an option that cannot be honoured
-    ├── ContextLengthError     (a RequestError) more positions than the model has
-    ├── CacheLimitError        the key/value cache would pass the limit that was set
+    │   └── ContextLengthError       more positions than the model has
+    ├── CacheLimitError        the key/value cache would exceed the limit that was set
     ├── DeviceError            a GPU that was asked for cannot be used
     │   └── DeviceMemoryError        it has no memory left
     ├── EngineError            a TensorRT plan cannot be built, or none fits this machine
     ├── DependencyError        a package is missing, or two packages exclude each other
     ├── OutputError            a result cannot be written where it was asked for
     ├── StatisticsError        calibration statistics, or the text for them, cannot be used
-    └── VerificationError      what was written does not compute what it should
+    └── VerificationError      a bundle does not compute what it should: a check failed, or NaN
 
-A message says what was found, what was expected, and what to do. Command lines print it as
-one line on stderr and exit with status 2 (1 for a `VerificationError`: a verdict, not a misuse).
+A message says what was found, what was expected, and what to do. Commands print it as one
+line on stderr and exit with status 2 (1 for a `VerificationError`: a verdict, not a misuse).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 
 
 class NeoError(Exception):
-    """Base of every error raised on purpose."""
+    """Base class of every error raised on purpose."""
 
 
 class BundleError(NeoError):
@@ -88,7 +88,7 @@ class DeviceError(NeoError):
 
 
 class DeviceMemoryError(DeviceError, MemoryError):
-    """The GPU's memory does not suffice."""
+    """The GPU has too little free memory."""
 
 
 class EngineError(NeoError):
@@ -104,4 +104,4 @@ class StatisticsError(NeoError):
 
 
 class VerificationError(NeoError):
-    """What was written does not compute what it should."""
+    """A bundle does not compute what it should: a check failed, or its logits hold NaN."""

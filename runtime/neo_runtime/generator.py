@@ -1,4 +1,4 @@
-"""The generation loop: prefill once, then a token a row and step, until every row has ended."""
+"""The generation loop: prefill once, then one token per row and step until every row has ended."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def never() -> bool:
 
 
 class Stopwatch:
-    """When things happened, in seconds after the start."""
+    """Times in seconds since the start."""
 
     def __init__(self) -> None:
         self._start = perf_counter()
@@ -48,7 +48,7 @@ class Stopwatch:
         return perf_counter() - self._start
 
     def timings(self, tokens: int) -> Timings:
-        """Summary for a completion of so many tokens."""
+        """Summary for a completion of this many tokens."""
         decode = self.last - self.first
         return Timings(
             prefill_seconds=self.prefill,
@@ -59,7 +59,7 @@ class Stopwatch:
 
 
 class Row:
-    """One continuation in the making."""
+    """One continuation being generated."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Row:
         """Take the next token.
 
         Returns:
-            The text that is certain now, "" often; all pieces together are the completion's text.
+            The text that is now certain, often ""; all pieces together are the completion's text.
         """
         self.watch.last = self.watch.seconds()
         if not self.choices:
@@ -252,7 +252,7 @@ def beam_completions(
     results = search.results()
     if not results:
         raise RequestError(
-            "the options leave no way to any end; relax bad_words_ids, suppress_tokens or "
+            "the options exclude every continuation; relax bad_words_ids, suppress_tokens or "
             "no_repeat_ngram_size"
         )
     other_end: FinishReason = "cancelled" if search.ends_early else "length"

@@ -31,32 +31,35 @@ def load(
     session_config: Mapping[str, str] | None = None,
     keep_prepacked: bool | None = None,
 ) -> Model:
-    """Open a bundle. Graphs are loaded when they are first used.
+    """Open a bundle. Each graph is loaded when it is first used.
 
     Args:
         bundle: a folder written by `neo-export`.
-        backend: "cpu", "cuda" or "tensorrt": that one, or an error; "auto": the GPU for which the
-            bundle was made, where it can be used, else the CPU, and a line in the log that says so.
+        backend: "cpu", "cuda" or "tensorrt" runs, or an error is raised; "auto" takes the GPU that
+            the bundle was exported for if it can be used, else the CPU, and logs which and why.
         device: which GPU, from 0.
-        threads: threads that one operator may use; by default the physical cores that this
-            process may use.
+        threads: threads per operator; by default one per physical core available to this process.
         max_cache_bytes: limit for the key/value caches of all requests together.
         verify: also compare the weights with their checksum, which reads the whole file.
-        prefill_chunk: tokens of a prompt that go through the graph at once, which bounds the memory
-            for activations (of all first prompts of a batch together with fused attention, of each
-            without it); by default 256 on a CPU (512 with float weights), 2048 on a GPU.
-        session_config: more onnxruntime session configuration entries.
-        keep_prepacked: keep what this CPU's kernels make of weights in a cache folder
-            (`NEO_CACHE_DIR`, by default in the user's cache folder), and map it from there: later
-            loads are faster, and all graphs and processes share one copy. None: of quantized
-            weights. True: of float32 as well, which then computes faster, batches above all; it
-            takes twice the bundle's size on disk, and the first load once that in memory.
+        prefill_chunk: prompt tokens per call of the graph, which bounds the memory for activations
+            (with fused attention for all first prompts of a batch together, otherwise for each
+            prompt); by default 256 on a CPU (512 with float weights), 2048 on the backend cuda, and
+            the plan's `max_length` on the backend tensorrt.
+        session_config: additional onnxruntime session configuration entries.
+        keep_prepacked: store prepacked weights in the cache folder (`NEO_CACHE_DIR`, by default in
+            the user's cache folder) and map them from there: later loads are faster, and all graphs
+            and processes share one copy. None: for quantized weights. True: for float32 as well,
+            which then computes faster, mostly in batches; the cache takes twice the bundle's size
+            on disk, and the first load that much memory. False: for none; nothing is read from
+            or written to the cache folder, and each session prepacks quantized weights in private
+            memory.
 
     Raises:
-        BundleError: the folder is no usable bundle (see its subclasses).
+        BundleError: the folder is not a usable bundle (see its subclasses).
         DependencyError: onnxruntime or tokenizers is missing or broken, or onnxruntime is not the
             wheel that the backend needs.
         DeviceError: the GPU that was asked for cannot be used, or has no room for the weights.
+        EngineError: no TensorRT plan of the bundle fits this GPU, this TensorRT and this bundle.
         RequestError: a bad argument.
     """
     limits = {

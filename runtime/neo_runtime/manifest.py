@@ -40,9 +40,9 @@ vocabulary of exp(logit - largest logit) (float64 [batch, 1])."""
 
 
 def is_quantized(precision: str) -> bool:
-    """Whether products of a bundle of this precision round weights and activations to integers.
+    """Whether a bundle of this precision stores matrices in 8 bits or fewer.
 
-    "mixed" is int8, int4 and float32 matrices side by side.
+    "fp8" is float8 E4M3; "mixed" is int8, int4 and unquantized matrices side by side.
     """
     return precision in ("int8", "int4", "fp8", "mixed")
 
@@ -107,7 +107,7 @@ class CacheSpec:
     `static`: the same with a length of exactly `Manifest.max_length`, finite at first (zeros).
     `append`: present = past with the new positions behind it (a new, longer tensor each call)."""
     padding: Literal["right", "left"]
-    """On which side a ragged batch of prompts is padded: see the design document."""
+    """On which side a ragged batch of prompts is padded: see docs/bundle.md."""
     dtype: str
     """Element type of keys and values, a numpy name."""
     window: int | None = None
@@ -124,7 +124,7 @@ class Probe:
     """
 
     layer: int | None
-    """None for the final norm."""
+    """None for the embedding and the final norm."""
     place: str
     """One of `embedding`, `query`, `key`, `value`, `attended`, `attention`, `mlp`, `residual`,
     `final_norm`."""
@@ -147,9 +147,10 @@ class Manifest:
     """Everything a runtime must know before it opens a graph."""
 
     precision: str
-    """How weights are stored: "fp32", "fp16", "int8", "int4", or "mixed" (not all alike)."""
+    """How weights are stored: "fp32", "fp16", "bf16", "int8", "int4", "fp8", or "mixed" (not all
+    alike)."""
     target: str
-    """Which operators the graphs use: "cpu", "portable", …"""
+    """Which operators the graphs use: "cpu", "cuda", "portable" or "tensorrt"."""
     max_length: int
     """Positions that a sequence may have: prompt and continuation together."""
     model: ModelSpec

@@ -32,7 +32,7 @@ _GENERATION_CONFIG = "generation_config.json"
 
 
 class Model(CachedModel):
-    """A loaded bundle. Several threads may call it at once; made by `load`."""
+    """A loaded bundle, returned by `load`. Several threads may call it at once."""
 
     @cached_property
     def defaults(self) -> GenerationOptions:
@@ -100,28 +100,31 @@ class Model(CachedModel):
         """Continue a prompt, or a list of prompts together.
 
         Args:
-            prompt: text, token ids, or a list of these. A prompt in a list gets the result that
-                it would get alone, the last digits of float sums aside (a tuple of seeds has one
-                for each).
-            options: instead of the bundle's `defaults`.
-            bad_words: words that must not appear; more `bad_words_ids`.
-            batch_size: prompts that are computed together; by default as many as make up to 16
-                sequences on a CPU, 32 with CUDA, what a TensorRT plan takes, and fewer where
+            prompt: text, token ids, or a list of these. In a list each prompt is generated as if it
+                were alone, up to float rounding: int8 gives the same bits, float32 differs in the
+                last digits, and in int4 a sum that rounds the other way can change a text at a near
+                tie (docs/performance.md). A tuple of seeds has one per prompt.
+            options: used instead of the bundle's `defaults` (including its `eos_token_id`).
+            bad_words: words that must not appear; added to `bad_words_ids`.
+            batch_size: prompts to compute together; by default as many as make up to 16 sequences
+                on a CPU, 32 with CUDA, what a TensorRT plan takes, and fewer where
                 `max_cache_bytes` leaves less room.
             should_stop: asked before each batch and after each of its tokens, such as
                 `lambda: time.monotonic() > deadline` or a `threading.Event`'s `is_set`; once true,
-                what has not ended ends with the finish reason "cancelled".
-            **overrides: options by name, see `GenerationOptions`: `max_new_tokens=50`, …
+                whatever has not ended ends with the finish reason "cancelled".
+            **overrides: options by name, which take precedence: `max_new_tokens=50`, …; see
+                `GenerationOptions`.
 
         Returns:
-            A completion for a single prompt; for a list of prompts a list in its order. With
-            `num_return_sequences` (given by name, or above 1 in `options`) always a list, the
-            continuations of a prompt together.
+            One completion for a single prompt, a list in the same order for a list. With
+            `num_return_sequences` (by name, or above 1 in `options`) always a list, the
+            continuations of each prompt together.
 
         Raises:
             RequestError: a prompt or an option that cannot be honoured.
             ContextLengthError: prompt and continuation need more positions than the model has.
-            CacheLimitError: the cache for the batch would pass the limit.
+            CacheLimitError: the cache for the batch would exceed the limit.
+            VerificationError: the logits hold NaN or infinity.
         """
         chosen = self._options(options, overrides, bad_words)
         count(1, optional=True)("batch_size", batch_size)
@@ -161,11 +164,11 @@ class Model(CachedModel):
     ) -> TextStream:
         """Continue one prompt and yield the text in pieces of valid UTF-8, as they come.
 
-        Nothing is computed before the first piece is asked for, and nothing after `close`.
-        The arguments and errors are those of `generate`. The bundle must have a tokenizer.
+        Nothing is computed before the first piece is requested, nor after `close`. Arguments and
+        errors are those of `generate`. The bundle must have a tokenizer.
 
         Returns:
-            An iterator and context manager, with the `completion` once it has ended.
+            An iterator and context manager; its `completion` is set when it has ended.
         """
         chosen = self._options(options, overrides, bad_words)
         if self.tokenizer is None:

@@ -37,101 +37,109 @@ _ALIASES = {"stop_strings": "stop"}
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How to continue a prompt. Values may be given in any usual form (lists, numpy numbers).
+    """How to continue a prompt, with Hugging Face's names and defaults.
 
-    `None` for an option that has no such value stands for its default, which changes nothing.
+    Values may be given in any usual form (lists, numpy numbers). `None` means the option's neutral
+    default (for `top_k`: off). Ranges, and what differs from Hugging Face: docs/sampling.md.
+
+    Attributes:
+        max_new_tokens: most tokens to generate; takes precedence over `max_length`. Without
+            either: `DEFAULT_MAX_NEW_TOKENS`, or what the model has positions left for.
+        max_length: most tokens of prompt and continuation together.
+        min_new_tokens: forbid end of sequence before this many new tokens; takes precedence over
+            `min_length`.
+        min_length: the same, counting the prompt.
+        eos_token_id: end-of-sequence ids; generation ends with the first one generated.
+        ignore_eos: treat `eos_token_id` as empty: continue until another limit.
+        stop: end the text before the first of these strings (alias `stop_strings`). Special tokens
+            are not text: use `eos_token_id` for them.
+        do_sample: draw each token; otherwise take the most probable one.
+        seed: of the draws; None: different each time. A sequence gives one seed per prompt.
+        num_return_sequences: continuations per prompt.
+        num_beams: above 1: beam search (without sampling).
+        length_penalty: beam search: a hypothesis' score is the sum of its log probabilities divided
+            by (new tokens ** length_penalty).
+        early_stopping: beam search: stop at `num_beams` finished hypotheses (True), when a better
+            one is unlikely (False), or when it is impossible ("never").
+        sequence_bias: ((token ids, bias), …): add the bias to the logit of the last id when the ids
+            before it were just generated.
+        repetition_penalty: above 1: tokens of the prompt and the continuation become less probable.
+        no_repeat_ngram_size: above 0: no n-gram of this many tokens appears twice.
+        bad_words_ids: token sequences that must not appear.
+        forced_eos_token_id: ids allowed for the last token before the length limit.
+        remove_invalid_values: replace NaN by 0 and infinities by the largest float32 numbers.
+        exponential_decay_length_penalty: (start, factor): after `start` new tokens end of sequence
+            becomes more probable at each step.
+        suppress_tokens: ids that are never generated.
+        begin_suppress_tokens: ids that are not generated first.
+        presence_penalty: OpenAI's: subtracted once from the logit of every token generated so far.
+        frequency_penalty: OpenAI's: subtracted once for each time the token was generated so far.
+        logit_bias: OpenAI's: token id → number to add to its logit.
+        temperature: divide the logits by it.
+        top_k: keep the k most probable tokens; 0 or None: all.
+        top_p: keep the smallest set of most probable tokens whose probabilities sum to at least it.
+        min_p: keep tokens of at least this fraction of the largest probability.
+        typical_p: keep the most typical tokens whose probabilities sum to at least it
+            (arXiv 2202.00666).
+        epsilon_cutoff: keep tokens of at least this probability.
+        eta_cutoff: the same, with a limit that falls with the entropy (arXiv 2210.15191).
+        renormalize_logits: apply log-softmax after all other rules; matters to beam search only.
+        logprobs: report the log probability of each token and of this many most probable ones.
 
     Raises:
-        RequestError: a value out of its range, or two options that contradict each other.
+        RequestError: a value is out of its range, or two options contradict each other.
     """
 
     max_new_tokens: int | None = option(None, values.count(1, optional=True))
-    """Tokens to generate at most. Wins over `max_length`. Without either:
-    `DEFAULT_MAX_NEW_TOKENS`, or as many as the model has positions left."""
     max_length: int | None = option(None, values.count(1, optional=True))
-    """Prompt and continuation together, in tokens."""
     min_new_tokens: int | None = option(None, values.count(0, optional=True))
-    """End-of-sequence tokens are forbidden before. Wins over `min_length`."""
     min_length: int = option(0, values.count(0))
-    """The same, counting the prompt."""
     eos_token_id: tuple[int, ...] = option((), values.token_ids)
-    """A continuation ends with the first of these."""
     ignore_eos: bool = option(False, values.flag)
-    """Take `eos_token_id` as empty: go on until another limit."""
     stop: tuple[str, ...] = option((), values.strings)
-    """The text ends before the first of these strings (`stop_strings` in transformers). Special
-    tokens are no text: `eos_token_id` ends at those."""
 
     do_sample: bool = option(False, values.flag)
-    """Draw each token; otherwise take the most probable one."""
     seed: int | tuple[int, ...] | None = option(None, values.seeds)
-    """None: new randomness each time. A sequence has one seed a prompt."""
     num_return_sequences: int = option(1, values.count(1))
-    """Continuations of each prompt."""
     num_beams: int = option(1, values.count(1))
-    """Above 1: beam search, without sampling."""
     length_penalty: float = option(1.0, values.number(minimum=-10, maximum=10), needs="num_beams")
-    """A hypothesis' score is its log probability / (its new tokens ** length_penalty)."""
     early_stopping: Literal[False, True, "never"] = option(
         False, values.choice(False, True, "never"), needs="num_beams"
     )
-    """When beam search ends: at `num_beams` finished hypotheses (True), once a better one is
-    unlikely (False), or once it is impossible ("never")."""
 
     sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = option((), values.sequence_bias)
-    """((token ids, bias), …): added to the last id's logit where the others come before it."""
     repetition_penalty: float = option(1.0, values.number(above=0))
-    """Above 1: tokens of the prompt and the continuation become less probable."""
     no_repeat_ngram_size: int = option(0, values.count(0))
-    """Above 0: no n-gram of this size appears twice."""
     bad_words_ids: tuple[tuple[int, ...], ...] = option((), values.token_sequences)
-    """Sequences of ids that must not appear."""
     forced_eos_token_id: tuple[int, ...] = option((), values.token_ids)
-    """What the last token is where the length limit is reached."""
     remove_invalid_values: bool = option(False, values.flag)
-    """Replace NaN by 0 and infinities by the largest float32 numbers."""
     exponential_decay_length_penalty: tuple[int, float] | None = option(
         None, values.exponential_decay
     )
-    """(start, factor): after `start` new tokens end-of-sequence gets more probable each step."""
     suppress_tokens: tuple[int, ...] = option((), values.token_ids)
-    """Ids that are never generated."""
     begin_suppress_tokens: tuple[int, ...] = option((), values.token_ids)
-    """Ids that are not generated first."""
     presence_penalty: float = option(0.0, values.number())
-    """OpenAI's: subtracted once from the logit of every token generated so far."""
     frequency_penalty: float = option(0.0, values.number())
-    """OpenAI's: subtracted as many times as the token was generated so far."""
     logit_bias: Mapping[int, float] = field(
         default_factory=dict, metadata={"check": values.token_bias, "needs": None}
     )
-    """OpenAI's: token id → addition to its logit."""
 
     temperature: float = option(
         1.0,
         values.number(above=0, hint="for greedy decoding set do_sample=False"),
         needs="do_sample",
     )
-    """Logits are divided by it."""
     top_k: int | None = option(50, values.count(0, optional=True), needs="do_sample")
-    """Keep the k most probable tokens. 50 as in transformers; 0 or None: all."""
     top_p: float = option(1.0, values.number(minimum=0, maximum=1), needs="do_sample")
-    """Keep the smallest set of most probable tokens whose probabilities reach it together."""
     min_p: float | None = option(
         None, values.number(minimum=0, maximum=1, optional=True), needs="do_sample"
     )
-    """Keep tokens of at least this fraction of the largest probability."""
     typical_p: float = option(1.0, values.number(above=0, maximum=1), needs="do_sample")
-    """Keep the most typical tokens whose probabilities reach it together (arXiv 2202.00666)."""
     epsilon_cutoff: float = option(0.0, values.number(minimum=0, below=1), needs="do_sample")
-    """Keep tokens of at least this probability."""
     eta_cutoff: float = option(0.0, values.number(minimum=0, below=1), needs="do_sample")
-    """The same with a limit that falls with the entropy (arXiv 2210.15191)."""
     renormalize_logits: bool = option(False, values.flag)
-    """Log-softmax of what all the rules left: matters to the scores of beam search."""
 
     logprobs: int | None = option(None, values.count(0, optional=True))
-    """Report the log probability of each token, and of this many most probable ones."""
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -150,7 +158,7 @@ class GenerationOptions:
         if self.num_beams > 1 and self.logprobs is not None:
             raise RequestError(
                 f"logprobs is {self.logprobs} and num_beams is {self.num_beams}, but beam search "
-                "reports a score a sequence only; set logprobs=None or num_beams=1"
+                "reports only one score per sequence; set logprobs=None or num_beams=1"
             )
         if self.num_beams == 1 and self.num_return_sequences > 1 and not self.do_sample:
             raise RequestError(
@@ -174,8 +182,8 @@ class GenerationOptions:
         forced = set(self.forced_eos_token_id)
         if forced and forced <= set(self.suppress_tokens):
             raise RequestError(
-                f"forced_eos_token_id {sorted(forced)} is suppressed by suppress_tokens, so that "
-                "no token would be left at the end; remove one of the two"
+                f"forced_eos_token_id {sorted(forced)} is suppressed by suppress_tokens, which "
+                "leaves no token for the last position; remove one of the two"
             )
 
     @classmethod
