@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -117,3 +119,23 @@ def test_usage_reports_are_off_unless_the_user_decided(set_to: str | None, found
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == found
+
+
+SOURCES = [
+    file
+    for folder in ("runtime", "export", "calibration", "tools")
+    for file in sorted((Path(__file__).parents[2] / folder).rglob("*.py"))
+    # Scripts that run in a peer's environment: `worker_environ` sets the variable for them.
+    if not file.name.startswith("worker_") and file.name != "installation.py"
+]
+
+
+def test_nothing_imports_onnxruntime_past_the_function_that_turns_reports_off() -> None:
+    """A submodule may be imported once the package has been."""
+    assert len(SOURCES) > 100
+    for file in SOURCES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert "onnxruntime" not in names, file

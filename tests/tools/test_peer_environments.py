@@ -103,6 +103,16 @@ def test_constraints_pin_what_is_required() -> None:
         assert "/" not in "".join(lines[1:])
 
 
+@pytest.mark.parametrize(("set_to", "found"), [(None, "1"), ("0", "0")])
+def test_peers_report_no_usage_unless_the_user_decided(
+    monkeypatch: pytest.MonkeyPatch, set_to: str | None, found: str
+) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    if set_to is not None:
+        monkeypatch.setenv("ORT_DISABLE_TELEMETRY", set_to)
+    assert environments.worker_environ()["ORT_DISABLE_TELEMETRY"] == found
+
+
 def test_worker_environ_keeps_this_interpreters_paths_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
     environ = environments.worker_environ(2)

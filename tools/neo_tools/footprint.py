@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import os
 import statistics
 import subprocess
 import sys
@@ -118,7 +119,11 @@ def _import_once(statement: str, python: str) -> tuple[list[str], tuple[str, ...
         "print(*sorted(new - set(sys.stdlib_module_names)))"
     )
     done = subprocess.run(
-        [python, "-I", "-X", "importtime", "-c", code], capture_output=True, text=True, check=False
+        [python, "-I", "-X", "importtime", "-c", code],
+        env={"ORT_DISABLE_TELEMETRY": "1", **os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -196,11 +196,12 @@ def _constant_product(operator: str, left: Any, weight: Any, threads: int) -> An
 def _session(
     nodes: list[Any], inputs: list[Any], outputs: list[Any], constants: list[Any], threads: int
 ) -> Any:
-    import onnxruntime
+    from neo_runtime.installation import require_onnxruntime
     from onnx import helper
 
     graph = helper.make_graph(nodes, "probe", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnxruntime = require_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -1,8 +1,8 @@
-"""`python -m neo_tools.bench.operators`: candidates for a quantized product, side by side.
+"""`python -m neo_tools.bench.operators`: time the candidates for a quantized matrix product.
 
 Each candidate multiplies activations [rows, 2048] with several matrices [2048, 8192] one after the
-other, so that one row is bound by memory as in a model. Candidates take turns within a round; the
-figure is the median of the rounds, per matrix.
+other, so that one row is memory-bound as in a model. Candidates take turns within a round; a figure
+is the median of the rounds, per matrix.
 """
 
 from __future__ import annotations
@@ -118,8 +118,10 @@ CANDIDATES: dict[str, tuple[Callable[[_Graph, np.random.Generator], None], bool]
 def measure(
     names: Sequence[str], rows: Sequence[int], *, threads: int, rounds: int, matrices: int = 8
 ) -> dict[tuple[str, int], float]:
-    """Median seconds a matrix, by candidate and rows."""
-    import onnxruntime as ort
+    """Median seconds per matrix, by candidate and rows."""
+    from neo_runtime.installation import require_onnxruntime
+
+    ort = require_onnxruntime()
 
     rng = np.random.default_rng(0)
     sessions = {}
@@ -148,10 +150,24 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a Markdown table; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="neo_tools.bench.operators", description=__doc__)
-    parser.add_argument("-t", "--threads", type=int, default=2)
-    parser.add_argument("-r", "--rounds", type=int, default=7)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 128])
+    parser = argparse.ArgumentParser(
+        prog="python -m neo_tools.bench.operators", description=__doc__.partition(": ")[2]
+    )
+    for flags, default, text in (
+        (("-t", "--threads"), 2, "threads per product"),
+        (("-r", "--rounds"), 7, "timed rounds, after one to warm up"),
+    ):
+        parser.add_argument(
+            *flags, type=int, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[1, 8, 128],
+        metavar="N",
+        help="rows of the activations, each measured (default: 1 8 128)",
+    )
     arguments = parser.parse_args(argv)
     names = list(CANDIDATES)
     found = measure(names, arguments.rows, threads=arguments.threads, rounds=arguments.rounds)

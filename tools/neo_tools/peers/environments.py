@@ -196,7 +196,7 @@ def setup(name: str, root: Path | None = None) -> Path:
 
 
 def worker_environ(threads: int | None = None) -> dict[str, str]:
-    """Environment variables for a peer's process: offline, no telemetry, so many threads."""
+    """Environment variables for a peer's process: offline, no telemetry, `threads` threads."""
     environ = {
         name: value
         for name, value in os.environ.items()
@@ -209,6 +209,7 @@ def worker_environ(threads: int | None = None) -> dict[str, str]:
         TOKENIZERS_PARALLELISM="false",
         PYTHONUNBUFFERED="1",
     )
+    environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     if threads is not None:
         environ["OMP_NUM_THREADS"] = str(threads)
     return environ
@@ -227,7 +228,7 @@ def _run(command: Sequence[str], what: str) -> None:
     """Run one step, its output on our stderr."""
     print(f"{what} …", file=sys.stderr, flush=True)
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    environ = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    environ = {"ORT_DISABLE_TELEMETRY": "1", **os.environ, "PYTHONWARNINGS": "ignore"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
     ) as process:
