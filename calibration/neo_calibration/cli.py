@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EPILOG = """\
-MODEL is what neo-export takes. FILE is UTF-8 text, or JSONL with a string or an object with "text"
-on each line. The text should be of the kind that the model will see.
+MODEL is what neo-export takes. FILE is UTF-8 text, or JSONL whose lines are strings or objects with
+the key "text", "prompt" or "content". The text should be of the kind that the model will see.
 
-Killed at any moment, the same command goes on from the last finished layer. Progress goes to
+If the command is killed, running it again continues after the last finished layer. Progress goes to
 stderr, the summary to stdout. Exit status: 0 written, 2 bad input, 130 interrupted.
 """
 _TOKENS = 16384
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         type=Path,
         metavar="FILE",
-        help="text or JSONL (repeatable)",
+        help="text or JSONL; may be repeated",
     )
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="STATS", help="folder to write"
@@ -54,23 +54,23 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=_TOKENS,
         metavar="N",
-        help=f"take the text's first N tokens (default: {_TOKENS})",
+        help=f"use the first N tokens of the text (default: {_TOKENS})",
     )
     parser.add_argument(
         "--max-length",
         type=int,
         metavar="N",
-        help="tokens a context has (default: as many as the model has positions)",
+        help="tokens per context (default: all positions of the model)",
     )
     parser.add_argument(
         "--second-moments",
         choices=("full", "none"),
         default="full",
-        help="keep E[x xᵀ] of each matrix's inputs, which GPTQ needs (neo-export --int8, --int4, "
-        "--plan, --auto, but for TensorRT): width² floats each, 7.6 GB in all on the 1.3B shape, "
-        "0.4 GB without (default: full)",
+        help="full: keep E[x xᵀ] of each matrix's inputs, which GPTQ needs (neo-export --int8, "
+        "--int4, --plan, --auto; not for TensorRT); the statistics of the 1.3B shape are 8.1 GB "
+        "with them, 0.4 GB without (default: full)",
     )
-    parser.add_argument("--force", action="store_true", help="replace statistics that are there")
+    parser.add_argument("--force", action="store_true", help="replace existing statistics")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     return parser
 
@@ -82,12 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "neo-calibrate",
         lambda: _run(arguments),
         extras="export,torch",
-        interrupted="interrupted; the same command goes on from the last finished layer",
+        interrupted="interrupted; the same command continues after the last finished layer",
     )
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    # Only now what is slow to import: --help and wrong usage answer at once.
+    # Slow imports come only now, so that --help and wrong usage answer at once.
     from neo_export.checkpoint import open_checkpoint
     from neo_export.hub import resolve_model
     from neo_export.memory import PeakMemory

@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _export(
     arguments: argparse.Namespace,
 ) -> tuple[ExportSummary, Searched | None, BuiltEngine | None]:
-    # Only now what is slow to import: --help and wrong usage answer at once.
+    # Slow imports come only now, so that --help and wrong usage answer at once.
     from neo_export.exporter import ExportOptions, export_bundle
     from neo_export.run_calibration import calibration_folder, searched
     from neo_export.staging import check_destination, termination_raises
@@ -110,7 +110,7 @@ def _export(
 
 
 def _check_model(model: str, options: ExportOptions, *, searches: bool) -> None:
-    """Refuse what the export would refuse when everything else is done."""
+    """Refuse now what the export would refuse only after the calibration."""
     from neo_export.checkpoint import open_checkpoint
     from neo_export.hub import resolve_model
     from neo_export.options_check import check_options
@@ -121,7 +121,7 @@ def _check_model(model: str, options: ExportOptions, *, searches: bool) -> None:
 
 
 def _target(arguments: argparse.Namespace, precision: str) -> str:
-    """Half precision is for GPUs: CPUs compute most of it in float32; fp8 is for TensorRT."""
+    """By default half precision is for GPUs, as CPUs compute most of it in float32."""
     if arguments.tensorrt:
         return "tensorrt"
     usual = {"fp16": "cuda", "bf16": "cuda", "fp8": "tensorrt"}
@@ -131,10 +131,10 @@ def _target(arguments: argparse.Namespace, precision: str) -> str:
 def _engine_builder(
     arguments: argparse.Namespace,
 ) -> Callable[[Callable[[str, int, int], None]], BuiltEngine | None]:
-    """What `--tensorrt` does once the bundle is there; what it needs is looked for now."""
+    """What `--tensorrt` does after the export; its requirements are checked now."""
     if not arguments.tensorrt:
         if arguments.compute_capability is not None:
-            raise RequestError("--compute-capability was given, it goes with --tensorrt")
+            raise RequestError("--compute-capability can only be used with --tensorrt")
         return lambda progress: None
     if arguments.target not in (None, "tensorrt"):
         raise RequestError(f"--tensorrt was given with --target {arguments.target}; choose one")
@@ -147,7 +147,7 @@ def _engine_builder(
     device = device_for(flavour, arguments.compute_capability)
 
     def build(progress: Callable[[str, int, int], None]) -> BuiltEngine:
-        written = f"the bundle {arguments.output} is written, its plan is not"
+        written = f"the bundle {arguments.output} was written, its plan was not"
         try:
             return build_engine(arguments.output, EngineRequest(), flavour, device, progress)
         except EngineError as error:
@@ -159,7 +159,7 @@ def _engine_builder(
 
 
 def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
-    """The precision, and the options of the quantized ones; elsewhere these are a mistake."""
+    """The precision and its quantization options; refuses options of another precision."""
     from neo_export.quantize.plan import WeightPlan
     from neo_export.targets import Quantization
 
@@ -178,13 +178,13 @@ def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
     ):
         if given and asked not in needs:
             wanted = " or ".join(needs)
-            raise RequestError(f"{flag} was given with {asked}, it goes with {wanted}")
+            raise RequestError(f"{flag} cannot be combined with {asked}; use it with {wanted}")
     calibrated = arguments.calibration is not None or arguments.calibrate_text is not None
     if calibrated and precision in ("fp32", "bf16") and arguments.kv_cache == "float":
         flag = "--calibration" if arguments.calibration is not None else "--calibrate-text"
         raise RequestError(
-            f"{flag} was given with {asked}, which has no use for statistics; it goes with "
-            "--fp16, --int8, --int4, --plan and --kv-cache int8"
+            f"{flag} cannot be combined with {asked}, which needs no statistics; use it with "
+            "--fp16, --int8, --int4, --plan or --kv-cache int8"
         )
     return precision, Quantization(
         block_size=arguments.block_size,

@@ -1,6 +1,6 @@
-"""What an export is refused for by its options and the model's shape alone.
+"""Options that an export refuses, judged from the options and the model's shape alone.
 
-Calibration and the search for a plan may take hours, and come first: so this is looked at before.
+Checked before calibration and the search for a plan, which may take hours.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def check_options(
         spec: the model.
         target: the one that the options name.
         options: what is asked for.
-        searches: the plan is still to be found.
+        searches: the plan is yet to be found by --auto.
 
     Raises:
-        RequestError: says what does not fit.
+        RequestError: names the option that does not fit.
     """
     if searches:
         found = replace(options.quantization, plan=WeightPlan.uniform("int8"))
@@ -51,6 +51,11 @@ def check_options(
         )
     _check_storages(spec, target, options)
     if options.kv_cache == "int8":
+        if target.name != "cpu":
+            raise RequestError(
+                f"--kv-cache int8 cannot be combined with target {target.name}; use --target cpu "
+                "with --fp32, --int8, --int4 or --plan, or leave it out"
+            )
         check_int8_cache(target.cache(spec, options.precision))
 
 

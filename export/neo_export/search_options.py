@@ -21,7 +21,7 @@ __all__ = [
 
 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
-    """Add the limits, and where to write what was measured."""
+    """Add the limits, and the folder of the report."""
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument(
         "--max-kl",
@@ -32,15 +32,15 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     limit.add_argument(
         "--max-size",
         metavar="SIZE",
-        help="--auto: the best bundle whose weights have at most so many bytes, or (below 1) at "
-        "most this fraction of float32's",
+        help="--auto: the most accurate bundle of at most SIZE bytes of weights; a value below 1 "
+        "is a fraction of the float32 size",
     )
     parser.add_argument(
         "--auto-report",
         type=Path,
         metavar="FOLDER",
-        help="--auto: write there the plan, what was measured, and a picture of size against "
-        "divergence (which takes some more bundles)",
+        help="--auto: write the plan, all measurements and a plot of size against divergence into "
+        "this folder (measures a few more bundles)",
     )
 
 
@@ -48,15 +48,15 @@ def search_arguments(arguments: argparse.Namespace) -> tuple[str, ...] | None:
     """Arguments for `python -m neo_calibration.auto`; None without --auto.
 
     Raises:
-        RequestError: an option is missing, out of range, or does not go with another.
-        OutputError: the report cannot be written where it is asked for.
+        RequestError: an option is missing, out of range, or cannot be combined with another.
+        OutputError: the report cannot be written to its folder.
     """
     limits = {"--max-kl": arguments.max_kl, "--max-size": arguments.max_size}
     given = {flag: value for flag, value in limits.items() if value is not None}
     if not arguments.auto:
         flag = next(iter(given), "--auto-report" if arguments.auto_report else None)
         if flag is not None:
-            raise RequestError(f"{flag} was given, it goes with --auto")
+            raise RequestError(f"{flag} can only be used with --auto")
         return None
     if not given:
         raise RequestError("--auto needs a limit: --max-kl NATS, or --max-size SIZE")
@@ -64,8 +64,8 @@ def search_arguments(arguments: argparse.Namespace) -> tuple[str, ...] | None:
         raise RequestError("--auto needs text to measure on: --calibrate-text FILE")
     if arguments.target not in (None, "cpu") or arguments.tensorrt:
         raise RequestError(
-            "--auto measures bundles for the CPU. For another target take the plan.json that "
-            "--auto-report writes, and export it with --plan"
+            "--auto measures bundles for the CPU; for another target export the plan.json that "
+            "--auto-report writes, with --plan"
         )
     if arguments.max_kl is not None:
         check_divergence(arguments.max_kl)
@@ -81,10 +81,10 @@ def search_arguments(arguments: argparse.Namespace) -> tuple[str, ...] | None:
 
 
 def check_divergence(limit: float) -> None:
-    """Refuse a --max-kl that is no positive number of nats.
+    """Refuse a --max-kl that is not a positive number of nats.
 
     Raises:
-        RequestError: it is none.
+        RequestError: it is not.
     """
     if not 0 < limit < math.inf:
         raise RequestError(f"--max-kl is {limit:g}, expected a number of nats above 0")
@@ -106,7 +106,7 @@ def parse_size(text: str) -> float:
 
 
 def check_report_folder(folder: Path) -> None:
-    """Refuse what cannot become a folder.
+    """Refuse a path that cannot become a folder.
 
     Raises:
         OutputError: something else is there, or on the way to it.

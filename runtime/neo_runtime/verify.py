@@ -29,9 +29,10 @@ __all__ = ["main"]
 
 _WHOLE, _DAMAGED, _UNUSABLE = 0, 1, 2
 _EPILOG = """exit status:
-  0  whole, and this installation can run it (or has no onnxruntime to tell)
-  1  damaged
-  2  wrong usage, not a bundle, or whole but not for this installation"""
+  0    intact, and this installation can run it (not checked without onnxruntime)
+  1    damaged
+  2    wrong usage, not a bundle, or intact but not for this installation
+  130  interrupted"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -399,8 +399,8 @@ def test_a_capability_that_is_not_built_for(
 @pytest.mark.parametrize(
     ("raised", "status", "reason"),
     [
-        (KeyboardInterrupt(), 130, "interrupted, the bundle {} is written, its plan is not; "),
-        (EngineError("no room"), 2, "the bundle {} is written, its plan is not: no room"),
+        (KeyboardInterrupt(), 130, "interrupted, the bundle {} was written, its plan was not; "),
+        (EngineError("no room"), 2, "the bundle {} was written, its plan was not: no room"),
     ],
 )
 def test_a_plan_that_ends_early_leaves_the_bundle(
@@ -431,5 +431,5 @@ def test_export_and_build_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert export_main([*command, "--force", "--target", "portable"]) == 2
     assert "choose one" in capsys.readouterr().err
     assert export_main(["-o", str(tmp_path / "c"), "--compute-capability", "8.9"]) == 2
-    assert "goes with --tensorrt" in capsys.readouterr().err
+    assert "can only be used with --tensorrt" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()

@@ -158,7 +158,7 @@ def test_sizes_have_suffixes(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     with pytest.raises(SystemExit):
         main(["bundle", "--workspace", "much"])
-    assert "'much' is no size" in capsys.readouterr().err
+    assert "'much' is not a size" in capsys.readouterr().err
 
 
 def test_help_needs_nothing_heavy() -> None:

@@ -149,7 +149,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert graph["operators"]["MatMulNBits"] == 2
         assert graph["operators"]["Gemm"] == 1
     assert main([*arguments, "--force", "--block-size", "32"]) == 2
-    assert "--block-size was given with --plan, it goes with --int4" in capsys.readouterr().err
+    assert (
+        "--block-size cannot be combined with --plan; use it with --int4" in capsys.readouterr().err
+    )
 
 
 def test_a_typo_in_what_to_keep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,7 @@ def test_peers_are_parsed_with_their_precisions(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("b -p x", "-p: 'x' is no list of numbers"),
+        ("b -p x", "-p: 'x' is not a list of numbers"),
         ("b -d 0", "-d: 0 is too small; at least 1"),
         ("b -p 0 -n 0", "nothing to measure"),
         ("b -r 0", "0 is too small"),

@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 EXTRAS = set(PROJECT["optional-dependencies"])
 
 NOTHING = "interrupted, nothing was written"
-RESUMES = "interrupted; the same command goes on from the last finished layer"
+RESUMES = "interrupted; the same command continues after the last finished layer"
 COMMANDS = [
     ("neo_export.cli", "_run", ["-o", "b"], "neo-export", NOTHING),
     ("neo_export.engine.cli", "_build", ["b"], "neo-engine", NOTHING),

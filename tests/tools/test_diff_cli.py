@@ -249,7 +249,7 @@ def test_nan_in_a_layer_is_named(
         (["{bundle}", "--reference", "{demo}", "--html", "{tmp}/no/r.html"], "cannot write"),
         (["{bundle}", "--reference", "{demo}", "--tokens", "1"], "too small"),
         (["{bundle}", "--reference", "{demo}", "--decode-positions", "few"], "'few' is neither"),
-        (["{bundle}", "--reference", "{demo}", "--max-kl", "nan"], "'nan' is no number"),
+        (["{bundle}", "--reference", "{demo}", "--max-kl", "nan"], "'nan' is not a number"),
         (["{mute}", "--reference", "{demo}"], "has no tokenizer"),
     ],
 )

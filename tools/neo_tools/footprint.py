@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import os
 import statistics
 import subprocess
 import sys

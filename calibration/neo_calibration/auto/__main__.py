@@ -1,4 +1,4 @@
-"""`python -m neo_calibration.auto`: a plan that keeps a limit; neo-export --auto starts it."""
+"""`python -m neo_calibration.auto`: find a plan within a limit; neo-export --auto runs it."""
 
 from __future__ import annotations
 
@@ -19,34 +19,55 @@ __all__ = ["main"]
 _EPILOG = """\
 Each group of matrices is quantized alone and its KL divergence from float32 measured on one part of
 the text; plans that may be the answer are exported and measured on another part. Progress goes to
-stderr, the summary to stdout. Exit status: 0 written, 2 bad input, or a limit that cannot be kept.
+stderr, the summary to stdout. Exit status: 0 written; 2 bad input, or a limit that no plan meets.
 """
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m neo_calibration.auto",
-        description="Find which matrix needs which precision.",
+        description="Choose the precision of each matrix by measuring.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="the checkpoint")
-    parser.add_argument("--text", required=True, action="append", type=Path, metavar="FILE")
-    parser.add_argument("--statistics", required=True, type=Path, metavar="STATS")
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="PLAN.json")
+    parser.add_argument(
+        "--text",
+        required=True,
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="text or JSONL to measure on; may be repeated",
+    )
+    parser.add_argument(
+        "--statistics",
+        required=True,
+        type=Path,
+        metavar="STATS",
+        help="what neo-calibrate wrote for this model, with second moments",
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="PLAN.json", help="plan to write"
+    )
     limit = parser.add_mutually_exclusive_group(required=True)
-    limit.add_argument("--max-kl", type=float, metavar="NATS")
+    limit.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="the smallest bundle whose mean KL divergence from float32 is at most this",
+    )
     limit.add_argument(
         "--max-size",
         metavar="SIZE",
-        help="bytes of weights.bin, or a fraction (below 1) of what float32 takes",
+        help="the most accurate bundle of at most SIZE bytes of weights; a value below 1 is a "
+        "fraction of the float32 size",
     )
     parser.add_argument(
         "--keep-fp32",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="leave the weights of these names in float32 (a shell pattern; repeatable)",
+        help="leave weights whose names match this shell pattern in float32; may be repeated",
     )
     parser.add_argument(
         "--kv-cache",
@@ -54,19 +75,25 @@ def _parser() -> argparse.ArgumentParser:
         choices=("float", "int8"),
         help="measure bundles with this cache (default: float)",
     )
-    parser.add_argument("--remembered", type=Path, metavar="FOLDER", help="quantized matrices")
+    parser.add_argument(
+        "--remembered",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the quantized matrices there for the export (default: a temporary folder)",
+    )
     parser.add_argument(
         "--tokens",
         type=int,
         default=4096,
         metavar="N",
-        help="positions to measure sensitivities on, and as many others for bundles",
+        help="positions to measure sensitivities on, and as many others to measure bundles on "
+        "(default: 4096)",
     )
     parser.add_argument(
         "--report",
         type=Path,
         metavar="FOLDER",
-        help="write plan.json, auto.json and auto.svg there; the curve takes more bundles",
+        help="write plan.json, auto.json and auto.svg there; the curve measures more bundles",
     )
     return parser
 

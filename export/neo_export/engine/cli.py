@@ -1,4 +1,4 @@
-"""`neo-engine BUNDLE`: build a TensorRT plan of a bundle, or list those that it has."""
+"""`neo-engine BUNDLE`: build a TensorRT plan of a bundle, or list its plans."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EPILOG = """\
-The bundle was written by neo-export --target tensorrt. One plan is built from its prefill graph,
-with a profile for prompts and one for single tokens; it is put into BUNDLE/engines with a record
-of what it is for. Progress goes to stderr, the summary to stdout. Exit status: 0 built, 2 not.
+BUNDLE was written by neo-export --target tensorrt. One plan is built from its prefill graph, with
+one profile for prompts and one for single tokens, and written to BUNDLE/engines together with a
+record of what it was built for. Progress goes to stderr, the summary to stdout. Exit status: 0
+built, 2 not built, 130 interrupted.
 """
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -38,42 +39,56 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version(parser)
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    for what, metavar, default in (("length", "N", "all positions"), ("batch", "N", "1")):
-        unit = "new tokens of a prompt chunk" if what == "length" else "sequences at once"
-        parser.add_argument(f"--min-{what}", type=int, default=1, metavar=metavar, help=f"{unit}")
-        parser.add_argument(
-            f"--opt-{what}", type=int, metavar=metavar, help=f"{unit}: what to optimize for"
-        )
-        parser.add_argument(
-            f"--max-{what}", type=int, metavar=metavar, help=f"{unit}, at most ({default})"
-        )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder with neo.json")
+    for what, unit, optimum, most in (
+        ("length", "tokens per prompt chunk", "128", "all positions"),
+        ("batch", "sequences per call", "--min-batch", "--opt-batch"),
+    ):
+        for which, text, default in (
+            ("min", f"fewest {unit}", "1"),
+            ("opt", f"{unit} to optimize for", optimum),
+            ("max", f"most {unit}", most),
+        ):
+            parser.add_argument(
+                f"--{which}-{what}",
+                type=int,
+                default=1 if which == "min" else None,
+                metavar="N",
+                help=f"{text} (default: {default})",
+            )
     parser.add_argument(
         "--max-logit-positions",
         type=int,
         metavar="N",
-        help="positions of a call that may have logits: scoring goes in chunks of so many "
+        help="most positions of a call that get logits; scoring goes in chunks of this size "
         "(default: 256)",
     )
     parser.add_argument(
         "--workspace",
         type=_bytes,
         metavar="SIZE",
-        help="most device memory that a kernel may use for itself: 512M, 2G (default: no limit)",
+        help="most workspace memory per kernel, such as 512M or 2G (default: no limit)",
     )
     parser.add_argument(
-        "--optimization-level", type=int, default=3, metavar="0-5", help="TensorRT's (default: 3)"
+        "--optimization-level",
+        type=int,
+        default=3,
+        metavar="0-5",
+        help="TensorRT's builder optimization level (default: 3)",
     )
     for flag, text in (
-        ("--version-compatible", "newer versions of the same major version may run the plan"),
+        (
+            "--version-compatible",
+            "let newer TensorRT versions of the same major version run the plan",
+        ),
         ("--stripped", "leave the weights out of the plan"),
-        ("--refit", "let weights be exchanged in the loaded plan"),
+        ("--refit", "allow refitting the weights of the loaded plan"),
     ):
         parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument(
         "--flavour",
         choices=("tensorrt", "tensorrt_rtx"),
-        help="which module builds (default: the one that is installed)",
+        help="which TensorRT to build with (default: the installed one)",
     )
     parser.add_argument(
         "--compute-capability",
@@ -84,9 +99,11 @@ def _parser() -> argparse.ArgumentParser:
         "--timing-cache",
         type=Path,
         metavar="FILE",
-        help="keeps kernel timings between builds (default: BUNDLE/engines/timing.cache)",
+        help="file that keeps kernel timings between builds (default: BUNDLE/engines/timing.cache)",
     )
-    parser.add_argument("--list", action="store_true", help="list the plans that are there")
+    parser.add_argument(
+        "--list", action="store_true", help="list the existing plans instead of building one"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -151,7 +168,7 @@ def _bytes(text: str) -> int:
         return int(float(number) * _SUFFIXES[suffix])
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no size, expected such as 512M or 2G"
+            f"{text!r} is not a size; expected for example 512M or 2G"
         ) from error
 
 
@@ -166,7 +183,7 @@ def _list(arguments: argparse.Namespace) -> int:
         print(json.dumps([asdict(record) for record in records], indent=1))
         return 0
     for record in records:
-        stale = "" if record.bundle_digest == digest else "; of another bundle, it will not run"
+        stale = "" if record.bundle_digest == digest else "; of another bundle, will not run"
         print(
             f"{record.file}: {record.size / 1e6:,.1f} MB, {record.flavour} {record.version}, "
             f"compute capability {record.compute_capability}, {record.gpu or 'any such GPU'}, "

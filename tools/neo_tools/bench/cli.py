@@ -1,4 +1,4 @@
-"""`neo-bench BUNDLE`: how fast a bundle is here, and how much faster than its rivals."""
+"""`neo-bench BUNDLE`: measure a bundle on this machine, beside other engines."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["main"]
 _TERMINATED = 143
 _EPILOG = """LIST is numbers with commas, and the option may be repeated: -p 128,1024 -p 16. Every
 combination is measured: prefill of each -p, decode of each -n at each -d, for each -b and -t.
-Tests are named as llama-bench does: pp128 is prefill of 128 tokens, tg32 @ d1900 is 32 decode
-steps behind a cache of 1900 positions. -p 0 or -n 0 leaves a kind out.
+Tests are named as in llama-bench: pp128 is prefill of 128 tokens, tg32 @ d1900 is 32 decode
+steps after 1900 positions in the cache. -p 0 or -n 0 leaves a kind out.
 
-Every bundle and peer has a process of its own. They take turns: in each of -r rounds everyone
-does the test once, in an order that rotates, while the others are stopped. A ratio is a peer's
-time / the bundle's time in the same round; the report gives the median of the rounds, and the
-smallest and largest.
+Every bundle and peer runs in its own process. They take turns: in each of -r rounds each runs the
+test once, in rotating order, while the others are stopped. A ratio is the peer's time divided by
+the bundle's time in the same round; the report gives the median, smallest and largest of the
+rounds.
 
 Peers run the checkpoint --model on the same token ids, in environments that
 `python -m neo_tools.peers setup PEER` makes.
@@ -77,7 +77,7 @@ def _run(arguments: argparse.Namespace) -> None:
         from neo_tools.bench.plot import check_plot
 
         check_plot(arguments.plot)
-    # Only now what is slow to import: --help and wrong usage answer at once.
+    # Slow imports come only now, so that --help and wrong usage answer at once.
     from neo_tools.bench.report import write
     from neo_tools.bench.run import run
 
@@ -187,7 +187,9 @@ def _numbers(least: int) -> type[argparse.Action]:
             try:
                 numbers = [int(part) for part in str(values).split(",")]
             except ValueError:
-                parser.error(f"{option_string}: {values!r} is no list of numbers such as 128,1024")
+                parser.error(
+                    f"{option_string}: {values!r} is not a list of numbers such as 128,1024"
+                )
             if min(numbers) < least:
                 parser.error(f"{option_string}: {min(numbers)} is too small; at least {least}")
             collected = getattr(namespace, self.dest) or []
@@ -206,7 +208,7 @@ def _count(text: str) -> int:
 def _seconds(text: str) -> float:
     number = float(text)
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no time; a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a time; a number of seconds above 0")
     return number
 
 
@@ -224,31 +226,46 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_version(parser)
-    parser.add_argument("bundles", metavar="BUNDLE", nargs="+", type=Path)
+    parser.add_argument(
+        "bundles", metavar="BUNDLE", nargs="+", type=Path, help="folders with neo.json"
+    )
     lists = (
-        ("-p", "--prompt", 0, "prompt lengths (128)"),
-        ("-n", "--new-tokens", 0, "numbers of new tokens (32)"),
-        ("-d", "--depth", 1, "positions in the cache before them (128)"),
-        ("-b", "--batch", 1, "sequences at once (1)"),
-        ("-t", "--threads", 1, "threads (physical cores)"),
+        ("-p", "--prompt", 0, "prompt lengths (default: 128)"),
+        ("-n", "--new-tokens", 0, "new tokens to decode (default: 32)"),
+        ("-d", "--depth", 1, "positions in the cache before them (default: 128)"),
+        ("-b", "--batch", 1, "sequences per batch (default: 1)"),
+        ("-t", "--threads", 1, "threads (default: physical cores)"),
     )
     for short, long, least, text in lists:
         parser.add_argument(short, long, metavar="LIST", action=_numbers(least), help=text)
     parser.add_argument(
-        "-r", "--repetitions", metavar="N", type=_count, default=5, help="rounds of each test (5)"
+        "-r",
+        "--repetitions",
+        metavar="N",
+        type=_count,
+        default=5,
+        help="rounds of each test (default: 5)",
     )
-    parser.add_argument("-o", "--output", choices=("md", "json", "csv"), default="md")
     parser.add_argument(
-        "--plot", metavar="FILE", type=Path, help="write a roofline picture, .svg or .png"
+        "-o",
+        "--output",
+        choices=("md", "json", "csv"),
+        default="md",
+        help="format of the report on stdout (default: md)",
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="write a roofline plot, .svg or .png"
     )
     parser.add_argument(
         "--backend",
         choices=("auto", "cpu", "cuda", "tensorrt"),
         default="auto",
-        help="what the bundles run on (auto); with cuda or tensorrt the GPU's memory is the limit, "
-        "and the peers are torch:fp16 and torch:fp16-compiled, in this environment",
+        help="what runs the bundles (default: auto); with cuda or tensorrt the limit is the GPU's "
+        "memory, and the peers are torch:fp16 and torch:fp16-compiled, in this environment",
     )
-    parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU, from 0")
+    parser.add_argument(
+        "--device", type=int, default=0, metavar="N", help="index of the GPU (default: 0)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     peers = parser.add_argument_group("peers")
     peers.add_argument(
@@ -258,39 +275,52 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="torch[:fp32|bf16], optimum[:fp32], openvino[:int8|int4|fp32]; may be repeated",
     )
-    peers.add_argument("--model", metavar="CHECKPOINT", type=Path, help="what the peers run")
+    peers.add_argument("--model", metavar="CHECKPOINT", type=Path, help="checkpoint for the peers")
     peers.add_argument(
-        "--root", type=Path, help="where their environments are ($NEO_PEERS, else build/peers)"
+        "--root",
+        type=Path,
+        metavar="FOLDER",
+        help="their environments (default: $NEO_PEERS, else build/peers)",
     )
     _add_details(parser.add_argument_group("details"))
     return parser
 
 
 def _add_details(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--seed", type=int, default=1, help="of the token ids (1)")
-    group.add_argument("--no-warmup", action="store_true", help="count the very first turn too")
+    group.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="seed of the token ids (default: 1)"
+    )
+    group.add_argument("--no-warmup", action="store_true", help="count the first turn too")
     group.add_argument(
         "--keep-context",
         action="store_true",
-        help="decode goes on behind the round before instead of filling the cache again: faster "
-        "with deep contexts, but round r starts (r - 1) × n positions deeper, for everyone alike",
+        help="let each round's decode continue the previous round instead of filling the cache "
+        "again: faster with deep contexts, but round r starts (r - 1) × n positions deeper",
     )
     group.add_argument(
-        "--prefill-chunk", metavar="N", type=_count, help="tokens of a prompt at once, of bundles"
+        "--prefill-chunk",
+        metavar="N",
+        type=_count,
+        help="prompt tokens per call of a bundle (default: see neo_runtime.load)",
     )
     group.add_argument(
         "--keep-prepacked",
         action="store_true",
-        help="keep prepacked weights of float32 bundles as well (twice their size on disk)",
+        help="store prepacked weights of float32 bundles as well (twice their size on disk)",
     )
     group.add_argument(
         "--probe-mb",
         metavar="MB",
         type=_count,
-        help="buffer of the bandwidth measurement (16 times the last-level cache, at least 1074)",
+        help="buffer of the bandwidth measurement in 10^6 bytes (default: 16 times the last-level "
+        "cache, at least 1074, at most a quarter of the free memory)",
     )
     group.add_argument(
-        "--timeout", metavar="S", type=_seconds, default=3600.0, help="for one answer (3600)"
+        "--timeout",
+        metavar="S",
+        type=_seconds,
+        default=3600.0,
+        help="seconds to wait for one answer (default: 3600)",
     )
 
 

@@ -151,7 +151,8 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a Markdown table; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m neo_tools.bench.operators", description=__doc__.partition(": ")[2]
+        prog="python -m neo_tools.bench.operators",
+        description="Time the candidates for a quantized matrix product, side by side.",
     )
     for flags, default, text in (
         (("-t", "--threads"), 2, "threads per product"),

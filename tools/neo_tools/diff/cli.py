@@ -1,4 +1,4 @@
-"""`neo-diff BUNDLE --reference MODEL`: may this bundle ship, and if not, where does it go wrong?"""
+"""`neo-diff BUNDLE --reference MODEL`: may this bundle ship, and if not, where is the fault?"""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> Results:
-    # Only now what is slow to import: --help and wrong usage answer at once.
+    # Slow imports come only now, so that --help and wrong usage answer at once.
     from neo_tools.diff.run import compare
 
     with StageLine("neo-diff") as line:

@@ -10,13 +10,13 @@ from neo_runtime.command_line import OneLineParser, add_version
 
 __all__ = ["make_parser"]
 
-_EPILOG = """MODEL is the checkpoint that the bundle was made of (a Hugging Face folder, a hub id,
-modelscope:…), run by PyTorch: GPT-Neo, eager, float32, a layer at a time. Or another bundle: then
-errors are accumulated ones only.
+_EPILOG = """MODEL is the bundle's checkpoint (a Hugging Face folder, a hub id, modelscope:…), run
+by PyTorch: GPT-Neo, eager, float32, one layer at a time. It may also be another bundle; then only
+accumulated errors are compared.
 
 Without --text the held-out stories that come with the package are read. FILE is plain text, or
-JSON lines (.jsonl) with "text" or "prompt". It is cut into contexts of the model's full length, so
-that positions past the attention window count.
+JSON lines (.jsonl) with "text", "prompt" or "content". It is cut into contexts of the bundle's full
+length, so that positions past the attention window count.
 
   neo-diff mini-int4 --reference neo-mini
   neo-diff gpt-neo-1.3b-int8 --reference EleutherAI/gpt-neo-1.3B --text wiki.txt --html report.html
@@ -27,7 +27,7 @@ exit status: 0 within all limits (or --report-only); 1 past one; 2 wrong usage o
 
 
 def _count(least: int) -> type:
-    """A type of argument: whole numbers from `least` on."""
+    """An argument type: whole numbers of at least `least`."""
 
     class Count(int):
         def __new__(cls, text: str) -> Count:
@@ -58,12 +58,12 @@ def _limit(text: str) -> float:
     except ValueError:
         number = math.nan
     if math.isnan(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return number
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Everything the command line takes; importing it needs nothing heavy."""
+    """The parser of `neo-diff`; importing it imports nothing heavy."""
     parser = OneLineParser(
         prog="neo-diff",
         usage="%(prog)s BUNDLE --reference MODEL [options]",
@@ -74,32 +74,44 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_version(parser)
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
-    parser.add_argument("--reference", metavar="MODEL", required=True, help="see below")
-    parser.add_argument("--text", metavar="FILE", type=Path, help="what to compare on")
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a folder with neo.json")
     parser.add_argument(
-        "--tokens", metavar="N", type=_count(2), default=4096, help="how many of it (4096)"
+        "--reference", metavar="MODEL", required=True, help="what to compare with (see below)"
     )
     parser.add_argument(
-        "--context", metavar="N", type=_count(2), help="tokens of a context (the bundle's length)"
+        "--text", metavar="FILE", type=Path, help="text to compare on (default: stories)"
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="N",
+        type=_count(2),
+        default=4096,
+        help="tokens of the text to compare (default: 4096)",
+    )
+    parser.add_argument(
+        "--context",
+        metavar="N",
+        type=_count(2),
+        help="tokens per context (default: the bundle's length)",
     )
     parser.add_argument(
         "--decode-positions",
         metavar="N|all",
         type=_positions,
         default=32,
-        help="positions of each context that go through decode, token by token: at its start, "
-        "around the window's end, and at its end (32)",
+        help="positions of each context to decode token by token, a fifth each at its start, "
+        "around the end of the window, around the first eviction from a local cache, at its end, "
+        "and spread over the rest (default: 32)",
     )
     parser.add_argument(
         "--backend",
         choices=("auto", "cpu", "cuda", "tensorrt"),
         default="auto",
-        help="what runs the bundle (auto: the GPU that it was exported for, else the CPU; of a "
-        "bundle for TensorRT whose plan cannot be run, its graph is)",
+        help="what runs the bundle (default: auto, the GPU that it was exported for, else the CPU; "
+        "a TensorRT bundle whose plan cannot be run is compared by its graph)",
     )
     parser.add_argument(
-        "--device", metavar="N", type=_count(0), default=0, help="which GPU, from 0 (0)"
+        "--device", metavar="N", type=_count(0), default=0, help="index of the GPU (default: 0)"
     )
     _add_output(parser.add_argument_group("output"))
     _add_limits(
@@ -117,9 +129,9 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         nargs="?",
         const="-",
-        help="everything that was found; without FILE on stdout, in place of the summary",
+        help="write all results as JSON; without FILE to stdout, instead of the summary",
     )
-    group.add_argument("--html", metavar="FILE", type=Path, help="one page with the plots")
+    group.add_argument("--html", metavar="FILE", type=Path, help="write one page with plots")
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
@@ -127,27 +139,36 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     for option, text in (
         ("--max-kl", "largest mean KL(reference ‖ bundle), nats"),
         ("--min-top1", "smallest share of positions with the same best token"),
-        ("--max-ppl-increase", "largest perplexity, bundle / reference − 1"),
+        ("--max-ppl-increase", "largest increase of perplexity: bundle / reference − 1"),
         ("--max-logit-error", "largest relative L2 error of the logits, median over positions"),
     ):
         group.add_argument(option, metavar="X", type=_limit, help=text)
-    group.add_argument(
-        "--report-only", action="store_true", help="exit with 0 whatever the limits say"
-    )
+    group.add_argument("--report-only", action="store_true", help="exit with 0 even past a limit")
 
 
 def _add_details(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--prefill-chunk", metavar="N", type=_count(1), default=512, help="tokens a call (512)"
+        "--prefill-chunk",
+        metavar="N",
+        type=_count(1),
+        default=512,
+        help="prompt tokens per prefill call (default: 512)",
     )
     group.add_argument(
         "--localize-tokens",
         metavar="N",
         type=_count(0),
         default=2048,
-        help="look at the places of as many contexts as fit N tokens, at least one; 0: none (2048)",
+        help="compare places inside as many contexts as fit N tokens, at least one; 0: none "
+        "(default: 2048)",
     )
     group.add_argument(
-        "--continuations", metavar="N", type=_count(0), default=4, help="greedy texts (4)"
+        "--continuations",
+        metavar="N",
+        type=_count(0),
+        default=4,
+        help="greedy continuations to compare (default: 4)",
     )
-    group.add_argument("--threads", metavar="N", type=_count(1), help="(physical cores)")
+    group.add_argument(
+        "--threads", metavar="N", type=_count(1), help="threads (default: physical cores)"
+    )

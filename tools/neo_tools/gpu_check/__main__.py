@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _DONE, _WRONG_NUMBERS = 0, 1
-_EPILOG = """The report is written anew after the tests and after each part of the benchmark: what
-interrupts the rest loses nothing that was measured.
+_EPILOG = """The report is rewritten after the tests and after each part of the benchmark: an
+interruption loses nothing that was already measured.
 
-exit status: 0 the tests passed (or were left out) and the report is whole, whatever the
-targets say; 1 a test failed (the report says so, nothing is measured); 2 no usable GPU, wrong
-usage, or a bundle that cannot be made or run"""
+exit status: 0 the tests passed (or were skipped) and the report is complete, whether or not the
+targets are met; 1 a test failed (the report says so, nothing is measured); 2 no usable GPU, wrong
+usage, or a bundle that cannot be exported or run"""
 _TESTS = Path(__file__).parents[3] / "tests" / "gpu"
 
 
@@ -41,16 +41,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "model", nargs="?", type=Path, help="checkpoint to measure (the demo model)"
+        "model",
+        nargs="?",
+        type=Path,
+        metavar="MODEL",
+        help="checkpoint to measure (default: the demo model)",
     )
-    parser.add_argument("--backend", action="append", choices=("cuda", "tensorrt"), default=[])
-    parser.add_argument("--device", type=int, default=0, metavar="N")
-    parser.add_argument("--output", type=Path, default=Path("build/gpu"), metavar="FOLDER")
-    parser.add_argument("--repetitions", type=int, default=5, metavar="N")
+    parser.add_argument(
+        "--backend",
+        action="append",
+        choices=("cuda", "tensorrt"),
+        default=[],
+        help="backend to measure; may be repeated (default: cuda)",
+    )
+    parser.add_argument(
+        "--device", type=int, default=0, metavar="N", help="index of the GPU (default: 0)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/gpu"),
+        metavar="FOLDER",
+        help="folder of the report (default: build/gpu)",
+    )
+    parser.add_argument(
+        "--repetitions",
+        type=int,
+        default=5,
+        metavar="N",
+        help="rounds of each measurement (default: 5)",
+    )
     parser.add_argument(
         "--no-tests",
         action="store_true",
-        help="measure without the tests, which this machine has passed before; the report says so",
+        help="skip the tests; the report says so",
     )
     arguments = parser.parse_args(argv)
     if arguments.repetitions < 1:
@@ -192,7 +216,7 @@ def _build_plan(bundle: Path, device: int) -> None:
     command = [sys.executable, "-m", "neo_export.engine.cli", str(bundle), "--max-batch", str(MANY)]
     environment = os.environ | _only_gpu(device)
     if subprocess.run(command, stdout=sys.stderr, env=environment).returncode:
-        raise NeoError(f"neo-engine could not build a plan of {bundle}; its words are above")
+        raise NeoError(f"neo-engine could not build a plan of {bundle}; its output is above")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m neo_tools.peers`: set up the rivals and drive them from a shell."""
+"""`python -m neo_tools.peers`: set up the other engines and run them from a shell."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its result is one JSON object on stdout, progress goes to stderr."""
+    """Run one command: its result is one JSON object on stdout, progress goes to stderr."""
     arguments = _parser().parse_args(argv)
     root = arguments.root.absolute() if arguments.root else None
 
@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m neo_tools.peers", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m neo_tools.peers", description="Set up the other engines and run them."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -40,24 +42,32 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--root",
             type=Path,
-            help="where the environments live (default: $NEO_PEERS, else build/peers)",
+            metavar="FOLDER",
+            help="folder of the environments (default: $NEO_PEERS, else build/peers)",
         )
         command.set_defaults(run=run)
         return command
 
     peers = sorted(environments.PEERS)
+    precisions = "; ".join(f"{p}: {', '.join(environments.PEERS[p].precisions)}" for p in peers)
     command = add("setup", _setup, "create a peer's environment")
-    command.add_argument("peer", choices=peers)
+    command.add_argument("peer", choices=peers, help="which engine")
     command = add("export", _export, "export a checkpoint for a peer, once")
-    command.add_argument("peer", choices=peers)
-    command.add_argument("model", type=Path)
-    command.add_argument("--precision")
-    command = add("export-time", _export_time, "measure `optimum-cli export onnx`")
-    command.add_argument("model", type=Path)
-    command.add_argument("out", type=Path, nargs="?", help="keep the result here")
+    command.add_argument("peer", choices=peers, help="which engine")
+    command.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint")
+    command.add_argument(
+        "--precision", metavar="P", help=f"one of the peer's (default: its first; {precisions})"
+    )
+    command = add("export-time", _export_time, "time `optimum-cli export onnx`")
+    command.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint")
+    command.add_argument(
+        "out", type=Path, metavar="OUT", nargs="?", help="keep the result there (default: delete)"
+    )
     command = add("load-portable", _load_portable, "run a portable bundle under Optimum")
-    command.add_argument("bundle", type=Path)
-    command.add_argument("--model", type=Path, help="its checkpoint (default: the demo model)")
+    command.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder with neo.json")
+    command.add_argument(
+        "--model", type=Path, help="folder of its checkpoint (default: the demo model)"
+    )
     return parser
 
 
