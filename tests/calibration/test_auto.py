@@ -181,7 +181,10 @@ def test_picture() -> None:
         ([*AUTO, "--max-kl", "0"], "--max-kl is 0, expected a number of nats above 0"),
         ([*AUTO, "--max-size", "-3"], "--max-size is '-3', expected bytes, or a fraction"),
         ([*AUTO, "--max-size", "1", "--target", "cuda"], "--auto measures bundles for the CPU"),
-        ([*AUTO, "--max-size", "1", "--int8-prefill"], "--int8-prefill was given with --auto"),
+        (
+            [*AUTO, "--max-size", "1", "--int8-prefill"],
+            "--int8-prefill cannot be combined with --auto",
+        ),
         ([*AUTO, "--max-size", "1", "--auto-report", __file__], "is not a folder"),
     ],
 )

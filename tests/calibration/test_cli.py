@@ -327,7 +327,7 @@ def test_export_says_when_calibration_fails(
     assert "failed (exit status 2); what it said is above" in err
     assert not (tmp_path / "bundle").exists()
     assert export([*command, "--fp32"]) == 2
-    assert "--calibrate-text was given with --fp32" in capfd.readouterr().err
+    assert "--calibrate-text cannot be combined with --fp32" in capfd.readouterr().err
 
 
 def test_a_copy_elsewhere_is_the_same_model(made: Path, tmp_path: Path) -> None:
