@@ -105,7 +105,7 @@ def _blocks(graph: _Graph, rng: np.random.Generator, *, bits: int, block: int) -
 CANDIDATES: dict[str, tuple[Callable[[_Graph, np.random.Generator], None], bool]] = {
     "float32": (_float32, True),
     "float32, not prepacked": (_float32, False),
-    "int8, MatMulIntegerToFloat, a scale a row": (_integer, True),
+    "int8, MatMulIntegerToFloat, one scale per row": (_integer, True),
     "the same, not prepacked": (_integer, False),
     **{
         f"int{bits}, MatMulNBits, block {block}": (partial(_blocks, bits=bits, block=block), True)
