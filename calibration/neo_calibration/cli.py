@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with (
         PeakMemory() as memory,
         open_checkpoint(resolve_model(arguments.model)) as checkpoint,
-        StageLine("neo-calibrate", pace="positions/s a layer") as bar,
+        StageLine("neo-calibrate", pace="positions/s per layer") as bar,
     ):
         text = read_text(arguments.text, checkpoint, arguments.tokens, arguments.max_length)
         for warning in text.warnings:

@@ -106,7 +106,7 @@ def _check_structure_only(path: Path, max_length: int) -> None:
         if tensor.ByteSize() > most:
             raise VerificationError(
                 f"{path.name} holds {tensor.name} itself, {tensor.ByteSize()} bytes; expected "
-                "weights in weights.bin alone"
+                "weights only in weights.bin"
             )
 
 

@@ -204,7 +204,7 @@ def _attention_layers(values: _Values, num_layers: int) -> tuple[str, ...]:
         key = "attention_types"
         layers = _expand_attention_types(values)
     if not isinstance(layers, list) or any(kind not in ("global", "local") for kind in layers):
-        raise values.error(key, values.raw.get(key), "only 'global' and 'local', one a layer")
+        raise values.error(key, values.raw.get(key), "only 'global' and 'local', one per layer")
     if len(layers) != num_layers:
         raise CheckpointError(
             f"{values.source}: {key} describes {len(layers)} layers and num_layers is "

@@ -53,7 +53,7 @@ def export_bundle(
         progress: called with a stage's name, done and total (0 where unknown).
 
     Raises:
-        NeoError: the model, the options or the output cannot be used; nothing is left behind.
+        NeoError: the model, the options or the output cannot be used; nothing is left.
     """
     options = options or ExportOptions()
     target = target_named(options.target)

@@ -7,8 +7,8 @@ They differ in the positions whose logits come out:
     score       every new one
     selective   those that `logit_positions` names, for prompts and for scoring
 
-For other positions prefill's last layer computes keys and values, and nothing behind its attention.
-Selective chooses behind the final norm: TensorRT would store the weights of a layer that takes
+For other positions prefill's last layer computes keys and values, and nothing after its attention.
+Selective chooses after the final norm: TensorRT would store the weights of a layer that takes
 fewer rows than the others twice, in the order that suits each of its profiles.
 """
 

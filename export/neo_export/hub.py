@@ -58,7 +58,7 @@ def resolve_model(model: str, progress: Callable[[str], None] | None = None) -> 
         match = _HUB_ID.fullmatch(model.removeprefix(MODELSCOPE_PREFIX))
         if match is None:
             raise CheckpointError(
-                f"{model!r} is no ModelScope id; expected {MODELSCOPE_PREFIX}owner/name or "
+                f"{model!r} is not a ModelScope id; expected {MODELSCOPE_PREFIX}owner/name or "
                 f"{MODELSCOPE_PREFIX}owner/name@revision"
             )
         return _from_modelscope(match["id"], match["revision"], progress)
@@ -130,8 +130,8 @@ def _from_modelscope(
     except Exception as error:  # the library's errors share no base over its versions
         _raise_if_disk_full(error, "MODELSCOPE_CACHE")
         raise HubError(
-            f"{model_id} cannot be had from ModelScope ({_brief(error)}); check the id and the "
-            "network, set MODELSCOPE_API_TOKEN if it is private, or download it elsewhere and "
+            f"{model_id} cannot be downloaded from ModelScope ({_brief(error)}); check the id and "
+            "the network, set MODELSCOPE_API_TOKEN if it is private, or download it elsewhere and "
             "give the folder"
         ) from error
 
@@ -165,7 +165,7 @@ def _hugging_face_error(model_id: str, revision: str | None, error: Exception) -
             "check the name, and set HF_TOKEN if the model is private"
         )
     if isinstance(error, errors.HFValidationError):
-        return HubError(f"{model_id!r} is no valid Hugging Face id ({_brief(error)})")
+        return HubError(f"{model_id!r} is not a valid Hugging Face id ({_brief(error)})")
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
         if _offline():
             return HubError(

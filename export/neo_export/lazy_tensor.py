@@ -60,7 +60,7 @@ class LazyTensor:
     def read(self) -> npt.NDArray[np.float32]:
         """Values as float32, `shape`: read-only, a view of the mapped file where it holds float32.
 
-        Float16 and bfloat16 are widened (exactly) into new memory.
+        Float16 and bfloat16 are converted (exactly) to float32 in new memory.
         """
         raw = self.read_raw()
         # onnx and onnxruntime want aligned data, and in a file it need not be.
@@ -77,7 +77,7 @@ class LazyTensor:
         check_finite(self.name, self.read_raw())
 
     def same_values(self, other: LazyTensor) -> bool:
-        """True where shape and all values (bit patterns, after widening) are equal."""
+        """True where shape and all values (bit patterns, after conversion to float32) are equal."""
         if self.shape != other.shape:
             return False
         one, two = self.read_raw().reshape(-1), other.read_raw().reshape(-1)

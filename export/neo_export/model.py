@@ -215,7 +215,7 @@ class Transformer(nn.Module):
             self.spec.attention_layers, self.h, past_key_values, strict=True
         ):
             mask = masks.windowed if kind == "local" else masks.causal
-            # The next layer's attention reads every position; behind the last one nothing does.
+            # The next layer's attention reads every position; after the last one nothing does.
             kept = select if block is self.h[-1] else _every_position
             residual, key, value = block(op, residual, mask, past, kept)
             present.append((key, value))
@@ -243,7 +243,7 @@ class CausalLM(nn.Module):
         """Hidden states after the final norm [B, M, H], and the present keys and values.
 
         `select` takes [B, S, H] and gives the M positions that are wanted, by default all: the last
-        layer computes nothing behind its attention for the others.
+        layer computes nothing after its attention for the others.
         """
         return self.transformer(
             op,

@@ -1,4 +1,4 @@
-"""Options that an export refuses, judged from the options and the model's shape alone.
+"""Options that an export refuses, judged only from the options and the model's shape.
 
 Checked before calibration and the search for a plan, which may take hours.
 """

@@ -105,7 +105,7 @@ class LayeredReference:
         return self._load(block, f"transformer.h.{layer}.")
 
     def load_final_norm(self) -> Any:
-        """The `torch.nn.LayerNorm` behind the last layer."""
+        """The `torch.nn.LayerNorm` after the last layer."""
         norm = self._torch.nn.LayerNorm(self._config.hidden_size, self._config.layer_norm_epsilon)
         return self._load(norm, "transformer.ln_f.")
 
@@ -277,7 +277,7 @@ class ReferenceLayer:
         return self.product("out_proj", attended)
 
     def mlp(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Hidden states [S, H] behind the attention → what the MLP adds to them."""
+        """Hidden states [S, H] after the attention → what the MLP adds to them."""
         return self._apply(self._block.mlp, self.norm("ln_2", hidden))
 
 

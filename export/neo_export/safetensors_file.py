@@ -128,7 +128,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, _Reco
 
 def _parse_record(name: str, entry: Any) -> _Record:
     if not isinstance(entry, dict):
-        raise ValueError(f"tensor {name!r} is no object")
+        raise ValueError(f"tensor {name!r} is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or not _naturals(shape) or not _naturals(offsets):
         raise ValueError(f"tensor {name!r} lacks a dtype, shape or data_offsets")

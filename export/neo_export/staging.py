@@ -10,7 +10,7 @@ everything is written and on the disk:
             old/                          only without an atomic swap: see `_swap_in`
         NAME/                             a whole bundle at every instant, or nothing
 
-An export that is killed leaves its hidden folder behind. The next export to the same destination
+An export that is killed leaves its hidden folder. The next export to the same destination
 finds that nobody holds its lock any more and removes it. (A lock, not the pid: pids are reused.)
 """
 

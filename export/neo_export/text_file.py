@@ -15,15 +15,15 @@ __all__ = ["write_text_file"]
 def write_text_file(path: Path, text: str) -> None:
     """Write a file, or replace it, whole or not at all.
 
-    A link stays one: what it leads to is replaced. What is no file (a pipe), and what this process
-    has open as its own output (`/dev/stdout`, wherever it goes), is written to as it is.
+    A link stays a link: its target is replaced. Other things than files (a pipe), and this process'
+    own output (`/dev/stdout`, wherever it goes), are written to as they are.
 
     Raises:
         OutputError: writing failed.
     """
     if path.exists() and (stream := _output(path)) is not None:
         (sys.stdout, sys.stderr)[stream - 1].flush()
-        # The same place in the file as the stream's own, which writes on behind this.
+        # The same place in the file as the stream's own, which continues writing after this.
         with os.fdopen(os.dup(stream), "w", encoding="utf-8") as file:
             file.write(text)
         return

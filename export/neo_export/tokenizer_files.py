@@ -96,7 +96,7 @@ def _completed(path: Path) -> bytes:
 def _build(folder: Path, vocab: Path, merges: Path) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    read_json_object(vocab)  # a message of ours where it is no JSON object
+    read_json_object(vocab)  # our own message if it is not a JSON object
     try:
         table, pairs = models.BPE.read_file(str(vocab), str(merges))
         model = models.BPE(
@@ -188,7 +188,7 @@ def _added_token(raw: Any) -> AddedToken:
     from tokenizers import AddedToken
 
     if not isinstance(raw, dict) or _content(raw) is None:
-        raise TypeError(f"{raw!r} is no token")
+        raise TypeError(f"{raw!r} is not a token")
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     return AddedToken(raw["content"], **{key: raw[key] for key in flags if key in raw})
 

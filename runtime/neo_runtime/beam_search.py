@@ -127,7 +127,7 @@ class BeamSearch:
 
         Raises:
             RequestError: the options forbid every continuation, or the vocabulary is too small
-                for so many beams.
+                for this many beams.
             VerificationError: the logits hold NaN or +inf.
         """
         if self._is_finished:
@@ -226,7 +226,7 @@ class BeamSearch:
         ended = hits.copy()
         ended[self._num_beams :] = False  # the rest is there to go on with, not to be returned
         new_tokens = self._length + 1 - self._prompt_length
-        with np.errstate(over="ignore"):  # of what is no candidate, at -1e9
+        with np.errstate(over="ignore"):  # of non-candidates, at -1e9
             found = scores / np.float32(new_tokens**self._options.length_penalty)
         ended &= (scores > _OUT / 2) | (found > _OUT)
         scores = np.where(ended, found, np.float32(-np.inf))

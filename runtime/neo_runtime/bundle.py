@@ -2,7 +2,7 @@
 
 Always: every file is there, lies inside the folder and has its recorded size; every file but
 `weights.bin` has its recorded checksum; the manifest agrees with itself; the graphs read tensors
-from files of the bundle alone; this installation can run it. On request also the checksum of
+only from files of the bundle; this installation can run it. On request also the checksum of
 `weights.bin`, which means reading all of it.
 """
 
@@ -58,7 +58,7 @@ class Bundle:
         bundle may be exported or copied anew to where a model of it is in use.
 
         Raises:
-            BundleError: the bundle has no such file, or has it no more.
+            BundleError: the bundle has no such file, or no longer has it.
             BundleDamagedError: it has changed.
         """
         if name not in self.manifest.files:
@@ -95,7 +95,7 @@ def open_bundle(
     progress: Callable[[int, int], None] | None = None,
     check_runtime: bool = True,
 ) -> Bundle:
-    """Check the folder `path` and give what it holds.
+    """Check the folder `path` and open it as a bundle.
 
     Args:
         path: a folder written by `neo-export`.
@@ -108,10 +108,10 @@ def open_bundle(
         BundleError: no bundle is there, or it cannot be read.
         BundleDamagedError: a file is missing, truncated, altered or leaves the folder, or the
             manifest contradicts itself.
-        BundleUnsupportedError: a newer schema, a target or precision that is not known here, or
-            too old an onnxruntime.
+        BundleUnsupportedError: a newer schema, an unknown target or precision, or an
+            onnxruntime that is too old.
         DependencyError: onnxruntime is missing or cannot be used.
-        RequestError: `path` is none.
+        RequestError: `path` is not a path.
     """
     folder = _folder(path)
     manifest = _read_manifest(folder)
@@ -140,7 +140,7 @@ def open_bundle(
 
 
 def check_installation(manifest: Manifest, folder: Path) -> str:
-    """Compare the installed onnxruntime with the one that the bundle needs; its version.
+    """Check that the installed onnxruntime is new enough; returns its version.
 
     Raises:
         BundleUnsupportedError: it is too old.
@@ -215,8 +215,8 @@ def _check_place_and_size(folder: Path, name: str, record: FileRecord) -> tuple[
         raise BundleError(f"{path} cannot be opened: {error}") from error
     if not real.is_relative_to(folder):
         raise BundleDamagedError(
-            f"{path} is a link that leaves the folder (to {real}); a bundle must be complete in "
-            "itself: put the file in its place"
+            f"{path} is a link that leaves the folder (to {real}); a bundle must be "
+            "self-contained: replace the link by the file"
         )
     if not stat.S_ISREG(facts.st_mode):
         raise BundleDamagedError(f"{path} is not a file; copy or export the bundle again")
@@ -249,7 +249,7 @@ def _check_external_data(folder: Path, file: str, manifest: Manifest) -> None:
         locations = external_locations(b"".join(_chunks(folder / file)))
     except ValueError as error:
         raise BundleDamagedError(
-            f"{folder / file} is no ONNX graph ({error}); export again"
+            f"{folder / file} is not an ONNX graph ({error}); export again"
         ) from error
     for location in locations:
         if location not in manifest.files:

@@ -28,7 +28,7 @@ __all__ = ["CachedModel"]
 
 
 class CachedModel(Closable):
-    """Everything of a `Model` that needs no text and no options: see there."""
+    """Base class of `Model`: everything that needs neither text nor options."""
 
     def __init__(
         self,
@@ -40,15 +40,15 @@ class CachedModel(Closable):
     ) -> None:
         self.manifest: Manifest = bundle.manifest
         self.tokenizer: Tokenizer | None = None
-        """None where the bundle has none: prompts are token ids then."""
+        """None if the bundle has none: then prompts are token ids."""
         if self.manifest.has_tokenizer:
             self.tokenizer = Tokenizer(bundle.file("tokenizer.json"))
         self.backend = chosen.name
         """"cpu", "cuda" or "tensorrt"."""
         self.runs_on = chosen.backend.described
-        """The same for a reader: "CPU", a GPU's name, a plan on one."""
+        """The same in words: "CPU", a GPU's name, a plan on a GPU."""
         self.backend_choice = chosen.reason
-        """Why this backend, in one line, where `backend="auto"` had a choice; else None."""
+        """Why this backend, in one line, if `backend="auto"` had a choice; else None."""
         self._bundle = bundle
         self._backend = chosen.backend
         self._ledger = CacheLedger(max_cache_bytes)
@@ -82,14 +82,14 @@ class CachedModel(Closable):
 
     @property
     def prepacked_bytes(self) -> int:
-        """Bytes of prepacked weights that are kept on disk for this bundle."""
+        """Bytes of this bundle's prepacked weights in the cache folder."""
         return self._backend.prepacked_bytes
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """Allocate an empty cache of `batch` sequences of up to `length` positions.
 
         Raises:
-            CacheLimitError: `max_cache_bytes` would be passed.
+            CacheLimitError: `max_cache_bytes` would be exceeded.
             ContextLengthError: `length` is more than the model has.
             RequestError: a size below 1.
         """
@@ -104,7 +104,7 @@ class CachedModel(Closable):
         return KVCache(self._backend, self._ledger, batch, length)
 
     def rounded_length(self, length: int) -> int:
-        """`length` rounded up a little, so that rows begin at addresses that suit the processor."""
+        """`length` rounded up to a multiple of 16, so that rows are well aligned."""
         return min(-(-max(length, 1) // 16) * 16, self.manifest.max_length)
 
     def prefill(
@@ -129,7 +129,7 @@ class CachedModel(Closable):
     def prefill_step(
         self, cache: KVCache, prompts: Sequence[Sequence[int] | NDArray[np.int64]]
     ) -> StepLogits:
-        """As `prefill`, with logits that are fetched from where they lie when asked for."""
+        """As `prefill`, but logits are fetched from the device only when requested."""
         self._check_cache(cache)
         vocab_size = self.manifest.model.vocab_size
         if not hasattr(prompts, "__len__"):
@@ -160,7 +160,7 @@ class CachedModel(Closable):
         return self.decode_step(cache, tokens).full()
 
     def decode_step(self, cache: KVCache, tokens: Sequence[int] | NDArray[np.int64]) -> StepLogits:
-        """As `decode`, with logits that are fetched from where they lie when asked for."""
+        """As `decode`, but logits are fetched from the device only when requested."""
         self._check_cache(cache)
         ids = token_array(tokens, self.manifest.model.vocab_size)
         if len(ids) != cache.batch:
@@ -209,11 +209,11 @@ class CachedModel(Closable):
             raise NeoError("the model is closed; call neo_runtime.load again")
         if self.backend != "cpu" and os.getpid() != self._process:
             raise NeoError(
-                "the model was loaded in another process, and what it has on the GPU does not "
-                "survive a fork; call neo_runtime.load in each process"
+                "the model was loaded in another process, and its GPU memory does not survive a "
+                "fork; call neo_runtime.load in each process"
             )
 
     def close(self) -> None:
-        """Let go of the graphs. Calls that run in other threads end with an error."""
+        """Free the graphs. Calls that run in other threads end with an error."""
         self._is_closed = True
         self._backend.close()

@@ -1,4 +1,4 @@
-"""Picks a token from a row's best ones alone, where that provably gives the same token.
+"""Picks a token from only a row's best ones, where that provably gives the same token.
 
 A graph gives the K largest logits of a row, Σ exp over all of them, and the *edge*: the smallest of
 the K, which no other logit passes. `CandidatePicker.scores` answers with exactly the scores that
@@ -9,8 +9,8 @@ the rules would leave of the whole row, or with None: then the whole row is need
 - **Processors** change the scores of tokens that they name. One that makes a score smaller leaves
   every other token at or below the edge. One that may make a score larger (`raises`) is followed
   where its tokens are candidates; otherwise None.
-- **temperature** divides each score alone, the edge as well. Rounding keeps order: a score above
-  the edge may become equal to it, and then no longer counts as certain.
+- **temperature** divides every score, the edge as well. Rounding keeps order: a score above the
+  edge may become equal to it, and then no longer counts as certain.
 - **greedy** takes the largest score, the lowest id among equals: decided if it is certain.
 - **top_k** keeps what is at least the k-th largest. With k certain scores that one is known, and
   all that is kept is certain. From there on the row *is* the few scores that are left, in ascending

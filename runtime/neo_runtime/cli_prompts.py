@@ -37,7 +37,7 @@ def read_prompts(prompt: str | None, file: str | None, *, ids: bool) -> list[Pro
     try:
         if prompt is None:
             prompt = sys.stdin.read().removesuffix("\n")
-        prompt.encode()  # a command line may carry bytes that are no text
+        prompt.encode()  # a command line may carry bytes that are not text
     except UnicodeError as error:
         raise RequestError(f"the prompt is not valid UTF-8 ({error}); convert it") from error
     if not prompt:
@@ -47,7 +47,7 @@ def read_prompts(prompt: str | None, file: str | None, *, ids: bool) -> list[Pro
     try:
         return [token_ids(prompt)]
     except ValueError as error:
-        raise RequestError(f"--token-ids: {prompt!r} is no list of ids such as 1,2,3") from error
+        raise RequestError(f"--token-ids: {prompt!r} is not a list of ids such as 1,2,3") from error
 
 
 def _of_lines(file: str) -> list[Prompt]:

@@ -1,4 +1,4 @@
-"""What `close` ends: context managers, and what is closed only where something fails."""
+"""Objects with `close` as context managers, and one that is closed only on an error."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def closed_on_error(resource: Resource) -> Iterator[Resource]:
 
 
 class Closable(ABC):
-    """Leaving a `with` block closes it, with or without an error."""
+    """Closed at the end of a `with` block, with or without an error."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give up what is held; further calls do nothing."""
+        """Free what the object holds; further calls do nothing."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""What a generation gives back."""
+"""The result of a generation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Completion:
     """One continuation of one prompt."""
 
     text: str | None
-    """The continuation, cut before a stop string; None where the bundle has no tokenizer."""
+    """The continuation, cut before a stop string; None if the bundle has no tokenizer."""
     token_ids: tuple[int, ...]
     """The generated ids, with the end-of-sequence token or the tokens of the stop string."""
     prompt_token_ids: tuple[int, ...]
@@ -43,6 +43,6 @@ class Completion:
     """The stop string that was found."""
     timings: Timings
     logprobs: tuple[Choice, ...] | None = None
-    """One a generated token, where the option `logprobs` asks for them."""
+    """One per generated token, if the option `logprobs` is set."""
     score: float | None = None
     """Of beam search: sum of log probabilities / (tokens ** length_penalty)."""

@@ -1,7 +1,7 @@
 """Which entries of a Hugging Face `generation_config.json` are honoured, and which are refused.
 
-The file holds what a model's authors found best, so that dropping an entry in silence would
-change the model's text. Every entry is one of three: an option of this runtime, an entry that
+The file holds the settings of the model's authors, so silently ignoring an entry would change the
+model's text. Every entry is one of three: an option of this runtime, an entry that
 cannot change the text (a cache's kind, what `generate` returns …), or an error that names it.
 Names and neutral values: transformers 5, `GenerationConfig` and `_get_default_generation_params`.
 """
@@ -89,8 +89,8 @@ def supported_entries(
         aliases: other names for some of them.
 
     Raises:
-        RequestError: an entry that is not supported has a value that changes the result, or
-            nobody knows the entry.
+        RequestError: an entry that is not supported has a value that changes the result, or the
+            entry is unknown.
     """
     entries: dict[str, Any] = {}
     for key, value in config.items():

@@ -1,4 +1,4 @@
-"""The key/value cache as a caller sees it, and the account of all caches of a model."""
+"""The key/value cache as callers see it, and the accounting of all caches of a model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ in_every_child(_free_ledgers)
 
 
 class CacheLedger:
-    """Bytes of all live caches of a model, and their limit. Safe for threads, and finalizers."""
+    """Bytes of all open caches of a model, and their limit. Safe for threads and finalizers."""
 
     def __init__(self, limit: int | None) -> None:
         _ledgers.add(self)
@@ -96,9 +96,9 @@ class CacheLedger:
 class KVCache(Closable):
     """Keys and values of `batch` sequences of up to `length` positions. One thread at a time.
 
-    Made by `Model.new_cache`. The memory is allocated once, and given up by `close`, at the end
-    of a `with` block, or when the object is garbage. On a CPU the model keeps the memory of the
-    cache that was closed last, for the next one of that size, until `Model.close`.
+    Made by `Model.new_cache`. The memory is allocated once, and freed by `close`, at the end of a
+    `with` block, or when the object is garbage-collected. On a CPU the model keeps the memory of
+    the last closed cache for the next one, until `Model.close`.
     """
 
     def __init__(self, backend: Backend, ledger: CacheLedger, batch: int, length: int) -> None:
@@ -134,7 +134,7 @@ class KVCache(Closable):
         """Around each call that changes what the cache holds.
 
         Graphs write into the cache while they run, so a call that ended early (Ctrl-C, no memory)
-        leaves nobody knows what: local layers may have evicted positions, lengths do not agree.
+        leaves undefined contents: local layers may have evicted positions, lengths do not agree.
 
         Raises:
             NeoError: the cache is closed, or an earlier call ended early.
@@ -142,8 +142,8 @@ class KVCache(Closable):
         store = self.store
         if self._is_changing:
             raise NeoError(
-                "the last call with this cache did not come to its end, so what the cache holds is "
-                "not known; make another one with Model.new_cache"
+                "the last call with this cache failed or was interrupted, so its contents are not "
+                "known; make another one with Model.new_cache"
             )
         self._is_changing = True
         yield store
@@ -181,7 +181,7 @@ class KVCache(Closable):
         return self._nbytes
 
     def reorder(self, rows: Sequence[int] | NDArray[np.int64]) -> None:
-        """Make sequence `i` what sequence `rows[i]` was; only positions in use are copied.
+        """Replace sequence `i` by what sequence `rows[i]` was; only positions in use are copied.
 
         Rows may be left out (finished sequences), permuted or repeated (beams). The new batch is
         `len(rows)`, at most the batch that the cache was made for.
@@ -202,11 +202,11 @@ class KVCache(Closable):
 
     @property
     def closed(self) -> bool:
-        """Whether the memory was given up."""
+        """Whether the memory was freed."""
         return self._open_store is None
 
     def close(self) -> None:
-        """Give the memory up; further calls do nothing."""
+        """Free the memory; further calls do nothing."""
         if self._open_store is not None:
             self._open_store.close()
             self._open_store = None
@@ -215,7 +215,7 @@ class KVCache(Closable):
 
 def _no_memory(batch: int, length: int, size: int) -> CacheLimitError:
     return CacheLimitError(
-        f"a cache of {batch} x {length} positions needs {size} bytes, more than the system gives; "
+        f"a cache of {batch} x {length} positions needs {size} bytes, more than the system has; "
         "ask for fewer or shorter sequences at once"
     )
 
@@ -224,7 +224,7 @@ def _row_numbers(rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     """Rows as int64 [n].
 
     Raises:
-        RequestError: they are no flat sequence of integers.
+        RequestError: they are not a flat sequence of integers.
     """
     try:
         found = np.asarray(rows)
@@ -232,7 +232,7 @@ def _row_numbers(rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         raise RequestError(f"reorder got {rows!r}, expected a flat sequence of rows") from error
     if found.dtype == np.bool_:
         raise RequestError(
-            "reorder got truth values, expected row numbers; give np.flatnonzero of them"
+            "reorder got booleans, expected row numbers; give np.flatnonzero of them"
         )
     if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
         raise RequestError(

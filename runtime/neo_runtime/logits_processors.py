@@ -282,7 +282,7 @@ def build_processors(
         rules.append(RepetitionPenalty(options.repetition_penalty))
     if options.no_repeat_ngram_size > 0:
         rules.append(NoRepeatNGram(options.no_repeat_ngram_size))
-    # As in `generate`: a bad word that is end-of-sequence itself is no bad word.
+    # As in `generate`: a bad word that is end-of-sequence itself is ignored.
     bad_words = [ids for ids in options.bad_words_ids if len(ids) > 1 or ids[0] not in eos]
     if bad_words:
         rules.append(SequenceBias([(ids, -np.inf) for ids in dict.fromkeys(bad_words)]))

@@ -43,7 +43,7 @@ class Temperature:
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         highest = scores.max()
         with np.errstate(over="ignore"):
-            # The quotient would be infinite, and a difference of infinities is no number.
+            # The quotient would be infinite, and a difference of infinities is NaN.
             if self._largest < abs(float(highest)) < np.inf:
                 scores -= highest
             return np.divide(scores, self._temperature, out=scores)

@@ -62,7 +62,7 @@ class ModelSpec:
     window_size: int
     """A local layer attends to this many last positions, the current one included."""
     attention_layers: tuple[str, ...]
-    """"global" or "local", one a layer."""
+    """"global" or "local", one per layer."""
     layer_norm_epsilon: float
     activation_function: str
     tie_word_embeddings: bool
@@ -105,7 +105,7 @@ class CacheSpec:
     layout: Literal["in_place", "append", "static"]
     """`in_place`: bind one buffer of any length ≥ the positions in use as past and as present.
     `static`: the same with a length of exactly `Manifest.max_length`, finite at first (zeros).
-    `append`: present = past with the new positions behind it (a new, longer tensor each call)."""
+    `append`: present = past followed by the new positions (a new, longer tensor each call)."""
     padding: Literal["right", "left"]
     """On which side a ragged batch of prompts is padded: see docs/bundle.md."""
     dtype: str
@@ -215,7 +215,7 @@ class Manifest:
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether no engine for CPUs runs the bundle: by a plan alone, or in bfloat16."""
+        """Whether no CPU engine runs the bundle: it needs a plan, or is in bfloat16."""
         return self.cache.layout == "static" or self.cache.dtype == "bfloat16"
 
     @property

@@ -33,7 +33,7 @@ _SUBMESSAGES: dict[str, dict[int, str]] = {
     "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
     "TensorProto": {13: "StringStringEntryProto"},
 }
-"""Field numbers of `onnx.proto` behind which a tensor may be."""
+"""Field numbers of `onnx.proto` that may hold a tensor."""
 _MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _DEEPEST = 100
@@ -142,7 +142,7 @@ def _location(entry: memoryview) -> str | None:
     for number, value in _fields(entry):
         if number in pair:
             pair[number] = bytes(value)
-    # A location that is no UTF-8 stays visible, and equals no name of a file.
+    # A location that is not UTF-8 stays visible, and equals no file name.
     return pair[2].decode("utf-8", "backslashreplace") if pair[1] == b"location" else None
 
 
@@ -176,7 +176,7 @@ def _all_fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """A number and the position behind it."""
+    """A number and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(message):

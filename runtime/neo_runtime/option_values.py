@@ -1,4 +1,4 @@
-"""What a generation option may hold: one check for each kind of value.
+"""Checks of the values of generation options, one for each kind of value.
 
 A check takes the option's name and the value given, and returns the value to store (numbers and
 sequences in one plain form) or raises a `RequestError` that says what was found, what was
@@ -129,7 +129,7 @@ def number(
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, nothing that merely behaves like one."""
+    """True or False, nothing else."""
     if not isinstance(value, bool):
         raise _refuse(name, value, "True or False")
     return value
@@ -229,7 +229,7 @@ def exponential_decay(name: str, value: Any) -> tuple[int, float] | None:
 
 
 def why_no_text(value: object) -> str | None:
-    """What keeps a value from being text that UTF-8 can hold; None: nothing."""
+    """Why a value is not text that UTF-8 can encode; None if it is."""
     if not isinstance(value, str):
         return f"it is of type {type(value).__name__}"
     try:
@@ -256,7 +256,7 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
 
 def seeds(name: str, value: Any) -> int | tuple[int, ...] | None:
     """None, one integer of at least 0, or a sequence of them."""
-    expected = "None, an integer of at least 0, or a sequence of such integers (one a prompt)"
+    expected = "None, an integer of at least 0, or a sequence of such integers (one per prompt)"
     if value is None:
         return None
     if isinstance(value, Integral):

@@ -1,4 +1,4 @@
-"""From what a caller gives as a prompt to token ids that the graphs can take."""
+"""From a caller's prompt to token ids for the graphs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _is_number(item: Any) -> bool:
 
 @contextmanager
 def named_prompt(index: int, count: int) -> Iterator[None]:
-    """Where there are several prompts, errors say which one is meant, as Python counts them."""
+    """With several prompts, let errors name the prompt by its index."""
     try:
         yield
     except RequestError as error:
@@ -67,7 +67,7 @@ def named_prompt(index: int, count: int) -> Iterator[None]:
 
 
 def of_each(prompts: Sequence[Any], work: Callable[[Any], T]) -> list[T]:
-    """What `work` makes of each prompt; its errors say of which."""
+    """`work` applied to each prompt; errors name the prompt."""
     found = []
     for index, prompt in enumerate(prompts):
         with named_prompt(index, len(prompts)):
@@ -122,7 +122,7 @@ def token_array(ids: Sequence[int] | NDArray[Any], vocab_size: int) -> NDArray[n
 def with_bad_words(
     options: GenerationOptions, words: Sequence[str], tokenizer: Tokenizer | None
 ) -> GenerationOptions:
-    """Add words to `bad_words_ids`: as they stand, and behind a space, as inside a text.
+    """Add words to `bad_words_ids`: as they are, and after a space, as inside a text.
 
     Raises:
         RequestError: words without a tokenizer, or an empty word.

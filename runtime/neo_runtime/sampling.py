@@ -60,7 +60,7 @@ def row_generator(
     alone; the continuations of one prompt differ by `sequence_index`.
 
     Args:
-        seed: the option `seed`; a sequence has one seed a prompt, None is fresh entropy.
+        seed: the option `seed`; a sequence has one seed per prompt, None is fresh entropy.
         prompt_index: place of the prompt in the batch.
         sequence_index: which of its `num_return_sequences` this is.
 
@@ -119,7 +119,7 @@ class RowSampler:
 
     @property
     def generated(self) -> IntArray:
-        """The continuation alone, int64 [n]: a view as well."""
+        """Only the continuation, int64 [n]: a view as well."""
         return self._history[self._prompt_length : self._length]
 
     def pick(self, logits: FloatArray | RowLogits) -> Choice:

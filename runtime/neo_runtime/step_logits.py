@@ -1,7 +1,7 @@
-"""What one step of the model gives: logits that may still lie where they were computed.
+"""The result of one step of the model: logits that may still be on the device.
 
-A graph that finds the best tokens itself (`manifest.CANDIDATE_OUTPUTS`) spares fetching a row of
-the whole vocabulary from a device. The logits are fetched once somebody asks for them.
+A graph that finds the best tokens itself (`manifest.CANDIDATE_OUTPUTS`) saves copying a row of the
+whole vocabulary from the device. The logits are fetched when they are requested.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CandidateRows:
     """[batch]."""
 
     def row(self, index: int) -> Candidates | None:
-        """The candidates of one row; None where they are no finite numbers."""
+        """The candidates of one row; None if they are not finite numbers."""
         values, exp_sum = self.values[index], float(self.exp_sums[index])
         if not (np.isfinite(values).all() and np.isfinite(exp_sum)):
             return None

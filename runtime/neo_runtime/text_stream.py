@@ -1,9 +1,9 @@
-"""Text as it comes: pieces of valid UTF-8, cut before a stop string.
+"""Text as it is generated: pieces of valid UTF-8, cut before a stop string.
 
-    token ids ──StreamDecoder──▶ text ──StopMatcher──▶ text that is surely part of the result
+    token ids ──StreamDecoder──▶ text ──StopMatcher──▶ text that is certainly part of the result
 
-Both hold back what the next token may still change: a character of which some bytes are missing,
-and the beginning of a stop string. All the pieces together are the text of the completion.
+Both hold back what the next token may still change: an incomplete character, and the beginning of a
+stop string. All pieces together are the text of the completion.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class StreamDecoder:
 
 
 class StopMatcher:
-    """Let text pass up to the first stop string."""
+    """Pass text through up to the first stop string."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)

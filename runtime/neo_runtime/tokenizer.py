@@ -18,7 +18,7 @@ class Tokenizer:
     """The tokenizer of a bundle (its `tokenizer.json`). Several threads may use it at once."""
 
     def __init__(self, source: Path | bytes) -> None:
-        """Load a `tokenizer.json`: a file, or what one holds.
+        """Load a `tokenizer.json`: a file, or its contents.
 
         Raises:
             DependencyError: the package `tokenizers` is missing.
@@ -39,10 +39,10 @@ class Tokenizer:
         except Exception as error:  # the package raises bare Exception
             name = "tokenizer.json" if isinstance(source, bytes) else source
             raise BundleDamagedError(
-                f"{name} is no tokenizer that tokenizers {tokenizers.__version__} can read "
+                f"{name} is not a tokenizer that tokenizers {tokenizers.__version__} can read "
                 f"({error}); export the bundle again"
             ) from error
-        # Settings of the training run: a file may hold them, a prompt must not be cut by them.
+        # Settings of the training run that a file may hold; they must not truncate a prompt.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
@@ -55,17 +55,17 @@ class Tokenizer:
         """Token ids of `text`, with the special tokens that the file itself adds, if any.
 
         Raises:
-            RequestError: `text` is none, or holds half of a character.
+            RequestError: `text` is not text, or holds an unpaired surrogate.
         """
         try:
             found = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:
-            raise RequestError(f"{text!r} is no text: {why_no_text(text)}") from error
+            raise RequestError(f"{text!r} is not text: {why_no_text(text)}") from error
         ids: list[int] = found.ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 

@@ -86,7 +86,7 @@ def test_the_frontier_goes_down_in_size_and_up_in_divergence() -> None:
         assert costs[frontier.last_within(budget)] == max(c for c in costs if c <= budget)
 
 
-def test_the_frontier_is_all_that_is_unbeaten() -> None:
+def test_the_frontier_is_every_pareto_optimal_plan() -> None:
     """Of all assignments of some groups: those that none of as few bytes is as good as."""
     groups = groups_of(SPEC)[:6]
     generator = np.random.default_rng(1)

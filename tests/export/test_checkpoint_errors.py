@@ -206,7 +206,7 @@ def entry(shape: Any = (2,), offsets: Any = (0, 8), dtype: Any = "F32") -> dict[
         (header(b"not json"), "header is damaged"),
         (header(b"[]"), "header is damaged .it holds a list"),
         (header(b"\xff\xff\xff"), "header is damaged"),
-        (header(json.dumps({"a": 3}).encode()), "tensor 'a' is no object"),
+        (header(json.dumps({"a": 3}).encode()), "tensor 'a' is not an object"),
         (header(json.dumps({"a": entry(offsets=(0,))}).encode()), "'a' has data_offsets"),
         (header(json.dumps({"a": entry(offsets=(8, 0))}).encode(), 8), "'a' has data_offsets"),
         (header(json.dumps({"a": entry(shape=(-2,))}).encode(), 8), "'a' lacks a dtype, shape"),

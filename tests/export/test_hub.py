@@ -159,7 +159,7 @@ def test_a_downloaded_model_is_there_offline(
         ("owner/nothing", "owner/nothing is neither a folder here nor a public model.*HF_TOKEN"),
         ("owner/gated", r"owner/gated .*is gated; accept its terms.*HF_TOKEN"),
         ("owner/all@nope", "has no revision 'nope'; expected a branch, tag or commit"),
-        ("owner/two--dashes", "'owner/two--dashes' is no valid Hugging Face id"),
+        ("owner/two--dashes", "'owner/two--dashes' is not a valid Hugging Face id"),
         ("owner/broken", "owner/broken .*cannot be (reached|downloaded).*give the folder"),
     ],
 )
@@ -310,5 +310,5 @@ def test_modelscope_fails(modelscope: ModelScope) -> None:
 
 @pytest.mark.parametrize("name", ["", "name", "owner/name/more", "../name", "owner/.."])
 def test_no_modelscope_id(name: str) -> None:
-    with pytest.raises(CheckpointError, match="is no ModelScope id; expected modelscope:owner"):
+    with pytest.raises(CheckpointError, match="is not a ModelScope id; expected modelscope:owner"):
         resolve_model(f"modelscope:{name}")

@@ -285,7 +285,7 @@ class TestExternalData:
     def test_a_graph_that_is_no_protobuf(self, folder: Path) -> None:
         (folder / "score.onnx").write_bytes(b"\x7fELF not a graph")
         rewrite_manifest(folder)
-        with pytest.raises(BundleDamagedError, match=r"score\.onnx is no ONNX graph"):
+        with pytest.raises(BundleDamagedError, match=r"score\.onnx is not an ONNX graph"):
             open_bundle(folder)
 
 

@@ -67,7 +67,7 @@ def test_it_is_given_back(model: Model) -> None:
     for batch, length, wrong in ((0, 8, "batch is 0"), (1, 2.0, "length is 2.0")):
         with pytest.raises(RequestError, match=f"{wrong}, expected an integer of at least 1"):
             model.new_cache(batch, length)  # type: ignore[arg-type]
-    with pytest.raises(CacheLimitError, match="more than the system gives"):
+    with pytest.raises(CacheLimitError, match="more than the system has"):
         model.new_cache(2**50, 8)
 
 
@@ -94,7 +94,7 @@ def test_a_call_that_ends_early_ends_the_cache(
                 with pytest.raises(KeyboardInterrupt):
                     broken(cache)
             for call in steps:
-                with pytest.raises(NeoError, match=r"did not come to its end.*make another"):
+                with pytest.raises(NeoError, match=r"failed or was interrupted.*make another"):
                     call(cache)
     with model.new_cache(2, 8) as cache:
         for wrong in ([[1], []], [[1], [10**6]], [[1]], [[1] * 9, [1]]):
@@ -117,7 +117,7 @@ def test_a_cache_of_another_model_is_refused(model: Model, mini_bundle: Path) ->
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([True, False], r"truth values.*np\.flatnonzero"),
+        ([True, False], r"booleans.*np\.flatnonzero"),
         ([0.0, 1.0], "float64 of shape"),
         (1, r"shape \[\]"),
         ("ab", "expected a flat sequence"),
@@ -181,7 +181,7 @@ def test_more_than_the_system_has_is_a_limit_too(
             raise MemoryError
 
         monkeypatch.setattr(KeptBlock, "take", refuse)
-        with pytest.raises(CacheLimitError, match="than the system gives"):
+        with pytest.raises(CacheLimitError, match="than the system has"):
             model.new_cache(1, 8)
         assert model.cache_bytes_in_use == 0
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(arguments.steps) - set(names):
         parser.error(f"no step is called {min(unknown)!r}; there are {', '.join(names)}")
     if arguments.checkpoint and not (arguments.checkpoint / "config.json").is_file():
-        parser.error(f"{arguments.checkpoint} is no checkpoint: it has no config.json")
+        parser.error(f"{arguments.checkpoint} is not a checkpoint: it has no config.json")
     session = Session(
         Settings(
             size=arguments.size,

@@ -31,7 +31,7 @@ __all__ = ["EXPORT_MACHINE", "IMPORT_LIMIT", "STATEMENTS", "ImportCost", "import
 IMPORT_LIMIT = 0.3
 """Seconds."""
 STATEMENTS = ("import neo_runtime", "from neo_runtime import *; import onnxruntime, tokenizers")
-"""The package alone, and everything that a program which generates text has imported."""
+"""Only the package, and everything that a program which generates text has imported."""
 EXPORT_MACHINE = ("onnx", "onnxscript", "safetensors", "tensorrt", "torch", "transformers")
 """Packages that must not be imported in production."""
 NOT_COUNTED = ("numpy", "onnxruntime")
@@ -66,7 +66,7 @@ def import_cost(statement: str, runs: int = 7, python: str = sys.executable) -> 
 
     Args:
         statement: Python code.
-        runs: how often, behind one run that fills the caches.
+        runs: how often, after one run that fills the caches.
         python: the interpreter.
 
     Raises:
@@ -88,9 +88,9 @@ def import_cost(statement: str, runs: int = 7, python: str = sys.executable) -> 
 def imports_below(lines: Sequence[str]) -> tuple[float, float]:
     """Add up what `python -X importtime` printed: seconds (without `NOT_COUNTED`, in all).
 
-    A module's line comes behind those of the modules that it imported, which are indented deeper:
+    A module's line comes after those of the modules that it imported, which are indented deeper:
     read backwards, it is a tree from the root. A stdlib module that numpy happened to import first
-    goes with numpy.
+    belongs to numpy.
     """
     counted = everything = 0
     skipped_depth: int | None = None

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EPILOG = """\
-Each group of matrices is quantized alone and its KL divergence from float32 measured on one part of
-the text; plans that may be the answer are exported and measured on another part. Progress goes to
+Each group of matrices is quantized by itself, and its KL divergence from float32 is measured on one
+part of the text; candidate plans are exported and measured on another part. Progress goes to
 stderr, the summary to stdout. Exit status: 0 written; 2 bad input, or a limit that no plan meets.
 """
 

@@ -113,7 +113,7 @@ class Chooser:
 
         Args:
             good: a place that holds, or -1.
-            bad: a place that does not, or one behind the last.
+            bad: a place that does not, or one past the last.
             budget: nats by the estimate to go to, as far as they lie between; None to halve.
 
         Returns:

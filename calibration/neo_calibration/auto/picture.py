@@ -58,7 +58,9 @@ def to_svg(points: Sequence[Point], title: str) -> str:
     """
     drawn = [point for point in points if point.divergence > 0]
     axes = _Axes(drawn)
-    path = " ".join(f"{axes.x(p.size):.1f},{axes.y(p.divergence):.1f}" for p in _unbeaten(drawn))
+    path = " ".join(
+        f"{axes.x(p.size):.1f},{axes.y(p.divergence):.1f}" for p in _pareto_optimal(drawn)
+    )
     body = [
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
         _text(_LEFT, 26, title, size=15, weight="600"),
@@ -75,7 +77,7 @@ def to_svg(points: Sequence[Point], title: str) -> str:
     )
 
 
-def _unbeaten(points: Sequence[Point]) -> list[Point]:
+def _pareto_optimal(points: Sequence[Point]) -> list[Point]:
     """By rising size."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.size, p.divergence)):

@@ -154,7 +154,7 @@ def _size_limit(options: AutoOptions, spec: ModelSpec) -> int | None:
     """--max-size in bytes.
 
     Raises:
-        RequestError: it is no size, or no plan can be as small.
+        RequestError: it is not a size, or no plan can be that small.
     """
     if options.max_size is None:
         return None
@@ -185,7 +185,7 @@ def _contexts(
     statistics: Statistics,
     progress: Callable[[str, int, int], None],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Token ids [n, S] to search on and [n, S] to measure bundles on, behind the statistics' text.
+    """Token ids [n, S] to search on and [n, S] to measure bundles on, after the statistics' text.
 
     Raises:
         RequestError: the text is too short for two parts.

@@ -37,7 +37,7 @@ class Candidate:
     size: int
     """Bytes."""
     divergence: float
-    """Mean KL from float32 with this group alone stored so, nats."""
+    """Mean KL from float32 with only this group stored so, nats."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Frontier:
     kept: tuple[tuple[str, int], ...]
     """Matrices in no group, which stay float32 in every plan, and their bytes."""
     rest: int
-    """Bytes of what is no matrix, nearly: the file aligns, and an int4 table has a vector more."""
+    """Approximate bytes of all but the matrices (alignment, an int4 table's vector)."""
     sizes: NDArray[np.int64]
     """[plans]: bytes of the matrices, kept ones included; falling."""
     divergences: NDArray[np.float64]
@@ -141,7 +141,7 @@ def frontier_of(
     for _, found in options:
         all_sizes = np.add.outer(sizes, np.array([c.size for c in found], np.int64)).ravel()
         all_costs = np.add.outer(costs, np.array([c.divergence for c in found])).ravel()
-        best = _unbeaten(all_sizes, all_costs, max(1, span // _BUCKETS))
+        best = _pareto_optimal(all_sizes, all_costs, max(1, span // _BUCKETS))
         parents, picked = np.divmod(best, len(found))
         sizes, costs = all_sizes[best], all_costs[best]
         choices = np.column_stack((choices[parents], picked.astype(np.int8)))
@@ -173,7 +173,7 @@ def _candidates(
     return tuple(found)
 
 
-def _unbeaten(
+def _pareto_optimal(
     sizes: NDArray[np.int64], costs: NDArray[np.float64], bucket: int
 ) -> NDArray[np.intp]:
     """Places of what is not beaten in both, by rising size; one for each `bucket` bytes."""

@@ -1,9 +1,9 @@
-"""What it costs to quantize one group of matrices alone: KL divergence from float32.
+"""What it costs to quantize only one group of matrices: KL divergence from float32.
 
 One sweep over the layers, with one layer's weights in memory. At layer i each of its groups is
 replaced by what each candidate storage makes of it, activations rounded as the kernels round them;
-the hidden states that come out are a *variant*, which runs on through the float32 layers behind. At
-the end every variant has logits to compare. So all variants together cost half as many passes
+the hidden states that come out are a *variant*, which continues through the later float32 layers.
+At the end every variant has logits to compare. So all variants together cost half as many passes
 over the model as there are variants, and hidden states of `variants × positions` are held.
 """
 

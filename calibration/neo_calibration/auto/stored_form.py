@@ -78,7 +78,7 @@ class StoredForm:
         return self._scales.restoring(lambda _: made)(name)
 
     def inputs(self, name: str, x: Any, storage: Storage) -> Any:
-        """A tensor of activations in 8 bits, a scale a row (int8) or a block (int4)."""
+        """A tensor of activations in 8 bits, one scale per row (int8) or a block (int4)."""
         import torch
 
         scale: Any = 1.0

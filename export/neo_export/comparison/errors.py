@@ -1,4 +1,4 @@
-"""Errors of every place at every position: of the step alone, and accumulated."""
+"""Errors of every place at every position: of the step itself, and accumulated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Series:
 
     positions: NDArray[np.int64]
     local: NDArray[np.float64]
-    """Of this step alone: the reference computed it from the bundle's own inputs."""
+    """Of this step itself: the reference computed it from the bundle's own inputs."""
     cumulative: NDArray[np.float64]
     """Against the reference's own run from the tokens on."""
 

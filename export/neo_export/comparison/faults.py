@@ -71,9 +71,9 @@ def find_faults(errors: PlaceErrors, spec: ModelSpec, precision: str) -> list[Fa
 
 
 def _late_caches(fault: Fault, found: list[Fault]) -> tuple[int, bool]:
-    """Sorts a cache behind its layer's attention where that is wrong without any help of it.
+    """Sorts a cache after its layer's attention if the attention is wrong without it.
 
-    A wrong window makes a graph keep too little, too. Score has no cache, and prefill runs alone
+    A wrong window also makes a graph keep too little. Score has no cache, prefill runs by itself
     before it runs between stretches of decode: what is wrong there, and not in the cache that was
     left there, is not the cache's fault. Nor is what is wrong at positions before those whose
     cache is wrong.

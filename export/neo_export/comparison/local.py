@@ -9,7 +9,7 @@ each step of each layer is also computed by PyTorch from the bundle's *own* inpu
     mlp                 from its own hidden state and attention
     residual            the sum of its own hidden state, attention and mlp
 
-A fault then shows at its own place alone, whatever came before it. Where a graph does not show
+A fault then shows only at its own place, whatever came before it. Where a graph does not show
 `query` or `attended`, the attention is computed from the hidden state in one step.
 """
 

@@ -24,7 +24,7 @@ Place = tuple[int | None, str]
 """Layer (None around them) and name."""
 
 CACHED = {"cached_key": "key", "cached_value": "value"}
-"""What a graph left behind in its cache → the place that it is a copy of."""
+"""What a graph left in its cache → the place that it is a copy of."""
 LAYER_PLACES = (
     "query",
     "key",

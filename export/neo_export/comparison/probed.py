@@ -69,7 +69,7 @@ def _sums(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def _as_numpy_has_it(model: ir.Model, value: ir.Value) -> ir.Value:
-    """The value, or one of its name behind a Cast: numpy has no bfloat16."""
+    """The value, or one of its name after a Cast: numpy has no bfloat16."""
     if value.dtype != ir.DataType.BFLOAT16:
         return value
     name, value.name = value.name, f"{value.name}.bfloat16"
@@ -102,7 +102,7 @@ def open_probed(folder: Path, manifest: Manifest, graph: str, *, threads: int = 
     if manifest.precision in ("fp32", "fp16"):
         # Quantized products have other kernels for prepacked weights: look at those that will run.
         options.add_session_config_entry("session.disable_prepacking", "1")
-    # A weight behind DequantizeLinear says nothing of rounding activations, as onnxruntime would.
+    # A weight after DequantizeLinear says nothing of rounding activations, as onnxruntime would.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(folder)

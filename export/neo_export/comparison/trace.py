@@ -39,7 +39,7 @@ class Trace:
     logits_at: NDArray[np.int64] | None = None
     """Positions in the text, [rows]."""
     selected: frozenset[str] = frozenset()
-    """Probed values of which the graph computes the positions `logits_at` alone."""
+    """Probed values that the graph computes only at the positions `logits_at`."""
 
     @classmethod
     def scored(

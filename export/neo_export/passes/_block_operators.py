@@ -1,4 +1,4 @@
-"""onnxruntime's two operators on integers that share a scale a block: a product, and rows."""
+"""onnxruntime's two operators on integers that share one scale per block: a product, and rows."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
                               top_values [B, 1, K], top_ids [B, 1, K] = TopK(logits)
                               exp_sum [B, 1] = Σ exp(logits − the largest), in float64
 
-A row of GPT-Neo's logits is 200 kB, its candidates are 1.5 kB. What can be decided by them alone,
+A row of GPT-Neo's logits is 200 kB, its candidates are 1.5 kB. What can be decided by them,
 and when the logits are fetched after all, is `neo_runtime.candidates`.
 """
 
@@ -34,7 +34,7 @@ def candidates(model: ir.Model) -> int:
     logits, vocabulary = logits_of(graph)
     count = min(CANDIDATES, vocabulary)
     last = graph[-1]
-    # Written before the last node, then moved behind the logits.
+    # Written before the last node, then moved after the logits.
     values, ids, total = insert_before(
         last, "candidates", lambda op: _candidates(op, logits, count)
     )

@@ -1,7 +1,7 @@
 """Lengths and the mask's guard for a graph that a GPU runs, and that it can replay.
 
     before (`fuse_attention`)                        after
-    seqlens_k from the mask and from shapes,         seqlens_k from the mask alone
+    seqlens_k from the mask and from shapes,         seqlens_k only from the mask
     a guard that fails by an index out of bounds     a guard that makes the row's logits NaN
 
 Two things are different on a GPU. A kernel raises nothing: `Gather` reads 0 where an index is out
@@ -67,14 +67,14 @@ def _lengths(
     new, width = op.Shape(input_ids, start=1, end=2), op.Shape(attention_mask, start=1, end=2)
     ones = op.Cast(op.Cast(attention_mask, to=ir.DataType.BOOL), to=ir.DataType.INT64)
     lengths = op.ReduceSum(ones, [1], keepdims=0)
-    # A one behind a zero: compare each slot with the one before it (the first with itself).
+    # A one after a zero: compare each slot with the one before it (the first with itself).
     before = op.Concat(op.Slice(ones, [0], [1], [1]), op.Slice(ones, [0], [-1], [1]), axis=1)
     rising = op.ReduceSum(op.Cast(op.Greater(ones, before), to=ir.DataType.INT64), [1], keepdims=0)
     broken = op.Or(op.Greater(rising, [0]), op.Less(lengths, [1]))
     if input_ids.shape[1] == 1:
         safe = op.Where(broken, [1], lengths)
     else:
-        # Several new tokens behind a past are never padded: see `fuse_attention`.
+        # Several new tokens after a past are never padded: see `fuse_attention`.
         whole = op.Max(width, new)
         broken = op.Or(broken, op.Less(lengths, op.Where(op.Equal(width, new), [1], whole)))
         safe = op.Where(broken, whole, lengths)

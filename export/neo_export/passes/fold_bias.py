@@ -4,8 +4,8 @@
     y = Add(product, bias)
     SkipLayerNormalization(y, x, γ, β)              SkipLayerNormalization(product, x, γ, β, bias)
 
-onnxruntime does the same when it loads a graph, but behind `MatMul` alone: behind the product of a
-quantized weight the sum stays a kernel of its own, two a layer and token.
+onnxruntime does the same when it loads a graph, but only after `MatMul`: after the product of a
+quantized weight the sum stays a kernel of its own, two per layer and token.
 
 `y` is a place that tools look at. Nothing in the graph computes it any more, so the operator keeps
 its name, and `hidden_sums` says what it is the sum of. Must not fire where something else reads

@@ -1,4 +1,4 @@
-"""Residual addition and the layer norm behind it in one operator.
+"""Residual addition and the layer norm after it in one operator.
 
     before                                   after
     sum = Add(a, b)                          norm, _, _, sum = SkipLayerNormalization(a, b, γ, β)

@@ -14,7 +14,7 @@
 `in` is [3·hidden]: a query's channel times the step of the key's channel, a key's and a value's
 divided by their own, so that the cache holds plain integers and the operator needs no scales; `out`
 [hidden] gives what was attended to its steps back. Scores do not change, and the operator's kernels
-run faster with one scale a tensor than with one a channel.
+run faster with one scale per tensor than with one per channel.
 
 Decode reads int8 in the operator: a quarter of the bytes. For several queries that kernel takes
 three to five times as long as the float32 one (it multiplies row by row), so there the integers are

@@ -11,7 +11,7 @@
 One scale a row (token), so that no row depends on its neighbours or on padding. GELU is never
 below -0.171, so the larger of that and a row's largest value bounds every magnitude in it; a row
 whose values are all smaller has steps of 0.0013. The tied table is stored once, as the head reads
-it. onnxruntime turns it when it loads a graph, and keeps the turned one where it keeps prepacked
+it. onnxruntime transposes it when it loads a graph, and keeps that where it keeps prepacked
 weights: a column lies in as many cache lines as it has channels. (The table beside an untied head
 is stored the same way, though nothing but the embedding reads it.)
 

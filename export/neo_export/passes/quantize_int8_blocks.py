@@ -5,7 +5,7 @@
     Gemm(x, table, transB=1)          the same
     Gather(table, ids)                GatherBlockQuantized over the same bytes and scales
 
-The operator wants a scale a block: a row's blocks all get the row's scale. Integers are stored
+The operator wants one scale per block: a row's blocks all get the row's scale. Integers are stored
 with 128 added, the operator's zero point. The tied table is stored once, under two shapes.
 Must not fire for a weight that is kept wider, or that is computed.
 """

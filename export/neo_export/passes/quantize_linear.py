@@ -8,9 +8,9 @@ The form in which TensorRT takes precision, since its networks are strongly type
 reaches a product through DequantizeLinear stays compressed in the plan, and with a quantized input
 the product itself is computed in that type. Weights lie as [in, out]; int8 and fp8 have a scale an
 output, int4 a scale for `block_size` inputs of each output. Scales are float16, which makes the
-product float16: `neo_export.passes.float16` runs behind this pass.
+product float16: `neo_export.passes.float16` runs after this pass.
 
-The embedding (and the head that is tied to it) stays float16, stored once: a table behind
+The embedding (and the head that is tied to it) stays float16, stored once: a table after
 DequantizeLinear would be expanded whole at every step to gather a few rows of it.
 Must not fire for a weight that is kept, computed, or the plan stores otherwise.
 """

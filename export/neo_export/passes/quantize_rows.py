@@ -8,7 +8,7 @@ A block is a row, so its scale is that row's. For many rows that reads and write
 less: up to 4 % of a prompt of the 1.3B shape (docs/performance.md). For one row it would only make
 up the zero points, which must have the shape of the scales (all are 128).
 
-Must not fire where x has one row a sequence: in decode, at last positions, in the head.
+Must not fire where x has one row per sequence: in decode, at last positions, in the head.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def quantize_rows(model: ir.Model) -> int:
 
 
 def _divide(node: ir.Node) -> ir.Node | None:
-    """What divides the many rows that this node rounds, for an integer product alone."""
+    """What divides the many rows that this node rounds, only for an integer product."""
     if node.op_type != "QuantizeLinear" or node.inputs[0] is None:
         return None
     if {use.node.op_type for use in node.outputs[0].uses()} != {"MatMulIntegerToFloat"}:

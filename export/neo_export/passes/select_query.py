@@ -1,4 +1,4 @@
-"""The last layer's queries, for the positions that are chosen behind its attention alone.
+"""The last layer's queries, only for the positions that are selected after its attention.
 
     before                                     after
     q = MatMul(x, Wqᵀ)                         q = MatMul(GatherND(x, at), Wqᵀ)
@@ -29,7 +29,7 @@ _QUERY, _KEY = 0, 1  # places among the operator's inputs
 
 
 def select_query(model: ir.Model) -> int:
-    """Apply to the whole model; returns how many layers compute chosen queries alone."""
+    """Apply to the whole model; returns how many layers compute only selected queries."""
     fired = 0
     for node in list(model.graph):
         choice = _choice(node) if node.op_type == "GroupQueryAttention" else None
@@ -40,7 +40,7 @@ def select_query(model: ir.Model) -> int:
 
 
 def _choice(attention: ir.Node) -> ir.Node | None:
-    """What takes one position a row of all that was attended to."""
+    """What takes one position per row of all that was attended to."""
     query, key = attention.inputs[_QUERY], attention.inputs[_KEY]
     if query is None or key is None or _only_reader(query) is not attention:
         return None

@@ -8,8 +8,8 @@
                        min)), value))
 
 `first` is `position_ids[:, 0]`: the position of a row's first new token is how many the row has
-cached, and the slot that it is written to. So `attention_mask` is no input any more, and a row's
-new tokens may be padded on the right: what padding writes lies behind every valid position, where
+cached, and the slot that it is written to. So `attention_mask` is no longer an input, and a row's
+new tokens may be padded on the right: what padding writes is after every valid position, where
 no valid query looks, until a later token overwrites it. A slot that was never written is masked,
 but its value is still multiplied by 0: buffers must be finite at first (zeros).
 
@@ -17,7 +17,7 @@ The form is the one that TensorRT imports: `TensorScatter` becomes its KVCacheUp
 past and present are one address; `Attention` with past outputs or `softmax_precision` is refused
 by its parser. Attention scales by 1/√d unless told otherwise: `scale=1`. Its scores have its
 inputs' type, and unscaled ones pass 65504: in half precision all three inputs are cast to float32
-(TensorRT takes no mixture). Keys and values are folded to three axes and back behind that cast:
+(TensorRT takes no mixture). Keys and values are folded to three axes and back after that cast:
 it moves nothing, and without it the builder of TensorRT for RTX crashes on an
 attention that reads a half-precision cache through a cast.
 

@@ -48,5 +48,5 @@ class _StoreTransposed(Rule):
 
 
 def store_transposed(model: ir.Model) -> int:
-    """Apply to the whole model; returns how many weights were turned."""
+    """Apply to the whole model; returns how many weights were transposed."""
     return apply(_StoreTransposed, model)

@@ -2,7 +2,7 @@
 
     before                                    after
     GroupQueryAttention(local_window_size=W)  the same with sliding_window_cache=1, and with
-                                              query_seqlens: how many new tokens are no padding
+                                              query_seqlens: how many new tokens are not padding
 
 The operator then evicts by itself: it takes buffers of any capacity C ≥ W for these layers, and
 keeps the most recent positions at their front, contiguous. Where C ≥ the positions in use nothing
@@ -62,7 +62,7 @@ def window_caches(model: ir.Model) -> int:
 def _query_seqlens(
     op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value, seqlens_k: ir.Value
 ) -> tuple[ir.Value]:
-    """New tokens of each row that are no padding, int32 [B].
+    """New tokens of each row that are not padding, int32 [B].
 
     A first prompt (mask as wide as the new tokens) may be padded: its rows have seqlens_k + 1.
     Later tokens are never padded: the guard of `fuse_attention` sees to that.

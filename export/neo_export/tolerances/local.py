@@ -66,7 +66,7 @@ LOCAL: dict[str, LocalLimits] = {
         outlier=20.0,
         reason=(
             "As fp16, with three bits less. Measured in ONNX's evaluator, which rounds every step "
-            "of a norm: 2.9e-2 behind the final norm, 3e-3 at other places that no matrix leads "
+            "of a norm: 2.9e-2 after the final norm, 3e-3 at other places that no matrix leads "
             "to, medians up to 3.1e-2 where one does. Another layer's norm gives 8.4e-2 and more, "
             "c_proj without its bias 1.6e-1, a window off by one 1; what out_proj's bias adds to "
             "neo-mini is less than the limit."
@@ -79,7 +79,7 @@ LOCAL: dict[str, LocalLimits] = {
         worst=5e-1,
         outlier=4.0,
         reason=(
-            "Weights in 7 bits with a scale a channel and activations in 8: measured medians 0.7 "
+            "Weights in 7 bits with one scale per channel, activations in 8: measured medians 0.7 "
             "to 3.2 % a product, 5 % at the worst position of neo-mini; what is wrong there is off "
             "by 1 and more. What lies between the products is computed in float32."
         ),
@@ -91,7 +91,7 @@ LOCAL: dict[str, LocalLimits] = {
         worst=5e-1,
         outlier=4.0,
         reason=(
-            "Weights in 4 bits of precision with a scale a channel, activations too: measured "
+            "Weights in 4 bits of precision with one scale per channel, activations too: measured "
             "medians below 6 % a product, 9 % at the worst position of neo-mini."
         ),
     ),

@@ -88,8 +88,8 @@ TOLERANCES: dict[str, Tolerance] = {
         any_checkpoint=2e-1,
         typical=1.5e-2,
         reason=(
-            "Activations are rounded to 8 bits, a scale a row, before every product: about 1 % a "
-            "product. A value on the edge between two integers falls to either side by the order "
+            "Activations are rounded to 8 bits, one scale per row, before every product: about 1 % "
+            "a product. A value on the edge between two integers falls to either side by the order "
             "of float32 sums, and that is passed on: PyTorch with the same rounding differs from "
             "onnxruntime by 7e-3 in the median. Measured: median 1.2e-2, worst position 3.9e-2 on "
             "text and 5.5e-2 on random token ids, worst place inside 4.8e-2; a window off by one "
@@ -117,8 +117,8 @@ TOLERANCES: dict[str, Tolerance] = {
         reason=(
             "E4M3 has 4 bits: 2⁻⁴ a rounding, of weights and, with statistics, of activations, "
             "whose scale is one constant a matrix. Measured with both on the demo model: 1.3e-1 "
-            "at the worst position of random token ids. Weights alone agree with PyTorch on the "
-            "weights as stored within the limit of fp16."
+            "at the worst position of random token ids. With only weights quantized it "
+            "agrees with PyTorch on the weights as stored within the limit of fp16."
         ),
     ),
     "mixed": Tolerance(
@@ -126,7 +126,7 @@ TOLERANCES: dict[str, Tolerance] = {
         hidden=1e-1,
         any_checkpoint=2e-1,
         typical=1.5e-2,
-        reason="As int8, whose activations are the coarser: a scale a token, not a block.",
+        reason="As int8, whose activations are the coarser: one scale per token, not a block.",
     ),
     "int8-cache": Tolerance(
         logits=1e-2,
@@ -150,7 +150,7 @@ def tolerance_name(manifest: Manifest, *, rounds_activations: bool) -> str:
     Args:
         manifest: of the bundle.
         rounds_activations: whether products round their inputs to integers or to 8-bit floats;
-            where weights alone are quantized, and the reference has those weights, what is left
+            where only weights are quantized, and the reference has those weights, what is left
             is float16.
     """
     if is_quantized(manifest.precision):

@@ -64,7 +64,7 @@ class Probe:
         self._out = np.zeros((1, columns), dtype=np.float32)
 
     def read(self) -> dict[str, float]:
-        """Bytes a second, by kernel; the best of a few passes each."""
+        """Bytes per second, by kernel; the best of a few passes each."""
         size = self._matrix.nbytes
         found: dict[str, float] = {}
         for name, kernel in _kernels().items():

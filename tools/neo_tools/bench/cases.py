@@ -31,7 +31,7 @@ class Case:
     threads: int
     batch: int
     prompt: int = 0
-    """Prefill: tokens a row, into an empty cache, in one call."""
+    """Prefill: tokens per row, into an empty cache, in one call."""
     new_tokens: int = 0
     """Decode: greedy steps, one after another."""
     depth: int = 0
@@ -89,7 +89,7 @@ class Settings:
     warmup: bool = True
     """A first turn that does not count."""
     keep_context: bool = False
-    """Decode goes on behind the round before instead of filling the cache anew."""
+    """Decode continues the previous round instead of filling the cache again."""
     prefill_chunk: int | None = None
     """Of our runtime; None: its default."""
     keep_prepacked: bool = False

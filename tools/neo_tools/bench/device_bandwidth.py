@@ -1,4 +1,4 @@
-"""What a GPU's memory can do at best: bytes a second of a copy inside it.
+"""What a GPU's memory can do at best: bytes per second of a copy inside it.
 
 A copy reads and writes each byte: both count, as in every figure that vendors give. The block is a
 gigabyte, far larger than any cache. Speaks the protocol of `bandwidth`: {"op": "read"}; there is no
@@ -28,7 +28,7 @@ def copy_rate(device: Any, size: int, *, copies: int = _COPIES, passes: int = _P
     Args:
         device: a `neo_runtime.backends.device.Device`.
         size: bytes of a block; two are allocated.
-        copies: of a pass, one behind the other.
+        copies: of a pass, one after the other.
         passes: of which the best counts.
     """
     source, target = device.allocate(size), device.allocate(size)

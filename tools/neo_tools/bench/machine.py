@@ -96,7 +96,7 @@ def busy_warning(machine: Machine) -> str | None:
         return None
     return (
         f"the load average was {load:.2f} on {machine.processors} processors before the run: "
-        "the machine is busy, and the times are no measure of it"
+        "the machine is busy, and the times do not show what it can do"
     )
 
 

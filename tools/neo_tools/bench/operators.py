@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     names = list(CANDIDATES)
     found = measure(names, arguments.rows, threads=arguments.threads, rounds=arguments.rounds)
-    print("| ms a matrix, rows: | " + " | ".join(map(str, arguments.rows)) + " |")
+    print("| ms per matrix, rows: | " + " | ".join(map(str, arguments.rows)) + " |")
     print("|---|" + "---|" * len(arguments.rows))
     for name in names:
         cells = (f"{1e3 * found[name, count]:.2f}" for count in arguments.rows)

@@ -25,7 +25,7 @@ __all__ = ["BandwidthWorker", "Guard", "NeoWorker", "Overhead", "Participant"]
 
 @dataclass(frozen=True, kw_only=True)
 class Overhead:
-    """Seconds a token outside of onnxruntime: see `worker.NeoEngine`."""
+    """Seconds per token outside of onnxruntime: see `worker.NeoEngine`."""
 
     step: float
     """Around `Model.decode` and the greedy choice."""
@@ -60,7 +60,7 @@ class NeoWorker(Peer):
         )
 
     def reserve(self, batch: int, length: int) -> int:
-        """Make the next cache for so many positions; its bytes."""
+        """Make the next cache for this many positions; returns its bytes."""
         answer = self._ask({"op": "reserve", "batch": batch, "length": length})
         return int(answer["cache_bytes"])
 
@@ -201,7 +201,7 @@ class Participant:
 def rotated(items: Sequence[Participant], by: int) -> list[Participant]:
     """The order of a round: everyone begins in turn, and every second round runs backwards.
 
-    So nobody always comes behind the same other one, who may have pressed weights out of memory.
+    So nobody always follows the same other one, who may have pressed weights out of memory.
     """
     start = by % max(1, len(items))
     order = [*items[start:], *items[:start]]

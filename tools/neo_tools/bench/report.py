@@ -54,7 +54,7 @@ CSV_COLUMNS = (
     "generate_python_seconds",
 )
 """Of the CSV, before three for each bundle that ratios were taken against (`ratio to NAME`,
-`… min`, `… max`). Seconds, bytes, bytes a second; empty where there is no such number."""
+`… min`, `… max`). Seconds, bytes, bytes per second; empty where there is no such number."""
 
 
 def write(results: Results, form: Literal["md", "json", "csv"]) -> str:

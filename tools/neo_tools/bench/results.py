@@ -20,10 +20,10 @@ class Limits:
 
     threads: int
     read: dict[str, float]
-    """Bytes a second by kernel, see `bandwidth`; with "float32 decode" where a float32 bundle
+    """Bytes per second by kernel, see `bandwidth`; with "float32 decode" where a float32 bundle
     took part."""
     rounds: tuple[float, ...]
-    """The best kernel's bytes a second in each measurement: before the first case, and after each
+    """The best kernel's bytes per second in each measurement: before the first case, and after each
     round. On a machine that shares its memory with others they differ."""
     peak: dict[str, float]
     """Operations a second by element type."""
@@ -32,7 +32,7 @@ class Limits:
 
     @property
     def bandwidth(self) -> float:
-        """The best rate of all kernels, bytes a second."""
+        """The best rate of all kernels, bytes per second."""
         return max(self.read.values())
 
     @property
@@ -116,7 +116,7 @@ class Row:
     flops: float
     """Operations of a step, or of the whole prefill."""
     read_rate: float | None
-    """Decode: step_bytes / the median round's seconds a step."""
+    """Decode: step_bytes / the median round's seconds per step."""
     limit_share: float | None
     """read_rate / the machine's bandwidth, the best reading of the whole run."""
     round_limit_share: Spread | None

@@ -29,7 +29,7 @@ class Measured:
     rounds: list[list[float]] = field(default_factory=list)
     """[round][step] seconds; a prefill is one step."""
     readings: list[float] = field(default_factory=list)
-    """The machine's read bandwidth right after each round, bytes a second."""
+    """The machine's read bandwidth right after each round, bytes per second."""
     memory: MemoryResult | None = None
     cache_bytes: int | None = None
     overhead: Overhead | None = None

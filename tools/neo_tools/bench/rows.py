@@ -81,7 +81,7 @@ def with_limits(
 
     Args:
         rows: all of the run with one number of threads.
-        read: bytes a second by kernel.
+        read: bytes per second by kernel.
 
     Returns:
         The rows, and `read` with the float32 decode where there was one.

@@ -88,7 +88,7 @@ class _Part:
 def _run_threads(
     settings: Settings, bundles: list[BundleInfo], threads: int, progress: Callable[[str], None]
 ) -> _Part:
-    """All cases with so many threads: the number is fixed when a worker starts."""
+    """All cases with this many threads: the number is fixed when a worker starts."""
     loading = {info.label: _loading(settings, info, threads, progress) for info in bundles}
     with ExitStack() as stack:
         guard = stack.enter_context(Guard())
@@ -230,11 +230,11 @@ class _Loading:
 def _loading(
     settings: Settings, info: BundleInfo, threads: int, progress: Callable[[str], None]
 ) -> _Loading:
-    """Two new processes: one that finds what it finds, and one behind it."""
+    """Two new processes, one after the other."""
     progress(f"load {info.label} for the first time")
     with _neo_worker(settings, info, threads) as worker:
         first_load = worker.load().details["load_seconds"]
-        worker.score(1)  # whatever a first use leaves behind for later ones is there now
+        worker.score(1)  # whatever a first use leaves for later ones is there now
     progress(f"load {info.label} for a first token")
     with _neo_worker(settings, info, threads) as worker:
         first, prefill = worker.first_token(_FIRST_TOKEN_PROMPT)

@@ -1,10 +1,10 @@
 """Bytes that a decode step must read, and arithmetic that a step takes: counted, not measured.
 
 Weights are counted in the decode graph itself: the bytes of every tensor that a node reads, once
-each however many names it has. A table that only Gather nodes read counts for one row a sequence
-(positions), and so does one that they read turned: onnxruntime turns it when it loads the graph. A
-tied table is the head's matrix too, so it counts whole, and once. The cache counts with what
-attention needs: every position in a global layer, the window in a local one.
+each however many names it has. A table that only Gather nodes read counts for one row per sequence
+(positions), and so does one that they read transposed: onnxruntime transposes it at load. A tied
+table is the head's matrix too, so it counts whole, and once. The cache counts with what attention
+needs: every position in a global layer, the window in a local one.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def prefill_flops(model: ModelSpec, *, batch: int, length: int) -> float:
     """Operations that a prompt into an empty cache needs at least.
 
     The last layer keeps keys and values of every position; all else there, and the head, is for the
-    last one alone.
+    last one only.
     """
     width = model.num_heads * model.head_dim
     before = replace(model, attention_layers=model.attention_layers[:-1])
@@ -219,7 +219,7 @@ def _layer_weights(model: ModelSpec) -> int:
 
 
 def _attended(model: ModelSpec, positions: int) -> int:
-    """Positions that all layers together attend to, of a sequence that has so many."""
+    """Positions that all layers together attend to, of a sequence of that length."""
     return sum(
         min(positions, model.window_size) if kind == "local" else positions
         for kind in model.attention_layers

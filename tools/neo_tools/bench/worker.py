@@ -2,7 +2,7 @@
 
 Besides the requests of `neo_tools.peers.worker_protocol`:
 
-    {"op": "reserve", "length": 1056}     → the next cache has room for so many positions
+    {"op": "reserve", "length": 1056}     → the next cache has room for this many positions
     {"op": "score", "length": 16}         → seconds; the score graph is loaded from then on
     {"op": "overhead", "batch": 1, "steps": 32}   → what Python costs a token, see `_overhead`
     {"op": "device_memory"}               → bytes of a GPU that it holds beside CUDA's context
@@ -38,7 +38,7 @@ _OVERHEAD_PROMPT = 16
 
 
 class NeoEngine:
-    """Our runtime behind the protocol's `Engine`: what a caller of `Model` would write."""
+    """Our runtime as the protocol's `Engine`, as a caller of `Model` would use it."""
 
     packages = ("neo-onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
 
@@ -156,10 +156,10 @@ class NeoEngine:
         """Time of decode steps that is not spent inside onnxruntime's native run.
 
         Returns:
-            `step`: median seconds a step of `Model.decode`, the greedy choice, and the lists
+            `step`: median seconds per step of `Model.decode`, the greedy choice, and the lists
             around them; `generate`: the same for `Model.generate`, whose bookkeeping comes on
             top: (its seconds − native seconds) / new tokens, prefill's own bookkeeping and the
-            cache's allocation included; `native`: median seconds a step inside onnxruntime.
+            cache's allocation included; `native`: median seconds per step inside onnxruntime.
         """
         from neo_runtime.options import GenerationOptions
 

@@ -38,5 +38,5 @@ class Findings:
     localized_tokens: int
     written: list[Written]
     best_of_reference: list[NDArray[np.int64]]
-    """The reference's best token behind each position of each of `written`."""
+    """The reference's best token after each position of each of `written`."""
     warnings: list[str] = field(default_factory=list)

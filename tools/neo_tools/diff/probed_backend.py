@@ -1,7 +1,7 @@
 """The runtime's own loop over graphs whose probed values are outputs as well.
 
 Prefill and decode go through `neo_runtime`'s stores, so that what is looked at is the cache that
-they really leave behind, in whatever layout the bundle has.
+they really leave, in whatever layout the bundle has.
 """
 
 from __future__ import annotations

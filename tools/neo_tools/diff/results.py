@@ -1,4 +1,4 @@
-"""What a comparison found, as plain data: the terminal, JSON and the page draw on it alone."""
+"""What a comparison found, as plain data: the terminal, JSON and the page use only this."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class PlaceSummary:
     region: str
     positions: int
     local_median: float
-    """Of this step alone, from the bundle's own inputs; the accumulated one where the reference is
+    """Of this step itself, from the bundle's own inputs; the accumulated one where the reference is
     a bundle."""
     local_max: float
     cumulative_median: float

@@ -125,7 +125,7 @@ def _load(settings: Settings) -> Model:
 
 
 def _why_not_here(bundle: Bundle, settings: Settings) -> str | None:
-    """Why a bundle that runs by a plan alone is not run: no plan, no GPU, or not asked for."""
+    """Why a bundle that needs a plan is not run: no plan, no GPU, or not asked for."""
     if bundle.manifest.cache.layout != "static" or settings.backend not in ("auto", "cpu"):
         return None
     if settings.backend == "cpu" and bundle.manifest.cache.dtype != "bfloat16":
@@ -194,7 +194,7 @@ def trace(
             whole, checks = trace_cached_path(backend, text.ids, chunks, count)
             mixed = path_of(text.ids, window, settings, _LONGEST_PROBED_DECODE)
             parts, more = trace_cached_path(backend, text.ids, mixed, count)
-            # Prefill is looked at where it runs alone; here it only leads to the next stretch.
+            # Prefill is compared where it runs by itself; here it only leads to the next stretch.
             decoded = [trace for trace in parts if trace.graph == "decode"]
             text.traces = [*text.traces, *whole, *decoded]
             text.cache_checks = [*checks, *more]

@@ -103,7 +103,7 @@ def batch_logits(
     """Beginnings of contexts as one ragged batch: a prompt each, then decode, fed the true tokens.
 
     One prompt ends just before a step of decode evicts from a local layer's cache, one within the
-    window, one behind a few tokens.
+    window, one after a few tokens.
 
     Args:
         model: the bundle.
@@ -139,7 +139,7 @@ def batch_logits(
 
 
 def greedy_continuation(model: Model, prompt: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
-    """The prompt and what the bundle writes behind it, always its best token: [S + tokens]."""
+    """The prompt and the bundle's greedy continuation: [S + tokens]."""
     written = list(prompt)
     with model.new_cache(1, model.rounded_length(len(prompt) + tokens)) as cache:
         logits = model.prefill(cache, [prompt])
@@ -188,7 +188,7 @@ def score_all(model: Model, texts: Texts, say: Progress) -> list[list[Logits]]:
 def run_steps(
     model: Model, texts: Texts, settings: Settings, found: list[list[Logits]], say: Progress
 ) -> list[str]:
-    """Adds logits through prefill alone, with decode in between, and of a batch; warnings."""
+    """Adds logits through prefill only, with decode in between, and of a batch; warnings."""
     window = model.manifest.model.window_size
     count = Count("the bundle's logits: prefill and decode", 2 * texts.tokens, say)
     for ids, logits in zip(texts.contexts, found, strict=True):

@@ -114,7 +114,7 @@ def _batch(one: Row | None, many: Row | None) -> Verdict:
     value = None
     if one is not None and many is not None:
         value = many.tokens_per_second.median / one.tokens_per_second.median
-    name, wanted = f"batch {MANY} decode against batch 1, tokens a second", "at least 15 times"
+    name, wanted = f"batch {MANY} decode against batch 1, tokens per second", "at least 15 times"
     return _verdict(name, wanted, value, f"{value or 0:.1f} times", met=(value or 0) >= 15)
 
 

@@ -54,7 +54,7 @@ class DecodeResult:
     """Greedy steps."""
 
     seconds: list[float]
-    """[n], one a step, whatever the batch."""
+    """[n], one per step, whatever the batch."""
     tokens: list[list[int]]
     """[n][batch]: what each step found; the first follows the prefill's."""
 
@@ -189,7 +189,7 @@ class Peer:
         return PrefillResult(seconds=answer["seconds"], tokens=answer["tokens"])
 
     def decode(self, n: int) -> DecodeResult:
-        """Greedy steps behind the last prefill, context or decode."""
+        """Greedy steps after the last prefill, context or decode."""
         answer = self._ask({"op": "decode", "n": n})
         return DecodeResult(seconds=answer["seconds"], tokens=answer["tokens"])
 

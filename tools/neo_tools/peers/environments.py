@@ -1,7 +1,7 @@
 """One virtual environment a peer: `python -m neo_tools.peers setup openvino`.
 
 Each has a file of pinned versions beside this module, which were seen working together. torch is
-installed first and alone: a looser requirement of a later package could otherwise bring a CUDA
+installed first, by itself: a looser requirement of a later package could otherwise bring a CUDA
 build of several gigabytes.
 """
 

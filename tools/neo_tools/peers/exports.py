@@ -171,7 +171,7 @@ def _digest(model: Path) -> str:
     files = sorted({path for pattern in _WEIGHTS for path in model.glob(pattern)})
     if not config.is_file() or not files:
         raise CheckpointError(
-            f"{model} is no checkpoint: expected config.json and *.safetensors or "
+            f"{model} is not a checkpoint: expected config.json and *.safetensors or "
             "pytorch_model.bin in it; name a Hugging Face model folder"
         )
     digest = hashlib.sha256(config.read_bytes())

@@ -124,7 +124,7 @@ def _portable_manifest(bundle: Path) -> Manifest:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BundleError(
-            f"{bundle} is no bundle: cannot read {path} ({error.strerror}); "
+            f"{bundle} is not a bundle: cannot read {path} ({error.strerror}); "
             "write one with `neo-export MODEL -o BUNDLE --target portable`"
         ) from error
     manifest = Manifest.from_json(text, str(path))
@@ -141,7 +141,7 @@ def _check_same_model(manifest: Manifest, bundle: Path, checkpoint: Path) -> Non
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint} is no checkpoint: cannot read its config.json ({error})"
+            f"{checkpoint} is not a checkpoint: cannot read its config.json ({error})"
         ) from error
     model = manifest.model
     for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):

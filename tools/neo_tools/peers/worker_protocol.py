@@ -1,6 +1,6 @@
 """What a peer's worker and its client say to each other: JSON lines over stdin and stdout.
 
-Requests, one a line, answered in order:
+Requests, one per line, answered in order:
 
     {"op": "load"}                        → seconds, versions, details
     {"op": "prefill", "ids": [[…], …]}    → seconds, tokens [batch]
@@ -157,7 +157,7 @@ def parse_arguments(argv: Sequence[str], precisions: Sequence[str]) -> argparse.
     parser.add_argument("--model", type=Path, required=True, help="folder to load")
     parser.add_argument("--precision", choices=precisions, default=precisions[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="torch alone: cpu, or cuda:0")
+    parser.add_argument("--device", default="cpu", help="torch only: cpu, or cuda:0")
     return parser.parse_args(argv)
 
 

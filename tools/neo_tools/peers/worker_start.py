@@ -2,7 +2,7 @@
 
     peer_python worker_start.py worker_torch --model DIR --precision fp32 --threads 2
 
-The two parent packages are made up on the spot and point at this folder alone. Putting a folder
+The two parent packages are made up on the spot and point only at this folder. Putting a folder
 on `sys.path` instead would also offer the peer everything else that is installed beside this
 project, in versions that are not the peer's.
 """
