@@ -159,7 +159,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path, exporter: str, expe
 def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no precision 'int3'; it has int8, int4, fp32"):
         exports.ensure_export("openvino", DEMO, "int3", tmp_path)
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         exports.ensure_export("torch", tmp_path, "fp32", tmp_path)
     assert exports.ensure_export("torch", DEMO, "fp32", tmp_path) == DEMO
 
