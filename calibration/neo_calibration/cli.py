@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EPILOG = """\
-MODEL is what neo-export takes. FILE is UTF-8 text, or JSONL whose lines are strings or objects with
-the key "text", "prompt" or "content". The text should be of the kind that the model will see.
+MODEL is what neo-export takes. FILE is UTF-8 text: one document, or in a file named .jsonl, .ndjson
+or .json one on each line, a string or an object with "text", "prompt" or "content". The text should
+be of the kind that the model will see.
 
 If the command is killed, running it again continues after the last finished layer. Progress goes to
 stderr, the summary to stdout. Exit status: 0 written, 2 bad input, 130 interrupted.
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         type=Path,
         metavar="FILE",
-        help="text or JSONL; may be repeated",
+        help="text or JSON lines (repeatable)",
     )
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="STATS", help="folder to write"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from neo_runtime.documents import document_ids, read_documents
 from neo_runtime.errors import RequestError, StatisticsError
 from neo_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from neo_export.checkpoint import Checkpoint
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["CalibrationText", "read_text"]
 
 _FEW = 1024
-_CHARACTERS = 16
-"""Characters of a text file that are tokenized for each token that is wanted."""
-_KEYS = ("text", "prompt", "content")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +55,15 @@ def read_text(
     """Tokenize, and pack into full contexts until there are `tokens` of them.
 
     Args:
-        files: UTF-8 text, one document each; or `.jsonl` / `.json`, a document a line: a string,
-            or an object with "text", "prompt" or "content". Documents are joined by the model's
-            end-of-text token.
+        files: as `neo_runtime.documents.read_documents` takes them.
         checkpoint: gives the tokenizer and the position table's length.
         tokens: how many positions to take at most.
         max_length: positions a context has; None for all that the model has.
 
     Raises:
-        StatisticsError: a file cannot be read, or there is no text.
-        RequestError: `max_length` or `tokens` is out of range.
+        StatisticsError: a file cannot be read, there is no text, or no tokenizer.
+        RequestError: `max_length` or `tokens` is out of range, a file holds something else than
+            documents, or the tokenizer is another model's.
         CheckpointError: the model has no usable tokenizer.
     """
     spec = checkpoint.spec
@@ -113,23 +110,17 @@ def _token_ids(
             "tokenizer.json (or vocab.json and merges.txt) there"
         )
     tokenizer = Tokenizer(raw)
-    end = checkpoint.spec.separator
     ids: list[int] = []
     digests: dict[str, str] = {}
     for file in files:
         data = _read(file)
         digests[file.name] = hashlib.sha256(data).hexdigest()
-        for document in _documents(file, data, _CHARACTERS * tokens):
-            if len(ids) >= tokens:
-                break
-            found = tokenizer.encode(document, add_special_tokens=False)
-            ids += [*found, *end] if found else []
-    wrong = max(ids, default=0)
-    if wrong >= checkpoint.spec.vocab_size:
-        raise StatisticsError(
-            f"the tokenizer of {checkpoint.folder} gives token {wrong}, the model has "
-            f"{checkpoint.spec.vocab_size}; is it another model's tokenizer?"
-        )
+        wanted = tokens - len(ids)
+        if wanted > 0:
+            opened = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig")
+            documents = read_documents(opened, str(file), wanted)
+            found = document_ids(documents, tokenizer, checkpoint.spec, wanted)
+            ids += [*checkpoint.spec.separator, *found] if ids and found else found
     return ids[:tokens], digests
 
 
@@ -138,35 +129,5 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise StatisticsError(
-            f"{file} cannot be read ({error.strerror}); expected a text or JSONL file"
+            f"{file} cannot be read ({error.strerror}); expected text or JSON lines"
         ) from error
-
-
-def _documents(file: Path, data: bytes, characters: int) -> Iterator[str]:
-    """Every document; of a text file no more than what surely gives enough tokens."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise StatisticsError(f"{file} is not UTF-8 text ({error}); convert it") from error
-    if file.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
-        if text.strip():
-            yield text[:characters]
-        return
-    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold other line breaks
-        if line.strip():
-            yield _document(file, number, line)
-
-
-def _document(file: Path, number: int, line: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise StatisticsError(f"{file}, line {number}: not JSON ({error})") from error
-    if isinstance(value, dict):
-        value = next((value[key] for key in _KEYS if key in value), None)
-    if not isinstance(value, str):
-        raise StatisticsError(
-            f"{file}, line {number}: expected a string or an object with "
-            f"{', '.join(map(repr, _KEYS))}"
-        )
-    return value

@@ -122,8 +122,7 @@ def export_parser() -> argparse.ArgumentParser:
         "--calibrate-text",
         type=Path,
         metavar="FILE",
-        help="first run neo-calibrate on this text or JSONL (keys text, prompt or content) and "
-        "use its statistics; needs the extra torch",
+        help="run neo-calibrate on this text or these JSON lines first, and use what it finds",
     )
     parser.add_argument(
         "--kv-cache",

@@ -50,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompts-file",
         metavar="FILE",
-        help="read several prompts instead: JSON lines, each a string, a list of token ids, or an "
-        'object with "prompt" or "text"; - for standard input',
+        help="several prompts instead: JSON lines, each a string, a list of token ids, or an "
+        'object with "prompt", "text" or "content"; - for standard input',
     )
     parser.add_argument(
         "--token-ids",

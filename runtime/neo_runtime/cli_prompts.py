@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from neo_runtime.cli_options import token_ids
+from neo_runtime.documents import json_line_values
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["read_prompts"]
 
 _STDIN = "-"
+_KEYS = ("prompt", "text", "content")
+"""Those of documents; what calls itself a prompt is one before the text that it belongs to."""
 
 
 def read_prompts(prompt: str | None, file: str | None, *, ids: bool) -> list[Prompt]:
@@ -57,23 +59,16 @@ def _of_lines(file: str) -> list[Prompt]:
     except UnicodeError as error:
         raise RequestError(f"{name} is not valid UTF-8 ({error}); convert it") from error
     lines = text.removeprefix("\ufeff").split("\n")  # JSON may hold other line breaks
-    found = [_of_line(name, n, line) for n, line in enumerate(lines, start=1) if line.strip()]
+    found = [_prompt(value, name, n) for n, value in json_line_values(lines, name, _KEYS)]
     if not found:
         raise RequestError(f"{name} holds no prompts; expected JSON lines, one prompt each")
     return found
 
 
-def _of_line(name: str, number: int, line: str) -> Prompt:
-    try:
-        entry: Any = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"{name}, line {number} is not JSON ({error})") from error
-    if isinstance(entry, dict):
-        entry = entry.get("prompt", entry.get("text"))
-    if not isinstance(entry, str | list):
+def _prompt(value: object, name: str, number: int) -> Prompt:
+    if not isinstance(value, str | list):
         raise RequestError(
             f"{name}, line {number} holds no prompt; expected a string, a list of token ids, "
-            'or an object with "prompt" or "text"'
+            'or an object with "prompt", "text" or "content"'
         )
-    prompt: Prompt = entry
-    return prompt
+    return value

@@ -120,8 +120,8 @@ def test_jsonl_and_text_give_the_same_tokens(tmp_path: Path) -> None:
         ("blank.txt", b" \n\n", "holds no text"),
         ("empty.jsonl", b"\n", "holds no text"),
         ("binary.txt", b"\xff\xfe\x00", "is not UTF-8 text"),
-        ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl, line 2: not JSON"),
-        ("other.jsonl", b'{"body": "a"}\n', "line 1: expected a string or an object with 'text'"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl, line 2 is not JSON"),
+        ("other.jsonl", b'{"body": "a"}\n', "line 1 holds no document; expected a string"),
     ],
 )
 def test_text_that_cannot_be_used(

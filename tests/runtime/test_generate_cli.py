@@ -132,8 +132,11 @@ def test_several_completions_and_prompts(
     assert capsys.readouterr().out == "\n---\n".join(map(str, texts)) + "\n"
 
     path = tmp_path / "prompts.jsonl"
-    path.write_text('"Tom"\n\n{"prompt": "Sue", "id": 3}\n{"text": "The dog"}\n[5, 6, 7]\n')
-    prompts: list[Any] = ["Tom", "Sue", "The dog", [5, 6, 7]]
+    path.write_text(
+        '"Tom"\n\n{"text": "Sue said", "prompt": "Sue"}\n{"text": "The dog"}\n[5, 6, 7]\n'
+        '{"content": "A"}\n'
+    )
+    prompts: list[Any] = ["Tom", "Sue", "The dog", [5, 6, 7], "A"]
     texts = [c.text for c in model.generate(prompts, **options)]
     flags += ["--batch-size", "3"]
     assert main([str(mini_bundle), *flags, "--prompts-file", str(path)]) == 0

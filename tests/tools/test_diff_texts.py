@@ -34,14 +34,16 @@ def test_a_text_is_cut_into_contexts(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert joined == tokenizer.encode(path.read_text())[:200]
 
 
-@pytest.mark.parametrize("name", ["text", "prompt"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+@pytest.mark.parametrize("name", ["text", "prompt", "content", None])
 def test_json_lines_are_joined_by_the_end_of_text(
-    name: str, tokenizer: Tokenizer, tmp_path: Path
+    name: str | None, suffix: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    path = tmp_path / "some.jsonl"
-    path.write_text("\n".join(json.dumps({name: text}) for text in ("A cat.", "A dog.")) + "\n\n")
+    path = tmp_path / f"some.{suffix}"
+    documents = [text if name is None else {name: text} for text in ("A cat.", "A dog.")]
+    path.write_text("\n".join(map(json.dumps, documents)) + "\n\n")
     [ids] = read_texts(path, tokenizer, SPEC, tokens=100, context=64).contexts
-    assert ids.tolist() == [*tokenizer.encode("A cat."), 0, *tokenizer.encode("A dog."), 0]
+    assert ids.tolist() == [*tokenizer.encode("A cat."), 0, *tokenizer.encode("A dog.")]
 
 
 def test_a_model_without_its_own_end_of_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -51,7 +53,7 @@ def test_a_model_without_its_own_end_of_text(tokenizer: Tokenizer, tmp_path: Pat
     for eos, between in (((50256,), []), ((50256, 5), [5])):
         spec = replace(SPEC, eos_token_id=eos)
         [ids] = read_texts(path, tokenizer, spec, tokens=100, context=64).contexts
-        assert ids.tolist() == [*expected[0], *between, *expected[1], *between]
+        assert ids.tolist() == [*expected[0], *between, *expected[1]]
 
 
 def test_a_byte_order_mark_is_no_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -75,8 +77,8 @@ def test_the_texts_that_come_along(tokenizer: Tokenizer) -> None:
         ("one.txt", b"a", "holds a single token"),
         ("bad.txt", b"caf\xe9", "is not UTF-8 text"),
         ("bad.jsonl", b'{"text": "a"}\n{"text":', "line 2 is not JSON"),
-        ("other.jsonl", b'{"story": "a"}\n', 'line 1 has no "text" or "prompt"'),
-        ("list.jsonl", b"[1]\n", 'line 1 has no "text" or "prompt"'),
+        ("other.jsonl", b'{"story": "a"}\n', "line 1 holds no document"),
+        ("list.jsonl", b"[1]\n", "line 1 holds no document"),
     ],
 )
 def test_bad_texts(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from neo_runtime.documents import document_ids, read_documents
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["Texts", "built_in_texts", "decode_segments", "read_texts"]
-
-_CHARACTERS = 16
-"""Most characters of a text file that are read for each token that is wanted."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +51,15 @@ def read_texts(
     """Read and cut into contexts.
 
     Args:
-        path: a text file, or JSON lines (named `.jsonl`) with `text` or `prompt`, which are joined
-            by the end-of-text token; None for the texts that come with the package.
+        path: a file as `neo_runtime.documents.read_documents` takes it; None for the texts that
+            come with the package.
         tokenizer: of the bundle.
         model: the bundle's.
         tokens: how many to take at most.
         context: longest context.
 
     Raises:
-        RequestError: no tokenizer, a file that cannot be read, or no text in it.
+        RequestError: no tokenizer or another model's, a file that cannot be read, or no text in it.
     """
     chosen = built_in_texts() if path is None else path
     if tokenizer is None:
@@ -76,12 +73,7 @@ def read_texts(
             f"{chosen} holds {'no text' if not ids else 'a single token'}; "
             "expected at least two tokens, better more than a window"
         )
-    if max(ids) >= model.vocab_size:
-        raise RequestError(
-            f"the tokenizer gives the token id {max(ids)}, but the model has {model.vocab_size} "
-            "tokens; is the tokenizer another model's?"
-        )
-    contexts = _contexts(np.array(ids[:tokens], dtype=np.int64), context)
+    contexts = _contexts(np.array(ids, dtype=np.int64), context)
     source = "the texts that come with neo-onnx" if path is None else str(path)
     warnings = _coverage_warnings(contexts, model)
     return Texts(source, tuple(contexts), tuple(warnings))
@@ -122,37 +114,11 @@ def decode_segments(length: int, window: int, positions: int | None) -> tuple[tu
 
 def _token_ids(path: Path, tokenizer: Tokenizer, model: ModelSpec, tokens: int) -> list[int]:
     try:
-        if path.suffix.lower() not in (".jsonl", ".ndjson"):
-            with path.open(encoding="utf-8-sig") as file:
-                return tokenizer.encode(file.read(_CHARACTERS * tokens))
-        ids: list[int] = []
-        separator = model.separator
         with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    ids += [*tokenizer.encode(_text_of(line, path, number)), *separator]
-                if len(ids) >= tokens:
-                    break
-        return ids if len(ids) > len(separator) else []
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
-        ) from error
+            documents = read_documents(file, str(path), tokens)
+            return document_ids(documents, tokenizer, model, tokens)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _text_of(line: str, path: Path, number: int) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"{path}, line {number} is not JSON ({error})") from error
-    for name in ("text", "prompt"):
-        if isinstance(record, dict) and isinstance(record.get(name), str):
-            return str(record[name])
-    raise RequestError(
-        f'{path}, line {number} has no "text" or "prompt"; expected {{"text": "…"}} on each line'
-    )
 
 
 def _contexts(ids: NDArray[np.int64], length: int) -> list[NDArray[np.int64]]:
