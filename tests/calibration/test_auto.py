@@ -167,8 +167,10 @@ def test_picture() -> None:
     assert text.count("<circle") == 3 + 1  # and the legend's
     assert "int8: 2.000 MB, 0.002 nats" in text
     assert "a &lt; b" in text
-    [line] = re.findall(r'<polyline points="([^"]*)"', text)
-    assert len(line.split()) == 3, "through what is neither beaten nor without statistics"
+    [line] = re.findall(r'<path d="([^"]*)"', text)
+    assert len(re.findall("[ML]", line)) == 3, (
+        "through what is neither beaten nor without statistics"
+    )
 
 
 @pytest.mark.parametrize(

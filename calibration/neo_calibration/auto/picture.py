@@ -1,10 +1,11 @@
-"""The trade-off as an SVG: bytes of the weight file against KL divergence, no library needed."""
+"""The trade-off as an SVG: bytes of the weight file against KL divergence."""
 
 from __future__ import annotations
 
 import math
-from html import escape
 from typing import TYPE_CHECKING
+
+from neo_export import svg
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,39 +16,12 @@ __all__ = ["to_svg"]
 
 _WIDTH, _HEIGHT = 760, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 190, 46, 58
-_COLORS = {"auto": "#0072B2", "calibrated": "#009E73", "rounded": "#D55E00"}
-"""Okabe and Ito's, which colour-blind readers can tell apart; shapes differ as well."""
+_COLORS = {"auto": svg.COLORS[0], "calibrated": svg.COLORS[2], "rounded": svg.COLORS[1]}
 _NAMES = {
     "auto": "--auto, calibrated",
     "calibrated": "all alike, calibrated",
     "rounded": "all alike, rounded",
 }
-_INK, _SOFT, _GRID = "#222222", "#666666", "#E2E2E2"
-
-
-class _Axes:
-    """Megabytes (linear) and nats (logarithmic) to pixels."""
-
-    def __init__(self, points: Sequence[Point]) -> None:
-        sizes = [point.size / 1e6 for point in points]
-        values = [edge for point in points for edge in (point.interval or (point.divergence,) * 2)]
-        self.step = _nice((max(sizes) - min(sizes) or max(sizes)) / 8)
-        self.left = self.step * math.floor(min(sizes) / self.step - 1e-9)
-        self.right = self.step * math.ceil(max(sizes) / self.step + 1e-9)
-        around = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
-        marks = [factor * 10.0**power for power in around for factor in (1, 2, 5)]
-        first = max(i for i, mark in enumerate(marks) if mark <= min(values))
-        last = min(i for i, mark in enumerate(marks) if mark >= max(values))
-        self.marks = marks[first : max(last, first + 1) + 1]
-        """Values of the grid's horizontal lines, from the lowest on."""
-
-    def x(self, size: float) -> float:
-        share = (size / 1e6 - self.left) / (self.right - self.left)
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
-
-    def y(self, value: float) -> float:
-        share = math.log(value / self.marks[0]) / math.log(self.marks[-1] / self.marks[0])
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
 
 def to_svg(points: Sequence[Point], title: str) -> str:
@@ -57,24 +31,48 @@ def to_svg(points: Sequence[Point], title: str) -> str:
     those that none of as few bytes is as good as.
     """
     drawn = [point for point in points if point.divergence > 0]
-    axes = _Axes(drawn)
-    path = " ".join(
-        f"{axes.x(p.size):.1f},{axes.y(p.divergence):.1f}" for p in _pareto_optimal(drawn)
-    )
-    body = [
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        _text(_LEFT, 26, title, size=15, weight="600"),
-        *_grid(axes),
-        f'<polyline points="{path}" fill="none" stroke="{_COLORS["auto"]}" stroke-width="1.5"/>',
-        *(_mark(axes, point) for point in drawn),
+    x, step = _size_axis([point.size for point in drawn])
+    y, marks = _divergence_axis([edge for point in drawn for edge in _interval(point)])
+    sizes = [number * step for number in range(round(x.low / step), round(x.high / step) + 1)]
+    optimal = [(x(point.size), y(point.divergence)) for point in _pareto_optimal(drawn)]
+    parts = [
+        svg.text(_LEFT, 26, title, "title"),
+        svg.axes(
+            x,
+            y,
+            [(size, f"{size / 1e6:g}") for size in sizes],
+            [(value, f"{value:g}") for value in marks],
+            "weights.bin, MB",
+            "KL divergence from float32, nats",
+        ),
+        svg.path(optimal, "", fill="none", stroke=_COLORS["auto"], stroke_width=1.5),
+        *(_point(x, y, point) for point in drawn),
         *_legend([kind for kind in _COLORS if any(p.kind == kind for p in drawn)]),
     ]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        f'width="{_WIDTH}" height="{_HEIGHT}" role="img" '
-        'font-family="Helvetica, Arial, DejaVu Sans, sans-serif">\n'
-        f"<title>{escape(title)}</title>\n" + "\n".join(body) + "\n</svg>\n"
-    )
+    return svg.document(_WIDTH, _HEIGHT, title, parts)
+
+
+def _size_axis(sizes: Sequence[int]) -> tuple[svg.Axis, float]:
+    """Bytes, and how many lie between two ticks."""
+    step = svg.round_step(max(sizes) - min(sizes) or max(sizes))
+    low = step * math.floor(min(sizes) / step - 1e-9)
+    high = step * math.ceil(max(sizes) / step + 1e-9)
+    return svg.Axis(low=low, high=high, start=_LEFT, stop=_WIDTH - _RIGHT), step
+
+
+def _divergence_axis(values: Sequence[float]) -> tuple[svg.Axis, list[float]]:
+    """Nats, and the axis's ticks: 1, 2 and 5 times powers of ten."""
+    around = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+    marks = [factor * 10.0**power for power in around for factor in (1, 2, 5)]
+    first = max(i for i, mark in enumerate(marks) if mark <= min(values))
+    last = min(i for i, mark in enumerate(marks) if mark >= max(values))
+    marks = marks[first : max(last, first + 1) + 1]
+    ends = {"low": marks[0], "high": marks[-1]}
+    return svg.Axis(**ends, start=_HEIGHT - _BOTTOM, stop=_TOP, log=True), marks
+
+
+def _interval(point: Point) -> tuple[float, float]:
+    return point.interval or (point.divergence, point.divergence)
 
 
 def _pareto_optimal(points: Sequence[Point]) -> list[Point]:
@@ -86,77 +84,27 @@ def _pareto_optimal(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def _nice(step: float) -> float:
-    """1, 2 or 5 times a power of ten, at least `step`."""
-    power = 10.0 ** math.floor(math.log10(step))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step)
-
-
-def _grid(axes: _Axes) -> list[str]:
-    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    found = []
-    for number in range(round(axes.left / axes.step), round(axes.right / axes.step) + 1):
-        x = axes.x(number * axes.step * 1e6)
-        found.append(_line(x, _TOP, x, bottom))
-        found.append(_text(x, bottom + 18, f"{number * axes.step:g}", anchor="middle"))
-    for mark in axes.marks:
-        y = axes.y(mark)
-        found.append(_line(_LEFT, y, right, y))
-        found.append(_text(_LEFT - 8, y + 4, f"{mark:g}", anchor="end"))
-    found.append(_text((_LEFT + right) / 2, _HEIGHT - 16, "weights.bin, MB", anchor="middle"))
-    up = (_TOP + bottom) / 2
-    found.append(
-        f'<g transform="rotate(-90 22 {up:.1f})">'
-        + _text(22, up, "KL divergence from float32, nats", anchor="middle")
-        + "</g>"
-    )
-    return found
-
-
-def _mark(axes: _Axes, point: Point) -> str:
-    x, y, color = axes.x(point.size), axes.y(point.divergence), _COLORS[point.kind]
-    low, high = (axes.y(edge) for edge in (point.interval or (point.divergence,) * 2))
-    label = (
-        ""
-        if point.kind == "auto" and point.name != "chosen"
-        else _text(x + 8, y - 6, point.name, size=11)
-    )
-    title = f"{point.name}: {point.size / 1e6:.3f} MB, {point.divergence:.3g} nats"
+def _point(x: svg.Axis, y: svg.Axis, point: Point) -> str:
+    at, up, color = x(point.size), y(point.divergence), _COLORS[point.kind]
+    low, high = map(y, _interval(point))
+    words = f"{point.name}: {point.size / 1e6:.3f} MB, {point.divergence:.3g} nats"
+    named = point.kind != "auto" or point.name == "chosen"
     return (
-        f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}" stroke="{color}"/>'
-        f"{_shape(x, y, point.kind)}<title>{escape(title)}</title></g>{label}"
+        svg.line(at, low, at, high, stroke=color)
+        + svg.mark(at, up, color, words, **_shape(point.kind))
+        + svg.text(at + 8, up - 6, point.name if named else "", "small")
     )
 
 
-def _shape(x: float, y: float, kind: str) -> str:
-    color = _COLORS[kind]
-    if kind == "auto":
-        return f'<g><circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{color}"/>'
-    fill = color if kind == "calibrated" else "white"
-    return (
-        f'<g><rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" fill="{fill}" '
-        f'stroke="{color}" stroke-width="2"/>'
-    )
+def _shape(kind: str) -> dict[str, bool]:
+    """Shapes differ as well as colours."""
+    return {"square": kind != "auto", "hollow": kind == "rounded"}
 
 
 def _legend(kinds: Sequence[str]) -> list[str]:
-    x, found = _WIDTH - _RIGHT + 18, []
-    for row, kind in enumerate(kinds):
-        y = _TOP + 14 + 22 * row
-        found += [_shape(x, y - 4, kind) + "</g>", _text(x + 14, y, _NAMES[kind])]
-    found.append(_text(x, _TOP + 26 + 22 * len(kinds), "bars: 95 % intervals", size=11))
-    return found
-
-
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{_GRID}"/>'
-
-
-def _text(
-    x: float, y: float, text: str, *, size: int = 12, anchor: str = "start", weight: str = "400"
-) -> str:
-    color = _INK if weight != "400" else _SOFT
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{color}" '
-        f'text-anchor="{anchor}" font-weight="{weight}">{escape(text)}</text>'
-    )
+    x, y = _WIDTH - _RIGHT + 14, _TOP + 14
+    found = [
+        svg.key(x, y + 22 * row, _COLORS[kind], _NAMES[kind], **_shape(kind))
+        for row, kind in enumerate(kinds)
+    ]
+    return [*found, svg.text(x, y + 12 + 22 * len(kinds), "bars: 95 % intervals", "small")]

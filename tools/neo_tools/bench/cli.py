@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from neo_runtime.command_line import OneLineParser, add_version, run_command
 from neo_runtime.cores import physical_cores
-from neo_runtime.errors import OutputError, RequestError
+from neo_runtime.errors import RequestError
 
 from neo_tools.bench.cases import PeerChoice, Settings, make_cases
 
@@ -86,12 +86,11 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"neo-bench: warning: {warning}", file=sys.stderr)
     sys.stdout.write(write(results, arguments.output))
     if arguments.plot is not None:
-        from neo_tools.bench.plot import write_plot
+        from neo_export.text_file import write_text_file
 
-        try:
-            write_plot(results, arguments.plot)
-        except OSError as error:
-            raise OutputError(f"the picture cannot be written: {error}") from error
+        from neo_tools.bench.plot import to_svg
+
+        write_text_file(arguments.plot, to_svg(results))
 
 
 class _Progress:
@@ -254,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         help="format of the report on stdout (default: md)",
     )
     parser.add_argument(
-        "--plot", metavar="FILE", type=Path, help="write a roofline plot, .svg or .png"
+        "--plot", metavar="FILE", type=Path, help="write a roofline plot, .svg"
     )
     parser.add_argument(
         "--backend",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
+from neo_export import svg
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -61,31 +63,29 @@ def lines(
         labels: under each x; by default numbers at round distances.
     """
     found = [v for line in series for v in line.values if v is not None and math.isfinite(v)]
-    scale = _Scale.over(found)
-    low, high = min(x), max(x)
-    span = (high - low) or 1.0
-
-    def across(value: float) -> float:
-        return _LEFT + (value - low) / span * (_WIDTH - _LEFT - _RIGHT)
-
-    parts = [scale.grid()]
-    ticks = _ticks(low, high) if labels is None else list(x)
-    names = [f"{tick:g}" for tick in ticks] if labels is None else list(labels)
-    parts += _x_axis([across(tick) for tick in ticks], names)
+    across, up = _across(min(x), max(x)), _over(found)
+    ticks = _ticks(across) if labels is None else list(zip(x, labels, strict=True))
+    parts = [_frame(chart, across, up, _thinned(ticks, 26), _decades(up, 6))]
     parts += [_marker(marker, across(marker.x)) for marker in chart.markers]
     few = len(x) <= 60
     for number, line in enumerate(series[:_SERIES]):
         points = [
-            None if v is None or math.isnan(v) else (across(at), scale.y(v))
+            None if v is None or math.isnan(v) else (across(at), up(min(max(v, up.low), up.high)))
             for at, v in zip(x, line.values, strict=True)
         ]
-        parts.append(_polyline(points, number))
+        parts.append(svg.path(points, f"line s{number}"))
         if few:
             parts += [
-                f'<circle class="s{number}" cx="{p[0]:.1f}" cy="{p[1]:.1f}" r="2.6">'
-                f"<title>{escape(line.name)}: {v:.3g}</title></circle>"
-                for p, v in zip(points, line.values, strict=True)
-                if p is not None
+                svg.element(
+                    "circle",
+                    svg.element("title", f"{escape(line.name)}: {v:.3g}"),
+                    class_=f"s{number}",
+                    cx=point[0],
+                    cy=point[1],
+                    r=2.6,
+                )
+                for point, v in zip(points, line.values, strict=True)
+                if point is not None
             ]
     return _figure(chart, parts, [line.name for line in series[:_SERIES]])
 
@@ -97,28 +97,21 @@ def histogram(chart: Chart, edges: Sequence[float], counts: Sequence[float]) -> 
         positive[0] = positive[1] ** 2 / positive[2]
     else:
         positive[0] = positive[1] / 10
-    low, high = math.log10(positive[0]), math.log10(positive[-1])
-    top = max([*counts, 1])
-
-    def across(value: float) -> float:
-        share = (math.log10(value) - low) / ((high - low) or 1.0)
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
-
-    parts = []
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        y = _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
-        parts.append(_grid_line(y, f"{share * top:.0f}"))
-    exponents = range(math.ceil(low), math.floor(high) + 1)
-    stride = max(1, len(exponents) // 10)
-    parts += _x_axis(
-        [across(10.0**e) for e in exponents[::stride]], [_power(e) for e in exponents[::stride]]
-    )
+    across = _across(positive[0], positive[-1], log=True)
+    up = svg.Axis(low=0, high=max([*counts, 1]), start=_HEIGHT - _BOTTOM, stop=_TOP)
+    shares = [(share * up.high, f"{share * up.high:.0f}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    parts = [_frame(chart, across, up, _decades(across, 10), shares)]
     for start, end, count in zip(positive, positive[1:], counts, strict=False):
-        height = count / top * (_HEIGHT - _TOP - _BOTTOM)
         parts.append(
-            f'<rect class="s0" x="{across(start):.1f}" y="{_HEIGHT - _BOTTOM - height:.1f}" '
-            f'width="{max(0.5, across(end) - across(start) - 1):.1f}" height="{height:.1f}">'
-            f"<title>{start:.2g} to {end:.2g}: {count:g}</title></rect>"
+            svg.element(
+                "rect",
+                svg.element("title", f"{start:.2g} to {end:.2g}: {count:g}"),
+                class_="s0",
+                x=across(start),
+                y=up(count),
+                width=max(0.5, across(end) - across(start) - 1),
+                height=up.start - up(count),
+            )
         )
     parts += [
         _marker(marker, across(marker.x))
@@ -128,36 +121,27 @@ def histogram(chart: Chart, edges: Sequence[float], counts: Sequence[float]) -> 
     return _figure(chart, parts, [])
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """Powers of ten at both ends of the vertical axis."""
+def _across(low: float, high: float, *, log: bool = False) -> svg.Axis:
+    return svg.Axis(low=low, high=high, start=_LEFT, stop=_WIDTH - _RIGHT, log=log)
 
-    low: int
-    high: int
 
-    @classmethod
-    def over(cls, values: Sequence[float]) -> _Scale:
-        """Round all values out to powers of ten; zeros lie a decade below the rest."""
-        positive = [value for value in values if value > 0]
-        if not positive:
-            return cls(-1, 0)
-        low = math.floor(math.log10(max(min(positive), _FLOOR)))
-        if len(positive) < len(values):
-            low -= 1
-        return cls(low, max(math.ceil(math.log10(max(*positive, _FLOOR))), low + 1))
+def _over(values: Sequence[float]) -> svg.Axis:
+    """Upwards, between powers of ten around all values; zeros lie a decade below the rest."""
+    positive = [max(value, _FLOOR) for value in values if value > 0]
+    low, high = -1, 0
+    if positive:
+        low = math.floor(math.log10(min(positive))) - (len(positive) < len(values))
+        high = max(math.ceil(math.log10(max(positive))), low + 1)
+    ends = {"low": 10.0**low, "high": 10.0**high}
+    return svg.Axis(**ends, start=_HEIGHT - _BOTTOM, stop=_TOP, log=True)
 
-    def y(self, value: float) -> float:
-        if math.isinf(value):
-            return _TOP
-        exponent = math.log10(value) if value > 0 else self.low
-        share = (max(exponent, self.low) - self.low) / (self.high - self.low)
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
-    def grid(self) -> str:
-        stride = max(1, (self.high - self.low) // 6)
-        return "".join(
-            _grid_line(self.y(10.0**e), _power(e)) for e in range(self.low, self.high + 1, stride)
-        )
+def _decades(axis: svg.Axis, most: int) -> list[tuple[float, str]]:
+    """Ticks at powers of ten."""
+    low, high = math.log10(axis.low), math.log10(axis.high)
+    exponents = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
+    stride = max(1, len(exponents) // most)
+    return [(10.0**exponent, _power(exponent)) for exponent in exponents[::stride]]
 
 
 def _power(exponent: int) -> str:
@@ -165,57 +149,33 @@ def _power(exponent: int) -> str:
     return "1" if exponent == 0 else f"10{superscript}"
 
 
-def _grid_line(y: float, text: str) -> str:
-    return (
-        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
-    )
+def _ticks(axis: svg.Axis) -> list[tuple[float, str]]:
+    """Ticks at round numbers."""
+    step = svg.round_step((axis.high - axis.low) or 1.0)
+    numbers = range(math.ceil(axis.low / step), math.floor(axis.high / step) + 1)
+    return [(number * step, f"{number * step:g}") for number in numbers]
 
 
-def _x_axis(places: Sequence[float], names: Sequence[str]) -> list[str]:
-    y = _HEIGHT - _BOTTOM
-    stride = max(1, math.ceil(len(places) / 26))
-    parts = [f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>']
-    parts += [
-        f'<text class="tick" x="{x:.1f}" y="{y + 17}" text-anchor="middle">{escape(name)}</text>'
-        for x, name in list(zip(places, names, strict=True))[::stride]
-    ]
-    return parts
+def _thinned(ticks: list[tuple[float, str]], most: int) -> list[tuple[float, str]]:
+    return ticks[:: max(1, math.ceil(len(ticks) / most))]
+
+
+def _frame(
+    chart: Chart,
+    across: svg.Axis,
+    up: svg.Axis,
+    x_ticks: list[tuple[float, str]],
+    y_ticks: list[tuple[float, str]],
+) -> str:
+    return svg.axes(across, up, x_ticks, y_ticks, chart.x_label, chart.y_label, columns=False)
 
 
 def _marker(marker: Marker, x: float) -> str:
     kind = "marker fault" if marker.fault else "marker"
-    right = x > _WIDTH * 0.75
-    anchor, offset = ("end", -5) if right else ("start", 5)
-    ends = f'y1="{_TOP - 18}" y2="{_HEIGHT - _BOTTOM}"'
-    return (
-        f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" {ends}/>'
-        f'<text class="{kind}" x="{x + offset:.1f}" y="{_TOP - 8}" text-anchor="{anchor}">'
-        f"{escape(marker.text)}</text>"
+    anchor, offset = ("end", -5) if x > _WIDTH * 0.75 else ("", 5)
+    return svg.line(x, _TOP - 18, x, _HEIGHT - _BOTTOM, kind) + svg.text(
+        x + offset, _TOP - 8, marker.text, kind, anchor=anchor
     )
-
-
-def _polyline(points: Sequence[tuple[float, float] | None], number: int) -> str:
-    """A path that breaks at gaps."""
-    path, pen = [], "M"
-    for point in points:
-        if point is None:
-            pen = "M"
-            continue
-        path.append(f"{pen}{point[0]:.1f} {point[1]:.1f}")
-        pen = "L"
-    return f'<path class="line s{number}" d="{" ".join(path)}"/>'
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from one end to the other."""
-    span = (high - low) or 1.0
-    step = 10.0 ** math.floor(math.log10(span / 4))
-    for factor in (1, 2, 5, 10):
-        if span / (step * factor) <= 8:
-            step *= factor
-            break
-    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _figure(chart: Chart, parts: Sequence[str], names: Sequence[str]) -> str:
@@ -224,14 +184,11 @@ def _figure(chart: Chart, parts: Sequence[str], names: Sequence[str]) -> str:
         for number, name in enumerate(names)
     )
     listed = f'<ul class="legend">{legend}</ul>' if names else ""
-    middle = _TOP + (_HEIGHT - _TOP - _BOTTOM) / 2
-    return (
-        f'<figure id="{chart.identifier}">{listed}'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(chart.title)}"><title>{escape(chart.title)}</title>'
-        + "".join(parts)
-        + f'<text class="label" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 8}" '
-        f'text-anchor="middle">{escape(chart.x_label)}</text>'
-        f'<text class="label" transform="translate(14 {middle}) rotate(-90)" '
-        f'text-anchor="middle">{escape(chart.y_label)}</text></svg></figure>'
+    drawn = svg.element(
+        "svg",
+        svg.element("title", escape(chart.title)) + "".join(parts),
+        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
+        role="img",
+        aria_label=chart.title,
     )
+    return f'<figure id="{chart.identifier}">{listed}{drawn}</figure>'
