@@ -212,9 +212,10 @@ def test_peer_gets_the_same_ids_and_nominal_bytes(results: Results, fake: list[s
 
 
 def test_checkpoint_must_be_the_bundles(settings: Settings, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"expected a Hugging Face model folder"):
         run(replace(settings, model=tmp_path), lambda line: None)
-    (tmp_path / "config.json").write_text('{"vocab_size": 4096, "hidden_size": 7}')
+    config = json.loads((settings.bundles[0] / "config.json").read_text()) | {"hidden_size": 9}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="another model than the bundle"):
         run(replace(settings, model=tmp_path), lambda line: None)
     with pytest.raises(RequestError, match="--model"):

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from neo_runtime.backends.choice import automatic_backend
 from neo_runtime.bundle import open_bundle
-from neo_runtime.errors import BundleUnsupportedError, CheckpointError, NeoError, RequestError
+from neo_runtime.errors import BundleUnsupportedError, NeoError, RequestError
 from neo_runtime.gpu import require_gpu
 
 from neo_tools.bench import traffic
 from neo_tools.bench.cases import check_lengths
+from neo_tools.model_shape import check_checkpoint, shape_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.manifest import Manifest, ModelSpec
+    from neo_runtime.manifest import Manifest
 
     from neo_tools.bench.cases import Settings
     from neo_tools.bench.traffic import StepWeights
 
-__all__ = ["BundleInfo", "check_checkpoint", "labels_of", "open_bundles"]
+__all__ = ["BundleInfo", "check_peers_model", "labels_of", "open_bundles"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def open_bundles(settings: Settings) -> tuple[Settings, list[BundleInfo]]:
         found.append(BundleInfo(label=label, path=path, manifest=bundle.manifest, weights=weights))
         if settings.backend == "auto":
             backends[label] = automatic_backend(bundle, settings.device)
-    shapes = {info.label: _shape(info.manifest.model) for info in found}
+    shapes = {info.label: shape_text(info.manifest.model) for info in found}
     if len(set(shapes.values())) > 1:
         listed = "; ".join(f"{label} has {shape}" for label, shape in shapes.items())
         raise RequestError(
@@ -105,13 +105,6 @@ def _common(chosen: dict[str, str], *, peers: bool) -> str:
     return name
 
 
-def _shape(model: ModelSpec) -> str:
-    return (
-        f"{model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
-        f"vocabulary {model.vocab_size}"
-    )
-
-
 def _refuse_without_gpu(settings: Settings, path: Path, manifest: Manifest) -> None:
     """Before workers start: bundles that no CPU runs."""
     if not manifest.needs_gpu:
@@ -128,8 +121,8 @@ def _refuse_without_gpu(settings: Settings, path: Path, manifest: Manifest) -> N
     )
 
 
-def check_checkpoint(settings: Settings, manifest: Manifest) -> None:
-    """The checkpoint of the peers is the model that was exported, as far as sizes tell.
+def check_peers_model(settings: Settings, manifest: Manifest) -> None:
+    """The checkpoint that peers run is the model that was exported.
 
     Raises:
         RequestError: peers without a checkpoint.
@@ -139,17 +132,4 @@ def check_checkpoint(settings: Settings, manifest: Manifest) -> None:
         return
     if settings.model is None:
         raise RequestError("a peer runs the checkpoint itself; name its folder with --model")
-    path = settings.model / "config.json"
-    try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: config.get(name) for name in ("vocab_size", "hidden_size", "num_layers")}
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); --model expects a Hugging Face model folder"
-        ) from error
-    expected = {name: getattr(manifest.model, name) for name in found}
-    if found != expected:
-        raise CheckpointError(
-            f"{settings.model} is another model than the bundle: it has {found}, the bundle "
-            f"{expected}; name the checkpoint that the bundle was exported from"
-        )
+    check_checkpoint(settings.model, manifest.model)

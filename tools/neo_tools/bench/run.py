@@ -17,7 +17,7 @@ from neo_tools.bench.machine import (
     machine_facts,
     small_buffer_warning,
 )
-from neo_tools.bench.opening import check_checkpoint, open_bundles
+from neo_tools.bench.opening import check_peers_model, open_bundles
 from neo_tools.bench.participants import BandwidthWorker, Guard, NeoWorker, Participant
 from neo_tools.bench.results import Limits, ParticipantFacts, Results
 from neo_tools.bench.rounds import measure_case
@@ -47,7 +47,7 @@ def run(settings: Settings, progress: Callable[[str], None]) -> Results:
         NeoError: a bundle, a checkpoint or a peer cannot be used, or a worker failed.
     """
     settings, bundles = open_bundles(settings)
-    check_checkpoint(settings, bundles[0].manifest)
+    check_peers_model(settings, bundles[0].manifest)
     machine, watch = machine_facts(), CpuWatch()
     parts: list[_Part] = [
         _run_threads(settings, bundles, threads, progress) for threads in settings.threads

@@ -18,6 +18,7 @@ from neo_runtime.errors import (
 )
 from neo_runtime.manifest import MANIFEST_NAME, Manifest
 
+from neo_tools.model_shape import check_checkpoint
 from neo_tools.peers.environments import python_of, worker_environ
 from neo_tools.peers.worker_protocol import context_ids
 
@@ -76,7 +77,7 @@ def load_portable(
     """
     manifest = _portable_manifest(bundle)
     checkpoint = checkpoint or demo_checkpoint()
-    _check_same_model(manifest, bundle, checkpoint)
+    check_checkpoint(checkpoint, manifest.model)
     new_tokens = min(_NEW_TOKENS, manifest.max_length - max(_LENGTHS))
     prompts = [context_ids(length, 1, length, manifest.model.vocab_size)[0] for length in _LENGTHS]
     request = json.dumps({"prompts": prompts, "new_tokens": new_tokens})
@@ -134,23 +135,6 @@ def _portable_manifest(bundle: Path) -> Manifest:
             "the score graph: export it with `--target portable`"
         )
     return manifest
-
-
-def _check_same_model(manifest: Manifest, bundle: Path, checkpoint: Path) -> None:
-    try:
-        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint} is not a checkpoint: cannot read its config.json ({error})"
-        ) from error
-    model = manifest.model
-    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
-        expected = getattr(model, name)
-        if config.get(name) != expected:
-            raise CheckpointError(
-                f"{checkpoint} has {name} {config.get(name)}, the bundle {bundle} has {expected}; "
-                "name the checkpoint that it was exported from with --model"
-            )
 
 
 def _run(command: list[str], request: str, timeout: float) -> dict[str, Any]:
