@@ -62,7 +62,8 @@ def run_command(
     Args:
         program: what lines on stderr begin with.
         work: returns the exit status. It closes its progress line on stderr however it ends.
-        extras: the package's extras (comma-separated) that install what the command imports.
+        extras: the package's extras (comma-separated) that install what the command imports, in
+            their forms for CPUs unless a GPU was asked for.
         interrupted: message for Ctrl-C; None for no message. Where it depends on how far the work
             got, the work raises a KeyboardInterrupt with the message.
         unverified: exit status for a `VerificationError`.
@@ -85,12 +86,14 @@ def run_command(
         wrong = unverified if isinstance(error, VerificationError) else _WRONG
         return _fail(program, wording(str(error)), wrong)
     except ImportError as error:
+        from neo_runtime.installation import install_command
+
         missing = isinstance(error, ModuleNotFoundError)
         found = f"the package {error.name} is missing" if missing else one_line(str(error))
         named = "extras" if "," in extras else "extra"
         return _fail(
             program,
-            f"{found}; install neo-onnx with its {named}: pip install 'neo-onnx[{extras}]'",
+            f"{found}; install neo-onnx with its {named}: {install_command(extras)}",
             _WRONG,
         )
     return status

@@ -14,7 +14,7 @@ from neo_runtime.errors import DependencyError
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["onnxruntime_is_installed", "require_onnxruntime", "version_numbers"]
+__all__ = ["install_command", "onnxruntime_is_installed", "require_onnxruntime", "version_numbers"]
 
 _DISTRIBUTIONS = (
     "onnxruntime",
@@ -26,6 +26,9 @@ _DISTRIBUTIONS = (
     "onnxruntime-rocm",
 )
 """Wheels that all install the same package, `onnxruntime`."""
+_GPU_FORM = {"cpu": "gpu", "bench": "bench-gpu", "diff": "diff-gpu"}
+"""Extras of neo-onnx that bring onnxruntime → those that bring onnxruntime-gpu in its place."""
+_GPU_EXTRAS = (*_GPU_FORM.values(), "gpu-check")
 
 
 def require_onnxruntime() -> ModuleType:
@@ -64,6 +67,23 @@ def require_onnxruntime() -> ModuleType:
             f"its wheels was removed; install it again: {repair}"
         )
     return module
+
+
+def install_command(extras: str) -> str:
+    """What to type for extras of neo-onnx, without a second onnxruntime beside the one there is.
+
+    Args:
+        extras: with commas. Where onnxruntime-gpu is installed, the forms for GPUs take the place
+            of those that bring the wheel for CPUs.
+    """
+    installed, names = _installed(), extras.split(",")
+    if "onnxruntime-gpu" in installed:
+        names = [_GPU_FORM.get(name, name) for name in names]
+    brought = {"onnxruntime" for name in names if name in _GPU_FORM}
+    brought |= {"onnxruntime-gpu" for name in names if name in _GPU_EXTRAS}
+    others = [name for name in installed if brought and name not in brought]
+    first = f"pip uninstall {' '.join(others)}, then " if others else ""
+    return f"{first}pip install 'neo-onnx[{','.join(names)}]'"
 
 
 def onnxruntime_is_installed() -> bool:

@@ -7,16 +7,19 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from neo_runtime.errors import DependencyError
 from neo_runtime.installation import (
+    install_command,
     onnxruntime_is_installed,
     require_onnxruntime,
     version_numbers,
 )
+from packaging.requirements import Requirement
 
 
 def pretend_installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -77,6 +80,61 @@ def test_one_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = r"installed but cannot be loaded \(libcudart.*reinstall it: pip install --force-rei"
     with pytest.raises(DependencyError, match=expected):
         require_onnxruntime()
+
+
+@pytest.mark.parametrize(
+    ("installed", "extras", "command"),
+    [
+        ((), "bench", "pip install 'neo-onnx[bench]'"),
+        ((), "diff-gpu", "pip install 'neo-onnx[diff-gpu]'"),
+        (("onnxruntime",), "cpu,export", "pip install 'neo-onnx[cpu,export]'"),
+        (("onnxruntime-gpu",), "bench", "pip install 'neo-onnx[bench-gpu]'"),
+        (("onnxruntime-gpu",), "cpu,export,torch", "pip install 'neo-onnx[gpu,export,torch]'"),
+        (("onnxruntime-gpu",), "diff-gpu", "pip install 'neo-onnx[diff-gpu]'"),
+        (
+            ("onnxruntime",),
+            "gpu-check",
+            "pip uninstall onnxruntime, then pip install 'neo-onnx[gpu-check]'",
+        ),
+        (
+            ("onnxruntime-openvino",),
+            "bench",
+            "pip uninstall onnxruntime-openvino, then pip install 'neo-onnx[bench]'",
+        ),
+        (("onnxruntime-openvino",), "export,torch", "pip install 'neo-onnx[export,torch]'"),
+    ],
+)
+def test_no_advice_brings_a_second_one(
+    installed: tuple[str, ...], extras: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_installed(monkeypatch, *installed)
+    assert install_command(extras) == command
+
+
+def test_which_extras_bring_which_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pyproject.toml has them: advice would be wrong with an extra that it does not know."""
+    path = Path(__file__).parents[2] / "pyproject.toml"
+    extras = tomllib.loads(path.read_text("utf-8"))["project"]["optional-dependencies"]
+
+    def brought(extra: str) -> set[str]:
+        found = set()
+        for requirement in map(Requirement, extras[extra]):
+            if requirement.name == "neo-onnx":
+                found |= set().union(*map(brought, requirement.extras))
+            elif requirement.name in ("onnxruntime", "onnxruntime-gpu"):
+                found.add(requirement.name)
+        return found
+
+    assert brought("bench-gpu") == brought("diff-gpu") == {"onnxruntime-gpu"}
+    for extra in extras.keys() - {"test"}:
+        for other, wheel in (
+            ("onnxruntime-gpu", {"onnxruntime"}),
+            ("onnxruntime", {"onnxruntime-gpu"}),
+        ):
+            pretend_installed(monkeypatch, other)
+            command = install_command(extra)
+            advised = command.partition("[")[2].partition("]")[0]
+            assert not brought(advised) & wheel or f"pip uninstall {other}," in command, extra
 
 
 @pytest.mark.parametrize(

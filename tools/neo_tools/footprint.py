@@ -127,8 +127,8 @@ def _import_once(statement: str, python: str) -> tuple[list[str], tuple[str, ...
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DependencyError(
-            f"`{statement}` fails in {python}: {reason}; install neo-onnx with its extra: "
-            "pip install 'neo-onnx[cpu]'"
+            f"`{statement}` fails in {python}: {reason}; install neo-onnx there, with its extra "
+            "cpu or gpu"
         )
     return done.stderr.split(_MARKER)[1].splitlines(), tuple(done.stdout.split())
 

@@ -69,7 +69,7 @@ def closure(extra: str = "cpu", path: Sequence[str] | None = None) -> list[Distr
         if name not in installed:
             raise DependencyError(
                 f"{requirement.name} is not installed, so the size of neo-onnx[{extra}] cannot be "
-                f"told: pip install 'neo-onnx[{extra}]', or measure with --fresh"
+                "told; measure with --fresh"
             )
         chosen[name] = installed[name]
         for each in {"", *requirement.extras} - {e for n, e in seen if n == name}:

@@ -43,10 +43,11 @@ exit status: 0 done; 2 wrong usage, or a bundle or peer that cannot run; 130 int
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
+    arguments = _parser().parse_args(argv)
     return run_command(
         "neo-bench",
-        lambda: _terminable(_parser().parse_args(argv)),
-        extras="bench",
+        lambda: _terminable(arguments),
+        extras="bench-gpu" if arguments.backend == "cuda" else "bench",
         wording=_first_and_last_line,
     )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from neo_runtime.errors import DependencyError
+from neo_runtime.installation import install_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -82,7 +83,7 @@ def require_onnx() -> Any:
     except ImportError as error:
         raise DependencyError(
             "neo-bench reads graphs with the package onnx, which is not installed: "
-            "pip install 'neo-onnx[bench]'"
+            + install_command("bench")
         ) from error
     return onnx
 

@@ -30,7 +30,6 @@ _PAST = 1
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
     arguments = make_parser().parse_args(argv)
-    # onnxruntime's wheels for the CPU and for GPUs overwrite each other.
     extras = "diff-gpu" if arguments.backend == "cuda" else "diff"
     return run_command("neo-diff", lambda: _run(arguments), extras=extras)
 
