@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,6 +89,16 @@ def test_production_is_small() -> None:
     assert size.distributions["onnxruntime"] > library.stat().st_size
     model = Path(footprint.__file__).parents[2] / "export/neo_export/demo/neo-mini"
     assert size.distributions["neo-onnx"] > (model / "model.safetensors").stat().st_size
+
+
+def test_every_package_of_the_wheel_counts() -> None:
+    """In an editable installation, too."""
+    root = Path(footprint.__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+    folders = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    files = [file for folder in folders for file in (root / folder).rglob("*") if file.is_file()]
+    sources = sum(file.stat().st_size for file in files if "__pycache__" not in file.parts)
+    assert 0 <= installed_size().distributions["neo-onnx"] - sources < 100_000
 
 
 def test_closure_follows_extras_and_markers(tmp_path: Path, install: Callable[..., None]) -> None:
