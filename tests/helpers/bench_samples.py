@@ -7,7 +7,7 @@ from typing import Any
 from neo_runtime.manifest import ModelSpec
 from neo_tools.bench.machine import Machine
 from neo_tools.bench.results import Limits, ParticipantFacts, Ratio, Results, Row
-from neo_tools.bench.statistics import spread
+from neo_tools.bench.spread import spread
 
 
 def model_spec(**changes: Any) -> ModelSpec:

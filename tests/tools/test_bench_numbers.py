@@ -21,7 +21,7 @@ from neo_tools.bench.opening import BundleInfo, labels_of
 from neo_tools.bench.participants import Participant
 from neo_tools.bench.rounds import Measured
 from neo_tools.bench.rows import FLOAT32_DECODE, make_ratios, make_row, with_limits
-from neo_tools.bench.statistics import percentile, round_ratios, spread
+from neo_tools.bench.spread import percentile, round_ratios, spread
 from neo_tools.bench.traffic import StepWeights
 from neo_tools.older_cpu import ENVIRONMENT_VARIABLE
 from onnx import TensorProto, helper

@@ -30,7 +30,7 @@ from neo_tools.bench.participants import (
 from neo_tools.bench.rounds import measure_case
 from neo_tools.bench.rows import FLOAT32_DECODE
 from neo_tools.bench.run import run
-from neo_tools.bench.statistics import spread
+from neo_tools.bench.spread import spread
 from neo_tools.bench.worker import NeoEngine, native_seconds
 from neo_tools.older_cpu import ENVIRONMENT_VARIABLE
 from neo_tools.peers import client

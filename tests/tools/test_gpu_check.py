@@ -20,7 +20,7 @@ from neo_tools.bench.device_bandwidth import copy_rate
 from neo_tools.bench.participants import BandwidthWorker
 from neo_tools.bench.results import Ratio, Results
 from neo_tools.bench.run import _gpu_command as gpu_command
-from neo_tools.bench.statistics import spread
+from neo_tools.bench.spread import spread
 from neo_tools.gpu_check.__main__ import main, run_suite
 from neo_tools.gpu_check.report import BackendRun, Suite, write_report
 from neo_tools.gpu_check.targets import judge

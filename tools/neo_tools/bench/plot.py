@@ -15,7 +15,7 @@ from neo_export import svg
 from neo_runtime.errors import OutputError, RequestError
 
 from neo_tools.bench.cases import threads_text
-from neo_tools.bench.statistics import percentile
+from neo_tools.bench.spread import percentile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from neo_tools.bench.machine import Machine
     from neo_tools.bench.results import Limits, ParticipantFacts, Ratio, Results, Row
-    from neo_tools.bench.statistics import Spread
+    from neo_tools.bench.spread import Spread
 
 __all__ = ["CSV_COLUMNS", "to_csv", "to_json", "to_markdown", "write"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from neo_tools.bench.machine import Machine
-    from neo_tools.bench.statistics import Spread
+    from neo_tools.bench.spread import Spread
 
 __all__ = ["SCHEMA", "Limits", "ParticipantFacts", "Ratio", "Results", "Row"]
 

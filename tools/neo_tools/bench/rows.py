@@ -10,7 +10,7 @@ import numpy as np
 
 from neo_tools.bench import traffic
 from neo_tools.bench.results import Ratio, Row
-from neo_tools.bench.statistics import percentile, round_ratios, spread
+from neo_tools.bench.spread import percentile, round_ratios, spread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from neo_tools.bench.opening import BundleInfo
     from neo_tools.bench.participants import Participant
     from neo_tools.bench.rounds import Measured
-    from neo_tools.bench.statistics import Spread
+    from neo_tools.bench.spread import Spread
 
 __all__ = ["FLOAT32_DECODE", "make_ratios", "make_row", "with_limits"]
 
