@@ -253,9 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         default="md",
         help="format of the report on stdout (default: md)",
     )
-    parser.add_argument(
-        "--plot", metavar="FILE", type=Path, help="write a roofline plot, .svg"
-    )
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="write a roofline plot, .svg")
     parser.add_argument(
         "--backend",
         choices=("auto", "cpu", "cuda", "tensorrt"),
