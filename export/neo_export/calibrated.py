@@ -122,7 +122,8 @@ def calibrated(
     if statistics is None:
         return Calibrated(target)
     linear = target.quantize_linear and is_quantized(precision)
-    if precision == "fp16" or target.half_activations or linear:
+    # bfloat16 has float32's range.
+    if precision == "fp16" or linear or (target.half_activations and precision != "bf16"):
         half = find_half_range(
             read,
             tuple(checkpoint.tensors),
@@ -193,8 +194,6 @@ def gptq_quantizer(
 
 
 def _in_half(target: Target, precision: str, half: HalfRange) -> Target:
-    if precision == "bf16":  # it has float32's range
-        return target
     if half.tensors and precision != "fp16":
         first = half.tensors[0]
         raise StatisticsError(

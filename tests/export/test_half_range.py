@@ -228,6 +228,9 @@ def test_keys_that_do_not_fit_are_an_error(tmp_path: Path) -> None:
     checkpoint = overflowing(source, tmp_path / "checkpoint", enlarge)
     statistics = statistics_of(checkpoint, tmp_path / "statistics", CONFIG)
     options = ExportOptions(precision="fp16", calibration=statistics)
-    with pytest.raises(StatisticsError, match=r"transformer\.h\.1\.key reaches.*65504.*--fp32"):
+    advice = r"transformer\.h\.1\.key reaches.*65504.*--fp32 \(or --bf16 for a GPU\)"
+    with pytest.raises(StatisticsError, match=advice):
         export_bundle(str(checkpoint), tmp_path / "bundle", options)
     assert not (tmp_path / "bundle").exists()
+    options = ExportOptions(target="cuda", precision="bf16", calibration=statistics)
+    assert export_bundle(str(checkpoint), tmp_path / "bundle", options).kept_wide == ()
