@@ -131,7 +131,7 @@ def _write(
     weights = write_weights(models, folder, lambda done, all_: say("weights", done, all_))
     for name, graph in models.items():
         ir.save(graph, folder / f"{name}.onnx")
-    has_tokenizer = write_sidecars(checkpoint, spec, target.name, prepared.max_length, folder)
+    has_tokenizer = write_sidecars(checkpoint, spec, prepared.cache, prepared.max_length, folder)
     manifest = Manifest(
         precision=prepared.options.precision,
         target=target.name,

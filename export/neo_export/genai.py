@@ -24,12 +24,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from neo_export.targets import target_named
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.manifest import CacheSpec, ModelSpec
 
 __all__ = ["genai_config"]
 
@@ -52,19 +50,19 @@ All are written: the library's own defaults for early_stopping (true) and top_p 
 
 
 def genai_config(
-    spec: ModelSpec, target: str, max_length: int, generation: Mapping[str, Any] | None = None
+    spec: ModelSpec,
+    cache: CacheSpec,
+    max_length: int,
+    generation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of `genai_config.json`, as of onnxruntime-genai 0.18.
 
     Args:
         spec: the model.
-        target: name of the target that the graphs were built for.
+        cache: how the bundle keeps keys and values.
         max_length: positions that a sequence may have, prompt and continuation together.
         generation: the checkpoint's `generation_config.json`, whose defaults are taken over where
             the library has an option of that name and meaning.
-
-    Raises:
-        RequestError: there is no such target.
     """
     generation = generation or {}
     eos, pad = _eos_and_pad(spec, generation)
@@ -79,14 +77,12 @@ def genai_config(
     }
     if spec.bos_token_id is not None:
         model["bos_token_id"] = spec.bos_token_id
-    # How the cache is laid out does not depend on the precision, only its element type does.
-    in_place = target_named(target).cache(spec, "fp32").layout == "in_place"
     search = {
         **_search(spec, generation),
         "max_length": max_length,
         # One buffer of max_length positions, bound as past and as present of every step. Off,
         # each step gets a past of exactly the positions so far and a present of its own.
-        "past_present_share_buffer": in_place,
+        "past_present_share_buffer": cache.layout == "in_place",
     }
     return {"model": model, "search": search}
 

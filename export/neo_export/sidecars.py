@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 from neo_export.file_records import copy_file
 from neo_export.genai import genai_config
-from neo_export.targets import target_named
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.manifest import CacheSpec, ModelSpec
 
     from neo_export.checkpoint import Checkpoint
 
@@ -20,7 +19,7 @@ __all__ = ["write_sidecars"]
 
 
 def write_sidecars(
-    checkpoint: Checkpoint, spec: ModelSpec, target: str, max_length: int, folder: Path
+    checkpoint: Checkpoint, spec: ModelSpec, cache: CacheSpec, max_length: int, folder: Path
 ) -> bool:
     """Write everything but graphs, weights and manifest; returns whether a tokenizer is in."""
     _write_json(folder / "config.json", checkpoint.config_json)
@@ -31,10 +30,10 @@ def write_sidecars(
     tokenizer = checkpoint.tokenizer_json()
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(tokenizer)
-    if not target_named(target).static_cache:  # onnxruntime-genai has no such cache
+    if cache.layout != "static":  # onnxruntime-genai has no such cache
         _write_json(
             folder / "genai_config.json",
-            genai_config(spec, target, max_length, checkpoint.generation_config),
+            genai_config(spec, cache, max_length, checkpoint.generation_config),
         )
     return tokenizer is not None
 

@@ -17,6 +17,7 @@ from neo_export.checkpoint import open_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.genai import genai_config
 from neo_export.passes.fuse_attention import GUARD_NODE
+from neo_runtime.manifest import CacheSpec
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not i
 
 NEW_TOKENS = 110
 """Past the window of 64 from any prompt."""
+CACHE = CacheSpec(layout="append", padding="left", dtype="float32", window=None)
 
 Ids = tuple[int, ...]
 
@@ -257,7 +259,7 @@ def test_the_tokenizer_is_ours(cpu: Any, mini_bundle: Path) -> None:
 
 def test_generation_defaults_are_taken_over(spec: ModelSpec) -> None:
     given = {"do_sample": True, "temperature": 1, "top_k": 1000, "top_p": None, "num_beams": 2}
-    search = genai_config(spec, "cpu", 40, given)["search"]
+    search = genai_config(spec, CACHE, 40, given)["search"]
     assert search["do_sample"] is True
     assert (search["temperature"], search["num_beams"]) == (1.0, 2)
     assert search["top_k"] == spec.vocab_size
@@ -286,5 +288,5 @@ def test_end_and_padding_tokens(
     want: tuple[list[int], int],
 ) -> None:
     changed = dataclasses.replace(spec, eos_token_id=eos, pad_token_id=pad)
-    model = genai_config(changed, "portable", 40, generation)["model"]
+    model = genai_config(changed, CACHE, 40, generation)["model"]
     assert (model["eos_token_id"], model["pad_token_id"]) == want

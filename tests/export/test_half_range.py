@@ -7,6 +7,7 @@ float16 and by ONNX's reference evaluator (numpy's float16) on the exported grap
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -182,6 +183,8 @@ def test_scores_beyond_float16(cases: Callable[[str], Case], tmp_path: Path) -> 
         summary = guarded(case, tmp_path / target, target)
         assert summary.largest_score > 65504
         assert summary.cache_layout == "append"
+        genai = json.loads((tmp_path / target / "genai_config.json").read_text())
+        assert not genai["search"]["past_present_share_buffer"]
         graph = onnx.load(str(tmp_path / target / "score.onnx"), load_external_data=False).graph
         assert not [node for node in graph.node if node.op_type == "GroupQueryAttention"]
         nearly(Graphs(tmp_path / target).run("score", case.ids))
