@@ -56,7 +56,7 @@ def build_graphs(
         model = build_graph(entry, prepared.spec)
         bind_parameters(model, prepared.read)
         before, steps = len(model.graph), []
-        for rewrite in prepared.passes[name]:
+        for rewrite in prepared.passes(name):
             fired = rewrite(model)
             RemoveUnusedNodesPass()(model)
             steps.append(PassSummary(rewrite.__name__, fired, len(model.graph)))

@@ -11,7 +11,6 @@ from neo_runtime.manifest import is_quantized
 
 from neo_export.checkpoint import EMBEDDING, expected_shapes
 from neo_export.half_range import HalfRange, find_half_range
-from neo_export.passes.migrate_activations import migrate_activations
 from neo_export.quantize.balance import balanced
 from neo_export.quantize.gptq_quantizer import GptqQuantizer
 from neo_export.quantize.migration import TABLE_PLACE, Migration
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.checkpoint import Checkpoint
-    from neo_export.passes import Pass
     from neo_export.quantize.migration_search import MovedPlace
     from neo_export.quantize.plan import WeightPlan
     from neo_export.quantize.quantizer import WeightQuantizer
@@ -40,19 +38,12 @@ __all__ = ["Calibrated", "calibrated", "gptq_quantizer", "open_statistics", "use
 class Calibrated:
     """Decisions that rest on statistics; without any, none are taken."""
 
-    target: Target
-    """The one that was asked for, with what stays wide."""
     migration: Migration = field(default_factory=Migration)
     moved: tuple[MovedPlace, ...] = ()
     half: HalfRange = field(default_factory=HalfRange)
     quantizer: WeightQuantizer | None = None
     """What makes integers; None for what the target does without statistics."""
     statistics: Statistics | None = None
-
-    @property
-    def passes(self) -> tuple[Pass, ...]:
-        """What runs on a portable graph before anything else."""
-        return (migrate_activations(self.migration),) if self.migration.in_graph else ()
 
     def largest_input(self, weight: str) -> float | None:
         """The largest |x| that a matrix is multiplied with, outliers moved; None if not known."""
@@ -120,7 +111,7 @@ def calibrated(
         StatisticsError: float16 cannot hold what the model computes, and nothing here helps.
     """
     if statistics is None:
-        return Calibrated(target)
+        return Calibrated()
     linear = target.quantize_linear and is_quantized(precision)
     # bfloat16 has float32's range.
     if precision == "fp16" or linear or (target.half_activations and precision != "bf16"):
@@ -131,12 +122,12 @@ def calibrated(
             statistics,
             lambda done, all_: progress("looking for what float16 cannot hold", done, all_),
         )
-        target = _in_half(target, precision, half)
+        _check_half(target, precision, half)
         if not target.rounds_activations(precision):
-            return Calibrated(target, half=half, statistics=statistics)
+            return Calibrated(half=half, statistics=statistics)
         if not linear:
             quantizer = gptq_quantizer(statistics, Migration(), checkpoint.spec, target)
-            return Calibrated(target, half=half, quantizer=quantizer)
+            return Calibrated(half=half, quantizer=quantizer)
 
     def rounding_of(name: str) -> Rounding | None:
         storage = plan.of(name)
@@ -153,7 +144,7 @@ def calibrated(
     if not target.quantize_linear:
         migration = balanced(migration, read, checkpoint.spec, plan)
         gptq = gptq_quantizer(statistics, migration, checkpoint.spec, target)
-    return Calibrated(target, migration, moved, quantizer=gptq, statistics=statistics)
+    return Calibrated(migration, moved, quantizer=gptq, statistics=statistics)
 
 
 def uses_gptq(target: Target, plan: WeightPlan, spec: ModelSpec) -> bool:
@@ -193,14 +184,10 @@ def gptq_quantizer(
     )
 
 
-def _in_half(target: Target, precision: str, half: HalfRange) -> Target:
+def _check_half(target: Target, precision: str, half: HalfRange) -> None:
     if half.tensors and precision != "fp16":
         first = half.tensors[0]
         raise StatisticsError(
             f"{first.name} {first.reason}: target {target.name} computes in float16 between "
             f"{precision} weights; export with --fp16, which keeps such tensors in float32"
         )
-    # The kernels of NVIDIA's GPUs, and graphs for TensorRT, have float32 scores in any case.
-    if half.scores and target.fused and not target.half_activations:
-        target = target.in_standard_attention()
-    return target.keeping_wide(half.wide)

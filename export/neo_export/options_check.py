@@ -44,7 +44,7 @@ def check_options(
         options = replace(options, quantization=found)
     target.check_precision(options.precision)
     _check_length(options.max_length, spec)
-    if target.needs_fused and spec.head_dim % HEAD_SIZE_MULTIPLE:
+    if target.attention == "fused" and spec.head_dim % HEAD_SIZE_MULTIPLE:
         raise RequestError(
             f"the model has heads of {spec.head_dim}, and the attention of target {target.name} "
             f"takes multiples of {HEAD_SIZE_MULTIPLE}; export with --target cpu or portable"

@@ -9,12 +9,11 @@ from neo_runtime.manifest import is_quantized
 
 from neo_export.calibrated import calibrated, open_statistics, uses_gptq
 from neo_export.options_check import check_options
-from neo_export.passes.quantize_cache import quantize_cache_steps
 from neo_export.quantize.kv_cache import calibrated_steps
 from neo_export.quantize.read_back import ReadBack
 from neo_export.quantize.remembered import Remembered
 from neo_export.quantize.stored import StoredWeights
-from neo_export.targets import passes_for
+from neo_export.targets import PassContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from neo_export.export_options import ExportOptions
     from neo_export.passes import Pass
     from neo_export.quantize.kv_cache import CacheSteps
+    from neo_export.quantize.plan import WeightPlan
     from neo_export.targets import Target
     from neo_export.weights import ReadParameter
 
@@ -40,6 +40,7 @@ class Prepared:
     """The decisions of one export."""
 
     options: ExportOptions
+    target: Target
     spec: ModelSpec
     max_length: int
     """Positions that a sequence may have."""
@@ -47,15 +48,28 @@ class Prepared:
     cache: CacheSpec
     steps: CacheSteps | None
     """Of an int8 cache."""
-    passes: dict[str, tuple[Pass, ...]]
-    """Of each graph of the bundle, in order."""
     read: ReadParameter
     """Gives the checkpoint's weights, outliers moved into them."""
 
-    @property
-    def target(self) -> Target:
-        """The one that was asked for, with what stays wide."""
-        return self.decided.target
+    def passes(self, graph: str) -> list[Pass]:
+        """Every pass that one graph of the bundle goes through, in order."""
+        options, quantizer = self.options, self.decided.quantizer
+        if quantizer is not None and options.remembered is not None:
+            quantizer = Remembered(quantizer, options.remembered)
+        context = PassContext(
+            graph=graph,
+            precision=options.precision,
+            spec=self.spec,
+            plan=self._plan(graph),
+            cache=self.cache,
+            max_length=self.max_length,
+            quantizer=quantizer,
+            wide=self.decided.half.wide,
+            migration=self.decided.migration,
+            largest_input=self.decided.largest_input,
+            cache_steps=self.steps,
+        )
+        return self.target.passes(context)
 
     def stored_weights(self, graph: str, written: Path) -> ReadParameter:
         """What gives each weight as a written graph has it, by the checkpoint's name.
@@ -64,15 +78,17 @@ class Prepared:
             graph: name of the bundle's graph.
             written: its file.
         """
-        options = self.options
-        plan = self.target.plan_for(options.quantization, graph, options.precision, self.spec)
         stored = StoredWeights(
             self.read,
-            plan,
+            self._plan(graph),
             ReadBack(written) if self.decided.quantizer else self.target.quantizer,
-            half_positions=is_quantized(options.precision),
+            half_positions=is_quantized(self.options.precision),
         )
         return self.decided.migration.restoring(stored)
+
+    def _plan(self, graph: str) -> WeightPlan:
+        options = self.options
+        return self.target.plan_for(options.quantization, graph, options.precision, self.spec)
 
 
 def prepare(
@@ -107,44 +123,18 @@ def prepare(
         options.calibration, checkpoint, say, second_moments=second_moments
     )
     decided = calibrated(statistics, checkpoint, read, target, precision, plan, say)
-    cache, steps = decided.target.cache(spec, precision), None
+    cache = target.cache(spec, precision, large_scores=decided.half.scores > 0)
+    steps = None
     if options.kv_cache == "int8":
         steps = calibrated_steps(statistics, spec)
         cache = replace(cache, dtype="int8")
     return Prepared(
         options=options,
+        target=target,
         spec=spec,
         max_length=max_length,
         decided=decided,
         cache=cache,
         steps=steps,
-        passes=_passes(options, decided, spec, max_length, steps),
         read=decided.migration.reading(read),
     )
-
-
-def _passes(
-    options: ExportOptions,
-    decided: Calibrated,
-    spec: ModelSpec,
-    max_length: int,
-    steps: CacheSteps | None,
-) -> dict[str, tuple[Pass, ...]]:
-    quantizer = decided.quantizer
-    if quantizer is not None and options.remembered is not None:
-        quantizer = Remembered(quantizer, options.remembered)
-    passes = {}
-    for name, _ in decided.target.graphs:
-        passes[name] = decided.passes + passes_for(
-            decided.target,
-            options.precision,
-            name,
-            spec,
-            options.quantization,
-            quantizer,
-            max_length,
-            decided.largest_input,
-        )
-        if steps is not None:
-            passes[name] += (quantize_cache_steps(steps, single=name == "decode"),)
-    return passes

@@ -119,11 +119,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 def nothing_else_calibrated() -> Iterator[None]:
     """Let an export take the cache's steps from statistics and nothing else: plain rounding."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            prepared,
-            "calibrated",
-            lambda statistics, checkpoint, read, target, *_: Calibrated(target),
-        )
+        patch.setattr(prepared, "calibrated", lambda *_: Calibrated())
         yield
 
 

@@ -21,11 +21,14 @@ from helpers.running import Graphs, assert_agrees
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.passes.fuse_attention import GUARD_NODE
 from neo_export.targets import TARGETS
+from neo_export.targets.cuda import CUDA
 from neo_export.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from neo_export.passes import Pass
+    from neo_export.targets import PassContext
     from numpy.typing import NDArray
 
 LIMIT = TOLERANCES["fp32"].logits
@@ -94,13 +97,21 @@ class Model:
         return logits[0, past:]
 
 
+def _in_float32(context: PassContext) -> list[Pass]:
+    """CUDA's passes, but for those of half precision."""
+    half = ("float16", "fuse_skip_layer_norm")
+    return [step for step in CUDA.passes(context) if step.__name__ not in half]
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     config = CONFIGS[request.param]
     folder = tmp_path_factory.mktemp("guard")
     checkpoint = str(make_checkpoint(folder / "checkpoint", config))
     with pytest.MonkeyPatch.context() as patch:
-        device = replace(TARGETS["cuda"], precisions=("fp32",), half_activations=False)
+        device = replace(
+            TARGETS["cuda"], precisions=("fp32",), half_activations=False, passes=_in_float32
+        )
         patch.setitem(TARGETS, "cuda", device)
         target = "cuda" if request.param == "device" else "cpu"
         export_bundle(checkpoint, folder / "fused", ExportOptions(target=target))

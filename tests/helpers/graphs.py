@@ -11,6 +11,7 @@ from helpers.models import TinyConfig, deviation, random_ids
 from helpers.running import run_model
 from neo_export.checkpoint import expected_shapes
 from neo_export.graphs import build_graph
+from neo_export.targets import TARGETS, PassContext, Quantization
 from neo_export.weights import bind_parameters
 from neo_runtime.manifest import ModelSpec
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -18,6 +19,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from neo_export.passes import Pass
     from numpy.typing import NDArray
 
 
@@ -50,6 +52,23 @@ def random_parameters(config: TinyConfig, seed: int = 0) -> dict[str, NDArray[np
         values = generator.normal(mean, deviation(name, shape, config), shape)
         parameters[name] = values.astype(np.float32)
     return parameters
+
+
+def passes_of(
+    target: str, precision: str, graph: str, spec: ModelSpec, **decided: Any
+) -> list[Pass]:
+    """What an export without options applies; `decided` are other fields of the context."""
+    found = TARGETS[target]
+    context = PassContext(
+        graph=graph,
+        precision=precision,
+        spec=spec,
+        plan=found.plan_for(Quantization(), graph, precision, spec),
+        cache=found.cache(spec, precision),
+        max_length=spec.max_position_embeddings,
+        **decided,
+    )
+    return found.passes(context)
 
 
 def bound_graph(

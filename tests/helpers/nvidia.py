@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from helpers.graphs import passes_of
 from neo_export.engine.flavour import find_flavour
 from neo_export.graphs import build_graph
-from neo_export.targets import TARGETS, passes_for
+from neo_export.targets import TARGETS
 from neo_export.weights import bind_parameters
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -38,12 +39,11 @@ def write_hollow_graphs(
     largest_input: ActivationRange | None = None,
 ) -> dict[str, Path]:
     """The target's graphs over sparse files of zeros: structure without weights, at any size."""
-    target = TARGETS["tensorrt"]
     paths = {}
-    for name, entry in target.graphs:
+    for name, entry in TARGETS["tensorrt"].graphs:
         model = build_graph(entry, spec)
         bind_parameters(model, _no_data)
-        for rewrite in passes_for(target, precision, name, spec, largest_input=largest_input):
+        for rewrite in passes_of("tensorrt", precision, name, spec, largest_input=largest_input):
             rewrite(model)
             RemoveUnusedNodesPass()(model)
         _refer_to_zeros(model, folder)

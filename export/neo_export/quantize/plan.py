@@ -134,6 +134,10 @@ class WeightPlan:
             tuple((n, new if s.kind == old else s) for n, s in self.weights),
         )
 
+    def mentions(self, kind: str) -> bool:
+        """Whether the default or any pattern has this kind of storage."""
+        return kind in {self.default.kind, *(storage.kind for _, storage in self.weights)}
+
     def kinds(self, names: Iterable[str]) -> set[str]:
         """The kinds of storage that these matrices have between them."""
         return {self.of(name).kind for name in names}

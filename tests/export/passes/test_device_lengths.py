@@ -13,6 +13,7 @@ from helpers.graphs import (
     assert_same_outputs,
     bound_graph,
     operators,
+    passes_of,
     situations,
     spec_of,
 )
@@ -22,7 +23,6 @@ from helpers.running import Graphs
 from neo_export.graphs import build_graph
 from neo_export.passes.device_lengths import device_lengths
 from neo_export.passes.fuse_attention import GUARD_NODE, fuse_attention
-from neo_export.targets import TARGETS, passes_for
 from neo_export.weights import bind_parameters
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def test_every_precision_can_be_captured(precision: str) -> None:
     spec = spec_of(config)
     model = build_graph("decode", spec)
     bind_parameters(model, lambda name: pytest.fail(f"{name} was read"))
-    for rewrite in passes_for(TARGETS["cuda"], precision, "decode", spec):
+    for rewrite in passes_of("cuda", precision, "decode", spec):
         apply_pass(rewrite, model)
     assert operators(model)["GroupQueryAttention"] == 24
     assert copies(as_proto(model)) == []

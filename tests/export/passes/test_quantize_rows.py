@@ -11,6 +11,7 @@ from helpers.graphs import (
     bound_graph,
     nodes_of,
     operators,
+    passes_of,
     random_parameters,
     situations,
     spec_of,
@@ -20,7 +21,6 @@ from helpers.running import run_model
 from neo_export.passes.quantize_int8 import quantize_int8_weights
 from neo_export.passes.quantize_rows import quantize_rows
 from neo_export.quantize.plan import WeightPlan
-from neo_export.targets import TARGETS, passes_for
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,7 +107,7 @@ def test_as_shipped(name: str, blocks: int) -> None:
     Decode has one row: the zero points would be one operator more.
     """
     model = bound_graph(name, CONFIG)
-    for step in passes_for(TARGETS["cpu"], "int8", name, spec_of(CONFIG)):
+    for step in passes_of("cpu", "int8", name, spec_of(CONFIG)):
         apply_pass(step, model)
     found = [n for n in nodes_of(model, "QuantizeLinear") if "block_size" in n.attributes]
     assert len(found) == blocks

@@ -10,6 +10,7 @@ from helpers.graphs import (
     apply_pass,
     bound_graph,
     nodes_of,
+    passes_of,
     situations,
     spec_of,
     through_identity,
@@ -23,7 +24,6 @@ from neo_export.passes.pack_qkv import pack_qkv
 from neo_export.passes.quantize_cache import quantize_cache_steps
 from neo_export.passes.select_query import select_query
 from neo_export.probes import probes_of
-from neo_export.targets import TARGETS, passes_for
 
 CONFIG = TinyConfig()
 LAYERS = len(CONFIG.attention_layers)
@@ -172,7 +172,7 @@ def test_as_shipped_on_a_cpu(precision: str) -> None:
     """The three projections of the last layer are stored apart in all graphs."""
     for name in GRAPH_NAMES:
         model = bound_graph(name, CONFIG)
-        for step in passes_for(TARGETS["cpu"], precision, name, spec_of(CONFIG)):
+        for step in passes_of("cpu", precision, name, spec_of(CONFIG)):
             apply_pass(step, model)
         packed = [node.inputs[1] is None for node in nodes_of(model, "GroupQueryAttention")]
         assert packed == [True] * (LAYERS - 1) + [False]
@@ -184,6 +184,6 @@ def test_as_shipped_on_a_cpu(precision: str) -> None:
 def test_as_shipped_on_a_gpu() -> None:
     """A kernel more costs more there than it spares."""
     model = bound_graph("prefill", CONFIG)
-    for step in passes_for(TARGETS["cuda"], "fp16", "prefill", spec_of(CONFIG)):
+    for step in passes_of("cuda", "fp16", "prefill", spec_of(CONFIG)):
         apply_pass(step, model)
     assert all(node.inputs[1] is None for node in nodes_of(model, "GroupQueryAttention"))
