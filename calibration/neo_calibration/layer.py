@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from neo_export.parameters import LAYER_MATRICES
 
 if TYPE_CHECKING:
     from neo_export.reference import LayeredReference
@@ -34,23 +35,14 @@ class ObservedLayer:
         self._block: Any = reference.load_block(layer)
         self._seen: dict[str, Any] = {}
         self._hooks: list[Any] = []
-        attention, mlp = self._block.attn.attention, self._block.mlp
-        for place, module in (
-            ("ln_1", self._block.ln_1),
-            ("query", attention.q_proj),
-            ("key", attention.k_proj),
-            ("value", attention.v_proj),
-            ("attention", attention.out_proj),
-            ("ln_2", self._block.ln_2),
-            ("c_fc", mlp.c_fc),
-            ("gelu", mlp.act),
-            ("mlp", mlp),
-        ):
-            hook = module.register_forward_hook(
+        modules = {matrix.gives: matrix.module for matrix in LAYER_MATRICES}
+        modules |= {"ln_1": "ln_1", "ln_2": "ln_2", "gelu": "mlp.act"}
+        for place, module in modules.items():
+            hook = self._block.get_submodule(module).register_forward_hook(
                 lambda _module, _inputs, output, place=place: self._see(place, output)
             )
             self._hooks.append(hook)
-        hook = attention.out_proj.register_forward_pre_hook(
+        hook = self._block.attn.attention.out_proj.register_forward_pre_hook(
             lambda _module, inputs: self._see("attended", inputs[0])
         )
         self._hooks.append(hook)

@@ -9,14 +9,15 @@ import numpy as np
 from neo_runtime.errors import StatisticsError
 from neo_runtime.manifest import is_quantized
 
-from neo_export.checkpoint import EMBEDDING, expected_shapes
+from neo_export.checkpoint import expected_shapes
 from neo_export.half_range import HalfRange, find_half_range
+from neo_export.parameters import EMBEDDING, HEAD_INPUT, input_place
 from neo_export.quantize.balance import balanced
 from neo_export.quantize.gptq_quantizer import GptqQuantizer
-from neo_export.quantize.migration import TABLE_PLACE, Migration
+from neo_export.quantize.migration import Migration
 from neo_export.quantize.migration_search import Rounding, find_migration
 from neo_export.quantize.plan import is_planned
-from neo_export.statistics import Statistics, input_place
+from neo_export.statistics import Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -179,7 +180,7 @@ def gptq_quantizer(
         second_moment,
         tied=spec.tie_word_embeddings,
         eight_bits=target.half_activations,
-        table_scale=migration.scales.get(TABLE_PLACE),
+        table_scale=migration.scales.get(HEAD_INPUT),
         likely=statistics.likely,
     )
 

@@ -18,6 +18,7 @@ from neo_runtime.errors import CheckpointError
 
 from neo_export.config import CONFIG_NAME, read_config, read_json_object
 from neo_export.lazy_tensor import FLOAT_DTYPES, LazyTensor
+from neo_export.parameters import EMBEDDING, HEAD, POSITIONS
 from neo_export.tokenizer_files import find_tokenizer_files, read_tokenizer_json
 from neo_export.weight_files import WeightFiles
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "expected_shapes", "open_checkpoint"]
 
 GENERATION_CONFIG_NAME = "generation_config.json"
-HEAD = "lm_head.weight"
-EMBEDDING = "transformer.wte.weight"
 
 # Buffers that old versions of transformers stored: the causal mask and the value of a masked score.
 _OLD_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.attention\.(bias|masked_bias)")
@@ -137,7 +136,7 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     hidden, inner = spec.hidden_size, spec.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {
         EMBEDDING: (spec.vocab_size, hidden),
-        "transformer.wpe.weight": (spec.max_position_embeddings, hidden),
+        POSITIONS: (spec.max_position_embeddings, hidden),
     }
     for i in range(spec.num_layers):
         layer = f"transformer.h.{i}"

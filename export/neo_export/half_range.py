@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from neo_runtime.errors import StatisticsError
 
+from neo_export.parameters import EMBEDDING, LAYER_MATRICES, POSITIONS, head_name, readers_of
 from neo_export.passes._wide import MIDDLE_PLACE, Wide
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ class _Findings:
         self.tensors.append(WideTensor(name, reason))
         self.places.update(places)
 
-    def product(self, owner: str) -> None:
+    def product(self, weight: str) -> None:
+        """A matrix, or the vector of a norm, with its bias."""
+        owner = weight.rpartition(".")[0]
         self.weights.update((f"{owner}.weight", f"{owner}.bias"))
 
 
@@ -98,7 +101,7 @@ def find_half_range(
         reason = _weight_reason(read(name))
         if reason is not None:
             found.add(name, reason)
-            found.product(name.rsplit(".", 1)[0])
+            found.product(name)
         if progress is not None:
             progress(done, len(names))
     for layer in range(spec.num_layers):
@@ -140,41 +143,36 @@ def _of_layer(
     statistics: Statistics,
     read: Callable[[str], NDArray[np.float32]],
 ) -> None:
-    attention, mlp = f"{prefix}.attn.attention", f"{prefix}.mlp"
     for kind in ("query", "key", "value"):
         if (reason := _large(statistics, f"{prefix}.{kind}")) is not None:
             raise StatisticsError(
                 f"{prefix}.{kind} {reason}: keys and values are cached in float16, and queries "
                 "meet them; export with --fp32 (or --bf16 for a GPU)"
             )
-    readers = {
-        "ln_1": tuple(f"{attention}.{part}_proj" for part in "qkv"),
-        "ln_2": (f"{mlp}.c_fc",),
-    }
-    for norm, owners in readers.items():
+    for norm in ("ln_1", "ln_2"):
         if (reason := _unfit(statistics, f"{prefix}.{norm}")) is not None:
             found.add(f"{prefix}.{norm}", reason)
-            for owner in (f"{prefix}.{norm}", *owners):
-                found.product(owner)
+            for name in (f"{prefix}.{norm}.weight", *readers_of(f"{prefix}.{norm}")):
+                found.product(name)
     if (reason := _unfit(statistics, f"{prefix}.gelu")) is not None:
         found.add(f"{prefix}.gelu", reason)
-        found.product(f"{mlp}.c_fc")
-        found.product(f"{mlp}.c_proj")
-    for place, owner, is_place in (
-        ("attention", f"{attention}.out_proj", True),
-        ("c_fc", f"{mlp}.c_fc", False),
-        ("mlp", f"{mlp}.c_proj", True),
-    ):
-        name = f"{prefix}.{place}"
+        found.product(f"{prefix}.mlp.c_fc.weight")
+        found.product(f"{prefix}.mlp.c_proj.weight")
+    for matrix in LAYER_MATRICES:
+        if not matrix.has_bias:
+            continue
+        name, weight = f"{prefix}.{matrix.gives}", f"{prefix}.{matrix.weight}"
         reason = _large(statistics, name)
         if reason is not None:
-            found.add(name, reason, places=(name,) if is_place else ())
+            # What is behind c_fc has no name in the graph.
+            found.add(name, reason, places=() if matrix.gives == "c_fc" else (name,))
         else:
-            reason = _large_before_bias(statistics, name, read(f"{owner}.bias"))
+            bias = read(f"{prefix}.{matrix.module}.bias")
+            reason = _large_before_bias(statistics, name, bias)
             if reason is not None:
                 found.add(name, reason)
         if reason is not None:
-            found.product(owner)
+            found.product(weight)
     _of_residual(found, prefix, layer, statistics)
 
 
@@ -194,14 +192,13 @@ def _of_model(found: _Findings, place: str, statistics: Statistics, spec: ModelS
     reason = _large(statistics, name) if place == "logits" else _unfit(statistics, name)
     if reason is None:
         return
-    head = "transformer.wte" if spec.tie_word_embeddings else "lm_head"
     found.add(name, reason, places=(name,))
     if place == "embedding":
-        found.weights.update(("transformer.wte.weight", "transformer.wpe.weight"))
+        found.weights.update((EMBEDDING, POSITIONS))
     if place in ("final_norm", "logits"):
-        found.product(head)
+        found.product(head_name(tied=spec.tie_word_embeddings))
     if place == "final_norm":
-        found.product("transformer.ln_f")
+        found.product("transformer.ln_f.weight")
 
 
 def _unfit(statistics: Statistics, place: str) -> str | None:

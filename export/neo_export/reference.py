@@ -22,6 +22,7 @@ import numpy as np
 from neo_runtime.errors import DependencyError
 
 from neo_export.mapped_memory import drop_pages
+from neo_export.parameters import EMBEDDING, LAYER_MATRICES, POSITIONS, head_name
 from neo_export.quantize.kv_cache import stored_cache
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ class LayeredReference:
     ) -> NDArray[np.float32]:
         """Token ids [S] → rows of both tables added, [S, H]; positions from 0 unless given."""
         chosen = np.arange(len(ids)) if positions is None else positions
-        rows = self._read("transformer.wte.weight")[ids]
-        result: NDArray[np.float32] = rows + self._read("transformer.wpe.weight")[chosen]
+        rows = self._read(EMBEDDING)[ids]
+        result: NDArray[np.float32] = rows + self._read(POSITIONS)[chosen]
         return result
 
     def layer(self, index: int) -> ReferenceLayer:
@@ -118,9 +119,7 @@ class LayeredReference:
 
     def logits(self, final: NDArray[np.float32]) -> NDArray[np.float32]:
         """The head: [S, H] after the final norm → [S, V]."""
-        table = self._read(
-            "transformer.wte.weight" if self.spec.tie_word_embeddings else "lm_head.weight"
-        )
+        table = self._read(head_name(tied=self.spec.tie_word_embeddings))
         torch = self._torch
         with torch.inference_mode():
             scores = torch.nn.functional.linear(_tensor(torch, final), _tensor(torch, table))
@@ -171,7 +170,6 @@ class ReferenceLayer:
             computation. Keys and values are those before an int8 cache rounds them.
         """
         seen: dict[str, Any] = {}
-        attention = self._attention
 
         def look(name: str, output: Any) -> Any:
             seen[name] = output
@@ -179,20 +177,16 @@ class ReferenceLayer:
                 return None
             return _tensor(self._torch, stored_cache(output.numpy(), self._steps[name]))
 
+        order = ("query", "key", "value", "attended", "attention", "mlp", "residual")
         handles = [
-            module.register_forward_hook(
-                lambda _module, _inputs, output, name=name: look(name, output)
+            self._block.get_submodule(matrix.module).register_forward_hook(
+                lambda _module, _inputs, output, name=matrix.gives: look(name, output)
             )
-            for name, module in (
-                ("query", attention.q_proj),
-                ("key", attention.k_proj),
-                ("value", attention.v_proj),
-                ("attention", attention.out_proj),
-                ("mlp", self._block.mlp),
-            )
+            for matrix in LAYER_MATRICES
+            if matrix.gives in order
         ]
         handles.append(
-            attention.out_proj.register_forward_pre_hook(
+            self._attention.out_proj.register_forward_pre_hook(
                 lambda _module, inputs: seen.__setitem__("attended", inputs[0])
             )
         )
@@ -200,7 +194,6 @@ class ReferenceLayer:
             seen["residual"] = self._block(_tensor(self._torch, hidden)[None])[0]
         for handle in handles:
             handle.remove()
-        order = ("query", "key", "value", "attended", "attention", "mlp", "residual")
         return {name: seen[name].reshape(hidden.shape).numpy() for name in order}
 
     def project(self, hidden: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:

@@ -11,7 +11,6 @@ a layer. Arrays are views of the mapped files.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,6 +19,7 @@ import numpy as np
 from neo_runtime.errors import CheckpointError, StatisticsError
 
 from neo_export.fingerprint import tensor_digests
+from neo_export.parameters import HEAD_INPUT, LAYER_INPUTS
 from neo_export.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ __all__ = [
     "PlaceSummary",
     "Statistics",
     "StatisticsHeader",
-    "input_place",
 ]
 
 STATISTICS_NAME = "statistics.json"
@@ -60,36 +59,8 @@ LAYER_PLACES = (
 )
 """Places of a layer, in the order of computation."""
 
-INPUT_PLACES = ("ln_1", "attended", "ln_2", "gelu", "final_norm")
+INPUT_PLACES = (*LAYER_INPUTS, "final_norm")
 """Places that a matrix reads: they have second moments and samples."""
-
-_INPUTS = {
-    "attn.attention.q_proj": "ln_1",
-    "attn.attention.k_proj": "ln_1",
-    "attn.attention.v_proj": "ln_1",
-    "attn.attention.out_proj": "attended",
-    "mlp.c_fc": "ln_2",
-    "mlp.c_proj": "gelu",
-}
-_LAYER_WEIGHT = re.compile(r"(transformer\.h\.\d+)\.(.+)\.weight")
-
-
-def input_place(weight_name: str) -> str:
-    """The place whose values a matrix is multiplied with.
-
-    Args:
-        weight_name: the checkpoint's name of a matrix, such as
-            "transformer.h.3.mlp.c_fc.weight"; the token table counts as the (tied) head.
-
-    Raises:
-        ValueError: no matrix of that name multiplies activations.
-    """
-    if weight_name in ("transformer.wte.weight", "lm_head.weight"):
-        return "transformer.final_norm"
-    match = _LAYER_WEIGHT.fullmatch(weight_name)
-    if match is None or match[2] not in _INPUTS:
-        raise ValueError(f"{weight_name!r} is no matrix that multiplies activations")
-    return f"{match[1]}.{_INPUTS[match[2]]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,11 +259,11 @@ class Statistics:
 
         A folder without second moments has none, nor has one of an earlier version.
         """
-        file = self.places["transformer.final_norm"].file
+        file = self.places[HEAD_INPUT].file
         if "transformer.logits.likely" not in self._tensors(file):
             return None
         return LikelyTokens(
-            inputs=self._array("transformer.final_norm", "context"),
+            inputs=self._array(HEAD_INPUT, "context"),
             tokens=self._tensors(file)["transformer.logits.likely"].read_raw(),
             probabilities=self._array("transformer.logits", "probability"),
         )

@@ -13,7 +13,8 @@ from neo_calibration.cli import main
 from neo_calibration.likely import LIKELY
 from neo_export.checkpoint import open_checkpoint
 from neo_export.metrics import log_softmax
-from neo_export.statistics import INPUT_PLACES, LAYER_PLACES, Statistics, input_place
+from neo_export.parameters import input_place
+from neo_export.statistics import INPUT_PLACES, LAYER_PLACES, Statistics
 from neo_runtime.errors import StatisticsError
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from neo_calibration.cli import main as calibrate
 from neo_export.checkpoint import open_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.metrics import kl_divergence
-from neo_export.quantize.migration import KINDS, Migration
+from neo_export.parameters import LAYER_INPUTS
+from neo_export.quantize.migration import Migration
 from neo_export.quantize.migration_search import MovedPlace, find_migration
 from neo_export.quantize.quantizer import RoundToNearest
 from neo_export.statistics import Statistics
@@ -66,7 +67,7 @@ def test_the_outliers_are_real_and_everywhere(
     """Same function; each input of each layer has outliers, on other channels in each layer."""
     assert exact(Reference(checkpoint)) == pytest.approx(exact(reference), rel=1e-5)
     found = Statistics.open(statistics).places
-    for kind in KINDS:
+    for kind in LAYER_INPUTS:
         channels = [set(found[f"transformer.h.{i}.{kind}"].outlier_channels) for i in range(4)]
         assert all(channels), kind
         if kind != "gelu":  # there they are the units that were added
@@ -103,7 +104,7 @@ def test_int8_comes_back(
     export_bundle(str(checkpoint), tmp_path / "naive", ExportOptions(precision="int8"))
     assert score(tmp_path / "naive") > (1 + RUINED) * expected
     [(migration, _)] = found
-    for kind in KINDS:
+    for kind in LAYER_INPUTS:
         scales, shifts = (
             {place: values for place, values in every.items() if not place.endswith(kind)}
             for every in (migration.scales, migration.shifts)
@@ -147,7 +148,7 @@ def drawn() -> Migration:
     generator = np.random.default_rng(0)
     scales, shifts = {}, {}
     for layer in range(4):
-        for kind in KINDS:
+        for kind in LAYER_INPUTS:
             place, width = f"transformer.h.{layer}.{kind}", 768 if kind == "gelu" else 192
             scales[place] = np.exp(generator.normal(size=width)).astype(np.float32)
             if kind != "ln_1":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from neo_export.metrics import kl_divergence
+from neo_export.parameters import EMBEDDING, HEAD, LAYER_INPUTS, head_name, readers_of
 from neo_export.reference import LayeredReference
 
 if TYPE_CHECKING:
@@ -29,14 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "groups_of", "measure_sensitivities", "reference_logits"]
 
-TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
-_LAYER = (
-    ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
-    ("attn.attention.out_proj",),
-    ("mlp.c_fc",),
-    ("mlp.c_proj",),
-)
-
 
 @dataclass(frozen=True)
 class Group:
@@ -49,13 +42,12 @@ class Group:
 
 def groups_of(spec: ModelSpec, keep: Sequence[str] = ()) -> tuple[Group, ...]:
     """Every matrix of the model, in groups, but those that match a shell pattern of `keep`."""
-    groups = [Group((TABLE,), None)]
+    groups = [Group((EMBEDDING,), None)]
     if not spec.tie_word_embeddings:
         groups.append(Group((HEAD,), None))
     for layer in range(spec.num_layers):
-        for parts in _LAYER:
-            names = tuple(f"transformer.h.{layer}.{part}.weight" for part in parts)
-            groups.append(Group(names, layer))
+        places = [f"transformer.h.{layer}.{kind}" for kind in LAYER_INPUTS]
+        groups += [Group(readers_of(place), layer) for place in places]
 
     def left(group: Group) -> tuple[str, ...]:
         return tuple(n for n in group.names if not any(fnmatchcase(n, p) for p in keep))
@@ -140,7 +132,7 @@ def _of_tables(
         weight = checkpoint.tensors[name].read()
         for storage in candidates:
             states = hidden
-            if name == TABLE:
+            if name == EMBEDDING:
                 off = stored.weights({name: weight}, storage)[name][contexts] - weight[contexts]
                 states = hidden + torch.from_numpy(off)
             yield _Variant(group, storage, states)
@@ -178,10 +170,7 @@ def _of_layer(
 
 def _module(block: Any, name: str) -> Any:
     """The linear module of a checkpoint's name, inside its block."""
-    found = block
-    for part in name.split(".")[3:-1]:
-        found = getattr(found, part)
-    return found
+    return block.get_submodule(".".join(name.split(".")[3:-1]))
 
 
 def _divergences(
@@ -194,7 +183,7 @@ def _divergences(
     import torch
 
     norm = reference.load_final_norm()
-    name = TABLE if checkpoint.spec.tie_word_embeddings else HEAD
+    name = head_name(tied=checkpoint.spec.tie_word_embeddings)
     weight = checkpoint.tensors[name].read()
     table = torch.from_numpy(np.array(weight))
     finals = norm(hidden)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from neo_export.calibrated import gptq_quantizer
+from neo_export.parameters import PROJECTIONS, input_place, place_in_packed
 from neo_export.quantize.balance import balanced
 from neo_export.quantize.migration import Migration
-from neo_export.quantize.plan import PACKED_PROJECTION, Storage, WeightPlan
+from neo_export.quantize.plan import Storage, WeightPlan
 from neo_export.quantize.remembered import Remembered
-from neo_export.statistics import input_place
 from neo_export.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["StoredForm"]
-
-_PACKED = ("q_proj", "k_proj", "v_proj")
 
 
 class StoredForm:
@@ -62,11 +60,11 @@ class StoredForm:
         Queries, keys and values that are stored alike are quantized as the one matrix that an
         export makes of them, so that it finds it among what is remembered.
         """
-        if len(weights) < len(_PACKED):
+        place = place_in_packed(next(iter(weights)))
+        if place is None or len(weights) < len(PROJECTIONS):
             return {name: self._one(name, weight, storage) for name, weight in weights.items()}
-        first = next(iter(weights))
-        name = first.replace(_PACKED[0], PACKED_PROJECTION)
-        parts = np.split(self._one(name, np.concatenate([*weights.values()]), storage), 3)
+        whole = self._one(place[0], np.concatenate([*weights.values()]), storage)
+        parts = np.split(whole, len(PROJECTIONS))
         return dict(zip(weights, parts, strict=True))
 
     def _one(self, name: str, weight: NDArray[np.float32], storage: Storage) -> NDArray[np.float32]:

@@ -18,10 +18,10 @@ from neo_runtime.errors import VerificationError
 from neo_runtime.manifest import is_quantized
 
 from neo_export.check import scoring_graph
+from neo_export.parameters import EMBEDDING, LAYER_MATRICES, head_name, place_in_packed
 from neo_export.passes._tensors import static_shape
 from neo_export.quantize.int4 import Int4Weight, quantize_int4
 from neo_export.quantize.int8 import LIMIT, Int8Weight, quantize_int8
-from neo_export.quantize.plan import PACKED_PROJECTION
 from neo_export.quantize.read_back import ReadBack
 
 if TYPE_CHECKING:
@@ -34,16 +34,6 @@ if TYPE_CHECKING:
     from neo_export.comparison.places import Place
 
 __all__ = ["HeldWeights", "open_held_weights"]
-
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-_LEADING = {
-    "query": ("attn.attention.q_proj",),
-    "key": ("attn.attention.k_proj",),
-    "value": ("attn.attention.v_proj",),
-    "attention": ("attn.attention.out_proj",),
-    "mlp": ("mlp.c_fc", "mlp.c_proj"),
-}
-"""Place of a layer → the matrices that lead to it."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +115,11 @@ class HeldWeights:
         """Whether all matrices that lead to a place were read as the bundle holds them."""
         layer, kind = place
         if layer is not None:
-            names = [f"transformer.h.{layer}.{part}.weight" for part in _LEADING.get(kind, ())]
+            leading = ("c_fc", "mlp") if kind == "mlp" else (kind,)  # c_fc is not compared
+            matrices = [matrix for matrix in LAYER_MATRICES if matrix.gives in leading]
+            names = [f"transformer.h.{layer}.{matrix.weight}" for matrix in matrices]
         else:
-            table = kind == "embedding" or tied
-            names = ["transformer.wte.weight" if table else "lm_head.weight"]
+            names = [EMBEDDING if kind == "embedding" else head_name(tied=tied)]
         return bool(names) and self._held.issuperset(names)
 
     @property
@@ -138,10 +129,9 @@ class HeldWeights:
 
     def _rounded(self, name: str, weight: NDArray[np.float32]) -> NDArray[np.float32] | None:
         """The matrix [out, in] rounded to nearest, where the bundle holds exactly that."""
-        part = next((part for part in _PROJECTIONS if f".{part}." in name), None)
-        stored = self._blocks.get(name)
-        if stored is None and part is not None:
-            stored = self._blocks.get(name.replace(part, PACKED_PROJECTION))
+        stored, place = self._blocks.get(name), place_in_packed(name)
+        if stored is None and place is not None:
+            stored = self._blocks.get(place[0])
         if stored is None:
             return None
         self._others.add(name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import onnx_ir as ir
 
+from neo_export.parameters import POSITIONS
 from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import is_parameter
 
@@ -65,7 +66,7 @@ class _Embedding(_StoreWeight):
         return op.Gather(weight, ids, axis=0)
 
     def check(self, context: Any, weight: ir.Value, **_: Any) -> Any:
-        if weight.name is not None and weight.name.endswith("wpe.weight"):
+        if weight.name == POSITIONS:
             return MatchResult().fail("positions are stored by a pass of their own", weight)
         return super().check(context, weight)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from neo_export.quantize.plan import PACKED_PROJECTION
+from neo_export.parameters import parts_of_packed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -77,9 +77,7 @@ class Wide:
                 user.replace_input_with(index, cast.outputs[0])
 
     def _is_wide(self, value: ir.Value) -> bool:
-        name = value.name or ""
-        parts = [name.replace(PACKED_PROJECTION, part) for part in ("q_proj", "k_proj", "v_proj")]
-        return not self.weights.isdisjoint(parts)
+        return not self.weights.isdisjoint(parts_of_packed(value.name or ""))
 
 
 def unify_inputs(graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:

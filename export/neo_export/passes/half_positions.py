@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from neo_export.parameters import POSITIONS
 from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import add_lazy_initializer, is_parameter, read, static_shape
 from neo_export.passes.float16 import to_float16
@@ -30,7 +31,7 @@ class _HalfPositions(Rule):
     def check(self, context: Any, table: ir.Value, **_: Any) -> Any:
         result = MatchResult()
         name = table.name or ""
-        if not (is_parameter(table) and name.endswith("wpe.weight")):
+        if not (is_parameter(table) and name == POSITIONS):
             return result.fail("not the position table", table)
         return result
 

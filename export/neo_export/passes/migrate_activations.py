@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from neo_export.parameters import input_place
 from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import add_lazy_initializer, is_parameter
-from neo_export.statistics import input_place
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from neo_export.parameters import place_in_packed
 from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import add_lazy_initializer, is_parameter, read, static_shape
-from neo_export.quantize.plan import PACKED_PROJECTION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,10 +96,12 @@ class _PackQKV(Rule):
         assert graph is not None
         assert wq.dtype is not None
         assert wq.name is not None
+        place = place_in_packed(wq.name)
+        assert place is not None
         rows, columns = static_shape(wq)
         packed = add_lazy_initializer(
             graph,
-            wq.name.replace("q_proj", PACKED_PROJECTION),
+            place[0],
             lambda: np.concatenate([read(wq), read(wk), read(wv)]),
             dtype=wq.dtype,
             shape=(3 * rows, columns),

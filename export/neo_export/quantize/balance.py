@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_export.quantize.migration import TABLE_PLACE, Migration, readers_of
+from neo_export.parameters import EMBEDDING, HEAD_INPUT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import ModelSpec
     from numpy.typing import NDArray
 
+    from neo_export.quantize.migration import Migration
     from neo_export.quantize.plan import WeightPlan
 
 __all__ = ["balanced", "channel_scales"]
@@ -50,11 +51,10 @@ def balanced(
         spec: the architecture.
         plan: the storage of each matrix.
     """
-    [name] = readers_of(TABLE_PLACE)
-    if not spec.tie_word_embeddings or plan.of(name).kind != "int4":
+    if not spec.tie_word_embeddings or plan.of(EMBEDDING).kind != "int4":
         return migration
-    scale = channel_scales(read(name))
-    return replace(migration, scales=dict(migration.scales) | {TABLE_PLACE: scale})
+    scale = channel_scales(read(EMBEDDING))
+    return replace(migration, scales=dict(migration.scales) | {HEAD_INPUT: scale})
 
 
 def channel_scales(weight: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neo_export.parameters import EMBEDDING, head_name, input_place
 from neo_export.quantize.gptq import damped, gptq
 from neo_export.quantize.int4 import Int4Weight, pack_int4, quantize_int4
 from neo_export.quantize.int8 import LIMIT, Int8Weight, quantize_int8
 from neo_export.quantize.levels import Levels
 from neo_export.quantize.own_inputs import OWN_SHARE, own_inputs
-from neo_export.quantize.plan import PACKED_PROJECTION
-from neo_export.statistics import input_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,8 +25,6 @@ __all__ = ["GptqQuantizer"]
 
 _INT4 = Levels(-8, 7, (1.0, 1.1, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75))
 _PLAIN = (1.0,)
-_TABLE = "transformer.wte.weight"
-_HEADS = (_TABLE, "lm_head.weight")
 _EMBEDDING_SHARE = 0.2
 """What is added to H for a tied table, in shares of the mean of its diagonal. Row v serves as the
 head wherever v is likely, and as the embedding wherever v is read: both about as often, so that one
@@ -88,7 +85,7 @@ class GptqQuantizer:
 
     def _own(self, name: str, rows: int) -> OwnInputs | None:
         """What counts for single rows of a head."""
-        is_head = name in _HEADS and self._tied == (name == _TABLE)
+        is_head = name == head_name(tied=self._tied)
         likely = self._likely() if is_head and self._likely is not None else None
         return None if likely is None else own_inputs(likely, rows, self._table_scale)
 
@@ -99,11 +96,11 @@ class GptqQuantizer:
             name: the matrix.
             share: what a head's rows have in all, in multiples of H.
         """
-        if name == _TABLE and not self._tied:
+        if name == EMBEDDING and not self._tied:
             return None
-        place = input_place(name.replace(PACKED_PROJECTION, "q_proj"))
+        place = input_place(name)
         moment = damped(self._second_moment(place))
-        if name == _TABLE:
+        if name == EMBEDDING:
             scale = self._table_scale.astype(np.float64)
             # ‖error / s‖² of a row that is looked up; the mean is that of the inputs before s.
             mean = float(np.mean(np.diagonal(moment) * scale * scale))

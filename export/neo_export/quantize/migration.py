@@ -20,37 +20,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from neo_export.statistics import input_place
+from neo_export.parameters import input_place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["KINDS", "TABLE_PLACE", "Migration", "Read", "readers_of"]
-
-TABLE_PLACE = "transformer.final_norm"
-"""What a tied table multiplies; its rows are divided where they are looked up."""
+__all__ = ["Migration", "Read"]
 
 Read = Callable[[str], NDArray[np.float32]]
 """Name of a parameter → its values."""
 Moments = tuple[NDArray[np.float32], NDArray[np.float32]]
 
-_READERS = {
-    "ln_1": tuple(f"attn.attention.{part}_proj.weight" for part in "qkv"),
-    "attended": ("attn.attention.out_proj.weight",),
-    "ln_2": ("mlp.c_fc.weight",),
-    "gelu": ("mlp.c_proj.weight",),
-}
-KINDS = tuple(_READERS)
-"""Places of a layer that matrices read."""
 _NORMS = ("ln_1", "ln_2")
-
-
-def readers_of(place: str) -> tuple[str, ...]:
-    """Names of the matrices that read a place ("transformer.h.3.ln_1"; the table a tied one)."""
-    if place == TABLE_PLACE:
-        return ("transformer.wte.weight",)
-    layer, kind = place.rsplit(".", 1)
-    return tuple(f"{layer}.{reader}" for reader in _READERS[kind])
 
 
 @dataclass(frozen=True)
@@ -58,7 +39,8 @@ class Migration:
     """What happens to each place's channels."""
 
     scales: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
-    """Place → s [C]; places that stay as they are do not occur."""
+    """Place → s [C]; places that stay as they are do not occur. A tied table's rows are divided by
+    its input's where they are looked up."""
     shifts: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     """Place → z [C]; only places that have a scale, and readers with a bias."""
 

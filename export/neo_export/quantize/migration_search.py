@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from neo_export.parameters import LAYER_INPUTS, readers_of
 from neo_export.quantize.int4 import dequantize_int4
 from neo_export.quantize.int8 import dequantize_int8
-from neo_export.quantize.migration import KINDS, Migration, readers_of
+from neo_export.quantize.migration import Migration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -111,7 +112,8 @@ def find_migration(
     scales: dict[str, NDArray[np.float32]] = {}
     shifts: dict[str, NDArray[np.float32]] = {}
     moved = []
-    places = [f"transformer.h.{layer}.{kind}" for layer in range(spec.num_layers) for kind in KINDS]
+    layers = [f"transformer.h.{layer}" for layer in range(spec.num_layers)]
+    places = [f"{layer}.{kind}" for layer in layers for kind in LAYER_INPUTS]
     for done, place in enumerate(places, start=1):
         roundings = {name: rounding_of(name) for name in readers_of(place)}
         names = [name for name, rounding in roundings.items() if rounding is not None]

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import RequestError
 
+from neo_export.parameters import POSITIONS, parts_of_packed
 from neo_export.quantize.int4 import BLOCK_SIZES
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
-    "PACKED_PROJECTION",
     "PLAN_SCHEMA_VERSION",
     "Storage",
     "WeightPlan",
@@ -40,9 +40,6 @@ __all__ = [
 ]
 
 PLAN_SCHEMA_VERSION = 1
-PACKED_PROJECTION = "qkv_proj"
-"""In the name of a matrix that holds a layer's q_proj, k_proj and v_proj, one below the other."""
-_POSITIONS = "wpe.weight"
 _KINDS = ("fp32", "fp16", "int8", "int4")
 
 
@@ -88,7 +85,7 @@ class Storage:
 
 def is_planned(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a plan says how this parameter is stored: matrices, but not the position table."""
-    return len(shape) == 2 and not name.endswith(_POSITIONS)
+    return len(shape) == 2 and name != POSITIONS
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ class WeightPlan:
         The packed projection of a layer is stored as its parts are: it exists only where they
         agree (`packs`).
         """
-        name = name.replace(PACKED_PROJECTION, "q_proj")
+        name = parts_of_packed(name)[0]
         for pattern, storage in self.weights:
             if name == pattern or fnmatchcase(name, pattern):
                 return storage

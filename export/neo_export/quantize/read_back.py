@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from neo_runtime.errors import VerificationError
 
+from neo_export.parameters import place_in_packed
 from neo_export.quantize.int4 import Int4Weight
 from neo_export.quantize.int8 import Int8Weight
-from neo_export.quantize.plan import PACKED_PROJECTION
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +23,6 @@ __all__ = ["ReadBack"]
 _FARTHEST = {"int4": 0.5, "int8": 0.1}
 """‖W − stored‖ / ‖W‖ that quantization may have. Measured with GPTQ, which moves weights farther
 than rounding does: 0.22 and 0.02 at most; another matrix in its place gives 1.4."""
-_PARTS = ("q_proj", "k_proj", "v_proj")
 
 
 class ReadBack:
@@ -67,11 +66,10 @@ class ReadBack:
 
     def _find(self, name: str, kind: str, rows: int) -> tuple[NDArray[Any], slice]:
         """An array, and the rows of the matrix in it: all, or a third of a packed projection."""
-        part = next((part for part in _PARTS if f".{part}." in name), None)
-        packed = name.replace(part, PACKED_PROJECTION) if part else name
-        if self._stored_name(f"{name}.{kind}") is None and part is not None:
-            start = rows * _PARTS.index(part)
-            return self._array(f"{packed}.{kind}"), slice(start, start + rows)
+        place = place_in_packed(name)
+        if self._stored_name(f"{name}.{kind}") is None and place is not None:
+            packed, third = place
+            return self._array(f"{packed}.{kind}"), slice(third * rows, (third + 1) * rows)
         return self._array(f"{name}.{kind}"), slice(0, rows)
 
     def _stored_name(self, name: str) -> str | None:

@@ -9,6 +9,7 @@ from neo_runtime.errors import RequestError
 from neo_runtime.manifest import CacheSpec
 
 from neo_export.graphs import GRAPH_NAMES
+from neo_export.parameters import EMBEDDING, HEAD
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
 from neo_export.quantize.linear import LinearQuantizer
 from neo_export.quantize.quantizer import EightBits, RoundToNearest
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from neo_export.targets.quantization import Quantization
 
 __all__ = ["Target"]
-
-_TABLES = ("transformer.wte.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ class Target:
                 "and decoding; leave it out"
             )
         plan = quantization.plan_for(graph, precision, spec)
-        return plan.keeping(_TABLES) if self.quantize_linear else plan
+        return plan.keeping((EMBEDDING, HEAD)) if self.quantize_linear else plan
 
     def rounds_activations(self, precision: str) -> bool:
         """Whether products may round activations to integers: only then are outliers moved."""

@@ -1,0 +1,120 @@
+"""GPT-Neo's parameters by the checkpoint's names, and which place each matrix reads and gives.
+
+Places are the values that tools look at, as `transformer.h.{i}.PLACE` (`neo_export.model`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "HEAD_INPUT",
+    "LAYER_INPUTS",
+    "LAYER_MATRICES",
+    "POSITIONS",
+    "PROJECTIONS",
+    "LayerMatrix",
+    "head_name",
+    "input_place",
+    "parts_of_packed",
+    "place_in_packed",
+    "readers_of",
+]
+
+EMBEDDING = "transformer.wte.weight"
+POSITIONS = "transformer.wpe.weight"
+HEAD = "lm_head.weight"
+HEAD_INPUT = "transformer.final_norm"
+"""The place that the head reads."""
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+"""Attention's matrices that one packed matrix may hold, one below the other in this order."""
+_PACKED = "qkv_proj"
+_OF_LAYER = re.compile(r"(transformer\.h\.\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class LayerMatrix:
+    """A matrix of every layer."""
+
+    module: str
+    """Its linear module, within the layer."""
+    reads: str
+    """The place that it multiplies."""
+    gives: str
+    """The place that its product is, bias included."""
+    has_bias: bool = True
+
+    @property
+    def weight(self) -> str:
+        """Name of the matrix within the layer."""
+        return f"{self.module}.weight"
+
+
+LAYER_MATRICES = (
+    LayerMatrix("attn.attention.q_proj", "ln_1", "query", has_bias=False),
+    LayerMatrix("attn.attention.k_proj", "ln_1", "key", has_bias=False),
+    LayerMatrix("attn.attention.v_proj", "ln_1", "value", has_bias=False),
+    LayerMatrix("attn.attention.out_proj", "attended", "attention"),
+    LayerMatrix("mlp.c_fc", "ln_2", "c_fc"),
+    LayerMatrix("mlp.c_proj", "gelu", "mlp"),
+)
+"""In the order of computation."""
+
+LAYER_INPUTS = tuple(dict.fromkeys(matrix.reads for matrix in LAYER_MATRICES))
+"""Places of a layer that matrices read, in the order of computation."""
+
+
+def head_name(*, tied: bool) -> str:
+    """The matrix that gives the logits: a tied head is the embedding."""
+    return EMBEDDING if tied else HEAD
+
+
+def input_place(name: str) -> str:
+    """The place whose values a matrix is multiplied with.
+
+    Args:
+        name: the checkpoint's name of a matrix, such as "transformer.h.3.mlp.c_fc.weight", or a
+            packed one's; the embedding counts as the (tied) head.
+
+    Raises:
+        ValueError: no matrix of that name multiplies activations.
+    """
+    if name in (EMBEDDING, HEAD):
+        return HEAD_INPUT
+    match = _OF_LAYER.fullmatch(parts_of_packed(name)[0])
+    place = next((m.reads for m in LAYER_MATRICES if match and m.weight == match[2]), None)
+    if match is None or place is None:
+        raise ValueError(f"{name!r} is no matrix that multiplies activations")
+    return f"{match[1]}.{place}"
+
+
+def readers_of(place: str) -> tuple[str, ...]:
+    """Names of the matrices that read a place of a layer, such as "transformer.h.3.ln_1"."""
+    layer, _, kind = place.rpartition(".")
+    return tuple(f"{layer}.{matrix.weight}" for matrix in LAYER_MATRICES if matrix.reads == kind)
+
+
+def place_in_packed(name: str) -> tuple[str, int] | None:
+    """Where a projection may be stored with its siblings.
+
+    Args:
+        name: the checkpoint's name of any matrix.
+
+    Returns:
+        Name of the packed matrix, and which third of its rows; None for what is never packed.
+    """
+    for third, part in enumerate(PROJECTIONS):
+        if f".{part}." in name:
+            return name.replace(part, _PACKED), third
+    return None
+
+
+def parts_of_packed(name: str) -> tuple[str, ...]:
+    """Names of the three projections that a packed matrix holds; any other name as it is."""
+    if f".{_PACKED}." not in name:
+        return (name,)
+    return tuple(name.replace(_PACKED, part) for part in PROJECTIONS)
