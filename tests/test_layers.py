@@ -1,8 +1,9 @@
-"""Who imports whom, read from the sources: data flows one way."""
+"""Who imports whom, read from the sources: data flows one way; and that names can be imported."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,28 @@ def test_a_wrong_import_would_be_seen(tmp_path: Path) -> None:
     source = tmp_path / "module.py"
     source.write_text("def f():\n    from neo_export import exporter\n    import neo_tools.diff\n")
     assert imports(source) == {"neo_export.exporter", "neo_tools.diff"}
+
+
+def public_names(file: Path) -> list[str]:
+    """`__all__` of a source file; empty where it has none."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names: list[str] = ast.literal_eval(node.value)
+            return names
+    return []
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_public_names_are_there(folder: str) -> None:
+    """Also those that only type checkers look at."""
+    source = (ROOT / folder).parent
+    found = 0
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        names = public_names(file)
+        if names:
+            module = file.relative_to(source).with_suffix("").as_posix().removesuffix("/__init__")
+            loaded = importlib.import_module(module.replace("/", "."))
+            missing = [name for name in names if not hasattr(loaded, name)]
+            assert not missing, f"{file.relative_to(ROOT)}: {missing}"
+            found += len(names)
+    assert found > 1

@@ -23,7 +23,7 @@ from neo_export.tokenizer_files import find_tokenizer_files, read_tokenizer_json
 from neo_export.weight_files import WeightFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from types import TracebackType
 
     from neo_runtime.manifest import ModelSpec
@@ -66,20 +66,6 @@ class Checkpoint:
             CheckpointError: the tokenizer's files cannot be used.
         """  # noqa: D205
         return read_tokenizer_json(self.folder)
-
-    def verify_finite(self, progress: Callable[[str], None] | None = None) -> None:
-        """Look at every value of every tensor, streaming.
-
-        Args:
-            progress: called with each tensor's name before it is read.
-
-        Raises:
-            CheckpointError: a tensor has a NaN or an infinity.
-        """
-        for name, tensor in self.tensors.items():
-            if progress is not None:
-                progress(name)
-            tensor.check_finite()
 
     def close(self) -> None:
         """Let go of the files. Arrays that were read stay valid."""

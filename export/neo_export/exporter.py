@@ -140,7 +140,7 @@ def _write(
         cache=prepared.cache,
         graphs={name: graph_spec(name, graph) for name, graph in models.items()},
         probes=probes_of(models[scoring_graph(models)], spec),
-        files=record_files(folder, known={"weights.bin": weights.record}),
+        files=record_files(folder, known={"weights.bin": weights}),
         has_tokenizer=has_tokenizer,
         minimum_onnxruntime=target.minimum_onnxruntime,
         tools=_tools(),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ReadParameter",
-    "WrittenWeights",
     "bind_parameters",
     "sort_initializers",
     "write_weights",
@@ -36,14 +34,6 @@ ReadParameter = Callable[[str], NDArray[np.float32]]
 PAGE = 4096
 SMALL = 64
 _CHUNK = 1 << 24
-
-
-@dataclass(frozen=True)
-class WrittenWeights:
-    """What `write_weights` wrote."""
-
-    record: FileRecord
-    tensors: int
 
 
 def bind_parameters(model: ir.Model, read: ReadParameter) -> None:
@@ -85,7 +75,7 @@ def write_weights(
     models: Mapping[str, ir.Model],
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
-) -> WrittenWeights:
+) -> FileRecord:
     """Write each distinct lazy initializer once and let all models refer to it.
 
     Two initializers of the same name are the same tensor. Small constants that a graph brings
@@ -95,6 +85,9 @@ def write_weights(
         models: by graph name; their lazy initializers become references into the file.
         folder: where `weights.bin` is created.
         progress: called with bytes written and bytes in all.
+
+    Returns:
+        Size and checksum of the file.
     """
     tensors: dict[str, ir.Value] = {}
     for model in models.values():
@@ -120,7 +113,7 @@ def write_weights(
                     progress(offset, total)
     for model in models.values():
         _refer(model, places, folder)
-    return WrittenWeights(FileRecord(size=offset, sha256=digest.hexdigest()), len(places))
+    return FileRecord(size=offset, sha256=digest.hexdigest())
 
 
 def _alias(value: ir.Value) -> str | None:

@@ -201,7 +201,7 @@ def test_every_place_of_every_layer(cases: Callable[[str], Case]) -> None:
         weights = StoredWeights(
             lambda name: checkpoint.tensors[name].read(), WeightPlan.uniform("fp32")
         )
-        steps = steps_from_ranges(Statistics.open(case.statistics), checkpoint.spec)
+        steps = steps_from_ranges(Statistics.open(case.statistics).channel_max, checkpoint.spec)
         found = verify_bundle(case.bundle, manifest, checkpoint, weights, steps)
         assert found.worst_place.error <= TOLERANCES["int8-cache"].hidden
         assert found.typical_error <= EXACT

@@ -17,7 +17,7 @@ from neo_runtime.manifest import ModelSpec
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from neo_export.passes import Pass
     from numpy.typing import NDArray
@@ -69,6 +69,13 @@ def passes_of(
         **decided,
     )
     return found.passes(context)
+
+
+def stored_tensors(models: Mapping[str, ir.Model]) -> int:
+    """How many tensors graphs have between them in the weight file."""
+    values = [value for model in models.values() for value in model.graph.initializers.values()]
+    tensors = [value.const_value for value in values]
+    return len({tensor.offset for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
 
 
 def bound_graph(

@@ -17,6 +17,7 @@ Must not fire for a weight that is kept, computed, or the plan stores otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -35,8 +36,6 @@ from neo_export.quantize.int4 import check_block_size
 from neo_export.quantize.linear import LEVELS, quantize_linear
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from neo_export.passes import Pass
@@ -44,8 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ActivationRange", "quantize_linear_weights"]
 
-if TYPE_CHECKING:
-    ActivationRange = Callable[[str], float | None]
+ActivationRange = Callable[[str], float | None]
 """Name of a matrix → the largest |x| of its input; None where it is not known."""
 
 _TYPES = {

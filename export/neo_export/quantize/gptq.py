@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from neo_export.quantize.levels import Levels
     from neo_export.quantize.own_inputs import OwnInputs
 
-__all__ = ["DAMPING", "damped", "gptq", "output_error"]
+__all__ = ["DAMPING", "damped", "gptq"]
 
 DAMPING = 0.03
 """Share of the mean of H's diagonal that is added to it. The paper has 0.01; with the refinement
@@ -48,15 +48,6 @@ def damped(moment: NDArray[np.floating[Any]], damping: float = DAMPING) -> NDArr
     mean = float(np.trace(wide)) / len(wide)
     wide[np.diag_indices(len(wide))] += damping * mean if mean > 0 else 1.0
     return wide
-
-
-def output_error(
-    weight: NDArray[np.float32], found: NDArray[np.float32], moment: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """E‖dW x‖² of each row of [out, in], for second moments [in, in]."""
-    off = (found - weight).astype(np.float64)
-    result: NDArray[np.float64] = np.einsum("ij,ij->i", off @ moment, off)
-    return result
 
 
 def gptq(

@@ -8,12 +8,14 @@ later step: they come from statistics over real text, never from the position at
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from neo_runtime.errors import RequestError, StatisticsError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from neo_runtime.manifest import CacheSpec, ModelSpec
     from numpy.typing import NDArray
 
@@ -24,7 +26,6 @@ __all__ = [
     "CACHE_LEVELS",
     "HEADROOM",
     "CacheSteps",
-    "ChannelRanges",
     "calibrated_steps",
     "check_int8_cache",
     "steps_from_ranges",
@@ -48,14 +49,6 @@ against the float cache's 11.0997, calibrated on this many tokens:
 """
 
 
-class ChannelRanges(Protocol):
-    """What is read of `neo_export.statistics.Statistics`."""
-
-    def channel_max(self, place: str) -> NDArray[np.float32]:
-        """Max |x| of each channel of a place, float32 [channels]."""
-        ...
-
-
 @dataclass(frozen=True)
 class CacheSteps:
     """The value of one integer step, by layer and channel."""
@@ -66,11 +59,14 @@ class CacheSteps:
     """The same for values."""
 
 
-def steps_from_ranges(ranges: ChannelRanges, spec: ModelSpec) -> CacheSteps:
+def steps_from_ranges(
+    channel_max: Callable[[str], NDArray[np.float32]], spec: ModelSpec
+) -> CacheSteps:
     """`HEADROOM` times the largest value of each channel becomes `CACHE_LEVELS` steps.
 
     Args:
-        ranges: statistics of this very model.
+        channel_max: gives the largest |x| of each channel of a place, [hidden], such as
+            `Statistics.channel_max` of this very model.
         spec: the model.
 
     Raises:
@@ -79,7 +75,7 @@ def steps_from_ranges(ranges: ChannelRanges, spec: ModelSpec) -> CacheSteps:
 
     def steps(layer: int, place: str) -> NDArray[np.float32]:
         name = f"transformer.h.{layer}.{place}"
-        largest = np.asarray(ranges.channel_max(name), dtype=np.float32)
+        largest = np.asarray(channel_max(name), dtype=np.float32)
         if largest.shape != (spec.hidden_size,):
             raise StatisticsError(
                 f"the statistics of {name} have shape {list(largest.shape)}, expected "
@@ -138,7 +134,7 @@ def calibrated_steps(statistics: Statistics | None, spec: ModelSpec) -> CacheSte
             "--kv-cache int8 needs to know how large keys and values become: run neo-calibrate "
             "MODEL --text FILE -o STATS, then add --calibration STATS"
         )
-    return steps_from_ranges(statistics, spec)
+    return steps_from_ranges(statistics.channel_max, spec)
 
 
 def stored_cache(x: NDArray[np.float32], step: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -151,19 +151,9 @@ def test_must_not_fire_on_standard_operators_nor_twice() -> None:
     assert rewrite(quantized("prefill")) == 0
 
 
-class Ranges:
-    """Statistics that say the same of every place."""
-
-    def __init__(self, largest: NDArray[np.float32]) -> None:
-        self._largest = largest
-
-    def channel_max(self, place: str) -> NDArray[np.float32]:
-        return self._largest
-
-
 def test_steps_reach_half_as_far_again_as_calibration_saw() -> None:
     largest = np.linspace(0, 3, CONFIG.hidden_size, dtype=np.float32)
-    found = steps_from_ranges(Ranges(largest), spec_of(CONFIG)).key[0]
+    found = steps_from_ranges(lambda _place: largest, spec_of(CONFIG)).key[0]
     assert found[1:] * 127 == pytest.approx(1.5 * largest[1:])
     assert found[0] > 0, "a channel that was always 0"
     beyond = stored_cache(10 * largest, found)
@@ -180,4 +170,4 @@ def test_steps_reach_half_as_far_again_as_calibration_saw() -> None:
 )
 def test_ranges_that_cannot_be(largest: NDArray[np.float32], message: str) -> None:
     with pytest.raises(StatisticsError, match=message):
-        steps_from_ranges(Ranges(largest), spec_of(CONFIG))
+        steps_from_ranges(lambda _place: largest, spec_of(CONFIG))

@@ -17,6 +17,7 @@ from helpers.graphs import (
     random_parameters,
     situations,
     spec_of,
+    stored_tensors,
     through_identity,
 )
 from helpers.models import TinyConfig, make_checkpoint
@@ -181,10 +182,10 @@ def test_bytes_of_the_weight_file(block: int, tmp_path: Path) -> None:
         assert apply_pass(half_positions, model) == 1
     written = write_weights(models, tmp_path)
     parameters = sum(math.prod(shape) for shape in expected_shapes(spec_of(WIDE)).values())
-    assert written.record.size <= 1.02 * parameters * (4 + 32 / block) / 8
+    assert written.size <= 1.02 * parameters * (4 + 32 / block) / 8
     matrices = len(LINEAR) * LAYERS + 1
     others = 4 * LAYERS + 2 + 3 * LAYERS  # norms and their biases, biases of products
-    assert written.tensors == 2 * matrices + others + 1
+    assert stored_tensors(models) == 2 * matrices + others + 1
 
 
 def test_int8_prefill(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from helpers.graphs import (
     random_parameters,
     situations,
     spec_of,
+    stored_tensors,
     through_identity,
     value_named,
 )
@@ -233,8 +234,8 @@ def test_bytes_of_the_weight_file(tmp_path: Path) -> None:
         assert apply_pass(half_positions, model) == 1
     written = write_weights(models, tmp_path)
     parameters = sum(math.prod(shape) for shape in expected_shapes(spec_of(WIDE)).values())
-    assert written.record.size <= 1.02 * parameters
-    assert (tmp_path / "weights.bin").stat().st_size == written.record.size
+    assert written.size <= 1.02 * parameters
+    assert (tmp_path / "weights.bin").stat().st_size == written.size
     matrices = len(LINEAR) * LAYERS + 1
     others = 4 * LAYERS + 2 + 3 * LAYERS  # norms and their biases, biases of products
-    assert written.tensors == 2 * matrices + others + 1
+    assert stored_tensors(models) == 2 * matrices + others + 1
