@@ -11,6 +11,7 @@ from helpers.models import TinyConfig, deviation, random_ids
 from helpers.running import run_model
 from neo_export.checkpoint import expected_shapes
 from neo_export.graphs import build_graph
+from neo_export.quantize.plan import WeightPlan
 from neo_export.targets import TARGETS, PassContext, Quantization
 from neo_export.weights import bind_parameters
 from neo_runtime.manifest import ModelSpec
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
     from neo_export.passes import Pass
     from numpy.typing import NDArray
+
+
+ALIKE = WeightPlan.uniform("fp32")
+"""A plan that stores every matrix in one way."""
 
 
 def spec_of(config: TinyConfig) -> ModelSpec:

@@ -11,7 +11,7 @@ Types are carried forward from the graph's inputs: a Cast decides its own output
 computes in the type of its first floating input, and constants follow the node that reads them.
 A weight that float16 cannot hold (beyond ±65504) is an error when it is written, never clipped.
 
-`float16_except(wide)` keeps some tensors in float32: see `neo_export.passes._wide`.
+`float16` keeps some tensors in float32: see `neo_export.passes._wide`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from neo_export.passes import Pass
 
-__all__ = ["bfloat16", "float16", "float16_except", "to_bfloat16", "to_float16"]
+__all__ = ["bfloat16", "float16", "to_bfloat16", "to_float16"]
 
 _FLOAT = ir.DataType.FLOAT
 _STATISTICS = {"SkipLayerNormalization": (1, 2)}
@@ -67,15 +67,11 @@ def to_bfloat16(values: NDArray[np.float32], name: str) -> NDArray[Any]:
     return halves
 
 
-def float16(model: ir.Model) -> int:
-    """Apply to the whole model; returns how many weights became float16."""
-    return _to_half(model, ir.DataType.FLOAT16, Wide())
-
-
-def float16_except(wide: Wide) -> Pass:
+def float16(wide: Wide) -> Pass:
     """The pass, for all but some tensors, which stay float32."""
 
     def float16(model: ir.Model) -> int:
+        """Apply to the whole model; returns how many weights became float16."""
         return _to_half(model, ir.DataType.FLOAT16, wide)
 
     return float16

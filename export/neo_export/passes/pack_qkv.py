@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from neo_export.passes import Pass
     from neo_export.quantize.plan import WeightPlan
 
-__all__ = ["PACKED_PLACE", "pack_qkv", "pack_qkv_alike"]
+__all__ = ["PACKED_PLACE", "pack_qkv"]
 
 PACKED_PLACE = "qkv"
 """Stable name of the packed value, in place of "key" and "value"."""
@@ -122,18 +122,14 @@ class _PackQKV(Rule):
         )
 
 
-def pack_qkv(model: ir.Model) -> int:
-    """Apply to the whole model; returns how many layers were packed."""
-    return apply(_PackQKV, model, lambda names: True)
-
-
-def pack_qkv_alike(plan: WeightPlan, apart: int | None = None) -> Pass:
-    """The same for layers whose three projections the plan stores alike; not for layer `apart`."""
+def pack_qkv(plan: WeightPlan, apart: int | None = None) -> Pass:
+    """The pass for layers whose three projections the plan stores alike; not for layer `apart`."""
 
     def alike(names: list[str]) -> bool:
         return plan.packs(names) and not names[0].startswith(f"transformer.h.{apart}.")
 
     def pack_qkv(model: ir.Model) -> int:
+        """Apply to the whole model; returns how many layers were packed."""
         return apply(_PackQKV, model, alike)
 
     return pack_qkv

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.manifest import is_quantized
 
-from neo_export.passes.float16 import float16_except
+from neo_export.passes.float16 import float16
 from neo_export.passes.fuse_attention import fuse_attention
 from neo_export.passes.fuse_gelu import fuse_gelu, fuse_gelu_behind_bias
 from neo_export.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
 from neo_export.passes.half_positions import half_positions
 from neo_export.passes.migrate_activations import migrate_activations
-from neo_export.passes.pack_qkv import pack_qkv_alike
+from neo_export.passes.pack_qkv import pack_qkv
 from neo_export.passes.quantize_cache import quantize_cache_steps
 from neo_export.passes.quantize_int4 import quantize_int4_weights
 from neo_export.passes.quantize_int8 import quantize_int8_weights
@@ -36,7 +36,7 @@ def _passes(context: PassContext) -> list[Pass]:
         passes.append(migrate_activations(context.migration))
     if context.cache.layout == "in_place":
         # The last layer's projections are apart in every graph: they share the weights.
-        pack = pack_qkv_alike(plan, apart=context.spec.num_layers - 1)
+        pack = pack_qkv(plan, apart=context.spec.num_layers - 1)
         passes += [fuse_attention, pack, select_query]
     if context.cache.window is not None:
         passes.append(window_caches)
@@ -47,7 +47,7 @@ def _passes(context: PassContext) -> list[Pass]:
     if half and not context.wide:
         passes.append(fuse_skip_layer_norm)
     if half:
-        passes.append(float16_except(context.wide))
+        passes.append(float16(context.wide))
     if plan.mentions("int8"):
         passes.append(quantize_int8_weights(plan, context.quantizer))
     if plan.mentions("int4"):

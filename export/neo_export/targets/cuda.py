@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from neo_export.passes.candidates import candidates
 from neo_export.passes.device_lengths import device_lengths
 from neo_export.passes.exact_activations import exact_activations
-from neo_export.passes.float16 import bfloat16, float16_except
+from neo_export.passes.float16 import bfloat16, float16
 from neo_export.passes.fold_bias import fold_bias
 from neo_export.passes.fuse_attention import fuse_attention
 from neo_export.passes.fuse_gelu import fuse_gelu
 from neo_export.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
 from neo_export.passes.migrate_activations import migrate_activations
-from neo_export.passes.pack_qkv import pack_qkv_alike
+from neo_export.passes.pack_qkv import pack_qkv
 from neo_export.passes.pad_head import pad_head
 from neo_export.passes.quantize_int4 import quantize_int4_weights
 from neo_export.passes.quantize_int8_blocks import quantize_int8_blocks
@@ -34,7 +34,7 @@ def _passes(context: PassContext) -> list[Pass]:
     passes: list[Pass] = []
     if context.migration.in_graph:
         passes.append(migrate_activations(context.migration))
-    passes += [fuse_attention, pack_qkv_alike(plan), fuse_gelu, device_lengths]
+    passes += [fuse_attention, pack_qkv(plan), fuse_gelu, device_lengths]
     if not context.wide:  # residual stream and norm are one operator of one type
         passes.append(fuse_skip_layer_norm)
     passes.append(fold_bias)
@@ -42,7 +42,7 @@ def _passes(context: PassContext) -> list[Pass]:
         passes.append(quantize_int8_blocks(plan, context.quantizer))
     if plan.mentions("int4"):
         passes += [quantize_int4_weights(plan, context.quantizer), exact_activations]
-    passes.append(bfloat16 if context.precision == "bf16" else float16_except(context.wide))
+    passes.append(bfloat16 if context.precision == "bf16" else float16(context.wide))
     passes += [store_transposed, pad_head]
     if context.graph != "score":
         passes.append(candidates)

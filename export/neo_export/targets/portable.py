@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from neo_export.passes.float16 import float16_except
+from neo_export.passes.float16 import float16
 from neo_export.passes.migrate_activations import migrate_activations
 from neo_export.passes.store_transposed import store_transposed
 from neo_export.targets.target import Target
@@ -21,7 +21,7 @@ def _passes(context: PassContext) -> list[Pass]:
     if context.migration.in_graph:
         passes.append(migrate_activations(context.migration))
     if context.precision == "fp16":
-        passes.append(float16_except(context.wide))
+        passes.append(float16(context.wide))
     passes.append(store_transposed)
     return passes
 

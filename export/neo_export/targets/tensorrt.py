@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.manifest import is_quantized
 
-from neo_export.passes.float16 import bfloat16, float16_except
+from neo_export.passes.float16 import bfloat16, float16
 from neo_export.passes.migrate_activations import migrate_activations
 from neo_export.passes.quantize_linear import quantize_linear_weights
 from neo_export.passes.static_cache import static_cache
@@ -30,7 +30,7 @@ def _passes(context: PassContext) -> list[Pass]:
     if context.precision == "bf16":
         passes.append(bfloat16)
     elif context.precision != "fp32":
-        passes.append(float16_except(context.wide))
+        passes.append(float16(context.wide))
     passes.append(store_transposed)
     return passes
 

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from helpers.graphs import (
+    ALIKE,
     apply_pass,
     bound_graph,
     feeds,
@@ -17,6 +18,7 @@ from helpers.graphs import (
 from helpers.models import TinyConfig
 from helpers.running import relative_l2, run_model
 from neo_export.graphs import GRAPH_NAMES
+from neo_export.passes._wide import Wide
 from neo_export.passes.float16 import float16
 from neo_export.passes.fuse_attention import fuse_attention
 from neo_export.passes.fuse_gelu import fuse_gelu
@@ -28,7 +30,7 @@ from neo_export.tolerances import TOLERANCES
 from neo_runtime.errors import CheckpointError
 
 CONFIG = TinyConfig()
-FUSIONS = (fuse_attention, pack_qkv, fuse_gelu, fuse_skip_layer_norm)
+FUSIONS = (fuse_attention, pack_qkv(ALIKE), fuse_gelu, fuse_skip_layer_norm)
 LIMIT = TOLERANCES["fp16"].logits
 
 
@@ -43,7 +45,7 @@ def graph(name: str, *, fused: bool) -> ir.Model:
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_nearly_the_same_outputs(name: str, fused: bool) -> None:
     before, after = graph(name, fused=fused), graph(name, fused=fused)
-    apply_pass(float16, after)
+    apply_pass(float16(Wide()), after)
     assert operators(after) == operators(before)
     full = feeds(CONFIG, batch=1, new=1 if name == "decode" else 9, past=6)
     half = {k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in full.items()}
@@ -64,7 +66,7 @@ def test_every_weight_becomes_float16(fused: bool) -> None:
         for value in node.inputs
         if value is not None and value.is_initializer() and "transformer" in str(value.name)
     }
-    assert float16(model) == len(weights)
+    assert float16(Wide())(model) == len(weights)
     read = [v for node in model.graph for v in node.inputs if v is not None and v.is_initializer()]
     wide = {v.name for v in read if v.dtype == ir.DataType.FLOAT}
     # Only the value of a masked score, which is compared with float32 scores.
@@ -75,7 +77,7 @@ def test_every_weight_becomes_float16(fused: bool) -> None:
 
 def test_the_portable_form_keeps_scores_wide() -> None:
     model = graph("score", fused=False)
-    apply_pass(float16, model)
+    apply_pass(float16(Wide()), model)
     for softmax in nodes_of(model, "Softmax"):
         where = softmax.inputs[0]
         assert where is not None
@@ -95,7 +97,7 @@ def test_the_portable_form_keeps_scores_wide() -> None:
 def test_statistics_of_the_fused_norm_stay_wide() -> None:
     """The operator defines its mean and deviation as float32."""
     model = graph("score", fused=True)
-    apply_pass(float16, model)
+    apply_pass(float16(Wide()), model)
     for node in nodes_of(model, "SkipLayerNormalization"):
         kinds = [output.dtype for output in node.outputs]
         half, full = ir.DataType.FLOAT16, ir.DataType.FLOAT
@@ -105,7 +107,7 @@ def test_statistics_of_the_fused_norm_stay_wide() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_places_keep_their_names(fused: bool) -> None:
     before, after = graph("score", fused=fused), graph("score", fused=fused)
-    apply_pass(float16, after)
+    apply_pass(float16(Wide()), after)
     assert probes_of(after, spec_of(CONFIG)) == probes_of(before, spec_of(CONFIG))
 
 
@@ -115,7 +117,7 @@ def test_a_weight_beyond_half_precision_is_named_when_it_is_read(value: float) -
     name = "transformer.h.0.ln_1.bias"
     parameters[name][2] = value
     model = bound_graph("score", CONFIG, parameters)
-    apply_pass(float16, model)
+    apply_pass(float16(Wide()), model)
     half = model.graph.initializers[f"{name}.float16"].const_value
     assert half is not None
     with pytest.raises(CheckpointError, match=name):

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from helpers.graphs import (
+    ALIKE,
     apply_pass,
     assert_same_outputs,
     bound_graph,
@@ -20,9 +21,8 @@ from helpers.graphs import (
 from helpers.models import TinyConfig
 from neo_export.graphs import GRAPH_NAMES
 from neo_export.passes.fuse_attention import fuse_attention
-from neo_export.passes.pack_qkv import pack_qkv, pack_qkv_alike
+from neo_export.passes.pack_qkv import pack_qkv
 from neo_export.probes import probes_of
-from neo_export.quantize.plan import WeightPlan
 
 if TYPE_CHECKING:
     from neo_runtime.manifest import Probe
@@ -42,7 +42,7 @@ def fused(name: str = "score") -> ir.Model:
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_same_outputs_with_one_product(name: str) -> None:
     before, after = fused(name), fused(name)
-    assert apply_pass(pack_qkv, after) == LAYERS
+    assert apply_pass(pack_qkv(ALIKE), after) == LAYERS
     found, was = operators(after), operators(before)
     assert was["MatMul"] - found["MatMul"] == 2 * LAYERS
     assert found["GroupQueryAttention"] == LAYERS
@@ -54,7 +54,7 @@ def test_one_layer_apart() -> None:
     config = TinyConfig(attention_layers=("global",) * 11)
     model = bound_graph("decode", config)
     apply_pass(fuse_attention, model)
-    assert apply_pass(pack_qkv_alike(WeightPlan.uniform("fp32"), apart=1), model) == 10
+    assert apply_pass(pack_qkv(ALIKE, apart=1), model) == 10
     assert [n.inputs[1] is None for n in nodes_of(model, "GroupQueryAttention")] == [
         layer != 1 for layer in range(11)
     ]
@@ -62,7 +62,7 @@ def test_one_layer_apart() -> None:
 
 def test_attributes_stay() -> None:
     before, after = fused(), fused()
-    apply_pass(pack_qkv, after)
+    apply_pass(pack_qkv(ALIKE), after)
     for old, new in zip(
         nodes_of(before, "GroupQueryAttention"), nodes_of(after, "GroupQueryAttention"), strict=True
     ):
@@ -73,7 +73,7 @@ def test_attributes_stay() -> None:
 
 def test_weights_lie_one_below_the_other() -> None:
     model = fused()
-    apply_pass(pack_qkv, model)
+    apply_pass(pack_qkv(ALIKE), model)
     packed = model.graph.initializers[f"{ATTENTION}.qkv_proj.weight"].const_value
     assert packed is not None
     parameters = random_parameters(CONFIG)
@@ -83,7 +83,7 @@ def test_weights_lie_one_below_the_other() -> None:
 
 def test_projections_become_channels() -> None:
     before, after = fused(), fused()
-    apply_pass(pack_qkv, after)
+    apply_pass(pack_qkv(ALIKE), after)
     old, new = (probes_of(model, spec_of(CONFIG)) for model in (before, after))
     assert [(p.layer, p.place) for p in new] == [(p.layer, p.place) for p in old]
 
@@ -114,7 +114,7 @@ def test_must_not_fire_on_different_inputs(index: int) -> None:
     product = projection.producer()
     assert product is not None
     product.replace_input_with(0, value_named(model, "transformer.embedding"))
-    assert apply_pass(pack_qkv, model) == LAYERS - 1
+    assert apply_pass(pack_qkv(ALIKE), model) == LAYERS - 1
     assert attention in list(model.graph)
 
 
@@ -126,7 +126,7 @@ def test_must_not_fire_on_a_computed_weight() -> None:
         if any(v is not None and v.name == f"{ATTENTION}.v_proj.weight" for v in node.inputs)
     )
     through_identity(model, turn, 0)
-    assert apply_pass(pack_qkv, model) == LAYERS - 1
+    assert apply_pass(pack_qkv(ALIKE), model) == LAYERS - 1
 
 
 @pytest.mark.parametrize("part", "qkv")
@@ -135,4 +135,4 @@ def test_must_not_fire_on_different_shapes(part: str) -> None:
     model = fused()
     weight = model.graph.initializers[f"{ATTENTION}.{part}_proj.weight"]
     weight.shape = ir.Shape([CONFIG.hidden_size // 2, CONFIG.hidden_size])
-    assert apply_pass(pack_qkv, model) == LAYERS - 1
+    assert apply_pass(pack_qkv(ALIKE), model) == LAYERS - 1

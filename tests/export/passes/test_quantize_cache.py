@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from helpers.cache_steps import random_steps
-from helpers.graphs import apply_pass, bound_graph, feeds, nodes_of, spec_of
+from helpers.graphs import ALIKE, apply_pass, bound_graph, feeds, nodes_of, spec_of
 from helpers.models import TinyConfig
 from helpers.running import relative_l2, run_model
 from neo_export.graphs import GRAPH_NAMES
@@ -34,7 +34,7 @@ def steps() -> CacheSteps:
 
 def quantized(name: str, config: TinyConfig = CONFIG, *, packed: bool = True) -> ir.Model:
     model = bound_graph(name, config)
-    for rewrite in (fuse_attention, pack_qkv, window_caches)[:: 1 if packed else 2]:
+    for rewrite in (fuse_attention, pack_qkv(ALIKE), window_caches)[:: 1 if packed else 2]:
         apply_pass(rewrite, model)
     assert apply_pass(quantize_cache_steps(steps(), single=name == "decode"), model) == LAYERS
     return model
@@ -101,7 +101,7 @@ def rounding(model: ir.Model) -> ir.Model:
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_as_float32_over_the_rounded_values(name: str, past: int) -> None:
     before = bound_graph(name, CONFIG)
-    for rewrite in (fuse_attention, pack_qkv, window_caches):
+    for rewrite in (fuse_attention, pack_qkv(ALIKE), window_caches):
         apply_pass(rewrite, before)
     narrow, wide = cached(past, NEW[name])
     expected, found = run_model(rounding(before), wide), run_model(quantized(name), narrow)
@@ -140,7 +140,7 @@ def test_decode_reads_integers_and_prefill_widens_them() -> None:
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_places_keep_their_names_and_values(name: str) -> None:
     before, after = bound_graph(name, CONFIG), quantized(name)
-    for rewrite in (fuse_attention, pack_qkv, window_caches):
+    for rewrite in (fuse_attention, pack_qkv(ALIKE), window_caches):
         apply_pass(rewrite, before)
     assert probes_of(after, spec_of(CONFIG)) == probes_of(before, spec_of(CONFIG))
 

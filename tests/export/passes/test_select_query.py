@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from helpers.cache_steps import random_steps
 from helpers.graphs import (
+    ALIKE,
     apply_pass,
     bound_graph,
     nodes_of,
@@ -96,7 +97,7 @@ def test_must_not_fire_where_every_position_goes_on(name: str) -> None:
 
 def test_must_not_fire_on_one_product_for_three() -> None:
     model = fused()
-    apply_pass(pack_qkv, model)
+    apply_pass(pack_qkv(ALIKE), model)
     assert apply_pass(select_query, model) == 0
 
 

@@ -209,10 +209,11 @@ def test_scores_beyond_half_precision(tmp_path: Path) -> None:
 
 
 def test_types_in_half_precision() -> None:
+    from neo_export.passes._wide import Wide
     from neo_export.passes.float16 import float16
 
     model = bound_graph("selective", CONFIG)
-    for rewrite in (static_cache(LENGTH), float16):
+    for rewrite in (static_cache(LENGTH), float16(Wide())):
         apply_pass(rewrite, model)
     for node in nodes_of(model, "TensorScatter"):
         assert node.outputs[0].dtype == ir.DataType.FLOAT16

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from helpers.graphs import apply_pass, bound_graph, feeds, nodes_of, spec_of
+from helpers.graphs import ALIKE, apply_pass, bound_graph, feeds, nodes_of, spec_of
 from helpers.models import TinyConfig
 from helpers.running import relative_l2, run_model
 from neo_export.graphs import GRAPH_NAMES
@@ -78,7 +78,7 @@ def test_places_keep_their_names() -> None:
 def test_survives_packing() -> None:
     model = fused("decode")
     apply_pass(window_caches, model)
-    apply_pass(pack_qkv, model)
+    apply_pass(pack_qkv(ALIKE), model)
     windowed = [
         node.attributes.get_int("sliding_window_cache", 0)
         for node in nodes_of(model, "GroupQueryAttention")
