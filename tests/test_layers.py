@@ -20,6 +20,7 @@ ALLOWED = {
         "neo_runtime.errors",
         "neo_runtime.installation",
         "neo_runtime.manifest",
+        "neo_runtime.options",
         "neo_runtime.tensorrt_log",
     ),
     "calibration/neo_calibration": ("neo_calibration", "neo_export", "neo_runtime"),

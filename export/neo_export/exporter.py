@@ -17,6 +17,7 @@ from neo_export.built_graphs import build_graphs, graph_spec
 from neo_export.check import check_bundle, scoring_graph
 from neo_export.checkpoint import open_checkpoint
 from neo_export.export_options import ExportOptions, ExportSummary
+from neo_export.generation_defaults import check_generation_defaults
 from neo_export.hub import resolve_model
 from neo_export.memory import PeakMemory
 from neo_export.prepared import prepare
@@ -71,6 +72,7 @@ def export_bundle(
                 "--verify computes on the CPU, where onnxruntime has no kernels for bfloat16; "
                 "verify the same checkpoint with --fp16, and leave it out here"
             )
+        check_generation_defaults(checkpoint, options.max_length)
         prepared = prepare(checkpoint, target, options, say)
         say("building the graphs", 0, 0)
         models, summaries = build_graphs(prepared)

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
     from neo_runtime.completion import Completion
     from neo_runtime.model import Model
+    from neo_runtime.options import GenerationOptions
     from neo_runtime.sampling import Choice
+    from neo_runtime.text_stream import TextStream
 
 __all__ = ["main"]
 
 _BAD_MODEL = 1
 _EPILOG = """Without PROMPT the prompt is read from standard input, without its last newline.
-Option defaults come from the bundle's generation_config.json. Several completions are separated by
-a line "---".
+Option defaults come from the bundle's generation_config.json, unless --no-generation-config leaves
+it out. Several completions are separated by a line "---".
 
 exit status: 0 done; 1 the model's logits hold NaN or infinity; 2 wrong usage, or a bundle or
 request that cannot be served; 130 interrupted; 141 the reader of the output has gone"""
@@ -86,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify", action="store_true", help="compare the weights with their checksum first"
     )
+    parser.add_argument(
+        "--no-generation-config",
+        action="store_true",
+        help="take nothing from the bundle's generation_config.json",
+    )
     add_option_flags(parser)
     return parser
 
@@ -129,32 +136,46 @@ def _run(arguments: argparse.Namespace) -> int:
         loaded = perf_counter() - started
         if model.backend_choice is not None and model.backend != "cpu":  # else it was logged
             print(f"neo-generate: {model.backend_choice}", file=sys.stderr)
+        bad_words = options.pop("bad_words", ())
+        chosen = _chosen(model, options, reads_file=not arguments.no_generation_config)
         first = prompts[0]
-        if isinstance(first, str) and _can_stream(arguments, model, options):
-            completions = [_stream(model, first, options, echo=arguments.echo)]
+        if isinstance(first, str) and _can_stream(arguments, model, chosen):
+            pieces = model.stream(first, chosen, bad_words=bad_words)
+            completions = [_stream(pieces, echo=first if arguments.echo else "")]
         else:
-            completions = model.generate(prompts, batch_size=arguments.batch_size, **options)
+            completions = model.generate(
+                prompts, chosen, bad_words=bad_words, batch_size=arguments.batch_size
+            )
             _print(arguments, model, completions, loaded)
     if arguments.timings:
         _print_timings(completions, loaded)
     return 0
 
 
-def _can_stream(arguments: argparse.Namespace, model: Model, options: dict[str, Any]) -> bool:
-    defaults = model.defaults
+def _chosen(model: Model, given: dict[str, Any], *, reads_file: bool) -> GenerationOptions:
+    """The options of the request; without the file, the model's own end-of-sequence stays."""
+    from neo_runtime.options import GenerationOptions
+
+    if reads_file:
+        return model.options(**given)
+    eos = tuple(token for token in model.manifest.model.eos_token_id if token >= 0)
+    return GenerationOptions(eos_token_id=eos).merged(**given)
+
+
+def _can_stream(arguments: argparse.Namespace, model: Model, chosen: GenerationOptions) -> bool:
     return not (
         arguments.json
         or arguments.prompts_file is not None
         or model.tokenizer is None
-        or options.get("num_beams", defaults.num_beams) > 1
-        or options.get("num_return_sequences", defaults.num_return_sequences) > 1
+        or chosen.num_beams > 1
+        or chosen.num_return_sequences > 1
     )
 
 
-def _stream(model: Model, prompt: str, options: dict[str, Any], *, echo: bool) -> Completion:
-    with model.stream(prompt, **options) as pieces:
+def _stream(stream: TextStream, *, echo: str) -> Completion:
+    with stream as pieces:
         if echo:
-            print(prompt, end="", flush=True)
+            print(echo, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
     print()

@@ -7,7 +7,8 @@
     ├── CheckpointError        the model given to `neo-export` cannot be exported
     ├── HubError               a model hub or its client library cannot be reached
     ├── RequestError           a prompt or an option that cannot be honoured
-    │   └── ContextLengthError       more positions than the model has
+    │   ├── ContextLengthError       more positions than the model has
+    │   └── GenerationConfigError    such an option in a generation_config.json
     ├── CacheLimitError        the key/value cache would exceed the limit that was set
     ├── DeviceError            a GPU that was asked for cannot be used
     │   └── DeviceMemoryError        it has no memory left
@@ -34,6 +35,7 @@ __all__ = [
     "DeviceError",
     "DeviceMemoryError",
     "EngineError",
+    "GenerationConfigError",
     "HubError",
     "NeoError",
     "OutputError",
@@ -73,6 +75,15 @@ class RequestError(NeoError, ValueError):
 
 class ContextLengthError(RequestError):
     """The request needs more positions than the model has."""
+
+
+class GenerationConfigError(RequestError):
+    """The bundle's `generation_config.json` cannot be honoured, and the request did not replace it.
+
+    `problem` is what is wrong with it, without what a request can do about it.
+    """
+
+    problem: str = ""
 
 
 class CacheLimitError(NeoError, MemoryError):

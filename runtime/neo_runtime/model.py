@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 from neo_runtime.batches import sampled_completions
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import RequestError
+from neo_runtime.generation_config import GENERATION_CONFIG, file_error
 from neo_runtime.generator import beam_completions, cancelled_rows, make_rows, never, steps
 from neo_runtime.option_values import count
 from neo_runtime.options import GenerationOptions
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Model"]
 
-_GENERATION_CONFIG = "generation_config.json"
+_NO_TEXT = "the bundle has no tokenizer, so no text to find stop strings in"
 
 
 class Model(CachedModel):
@@ -39,16 +40,42 @@ class Model(CachedModel):
         """The options that the bundle's `generation_config.json` gives.
 
         Raises:
-            RequestError: the file has an entry that would change the result and is not supported.
+            GenerationConfigError: (a RequestError) the file has a value that cannot be honoured.
         """
-        config: dict[str, Any] = {}
-        if _GENERATION_CONFIG in self.manifest.files:
-            config = json.loads(self._bundle.file(_GENERATION_CONFIG).read_text(encoding="utf-8"))
-        return GenerationOptions.from_generation_config(
-            config,
-            eos_token_id=self.manifest.model.eos_token_id,
+        return self.options()
+
+    def options(self, **overrides: Any) -> GenerationOptions:
+        """The options of a request: those of the bundle's file, some of them replaced.
+
+        Args:
+            **overrides: as for `generate`. An entry of the file that no option stands for, such
+                as `max_time`, is left out by `max_time=None`.
+
+        Raises:
+            GenerationConfigError: (a RequestError) the file has a value that cannot be honoured,
+                and the request does not replace it.
+            RequestError: the request has one.
+        """
+        spec = self.manifest.model
+        options = GenerationOptions.from_generation_config(
+            self._generation_config,
+            eos_token_id=spec.eos_token_id,
             model_max_length=self.manifest.max_length,
+            vocab_size=spec.vocab_size,
+            overrides=overrides,
         )
+        given = {"stop", "stop_strings"} & overrides.keys()
+        if options.stop and self.tokenizer is None and not given:
+            raise file_error(_NO_TEXT, "stop=()")
+        return options
+
+    @cached_property
+    def _generation_config(self) -> dict[str, Any]:
+        if GENERATION_CONFIG not in self.manifest.files:
+            return {}
+        text = self._bundle.file(GENERATION_CONFIG).read_text(encoding="utf-8")
+        config: dict[str, Any] = json.loads(text)
+        return config
 
     @overload
     def generate(
@@ -199,11 +226,14 @@ class Model(CachedModel):
                 f"options is {options!r}, expected GenerationOptions; give single options by name: "
                 "max_new_tokens=50"
             )
-        chosen = (options or self.defaults).merged(**overrides)
+        if options is not None:
+            chosen = options.merged(**overrides)
+        else:
+            chosen = self.options(**overrides) if overrides else self.defaults
         chosen = with_bad_words(chosen, bad_words, self.tokenizer)
         chosen.check_vocabulary(self.manifest.model.vocab_size)
         if chosen.stop and self.tokenizer is None:
-            raise RequestError("the bundle has no tokenizer, so no text to find stop strings in")
+            raise RequestError(_NO_TEXT)
         return chosen
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[NDArray[np.int64]]:

@@ -7,17 +7,25 @@ defaults (`from_generation_config`), a call overrides some of them (`merged`).
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from neo_runtime import option_values as values
 from neo_runtime.errors import ContextLengthError, RequestError
-from neo_runtime.generation_config import supported_entries
+from neo_runtime.generation_config import (
+    checked_entries,
+    file_error,
+    foreign_entries,
+    supported_entries,
+    usable_entries,
+    warn_once,
+)
+from neo_runtime.option_names import ALIASES, named_changes
 from neo_runtime.option_values import option
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from dataclasses import Field
 
 __all__ = ["DEFAULT_MAX_NEW_TOKENS", "GenerationOptions"]
 
@@ -25,14 +33,11 @@ DEFAULT_MAX_NEW_TOKENS = 256
 """Where neither `max_new_tokens` nor `max_length` is given: what the text-generation pipeline of
 transformers uses. (`generate` itself takes 20, with a warning that nobody wants 20.)"""
 
-# Setting one of a pair in a call means that the other one, from a file, no longer holds.
-_RIVALS = {
-    "max_new_tokens": "max_length",
-    "max_length": "max_new_tokens",
-    "min_new_tokens": "min_length",
-    "min_length": "min_new_tokens",
+_UNREAD = {
+    "do_sample": "greedy decoding does not read it",
+    "num_beams": "only beam search reads it",
 }
-_ALIASES = {"stop_strings": "stop"}
+_TO_READ = {"do_sample": "set do_sample=True", "num_beams": "set num_beams above 1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +148,7 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            value = getattr(self, spec.name)
-            if value is None and spec.name != "top_k":  # whose None means off, like 0
-                value = {} if spec.name == "logit_bias" else spec.default
-            object.__setattr__(self, spec.name, spec.metadata["check"](spec.name, value))
+            object.__setattr__(self, spec.name, _checked(spec, getattr(self, spec.name)))
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
@@ -193,25 +195,76 @@ class GenerationOptions:
         *,
         eos_token_id: tuple[int, ...] = (),
         model_max_length: int | None = None,
+        vocab_size: int | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        warn: Callable[[str], None] = warn_once,
     ) -> GenerationOptions:
-        """The defaults that a Hugging Face `generation_config.json` gives.
+        """What a Hugging Face `generation_config.json` gives, with some of it replaced.
+
+        A value that the request replaces is never looked at; nor is one that it does not read, as
+        a temperature without sampling, unless it is a usable one.
 
         Args:
             config: the parsed file; an entry of null counts as absent.
             eos_token_id: the model's own, for a file that names none.
-            model_max_length: positions that the bundle has: a larger `max_length` of the file is
+            model_max_length: positions that the bundle has: a longer limit of the file is
                 lowered to it.
+            vocab_size: tokens that the model has; None: ids are not looked at.
+            overrides: as for `merged`; `NAME=None` also for entries that no option stands for.
+            warn: is told of entries that are not taken as they are.
 
         Raises:
-            RequestError: a bad value, or an entry that would change the result and is not
-                supported (the message names it).
+            GenerationConfigError: a bad value, or an entry that would change the result and is
+                not supported (the message names it).
+            RequestError: as for `merged`, in what the request gives.
         """
-        entries = supported_entries(config, {spec.name for spec in fields(cls)}, _ALIASES)
-        entries.setdefault("eos_token_id", eos_token_id)
-        limit = entries.get("max_length")
-        if model_max_length is not None and isinstance(limit, int) and limit > model_max_length:
-            entries["max_length"] = model_max_length
-        return cls(**entries)
+        known = {spec.name: spec for spec in fields(cls)}
+        off = foreign_entries(overrides or {}, config) - known.keys() - ALIASES.keys()
+        changes = named_changes({k: v for k, v in (overrides or {}).items() if k not in off}, known)
+        for name, value in changes.items():
+            _checked(known[name], value)
+        samples = changes.get("do_sample", config.get("do_sample")) is True
+        beams = changes.get("num_beams", config.get("num_beams"))
+        reads = {
+            None: True,
+            "do_sample": samples,
+            "num_beams": isinstance(beams, int) and beams > 1,
+        }
+
+        def unread(name: str) -> str | None:
+            needs = known[name].metadata["needs"]
+            return None if reads[needs] else _UNREAD[needs]
+
+        entries = supported_entries(
+            config, known, ALIASES, replaced={*changes, *off}, samples=samples, warn=warn
+        )
+        entries = usable_entries(entries, eos_token_id, model_max_length, warn)
+        checks = {name: spec.metadata["check"] for name, spec in known.items()}
+        return cls._joined(checked_entries(entries, checks, unread, warn), changes, vocab_size)
+
+    @classmethod
+    def _joined(
+        cls, entries: Mapping[str, Any], changes: Mapping[str, Any], vocab_size: int | None
+    ) -> GenerationOptions:
+        """Both together; a contradiction that the request alone does not have is the file's."""
+
+        def made(values: Mapping[str, Any]) -> GenerationOptions:
+            options = cls(**values)
+            if vocab_size is not None:
+                options.check_vocabulary(vocab_size)
+            return options
+
+        try:
+            joined = made({**entries, **changes})
+        except RequestError as error:
+            try:
+                made(changes)
+            except RequestError as own:
+                if str(own) == str(error):
+                    raise
+            raise file_error(str(error)) from error
+        joined._refuse_unread(changes)
+        return joined
 
     def merged(self, **overrides: Any) -> GenerationOptions:
         """These options with some replaced, as a call with keyword arguments does.
@@ -223,37 +276,30 @@ class GenerationOptions:
             RequestError: an unknown name, a bad value, a contradiction, or an option given here
                 that has no effect without `do_sample=True` or `num_beams` above 1.
         """
-        known = {spec.name: spec for spec in fields(self)}
-        changes: dict[str, Any] = {}
-        for given, value in overrides.items():
-            name = _ALIASES.get(given, given)
-            if name not in known:
-                close = difflib.get_close_matches(given, [*known, *_ALIASES], n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-                raise RequestError(f"unknown generation option {given!r}; {hint}")
-            if name in changes:
-                raise RequestError(f"{given!r} is another name of {name!r}; give one of them")
-            changes[name] = value
-        for name, rival in _RIVALS.items():
-            if changes.get(name) is not None:
-                changes.setdefault(rival, None)
+        changes = named_changes(overrides, [spec.name for spec in fields(self)])
         merged = replace(self, **changes)
-        for name in changes:
-            needs = known[name].metadata["needs"]
-            value = getattr(merged, name)
-            if not value or value == known[name].default:
-                continue
-            if needs == "do_sample" and not merged.do_sample:
-                raise RequestError(
-                    f"{name} is {value!r}, but greedy decoding does not read it; set "
-                    f"do_sample=True or leave {name} out"
-                )
-            if needs == "num_beams" and merged.num_beams == 1:
-                raise RequestError(
-                    f"{name} is {value!r}, but only beam search reads it; set num_beams above 1 "
-                    f"or leave {name} out"
-                )
+        merged._refuse_unread(changes)
         return merged
+
+    def unread(self) -> dict[str, str]:
+        """Options that are set and have no effect beside the others, each with the reason."""
+        found = {}
+        for spec in fields(self):
+            needs, value = spec.metadata["needs"], getattr(self, spec.name)
+            is_read = self.do_sample if needs == "do_sample" else self.num_beams > 1
+            if needs is not None and not is_read and value and value != spec.default:
+                found[spec.name] = needs
+        return {name: _UNREAD[needs] for name, needs in found.items()}
+
+    def _refuse_unread(self, changes: Mapping[str, Any]) -> None:
+        needs = {spec.name: spec.metadata["needs"] for spec in fields(self)}
+        unread = self.unread()
+        for name in changes:
+            if name in unread:
+                raise RequestError(
+                    f"{name} is {getattr(self, name)!r}, but {unread[name]}; "
+                    f"{_TO_READ[needs[name]]} or leave {name} out"
+                )
 
     @property
     def active_eos(self) -> tuple[int, ...]:
@@ -324,3 +370,10 @@ class GenerationOptions:
                     f"{name} names token {max(ids)}, but the model has {vocab_size} tokens "
                     f"(0 to {vocab_size - 1}); use ids of this model's tokenizer"
                 )
+
+
+def _checked(spec: Field[Any], value: Any) -> Any:
+    """The value in one plain form; the default for None."""
+    if value is None and spec.name != "top_k":  # whose None means off, like 0
+        value = {} if spec.name == "logit_bias" else spec.default
+    return spec.metadata["check"](spec.name, value)

@@ -202,7 +202,6 @@ def test_a_files_max_length_is_lowered_to_the_bundles() -> None:
         ("prompt_lookup_num_tokens", 3),
         ("assistant_early_exit", 2),
         ("watermarking_config", {"bias": 2.0}),
-        ("top_h", 0.4),
         ("forced_bos_token_id", 1),
         ("force_words_ids", [[1]]),
         ("token_healing", True),
@@ -215,6 +214,17 @@ def test_an_unsupported_entry_is_an_error_that_names_it(key: str, value: Any) ->
     with pytest.raises(RequestError, match=rf"{key}.*file"):
         GenerationOptions.from_generation_config({key: value})
     assert GenerationOptions.from_generation_config({key: None}) == GenerationOptions()
+
+
+def test_an_unsupported_entry_of_sampling_is_an_error_where_tokens_are_drawn() -> None:
+    file = {"do_sample": True, "top_h": 0.4}
+    with pytest.raises(RequestError, match=r"top_h.*file"):
+        GenerationOptions.from_generation_config(file)
+    with pytest.raises(RequestError, match=r"top_h.*file"):
+        GenerationOptions.from_generation_config({"top_h": 0.4}, overrides={"do_sample": True})
+    assert GenerationOptions.from_generation_config(file, overrides={"do_sample": False}) == (
+        GenerationOptions()
+    )
 
 
 def test_every_entry_that_transformers_writes_is_known() -> None:
@@ -236,8 +246,10 @@ def test_neutral_entries_pass() -> None:
 
 
 def test_a_bad_value_in_a_file_is_an_error() -> None:
-    with pytest.raises(RequestError, match="top_p is 7"):
-        GenerationOptions.from_generation_config({"top_p": 7})
+    with pytest.raises(RequestError, match=r"generation_config\.json: top_p is 7"):
+        GenerationOptions.from_generation_config({"do_sample": True, "top_p": 7})
+    with pytest.raises(RequestError, match=r"generation_config\.json: repetition_penalty is 0"):
+        GenerationOptions.from_generation_config({"repetition_penalty": 0})
 
 
 def test_merging_overrides_the_defaults_and_leaves_them_alone() -> None:

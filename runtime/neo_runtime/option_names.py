@@ -1,0 +1,44 @@
+"""The names that generation options go by in a call, and which of them stand for one limit."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+__all__ = ["ALIASES", "named_changes"]
+
+ALIASES = {"stop_strings": "stop"}
+# Setting one of a pair in a call means that the other one, from a file, no longer holds.
+_RIVALS = {
+    "max_new_tokens": "max_length",
+    "max_length": "max_new_tokens",
+    "min_new_tokens": "min_length",
+    "min_length": "min_new_tokens",
+}
+
+
+def named_changes(overrides: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """What a call replaces, by the options' names; rivals of what it gives are None.
+
+    Raises:
+        RequestError: an unknown name, or two names of one option.
+    """
+    changes: dict[str, Any] = {}
+    for given, value in overrides.items():
+        name = ALIASES.get(given, given)
+        if name not in known:
+            close = difflib.get_close_matches(given, [*known, *ALIASES], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            raise RequestError(f"unknown generation option {given!r}; {hint}")
+        if name in changes:
+            raise RequestError(f"{given!r} is another name of {name!r}; give one of them")
+        changes[name] = value
+    for name, rival in _RIVALS.items():
+        if changes.get(name) is not None:
+            changes.setdefault(rival, None)
+    return changes
