@@ -1,4 +1,7 @@
-"""A checkpoint's `generation_config.json`, looked at as the runtime will read it.
+"""The generation settings of a checkpoint, looked at as the runtime will read them.
+
+They stand in `generation_config.json`, or, as transformers wrote them before it had that file,
+among the entries of `config.json`, from where it still takes them.
 
 A bundle is written once and read by every request: what the runtime refuses in the file, it would
 refuse each time. So the export refuses it, while the file can still be corrected, and says what
@@ -9,20 +12,72 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import CheckpointError, GenerationConfigError
 from neo_runtime.options import GenerationOptions
 
 from neo_export.checkpoint import GENERATION_CONFIG_NAME
+from neo_export.config import CONFIG_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from neo_export.checkpoint import Checkpoint
 
-__all__ = ["check_generation_defaults", "warn_once"]
+__all__ = ["SETTINGS", "check_generation_defaults", "generation_defaults", "warn_once"]
 
+SETTINGS = frozenset(
+    {
+        "assistant_early_exit",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "constraints",
+        "diversity_penalty",
+        "do_sample",
+        "dola_layers",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "encoder_repetition_penalty",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "exponential_decay_length_penalty",
+        "force_words_ids",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "guidance_scale",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "max_time",
+        "min_length",
+        "min_new_tokens",
+        "min_p",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "penalty_alpha",
+        "prompt_lookup_num_tokens",
+        "remove_invalid_values",
+        "renormalize_logits",
+        "repetition_penalty",
+        "sequence_bias",
+        "stop_strings",
+        "suppress_tokens",
+        "temperature",
+        "token_healing",
+        "top_h",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "use_mtp",
+        "watermarking_config",
+    }
+)
+"""What `GenerationConfig` of transformers takes from a `config.json` and what changes the text."""
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LOG = logging.getLogger("neo_export")
 
 
@@ -30,6 +85,23 @@ _LOG = logging.getLogger("neo_export")
 def warn_once(message: str) -> None:
     """A warning in the log, the first time only: a search exports one checkpoint many times."""
     _LOG.warning("%s", message)
+
+
+def generation_defaults(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What the bundle's `generation_config.json` holds; None where the checkpoint has no settings.
+
+    Without that file they are those of `config.json`, as `GenerationConfig.from_pretrained` takes
+    them from there. Its token ids alone are no settings: the manifest has them.
+    """
+    if checkpoint.generation_config is not None:
+        return checkpoint.generation_config
+    config = {key: value for key, value in checkpoint.config_json.items() if value is not None}
+    if not config.keys() & SETTINGS:
+        return None
+    taken = {key: config[key] for key in sorted(config.keys() & SETTINGS)}
+    return (
+        {"_from_model_config": True} | {key: config[key] for key in _IDS if key in config} | taken
+    )
 
 
 def check_generation_defaults(
@@ -45,13 +117,15 @@ def check_generation_defaults(
     Raises:
         CheckpointError: names file, entry and value.
     """
-    if checkpoint.generation_config is None:
+    config = generation_defaults(checkpoint)
+    if config is None:
         return
-    path = checkpoint.folder / GENERATION_CONFIG_NAME
+    in_config = checkpoint.generation_config is None
+    path = checkpoint.folder / (CONFIG_NAME if in_config else GENERATION_CONFIG_NAME)
     spec = checkpoint.spec
     try:
         options = GenerationOptions.from_generation_config(
-            checkpoint.generation_config,
+            config,
             eos_token_id=spec.eos_token_id,
             model_max_length=max_length or spec.max_position_embeddings,
             vocab_size=spec.vocab_size,

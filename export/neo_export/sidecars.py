@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from neo_export.file_records import copy_file
 from neo_export.genai import genai_config
+from neo_export.generation_defaults import generation_defaults
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,8 +24,9 @@ def write_sidecars(
 ) -> bool:
     """Write everything but graphs, weights and manifest; returns whether a tokenizer is in."""
     _write_json(folder / "config.json", checkpoint.config_json)
-    if checkpoint.generation_config is not None:
-        _write_json(folder / "generation_config.json", checkpoint.generation_config)
+    generation = generation_defaults(checkpoint)
+    if generation is not None:
+        _write_json(folder / "generation_config.json", generation)
     for file in checkpoint.tokenizer_files:
         copy_file(file, folder / file.name)
     tokenizer = checkpoint.tokenizer_json()
@@ -33,7 +35,7 @@ def write_sidecars(
     if cache.layout != "static":  # onnxruntime-genai has no such cache
         _write_json(
             folder / "genai_config.json",
-            genai_config(spec, cache, max_length, checkpoint.generation_config),
+            genai_config(spec, cache, max_length, generation),
         )
     return tokenizer is not None
 

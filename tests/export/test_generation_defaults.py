@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import neo_export
+import neo_runtime
 import pytest
+import torch
 from neo_export.checkpoint import open_checkpoint
 from neo_export.cli import main
-from neo_export.generation_defaults import check_generation_defaults, warn_once
+from neo_export.generation_defaults import (
+    SETTINGS,
+    check_generation_defaults,
+    generation_defaults,
+    warn_once,
+)
 from neo_runtime.errors import CheckpointError
+from neo_runtime.options import GenerationOptions
+from transformers import GenerationConfig, GPTNeoForCausalLM
 
 DEMO = Path(neo_export.__file__).parent / "demo" / "neo-mini"
 
@@ -111,3 +120,70 @@ def test_an_export_says_it_once(
             assert main([str(folder), "-o", str(tmp_path / name)]) == 0
     [record] = caplog.records
     assert "temperature is 0.0" in record.getMessage()
+
+
+def edited(**change: Any) -> dict[str, Any]:
+    """The demo's `config.json` with more in it."""
+    config: dict[str, Any] = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
+    return config | change
+
+
+OLD_SETTINGS: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "max_length": 48},
+    {"num_beams": 2, "early_stopping": True, "length_penalty": 0.5, "max_new_tokens": 12},
+    {"eos_token_id": 524, "suppress_tokens": [14], "max_new_tokens": 30, "top_k": None},
+    {"min_length": 20, "bad_words_ids": [[14, 308]], "max_length": 40, "min_new_tokens": None},
+]
+
+
+@pytest.mark.parametrize("change", OLD_SETTINGS, ids=[next(iter(c)) for c in OLD_SETTINGS])
+def test_settings_of_an_old_config_are_taken_as_transformers_takes_them(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    extra = {"task_specific_params": {"text-generation": {"do_sample": True}}, "my_note": "by me"}
+    folder = demo_with(
+        tmp_path / "checkpoint", generation_config=None, config=edited(**change, **extra)
+    )
+    assert main([str(folder), "-o", str(tmp_path / "bundle")]) == 0
+    theirs = GPTNeoForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    written = GenerationConfig.from_pretrained(tmp_path / "bundle")
+    expected, found = theirs.generation_config.to_dict(), written.to_dict()
+    no_settings = ("transformers_version", "use_cache", "output_attentions", "output_hidden_states")
+    for key in expected.keys() - set(no_settings):
+        assert found[key] == expected[key], key
+    ids = torch.tensor([[14, 308, 588, 293]])
+    with torch.no_grad():
+        output = theirs.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0)
+    with neo_runtime.load(tmp_path / "bundle", threads=1) as model:
+        assert list(model.generate(ids[0].tolist()).token_ids) == output[0, 4:].tolist()
+
+
+def test_a_generation_config_goes_before_an_old_config(tmp_path: Path) -> None:
+    folder = demo_with(tmp_path / "checkpoint", config=edited(repetition_penalty=1.3))
+    with open_checkpoint(folder) as checkpoint:
+        assert generation_defaults(checkpoint) == checkpoint.generation_config
+    theirs = GPTNeoForCausalLM.from_pretrained(folder)
+    assert theirs.generation_config.repetition_penalty is None
+
+
+def test_ids_alone_are_no_settings(tmp_path: Path) -> None:
+    folder = demo_with(tmp_path / "checkpoint", generation_config=None)
+    with open_checkpoint(folder) as checkpoint:
+        assert generation_defaults(checkpoint) is None
+
+
+def test_a_setting_of_an_old_config_that_cannot_be_honoured(tmp_path: Path) -> None:
+    config = edited(diversity_penalty=0.5, num_beams=2)
+    folder = demo_with(tmp_path / "checkpoint", generation_config=None, config=config)
+    with pytest.raises(CheckpointError, match=r"/config\.json: diversity_penalty is 0\.5"):
+        notes(folder)
+
+
+def test_every_setting_of_transformers_is_known() -> None:
+    known = {key for key in GenerationConfig().to_dict() if not key.startswith("_")}
+    taken, without_effect = set(), set()
+    for key in known - {"bos_token_id", "eos_token_id", "pad_token_id"}:
+        (taken if key in SETTINGS else without_effect).add(key)
+    assert taken == SETTINGS
+    for key in without_effect:  # the runtime has it among what changes no text
+        assert GenerationOptions.from_generation_config({key: "x"}) == GenerationOptions()
