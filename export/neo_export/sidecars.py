@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from neo_export.file_records import copy_file
 from neo_export.genai import genai_config
 from neo_export.generation_defaults import generation_defaults
+from neo_export.tokenizer_files import warn_of_strangers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +32,7 @@ def write_sidecars(
         copy_file(file, folder / file.name)
     tokenizer = checkpoint.tokenizer_json()
     if tokenizer is not None:
+        warn_of_strangers(tokenizer, spec.vocab_size, checkpoint.folder)
         (folder / "tokenizer.json").write_bytes(tokenizer)
     if cache.layout != "static":  # onnxruntime-genai has no such cache
         _write_json(

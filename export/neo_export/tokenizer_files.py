@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from tokenizers import AddedToken, Tokenizer
 
-__all__ = ["TOKENIZER_FILES", "find_tokenizer_files", "read_tokenizer_json"]
+__all__ = ["TOKENIZER_FILES", "find_tokenizer_files", "read_tokenizer_json", "warn_of_strangers"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,8 +30,19 @@ TOKENIZER_FILES = (
 )
 """Every file that a tokenizer of GPT-Neo can have."""
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+# In the order in which transformers gives ids to those that have none.
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 _DEFAULT_SPECIAL = "<|endoftext|>"
+# Classes that take a `tokenizer.json` as it stands; GPT-2's builds its own pre-tokenizer.
+_GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _LOG = logging.getLogger("neo_export")
 
 
@@ -62,9 +73,10 @@ def read_tokenizer_json(folder: Path) -> bytes | None:
 
 
 def _completed(path: Path) -> bytes:
-    """The file's own bytes, unless the files beside it name tokens that it lacks.
+    """The file's own bytes, unless the files beside it say more; they count as in transformers.
 
-    A tokenizer that was enlarged and saved in the old form leaves the base model's file as it was.
+    A tokenizer that was enlarged and saved in the old form leaves the base model's file as it was,
+    and one that was given `add_prefix_space` may.
     """
     from tokenizers import Tokenizer
 
@@ -75,22 +87,61 @@ def _completed(path: Path) -> bytes:
         raise CheckpointError(
             f"{path} cannot be used as a tokenizer ({error}); download or save it again"
         ) from error
-    folder = path.parent
-    config = _optional(folder / "tokenizer_config.json")
-    config |= _optional(folder / "special_tokens_map.json")
-    special = _special_texts(config, tokenizer)
-    added = _optional(folder / "added_tokens.json")
-    try:
-        numbered = _numbered_tokens(config, added, special, folder)
-        lacking = {i: t for i, t in numbered.items() if tokenizer.token_to_id(t.content) is None}
-        if not lacking:
-            return data
-        _add_numbered(tokenizer, lacking, folder)
-    except CheckpointError as error:  # left over from another time: the whole file counts
-        _LOG.warning("%s. Only what %s holds is used", error, path.name)
+    changed = _set_prefix_space(tokenizer, _optional(path.parent / "tokenizer_config.json"), path)
+    changed |= _add_lacking(tokenizer, path)
+    if not changed:
         return data
     text: str = tokenizer.to_str(pretty=False)
     return text.encode("utf-8")
+
+
+def _set_prefix_space(tokenizer: Tokenizer, config: dict[str, Any], path: Path) -> bool:
+    """Let the first word have a space where `tokenizer_config.json` says so; whether that is new.
+
+    GPT-2's class, which a GPT-Neo has where no other is named, has no space unless it is told so.
+    """
+    from tokenizers import pre_tokenizers
+
+    asked = config.get("add_prefix_space") is True
+    if config.get("tokenizer_class") in _GENERIC_CLASSES:
+        return False
+    step = tokenizer.pre_tokenizer
+    if not isinstance(step, pre_tokenizers.ByteLevel):
+        if asked:
+            _LOG.warning(
+                "%s: tokenizer_config.json has add_prefix_space, and the file splits text in a "
+                "way of its own; its own way is kept",
+                path,
+            )
+        return False
+    if step.add_prefix_space == asked:
+        return False
+    step.add_prefix_space = asked
+    return True
+
+
+def _add_lacking(tokenizer: Tokenizer, path: Path) -> bool:
+    """Add tokens that the files beside `tokenizer.json` name; whether there were any."""
+    folder = path.parent
+    config = _settings(folder)
+    added = _optional(folder / "added_tokens.json")
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    try:
+        special = _special_tokens(config, tokenizer, folder)
+        numbered = _numbered_tokens(config, added, list(special), folder)
+        lacking = {
+            i: token
+            for i, token in numbered.items()
+            if token.content not in known and tokenizer.token_to_id(token.content) in (None, i)
+        }
+        _add_numbered(tokenizer, lacking, folder)
+    except CheckpointError as error:  # left over from another time: the whole file counts
+        _LOG.warning("%s. Only what %s holds is used", error, path.name)
+        return False
+    known |= {token.content for token in lacking.values()}
+    unnumbered = [token for text, token in special.items() if text not in known]
+    tokenizer.add_special_tokens(unnumbered)
+    return bool(lacking or unnumbered)
 
 
 def _build(folder: Path, vocab: Path, merges: Path) -> Tokenizer:
@@ -114,7 +165,7 @@ def _build(folder: Path, vocab: Path, merges: Path) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    config |= _optional(folder / "special_tokens_map.json")
+    config = _settings(folder)
     _add_tokens(tokenizer, config, _optional(folder / "added_tokens.json"), folder)
     _add_bos(tokenizer, config)
     return tokenizer
@@ -124,33 +175,74 @@ def _optional(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
 
 
+def _settings(folder: Path) -> dict[str, Any]:
+    """`tokenizer_config.json`, with the older file of special tokens where it is still read."""
+    config = _optional(folder / "tokenizer_config.json")
+    older = _optional(folder / "special_tokens_map.json")
+    return config if "added_tokens_decoder" in config else config | older
+
+
 def _content(token: Any) -> str | None:
     """The text of a token given as a string or as a serialized `AddedToken`."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
 
 
-def _special_texts(config: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
-    """Texts of the special tokens, in order, each once."""
+def _special_tokens(
+    config: dict[str, Any], tokenizer: Tokenizer, folder: Path
+) -> dict[str, AddedToken]:
+    """The special tokens by their texts, in order."""
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
-    texts = [_content(config.get(name)) for name in _NAMED]
-    texts += [_content(token) for token in extra] if isinstance(extra, list) else []
+    named = [config.get(name) for name in _NAMED] + (extra if isinstance(extra, list) else [])
     # GPT2Tokenizer's default of bos, eos and unk, unless this vocabulary lacks it.
-    if tokenizer.token_to_id(_DEFAULT_SPECIAL) is not None:
-        texts.append(_DEFAULT_SPECIAL)
-    return list(dict.fromkeys(text for text in texts if text is not None))
+    is_generic = config.get("tokenizer_class") in _GENERIC_CLASSES
+    if tokenizer.token_to_id(_DEFAULT_SPECIAL) is not None and not is_generic:
+        named.append(_DEFAULT_SPECIAL)
+    found: dict[str, AddedToken] = {}
+    for token in named:
+        if (text := _content(token)) is None or text in found:
+            continue
+        given = token if isinstance(token, dict) else {"content": text}
+        try:
+            found[text] = _added_token(given | {"special": True})
+        except TypeError as error:
+            raise CheckpointError(f"{folder}: token {text!r} is damaged ({error})") from error
+    return found
+
+
+def warn_of_strangers(data: bytes, vocab_size: int, folder: Path) -> None:
+    """Say which tokens of a `tokenizer.json` the model has no row for.
+
+    A prompt that holds one is refused; as in transformers, where it fails in the embedding.
+    """
+    from tokenizers import Tokenizer
+
+    vocabulary = Tokenizer.from_str(data.decode("utf-8")).get_vocab()
+    strangers = sorted((i, text) for text, i in vocabulary.items() if i >= vocab_size)
+    if not strangers:
+        return
+    shown = ", ".join(f"{text!r} ({i})" for i, text in strangers[:5])
+    more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+    _LOG.warning(
+        "%s: the tokenizer has tokens that the model of %d tokens has no row for: %s%s; a prompt "
+        "that holds one will be refused",
+        folder,
+        vocab_size,
+        shown,
+        more,
+    )
 
 
 def _add_tokens(
     tokenizer: Tokenizer, config: dict[str, Any], added: dict[str, Any], folder: Path
 ) -> None:
     """Add the special tokens, and those beyond the vocabulary with the ids they were given."""
-    special = _special_texts(config, tokenizer)
-    numbered = _numbered_tokens(config, added, special, folder)
+    special = _special_tokens(config, tokenizer, folder)
+    numbered = _numbered_tokens(config, added, list(special), folder)
     _add_numbered(tokenizer, numbered, folder)
     known_texts = {token.content for token in numbered.values()}
-    tokenizer.add_special_tokens([text for text in special if text not in known_texts])
+    tokenizer.add_special_tokens([t for text, t in special.items() if text not in known_texts])
 
 
 def _numbered_tokens(

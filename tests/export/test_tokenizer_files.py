@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import neo_export
+import neo_runtime
 import pytest
+from neo_export.cli import main
 from neo_export.tokenizer_files import find_tokenizer_files, read_tokenizer_json
-from neo_runtime.errors import CheckpointError
+from neo_runtime.errors import CheckpointError, RequestError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer
 
@@ -144,6 +147,87 @@ def test_tokens_beside_a_whole_file_are_added(
     assert "Only what tokenizer.json holds is used" in caplog.text
 
 
+END = {"content": "<|endoftext|>", "special": True, "normalized": False}
+LOOSE = {"content": "<pad>", "lstrip": True, "rstrip": True, "normalized": False}
+BESIDE: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "space": {"config": {"add_prefix_space": True}},
+    "no-space": {"config": {"add_prefix_space": False}},
+    "pad": {"config": {"pad_token": "<pad>"}},
+    "all-named": {
+        "config": {f"{name}_token": f"<{name}>" for name in ("mask", "pad", "cls", "sep", "bos")}
+    },
+    "older": {"older": {"pad_token": LOOSE, "eos_token": "<new>"}},
+    "older-not-read": {
+        "config": {"added_tokens_decoder": {"0": END}},
+        "older": {"pad_token": "<pad>"},
+    },
+    "extra": {"config": {"extra_special_tokens": ["<new>", "<extra>"]}},
+    "named-extra": {"config": {"extra_special_tokens": {"image_token": "<extra>"}}},
+}
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("kind", [None, "GPT2Tokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("files", BESIDE.values(), ids=BESIDE)
+def test_a_whole_file_and_those_beside_it_encode_as_in_transformers(
+    files: dict[str, dict[str, Any]],
+    kind: str | None,
+    listed: bool,
+    spaced: bool,
+    tmp_path: Path,
+) -> None:
+    whole = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
+    whole["pre_tokenizer"]["add_prefix_space"] = spaced
+    if not listed:
+        whole["added_tokens"] = []
+    config = files.get("config", {}) | ({} if kind is None else {"tokenizer_class": kind})
+    for name, content in (
+        ("tokenizer.json", whole),
+        ("tokenizer_config.json", config),
+        ("special_tokens_map.json", files.get("older", {})),
+        ("config.json", json.loads((DEMO / "config.json").read_text(encoding="utf-8"))),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+    ours, theirs = built(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in (*TEXTS, "The dog", " The dog", "a <pad> b<mask><bos> <|endoftext|>"):
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text).ids == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.get_vocab() == theirs.get_vocab()
+
+
+def test_a_file_that_splits_in_its_own_way_keeps_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
+    whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [whole["pre_tokenizer"]]}
+    data = json.dumps(whole).encode()
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    assert read_tokenizer_json(tmp_path) == data
+    assert "add_prefix_space, and the file splits text in a way of its own" in caplog.text
+
+
+def test_tokens_that_the_model_lacks_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(DEMO, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<pad>"}))
+    assert main([str(folder), "-o", str(tmp_path / "bundle")]) == 0
+    assert "the model of 4096 tokens has no row for: '<pad>' (4096);" in caplog.text
+    with neo_runtime.load(tmp_path / "bundle", threads=1) as model:
+        assert model.generate("Tom", max_new_tokens=2).token_ids
+        with pytest.raises(RequestError, match="token id 4096 at place 1 is out of range"):
+            model.generate("Tom<pad>")
+    caplog.clear()
+    assert main([str(DEMO), "-o", str(tmp_path / "demo")]) == 0
+    assert caplog.text == ""
+
+
 def test_no_tokenizer(tmp_path: Path) -> None:
     assert read_tokenizer_json(tmp_path) is None
     assert find_tokenizer_files(tmp_path) == ()
@@ -164,6 +248,10 @@ def test_no_tokenizer(tmp_path: Path) -> None:
         ({"added_tokens.json": '{"<new>": 9999}'}, "'<new>' should have id 9999 and would get"),
         ({"added_tokens.json": '{"<new>": null}'}, "the added tokens are damaged"),
         ({"tokenizer_config.json": '{"added_tokens_decoder": {"1": 2}}'}, "tokens are damaged"),
+        (
+            {"tokenizer_config.json": '{"pad_token": {"content": "a", "lstrip": "yes"}}'},
+            "token 'a' is damaged",
+        ),
         ({"special_tokens_map.json": "3"}, "special_tokens_map.json holds a JSON int"),
     ],
 )
