@@ -143,6 +143,10 @@ def export_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compare every layer with PyTorch before writing; needs the extra torch",
     )
-    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace an existing bundle and its plans; refused if files in it are not the bundle's",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     return parser

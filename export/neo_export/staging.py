@@ -33,6 +33,7 @@ from neo_runtime.errors import OutputError
 from neo_runtime.manifest import MANIFEST_NAME
 
 from neo_export.file_records import copy_file, record_file, record_files, write_file
+from neo_export.foreign_files import foreign_files
 from neo_export.output_errors import as_output_error, require_space
 from neo_export.renames import exchange, rename_exclusive
 
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 _LOCK, _NEW, _OLD = "lock", "new", "old"
+_SHOWN = 5
 _NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOTSUP}
 
@@ -68,7 +70,8 @@ def staged_folder(destination: Path, *, force: bool, needed: int = 0) -> Iterato
     Args:
         destination: where the folder shall appear. Its parent must exist. A symbolic link is
             followed: the folder that it names is written, the link stays.
-        force: replace a bundle, or an empty folder, that is there already.
+        force: replace a bundle, or an empty folder, that is there already; a bundle with files
+            that are not its own (plans aside) is left alone.
         needed: bytes that will be written, where known: too small a disk is then an error now.
 
     Raises:
@@ -129,6 +132,7 @@ def _checked_target(destination: Path, *, force: bool) -> Path:
         _refuse_unless_replaceable(target, destination)
         if not force:
             raise OutputError(f"{destination} exists already; use --force to replace it")
+        _refuse_to_lose(target, destination)
     return target
 
 
@@ -143,6 +147,19 @@ def _refuse_unless_replaceable(target: Path, destination: Path) -> None:
         return
     raise OutputError(
         f"{destination} is not a bundle, refusing to replace it ({what}); choose another path"
+    )
+
+
+def _refuse_to_lose(target: Path, destination: Path) -> None:
+    """Whoever replaces a bundle means the bundle, not notes that were put beside its files."""
+    names = foreign_files(target)
+    if not names:
+        return
+    shown = ", ".join(names[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    raise OutputError(
+        f"{destination} holds files that are not the bundle's and would be lost: {shown}{more}; "
+        "move them out of it, or choose another path"
     )
 
 
@@ -190,6 +207,7 @@ def _put_in_place(root: Path, target: Path, *, force: bool) -> None:
                 "use --force to replace it"
             ) from None
         _refuse_unless_replaceable(target, target)
+        _refuse_to_lose(target, target)
         if not exchange(new, target):
             _swap_in(root, target)
     _sync_directory(root)

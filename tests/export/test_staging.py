@@ -19,7 +19,7 @@ import pytest
 from helpers.bundles import make_bundle
 from helpers.kills import snapshot
 from neo_export import output_errors, renames, staging
-from neo_export.staging import staged_folder, write_file
+from neo_export.staging import check_destination, staged_folder, write_file
 from neo_runtime.bundle import open_bundle
 from neo_runtime.errors import OutputError
 
@@ -66,13 +66,13 @@ class TestWritten:
 
     def test_in_place_of_a_bundle(self, parent: Path, old: Path) -> None:
         before = snapshot(old)
-        (old / "mine.txt").write_text("goes with the bundle")
+        (old / "engines" / "old.plan").write_text("goes with the bundle")
         with staged_folder(old, force=True) as folder:
             fill(folder)
             assert snapshot(old).items() >= before.items()
         assert names(parent) == ["bundle"]
         assert (old / "weights.bin").read_bytes() == b"new" * 100
-        assert not (old / "mine.txt").exists()
+        assert not (old / "engines" / "old.plan").exists()
 
     @pytest.mark.parametrize("path", ["bundle", "./bundle", "../out/bundle"])
     def test_a_relative_path(
@@ -82,6 +82,20 @@ class TestWritten:
         with staged_folder(Path(path), force=False) as folder:
             fill(folder)
         assert names(parent) == ["bundle"]
+
+    @pytest.mark.parametrize("manifest", ["{", "[]", "{}", None])
+    def test_in_place_of_a_damaged_bundle(
+        self, parent: Path, old: Path, manifest: str | None
+    ) -> None:
+        (old / ".DS_Store").write_text("of no one")
+        (old / "empty").mkdir()
+        if manifest is not None:
+            (old / "neo.json").write_text(manifest)
+        with staged_folder(old, force=True) as folder:
+            fill(folder)
+        assert names(parent) == ["bundle"]
+        assert not (old / ".DS_Store").exists()
+        open_bundle(old, verify=True)
 
     def test_in_place_of_an_empty_folder(self, parent: Path) -> None:
         (parent / "bundle").mkdir()
@@ -154,6 +168,25 @@ class TestRefused:
         (parent / "home" / "thesis.tex").write_text("years of work")
         message = "not a bundle, refusing to replace it.*contents and no neo.json"
         self.refuse(parent / "home", message, force=force)
+
+    def test_a_bundle_with_notes_in_it(self, parent: Path, old: Path) -> None:
+        (old / "NOTES.md").write_text("an evening's work")
+        self.refuse(old, "exists already", force=False)
+        message = r"bundle holds files that are not the bundle's and would be lost: NOTES\.md; move"
+        self.refuse(old, message, force=True)
+        (parent / "current").symlink_to("bundle")
+        self.refuse(parent / "current", r"current holds files.*NOTES\.md", force=True)
+        with pytest.raises(OutputError, match="NOTES"):
+            check_destination(old, force=True)
+        for i in range(9):
+            (old / "results").mkdir(exist_ok=True)
+            (old / "results" / f"{i}.csv").write_text("")
+        self.refuse(old, r"NOTES\.md, results/0\.csv, .*results/3\.csv and 5 more", force=True)
+
+    def test_a_damaged_bundle_with_notes_in_it(self, old: Path) -> None:
+        (old / "neo.json").write_text("{")
+        (old / "link").symlink_to("engines")
+        self.refuse(old, r"would be lost: link;", force=True)
 
     def test_a_folder_named_like_a_manifest(self, parent: Path) -> None:
         (parent / "home" / "neo.json").mkdir(parents=True)
@@ -357,6 +390,15 @@ class TestMeanwhile:
                 fill(folder)
                 (parent / "bundle").write_text("theirs")
         assert (parent / "bundle").read_text() == "theirs"
+        assert names(parent) == ["bundle"]
+
+    def test_notes_appear(self, parent: Path, old: Path) -> None:
+        with pytest.raises(OutputError, match=r"would be lost: NOTES\.md; move them"):
+            with staged_folder(old, force=True) as folder:
+                fill(folder)
+                (old / "NOTES.md").write_text("theirs")
+        assert (old / "NOTES.md").read_text() == "theirs"
+        assert (old / "weights.bin").read_bytes() == bytes(64)
         assert names(parent) == ["bundle"]
 
     def test_the_old_bundle_goes(self, parent: Path, old: Path) -> None:

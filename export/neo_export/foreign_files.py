@@ -1,0 +1,56 @@
+"""What lies in a bundle's folder and is not of the bundle: it would go with a bundle replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from neo_runtime.engine_record import ENGINES_FOLDER
+from neo_runtime.manifest import MANIFEST_NAME
+
+from neo_export.tokenizer_files import TOKENIZER_FILES
+
+__all__ = ["foreign_files"]
+
+_USUAL = ("weights.bin", "config.json", "generation_config.json", "genai_config.json")
+_LEFT_BY_THE_SYSTEM = {".DS_Store"}
+
+
+def foreign_files(bundle: Path) -> list[str]:
+    """Paths inside `bundle` that its manifest does not list, sorted; links are not followed.
+
+    Plans are of the bundle: `engines/` is left out. So are empty folders. A damaged manifest counts
+    as listing what an export writes: a bundle is replaced for being damaged, too.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    listed = _listed(bundle)
+    found = []
+    for parent, folders, names in os.walk(bundle, onerror=_raise):
+        at = Path(parent)
+        if at == bundle:
+            folders[:] = [name for name in folders if name != ENGINES_FOLDER]
+        links = [name for name in folders if (at / name).is_symlink()]
+        for name in (*names, *links):
+            path = (at / name).relative_to(bundle).as_posix()
+            if path not in listed and name not in _LEFT_BY_THE_SYSTEM:
+                found.append(path)
+    return sorted(found)
+
+
+def _listed(bundle: Path) -> set[str]:
+    """Names in the manifest of any schema, checked or not."""
+    listed = {MANIFEST_NAME, *_USUAL, *TOKENIZER_FILES}
+    with suppress(ValueError, RecursionError, FileNotFoundError):
+        raw = json.loads((bundle / MANIFEST_NAME).read_bytes())
+        if isinstance(raw, dict) and isinstance(raw.get("files"), dict):
+            return {MANIFEST_NAME, *raw["files"]}
+    return listed | {path.name for path in bundle.glob("*.onnx")}
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # what is gone by now cannot be lost
+        raise error
