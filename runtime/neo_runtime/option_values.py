@@ -34,6 +34,7 @@ __all__ = [
 
 _LARGEST, _SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38
 """Of float32 (its normal numbers), in which scores are computed."""
+_LARGEST_ID = 2**63 - 1
 
 Check = Callable[[str, Any], Any]
 T = TypeVar("T")
@@ -154,10 +155,17 @@ def _items(name: str, value: Any, expected: str) -> list[Any]:
     return list(value)
 
 
-def _token_id(name: str, value: object, expected: str) -> int:
+def _not_negative(name: str, value: object, expected: str) -> int:
     found = _integer(name, value, expected)
     if found < 0:
         raise _refuse(name, found, expected)
+    return found
+
+
+def _token_id(name: str, value: object, expected: str) -> int:
+    found = _not_negative(name, value, expected)
+    if found > _LARGEST_ID:
+        raise _refuse(name, found, expected, f"ids are 64-bit integers, at most {_LARGEST_ID}")
     return found
 
 
@@ -260,8 +268,8 @@ def seeds(name: str, value: Any) -> int | tuple[int, ...] | None:
     if value is None:
         return None
     if isinstance(value, Integral):
-        return _token_id(name, value, expected)
+        return _not_negative(name, value, expected)
     items: Sequence[Any] = _items(name, value, expected)
     if not items:
         raise _refuse(name, value, expected)
-    return tuple(_token_id(name, item, expected) for item in items)
+    return tuple(_not_negative(name, item, expected) for item in items)

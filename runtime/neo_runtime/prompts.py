@@ -125,18 +125,29 @@ def with_bad_words(
     """Add words to `bad_words_ids`: as they are, and after a space, as inside a text.
 
     Raises:
-        RequestError: words without a tokenizer, or an empty word.
+        RequestError: words without a tokenizer, an empty word, or something that is no word.
     """
-    if isinstance(words, str):
-        words = [words]
-    if not words:
+    found = _words(words)
+    if not found:
         return options
     if tokenizer is None:
         raise RequestError("the bundle has no tokenizer; give bad_words_ids instead of bad_words")
-    if not all(isinstance(word, str) for word in words):
-        raise RequestError(f"bad_words is {words!r}, expected words; see bad_words_ids for tokens")
-    if not all(word.strip() for word in words):
+    if not all(word.strip() for word in found):
         raise RequestError("bad_words holds an empty word; remove it")
-    forms = [form for word in words for form in (word.strip(), " " + word.strip())]
+    forms = [form for word in found for form in (word.strip(), " " + word.strip())]
     ids = [tokenizer.encode(form, add_special_tokens=False) for form in forms]
     return options.merged(bad_words_ids=(*options.bad_words_ids, *map(tuple, ids)))
+
+
+def _words(given: Any) -> list[str]:
+    """One word, several, or None for none, as a request's JSON may hold them."""
+    if given is None:
+        return []
+    if isinstance(given, str):
+        return [given]
+    words = None
+    if hasattr(given, "__iter__") and not isinstance(given, bytes | dict):
+        words = list(given)
+    if words is None or not all(isinstance(word, str) for word in words):
+        raise RequestError(f"bad_words is {given!r}, expected words; see bad_words_ids for tokens")
+    return words

@@ -204,8 +204,13 @@ def test_requests_that_cannot_be_honoured(fused: Model) -> None:
     for nested in ([[1, 2], [3]], [[[1, 2], [3]]]):
         with pytest.raises(RequestError, match="nested, expected a flat sequence"):
             fused.logits(nested) if len(nested) > 1 else fused.generate(nested)
-    with pytest.raises(RequestError, match="expected words; see bad_words_ids"):
-        fused.generate("Hey", bad_words=[1])  # type: ignore[list-item]
+    odd: list[object] = [[1], True, False, 0, 3, 1.5, {"a": 1}, b"girl", [None]]
+    for words in odd:
+        with pytest.raises(RequestError, match="expected words; see bad_words_ids"):
+            fused.generate("Hey", bad_words=words)  # type: ignore[call-overload]
+    none: list[object] = [None, [], ()]
+    for words in none:
+        fused.generate("Hey", bad_words=words, max_new_tokens=1)  # type: ignore[call-overload]
     with fused.new_cache(2, 8) as cache:
         with pytest.raises(RequestError, match=r"prompts\[0\]: 'Tom' is text, expected token ids"):
             fused.prefill(cache, ["Tom", "Sue"])  # type: ignore[list-item]

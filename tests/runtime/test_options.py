@@ -66,6 +66,8 @@ def test_defaults_are_those_of_transformers() -> None:
         ("min_length", 1.5),
         ("eos_token_id", -1),
         ("eos_token_id", "0"),
+        ("eos_token_id", 2**63),
+        ("eos_token_id", [0, 2**64]),
         ("stop", [""]),
         ("stop", 5),
         ("stop", ["a", "\ud83d"]),
@@ -106,6 +108,12 @@ def test_a_bad_value_is_an_error_that_names_the_option_and_what_it_takes(
 def test_contradictions_are_errors(given: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         GenerationOptions(**given)
+
+
+def test_the_largest_numbers() -> None:
+    """Ids are int64 where they meet the logits; seeds have no end."""
+    kept = GenerationOptions(eos_token_id=2**63 - 1, seed=[2**63, 2**100])
+    assert (kept.eos_token_id, kept.seed) == ((2**63 - 1,), (2**63, 2**100))
 
 
 def test_the_ends_of_float32_are_numbers() -> None:
