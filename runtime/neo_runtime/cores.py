@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 
+from neo_runtime.cpu_quota import cpu_quota
 from neo_runtime.errors import RequestError
 
 __all__ = ["chosen_threads", "physical_cores", "usable_processors"]
@@ -49,13 +50,14 @@ def physical_cores() -> int:
     """Physical cores that this process may use: at least 1.
 
     Of two hardware threads of a core one is counted (matrix products gain nothing from the
-    second), only processors of the affinity mask are, and a container's CPU quota is a limit.
+    second), only processors of the affinity mask are, and the CPU quota of a container or service
+    is a limit.
     """
     if not hasattr(os, "sched_getaffinity"):
         return usable_processors()
     processors = os.sched_getaffinity(0)
     cores = {_siblings(processor) for processor in processors}
-    quota = _cgroup_quota()
+    quota = cpu_quota()
     return max(1, min(len(cores), quota) if quota else len(cores))
 
 
@@ -66,12 +68,3 @@ def _siblings(processor: int) -> str:
         return path.read_text()
     except OSError:
         return str(processor)
-
-
-def _cgroup_quota() -> int | None:
-    """CPUs that a cgroup v2 quota allows, rounded up; None without one."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else max(1, -(-int(quota) // int(period)))
-    except (OSError, ValueError):
-        return None

@@ -1,0 +1,94 @@
+"""Quotas of control groups, in trees as kernels, containers and systemd make them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from neo_runtime.cores import physical_cores
+from neo_runtime.cpu_quota import cpu_quota
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+V2 = "31 23 0:28 {top} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
+V1 = (
+    "30 23 0:27 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n"
+    "32 30 0:29 {top} /sys/fs/cgroup/cpu,cpuacct rw master:9 - cgroup cgroup rw,cpu,cpuacct\n"
+    "33 30 0:30 {top} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+    "41 30 0:37 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
+)
+PLACE_V1 = "4:memory:/other\n3:cpu,cpuacct:{place}\n1:name=systemd:/x\n0::/x\n"
+
+
+def tree(root: Path, place: str, mounts: str, files: dict[str, str]) -> Path:
+    contents = {"proc/self/cgroup": place, "proc/self/mountinfo": mounts}
+    contents |= {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("place", "files", "expected"),
+    [
+        ("/", {"cpu.max": "150000 100000\n"}, 2),
+        ("/", {"cpu.max": "max 100000\n"}, None),
+        ("/", {}, None),
+        ("/", {"cpu.max": "1000 100000\n"}, 1),
+        ("/", {"cpu.max": "what\n"}, None),
+        # systemd-run -p CPUQuota=300%: the root has no such file
+        ("/system.slice/a.service", {"system.slice/a.service/cpu.max": "300000 100000\n"}, 3),
+        (
+            "/system.slice/a.service",
+            {
+                "cpu.max": "max 100000\n",
+                "system.slice/cpu.max": "200000 100000\n",
+                "system.slice/a.service/cpu.max": "max 100000\n",
+                "system.slice/b.service/cpu.max": "100000 100000\n",
+            },
+            2,
+        ),
+        ("/../../outside", {"cpu.max": "400000 100000\n", "outside/cpu.max": "1 1\n"}, 4),
+        ("/a/gone", {"a/cpu.max": "500000 100000\n"}, 5),
+    ],
+)
+def test_version_2(tmp_path: Path, place: str, files: dict[str, str], expected: int | None) -> None:
+    assert cpu_quota(tree(tmp_path, f"0::{place}\n", V2.format(top="/"), files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("top", "place", "quotas", "expected"),
+    [
+        ("/", "/", {"": -1}, None),
+        ("/", "/docker/a", {"": -1, "docker/": 600_000, "docker/a/": 200_000}, 2),
+        ("/", "/docker/a", {"": -1, "docker/": 150_000, "docker/a/": -1}, 2),
+        # Inside a container: its own part of the tree is what is mounted.
+        ("/docker/a", "/docker/a", {"": 300_000}, 3),
+        ("/docker/a", "/docker/a/job", {"": 300_000, "job/": 100_000}, 1),
+        ("/docker/a", "/", {"": 300_000}, 3),
+    ],
+)
+def test_version_1(
+    tmp_path: Path, top: str, place: str, quotas: dict[str, int], expected: int | None
+) -> None:
+    files = {"memory/cpu.cfs_quota_us": "1\n", "memory/cpu.cfs_period_us": "100000\n"}
+    for folder, quota in quotas.items():
+        files[f"cpu,cpuacct/{folder}cpu.cfs_quota_us"] = f"{quota}\n"
+        files[f"cpu,cpuacct/{folder}cpu.cfs_period_us"] = "100000\n"
+    root = tree(tmp_path, PLACE_V1.format(place=place), V1.format(top=top), files)
+    assert cpu_quota(root) == expected
+
+
+def test_systems_without_groups(tmp_path: Path) -> None:
+    assert cpu_quota(tmp_path) is None
+    assert cpu_quota(tree(tmp_path, "\nno group\n0::/\n", "\nno mount\n - \n", {})) is None
+
+
+def test_the_quota_limits_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neo_runtime.cores.cpu_quota", lambda: None)
+    cores = physical_cores()
+    for quota, expected in ((1, 1), (cores + 7, cores)):
+        monkeypatch.setattr("neo_runtime.cores.cpu_quota", lambda quota=quota: quota)
+        assert physical_cores() == expected
