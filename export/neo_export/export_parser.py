@@ -146,7 +146,7 @@ def export_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace an existing bundle and its plans; refused if files in it are not the bundle's",
+        help="replace an existing bundle and its plans; refused if other files are in its folder",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     return parser

@@ -66,9 +66,11 @@ class Bundle:
                 f"{self.path} has no file {name!r}; it has {', '.join(sorted(self.manifest.files))}"
             )
         record = self.manifest.files[name]
-        stamp = _check_place_and_size(self.path, name, record)
+        facts = _check_place(self.path, name)
+        stamp = _stamp(facts)
         if stamp != self.stamps[name]:
             try:
+                _check_size(self.path / name, facts, record)
                 _check_sum(self.path, name, record)
             except BundleDamagedError as error:
                 raise BundleDamagedError(
@@ -191,12 +193,31 @@ def _read_manifest(folder: Path) -> Manifest:
             "copy or export the bundle again"
         ) from error
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+        raise _unreadable(path, error) from error
     return Manifest.from_json(text, str(path))
 
 
 def _check_place_and_size(folder: Path, name: str, record: FileRecord) -> tuple[int, ...]:
     """Look at a file from outside; what tells it from any that takes its place."""
+    facts = _check_place(folder, name)
+    _check_size(folder / name, facts, record)
+    return _stamp(facts)
+
+
+def _stamp(facts: os.stat_result) -> tuple[int, ...]:
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _check_size(path: Path, facts: os.stat_result, record: FileRecord) -> None:
+    if facts.st_size != record.size:
+        raise BundleDamagedError(
+            f"{path} has {facts.st_size} bytes, expected {record.size}; "
+            "copy or export the bundle again"
+        )
+
+
+def _check_place(folder: Path, name: str) -> os.stat_result:
+    """A file that is inside the folder and may be read, whatever it holds."""
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or _FOREIGN.search(name):
         raise BundleDamagedError(
@@ -220,12 +241,17 @@ def _check_place_and_size(folder: Path, name: str, record: FileRecord) -> tuple[
         )
     if not stat.S_ISREG(facts.st_mode):
         raise BundleDamagedError(f"{path} is not a file; copy or export the bundle again")
-    if facts.st_size != record.size:
-        raise BundleDamagedError(
-            f"{path} has {facts.st_size} bytes, expected {record.size}; "
-            "copy or export the bundle again"
-        )
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+    try:
+        # onnxruntime, which maps the weights, would say no more than a number.
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return facts
+
+
+def _unreadable(path: Path, error: OSError) -> BundleError:
+    cure = "; let this user read it" if isinstance(error, PermissionError) else ""
+    return BundleError(f"{path} cannot be read: {error.strerror}{cure}")
 
 
 def _check_sum(
@@ -266,4 +292,4 @@ def _chunks(path: Path) -> Iterator[bytes]:
             while chunk := stream.read(_CHUNK):
                 yield chunk
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+        raise _unreadable(path, error) from error

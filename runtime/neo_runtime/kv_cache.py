@@ -110,6 +110,8 @@ class KVCache(Closable):
         self._backend = backend
         self._max_batch = batch
         self._is_changing = False
+        self._call = threading.Lock()
+        """Held by the call that changes the cache, to its end."""
         self._length = length
         self._nbytes = backend.cache_bytes(batch, length)
         if self._nbytes > sys.maxsize:
@@ -137,17 +139,25 @@ class KVCache(Closable):
         leaves undefined contents: local layers may have evicted positions, lengths do not agree.
 
         Raises:
-            NeoError: the cache is closed, or an earlier call ended early.
+            NeoError: the cache is closed, another call uses it, or an earlier one ended early.
         """
         store = self.store
-        if self._is_changing:
+        if not self._call.acquire(blocking=False):
             raise NeoError(
-                "the last call with this cache failed or was interrupted, so its contents are not "
-                "known; make another one with Model.new_cache"
+                "the cache is in use by another call right now; a cache belongs to one thread at a "
+                "time: make one for each with Model.new_cache"
             )
-        self._is_changing = True
-        yield store
-        self._is_changing = False
+        try:
+            if self._is_changing:
+                raise NeoError(
+                    "the last call with this cache failed or was interrupted, so its contents are "
+                    "not known; make another one with Model.new_cache"
+                )
+            self._is_changing = True
+            yield store
+            self._is_changing = False
+        finally:
+            self._call.release()
 
     @property
     def store(self) -> CacheStore:

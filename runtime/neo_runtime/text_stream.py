@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["StopMatcher", "StreamDecoder", "TextStream"]
 
+_IN_USE = "generator already executing"
+"""What Python says of a generator that two threads ask for its next item."""
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -117,10 +119,11 @@ class TextStream(Iterator[str], Closable):
         self._pieces = pieces
         self._closed = closed
         self._completion: Completion | None = None
+        self._has_failed = False
 
     def __next__(self) -> str:
         if self._closed.is_set():
-            self._pieces.close()
+            self.close()
             raise StopIteration
         try:
             piece = next(self._pieces)
@@ -128,8 +131,16 @@ class TextStream(Iterator[str], Closable):
             if end.value is not None:
                 self._completion = end.value
             raise StopIteration from None
+        except BaseException as error:
+            if isinstance(error, ValueError) and str(error) == _IN_USE:
+                raise NeoError(
+                    "another thread is reading this stream right now; read it in one thread, or "
+                    "give each a stream of its own"
+                ) from error
+            self._has_failed = True
+            raise
         if self._closed.is_set():  # by another thread, meanwhile
-            self._pieces.close()
+            self.close()
             raise StopIteration
         return piece
 
@@ -140,9 +151,14 @@ class TextStream(Iterator[str], Closable):
         Raises:
             NeoError: the stream was not read to its end.
         """
-        if self._completion is None:
-            raise NeoError("the stream has not ended yet; read all its pieces first")
-        return self._completion
+        if self._completion is not None:
+            return self._completion
+        if self._closed.is_set() or self._has_failed:
+            raise NeoError(
+                "the stream was closed, or failed, before its end, so there is no completion; read "
+                "all pieces of another one"
+            )
+        raise NeoError("the stream has not ended yet; read all its pieces first")
 
     def close(self) -> None:
         """Stop and free the cache; from another thread: before the next token."""

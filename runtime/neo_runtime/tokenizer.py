@@ -21,15 +21,13 @@ class Tokenizer:
         """Load a `tokenizer.json`: a file, or its contents.
 
         Raises:
-            DependencyError: the package `tokenizers` is missing.
+            DependencyError: the package `tokenizers` is missing, or cannot be loaded.
             BundleDamagedError: the file cannot be read as a tokenizer.
         """
         try:
             import tokenizers
         except ImportError as error:
-            raise DependencyError(
-                "the package tokenizers is missing; install it with: pip install tokenizers"
-            ) from error
+            raise DependencyError(_why_not_imported(error)) from error
         try:
             self._tokenizer: Any = (
                 tokenizers.Tokenizer.from_buffer(source)
@@ -72,3 +70,13 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """Text of one token, special ones included; U+FFFD for a part of a character."""
         return self.decode([token_id], skip_special_tokens=False)
+
+
+def _why_not_imported(error: ImportError) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name == "tokenizers":
+        return "the package tokenizers is missing; install it with: pip install tokenizers"
+    return (
+        f"tokenizers is installed but cannot be loaded ({error}); give this process more memory "
+        "where its limit is low (ulimit -v), else reinstall it: "
+        "pip install --force-reinstall tokenizers"
+    )

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import pytest
@@ -23,9 +27,6 @@ from neo_runtime import bundle as bundle_module
 from neo_runtime.bundle import open_bundle
 from neo_runtime.errors import BundleDamagedError, BundleError, BundleUnsupportedError, RequestError
 from neo_runtime.manifest import CacheSpec, FileRecord, TensorSpec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SMALL_FILES = ("prefill.onnx", "decode.onnx", "score.onnx", "config.json", "tokenizer.json")
 
@@ -67,6 +68,9 @@ def test_what_changes_behind_an_open_bundle_is_found(folder: Path, name: str) ->
     if name != "tokenizer.json":
         with pytest.raises(BundleDamagedError, match=name):
             bundle.graph("prefill")
+    (folder / name).write_bytes(data + b"of another size")
+    with pytest.raises(BundleDamagedError, match=rf"{name} is not what it was when .*load again"):
+        bundle.file(name)
     (folder / name).unlink()
     with pytest.raises(BundleDamagedError, match=rf"{name} is missing"):
         bundle.file(name)
@@ -160,6 +164,24 @@ def test_a_folder_in_a_files_place(folder: Path) -> None:
     (folder / "config.json").mkdir()
     with pytest.raises(BundleDamagedError, match=r"config\.json is not a file"):
         open_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "neo.json", "prefill.onnx"])
+def test_a_file_that_may_not_be_read(name: str) -> None:
+    """As `nobody` when the tests run as root, whom no permission stops."""
+    place = Path(tempfile.mkdtemp())
+    user = os.geteuid()
+    try:
+        place.chmod(0o755)
+        make_bundle(place / "bundle")
+        (place / "bundle" / name).chmod(0)
+        os.seteuid(65534 if user == 0 else user)
+        expected = rf"/{re.escape(name)} cannot be read: Permission denied; let this user read it"
+        with pytest.raises(BundleError, match=expected):
+            open_bundle(place / "bundle")
+    finally:
+        os.seteuid(user)
+        shutil.rmtree(place)
 
 
 def test_a_pipe_in_a_files_place_does_not_block(folder: Path) -> None:

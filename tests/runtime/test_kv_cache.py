@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from neo_runtime import KVCache, Model
+    from numpy.typing import NDArray
 
 
 @pytest.fixture(scope="module", params=["mini_bundle", "portable_bundle"])
@@ -103,6 +104,31 @@ def test_a_call_that_ends_early_ends_the_cache(
         for call in steps:  # what was refused has changed nothing
             call(cache)
     assert model.cache_bytes_in_use == 0
+
+
+def test_two_threads_at_one_cache(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is told so, and the first goes on."""
+    run, inside, go_on = BoundCall.run, threading.Event(), threading.Event()
+
+    def slow(call: BoundCall) -> None:
+        inside.set()
+        assert go_on.wait(timeout=60)
+        run(call)
+
+    with model.new_cache(1, 8) as cache:
+        expected = model.prefill(cache, [[1, 2]]).copy()
+    with model.new_cache(1, 8) as cache:
+        found: list[NDArray[np.float32]] = []
+        monkeypatch.setattr(BoundCall, "run", slow)
+        first = threading.Thread(target=lambda: found.append(model.prefill(cache, [[1, 2]])))
+        first.start()
+        assert inside.wait(timeout=60)
+        with pytest.raises(NeoError, match=r"in use by another call.*one for each"):
+            model.decode(cache, [1])
+        go_on.set()
+        first.join()
+        np.testing.assert_array_equal(found[0], expected)
+        model.decode(cache, [3])
 
 
 def test_a_cache_of_another_model_is_refused(model: Model, mini_bundle: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 from helpers.models import DEMO
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_runtime.backends.in_place import InPlaceStore
-from neo_runtime.backends.sessions import session_settings
+from neo_runtime.backends.sessions import session_settings, translated
 from neo_runtime.bundle import open_bundle
+from neo_runtime.errors import BundleError, NeoError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,3 +122,32 @@ def test_prompts_go_together_as_far_as_a_chunk_has_room(
         for prompt, found in zip(prompts, together, strict=True):
             with model.new_cache(1, 64) as cache:
                 np.testing.assert_allclose(model.prefill(cache, [prompt])[0], found, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc"),
+        RuntimeError("mmap failed: Cannot allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_no_memory_is_no_fault_of_the_bundle(
+    error: Exception, mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    for on_gpu in (False, True):  # the GPU's own memory has other words
+        with (
+            pytest.raises(NeoError, match=r"gives no memory for activations \(.*; close other"),
+            translated(ort, on_gpu=on_gpu),
+        ):
+            fail()
+    monkeypatch.setattr(ort, "InferenceSession", fail)
+    with (
+        neo_runtime.load(mini_bundle, threads=1) as model,
+        pytest.raises(NeoError, match=r"gives no memory to load .*onnx \(.*ulimit") as raised,
+    ):
+        model.generate("Once", max_new_tokens=3)
+    assert not isinstance(raised.value, BundleError)

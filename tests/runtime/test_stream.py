@@ -248,3 +248,47 @@ def test_another_thread_may_close(model: Model, monkeypatch: pytest.MonkeyPatch)
     reader.join()
     assert len(calls) <= 2  # a step without text is followed by one more
     assert model.cache_bytes_in_use == 0
+
+
+def test_two_threads_at_one_stream(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = model.generate("Once", max_new_tokens=8)
+    stream = model.stream("Once", max_new_tokens=8)
+    inside, go_on = threading.Event(), threading.Event()
+    decode = model.decode_step
+
+    def slow(*arguments: Any) -> Any:
+        inside.set()
+        assert go_on.wait(timeout=60)
+        return decode(*arguments)
+
+    monkeypatch.setattr(model, "decode_step", slow)
+    pieces: list[str] = []
+    reader = threading.Thread(target=lambda: pieces.extend(stream))
+    reader.start()
+    assert inside.wait(timeout=60)
+    with pytest.raises(NeoError, match="another thread is reading"):
+        next(stream)
+    go_on.set()
+    reader.join()
+    assert "".join(pieces) == whole.text
+    assert stream.completion.text == whole.text
+
+
+def test_why_there_is_no_completion(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = model.stream("Once", ignore_eos=True)
+    next(stream)
+    with pytest.raises(NeoError, match="has not ended yet"):
+        _ = stream.completion
+    stream.close()
+    with pytest.raises(NeoError, match="was closed, or failed, before its end"):
+        _ = stream.completion
+
+    def fail(*_: object) -> None:
+        raise RequestError("no")
+
+    failing = model.stream("Once", ignore_eos=True)
+    monkeypatch.setattr(model, "decode_step", fail)
+    with pytest.raises(RequestError, match=r"^no$"):
+        list(failing)
+    with pytest.raises(NeoError, match="was closed, or failed"):
+        _ = failing.completion

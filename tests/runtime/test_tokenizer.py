@@ -89,5 +89,24 @@ def test_a_broken_file_and_a_missing_package_are_named(
         with pytest.raises(BundleDamagedError, match=r"tokenizer\.json is not a tokenizer"):
             Tokenizer(path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(DependencyError, match="pip install tokenizers"):
+    with pytest.raises(DependencyError, match=r"is missing; .* pip install tokenizers"):
         Tokenizer(DEMO / "tokenizer.json")
+
+
+def test_a_package_that_cannot_be_loaded_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is where its library finds no address space, or lacks a module of its own."""
+    (tmp_path / "tokenizers").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tokenizers"]:
+        monkeypatch.delitem(sys.modules, name)
+    for line in (
+        "raise ImportError('tokenizers.abi3.so: failed to map segment from shared object')",
+        "import a_module_that_is_nowhere",
+    ):
+        (tmp_path / "tokenizers" / "__init__.py").write_text(f"{line}  # {len(line)}\n")
+        with pytest.raises(
+            DependencyError, match=r"cannot be loaded \((token|No mod).*\); .*memory .* reinstall"
+        ):
+            Tokenizer(DEMO / "tokenizer.json")

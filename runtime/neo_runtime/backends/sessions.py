@@ -47,6 +47,7 @@ _OUT_OF_MEMORY = re.compile(
     r"|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED"
 )
 """onnxruntime's arena does not say whose memory it asked for."""
+_NO_HOST_MEMORY = re.compile(r"std::bad_alloc|[Cc]annot allocate memory|SystemError : 12\b")
 
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -134,6 +135,7 @@ class SessionFactory:
 
         Raises:
             BundleError: onnxruntime cannot load the graph.
+            NeoError: there is no memory for it.
             BundleDamagedError: the bundle is no longer what was opened.
         """
         path = self._bundle.graph(graph)
@@ -206,8 +208,14 @@ class SessionFactory:
             _live.add(session)
             return session
         except failure_kinds(self._ort) as error:
+            reason = failure_reason(error)
+            if _lacks_memory(error):
+                raise NeoError(
+                    f"the system gives no memory to load {path} ({reason}); close other programs, "
+                    "raise this process's limit (ulimit -v, the container's), or export with --int8"
+                ) from error
             raise BundleError(
-                f"onnxruntime {self._ort.__version__} cannot load {path}: {failure_reason(error)}; "
+                f"onnxruntime {self._ort.__version__} cannot load {path}: {reason}; "
                 "check the bundle with neo-verify, or export it again"
             ) from error
 
@@ -229,12 +237,18 @@ def _token_rows(stored: Path, mappings: Sequence[Mapping], manifest: Manifest) -
     return [m for m in mappings if m.path == weights and m.offset in offsets]
 
 
+def _lacks_memory(error: Exception) -> bool:
+    """Whether the system gave none: where no GPU is at work, the arena asks for nobody else's."""
+    patterns = (_OUT_OF_MEMORY, _NO_HOST_MEMORY)
+    return isinstance(error, MemoryError) or any(p.search(str(error)) for p in patterns)
+
+
 def failure_kinds(ort: Any) -> tuple[type[Exception], ...]:
     """What onnxruntime raises."""
     state = ort.capi.onnxruntime_pybind11_state
     kinds = [kind for kind in vars(state).values() if isinstance(kind, type)]
     found = tuple(kind for kind in kinds if issubclass(kind, Exception))
-    return (*found, RuntimeError)
+    return (*found, RuntimeError, MemoryError)
 
 
 @contextmanager
@@ -259,6 +273,12 @@ def translated(ort: Any, *, on_gpu: bool) -> Iterator[None]:
             raise DeviceMemoryError(
                 "the GPU has no memory left for activations; close other programs on it, lower "
                 f"prefill_chunk or the batch, or export with --int4 ({reason})"
+            ) from error
+        if _lacks_memory(error):
+            raise NeoError(
+                f"onnxruntime failed: the system gives no memory for activations ({reason}); close "
+                "other programs, raise this process's limit (ulimit -v, the container's), or lower "
+                "prefill_chunk or the batch"
             ) from error
         raise NeoError(f"onnxruntime failed: {reason}") from error
 
