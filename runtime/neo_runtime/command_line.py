@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from neo_runtime.errors import NeoError, VerificationError
+from neo_runtime.standard_streams import prepare_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,6 +74,7 @@ def run_command(
         The status of `work`; 2 for an error, 130 after Ctrl-C, 141 when the reader of stdout
         has gone. An unexpected exception is raised with its traceback.
     """
+    prepare_streams()
     try:
         status = work()
         sys.stdout.flush()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
+
+from neo_runtime.standard_streams import json_text
 
 from neo_tools.bench.cases import threads_text
 
@@ -64,7 +65,7 @@ def write(results: Results, form: Literal["md", "json", "csv"]) -> str:
 
 def to_json(results: Results) -> str:
     """Everything, the seconds of every round included."""
-    return json.dumps(results.to_dict(), indent=1, ensure_ascii=False) + "\n"
+    return f"{json_text(results.to_dict(), indent=1)}\n"
 
 
 def to_csv(results: Results) -> str:

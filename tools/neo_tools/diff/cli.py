@@ -12,6 +12,7 @@ from neo_export.stages import StageLine
 from neo_export.text_file import write_text_file
 from neo_runtime.command_line import run_command
 from neo_runtime.errors import OutputError
+from neo_runtime.standard_streams import json_text
 
 from neo_tools.diff.cli_options import make_parser
 
@@ -90,10 +91,11 @@ def _write(results: Results, arguments: argparse.Namespace) -> None:
 
     if arguments.html is not None:
         write_text_file(arguments.html, page(results))
-    text = json.dumps(_finite(results.to_json()), ensure_ascii=False, allow_nan=False) + "\n"
+    found = _finite(results.to_json())
     if path := _json_file(arguments):
-        write_text_file(path, text)
-    sys.stdout.write(text if arguments.json == "-" else report(results))
+        text = json.dumps(found, ensure_ascii=False, allow_nan=False)
+        write_text_file(path, f"{text}\n")
+    sys.stdout.write(f"{json_text(found)}\n" if arguments.json == "-" else report(results))
 
 
 def _finite(value: Any) -> Any:
