@@ -17,6 +17,7 @@ ALLOWED = {
         "neo_runtime.command_line",
         "neo_runtime.cores",
         "neo_runtime.engine_record",
+        "neo_runtime.entry",
         "neo_runtime.errors",
         "neo_runtime.installation",
         "neo_runtime.manifest",

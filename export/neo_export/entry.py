@@ -1,0 +1,10 @@
+"""Where the commands of this package begin."""
+
+from __future__ import annotations
+
+from neo_runtime.entry import entry
+
+__all__ = ["engine", "export"]
+
+engine = entry("neo_export.engine.cli")
+export = entry("neo_export.cli")

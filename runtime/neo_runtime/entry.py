@@ -1,0 +1,37 @@
+"""Where installed commands begin: little is imported before Ctrl-C finds somebody to catch it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["entry", "generate", "verify"]
+
+_INTERRUPTED = 130
+
+
+def entry(module: str) -> Callable[[], int]:
+    """The function of a console script: `main` of a module that is imported only then.
+
+    Imports take long enough to be interrupted; Ctrl-C ends them as it ends the work, without a
+    traceback.
+    """
+
+    def start() -> int:
+        try:
+            from neo_runtime.standard_streams import prepare_streams
+
+            prepare_streams()
+            status: int = importlib.import_module(module).main()
+        except KeyboardInterrupt:
+            return _INTERRUPTED
+        return status
+
+    return start
+
+
+generate = entry("neo_runtime.cli")
+verify = entry("neo_runtime.verify")

@@ -1,0 +1,10 @@
+"""Where the commands of this package begin."""
+
+from __future__ import annotations
+
+from neo_runtime.entry import entry
+
+__all__ = ["bench", "diff"]
+
+bench = entry("neo_tools.bench.cli")
+diff = entry("neo_tools.diff.cli")
