@@ -45,7 +45,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_version(parser)
-    parser.add_argument("bundle", metavar="BUNDLE", help="a folder written by neo-export")
+    # Both may stand after `--`, which argparse does not see: see `_parsed`.
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", nargs="?", help="a folder written by neo-export"
+    )
     parser.add_argument(
         "prompt", metavar="PROMPT", nargs="?", help="the prompt (default: standard input)"
     )
@@ -98,10 +101,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, in any order; nothing after `--` is an option."""
-    parser = _parser()
+    """The arguments, in any order; nothing after the first `--` is an option."""
+    parser, given = _parser(), list(argv)
+    end = given.index("--") if "--" in given else len(given)
     # argparse of Python 3.11 forgets `--` where options and the others may mix.
-    return parser.parse_args(argv) if "--" in argv else parser.parse_intermixed_args(argv)
+    arguments, unknown = parser.parse_known_intermixed_args(given[:end])
+    named = [text for text in (arguments.bundle, arguments.prompt) if text is not None]
+    named += given[end + 1 :]
+    unknown += named[2:]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if not named:
+        parser.error("the following arguments are required: BUNDLE")
+    arguments.bundle, arguments.prompt = (*named, None)[:2]
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -89,9 +89,36 @@ def test_a_prompt_behind_two_dashes_is_no_option(
     for arguments in (
         [*few, "--", str(mini_bundle), "--json"],
         [*few, str(mini_bundle), "--", "--json"],
+        [str(mini_bundle), *few, "--", "--json"],
+        [str(mini_bundle), "--", "--json"],
     ):
+        wanted = expected if few[0] in arguments else model.generate("--json").text
         assert main(arguments) == 0
-        assert capsys.readouterr().out == f"{expected}\n"
+        assert capsys.readouterr().out == f"{wanted}\n"
+    dashes = model.generate("--", max_new_tokens=5).text
+    assert main([str(mini_bundle), *few, "--", "--"]) == 0
+    assert capsys.readouterr().out == f"{dashes}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["b", "--threads", "1", "--", "x", "--json"], "unrecognized arguments: --json"),
+        (["b", "x", "--threads", "1", "y"], "unrecognized arguments: y"),
+        (["b", "x", "--", "y", "z"], "unrecognized arguments: y z"),
+        (["--jsn", "--", "b"], "unrecognized arguments: --jsn"),
+        ([], "arguments are required: BUNDLE"),
+        (["--json", "--"], "arguments are required: BUNDLE"),
+    ],
+)
+def test_too_many_or_too_few(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(arguments)
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
 
 
 def test_json_holds_everything(
