@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import sys
-from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from neo_runtime.cli_batches import batches
 from neo_runtime.cli_options import add_option_flags, chosen_options
+from neo_runtime.cli_output import print_lines, print_object, print_text, print_timings
 from neo_runtime.cli_prompts import read_prompts
 from neo_runtime.command_line import OneLineParser, add_version, run_command
 from neo_runtime.errors import RequestError
@@ -18,10 +17,10 @@ from neo_runtime.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from neo_runtime.cli_prompts import GivenPrompt
     from neo_runtime.completion import Completion
     from neo_runtime.model import Model
     from neo_runtime.options import GenerationOptions
-    from neo_runtime.sampling import Choice
     from neo_runtime.text_stream import TextStream
 
 __all__ = ["main"]
@@ -56,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts-file",
         metavar="FILE",
         help="several prompts instead: JSON lines, each a string, a list of token ids, or an "
-        'object with "prompt", "text" or "content"; - for standard input',
+        'object with "prompt", "text" or "content", and perhaps an "id"; - for standard input',
     )
     parser.add_argument(
         "--token-ids",
@@ -64,7 +63,14 @@ def _parser() -> argparse.ArgumentParser:
         help="take PROMPT as token ids such as 1,2,3, and print token ids",
     )
     parser.add_argument("--echo", action="store_true", help="print the prompt before the text")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    form.add_argument(
+        "--json-lines",
+        action="store_true",
+        help="print one JSON object per completion as soon as its batch is done, with the prompt's "
+        '"index" (from 0) and "id"',
+    )
     parser.add_argument("--timings", action="store_true", help="print timings to stderr")
     parser.add_argument(
         "--backend",
@@ -86,7 +92,10 @@ def _parser() -> argparse.ArgumentParser:
         help="limit of the key/value cache in 10^6 bytes (default: none)",
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="prompts to compute together (default: all)"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="prompts to compute together (default: what suits the machine)",
     )
     parser.add_argument(
         "--verify", action="store_true", help="compare the weights with their checksum first"
@@ -128,11 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
     options = chosen_options(arguments)
-    if "logprobs" in options and not arguments.json:
-        raise RequestError("--logprobs needs --json; add it")
+    if "logprobs" in options and not (arguments.json or arguments.json_lines):
+        raise RequestError("--logprobs needs --json or --json-lines; add one of them")
     prompts = read_prompts(arguments.prompt, arguments.prompts_file, ids=arguments.token_ids)
     import neo_runtime
 
@@ -151,17 +158,9 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"neo-generate: {model.backend_choice}", file=sys.stderr)
         bad_words = options.pop("bad_words", ())
         chosen = _chosen(model, options, reads_file=not arguments.no_generation_config)
-        first = prompts[0]
-        if isinstance(first, str) and _can_stream(arguments, model, chosen):
-            pieces = model.stream(first, chosen, bad_words=bad_words)
-            completions = [_stream(pieces, echo=first if arguments.echo else "")]
-        else:
-            completions = model.generate(
-                prompts, chosen, bad_words=bad_words, batch_size=arguments.batch_size
-            )
-            _print(arguments, model, completions, loaded)
+        completions = _complete(arguments, model, prompts, chosen, bad_words, loaded)
     if arguments.timings:
-        _print_timings(completions, loaded)
+        print_timings(completions, loaded)
     return 0
 
 
@@ -173,6 +172,31 @@ def _chosen(model: Model, given: dict[str, Any], *, reads_file: bool) -> Generat
         return model.options(**given)
     eos = tuple(token for token in model.manifest.model.eos_token_id if token >= 0)
     return GenerationOptions(eos_token_id=eos).merged(**given)
+
+
+def _complete(
+    arguments: argparse.Namespace,
+    model: Model,
+    prompts: Sequence[GivenPrompt],
+    chosen: GenerationOptions,
+    bad_words: Sequence[str],
+    loaded: float,
+) -> list[Completion]:
+    """Compute and print; what the timings are of."""
+    given, size = [prompt for prompt, _ in prompts], arguments.batch_size
+    if arguments.json_lines:
+        tags = [tag for _, tag in prompts]
+        return print_lines(model, tags, batches(model, given, chosen, bad_words, size))
+    first = given[0]
+    if isinstance(first, str) and _can_stream(arguments, model, chosen):
+        pieces = model.stream(first, chosen, bad_words=bad_words)
+        return [_stream(pieces, echo=first if arguments.echo else "")]
+    completions = model.generate(given, chosen, bad_words=bad_words, batch_size=size)
+    if arguments.json:
+        print_object(model, arguments.bundle, completions, loaded)
+    else:
+        print_text(model, completions, ids=arguments.token_ids, echo=arguments.echo)
+    return completions
 
 
 def _can_stream(arguments: argparse.Namespace, model: Model, chosen: GenerationOptions) -> bool:
@@ -193,57 +217,6 @@ def _stream(stream: TextStream, *, echo: str) -> Completion:
             print(piece, end="", flush=True)
     print()
     return pieces.completion
-
-
-def _print(
-    arguments: argparse.Namespace, model: Model, completions: Sequence[Completion], loaded: float
-) -> None:
-    if arguments.json:
-        report = {
-            "bundle": arguments.bundle,
-            "load_seconds": loaded,
-            "completions": [_facts(model, completion) for completion in completions],
-        }
-        print(json.dumps(report, indent=1, ensure_ascii=False))
-        return
-    for index, completion in enumerate(completions):
-        if index:
-            print("---")
-        prompt_ids = completion.prompt_token_ids
-        if arguments.token_ids or model.tokenizer is None:
-            ids = (*prompt_ids, *completion.token_ids) if arguments.echo else completion.token_ids
-            print(",".join(map(str, ids)))
-        else:
-            print(model.tokenizer.decode(prompt_ids) if arguments.echo else "", end="")
-            print(completion.text)
-
-
-def _facts(model: Model, completion: Completion) -> dict[str, Any]:
-    facts = asdict(completion)
-    if completion.logprobs is not None:
-        facts["logprobs"] = [_choice(model, choice) for choice in completion.logprobs]
-    return facts
-
-
-def _choice(model: Model, choice: Choice) -> dict[str, Any]:
-    def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        text = model.tokenizer.token(token) if model.tokenizer else None
-        return {"token": token, "text": text, "logprob": logprob}
-
-    best = [entry(*other) for other in choice.top_logprobs or ()]
-    return entry(choice.token, choice.logprob) | {"top_logprobs": best}
-
-
-def _print_timings(completions: Sequence[Completion], loaded: float) -> None:
-    print(f"load {loaded:.3f} s", file=sys.stderr)
-    for completion in completions:
-        times = completion.timings
-        print(
-            f"prompt of {len(completion.prompt_token_ids)} tokens: prefill "
-            f"{times.prefill_seconds:.3f} s; {len(completion.token_ids)} tokens, "
-            f"{times.tokens_per_second:.1f} a second",
-            file=sys.stderr,
-        )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import ModelSpec
     from neo_runtime.tokenizer import Tokenizer
 
-__all__ = ["document_ids", "json_line_values", "read_documents"]
+__all__ = ["document_ids", "json_lines", "read_documents", "value_of"]
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json")
 """Of files with a document a line."""
@@ -44,7 +44,8 @@ def read_documents(file: TextIO, name: str, tokens: int) -> Iterator[str]:
             if document.strip():
                 yield document
             return
-        for number, value in json_line_values(file, name, _KEYS):
+        for number, entry in json_lines(file, name):
+            value = value_of(entry, _KEYS)
             if not isinstance(value, str):
                 raise RequestError(
                     f"{name}, line {number} holds no document; expected a string, or an object "
@@ -55,12 +56,8 @@ def read_documents(file: TextIO, name: str, tokens: int) -> Iterator[str]:
         raise RequestError(f"{name} is not UTF-8 text ({error.reason}); convert it") from error
 
 
-def json_line_values(
-    lines: Iterable[str], name: str, keys: tuple[str, ...]
-) -> Iterator[tuple[int, object]]:
-    """What the lines hold that are not blank, each with its number from 1 on.
-
-    Of an object it is the value of the first of `keys` that it has, None where it has none.
+def json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[int, object]]:
+    """The values of the lines that are not blank, each with its number from 1 on.
 
     Raises:
         RequestError: a line is not JSON.
@@ -72,9 +69,14 @@ def json_line_values(
             value = json.loads(line)
         except ValueError as error:
             raise RequestError(f"{name}, line {number} is not JSON ({error})") from error
-        if isinstance(value, dict):
-            value = next((value[key] for key in keys if key in value), None)
         yield number, value
+
+
+def value_of(entry: object, keys: tuple[str, ...]) -> object:
+    """The first of `keys` that an object has, None where it has none; anything else as it is."""
+    if isinstance(entry, dict):
+        return next((entry[key] for key in keys if key in entry), None)
+    return entry
 
 
 def document_ids(

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,7 @@ def test_a_prompt_behind_two_dashes_is_no_option(
         (["--jsn", "--", "b"], "unrecognized arguments: --jsn"),
         ([], "arguments are required: BUNDLE"),
         (["--json", "--"], "arguments are required: BUNDLE"),
+        (["--json", "b", "--json-lines"], "not allowed with argument --json"),
     ],
 )
 def test_too_many_or_too_few(
@@ -182,7 +184,182 @@ def test_a_line_of_json_may_hold_any_line_break_but_its_own(tmp_path: Path) -> N
     prompts = ["a\u2028b", "c\x85d", "e\nf"]
     lines = [json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
     path.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
-    assert read_prompts(None, str(path), ids=False) == prompts
+    assert [given.prompt for given in read_prompts(None, str(path), ids=False)] == prompts
+
+
+@pytest.fixture
+def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Prompts of each call of `Model.generate`."""
+    found: list[int] = []
+    generate = neo_runtime.Model.generate
+
+    def counted(model: Model, prompts: Any, *rest: Any, **options: Any) -> Any:
+        found.append(len(prompts))
+        return generate(model, prompts, *rest, **options)
+
+    monkeypatch.setattr(neo_runtime.Model, "generate", counted)
+    return found
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Ten prompts, some with an "id"."""
+    lines: list[object] = ["Tom", {"text": "Sue", "id": "x-1"}, {"prompt": "A dog", "id": None}]
+    lines += [[5, 6, 7], {"prompt": [8, 9], "id": {"n": 4}}, *["One day"] * 5]
+    path = tmp_path / "many.jsonl"
+    path.write_text("\n\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ([], [8, 2]),
+        (["--batch-size", "4"], [4, 4, 2]),
+        (["--do-sample", "--seed", "4", "--num-return-sequences", "3"], [2] * 5),
+        (["--num-beams", "2", "--num-return-sequences", "2"], [1] * 10),
+        (["--logprobs", "1", "--bad-words", "girl"], [8, 2]),
+    ],
+)
+def test_json_lines(
+    flags: list[str],
+    sizes: list[int],
+    mini_bundle: Path,
+    many: Path,
+    batch_sizes: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same completions as with --json, each on a line with what finds it again."""
+    command = [str(mini_bundle), "--prompts-file", str(many), "--max-new-tokens", "6", *flags]
+    assert main([*command, "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)["completions"]
+    batch_sizes.clear()
+    assert main([*command, "--json-lines", "--timings"]) == 0
+    printed = capsys.readouterr()
+    assert batch_sizes == sizes
+    assert printed.err.count("prompt of") == len(expected)
+    lines = [json.loads(line) for line in printed.out.splitlines()]
+    copies = len(expected) // 10
+    assert [line.pop("index") for line in lines] == [i for i in range(10) for _ in range(copies)]
+    ids = [line.pop("id", "none") for line in lines[::copies]]
+    assert ids == ["none", "x-1", None, "none", {"n": 4}, *["none"] * 5]
+    for line, wanted in zip(lines, expected, strict=True):
+        line.pop("id", None)
+        for name in ("text", "token_ids", "prompt_token_ids", "finish_reason"):
+            assert line[name] == wanted[name]
+        assert set(line) == set(wanted)
+
+
+def test_what_is_done_is_out_before_a_late_failure(mini_bundle: Path, many: Path) -> None:
+    """The lines of the first batch are in the file, though nobody flushes after the failure."""
+    code = (
+        "import os, sys\n"
+        "import neo_runtime\n"
+        "from neo_runtime.cli import main\n"
+        "generate, calls = neo_runtime.Model.generate, []\n"
+        "def twice(*arguments, **options):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3:\n"
+        "        os._exit(7)\n"
+        "    return generate(*arguments, **options)\n"
+        "neo_runtime.Model.generate = twice\n"
+        "main(sys.argv[1:])\n"
+    )
+    flags = ["--prompts-file", str(many), "--json-lines", "--batch-size", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(mini_bundle), *flags, "--max-new-tokens", "3"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 7, done.stderr
+    assert [json.loads(line)["index"] for line in done.stdout.splitlines()] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "last", "message"),
+    [
+        ([], [4096 * 4], "prompts[10]: token id 16384"),
+        ([], [1] * 600, "prompts[10]: "),
+        (["--batch-size", "0"], "Tom", "batch_size is 0"),
+        (["--batch-size", "-1"], "Tom", "batch_size is -1"),
+    ],
+)
+def test_json_lines_are_refused_before_any_work(
+    flags: list[str],
+    last: object,
+    message: str,
+    mini_bundle: Path,
+    many: Path,
+    batch_sizes: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    many.write_text(f"{many.read_text()}\n{json.dumps(last)}\n")
+    assert main([str(mini_bundle), "--prompts-file", str(many), "--json-lines", *flags]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, batch_sizes) == ("", [])
+    assert message in printed.err
+
+
+def test_one_prompt_as_a_json_line(
+    mini_bundle: Path, model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(mini_bundle), PROMPT, "--json-lines", "--max-new-tokens", "5"]) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert (found["index"], found["text"]) == (0, model.generate(PROMPT, max_new_tokens=5).text)
+
+
+def test_other_encodings_than_utf8(mini_bundle: Path, model: Model, tmp_path: Path) -> None:
+    """JSON is UTF-8 on stdin, and loses nothing on stdout; plain text is the locale's."""
+    (tmp_path / "bündel").symlink_to(mini_bundle)
+    prompt = "“Tom” naïve"
+
+    def run(flags: list[str], given: bytes, encoding: str) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "neo_runtime.cli", "bündel", *flags]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        return subprocess.run(
+            [*command, "--max-new-tokens", "3"],
+            input=given,
+            capture_output=True,
+            cwd=tmp_path,
+            env=environment,
+        )
+
+    line = json.dumps(prompt, ensure_ascii=False).encode()
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        done = run(["--json", "--prompts-file", "-"], line, encoding)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout.decode(encoding))
+        assert report["bundle"] == "bündel"
+        assert model.tokenizer is not None
+        assert model.tokenizer.decode(report["completions"][0]["prompt_token_ids"]) == prompt
+    done = run(["--echo"], "naïve\n".encode("latin-1"), "latin-1")
+    assert done.stdout.decode("latin-1").startswith("naïve")
+    done = run([], prompt.encode(), "ascii")
+    assert done.returncode == 2
+    assert b"the prompt is not valid ASCII" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams with a shell")
+def test_closed_streams(mini_bundle: Path) -> None:
+    def run(arguments: str, redirection: str) -> tuple[int, str, str]:
+        script = f'exec "$0" -m neo_runtime.cli "$1" --max-new-tokens 3 {arguments} {redirection}'
+        done = subprocess.run(
+            ["/bin/sh", "-c", script, sys.executable, str(mini_bundle)],
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    expected = run("Tom", "")
+    assert expected[0] == 0
+    assert run("Tom", "<&-") == expected
+    assert run("Tom", ">&-") == (0, "", "")
+    assert run("Tom", "2>&-") == expected
+    closed = "neo-generate: standard input is closed; give PROMPT, or a --prompts-file\n"
+    assert run("", "<&-") == (2, "", closed)
+    assert run("--prompts-file -", "<&-") == (2, "", closed)
+    assert run("", "<&- 2>&- >&-") == (2, "", "")
 
 
 def test_token_ids(

@@ -1,0 +1,60 @@
+"""Many prompts, batch by batch: one is out of the house before the next is computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from neo_runtime.completion import Completion
+    from neo_runtime.model import Model
+    from neo_runtime.options import GenerationOptions
+    from neo_runtime.prompts import Prompt
+
+__all__ = ["Batch", "batches"]
+
+Batch = list[tuple[int, "Completion"]]
+"""Places of the prompts, and their completions."""
+
+
+def batches(
+    model: Model,
+    prompts: Sequence[Prompt],
+    chosen: GenerationOptions,
+    bad_words: Sequence[str],
+    size: int | None,
+) -> Iterator[Batch]:
+    """Complete prompts in their order, each as `Model.generate` does with all of them.
+
+    Args:
+        model: the model.
+        prompts: text or token ids.
+        chosen: the options, without a seed for each prompt.
+        bad_words: as for `Model.generate`.
+        size: prompts computed together; None for as many as `Model.generate` takes.
+
+    Raises:
+        RequestError: a prompt or an option that cannot be honoured: before any is computed.
+        NeoError: see `Model.generate`.
+    """
+    # Only now what imports numpy: --help does without.
+    from neo_runtime.option_values import count
+    from neo_runtime.prompts import of_each, prompt_ids
+
+    count(1, optional=True)("batch_size", size)
+
+    def checked(prompt: Prompt) -> list[int]:
+        ids = prompt_ids(prompt, model.manifest.model.vocab_size, model.tokenizer)
+        chosen.total_length(len(ids), model.manifest.max_length)
+        found: list[int] = ids.tolist()
+        return found
+
+    rows = of_each(prompts, checked)
+    copies = chosen.num_return_sequences
+    if chosen.num_beams > 1:
+        size = 1  # beam search computes prompts alone
+    size = size or max(1, model.default_batch // copies)
+    for start in range(0, len(rows), size):
+        completions = model.generate(rows[start : start + size], chosen, bad_words=bad_words)
+        yield [(start + place // copies, one) for place, one in enumerate(completions)]
