@@ -45,20 +45,20 @@ def sampled_completions(
         RequestError: options that do not fit a prompt.
         CacheLimitError: the cache for a batch would pass the limit.
     """
-    longest = model.manifest.max_length
-    totals = of_each(prompts, lambda ids: options.total_length(len(ids), longest))
+    most = model.manifest.max_length
+    totals = of_each(prompts, lambda ids: options.total_length(len(ids), most))
     row_generator(options.seed, len(prompts) - 1, 0)  # too few seeds are told before any work
     copies = options.num_return_sequences
-    size = batch_size or _batch_size(model, copies, max(totals))
     # Neighbours go through the graph together, padded to the longest.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     rows: dict[int, list[Row]] = {}
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
+    while order:
         if should_stop():
-            for index in order[start:]:
-                rows[index] = cancelled_rows(model, prompts[index], options)
+            rows |= {index: cancelled_rows(model, prompts[index], options) for index in order}
             break
+        longest = model.rounded_length(totals[order[-1]] - 1)
+        size = batch_size or _batch_size(model, len(order), copies, longest)
+        batch, order = order[:size], order[size:]
         # The last token of a row is never fed, so it needs no position.
         length = model.rounded_length(max(totals[index] for index in batch) - 1)
         # Before rows are made: they take memory that no limit counts.
@@ -72,10 +72,10 @@ def sampled_completions(
     return [row.completion() for index in range(len(prompts)) for row in rows[index]]
 
 
-def _batch_size(model: CachedModel, copies: int, length: int) -> int:
-    """Prompts a batch, where the caller leaves it open: at least one."""
+def _batch_size(model: CachedModel, prompts: int, copies: int, length: int) -> int:
+    """Prompts of the next batch, where the caller leaves it open: batches of nearly one size."""
     size = max(1, model.default_batch // copies)
     room = model.cache_bytes_left
     while size > 1 and room is not None and model.cache_bytes(size * copies, length) > room:
         size //= 2
-    return size
+    return -(-prompts // -(-prompts // size))

@@ -85,6 +85,7 @@ def run_command(
         discard_stdout()
         return _BROKEN_PIPE
     except (NeoError, OSError) as error:
+        _give_up_full_stdout()
         wrong = unverified if isinstance(error, VerificationError) else _WRONG
         return _fail(program, wording(str(error)), wrong)
     except ImportError as error:
@@ -99,6 +100,14 @@ def run_command(
             _WRONG,
         )
     return status
+
+
+def _give_up_full_stdout() -> None:
+    """The interpreter would try once more when it exits, and end with a status of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_stdout()
 
 
 def discard_stdout() -> None:

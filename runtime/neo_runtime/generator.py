@@ -177,8 +177,9 @@ def steps(
         groups: the rows of each prompt: as many for every prompt.
         should_stop: asked after each step; rows that are still active end as "cancelled".
     """
-    model.prepare()  # before the clocks start
     rows = [row for group in groups for row in group]
+    if any(row.total > len(row.prompt) + 1 for row in rows):
+        model.prepare()  # before the clocks start; decode is not needed for one token
     for row in rows:
         row.watch = Stopwatch()
     cache.reorder(range(len(groups)))

@@ -109,7 +109,7 @@ class KVCache(Closable):
         """
         self._backend = backend
         self._max_batch = batch
-        self._is_changing = False
+        self._is_changing = self._is_closing = False
         self._call = threading.Lock()
         """Held by the call that changes the cache, to its end."""
         self._length = length
@@ -158,6 +158,8 @@ class KVCache(Closable):
             self._is_changing = False
         finally:
             self._call.release()
+            if self._is_closing:  # by another thread, meanwhile
+                self.close()
 
     @property
     def store(self) -> CacheStore:
@@ -166,7 +168,7 @@ class KVCache(Closable):
         Raises:
             NeoError: the cache is closed.
         """
-        if self._open_store is None:
+        if self._open_store is None or self._is_closing:
             raise NeoError("the cache is closed; make another one with Model.new_cache")
         return self._open_store
 
@@ -213,14 +215,20 @@ class KVCache(Closable):
     @property
     def closed(self) -> bool:
         """Whether the memory was freed."""
-        return self._open_store is None
+        return self._open_store is None or self._is_closing
 
     def close(self) -> None:
-        """Free the memory; further calls do nothing."""
-        if self._open_store is not None:
-            self._open_store.close()
-            self._open_store = None
-            self._release()
+        """Free the memory, after any call that another thread makes; later calls do nothing."""
+        self._is_closing = True
+        if not self._call.acquire(blocking=False):
+            return  # that call closes the cache at its end
+        try:
+            if self._open_store is not None:
+                self._open_store.close()
+                self._open_store = None
+                self._release()
+        finally:
+            self._call.release()
 
 
 def _no_memory(batch: int, length: int, size: int) -> CacheLimitError:

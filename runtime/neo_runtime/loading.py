@@ -31,7 +31,7 @@ def load(
     session_config: Mapping[str, str] | None = None,
     keep_prepacked: bool | None = None,
 ) -> Model:
-    """Open a bundle. Each graph is loaded when it is first used.
+    """Open a bundle. Graphs are loaded with the first request, or by `Model.prepare`.
 
     Args:
         bundle: a folder written by `neo-export`.

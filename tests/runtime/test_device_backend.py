@@ -235,7 +235,9 @@ def test_slots_are_used_again_and_given_back(cuda_bundle: Path) -> None:
     backend = model._backend
     assert isinstance(backend, CudaBackend)
     assert sum(slot.nbytes for slot in backend.slots.items) <= backend.weight_bytes
-    model.generate(["Once"] * 40, max_new_tokens=2)  # more than the weights: kept by itself
+    model.generate(
+        ["Once"] * 40, max_new_tokens=2, batch_size=40
+    )  # more than the weights: kept by itself
     assert [slot.batch for slot in backend.slots.items] == [40]
     model.close()
     model.close()

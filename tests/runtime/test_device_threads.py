@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +19,9 @@ from neo_runtime.backends.cuda import CudaBackend
 from neo_runtime.backends.cuda_sessions import CudaSessions
 from neo_runtime.backends.device_locks import alone, new_lock
 from neo_runtime.backends.leftovers import Leftovers
-from neo_runtime.backends.one_thread import OneThread
+from neo_runtime.backends.one_thread import OneThread, _Job
 from neo_runtime.bundle import open_bundle
-from neo_runtime.errors import DeviceMemoryError
+from neo_runtime.errors import DeviceMemoryError, NeoError
 from neo_runtime.model import Model
 
 if TYPE_CHECKING:
@@ -81,7 +84,7 @@ def test_requests_of_many_threads_decode_in_one(model: Model, runs: Runs) -> Non
     for number in range(5):
         in_thread(request, f"request {number}")
     request()
-    assert {name for _, name, _ in runs.found} == {"neo-decode_0"}
+    assert {name for _, name, _ in runs.found} == {"neo-decode"}
     assert len({graph for _, _, graph in runs.found}) == 1
 
 
@@ -158,32 +161,61 @@ def test_two_that_capture_do_not_wait_for_each_other() -> None:
     assert not locks[1].locked()
 
 
-def test_interrupted_work_ends_before_its_caller_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, done = OneThread(), threading.Event()
-    one.run(lambda: None)
-    waits: list[object] = []
+class Interrupted:
+    """An event whose waits are interrupted by Ctrl-C so many times."""
 
-    def interrupted(futures: Any) -> None:
-        waits.append(futures)
-        if len(waits) == 1:
+    def __init__(self, times: int) -> None:
+        self.event, self.times = threading.Event(), times
+
+    def wait(self) -> bool:
+        if self.times:
+            self.times -= 1
             raise KeyboardInterrupt
-        done.set()
-        futures[0].result()
+        return self.event.wait()
 
-    monkeypatch.setattr("neo_runtime.backends.one_thread.wait", interrupted)
-    caught: list[BaseException] = []
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.event, name)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_interrupted_work_ends_before_its_caller_goes_on(
+    times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, begun, ended = OneThread(), threading.Event(), threading.Event()
+    one.run(lambda: None)
+    init = _Job.__init__
+
+    def interrupted(job: _Job, work: Callable[[], None]) -> None:
+        init(job, work)
+        job._done = Interrupted(times)  # type: ignore[assignment]
+        job.wait = lambda: begun.wait() and job._done.wait()  # type: ignore[method-assign,assignment,return-value]
+
+    monkeypatch.setattr(_Job, "__init__", interrupted)
+
+    def work() -> None:
+        begun.set()
+        time.sleep(0.2)
+        ended.set()
+
+    caught: list[bool] = []
 
     def call() -> None:
         try:
-            one.run(lambda: done.wait() and None)
-        except KeyboardInterrupt as error:
-            caught.append(error)
-            assert done.is_set()
+            one.run(work)
+        except KeyboardInterrupt:
+            caught.append(ended.is_set())
 
     in_thread(call)
-    assert len(caught) == 1
-    assert len(waits) == 2
+    assert caught == [True]
     one.close()
+
+
+def test_work_that_has_not_begun_is_not_done_later() -> None:
+    done: list[int] = []
+    job = _Job(lambda: done.append(1))
+    job.abandon()
+    job.do()
+    assert done == []
 
 
 def test_an_error_of_the_worker_is_the_callers() -> None:
@@ -196,6 +228,74 @@ def test_an_error_of_the_worker_is_the_callers() -> None:
 
     in_thread(call)
     one.close()
+
+
+def test_threads_that_outlive_the_main_one_still_decode() -> None:
+    code = """if True:
+        import threading, time
+        from neo_runtime.backends.one_thread import OneThread, _Job
+        one = OneThread()
+        one.run(lambda: None)
+        def late():
+            time.sleep(0.5)
+            one.run(lambda: print("done", flush=True))
+        threading.Thread(target=late).start()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+def test_a_cache_closed_in_the_middle_of_a_step_stays_its_own(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slot goes to another request only when the step has ended."""
+    cache = model.new_cache(1, 16)
+    model.prefill(cache, [[1, 2, 3]])
+    run, seen = CudaSessions.run, []
+    backend = model._backend
+    assert isinstance(backend, CudaBackend)
+
+    def closing(sessions: CudaSessions, graph: str, binding: Any, graph_id: int = -1) -> None:
+        in_thread(cache.close)
+        seen.append((cache.closed, len(backend.slots._taken)))
+        run(sessions, graph, binding, graph_id)
+
+    monkeypatch.setattr(CudaSessions, "run", closing)
+    with pytest.raises(NeoError, match="the cache is closed"):  # its logits are the slot's
+        model.decode(cache, [4])
+    assert seen == [(True, 1)]
+    assert backend.slots._taken == []
+    assert model.cache_bytes_in_use == 0
+
+
+def test_a_model_dropped_while_its_device_is_in_use(cuda_bundle: Path) -> None:
+    """What waits for the device does not keep the model from being garbage."""
+    device = HostDevice()
+    opened = open_bundle(cuda_bundle)
+    model = Model(opened, Chosen(CudaBackend(opened, device), "cuda", None))
+    cache = model.new_cache(1, 16)
+    mine = new_lock()
+    with mine, alone(mine):
+        cache.close()
+        del cache, model
+        gc.collect()
+        assert not device.closed
+    Leftovers(mine).settle()
+    assert device.closed
+
+
+def test_an_interrupt_while_a_slot_is_cleared_loses_none(
+    model: Model, device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(address: int, size: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "zero", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.new_cache(1, 16)
+    model.close()
+    assert device.closed
 
 
 def test_idle_slots_make_room_for_whatever_needs_it(model: Model, device: HostDevice) -> None:

@@ -214,11 +214,11 @@ def many(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("flags", "sizes"),
     [
-        ([], [8, 2]),
+        ([], [10]),
         (["--batch-size", "4"], [4, 4, 2]),
-        (["--do-sample", "--seed", "4", "--num-return-sequences", "3"], [2] * 5),
+        (["--do-sample", "--seed", "4", "--num-return-sequences", "3"], [5, 5]),
         (["--num-beams", "2", "--num-return-sequences", "2"], [1] * 10),
-        (["--logprobs", "1", "--bad-words", "girl"], [8, 2]),
+        (["--logprobs", "1", "--bad-words", "girl"], [10]),
     ],
 )
 def test_json_lines(
@@ -414,7 +414,7 @@ def test_every_option_has_a_flag() -> None:
         (["--logit-bias", "x"], "invalid ID=BIAS value"),
         (["--max-new-tokens", "600"], "600"),
         (["--logprobs", "2"], "--json"),
-        (["--token-ids"], "no list of ids"),
+        (["--token-ids"], "not a list of ids"),
         (["--threads", "0"], "threads is 0"),
         (["--max-cache-mb", "1", "--max-new-tokens", "400"], "max_cache_bytes"),
         (["--prompts-file", "p.jsonl"], "exclude each other"),

@@ -189,7 +189,7 @@ FLAGS = ["--kv-cache", "int8"]
     ("flags", "message"),
     [
         (FLAGS, "neo-calibrate"),
-        ([*FLAGS, "--fp16", "--calibration", "STATISTICS"], "float16"),
+        ([*FLAGS, "--fp16", "--calibration", "STATISTICS"], "target cuda; use --target cpu"),
         ([*FLAGS, "--target", "portable", "--calibration", "STATISTICS"], "target cpu"),
         ([*FLAGS, "--calibration", "MISSING"], "statistics.json"),
         ([*FLAGS, "--calibration", "OTHER"], "another model"),

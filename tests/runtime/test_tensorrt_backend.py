@@ -262,8 +262,8 @@ def test_the_module_is_that_of_the_plan(
 
 def test_more_rows_than_the_plan_takes(model: Model) -> None:
     with pytest.raises(CacheLimitError, match=r"built for 3; lower batch_size.*--max-batch"):
-        model.generate(["Once"] * 4, max_new_tokens=2)
-    assert len(model.generate(["Once"] * 4, max_new_tokens=2, batch_size=2)) == 4
+        model.generate(["Once"] * 4, max_new_tokens=2, batch_size=4)
+    assert len(model.generate(["Once"] * 4, max_new_tokens=2)) == 4, "in batches that fit"
 
 
 @pytest.mark.parametrize(

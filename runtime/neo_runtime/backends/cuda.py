@@ -246,17 +246,17 @@ class CudaBackend(Backend):
         with self.lock:
             self._leftovers.clear()
             slot = self.slots.take(batch, length)
-            slot.clear()
+            try:
+                slot.clear()
+            except BaseException:
+                self.slots.give(slot)
+                raise
             return slot
 
     def give_back(self, slot: Slot) -> None:
         """Take a slot from a store that is closed, or garbage."""
-        self._leftovers.leave(partial(self._keep, slot))
-
-    def _keep(self, slot: Slot) -> None:
-        self.slots.give(slot)
-        if self._sessions.is_closed and not self.slots.items:
-            self.device.close()
+        # Nothing of this backend: work that waits must not keep it from being garbage.
+        self._leftovers.leave(partial(_keep, self._sessions, self.slots, self.device, slot))
 
     def close(self) -> None:
         """See `Backend.close`. Caches that are open keep their memory until they are closed."""
@@ -267,6 +267,12 @@ class CudaBackend(Backend):
             self._end.detach()
             _let_go(self._sessions, self.slots, self._thread, self.device)
         self._leftovers.settle()  # of a cache that was closed meanwhile
+
+
+def _keep(sessions: CudaSessions, slots: IdlePool[Slot], device: Device, slot: Slot) -> None:
+    slots.give(slot)
+    if sessions.is_closed and not slots.items:
+        device.close()
 
 
 def _let_go(

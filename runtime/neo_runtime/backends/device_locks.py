@@ -19,6 +19,10 @@ __all__ = ["alone", "new_lock"]
 
 _capturing = threading.Lock()
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
+_waiting: set[Any] = set()
+"""Locks whose holders wait for another's capture to end."""
+_PATIENCE = 0.001
+"""Seconds between looks at whether a holder has begun to wait."""
 
 
 def new_lock() -> threading.Lock:
@@ -31,16 +35,25 @@ def new_lock() -> threading.Lock:
 
 @contextmanager
 def alone(lock: threading.Lock) -> Iterator[None]:
-    """Hold the locks of all devices.
+    """Hold the locks of all devices; the caller holds `lock`, and keeps it.
 
-    The caller holds `lock`. It is let go of for a moment, or two callers would wait for each
-    other's; what it protects may have changed when the block begins and when it has ended.
+    Of two callers that hold their locks and want the other's, one goes first: who waits here uses
+    no device, so its lock is as good as held.
     """
-    lock.release()
+    _waiting.add(lock)
     try:
         with _capturing, ExitStack() as held:
-            for one in list(_locks):
-                held.enter_context(one)
+            _waiting.discard(lock)
+            for other in list(_locks):
+                if other is not lock:
+                    _hold(other, held)
             yield
     finally:
-        lock.acquire()
+        _waiting.discard(lock)
+
+
+def _hold(lock: Any, held: ExitStack) -> None:
+    while not lock.acquire(timeout=_PATIENCE):
+        if lock in _waiting:
+            return
+    held.callback(lock.release)

@@ -14,6 +14,7 @@ import numpy as np
 from neo_runtime.backends.device import Layout, move_rows
 from neo_runtime.backends.device_slots import ELEMENT_TYPES, ITEM_SIZES, Slot, Tensors
 from neo_runtime.backends.in_place import RightPaddedStore
+from neo_runtime.errors import NeoError
 from neo_runtime.manifest import CANDIDATE_OUTPUTS
 from neo_runtime.step_logits import CandidateRows, StepLogits
 
@@ -42,8 +43,13 @@ class DeviceStore(RightPaddedStore):
 
     @property
     def slot(self) -> Slot:
-        """The buffers; the store must be open."""
-        assert self._slot is not None
+        """The buffers.
+
+        Raises:
+            NeoError: the store is closed: by another thread, before logits were fetched.
+        """
+        if self._slot is None:
+            raise NeoError("the cache is closed; make another one with Model.new_cache")
         return self._slot
 
     def _run_prefill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["Leftovers"]
 
 
+_LOG = logging.getLogger("neo_runtime")
 _orphans: deque[Leftovers] = deque()
 """Of devices that are garbage, while another model's capture holds their locks."""
 
@@ -51,7 +53,10 @@ class Leftovers:
                 orphan = _orphans.popleft()
             except IndexError:  # another thread was quicker
                 return
-            orphan._settle()
+            try:
+                orphan._settle()
+            except Exception as error:  # nobody who is here has to do with it
+                _LOG.warning("a model that was dropped could not give back all: %s", error)
             if orphan._waiting:
                 _orphans.append(orphan)
 

@@ -132,16 +132,17 @@ class TensorRTBackend(Backend):
             self.plan.check_open()
             self._leftovers.clear()
             buffers = self._steps.take(batch)
-            buffers.clear()
+            try:
+                buffers.clear()
+            except BaseException:
+                self._steps.give(buffers)
+                raise
             return buffers
 
     def give_back(self, buffers: StepBuffers) -> None:
         """Take buffers from a store that is closed, or garbage."""
-        self._leftovers.leave(partial(self._keep, buffers))
-
-    def _keep(self, buffers: StepBuffers) -> None:
-        self._steps.give(buffers)
-        _close_when_unused(self.plan, self._steps, self.device)
+        # Nothing of this backend: work that waits must not keep it from being garbage.
+        self._leftovers.leave(partial(_keep, self.plan, self._steps, self.device, buffers))
 
     def close(self) -> None:
         """See `Backend.close`. Caches that are open keep their memory until they are closed."""
@@ -152,6 +153,13 @@ class TensorRTBackend(Backend):
             self._end.detach()
             _let_go(self.plan, self._prefill, self._steps, self.device)
         self._leftovers.settle()  # of a cache that was closed meanwhile
+
+
+def _keep(
+    plan: LoadedPlan, steps: IdlePool[StepBuffers], device: Device, buffers: StepBuffers
+) -> None:
+    steps.give(buffers)
+    _close_when_unused(plan, steps, device)
 
 
 def _let_go(
