@@ -122,7 +122,8 @@ def export_parser() -> argparse.ArgumentParser:
         "--calibrate-text",
         type=Path,
         metavar="FILE",
-        help="run neo-calibrate on this text or these JSON lines first, and use what it finds",
+        help="first run neo-calibrate on this text or these JSON lines, and use its statistics; "
+        "needs the extra torch",
     )
     parser.add_argument(
         "--kv-cache",

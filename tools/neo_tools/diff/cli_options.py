@@ -16,7 +16,7 @@ accumulated errors are compared.
 
 Without --text the held-out stories that come with the package are read. FILE is what
 neo-calibrate takes: plain text, or a file named .jsonl, .ndjson or .json with a document a line. It
-is cut into contexts of the model's full length, so that positions past the attention window count.
+is cut into contexts of the bundle's full length, so that positions past the attention window count.
 
   neo-diff mini-int4 --reference neo-mini
   neo-diff gpt-neo-1.3b-int8 --reference EleutherAI/gpt-neo-1.3B --text wiki.txt --html report.html
