@@ -54,7 +54,8 @@ def batches(
     copies = chosen.num_return_sequences
     if chosen.num_beams > 1:
         size = 1  # beam search computes prompts alone
-    size = size or max(1, model.default_batch // copies)
-    for start in range(0, len(rows), size):
-        completions = model.generate(rows[start : start + size], chosen, bad_words=bad_words)
+    step = size or max(1, model.default_batch // copies)
+    for start in range(0, len(rows), step):
+        batch = rows[start : start + step]
+        completions = model.generate(batch, chosen, bad_words=bad_words, batch_size=size)
         yield [(start + place // copies, one) for place, one in enumerate(completions)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import pytest
 from helpers.derived_bundles import without_tokenizer
+from neo_runtime.cached_model import CachedModel
 from neo_runtime.cli import main
 from neo_runtime.cli_options import add_option_flags, chosen_options
 from neo_runtime.cli_prompts import read_prompts
@@ -248,6 +249,25 @@ def test_json_lines(
         for name in ("text", "token_ids", "prompt_token_ids", "finish_reason"):
             assert line[name] == wanted[name]
         assert set(line) == set(wanted)
+
+
+def test_a_batch_of_json_lines_is_as_large_as_asked(
+    mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger than what is computed together by default, too."""
+    sizes: list[int] = []
+    new_cache = CachedModel.new_cache
+
+    def watched(model: CachedModel, batch: int, length: int) -> Any:
+        sizes.append(batch)
+        return new_cache(model, batch, length)
+
+    monkeypatch.setattr(CachedModel, "new_cache", watched)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("[1]\n" * 45)
+    command = [str(mini_bundle), "--prompts-file", str(path), "--json-lines"]
+    assert main([*command, "--max-new-tokens", "1", "--batch-size", "20"]) == 0
+    assert sizes == [20, 20, 5]
 
 
 def test_what_is_done_is_out_before_a_late_failure(mini_bundle: Path, many: Path) -> None:
