@@ -30,6 +30,7 @@ __all__ = [
     "ENGINES_FOLDER",
     "FLAVOURS",
     "PREFILL_PROFILE",
+    "PRODUCTS",
     "EngineOptions",
     "EngineRecord",
     "Flavour",
@@ -49,7 +50,8 @@ DECODE_PROFILE, PREFILL_PROFILE = 0, 1
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
 """The modules that build and run plans."""
-_PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
+PRODUCTS: dict[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
+"""As NVIDIA calls them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +179,7 @@ def why_unfit(record: EngineRecord, machine: MachineFacts, bundle_digest: str) -
             f"{bundle_digest[:12]}…)"
         )
     if record.flavour != machine.flavour:
-        return f"it is for {_PRODUCTS[record.flavour]}, here is {_PRODUCTS[machine.flavour]}"
+        return f"it is for {PRODUCTS[record.flavour]}, here is {PRODUCTS[machine.flavour]}"
     if record.platform != machine.platform:
         return f"it is for {record.platform}, this is {machine.platform}"
     if reason := _version_reason(record, machine):
@@ -198,7 +200,7 @@ def _version_reason(record: EngineRecord, machine: MachineFacts) -> str | None:
     if record.version == machine.version:
         return None
     built, here = version_numbers(record.version), version_numbers(machine.version)
-    product = _PRODUCTS[record.flavour]
+    product = PRODUCTS[record.flavour]
     if not record.options.version_compatible:
         return f"it was built by {product} {record.version}, here is {machine.version}"
     if built[0] != here[0] or here < built:

@@ -84,8 +84,6 @@ class Row:
         self.watch = Stopwatch()
         self.choices: list[Choice] = []
         self.finish_reason: FinishReason | None = None
-        self.rest = ""
-        """Text that was held back when the row was cancelled."""
         self._eos = options.active_eos
         self._keeps_logprobs = options.logprobs is not None
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
@@ -107,17 +105,21 @@ class Row:
             self.finish_reason = "stop"
         elif len(self.prompt) + len(self.choices) >= self.total:
             self.finish_reason = "length"
-        if self.finish_reason is not None and self._decoder:
-            piece += self._matcher.push(self._decoder.finish()) + self._matcher.finish()
+        if self.finish_reason is not None:
+            piece += self._held_back()
         self._pieces.append(piece)
         return piece
 
-    def cancel(self) -> None:
-        """End here, as the caller wants no more."""
+    def cancel(self) -> str:
+        """End here, as the caller wants no more; the text that was held back."""
         self.finish_reason = "cancelled"
-        if self._decoder:
-            self.rest = self._matcher.push(self._decoder.finish()) + self._matcher.finish()
-            self._pieces.append(self.rest)
+        self._pieces.append(self._held_back())
+        return self._pieces[-1]
+
+    def _held_back(self) -> str:
+        if self._decoder is None:
+            return ""
+        return self._matcher.push(self._decoder.finish()) + self._matcher.finish()
 
     def completion(self) -> Completion:
         """The result of a row that has ended."""
@@ -196,8 +198,7 @@ def steps(
         if not active:
             return
         if should_stop():
-            for index in active:
-                rows[index].cancel()
+            yield [rows[index].cancel() for index in active]
             return
         if len(active) < len(rows):
             active = _fill_holes(active)

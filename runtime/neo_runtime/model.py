@@ -252,6 +252,4 @@ def _pieces(
                 return None
             if piece:
                 yield piece
-        if rest := row.rest:
-            yield rest
     return row.completion()

@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from neo_runtime.engine_record import FLAVOURS, PRODUCTS
+from neo_runtime.engine_record import Flavour as Name
 from neo_runtime.errors import DependencyError
 from neo_runtime.installation import version_numbers
 from neo_runtime.tensorrt_log import logger_of, messages_of
 
-__all__ = ["FLAVOURS", "Flavour", "find_flavour"]
+__all__ = ["Flavour", "find_flavour"]
 
-Name = Literal["tensorrt", "tensorrt_rtx"]
-FLAVOURS: tuple[Name, ...] = ("tensorrt", "tensorrt_rtx")
-
-_PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 _OLDEST = {"tensorrt": "11.0", "tensorrt_rtx": "1.7"}
 """TensorRT 10 has no TensorScatter; the builders of TensorRT for RTX 1.5 and 1.6 crash on it."""
 _ADVICE = "has Int64 binding"
@@ -43,7 +41,7 @@ class Flavour:
     @property
     def product(self) -> str:
         """As NVIDIA calls it."""
-        return _PRODUCTS[self.name]
+        return PRODUCTS[self.name]
 
     @property
     def ahead_of_time(self) -> bool:
@@ -71,7 +69,7 @@ def find_flavour(asked: str | None = None) -> Flavour:
     if asked is not None:
         name = next(flavour for flavour in FLAVOURS if flavour == asked)
         if name not in found:
-            raise DependencyError(f"{_PRODUCTS[name]} is not installed: {_INSTALL[name]}")
+            raise DependencyError(f"{PRODUCTS[name]} is not installed: {_INSTALL[name]}")
     elif not found:
         ways = ", or ".join(_INSTALL.values())
         raise DependencyError(f"neither TensorRT nor TensorRT for RTX is installed: {ways}")
@@ -90,7 +88,7 @@ def _load(name: Name) -> Flavour:
         module = importlib.import_module(name)
     except Exception as error:  # a shared library that is missing shows as any of several kinds
         raise DependencyError(
-            f"{_PRODUCTS[name]} is installed but cannot be loaded ({error}); "
+            f"{PRODUCTS[name]} is installed but cannot be loaded ({error}); "
             f"install it again: {_INSTALL[name]}"
         ) from error
     version = str(getattr(module, "__version__", ""))
@@ -100,7 +98,7 @@ def _load(name: Name) -> Flavour:
         )
     if version_numbers(version) < version_numbers(_OLDEST[name]):
         raise DependencyError(
-            f"{_PRODUCTS[name]} {version} is installed, {_OLDEST[name]} or newer is needed: "
+            f"{PRODUCTS[name]} {version} is installed, {_OLDEST[name]} or newer is needed: "
             f"{_INSTALL[name]}"
         )
     return Flavour(name, module)

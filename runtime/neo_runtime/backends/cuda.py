@@ -245,18 +245,12 @@ class CudaBackend(Backend):
         """
         with self.lock:
             self._leftovers.clear()
-            slot = self.slots.take(batch, length)
-            try:
-                slot.clear()
-            except BaseException:
-                self.slots.give(slot)
-                raise
-            return slot
+            return self.slots.take(batch, length)
 
     def give_back(self, slot: Slot) -> None:
         """Take a slot from a store that is closed, or garbage."""
         # Nothing of this backend: work that waits must not keep it from being garbage.
-        self._leftovers.leave(partial(_keep, self._sessions, self.slots, self.device, slot))
+        self._leftovers.leave(partial(self.slots.give, slot))
 
     def close(self) -> None:
         """See `Backend.close`. Caches that are open keep their memory until they are closed."""
@@ -269,20 +263,12 @@ class CudaBackend(Backend):
         self._leftovers.settle()  # of a cache that was closed meanwhile
 
 
-def _keep(sessions: CudaSessions, slots: IdlePool[Slot], device: Device, slot: Slot) -> None:
-    slots.give(slot)
-    if sessions.is_closed and not slots.items:
-        device.close()
-
-
 def _let_go(
     sessions: CudaSessions, slots: IdlePool[Slot], thread: OneThread, device: Device
 ) -> None:
     """Give everything back but the slots that stores have; nobody uses the device."""
-    slots.close()
     for slot in slots.items:
         slot.binding = slot.captured = None
     thread.close()
     sessions.close()
-    if not slots.items:
-        device.close()
+    slots.close(device.close)

@@ -26,6 +26,9 @@ class Pooled(Protocol):
     def nbytes(self) -> int:
         """Its bytes on the device."""
 
+    def clear(self) -> None:
+        """Make it what a new user expects to find."""
+
     def free(self) -> None:
         """Give its memory back."""
 
@@ -46,10 +49,10 @@ class IdlePool(Generic[Item]):
         self._make, self._most_idle = make, most_idle
         self._idle: list[Item] = []
         self._taken: list[Item] = []
-        self._is_closed = False
+        self._at_end: Callable[[], None] | None = None
 
     def take(self, *key: int) -> Item:
-        """Buffers of this size; their contents are whatever was there.
+        """Cleared buffers of this size.
 
         Raises:
             DeviceMemoryError: the device has no room, even without the idle ones.
@@ -61,18 +64,23 @@ class IdlePool(Generic[Item]):
         else:
             item = self.with_room(lambda: self._make(*key))
         self._taken.append(item)
+        try:
+            item.clear()
+        except BaseException:
+            self.give(item)
+            raise
         return item
 
     def give(self, item: Item) -> None:
         """Keep buffers for later; those that were idle for longest make room for them."""
         self._taken.remove(item)
         self._idle.append(item)
+        if self._at_end is not None:
+            self._end()
         while self._is_crowded():
             self._idle.pop(0).free()
 
     def _is_crowded(self) -> bool:
-        if self._is_closed:
-            return bool(self._idle)
         size = sum(item.nbytes for item in self._idle)
         return len(self._idle) > _KEPT or (len(self._idle) > 1 and size > self._most_idle)
 
@@ -96,10 +104,19 @@ class IdlePool(Generic[Item]):
             self._idle.pop().free()
         return found
 
-    def close(self) -> None:
-        """Free the idle buffers now, and the others when they are given back."""
-        self._is_closed = True
+    def close(self, at_end: Callable[[], None]) -> None:
+        """Free the idle buffers now, and the others when they are given back.
+
+        Args:
+            at_end: called once none is left.
+        """
+        self._at_end = at_end
+        self._end()
+
+    def _end(self) -> None:
         self.free_idle()
+        if self._at_end is not None and not self._taken:
+            self._at_end()
 
     @property
     def items(self) -> list[Item]:

@@ -131,18 +131,12 @@ class TensorRTBackend(Backend):
         with self.lock:
             self.plan.check_open()
             self._leftovers.clear()
-            buffers = self._steps.take(batch)
-            try:
-                buffers.clear()
-            except BaseException:
-                self._steps.give(buffers)
-                raise
-            return buffers
+            return self._steps.take(batch)
 
     def give_back(self, buffers: StepBuffers) -> None:
         """Take buffers from a store that is closed, or garbage."""
         # Nothing of this backend: work that waits must not keep it from being garbage.
-        self._leftovers.leave(partial(_keep, self.plan, self._steps, self.device, buffers))
+        self._leftovers.leave(partial(self._steps.give, buffers))
 
     def close(self) -> None:
         """See `Backend.close`. Caches that are open keep their memory until they are closed."""
@@ -155,25 +149,12 @@ class TensorRTBackend(Backend):
         self._leftovers.settle()  # of a cache that was closed meanwhile
 
 
-def _keep(
-    plan: LoadedPlan, steps: IdlePool[StepBuffers], device: Device, buffers: StepBuffers
-) -> None:
-    steps.give(buffers)
-    _close_when_unused(plan, steps, device)
-
-
 def _let_go(
     plan: LoadedPlan, prefill: list[Any], steps: IdlePool[StepBuffers], device: Device
 ) -> None:
     """Give everything back but the buffers that stores have; nobody uses the device."""
-    steps.close()
     for buffers in steps.items:
         buffers.release()
     prefill.clear()
     plan.close()
-    _close_when_unused(plan, steps, device)
-
-
-def _close_when_unused(plan: LoadedPlan, steps: IdlePool[StepBuffers], device: Device) -> None:
-    if plan.is_closed and not steps.items:
-        device.close()
+    steps.close(device.close)

@@ -90,7 +90,7 @@ class NeoEngine:
         imported = perf_counter()
         with _warnings() as warnings:
             self._opened = neo_runtime.load(self._bundle, **self._options)
-            self._opened._backend.prepare()
+            self._opened.prepare()
         ready = perf_counter()
         manifest = self._opened.manifest
         return {
