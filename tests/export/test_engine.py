@@ -18,6 +18,7 @@ from neo_export.engine import build as build_module
 from neo_export.engine.build import build_engine, read_bundle
 from neo_export.engine.cli import main
 from neo_export.engine.device import Device, local_device
+from neo_export.engine.flavour import Flavour
 from neo_export.engine.network import add_profiles, parse_graph, profile_shapes
 from neo_export.engine.progress import kept_interrupt, progress_monitor
 from neo_export.engine.ranges import EngineRequest, resolve_options
@@ -346,6 +347,9 @@ def test_what_would_be_lost_after_the_build_is_told_before_it(
     monkeypatch.setattr(build_module, "parse_graph", lambda *_: pytest.fail("it began"))
     with pytest.raises(RequestError, match="times no kernels"):
         build_engine(bundle, EngineRequest(), flavour(), ADA, timing_cache=bundle / "timings")
+    timing = Flavour("tensorrt", flavour().module)  # the one that times kernels
+    with pytest.raises(build_module.OutputError, match="folder of --timing-cache, does not exist"):
+        build_engine(bundle, EngineRequest(), timing, ADA, timing_cache=bundle / "no" / "file")
     (bundle / ENGINES_FOLDER).write_bytes(b"")
     with pytest.raises(build_module.OutputError, match=r"cannot be written .*directory"):
         build_engine(bundle, EngineRequest(), flavour(), ADA)

@@ -64,14 +64,16 @@ def test_many_prompts_go_in_batches(model: Model, batches: list[int]) -> None:
     assert batches == [20, 20]
 
 
-def test_seeds_belong_to_prompts_in_whatever_batch(model: Model) -> None:
+def test_seeds_belong_to_prompts_in_whatever_batch(model: Model, batches: list[int]) -> None:
     prompts = [[5] * n for n in (9, 2, 7, 3)]
     options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 8, "seed": (1, 2, 3, 4)}
     together = model.generate(prompts, **options)
     apart = model.generate(prompts, **options, batch_size=1)
     assert [c.token_ids for c in together] == [c.token_ids for c in apart]
+    del batches[:]
     with pytest.raises(RequestError, match="seed has 4 entries, but there is a prompt number 5"):
-        model.generate([*prompts, [1]], **options)
+        model.generate([*prompts, [5] * 20], **options, batch_size=1)
+    assert batches == [], "before any work"
 
 
 def test_batches_fit_what_the_limit_leaves(mini_bundle: Path, batches: list[int]) -> None:
@@ -182,12 +184,18 @@ def test_loading_graphs_is_not_measured(mini_bundle: Path, monkeypatch: pytest.M
     with neo_runtime.load(mini_bundle, threads=1) as model:
         clock = iter(np.arange(10_000.0))
 
+        loaded: list[float] = []
+
         def slow() -> None:
+            loaded.append(next(clock))
             for _ in range(1000):
                 next(clock)
 
         monkeypatch.setattr(model._backend, "prepare", slow)
         monkeypatch.setattr("neo_runtime.generator.perf_counter", lambda: next(clock))
-        for options in ({}, {"num_beams": 2}):
+        for number, options in enumerate(({}, {"num_beams": 2}), start=1):
             found = model.generate([1], max_new_tokens=2, **options)
             assert 0 < found.timings.time_to_first_token < 100
+            assert len(loaded) == number, "or the first request's clock has it"
+        model.generate([1], max_new_tokens=1)
+        assert len(loaded) == 2, "one token needs no decode graph"

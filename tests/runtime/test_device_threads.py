@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from helpers.host_device import HostDevice
-from neo_runtime.backends import cuda
+from neo_runtime.backends import cuda, device_locks
 from neo_runtime.backends.choice import Chosen
 from neo_runtime.backends.cuda import CudaBackend
 from neo_runtime.backends.cuda_sessions import CudaSessions
@@ -159,6 +159,34 @@ def test_two_that_capture_do_not_wait_for_each_other() -> None:
     assert len(turns) == 400
     assert not locks[0].locked()
     assert not locks[1].locked()
+
+
+def test_who_captures_passes_over_those_that_wait_for_it() -> None:
+    """They hold their locks until it has ended: nobody would ever go on."""
+    locks = [new_lock() for _ in range(3)]
+    holding = threading.Barrier(3)
+    begun, ended = threading.Event(), []
+
+    def work(number: int) -> None:
+        with locks[number]:
+            if number:
+                holding.wait()
+                begun.wait()
+            with alone(locks[number]):
+                ended.append(number)
+
+    # Daemons: a failure would keep the tests from ever ending.
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(3)]
+    threads[1].start()
+    threads[2].start()
+    holding.wait()
+    threads[0].start()
+    while not device_locks._capturing.locked():
+        time.sleep(0.001)
+    begun.set()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert sorted(ended) == [0, 1, 2]
 
 
 class Interrupted:

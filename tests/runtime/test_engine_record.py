@@ -98,6 +98,11 @@ def test_choice_prefers_the_largest_and_explains_every_refusal() -> None:
     larger = replace(RECORD, file="two.plan", options=replace(OPTIONS, max_batch=8))
     other = replace(RECORD, file="three.plan", compute_capability="8.9")
     assert choose_engine([RECORD, larger, other], MACHINE, DIGEST) == larger
+    picky = replace(larger, file="four.plan", options=replace(OPTIONS, max_batch=99, min_batch=2))
+    assert choose_engine([picky, RECORD], MACHINE, DIGEST) == RECORD, "it takes single sequences"
+    long = replace(larger, file="five.plan", options=replace(OPTIONS, max_batch=99, min_length=9))
+    assert choose_engine([long, RECORD], MACHINE, DIGEST) == RECORD
+    assert choose_engine([picky], MACHINE, DIGEST) == picky
     with pytest.raises(EngineError, match=r"three\.plan: it is for compute capability 8\.9.*build"):
         choose_engine([other], MACHINE, DIGEST)
     with pytest.raises(EngineError, match=r"there is none.*neo-engine"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from enum import IntEnum
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from neo_runtime.backends import choice
 from neo_runtime.backends.cuda_device import checked
 from neo_runtime.backends.sessions import translated
 from neo_runtime.errors import (
+    BundleDamagedError,
     BundleUnsupportedError,
     DependencyError,
     DeviceError,
@@ -287,3 +290,89 @@ def test_a_gpu_without_room_for_the_weights_is_let_go(
     with pytest.raises(DeviceMemoryError):
         neo_runtime.load(cuda_bundle, backend="cuda")
     assert device.closed
+
+
+@pytest.fixture
+def device(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> HostDevice:
+    """Host memory in the place of a GPU that everything else is right with."""
+    found = HostDevice()
+    monkeypatch.setattr("neo_runtime.backends.cuda_device.cuda_runtime", lambda: cuda)
+    monkeypatch.setattr("neo_runtime.backends.cuda_device.CudaDevice", lambda index: found)
+    monkeypatch.setattr("neo_runtime.gpu.require_cuda_provider", lambda gpu: None)
+    return found
+
+
+def test_auto_finds_out_whether_sessions_can_be_made(
+    cuda_bundle: Path,
+    device: HostDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Missing libraries of CUDA show when a first session is made: while there is a choice."""
+
+    def missing(*_: Any) -> Any:
+        raise DeviceError("CUDA's libraries are missing")
+
+    monkeypatch.setattr("neo_runtime.backends.cuda_sessions.CudaSessions._make", missing)
+    with neo_runtime.load(cuda_bundle) as model:
+        assert model.backend == "cpu"
+        assert model.generate([1], max_new_tokens=1).token_ids
+    assert "cuda cannot be used (CUDA's libraries are missing)" in caplog.text
+    assert device.closed
+
+
+def test_onnxruntime_does_not_go_on_with_another_provider(
+    cuda_bundle: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would print the error, and make the session on the CPU."""
+    ort = importlib.import_module("onnxruntime")
+    session, given = ort.InferenceSession, []
+
+    def made(*arguments: Any, **options: Any) -> Any:
+        given.append(options.get("enable_fallback"))
+        return session(*arguments, **options)
+
+    monkeypatch.setattr(ort, "InferenceSession", made)
+    neo_runtime.load(cuda_bundle, backend="cuda").close()
+    assert given[-2:] == [0, 0]  # prefill and decode; before them what wraps the weights
+
+
+def test_a_load_that_fails_late_keeps_nothing(
+    cuda_bundle: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: Any, **__: Any) -> Any:
+        raise BundleDamagedError("tokenizer.json")
+
+    monkeypatch.setattr("neo_runtime.loading.Model", damaged)
+    with pytest.raises(BundleDamagedError):
+        neo_runtime.load(cuda_bundle, backend="cuda")
+    assert device.closed
+
+
+def test_libraries_are_looked_for_once(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What onnxruntime prints then is kept back, for the whole process: by one thread at a time."""
+    calls: list[int] = []
+
+    def preload() -> None:
+        calls.append(1)
+        print("it lacks libcudnn")
+        time.sleep(0.05)
+
+    wheel = SimpleNamespace(
+        __version__="1.31.1",
+        cuda_version="13.0",
+        get_available_providers=lambda: ["CUDAExecutionProvider"],
+        preload_dlls=preload,
+    )
+    monkeypatch.setattr("neo_runtime.gpu.require_onnxruntime", lambda: wheel)
+    stdout, gpu = sys.stdout, require_gpu()
+    threads = [threading.Thread(target=require_cuda_provider, args=(gpu,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == [1]
+    assert sys.stdout is stdout
+    assert capsys.readouterr().out == ""
