@@ -157,6 +157,24 @@ def test_only_what_must_be_is_wide(cases: Callable[[str], Case], tmp_path: Path)
     assert all("65504" in tensor.reason for tensor in summary.kept_wide)
 
 
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_a_wide_residual_stream_is_not_fused_with_norms(
+    target: str, cases: Callable[[str], Case], tmp_path: Path
+) -> None:
+    """Both are one operator of one type there, and onnxruntime on x86 would not show an overflow."""
+    operator = "SkipLayerNormalization"
+
+    def fused(bundle: Path) -> int:
+        graph = onnx.load(str(bundle / "decode.onnx"), load_external_data=False).graph
+        return sum(node.op_type == operator for node in graph.node)
+
+    guarded(cases("units"), tmp_path / "wide", target)
+    assert fused(tmp_path / "wide") == 0
+    plain = make_checkpoint(tmp_path / "model", TinyConfig())
+    export_bundle(str(plain), tmp_path / "half", ExportOptions(target=target, precision="fp16"))
+    assert fused(tmp_path / "half") > 0
+
+
 def test_a_model_that_fits_is_left_alone(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", CONFIG)
     statistics = statistics_of(checkpoint, tmp_path / "statistics", CONFIG)

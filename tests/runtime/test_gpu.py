@@ -340,7 +340,10 @@ def test_onnxruntime_does_not_go_on_with_another_provider(
 def test_a_load_that_fails_late_keeps_nothing(
     cuda_bundle: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(*_: Any, **__: Any) -> Any:
+    kept: list[object] = []
+
+    def damaged(*arguments: Any, **_: Any) -> Any:
+        kept.extend(arguments)  # or the backend, being garbage, would close by itself
         raise BundleDamagedError("tokenizer.json")
 
     monkeypatch.setattr("neo_runtime.loading.Model", damaged)
