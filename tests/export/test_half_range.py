@@ -161,7 +161,7 @@ def test_only_what_must_be_is_wide(cases: Callable[[str], Case], tmp_path: Path)
 def test_a_wide_residual_stream_is_not_fused_with_norms(
     target: str, cases: Callable[[str], Case], tmp_path: Path
 ) -> None:
-    """Both are one operator of one type there, and onnxruntime on x86 would not show an overflow."""
+    """They would be one operator of one type; onnxruntime on x86 would not show an overflow."""
     operator = "SkipLayerNormalization"
 
     def fused(bundle: Path) -> int:
