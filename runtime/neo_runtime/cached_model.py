@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from neo_runtime.closable import Closable
 from neo_runtime.errors import ContextLengthError, NeoError, RequestError
-from neo_runtime.kv_cache import CacheLedger, KVCache
+from neo_runtime.kv_cache import CacheLedger, KVCache, row_numbers
 from neo_runtime.option_values import count
 from neo_runtime.prompts import of_each, prompt_ids, token_array
 from neo_runtime.tokenizer import Tokenizer
@@ -15,7 +17,6 @@ from neo_runtime.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from neo_runtime.backends.choice import Chosen
@@ -108,26 +109,34 @@ class CachedModel(Closable):
         return min(-(-max(length, 1) // 16) * 16, self.manifest.max_length)
 
     def prefill(
-        self, cache: KVCache, prompts: Sequence[Sequence[int] | NDArray[np.int64]]
+        self,
+        cache: KVCache,
+        prompts: Sequence[Sequence[int] | NDArray[np.int64]],
+        rows: Sequence[int] | None = None,
     ) -> NDArray[np.float32]:
-        """Append the tokens of `prompts[b]` to sequence `b` of the cache.
+        """Append the tokens of `prompts[i]` to sequence `rows[i]` of the cache.
 
         Args:
             cache: made by `new_cache`; may hold earlier turns.
-            prompts: token ids, at least one for every sequence; lengths may differ.
+            prompts: token ids, at least one for each of these sequences; lengths may differ.
+            rows: the sequences, each once, ascending; None for all. The others stay as they are.
 
         Returns:
-            Logits after the last token of each, float32 [batch, vocab]: a view that the next
+            Logits after the last token of each, float32 [rows, vocab]: a view that the next
             call with this cache overwrites.
 
         Raises:
-            RequestError: a prompt is empty, a token id is out of range, or the batch differs.
+            RequestError: a prompt is empty, a token id is out of range, or there are not as many
+                prompts as sequences.
             ContextLengthError: a sequence would outgrow the cache.
         """
-        return self.prefill_step(cache, prompts).full()
+        return self.prefill_step(cache, prompts, rows).full()
 
     def prefill_step(
-        self, cache: KVCache, prompts: Sequence[Sequence[int] | NDArray[np.int64]]
+        self,
+        cache: KVCache,
+        prompts: Sequence[Sequence[int] | NDArray[np.int64]],
+        rows: Sequence[int] | None = None,
     ) -> StepLogits:
         """As `prefill`, but logits are fetched from the device only when requested."""
         self._check_cache(cache)
@@ -135,11 +144,30 @@ class CachedModel(Closable):
         if not hasattr(prompts, "__len__"):
             raise RequestError(f"prompts is {prompts!r}, expected token ids for each sequence")
         arrays = of_each(prompts, lambda ids: token_array(ids, vocab_size))
-        if len(arrays) != cache.batch:
-            raise RequestError(f"{len(arrays)} prompts for a cache of {cache.batch} sequences")
-        self._check_room(cache, [len(array) for array in arrays])
+        chosen = self._prompt_rows(cache, rows, len(arrays))
+        by_row = [np.empty(0, np.int64)] * cache.batch
+        for row, array in zip(chosen, arrays, strict=True):
+            by_row[row] = array
+        self._check_room(cache, [len(array) for array in by_row])
         with cache.changing() as store:
-            return store.prefill(arrays, self._prefill_chunk)
+            logits = store.prefill(by_row, self._prefill_chunk)
+        return logits if len(chosen) == len(by_row) else logits.take(chosen)
+
+    def _prompt_rows(
+        self, cache: KVCache, rows: Sequence[int] | None, prompts: int
+    ) -> NDArray[np.int64]:
+        if rows is None:
+            if prompts != cache.batch:
+                raise RequestError(f"{prompts} prompts for a cache of {cache.batch} sequences")
+            return np.arange(prompts)
+        chosen = row_numbers("prefill", rows, cache.batch)
+        if len(chosen) != prompts or not prompts:
+            raise RequestError(f"{prompts} prompts for {len(chosen)} rows, expected one for each")
+        if (np.diff(chosen) <= 0).any():
+            raise RequestError(
+                f"prefill got rows {chosen.tolist()}, expected each once, in ascending order"
+            )
+        return chosen
 
     def decode(
         self, cache: KVCache, tokens: Sequence[int] | NDArray[np.int64]

@@ -14,6 +14,7 @@ import numpy as np
 from neo_runtime.closable import Closable
 from neo_runtime.errors import CacheLimitError, NeoError, RequestError
 from neo_runtime.forks import in_every_child
+from neo_runtime.option_values import count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.backends.base import Backend, CacheStore
 
-__all__ = ["CacheLedger", "KVCache"]
+__all__ = ["CacheLedger", "KVCache", "row_numbers"]
 
 
 _ledgers: weakref.WeakSet[CacheLedger] = weakref.WeakSet()
@@ -174,7 +175,7 @@ class KVCache(Closable):
 
     @property
     def batch(self) -> int:
-        """Sequences in use; `reorder` changes it."""
+        """Sequences in use; `reorder` and `extend` change it."""
         return self.store.batch
 
     @property
@@ -196,21 +197,37 @@ class KVCache(Closable):
         """Replace sequence `i` by what sequence `rows[i]` was; only positions in use are copied.
 
         Rows may be left out (finished sequences), permuted or repeated (beams). The new batch is
-        `len(rows)`, at most the batch that the cache was made for.
+        `len(rows)`, at most the batch that the cache was made for; with none, `extend` goes on.
 
         Raises:
-            RequestError: a row that does not exist, none, or too many.
+            RequestError: a row that does not exist, or too many.
         """
-        chosen, batch = _row_numbers(rows), self.batch
-        if not 0 < len(chosen) <= self._max_batch:
+        chosen = row_numbers("reorder", rows, self.batch)
+        if len(chosen) > self._max_batch:
             raise RequestError(
-                f"reorder got {len(chosen)} rows, expected 1 to {self._max_batch}: the batch "
+                f"reorder got {len(chosen)} rows, expected at most {self._max_batch}: the batch "
                 "that the cache was made for"
             )
-        if chosen.min() < 0 or chosen.max() >= batch:
-            raise RequestError(f"reorder got rows {chosen.tolist()}, expected 0 to {batch - 1}")
         with self.changing() as store:
             store.reorder(chosen)
+
+    def extend(self, sequences: int) -> None:
+        """Add empty sequences behind those in use, for requests that join a running batch.
+
+        `Model.prefill` with `rows` gives them their first tokens.
+
+        Raises:
+            RequestError: fewer than 1, or more than the cache was made for.
+        """
+        count(1)("sequences", sequences)
+        if self.batch + sequences > self._max_batch:
+            raise RequestError(
+                f"extend got {sequences} sequences, expected at most "
+                f"{self._max_batch - self.batch}: {self.batch} of the {self._max_batch} that the "
+                "cache was made for are in use"
+            )
+        with self.changing() as store:
+            store.extend(sequences)
 
     @property
     def closed(self) -> bool:
@@ -238,23 +255,33 @@ def _no_memory(batch: int, length: int, size: int) -> CacheLimitError:
     )
 
 
-def _row_numbers(rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows as int64 [n].
+def row_numbers(
+    call: str, rows: Sequence[int] | NDArray[np.int64], batch: int
+) -> NDArray[np.int64]:
+    """Rows as int64 [n], each of them one of `batch`.
+
+    Args:
+        call: what got them, for messages.
+        rows: what was given.
+        batch: rows that there are.
 
     Raises:
-        RequestError: they are not a flat sequence of integers.
+        RequestError: they are not a flat sequence of integers, or one does not exist.
     """
     try:
         found = np.asarray(rows)
     except ValueError as error:  # of unequal lengths
-        raise RequestError(f"reorder got {rows!r}, expected a flat sequence of rows") from error
+        raise RequestError(f"{call} got {rows!r}, expected a flat sequence of rows") from error
     if found.dtype == np.bool_:
         raise RequestError(
-            "reorder got booleans, expected row numbers; give np.flatnonzero of them"
+            f"{call} got booleans, expected row numbers; give np.flatnonzero of them"
         )
     if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
         raise RequestError(
-            f"reorder got {found.dtype} of shape {list(found.shape)}, expected a flat sequence of "
+            f"{call} got {found.dtype} of shape {list(found.shape)}, expected a flat sequence of "
             "row numbers"
         )
-    return found.astype(np.int64, copy=False)
+    chosen = found.astype(np.int64, copy=False)
+    if chosen.min(initial=0) < 0 or chosen.max(initial=-1) >= batch:
+        raise RequestError(f"{call} got rows {chosen.tolist()}, expected 0 to {batch - 1}")
+    return chosen

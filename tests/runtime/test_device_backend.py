@@ -15,6 +15,7 @@ import neo_runtime
 import numpy as np
 import pytest
 from helpers.host_device import HostDevice
+from helpers.joining import assert_rows_join
 from helpers.models import ODD_CONFIGS, Reference, make_checkpoint
 from helpers.parity import assert_parity
 from neo_export.exporter import ExportOptions, export_bundle
@@ -160,6 +161,10 @@ def test_rows_trade_places_and_leave(cpu: Model, device_model: Model) -> None:
     assert store.slot.host_mask.sum(axis=1).tolist() == [12, 1, 1]
     for cache in caches:
         cache.close()
+
+
+def test_rows_join_and_leave(device_model: Model) -> None:
+    assert_rows_join(device_model, TOLERANCES["fp16"].logits)
 
 
 def test_scores(cpu: Model, device_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,10 @@ import neo_runtime
 import numpy as np
 import pytest
 from helpers.hf_reference import reference_logits, relative_error, varied_prompts
+from helpers.joining import assert_rows_join
 from neo_runtime.backends.binding import BoundCall
 from neo_runtime.backends.cache_memory import KeptBlock
-from neo_runtime.errors import CacheLimitError, NeoError, RequestError
+from neo_runtime.errors import CacheLimitError, ContextLengthError, NeoError, RequestError
 from neo_runtime.kv_cache import CacheLedger
 
 if TYPE_CHECKING:
@@ -149,8 +151,7 @@ def test_a_cache_of_another_model_is_refused(model: Model, mini_bundle: Path) ->
         ("ab", "expected a flat sequence"),
         ([[0], [1]], r"shape \[2, 1\]"),
         ([[0], [1, 1]], "expected a flat sequence"),
-        ([], "0 rows"),
-        ([0, 1, 0], "3 rows, expected 1 to 2"),
+        ([0, 1, 0], "3 rows, expected at most 2"),
         ([2], "expected 0 to 1"),
     ],
 )
@@ -250,9 +251,42 @@ def test_rows_can_be_dropped_permuted_and_repeated(model: Model) -> None:
             expected = np.stack([reference_logits(ids)[-1] for ids in said])
             assert cache.lengths.tolist() == [len(ids) for ids in said]
             assert relative_error(found, expected) < 1e-5, rows
-        for rows, message in (([], "0 rows"), ([0] * 6, "6 rows"), ([1], "0 to 0"), ([-1], "0 to")):
+        for rows, message in (([0] * 6, "6 rows"), ([1], "0 to 0"), ([-1], "0 to")):
             with pytest.raises(RequestError, match=message):
                 cache.reorder(rows)
+
+
+def test_rows_join_and_leave(model: Model) -> None:
+    assert_rows_join(model, 1e-5)
+
+
+def test_rows_that_cannot_join(model: Model) -> None:
+    with model.new_cache(3, 8) as cache:
+        cache.reorder([0])
+        for wrong in (0, 1.5, True):
+            with pytest.raises(RequestError, match=r"sequences is .* integer of at least 1"):
+                cache.extend(wrong)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="got 3 sequences, expected at most 2: 1 of the 3"):
+            cache.extend(3)
+        cache.extend(1)
+        for rows, prompts, message in (
+            ([1, 0], [[1], [2]], "each once, in ascending order"),
+            ([1, 1], [[1], [2]], "each once, in ascending order"),
+            ([0], [[1], [2]], "2 prompts for 1 rows, expected one for each"),
+            ([], [], "0 prompts for 0 rows"),
+            ([2], [[1]], "prefill got rows [2], expected 0 to 1"),
+            ([0], [[]], "prompt is empty"),
+            (None, [[1]], "1 prompts for a cache of 2 sequences"),
+        ):
+            with pytest.raises(RequestError, match=re.escape(message)):
+                model.prefill(cache, prompts, rows)
+        model.prefill(cache, [[1] * 8], rows=[1])
+        with pytest.raises(ContextLengthError, match="sequence 1 has 8 positions and would have 9"):
+            model.prefill(cache, [[1]], rows=[1])
+        assert cache.lengths.tolist() == [0, 8]
+        cache.reorder([])
+        with pytest.raises(RequestError, match="prompt is empty"):
+            model.decode(cache, [])
 
 
 def test_other_rows_stay_where_they_are(mini_bundle: Path) -> None:

@@ -22,6 +22,7 @@ from helpers.fake_engine import (
     write_record,
 )
 from helpers.host_device import HostDevice
+from helpers.joining import assert_rows_join
 from helpers.models import ODD_CONFIGS, Reference, make_checkpoint
 from helpers.parity import assert_parity
 from neo_export.exporter import ExportOptions, export_bundle
@@ -101,6 +102,10 @@ def test_the_same_texts(options: dict[str, Any], model: Model, cpu: Model) -> No
         found = model.generate(prompts, max_new_tokens=30, **options)
         expected = cpu.generate(prompts, max_new_tokens=30, **options)
         assert [c.text for c in found] == [c.text for c in expected]
+
+
+def test_rows_join_and_leave(model: Model) -> None:
+    assert_rows_join(model, TOLERANCES["fp32"].logits)
 
 
 def test_chunks_turns_and_the_last_position(model: Model, cpu: Model) -> None:

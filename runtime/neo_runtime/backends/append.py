@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.base import CacheStore, spoil_views
+from neo_runtime.backends.base import CacheStore, spoil_views, with_empty_rows
 from neo_runtime.backends.binding import BoundCall
 from neo_runtime.backends.cache_memory import aligned_zeros
 from neo_runtime.step_logits import StepLogits
@@ -110,7 +110,8 @@ class AppendStore(CacheStore):
                 own[0] = shared[row, :, self._width - used :]
             single._width = used
             single.lengths[0] = used
-            self._logits[row, 0] = single._prefill([prompt], chunk).full()[0]
+            if len(prompt):
+                self._logits[row, 0] = single._prefill([prompt], chunk).full()[0]
             pad = width - len(prompt) - used
             views = single._views(single._past, 1, used + len(prompt))
             for own, shared in zip(views, present, strict=True):
@@ -130,7 +131,7 @@ class AppendStore(CacheStore):
         lengths = self.lengths[rows]
         # Columns that are padding in every row that stays are dropped: so the width is always
         # the longest row, and no row can outgrow the buffers.
-        width = int(lengths.max())
+        width = int(lengths.max(initial=0))
         before = self._views(self._past, self.batch, self._width)
         after = self._views(self._present, len(rows), width)
         for source, target in zip(before, after, strict=True):
@@ -138,6 +139,13 @@ class AppendStore(CacheStore):
                 target[index] = source[row, :, self._width - width :]
         self._past, self._present = self._present, self._past
         self._width, self.lengths = width, lengths
+
+    def extend(self, count: int) -> None:
+        """See `CacheStore.extend`."""
+        batch = self.batch
+        self.lengths = with_empty_rows(self.lengths, count)
+        for buffer in self._views(self._past, self.batch, self._width):
+            buffer[batch:] = 0  # masked, and still multiplied by 0
 
     def contents(self) -> list[NDArray[Any]]:
         """See `CacheStore.contents`."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import Manifest
     from neo_runtime.step_logits import StepLogits
 
-__all__ = ["Backend", "CacheStore", "layer_lengths", "spoil_views"]
+__all__ = ["Backend", "CacheStore", "layer_lengths", "spoil_views", "with_empty_rows"]
 
 
 def spoil_views(arrays: Iterable[NDArray[np.generic]]) -> None:
@@ -36,20 +36,21 @@ class CacheStore(ABC):
 
     @property
     def batch(self) -> int:
-        """Rows in use; `reorder` changes it."""
+        """Rows in use; `reorder` and `extend` change it."""
         return len(self.lengths)
 
     @abstractmethod
     def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
-        """Append the tokens of `prompts[b]` (at least one) to row `b`.
+        """Append the tokens of `prompts[b]` to row `b`.
 
         Args:
-            prompts: one int64 array [n_b] a row.
+            prompts: one int64 array [n_b] a row; rows with none stay as they are.
             chunk: most tokens of a row that go through the graph in one call; where first prompts
                 of several rows go together, of all of them, padding included.
 
         Returns:
-            Logits of each row's last position, valid until the next call.
+            Logits of each row's last position, valid until the next call; of rows without new
+            tokens they mean nothing.
         """
 
     @abstractmethod
@@ -68,7 +69,15 @@ class CacheStore(ABC):
         """Make row `i` what row `rows[i]` was; rows may be dropped, permuted and repeated.
 
         Args:
-            rows: int64 [n], n at most the batch that the store was made for.
+            rows: int64 [n], n at most the batch that the store was made for, 0 as well.
+        """
+
+    @abstractmethod
+    def extend(self, count: int) -> None:
+        """Add `count` empty rows behind those in use.
+
+        Args:
+            count: at least 1; the store was made for so many rows in all.
         """
 
     def contents(self) -> list[NDArray[np.generic]]:
@@ -135,6 +144,11 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of the sessions; calls that are running finish first."""
+
+
+def with_empty_rows(lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """`CacheStore.lengths` with `count` empty rows behind the others."""
+    return np.concatenate([lengths, np.zeros(count, np.int64)])
 
 
 def layer_lengths(manifest: Manifest, length: int) -> list[int]:

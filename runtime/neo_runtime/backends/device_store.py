@@ -6,11 +6,13 @@ captured CUDA graph can be replayed; a row that is not in use has one position.
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from neo_runtime.backends.base import with_empty_rows
 from neo_runtime.backends.device import Layout, move_rows
 from neo_runtime.backends.device_slots import ELEMENT_TYPES, ITEM_SIZES, Slot, Tensors
 from neo_runtime.backends.in_place import RightPaddedStore
@@ -193,6 +195,15 @@ class DeviceStore(RightPaddedStore):
                     moved.tolist(),
                 )
         self.lengths = self.lengths[rows]
+        self._is_mask_stale = True
+
+    def extend(self, count: int) -> None:
+        """See `CacheStore.extend`: with zeros, as `Slot.clear` says why."""
+        item = ITEM_SIZES[self._backend.manifest.cache.dtype]
+        with self._backend.lock:
+            for address, _, shape in _rows(self.slot.cache, self.batch, count).values():
+                self._device.zero(address, math.prod(shape) * item)
+        self.lengths = with_empty_rows(self.lengths, count)
         self._is_mask_stale = True
 
     def close(self) -> None:

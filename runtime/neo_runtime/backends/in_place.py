@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.base import CacheStore, layer_lengths, spoil_views
+from neo_runtime.backends.base import CacheStore, layer_lengths, spoil_views, with_empty_rows
 from neo_runtime.backends.binding import BoundCall
 from neo_runtime.backends.cache_memory import aligned_arrays, aligned_size
 from neo_runtime.backends.staged_cache import StagedCache
@@ -59,12 +59,15 @@ class RightPaddedStore(CacheStore):
     def _together(self, row: int, prompts: Sequence[NDArray[np.int64]], chunk: int) -> int:
         """Rows from `row` on that are empty, and with padding fit into one call; may be none."""
         count, longest = 0, 0
-        while row + count < len(prompts) and not self.lengths[row + count]:
+        while row + count < len(prompts) and self._is_first(row + count, prompts):
             longest = max(longest, len(prompts[row + count]))
             if longest * (count + 1) > chunk:
                 break
             count += 1
         return count
+
+    def _is_first(self, row: int, prompts: Sequence[NDArray[np.int64]]) -> bool:
+        return not self.lengths[row] and len(prompts[row]) > 0
 
     def _prefill_first(self, row: int, prompts: Sequence[NDArray[np.int64]]) -> None:
         """The first tokens of the empty rows `row`, `row + 1`, …: one call, padded on the right."""
@@ -232,6 +235,12 @@ class InPlaceStore(RightPaddedStore):
         if len(rows) != self.batch:
             self._decode = None
         self.lengths = self.lengths[rows]
+        self._refresh_mask()
+
+    def extend(self, count: int) -> None:
+        """See `CacheStore.extend`."""
+        self._decode = None
+        self.lengths = with_empty_rows(self.lengths, count)
         self._refresh_mask()
 
     def _refresh_mask(self) -> None:

@@ -9,12 +9,13 @@ The step is queued once as it is, then captured as a CUDA graph over these addre
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.base import CacheStore
+from neo_runtime.backends.base import CacheStore, with_empty_rows
 from neo_runtime.backends.device import Layout, move_rows
 from neo_runtime.engine_record import DECODE_PROFILE
 from neo_runtime.errors import DeviceError
@@ -135,16 +136,27 @@ class TensorRTStore(CacheStore):
     def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
         """See `CacheStore.prefill`."""
         chunk = min(chunk, self._backend.record.options.max_length)
-        counts = np.array([len(prompt) for prompt in prompts])
-        if (self.lengths + counts.max() > self._backend.manifest.max_length).any():
-            # A padded row would write behind the end of its cache: rows go alone, unpadded.
-            groups = [(row, [prompt]) for row, prompt in enumerate(prompts)]
-        else:
-            groups = [(0, list(prompts))]
-        logits = np.empty((self.batch, self._backend.manifest.model.vocab_size), np.float32)
-        for row, group in groups:
+        logits = np.zeros((self.batch, self._backend.manifest.model.vocab_size), np.float32)
+        for row, group in self._groups(prompts):
             logits[row : row + len(group)] = self._prefill(row, group, chunk)
         return StepLogits.at_hand(logits)
+
+    def _groups(
+        self, prompts: Sequence[NDArray[np.int64]]
+    ) -> list[tuple[int, list[NDArray[np.int64]]]]:
+        """Prompts that are computed together, each group behind the row where it begins."""
+        rows = [row for row, prompt in enumerate(prompts) if len(prompt)]
+        longest = max(len(prompt) for prompt in prompts)
+        if (self.lengths[rows] + longest > self._backend.manifest.max_length).any():
+            # A padded row would write behind the end of its cache: rows go alone, unpadded.
+            return [(row, [prompts[row]]) for row in rows]
+        groups: list[tuple[int, list[NDArray[np.int64]]]] = []
+        for row in rows:
+            if groups and groups[-1][0] + len(groups[-1][1]) == row:
+                groups[-1][1].append(prompts[row])
+            else:
+                groups.append((row, [prompts[row]]))
+        return groups
 
     def _prefill(
         self, first: int, prompts: Sequence[NDArray[np.int64]], chunk: int
@@ -253,6 +265,15 @@ class TensorRTStore(CacheStore):
                     moved.tolist(),
                 )
         self.lengths = self.lengths[rows]
+
+    def extend(self, count: int) -> None:
+        """See `CacheStore.extend`: with zeros, as `StepBuffers.clear` says why."""
+        stride = self._item * math.prod(self._row_shape)
+        with self._backend.lock:
+            self._backend.plan.check_open()
+            for address, _ in self._buffers.cache.values():
+                self._device.zero(address + self.batch * stride, count * stride)
+        self.lengths = with_empty_rows(self.lengths, count)
 
     def close(self) -> None:
         """See `CacheStore.close`."""
