@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import Manifest
     from neo_runtime.model import Model
     from neo_runtime.options import GenerationOptions
+    from neo_runtime.pending import PendingCompletion
     from neo_runtime.sampling import Choice
+    from neo_runtime.scheduler import Scheduler
     from neo_runtime.text_stream import TextStream
     from neo_runtime.tokenizer import Tokenizer
 
@@ -58,7 +60,9 @@ __all__ = [
     "Manifest",
     "Model",
     "NeoError",
+    "PendingCompletion",
     "RequestError",
+    "Scheduler",
     "TextStream",
     "Timings",
     "Tokenizer",
@@ -73,6 +77,8 @@ _MODULES = {
     "KVCache": "kv_cache",
     "Manifest": "manifest",
     "Model": "model",
+    "PendingCompletion": "pending",
+    "Scheduler": "scheduler",
     "TextStream": "text_stream",
     "Timings": "completion",
     "Tokenizer": "tokenizer",

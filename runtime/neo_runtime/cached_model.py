@@ -53,7 +53,8 @@ class CachedModel(Closable):
         self._bundle = bundle
         self._backend = chosen.backend
         self._ledger = CacheLedger(max_cache_bytes)
-        self._prefill_chunk = prefill_chunk or self._backend.default_chunk
+        self.prefill_chunk = prefill_chunk or self._backend.default_chunk
+        """Tokens of a prompt that go through the graph at once."""
         self._is_closed = False
         self._process = os.getpid()
 
@@ -150,7 +151,7 @@ class CachedModel(Closable):
             by_row[row] = array
         self._check_room(cache, [len(array) for array in by_row])
         with cache.changing() as store:
-            logits = store.prefill(by_row, self._prefill_chunk)
+            logits = store.prefill(by_row, self.prefill_chunk)
         return logits if len(chosen) == len(by_row) else logits.take(chosen)
 
     def _prompt_rows(

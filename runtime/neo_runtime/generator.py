@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     IntArray = NDArray[np.int64]
 
-__all__ = ["Row", "beam_completions", "cancelled_rows", "make_rows", "never", "steps"]
+__all__ = ["Row", "beam_completions", "cancelled_rows", "fill_holes", "make_rows", "never", "steps"]
 
 
 def never() -> bool:
@@ -201,13 +201,13 @@ def steps(
             yield [rows[index].cancel() for index in active]
             return
         if len(active) < len(rows):
-            active = _fill_holes(active)
+            active = fill_holes(active)
             cache.reorder(active)
             rows = [rows[index] for index in active]
         logits = model.decode_step(cache, [row.choices[-1].token for row in rows])
 
 
-def _fill_holes(active: Sequence[int]) -> list[int]:
+def fill_holes(active: Sequence[int]) -> list[int]:
     """An order of the active rows that leaves in place as many as possible: the fewest copies."""
     count = len(active)
     staying = {index for index in active if index < count}

@@ -197,22 +197,37 @@ class Model(CachedModel):
         Returns:
             An iterator and context manager; its `completion` is set when it has ended.
         """
-        chosen = self._options(options, overrides, bad_words)
+        ids, chosen = self.single_prompt("stream", prompt, options, bad_words, overrides)
         if self.tokenizer is None:
             raise RequestError("the bundle has no tokenizer, so no text to stream; use generate")
-        if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
-            raise RequestError(
-                "only one continuation can be streamed; set num_beams=1 and "
-                "num_return_sequences=1, or use generate"
-            )
-        given, is_single = as_list(prompt)
-        if not is_single:
-            raise RequestError("stream takes one prompt, not a list of them; use generate")
-        [ids] = self._encode(given)
         total = chosen.total_length(len(ids), self.manifest.max_length)
         [row] = make_rows(self, ids, chosen, total, 0)
         closed = threading.Event()
         return TextStream(_pieces(self, row, should_stop, closed), closed)
+
+    def single_prompt(
+        self,
+        call: str,
+        prompt: Prompt,
+        options: GenerationOptions | None,
+        bad_words: Sequence[str],
+        overrides: Mapping[str, Any],
+    ) -> tuple[NDArray[np.int64], GenerationOptions]:
+        """The ids int64 [n] and the options of a request for one continuation, both checked.
+
+        `call` is what asks for it, for messages; the others are those of `stream`.
+        """
+        chosen = self._options(options, overrides, bad_words)
+        if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
+            raise RequestError(
+                f"{call} makes one continuation; set num_beams=1 and num_return_sequences=1, or "
+                "use generate"
+            )
+        given, is_single = as_list(prompt)
+        if not is_single:
+            raise RequestError(f"{call} takes one prompt, not a list of them; use generate")
+        [ids] = self._encode(given)
+        return ids, chosen
 
     def _options(
         self,

@@ -306,20 +306,21 @@ class GenerationOptions:
         """`eos_token_id`, or nothing where `ignore_eos` is set."""
         return () if self.ignore_eos else self.eos_token_id
 
-    def total_length(self, prompt_length: int, model_max_length: int) -> int:
+    def total_length(self, prompt_length: int, most: int, holder: str = "the model") -> int:
         """Tokens that prompt and continuation may have together.
 
         Args:
             prompt_length: tokens of the prompt.
-            model_max_length: positions that the model has.
+            most: positions that there are.
+            holder: what has them, for messages.
 
         Raises:
-            ContextLengthError: the request needs more than `model_max_length`.
+            ContextLengthError: the request needs more than `most`.
             RequestError: `max_length` leaves no token to generate.
         """
-        if prompt_length >= model_max_length:
+        if prompt_length >= most:
             raise ContextLengthError(
-                f"the prompt has {prompt_length} tokens and the model {model_max_length} "
+                f"the prompt has {prompt_length} tokens and {holder} {most} "
                 "positions, which leaves none for a continuation; shorten the prompt"
             )
         if self.max_new_tokens is not None:
@@ -327,12 +328,12 @@ class GenerationOptions:
         elif self.max_length is not None:
             total, asked = self.max_length, "max_length"
         else:
-            return min(prompt_length + DEFAULT_MAX_NEW_TOKENS, model_max_length)
-        if total > model_max_length:
-            room = model_max_length - (prompt_length if asked == "max_new_tokens" else 0)
+            return min(prompt_length + DEFAULT_MAX_NEW_TOKENS, most)
+        if total > most:
+            room = most - (prompt_length if asked == "max_new_tokens" else 0)
             raise ContextLengthError(
                 f"{asked}={getattr(self, asked)} after a prompt of {prompt_length} tokens needs "
-                f"{total} positions, the model has {model_max_length}; set {asked} to at most "
+                f"{total} positions, {holder} has {most}; set {asked} to at most "
                 f"{room}"
             )
         if total <= prompt_length:

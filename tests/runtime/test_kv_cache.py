@@ -291,12 +291,12 @@ def test_rows_that_cannot_join(model: Model) -> None:
 
 def test_other_rows_stay_where_they_are(mini_bundle: Path) -> None:
     """A row that ends is replaced by the last one: nothing else is copied."""
-    from neo_runtime.generator import _fill_holes
+    from neo_runtime.generator import fill_holes
 
-    assert _fill_holes([0, 1, 2]) == [0, 1, 2]
-    assert _fill_holes([1, 2, 3]) == [3, 1, 2]
-    assert _fill_holes([2, 5]) == [2, 5]
-    assert _fill_holes([0, 4, 5, 2]) == [0, 4, 2, 5]
+    assert fill_holes([0, 1, 2]) == [0, 1, 2]
+    assert fill_holes([1, 2, 3]) == [3, 1, 2]
+    assert fill_holes([2, 5]) == [2, 5]
+    assert fill_holes([0, 4, 5, 2]) == [0, 4, 2, 5]
 
 
 def test_decode_binds_once_and_writes_in_place(mini_bundle: Path) -> None:
