@@ -1,0 +1,127 @@
+"""`python -m neo_tools.clients BUNDLE`: several clients at once, in three ways to serve them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neo_runtime.command_line import OneLineParser, run_command
+
+import neo_tools.clients
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from neo_tools.clients.measure import Load
+
+__all__ = ["main"]
+
+_PROGRAM = "python -m neo_tools.clients"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    arguments = _parser().parse_args(argv)
+    return run_command(_PROGRAM, lambda: _run(arguments), extras="bench")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import neo_runtime
+
+    from neo_tools.bench.machine import machine_facts
+    from neo_tools.clients.measure import Load, measure
+    from neo_tools.clients.report import markdown, plain, summary
+
+    load = Load(
+        clients=arguments.clients,
+        requests=arguments.requests,
+        prompt=arguments.prompt,
+        new_tokens=arguments.new_tokens,
+    )
+    with neo_runtime.load(
+        arguments.bundle, threads=arguments.threads, backend=arguments.backend
+    ) as model:
+        _check(load, model.manifest.max_length)
+        rounds = measure(model, load, arguments.repetitions, _progress)
+        facts = {
+            "bundle": arguments.bundle.resolve().name,
+            "precision": model.manifest.precision,
+            "runs_on": model.runs_on,
+            "machine": machine_facts().cpu,
+            "repetitions": arguments.repetitions,
+        }
+    served = summary(rounds, load)
+    if arguments.json:
+        print(json.dumps(plain(served, load, facts), indent=2))
+    else:
+        sys.stdout.write(markdown(served, load, facts))
+    return 0
+
+
+def _check(load: Load, max_length: int) -> None:
+    """Raises ContextLengthError for requests that the model has no positions for."""
+    from neo_runtime.errors import ContextLengthError
+
+    if load.length > max_length:
+        raise ContextLengthError(
+            f"the longest request needs {load.length} positions, but the bundle has {max_length}; "
+            "lower -p or -n"
+        )
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too small; at least 1")
+    return number
+
+
+_count.__name__ = "number"  # what argparse calls it in its message
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog=_PROGRAM,
+        description=neo_tools.clients.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder with neo.json")
+    numbers = (
+        ("-c", "--clients", 8, "clients at once"),
+        ("-q", "--requests", 3, "requests of each client, one after the other"),
+        ("-p", "--prompt", 64, "tokens of each prompt"),
+        ("-n", "--new-tokens", 32, "new tokens of a request, on average"),
+        ("-r", "--repetitions", 3, "rounds"),
+    )
+    for short, long, default, text in numbers:
+        parser.add_argument(
+            short,
+            long,
+            metavar="N",
+            type=_count,
+            default=default,
+            help=f"{text} (default: {default})",
+        )
+    parser.add_argument(
+        "-t", "--threads", metavar="N", type=_count, help="threads (default: physical cores)"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "cuda", "tensorrt"),
+        default="auto",
+        help="what runs the bundle (default: auto)",
+    )
+    parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""What the rounds say: medians over rounds, and ratios round by round."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from neo_tools.bench.spread import Spread, percentile, round_ratios, spread
+from neo_tools.clients.measure import WAYS
+
+if TYPE_CHECKING:
+    from neo_tools.clients.measure import Load, Round
+
+__all__ = ["Served", "markdown", "plain", "summary"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """One way to serve the clients."""
+
+    way: str
+    tokens_per_second: Spread
+    """Of all clients together, a round each."""
+    first_token: float
+    """Median seconds over the requests of all rounds."""
+    first_token_p95: float
+    answer: float
+    """Median seconds of a whole request."""
+    answer_p95: float
+    speedup: Spread | None
+    """Time of the first of `WAYS` / time of this one, round by round; None for the first."""
+
+
+def summary(rounds: dict[str, list[Round]], load: Load) -> list[Served]:
+    """One entry for each way, in the order of `WAYS`."""
+    base = [each.seconds for each in rounds[WAYS[0]]]
+    found = []
+    for way in WAYS:
+        seconds = [each.seconds for each in rounds[way]]
+        firsts = [value for each in rounds[way] for value in each.first_tokens]
+        answers = [value for each in rounds[way] for value in each.answers]
+        found.append(
+            Served(
+                way=way,
+                tokens_per_second=spread([load.tokens / value for value in seconds]),
+                first_token=percentile(firsts, 50),
+                first_token_p95=percentile(firsts, 95),
+                answer=percentile(answers, 50),
+                answer_p95=percentile(answers, 95),
+                speedup=None if way == WAYS[0] else spread(round_ratios(base, seconds)),
+            )
+        )
+    return found
+
+
+def plain(served: list[Served], load: Load, facts: dict[str, Any]) -> dict[str, Any]:
+    """For JSON."""
+    return {**facts, "load": asdict(load), "served": [asdict(each) for each in served]}
+
+
+def markdown(served: list[Served], load: Load, facts: dict[str, Any]) -> str:
+    """A table for a reader."""
+    lines = [
+        f"{facts['bundle']} ({facts['precision']}) on {facts['runs_on']}, {facts['machine']}: "
+        f"{load.clients} clients, {load.requests} requests each, prompts of {load.prompt} tokens, "
+        f"{load.new_tokens} new tokens on average; {facts['repetitions']} rounds",
+        "",
+        "| | tokens/s, all clients | × | first token, s (p95) | answer, s (p95) |",
+        "|---|---|---|---|---|",
+    ]
+    for each in served:
+        rate = each.tokens_per_second
+        lines.append(
+            f"| {each.way} | {rate.median:.1f} ({rate.min:.1f} to {rate.max:.1f}) "
+            f"| {_times(each.speedup)} | {each.first_token:.2f} ({each.first_token_p95:.2f}) "
+            f"| {each.answer:.2f} ({each.answer_p95:.2f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _times(speedup: Spread | None) -> str:
+    if speedup is None:
+        return "1"
+    return f"{speedup.median:.2f} ({speedup.min:.2f} to {speedup.max:.2f})"
