@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from neo_runtime.custom_processor import CustomProcessor
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -296,6 +297,7 @@ def build_processors(
         )
     if options.logit_bias:
         rules.append(LogitBias(list(options.logit_bias), list(options.logit_bias.values())))
+    rules += [CustomProcessor(function) for function in options.logits_processor]
     return rules
 
 

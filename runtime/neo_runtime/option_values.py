@@ -21,6 +21,7 @@ __all__ = [
     "count",
     "exponential_decay",
     "flag",
+    "functions",
     "number",
     "option",
     "seeds",
@@ -259,6 +260,18 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
             raise _refuse(name, item, expected)
         if (why := why_no_text(item)) is not None:
             raise _refuse(name, item, expected, why)
+    return tuple(found)
+
+
+def functions(name: str, value: Any) -> tuple[Any, ...]:
+    """One function or a sequence of them."""
+    expected = "a function (ids, scores) -> scores, or a sequence of such functions"
+    if callable(value) and not isinstance(value, Sequence):
+        value = (value,)
+    found = _items(name, value, expected)
+    for item in found:
+        if not callable(item):
+            raise _refuse(name, item, expected)
     return tuple(found)
 
 

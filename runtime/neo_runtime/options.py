@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from dataclasses import Field
 
+    from neo_runtime.custom_processor import Processor
+
 __all__ = ["DEFAULT_MAX_NEW_TOKENS", "GenerationOptions"]
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -80,6 +82,8 @@ class GenerationOptions:
         presence_penalty: OpenAI's: subtracted once from the logit of every token generated so far.
         frequency_penalty: OpenAI's: subtracted once for each time the token was generated so far.
         logit_bias: OpenAI's: token id → number to add to its logit.
+        logits_processor: functions (ids int64 [n], scores float32 [V]) → scores [V], applied in
+            order: ids are prompt and continuation, -inf forbids a token.
         temperature: divide the logits by it.
         top_k: keep the k most probable tokens; 0 or None: all.
         top_p: keep the smallest set of most probable tokens whose probabilities sum to at least it.
@@ -128,6 +132,7 @@ class GenerationOptions:
     logit_bias: Mapping[int, float] = field(
         default_factory=dict, metadata={"check": values.token_bias, "needs": None}
     )
+    logits_processor: tuple[Processor, ...] = option((), values.functions)
 
     temperature: float = option(
         1.0,

@@ -202,7 +202,7 @@ def usable_maximum(scores: FloatArray) -> float:
     if top == -np.inf:
         raise RequestError(
             "the options forbid every token here; relax bad_words_ids, suppress_tokens, "
-            "logit_bias, no_repeat_ngram_size or min_new_tokens"
+            "logit_bias, logits_processor, no_repeat_ngram_size or min_new_tokens"
         )
     return top
 

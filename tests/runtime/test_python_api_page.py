@@ -37,7 +37,7 @@ def test_the_page(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_page_of_options(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_blocks("sampling.md", mini_bundle)[0] == 1
+    assert run_blocks("sampling.md", mini_bundle)[0] == 2
     assert capsys.readouterr().out.strip()
 
 

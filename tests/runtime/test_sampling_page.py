@@ -63,6 +63,16 @@ def test_a_row_has_the_range(name: str) -> None:
             assert accepts(name, kind(edge) + inward)
             assert not accepts(name, kind(edge) - inward)
     else:
-        words = ("bool", "ids", "texts", "number", "False, True", "sequences", "(", "id →")
+        words = (
+            "bool",
+            "ids",
+            "texts",
+            "number",
+            "False, True",
+            "sequences",
+            "(",
+            "id →",
+            "functions",
+        )
         assert text.startswith(words)
         assert accepts(name, True) == (text == "bool" or text.startswith("False, True"))
