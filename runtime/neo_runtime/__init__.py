@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from neo_runtime.model import Model
     from neo_runtime.options import GenerationOptions
     from neo_runtime.pending import PendingCompletion
+    from neo_runtime.prefix import Prefix
     from neo_runtime.sampling import Choice
     from neo_runtime.scheduler import Scheduler
     from neo_runtime.text_stream import TextStream
@@ -61,6 +62,7 @@ __all__ = [
     "Model",
     "NeoError",
     "PendingCompletion",
+    "Prefix",
     "RequestError",
     "Scheduler",
     "TextStream",
@@ -78,6 +80,7 @@ _MODULES = {
     "Manifest": "manifest",
     "Model": "model",
     "PendingCompletion": "pending",
+    "Prefix": "prefix",
     "Scheduler": "scheduler",
     "TextStream": "text_stream",
     "Timings": "completion",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from neo_runtime.generator import Row, cancelled_rows, make_rows, steps
+from neo_runtime.generator import steps
 from neo_runtime.prompts import of_each
+from neo_runtime.rows import Row, cancelled_rows, make_rows
 from neo_runtime.sampling import row_generator
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from neo_runtime.cached_model import CachedModel
     from neo_runtime.completion import Completion
     from neo_runtime.options import GenerationOptions
+    from neo_runtime.prefix import Prefix
 
 __all__ = ["sampled_completions"]
 
@@ -27,15 +29,17 @@ def sampled_completions(
     options: GenerationOptions,
     batch_size: int | None,
     should_stop: Callable[[], bool],
+    prefix: Prefix | None = None,
 ) -> list[Completion]:
     """Continue each prompt, prompts of like length together.
 
     Args:
         model: computes the logits.
-        prompts: int64 [n] each.
+        prompts: int64 [n] each, the prefix included.
         options: for all of them.
         batch_size: prompts a batch; None for what suits the backend and the cache's limit.
         should_stop: asked before each batch and after each step.
+        prefix: what all prompts begin with, if that is computed already.
 
     Returns:
         `num_return_sequences` completions for each prompt, in the order of the prompts.
@@ -64,7 +68,8 @@ def sampled_completions(
         # Before rows are made: they take memory that no limit counts.
         with model.new_cache(len(batch) * copies, length) as cache:
             made = [
-                make_rows(model, prompts[index], options, totals[index], index) for index in batch
+                make_rows(model, prompts[index], options, totals[index], index, prefix)
+                for index in batch
             ]
             rows |= dict(zip(batch, made, strict=True))
             for _ in steps(model, cache, made, should_stop):

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neo_runtime.cache_ledger import CacheLedger
 from neo_runtime.closable import Closable
 from neo_runtime.errors import ContextLengthError, NeoError, RequestError
-from neo_runtime.kv_cache import CacheLedger, KVCache, row_numbers
+from neo_runtime.kv_cache import KVCache, row_numbers
 from neo_runtime.option_values import count
 from neo_runtime.prompts import of_each, prompt_ids, token_array
 from neo_runtime.tokenizer import Tokenizer
@@ -104,6 +105,10 @@ class CachedModel(Closable):
                 f"ask for at most {self.manifest.max_length}"
             )
         return KVCache(self._backend, self._ledger, batch, length)
+
+    def owns(self, cache: KVCache) -> bool:
+        """Whether a cache is this model's."""
+        return cache.is_of(self._backend)
 
     def rounded_length(self, length: int) -> int:
         """`length` rounded up to a multiple of 16, so that rows are well aligned."""
@@ -220,7 +225,7 @@ class CachedModel(Closable):
             raise RequestError(
                 f"the cache is of type {type(cache).__name__}, expected one of Model.new_cache"
             )
-        if not cache.is_of(self._backend):
+        if not self.owns(cache):
             raise RequestError("the cache is another model's; make one with this one's new_cache")
 
     def _check_room(self, cache: KVCache, more: int | Sequence[int]) -> None:

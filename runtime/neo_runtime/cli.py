@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.cli_batches import batches
 from neo_runtime.cli_options import add_option_flags, chosen_options
 from neo_runtime.cli_output import print_lines, print_object, print_text, print_timings
-from neo_runtime.cli_prompts import read_prompts
+from neo_runtime.cli_prompts import read_prompts, read_text
 from neo_runtime.command_line import OneLineParser, add_version, run_command
 from neo_runtime.errors import RequestError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from neo_runtime.completion import Completion
     from neo_runtime.model import Model
     from neo_runtime.options import GenerationOptions
+    from neo_runtime.prefix import Prefix
     from neo_runtime.text_stream import TextStream
 
 __all__ = ["main"]
@@ -56,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="several prompts instead: JSON lines, each a string, a list of token ids, or an "
         'object with "prompt", "text" or "content", and perhaps an "id"; - for standard input',
+    )
+    parser.add_argument(
+        "--prefix-file",
+        metavar="FILE",
+        help="text that every prompt goes on from, such as examples, taken as it is and computed "
+        "once; a word must not go over the border to the prompt",
     )
     parser.add_argument(
         "--token-ids",
@@ -141,6 +149,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if "logprobs" in options and not (arguments.json or arguments.json_lines):
         raise RequestError("--logprobs needs --json or --json-lines; add one of them")
     prompts = read_prompts(arguments.prompt, arguments.prompts_file, ids=arguments.token_ids)
+    beginning = None if arguments.prefix_file is None else read_text(arguments.prefix_file)
     import neo_runtime
 
     started = perf_counter()
@@ -158,7 +167,9 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"neo-generate: {model.backend_choice}", file=sys.stderr)
         bad_words = options.pop("bad_words", ())
         chosen = _chosen(model, options, reads_file=not arguments.no_generation_config)
-        completions = _complete(arguments, model, prompts, chosen, bad_words, loaded)
+        with nullcontext() if beginning is None else model.prefix(beginning) as prefix:
+            shared = {"bad_words": bad_words, "prefix": prefix}
+            completions = _complete(arguments, model, prompts, chosen, shared, loaded)
     if arguments.timings:
         print_timings(completions, loaded)
     return 0
@@ -179,19 +190,19 @@ def _complete(
     model: Model,
     prompts: Sequence[GivenPrompt],
     chosen: GenerationOptions,
-    bad_words: Sequence[str],
+    shared: dict[str, Any],
     loaded: float,
 ) -> list[Completion]:
-    """Compute and print; what the timings are of."""
+    """Compute and print; what the timings are of. `shared`: arguments of all requests."""
     given, size = [prompt for prompt, _ in prompts], arguments.batch_size
     if arguments.json_lines:
         tags = [tag for _, tag in prompts]
-        return print_lines(model, tags, batches(model, given, chosen, bad_words, size))
+        return print_lines(model, tags, batches(model, given, chosen, size, **shared))
     first = given[0]
     if isinstance(first, str) and _can_stream(arguments, model, chosen):
-        pieces = model.stream(first, chosen, bad_words=bad_words)
-        return [_stream(pieces, echo=first if arguments.echo else "")]
-    completions = model.generate(given, chosen, bad_words=bad_words, batch_size=size)
+        pieces = model.stream(first, chosen, **shared)
+        return [_stream(pieces, echo=_whole(model, first, **shared) if arguments.echo else "")]
+    completions = model.generate(given, chosen, batch_size=size, **shared)
     if arguments.json:
         print_object(model, arguments.bundle, completions, loaded)
     else:
@@ -207,6 +218,12 @@ def _can_stream(arguments: argparse.Namespace, model: Model, chosen: GenerationO
         or chosen.num_beams > 1
         or chosen.num_return_sequences > 1
     )
+
+
+def _whole(model: Model, prompt: str, *, prefix: Prefix | None, **_: Any) -> str:
+    if prefix is None or model.tokenizer is None:
+        return prompt
+    return model.tokenizer.decode(prefix.ids.tolist()) + prompt
 
 
 def _stream(stream: TextStream, *, echo: str) -> Completion:

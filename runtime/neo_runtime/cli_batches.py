@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from neo_runtime.completion import Completion
     from neo_runtime.model import Model
     from neo_runtime.options import GenerationOptions
+    from neo_runtime.prefix import Prefix
     from neo_runtime.prompts import Prompt
 
 __all__ = ["Batch", "batches"]
@@ -22,8 +23,10 @@ def batches(
     model: Model,
     prompts: Sequence[Prompt],
     chosen: GenerationOptions,
-    bad_words: Sequence[str],
     size: int | None,
+    *,
+    bad_words: Sequence[str] = (),
+    prefix: Prefix | None = None,
 ) -> Iterator[Batch]:
     """Complete prompts in their order, each as `Model.generate` does with all of them.
 
@@ -31,8 +34,9 @@ def batches(
         model: the model.
         prompts: text or token ids.
         chosen: the options, without a seed for each prompt.
-        bad_words: as for `Model.generate`.
         size: prompts computed together; None for as many as `Model.generate` takes.
+        bad_words: as for `Model.generate`.
+        prefix: as for `Model.generate`.
 
     Raises:
         RequestError: a prompt or an option that cannot be honoured: before any is computed.
@@ -46,7 +50,8 @@ def batches(
 
     def checked(prompt: Prompt) -> list[int]:
         ids = prompt_ids(prompt, model.manifest.model.vocab_size, model.tokenizer)
-        chosen.total_length(len(ids), model.manifest.max_length)
+        known = 0 if prefix is None else len(prefix.ids)
+        chosen.total_length(known + len(ids), model.manifest.max_length)
         found: list[int] = ids.tolist()
         return found
 
@@ -57,5 +62,7 @@ def batches(
     step = size or max(1, model.default_batch // copies)
     for start in range(0, len(rows), step):
         batch = rows[start : start + step]
-        completions = model.generate(batch, chosen, bad_words=bad_words, batch_size=size)
+        completions = model.generate(
+            batch, chosen, bad_words=bad_words, batch_size=size, prefix=prefix
+        )
         yield [(start + place // copies, one) for place, one in enumerate(completions)]

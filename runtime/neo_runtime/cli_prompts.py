@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.prompts import Prompt
 
-__all__ = ["GivenPrompt", "read_prompts"]
+__all__ = ["GivenPrompt", "read_prompts", "read_text"]
 
 _STDIN = "-"
 _KEYS = ("prompt", "text", "content")
@@ -69,6 +69,19 @@ def _stdin() -> TextIO:
     if sys.stdin is None:
         raise RequestError("standard input is closed; give PROMPT, or a --prompts-file")
     return sys.stdin
+
+
+def read_text(file: str) -> str:
+    """A file of text, as it is.
+
+    Raises:
+        RequestError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return Path(file).read_bytes().decode()
+    except UnicodeError as error:
+        raise RequestError(f"{file} is not valid UTF-8 ({error}); convert it") from error
 
 
 def _of_lines(file: str) -> list[GivenPrompt]:

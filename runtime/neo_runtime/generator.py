@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from neo_runtime.beam_search import BeamSearch
-from neo_runtime.completion import Completion, Timings
+from neo_runtime.completion import Completion
 from neo_runtime.errors import RequestError
-from neo_runtime.sampling import RowSampler, row_generator
-from neo_runtime.text_stream import StopMatcher, StreamDecoder
+from neo_runtime.prefix import behind
+from neo_runtime.rows import Stopwatch
+from neo_runtime.text_stream import StopMatcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -23,144 +23,18 @@ if TYPE_CHECKING:
     from neo_runtime.completion import FinishReason
     from neo_runtime.kv_cache import KVCache
     from neo_runtime.options import GenerationOptions
-    from neo_runtime.sampling import Choice
+    from neo_runtime.prefix import Prefix
+    from neo_runtime.rows import Row
     from neo_runtime.tokenizer import Tokenizer
 
     IntArray = NDArray[np.int64]
 
-__all__ = ["Row", "beam_completions", "cancelled_rows", "fill_holes", "make_rows", "never", "steps"]
+__all__ = ["beam_completions", "fill_holes", "never", "steps"]
 
 
 def never() -> bool:
     """What `should_stop` is where nobody wants to stop."""
     return False
-
-
-class Stopwatch:
-    """Times in seconds since the start."""
-
-    def __init__(self) -> None:
-        self._start = perf_counter()
-        self.prefill = self.first = self.last = 0.0
-
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return perf_counter() - self._start
-
-    def timings(self, tokens: int) -> Timings:
-        """Summary for a completion of this many tokens."""
-        decode = self.last - self.first
-        return Timings(
-            prefill_seconds=self.prefill,
-            time_to_first_token=self.first,
-            decode_seconds=decode,
-            tokens_per_second=(tokens - 1) / decode if tokens > 1 and decode > 0 else 0.0,
-        )
-
-
-class Row:
-    """One continuation being generated."""
-
-    def __init__(
-        self,
-        prompt: IntArray,
-        options: GenerationOptions,
-        sampler: RowSampler,
-        total: int,
-        tokenizer: Tokenizer | None,
-    ) -> None:
-        """Begin with nothing generated.
-
-        Args:
-            prompt: int64 [n].
-            options: what was asked for.
-            sampler: the row's own.
-            total: tokens of prompt and continuation together, at most.
-            tokenizer: None where there is no text, only ids.
-        """
-        self.prompt = prompt
-        self.total = total
-        self.sampler = sampler
-        self.watch = Stopwatch()
-        self.choices: list[Choice] = []
-        self.finish_reason: FinishReason | None = None
-        self._eos = options.active_eos
-        self._keeps_logprobs = options.logprobs is not None
-        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
-        self._matcher = StopMatcher(options.stop)
-        self._pieces: list[str] = []
-
-    def push(self, choice: Choice) -> str:
-        """Take the next token.
-
-        Returns:
-            The text that is now certain, often ""; all pieces together are the completion's text.
-        """
-        self.watch.last = self.watch.seconds()
-        if not self.choices:
-            self.watch.first = self.watch.last
-        self.choices.append(choice)
-        piece = self._matcher.push(self._decoder.push(choice.token)) if self._decoder else ""
-        if choice.token in self._eos or self._matcher.found is not None:
-            self.finish_reason = "stop"
-        elif len(self.prompt) + len(self.choices) >= self.total:
-            self.finish_reason = "length"
-        if self.finish_reason is not None:
-            piece += self._held_back()
-        self._pieces.append(piece)
-        return piece
-
-    def cancel(self) -> str:
-        """End here, as the caller wants no more; the text that was held back."""
-        self.finish_reason = "cancelled"
-        self._pieces.append(self._held_back())
-        return self._pieces[-1]
-
-    def _held_back(self) -> str:
-        if self._decoder is None:
-            return ""
-        return self._matcher.push(self._decoder.finish()) + self._matcher.finish()
-
-    def completion(self) -> Completion:
-        """The result of a row that has ended."""
-        assert self.finish_reason is not None
-        return Completion(
-            text="".join(self._pieces) if self._decoder else None,
-            token_ids=tuple(choice.token for choice in self.choices),
-            prompt_token_ids=tuple(self.prompt.tolist()),
-            finish_reason="stop" if self._matcher.found is not None else self.finish_reason,
-            stop=self._matcher.found,
-            timings=self.watch.timings(len(self.choices)),
-            logprobs=tuple(self.choices) if self._keeps_logprobs else None,
-        )
-
-
-def make_rows(
-    model: CachedModel, prompt: IntArray, options: GenerationOptions, total: int, index: int
-) -> list[Row]:
-    """The rows of a prompt, `num_return_sequences` of them; nothing is computed yet.
-
-    Args:
-        model: whose tokenizer makes the text.
-        prompt: int64 [n].
-        options: what was asked for.
-        total: tokens of prompt and continuation together, at most.
-        index: of the prompt among those of the request; chooses its seed.
-    """
-    rows = []
-    for copy in range(options.num_return_sequences):
-        generator = row_generator(options.seed, index, copy)
-        sampler = RowSampler(options, prompt, generator, total)
-        rows.append(Row(prompt, options, sampler, total, model.tokenizer))
-    return rows
-
-
-def cancelled_rows(model: CachedModel, prompt: IntArray, options: GenerationOptions) -> list[Row]:
-    """The rows of a prompt that nobody waits for any more: without a token."""
-    rows = make_rows(model, prompt, options, len(prompt), 0)
-    for row in rows:
-        row.cancel()
-    return rows
 
 
 def steps(
@@ -185,7 +59,10 @@ def steps(
     for row in rows:
         row.watch = Stopwatch()
     cache.reorder(range(len(groups)))
-    logits = model.prefill_step(cache, [group[0].prompt for group in groups])
+    for place, [row, *_] in enumerate(groups):
+        if row.prefix is not None:
+            row.prefix.fill(cache, place)
+    logits = model.prefill_step(cache, [row.unread_prompt for [row, *_] in groups])
     copies = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     if len(copies) > len(groups):
         cache.reorder(copies)
@@ -220,14 +97,16 @@ def beam_completions(
     prompt: IntArray,
     options: GenerationOptions,
     should_stop: Callable[[], bool],
+    prefix: Prefix | None = None,
 ) -> list[Completion]:
     """Beam search for one prompt: the best `num_return_sequences` hypotheses, best first.
 
     Args:
         model: computes the logits.
-        prompt: int64 [n].
+        prompt: int64 [n], the prefix included.
         options: what was asked for.
         should_stop: asked after each step; the search ends with the next one.
+        prefix: what the prompt begins with, if that is computed already.
 
     Raises:
         ContextLengthError: the prompt and what was asked for do not fit the model.
@@ -239,7 +118,9 @@ def beam_completions(
     with model.new_cache(options.num_beams, model.rounded_length(total - 1)) as cache:
         search = BeamSearch(options, prompt, total, _stop_check(model.tokenizer, prompt, options))
         cache.reorder([0])
-        logits = model.prefill(cache, [prompt])
+        if prefix is not None:
+            prefix.fill(cache, 0)
+        logits = model.prefill(cache, [behind(prefix, prompt)])
         watch.prefill = watch.seconds()
         step = search.step(logits)
         watch.first = watch.seconds()

@@ -1,11 +1,10 @@
-"""The key/value cache as callers see it, and the accounting of all caches of a model."""
+"""The key/value cache as callers see it."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import weakref
-from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ import numpy as np
 
 from neo_runtime.closable import Closable
 from neo_runtime.errors import CacheLimitError, NeoError, RequestError
-from neo_runtime.forks import in_every_child
 from neo_runtime.option_values import count
 
 if TYPE_CHECKING:
@@ -22,76 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_runtime.backends.base import Backend, CacheStore
+    from neo_runtime.cache_ledger import CacheLedger
 
-__all__ = ["CacheLedger", "KVCache", "row_numbers"]
-
-
-_ledgers: weakref.WeakSet[CacheLedger] = weakref.WeakSet()
-
-
-def _free_ledgers() -> None:
-    for ledger in list(_ledgers):
-        ledger.free_lock()
-
-
-in_every_child(_free_ledgers)
-
-
-class CacheLedger:
-    """Bytes of all open caches of a model, and their limit. Safe for threads and finalizers."""
-
-    def __init__(self, limit: int | None) -> None:
-        _ledgers.add(self)
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._taken = 0
-        self._returned: deque[int] = deque()
-        """What was given back since `_taken` was last brought up to date."""
-
-    def free_lock(self) -> None:
-        """In a child, whose parent's threads are not there to do it."""
-        self._lock = threading.Lock()
-
-    @property
-    def in_use(self) -> int:
-        """Bytes of the caches that are open now."""
-        with self._lock:
-            return self._settled()
-
-    @property
-    def left(self) -> int | None:
-        """Bytes that caches may still take; None without a limit."""
-        return None if self._limit is None else max(0, self._limit - self.in_use)
-
-    def reserve(self, size: int, batch: int, length: int) -> None:
-        """Take `size` bytes.
-
-        Raises:
-            CacheLimitError: the limit would be passed; nothing was taken.
-        """
-        with self._lock:
-            in_use = self._settled()
-            if self._limit is None or in_use + size <= self._limit:
-                self._taken += size
-                return
-        raise CacheLimitError(
-            f"a cache of {batch} x {length} positions needs {size} bytes; {in_use} of the limit of "
-            f"{self._limit} bytes are in use (max_cache_bytes); ask for fewer or shorter sequences "
-            "at once, close other requests, or raise the limit"
-        )
-
-    def release(self, size: int) -> None:
-        """Give `size` bytes back.
-
-        Takes no lock: a cache becomes garbage at any moment, and its finalizer may interrupt this
-        thread while it holds the lock.
-        """
-        self._returned.append(size)
-
-    def _settled(self) -> int:
-        while self._returned:
-            self._taken -= self._returned.popleft()
-        return self._taken
+__all__ = ["KVCache", "row_numbers"]
 
 
 class KVCache(Closable):
@@ -228,6 +159,33 @@ class KVCache(Closable):
             )
         with self.changing() as store:
             store.extend(sequences)
+
+    def copy_from(self, source: KVCache, rows: Sequence[int] | NDArray[np.int64]) -> None:
+        """Make empty sequences what the first sequence of another cache is.
+
+        Args:
+            source: a cache of the same model, no longer than this one.
+            rows: the sequences.
+
+        Raises:
+            RequestError: a row does not exist or is not empty, or the source does not fit.
+        """
+        chosen = row_numbers("copy_from", rows, self.batch)
+        if source is self or not source.is_of(self._backend) or not source.batch:
+            raise RequestError("copy_from expects another cache of this model, with a sequence")
+        if source.length > self._length:
+            raise RequestError(
+                f"copy_from got a cache of {source.length} positions, expected at most "
+                f"{self._length}, as this one has; make this one longer"
+            )
+        if self.store.lengths[chosen].any() or len(set(chosen.tolist())) < len(chosen):
+            raise RequestError(
+                f"copy_from got rows {chosen.tolist()}, expected empty ones, each once; add some "
+                "with extend"
+            )
+        with source.changing() as read, self.changing() as store:
+            for row in chosen.tolist():
+                store.fill(row, read)
 
     @property
     def closed(self) -> bool:

@@ -7,25 +7,28 @@ import threading
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
+
 from neo_runtime.batches import sampled_completions
 from neo_runtime.cached_model import CachedModel
-from neo_runtime.errors import RequestError
+from neo_runtime.errors import ContextLengthError, RequestError
 from neo_runtime.generation_config import GENERATION_CONFIG, file_error
-from neo_runtime.generator import beam_completions, cancelled_rows, make_rows, never, steps
+from neo_runtime.generator import beam_completions, never, steps
 from neo_runtime.option_values import count
 from neo_runtime.options import GenerationOptions
+from neo_runtime.prefix import Prefix
 from neo_runtime.prompts import as_list, of_each, prompt_ids, with_bad_words
+from neo_runtime.rows import cancelled_rows, make_rows
 from neo_runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from neo_runtime.completion import Completion
-    from neo_runtime.generator import Row
     from neo_runtime.prompts import Prompt
+    from neo_runtime.rows import Row
 
 __all__ = ["Model"]
 
@@ -86,6 +89,7 @@ class Model(CachedModel):
         bad_words: Sequence[str] = ...,
         batch_size: int | None = ...,
         should_stop: Callable[[], bool] = ...,
+        prefix: Prefix | None = ...,
         num_return_sequences: int,
         **overrides: Any,
     ) -> list[Completion]: ...
@@ -99,6 +103,7 @@ class Model(CachedModel):
         bad_words: Sequence[str] = ...,
         batch_size: int | None = ...,
         should_stop: Callable[[], bool] = ...,
+        prefix: Prefix | None = ...,
         **overrides: Any,
     ) -> Completion: ...
 
@@ -111,6 +116,7 @@ class Model(CachedModel):
         bad_words: Sequence[str] = ...,
         batch_size: int | None = ...,
         should_stop: Callable[[], bool] = ...,
+        prefix: Prefix | None = ...,
         **overrides: Any,
     ) -> list[Completion]: ...
 
@@ -122,6 +128,7 @@ class Model(CachedModel):
         bad_words: Sequence[str] = (),
         batch_size: int | None = None,
         should_stop: Callable[[], bool] = never,
+        prefix: Prefix | None = None,
         **overrides: Any,
     ) -> Completion | list[Completion]:
         """Continue a prompt, or a list of prompts together.
@@ -139,6 +146,7 @@ class Model(CachedModel):
             should_stop: asked before each batch and after each of its tokens, such as
                 `lambda: time.monotonic() > deadline` or a `threading.Event`'s `is_set`; once true,
                 whatever has not ended ends with the finish reason "cancelled".
+            prefix: what every prompt goes on from, computed before by `prefix`.
             **overrides: options by name, which take precedence: `max_new_tokens=50`, …; see
                 `GenerationOptions`.
 
@@ -156,11 +164,13 @@ class Model(CachedModel):
         chosen = self._options(options, overrides, bad_words)
         count(1, optional=True)("batch_size", batch_size)
         given, is_single = as_list(prompt)
-        prompts = self._encode(given)
+        prompts = self._encode(given, prefix)
         if chosen.num_beams > 1:
-            completions = self._search(prompts, chosen, should_stop)
+            completions = self._search(prompts, chosen, should_stop, prefix)
         else:
-            completions = sampled_completions(self, prompts, chosen, batch_size, should_stop)
+            completions = sampled_completions(
+                self, prompts, chosen, batch_size, should_stop, prefix
+            )
         is_one = is_single and "num_return_sequences" not in overrides
         return completions[0] if is_one and chosen.num_return_sequences == 1 else completions
 
@@ -169,6 +179,7 @@ class Model(CachedModel):
         prompts: list[NDArray[np.int64]],
         options: GenerationOptions,
         should_stop: Callable[[], bool],
+        prefix: Prefix | None,
     ) -> list[Completion]:
         # Before any of them is computed:
         of_each(prompts, lambda ids: options.total_length(len(ids), self.manifest.max_length))
@@ -177,7 +188,7 @@ class Model(CachedModel):
             if should_stop():
                 found += [row.completion() for row in cancelled_rows(self, ids, options)]
             else:
-                found += beam_completions(self, ids, options, should_stop)
+                found += beam_completions(self, ids, options, should_stop, prefix)
         return found
 
     def stream(
@@ -187,6 +198,7 @@ class Model(CachedModel):
         *,
         bad_words: Sequence[str] = (),
         should_stop: Callable[[], bool] = never,
+        prefix: Prefix | None = None,
         **overrides: Any,
     ) -> TextStream:
         """Continue one prompt and yield the text in pieces of valid UTF-8, as they come.
@@ -197,13 +209,40 @@ class Model(CachedModel):
         Returns:
             An iterator and context manager; its `completion` is set when it has ended.
         """
-        ids, chosen = self.single_prompt("stream", prompt, options, bad_words, overrides)
+        ids, chosen = self.single_prompt("stream", prompt, options, bad_words, prefix, overrides)
         if self.tokenizer is None:
             raise RequestError("the bundle has no tokenizer, so no text to stream; use generate")
         total = chosen.total_length(len(ids), self.manifest.max_length)
-        [row] = make_rows(self, ids, chosen, total, 0)
+        [row] = make_rows(self, ids, chosen, total, 0, prefix)
         closed = threading.Event()
         return TextStream(_pieces(self, row, should_stop, closed), closed)
+
+    def prefix(self, text: Prompt) -> Prefix:
+        """Compute the beginning that many prompts share: instructions, examples.
+
+        Requests with `prefix=` then give only what comes behind it: their tokens are the prefix's
+        and the prompt's own, and their results those of the whole prompt, up to float rounding. A
+        word must not go over the border: end a prefix before a space or with a line break.
+
+        Args:
+            text: text or token ids.
+
+        Returns:
+            A context manager that holds the keys and values until its end.
+
+        Raises:
+            RequestError: no tokens.
+            ContextLengthError: more than the model has positions.
+            CacheLimitError: there is no room for its keys and values.
+        """
+        self._check_open()
+        [ids] = self._encode([text])
+        if len(ids) >= self.manifest.max_length:
+            raise ContextLengthError(
+                f"the prefix has {len(ids)} tokens and the model {self.manifest.max_length} "
+                "positions, which leaves none for a prompt; shorten the prefix"
+            )
+        return Prefix(self, ids)
 
     def single_prompt(
         self,
@@ -211,11 +250,12 @@ class Model(CachedModel):
         prompt: Prompt,
         options: GenerationOptions | None,
         bad_words: Sequence[str],
+        prefix: Prefix | None,
         overrides: Mapping[str, Any],
     ) -> tuple[NDArray[np.int64], GenerationOptions]:
-        """The ids int64 [n] and the options of a request for one continuation, both checked.
+        """The ids int64 [n], prefix included, and the options of a request for one continuation.
 
-        `call` is what asks for it, for messages; the others are those of `stream`.
+        Both are checked. `call` asks for it, for messages; the others are those of `stream`.
         """
         chosen = self._options(options, overrides, bad_words)
         if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
@@ -226,7 +266,7 @@ class Model(CachedModel):
         given, is_single = as_list(prompt)
         if not is_single:
             raise RequestError(f"{call} takes one prompt, not a list of them; use generate")
-        [ids] = self._encode(given)
+        [ids] = self._encode(given, prefix)
         return ids, chosen
 
     def _options(
@@ -251,11 +291,22 @@ class Model(CachedModel):
             raise RequestError(_NO_TEXT)
         return chosen
 
-    def _encode(self, prompts: Sequence[Prompt]) -> list[NDArray[np.int64]]:
+    def _encode(
+        self, prompts: Sequence[Prompt], prefix: Prefix | None = None
+    ) -> list[NDArray[np.int64]]:
+        """The ids of each, behind those of the prefix."""
         if not len(prompts):
             raise RequestError("the list of prompts is empty; give at least one")
         vocab_size = self.manifest.model.vocab_size
-        return of_each(prompts, lambda prompt: prompt_ids(prompt, vocab_size, self.tokenizer))
+        found = of_each(prompts, lambda prompt: prompt_ids(prompt, vocab_size, self.tokenizer))
+        if prefix is None:
+            return found
+        if not isinstance(prefix, Prefix):
+            raise RequestError(
+                f"prefix is of type {type(prefix).__name__}, expected one of Model.prefix"
+            )
+        prefix.check(self)
+        return [np.concatenate([prefix.ids, ids]) for ids in found]
 
 
 def _pieces(

@@ -8,11 +8,13 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from neo_runtime.completion import Completion
+from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from neo_runtime.generator import Row
+    from neo_runtime.kv_cache import KVCache
+    from neo_runtime.rows import Row
     from neo_runtime.step_logits import RowLogits
 
 __all__ = ["PendingCompletion"]
@@ -57,6 +59,14 @@ class PendingCompletion(Future[Completion], Iterator[str]):
     def has_ended(self) -> bool:
         """For the scheduler: whether there is nothing more to compute."""
         return self._has_ended
+
+    def fill(self, cache: KVCache, row: int) -> None:
+        """For the scheduler: begin with the prefix. Where that is closed, this request ends."""
+        if self._row.prefix is not None:
+            try:
+                self._row.prefix.fill(cache, row)
+            except NeoError as error:
+                self.fail(error)
 
     def push(self, logits: RowLogits) -> None:
         """For the scheduler: choose the next token. What fails ends this request alone."""

@@ -85,12 +85,14 @@ class RunningBatch:
             try:
                 self._advance()
             except BaseException as error:
-                # What the cache holds is not known any more.
-                for pending in self._active:
-                    pending.fail(error)
-                self._active = []
-                self._close_cache()
-                del error  # its traceback holds this frame
+                self._fail(error)
+        self._close_cache()
+
+    def _fail(self, error: BaseException) -> None:
+        """End what is active: what the cache holds is not known any more."""
+        for pending in self._active:
+            pending.fail(error)
+        self._active = []
         self._close_cache()
 
     def _receive(self) -> bool:
@@ -130,22 +132,35 @@ class RunningBatch:
 
     def _begin(self) -> None:
         """Compute the prompts of requests that have waited, those that came first."""
+        new = self._next()
+        if not new:
+            return
+        first = len(self._active)
+        self._active += new
+        cache = self._open_cache()
+        cache.extend(len(new))
+        for row, pending in enumerate(new, first):
+            pending.fill(cache, row)
+        self._drop_ended()
+        rows = [row for row, pending in enumerate(self._active) if pending in new]
+        if rows:
+            begun = [self._active[row] for row in rows]
+            prompts = [pending.row.unread_prompt for pending in begun]
+            logits = self._model.prefill_step(cache, prompts, rows)
+            for pending in begun:
+                pending.row.watch.prefill = pending.row.watch.seconds()
+            _push(begun, logits)
+
+    def _next(self) -> list[PendingCompletion]:
+        """Requests that begin now: as many as have room, and about a chunk of tokens."""
         new: list[PendingCompletion] = []
         tokens = 0
         while self._waiting and len(self._active) + len(new) < self._batch:
-            tokens += len(self._waiting[0].row.prompt)
+            tokens += len(self._waiting[0].row.unread_prompt)
             if new and tokens > self._model.prefill_chunk:
                 break
             new.append(self._waiting.popleft())
-        if new:
-            rows = range(len(self._active), len(self._active) + len(new))
-            self._active += new
-            cache = self._open_cache()
-            cache.extend(len(new))
-            logits = self._model.prefill_step(cache, [pending.row.prompt for pending in new], rows)
-            for pending in new:
-                pending.row.watch.prefill = pending.row.watch.seconds()
-            _push(new, logits)
+        return new
 
     def _new_cache(self) -> KVCache:
         cache = self._model.new_cache(self._batch, self._length)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from neo_runtime.closable import Closable
 from neo_runtime.errors import NeoError
 from neo_runtime.forks import in_every_child
-from neo_runtime.generator import make_rows, never
+from neo_runtime.generator import never
 from neo_runtime.option_values import count
 from neo_runtime.pending import PendingCompletion
+from neo_runtime.rows import make_rows
 from neo_runtime.running_batch import RunningBatch
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.model import Model
     from neo_runtime.options import GenerationOptions
+    from neo_runtime.prefix import Prefix
     from neo_runtime.prompts import Prompt
 
 __all__ = ["Scheduler"]
@@ -93,6 +95,7 @@ class Scheduler(Closable):
         bad_words: Sequence[str] = (),
         should_stop: Callable[[], bool] = never,
         on_piece: Callable[[str], object] | None = None,
+        prefix: Prefix | None = None,
         **overrides: Any,
     ) -> PendingCompletion:
         """Ask for one continuation of one prompt; returns at once.
@@ -106,6 +109,7 @@ class Scheduler(Closable):
             on_piece: called with each piece of text as it comes, in the scheduler's thread: it
                 should only hand the text on, such as `loop.call_soon_threadsafe(queue.put_nowait,
                 piece)`. What it raises ends this request.
+            prefix: as for `Model.generate`; it must stay open until the request has begun.
             **overrides: options by name.
 
         Returns:
@@ -117,9 +121,11 @@ class Scheduler(Closable):
             ContextLengthError: prompt and continuation are more than `max_length`.
             NeoError: the scheduler is closed.
         """
-        ids, chosen = self._model.single_prompt("submit", prompt, options, bad_words, overrides)
+        ids, chosen = self._model.single_prompt(
+            "submit", prompt, options, bad_words, prefix, overrides
+        )
         total = chosen.total_length(len(ids), self._max_length, "the scheduler")
-        [row] = make_rows(self._model, ids, chosen, total, 0)
+        [row] = make_rows(self._model, ids, chosen, total, 0, prefix)
         pending = PendingCompletion(row, should_stop, on_piece)
         self._check_process()
         with self._order:

@@ -8,17 +8,25 @@ import numpy as np
 from helpers.hf_reference import reference_logits, relative_error, varied_prompts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from neo_runtime import Model
+    from numpy.typing import NDArray
 
 ROOM = 3
 
 
-def assert_rows_join(model: Model, tolerance: float) -> None:
+def assert_rows_join(
+    model: Model,
+    tolerance: float,
+    logits_of: Callable[[list[int]], NDArray[np.float32]] = reference_logits,
+) -> None:
     """Rows end and others take their memory, across the window; each against PyTorch.
 
     Args:
         model: of the demo checkpoint.
         tolerance: the largest relative L2 error of a row of logits.
+        logits_of: what they are compared with, [n, vocab] for n ids.
     """
     new = iter([prompt[:n] for prompt, n in zip(varied_prompts(), LENGTHS, strict=False)])
     with model.new_cache(ROOM, 160) as cache:
@@ -34,22 +42,22 @@ def assert_rows_join(model: Model, tolerance: float) -> None:
             rows = list(range(stay, stay + joining))
             found = model.prefill(cache, prompts, rows=rows)
             said += prompts
-            expected = np.stack([reference_logits(ids)[-1] for ids in prompts])
+            expected = np.stack([logits_of(ids)[-1] for ids in prompts])
             assert relative_error(found, expected) < tolerance
             for step in range(2):
                 tokens = [300 + 17 * step + row for row in range(len(said))]
                 found = model.decode(cache, tokens)
                 said = [[*ids, token] for ids, token in zip(said, tokens, strict=True)]
-                expected = np.stack([reference_logits(ids)[-1] for ids in said])
+                expected = np.stack([logits_of(ids)[-1] for ids in said])
                 assert relative_error(found, expected) < tolerance
             assert cache.lengths.tolist() == [len(ids) for ids in said]
         # A later turn of one of them: the others stay as they are.
         found = model.prefill(cache, [[9, 8, 7]], rows=[1])
         said[1] += [9, 8, 7]
-        assert relative_error(found, reference_logits(said[1])[-1:]) < tolerance
+        assert relative_error(found, logits_of(said[1])[-1:]) < tolerance
         found = model.decode(cache, [5, 6, 7])
         expected = np.stack(
-            [reference_logits([*ids, t])[-1] for ids, t in zip(said, (5, 6, 7), strict=True)]
+            [logits_of([*ids, t])[-1] for ids, t in zip(said, (5, 6, 7), strict=True)]
         )
         assert relative_error(found, expected) < tolerance
 

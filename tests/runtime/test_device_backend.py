@@ -18,6 +18,7 @@ from helpers.host_device import HostDevice
 from helpers.joining import assert_rows_join
 from helpers.models import ODD_CONFIGS, Reference, make_checkpoint
 from helpers.parity import assert_parity
+from helpers.prefixes import assert_prefixes_hold
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
 from neo_export.tolerances import TOLERANCES
@@ -165,6 +166,10 @@ def test_rows_trade_places_and_leave(cpu: Model, device_model: Model) -> None:
 
 def test_rows_join_and_leave(device_model: Model) -> None:
     assert_rows_join(device_model, TOLERANCES["fp16"].logits)
+
+
+def test_rows_begin_with_another_cache(device_model: Model) -> None:
+    assert_prefixes_hold(device_model, TOLERANCES["fp16"].logits)
 
 
 def test_scores(cpu: Model, device_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from helpers.held_out import held_out_ids, perplexity
 from helpers.int8_cache import calibrated
+from helpers.joining import assert_rows_join
 from helpers.models import DEMO, TinyConfig, make_checkpoint, random_ids
+from helpers.prefixes import assert_prefixes_hold
 from helpers.running import relative_l2
 from neo_export.cli import main as export
 from neo_export.tolerances import TOLERANCES
@@ -133,6 +135,14 @@ def test_rows_together_as_alone_and_however_long_the_buffers(precision: str, mod
         assert np.median(difference) <= TOLERANCES["fp32"].logits
         limit = TOLERANCES["int8-cache"] if precision == "fp32" else TOLERANCES[precision]
         assert difference.max() <= limit.logits
+
+
+@pytest.mark.parametrize("precision", ["fp32"], indirect=True)
+def test_rows_join_and_begin_with_another_cache(model: Model) -> None:
+    """As scoring, which rounds keys and values alike; PyTorch is what scoring is compared with."""
+    limit = TOLERANCES["int8-cache"].logits
+    assert_rows_join(model, limit, model.logits)
+    assert_prefixes_hold(model, limit, model.logits)
 
 
 @pytest.mark.parametrize("precision", ["fp32"], indirect=True)

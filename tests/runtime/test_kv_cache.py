@@ -14,8 +14,8 @@ from helpers.hf_reference import reference_logits, relative_error, varied_prompt
 from helpers.joining import assert_rows_join
 from neo_runtime.backends.binding import BoundCall
 from neo_runtime.backends.cache_memory import KeptBlock
+from neo_runtime.cache_ledger import CacheLedger
 from neo_runtime.errors import CacheLimitError, ContextLengthError, NeoError, RequestError
-from neo_runtime.kv_cache import CacheLedger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

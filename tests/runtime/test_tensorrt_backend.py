@@ -25,6 +25,7 @@ from helpers.host_device import HostDevice
 from helpers.joining import assert_rows_join
 from helpers.models import ODD_CONFIGS, Reference, make_checkpoint
 from helpers.parity import assert_parity
+from helpers.prefixes import assert_prefixes_hold
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.tolerances import TOLERANCES
 from neo_runtime.backends import tensorrt_plan
@@ -106,6 +107,10 @@ def test_the_same_texts(options: dict[str, Any], model: Model, cpu: Model) -> No
 
 def test_rows_join_and_leave(model: Model) -> None:
     assert_rows_join(model, TOLERANCES["fp32"].logits)
+
+
+def test_rows_begin_with_another_cache(model: Model) -> None:
+    assert_prefixes_hold(model, TOLERANCES["fp32"].logits)
 
 
 def test_chunks_turns_and_the_last_position(model: Model, cpu: Model) -> None:

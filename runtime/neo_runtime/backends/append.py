@@ -147,6 +147,21 @@ class AppendStore(CacheStore):
         for buffer in self._views(self._past, self.batch, self._width):
             buffer[batch:] = 0  # masked, and still multiplied by 0
 
+    def fill(self, row: int, source: CacheStore) -> None:
+        """See `CacheStore.fill`; the others move to the end of what is the longest row now."""
+        assert isinstance(source, AppendStore)
+        used = int(source.lengths[0])
+        width = max(self._width, used)
+        before = self._views(self._past, self.batch, self._width)
+        after = self._views(self._present, self.batch, width)
+        sources = source._views(source._past, 1, used)
+        for past, present, filled in zip(before, after, sources, strict=True):
+            present[:, :, : width - self._width] = 0
+            present[:, :, width - self._width :] = past
+            present[row, :, width - used :] = filled[0]
+        self._past, self._present = self._present, self._past
+        self._width, self.lengths[row] = width, used
+
     def contents(self) -> list[NDArray[Any]]:
         """See `CacheStore.contents`."""
         return self._views(self._past, self.batch, self._width)

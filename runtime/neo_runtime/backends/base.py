@@ -80,6 +80,15 @@ class CacheStore(ABC):
             count: at least 1; the store was made for so many rows in all.
         """
 
+    @abstractmethod
+    def fill(self, row: int, source: CacheStore) -> None:
+        """Make an empty row what row 0 of another store is.
+
+        Args:
+            row: of this store.
+            source: of the same engine, no longer than this one.
+        """
+
     def contents(self) -> list[NDArray[np.generic]]:
         """What the cache holds now, as it lies: layer by layer, keys first.
 

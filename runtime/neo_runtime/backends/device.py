@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["ALIGNMENT", "Device", "Layout", "move_rows"]
+__all__ = ["ALIGNMENT", "Device", "Layout", "fill_row", "move_rows"]
 
 ALIGNMENT = 256
 """Bytes: what cudaMalloc guarantees, and the most that a kernel wants."""
@@ -122,6 +122,28 @@ class Layout:
     def tensors(self, base: int) -> dict[str, tuple[int, Any, tuple[int, ...]]]:
         """Address, type and shape of each, for a block at the address `base`."""
         return {n: (base + at, dtype, shape) for n, (at, dtype, shape) in self._places.items()}
+
+
+def fill_row(
+    device: Device,
+    tensors: Iterable[tuple[int, int]],
+    heads: int,
+    used: int,
+    pitches: tuple[int, int],
+    position: int,
+) -> None:
+    """Copy a row of every cache tensor from another cache. The caller synchronizes.
+
+    Args:
+        device: where both are.
+        tensors: addresses of the rows, the target's and the source's, for each tensor.
+        heads: of a tensor.
+        used: positions that are copied.
+        pitches: bytes of a head's positions, the target's and the source's.
+        position: bytes of one position of one head.
+    """
+    for target, source in tensors:
+        device.copy_rows(target, pitches[0], source, pitches[1], used * position, heads)
 
 
 def move_rows(

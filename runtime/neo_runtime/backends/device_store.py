@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.base import with_empty_rows
-from neo_runtime.backends.device import Layout, move_rows
+from neo_runtime.backends.base import CacheStore, with_empty_rows
+from neo_runtime.backends.device import Layout, fill_row, move_rows
 from neo_runtime.backends.device_slots import ELEMENT_TYPES, ITEM_SIZES, Slot, Tensors
 from neo_runtime.backends.in_place import RightPaddedStore
 from neo_runtime.errors import NeoError
@@ -204,6 +204,26 @@ class DeviceStore(RightPaddedStore):
             for address, _, shape in _rows(self.slot.cache, self.batch, count).values():
                 self._device.zero(address, math.prod(shape) * item)
         self.lengths = with_empty_rows(self.lengths, count)
+        self._is_mask_stale = True
+
+    def fill(self, row: int, source: CacheStore) -> None:
+        """See `CacheStore.fill`."""
+        assert isinstance(source, DeviceStore)
+        item = ITEM_SIZES[self._backend.manifest.cache.dtype]
+        used = int(source.lengths[0])
+        own, other = (_rows(self.slot.cache, row, 1), _rows(source.slot.cache, 0, 1))
+        _, heads, _, head_dim = next(iter(own.values()))[2]
+        with self._backend.lock:
+            fill_row(
+                self._device,
+                [(own[name][0], other[name][0]) for name in own],
+                heads,
+                used,
+                (self.slot.length * head_dim * item, source.slot.length * head_dim * item),
+                head_dim * item,
+            )
+            self._device.synchronize()
+        self.lengths[row] = used
         self._is_mask_stale = True
 
     def close(self) -> None:

@@ -243,6 +243,23 @@ class InPlaceStore(RightPaddedStore):
         self.lengths = with_empty_rows(self.lengths, count)
         self._refresh_mask()
 
+    def fill(self, row: int, source: CacheStore) -> None:
+        """See `CacheStore.fill`.
+
+        A local layer evicts once its buffer is full, and where positions lie then depends on the
+        buffer's size: either it has not happened in the source, or both buffers have the size of
+        the longest, see `layer_lengths`.
+        """
+        assert isinstance(source, InPlaceStore)
+        used = int(source.lengths[0])
+        with self._busy, source._busy:
+            for own, other in zip(self._rows(row, 1), source._rows(0, 1), strict=True):
+                held = min(used, other.shape[2])
+                assert held == used or other.shape[2] == own.shape[2]
+                own[:, :, :held] = other[:, :, :held]
+        self.lengths[row] = used
+        self._refresh_mask()
+
     def _refresh_mask(self) -> None:
         columns = np.arange(self._length)
         self._mask[: self.batch] = columns < self.lengths[:, None]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo_runtime.backends.base import CacheStore, with_empty_rows
-from neo_runtime.backends.device import Layout, move_rows
+from neo_runtime.backends.device import Layout, fill_row, move_rows
 from neo_runtime.engine_record import DECODE_PROFILE
 from neo_runtime.errors import DeviceError
 from neo_runtime.step_logits import StepLogits
@@ -274,6 +274,25 @@ class TensorRTStore(CacheStore):
             for address, _ in self._buffers.cache.values():
                 self._device.zero(address + self.batch * stride, count * stride)
         self.lengths = with_empty_rows(self.lengths, count)
+
+    def fill(self, row: int, source: CacheStore) -> None:
+        """See `CacheStore.fill`."""
+        assert isinstance(source, TensorRTStore)
+        heads, length, head_dim = self._row_shape
+        own, other, used = self._buffers.cache, source._buffers.cache, int(source.lengths[0])
+        pitch = length * head_dim * self._item
+        with self._backend.lock:
+            self._backend.plan.check_open()
+            fill_row(
+                self._device,
+                [(own[name][0] + row * heads * pitch, other[name][0]) for name in own],
+                heads,
+                used,
+                (pitch, pitch),
+                head_dim * self._item,
+            )
+            self._device.synchronize()
+        self.lengths[row] = used
 
     def close(self) -> None:
         """See `CacheStore.close`."""

@@ -1,0 +1,79 @@
+"""The account of all caches of a model."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+
+from neo_runtime.errors import CacheLimitError
+from neo_runtime.forks import in_every_child
+
+__all__ = ["CacheLedger"]
+
+_ledgers: weakref.WeakSet[CacheLedger] = weakref.WeakSet()
+
+
+def _free_ledgers() -> None:
+    for ledger in list(_ledgers):
+        ledger.free_lock()
+
+
+in_every_child(_free_ledgers)
+
+
+class CacheLedger:
+    """Bytes of all open caches of a model, and their limit. Safe for threads and finalizers."""
+
+    def __init__(self, limit: int | None) -> None:
+        _ledgers.add(self)
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._returned: deque[int] = deque()
+        """What was given back since `_taken` was last brought up to date."""
+
+    def free_lock(self) -> None:
+        """In a child, whose parent's threads are not there to do it."""
+        self._lock = threading.Lock()
+
+    @property
+    def in_use(self) -> int:
+        """Bytes of the caches that are open now."""
+        with self._lock:
+            return self._settled()
+
+    @property
+    def left(self) -> int | None:
+        """Bytes that caches may still take; None without a limit."""
+        return None if self._limit is None else max(0, self._limit - self.in_use)
+
+    def reserve(self, size: int, batch: int, length: int) -> None:
+        """Take `size` bytes.
+
+        Raises:
+            CacheLimitError: the limit would be passed; nothing was taken.
+        """
+        with self._lock:
+            in_use = self._settled()
+            if self._limit is None or in_use + size <= self._limit:
+                self._taken += size
+                return
+        raise CacheLimitError(
+            f"a cache of {batch} x {length} positions needs {size} bytes; {in_use} of the limit of "
+            f"{self._limit} bytes are in use (max_cache_bytes); ask for fewer or shorter sequences "
+            "at once, close other requests, or raise the limit"
+        )
+
+    def release(self, size: int) -> None:
+        """Give `size` bytes back.
+
+        Takes no lock: a cache becomes garbage at any moment, and its finalizer may interrupt this
+        thread while it holds the lock.
+        """
+        self._returned.append(size)
+
+    def _settled(self) -> int:
+        while self._returned:
+            self._taken -= self._returned.popleft()
+        return self._taken

@@ -1,0 +1,51 @@
+"""Sequences that begin with what another cache holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from helpers.hf_reference import reference_logits, relative_error, varied_prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from neo_runtime import Model
+    from numpy.typing import NDArray
+
+LENGTHS = (1, 30, 63, 64, 65, 79, 80, 81, 96, 97, 140)
+"""Of prefixes: around the window of 64, its cache of 80 on a CPU, and whole 16s."""
+
+
+def assert_prefixes_hold(
+    model: Model,
+    tolerance: float,
+    logits_of: Callable[[list[int]], NDArray[np.float32]] = reference_logits,
+) -> None:
+    """Rows of one cache behind different prefixes, then decoded; each against PyTorch.
+
+    Args:
+        model: of the demo checkpoint, with room for 3 sequences.
+        tolerance: the largest relative L2 error of a row of logits.
+        logits_of: what they are compared with, [n, vocab] for n ids.
+    """
+    ids = [token for prompt in varied_prompts(5) for token in prompt]
+    for number, length in enumerate(LENGTHS):
+        rest = [ids[200 + number :][: 1 + 13 * (number % 3)], ids[300:303], ids[310:315]]
+        with model.prefix(ids[:length]) as prefix, model.new_cache(3, 200) as cache:
+            cache.reorder([0])
+            model.prefill(cache, [rest[2]])  # a row that is there already
+            cache.extend(2)
+            for row in (1, 2):
+                prefix.fill(cache, row)
+            assert cache.lengths.tolist() == [len(rest[2]), length, length]
+            found = model.prefill(cache, rest[:2], rows=[1, 2])
+            said = [rest[2], ids[:length] + rest[0], ids[:length] + rest[1]]
+            expected = np.stack([logits_of(one)[-1] for one in said[1:]])
+            assert relative_error(found, expected) < tolerance, length
+            for step in range(20):
+                tokens = [400 + step, 500 + step, 600 + step]
+                found = model.decode(cache, tokens)
+                said = [[*one, token] for one, token in zip(said, tokens, strict=True)]
+            expected = np.stack([logits_of(one)[-1] for one in said])
+            assert relative_error(found, expected) < tolerance, length
