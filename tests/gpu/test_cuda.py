@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import neo_runtime
 import numpy as np
 import pytest
 from helpers import faults
+from helpers.hf_reference import heldout_texts
+from helpers.joining import assert_rows_join
 from helpers.models import DEMO, ODD_CONFIGS, Reference, TinyConfig, make_checkpoint
 from helpers.parity import assert_parity
+from helpers.prefixes import assert_prefixes_hold
 from helpers.running import relative_l2
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
@@ -107,6 +111,34 @@ def test_ragged_batches_and_chunks(model: Model, text: tuple[Any, Any]) -> None:
     for row, n in enumerate(counts):
         for logits, at in ((found, n - 1), (later, n + 19), (step, n + 20)):
             assert relative_l2(logits[row], expected[0, at]).max() <= limit
+
+
+def test_rows_join_and_begin_with_another_cache(model: Model, bundle: Path) -> None:
+    limit = LIMITS[model.manifest.precision]
+    if model.manifest.precision not in ("int8", "int4"):
+        assert_rows_join(model, limit)
+        assert_prefixes_hold(model, limit)
+        return
+    with neo_runtime.load(bundle, backend="cpu") as cpu:
+        assert_rows_join(model, limit, cpu.logits)
+        assert_prefixes_hold(model, limit, cpu.logits)
+
+
+def test_requests_that_share_steps(model: Model) -> None:
+    """Of eight threads, in four rows: each ends where it ends alone, and near the same scores."""
+    texts = [text[: 20 + 30 * index] for index, text in enumerate(heldout_texts()[:8])]
+    alone = [model.generate(text, max_new_tokens=20, logprobs=0) for text in texts]
+    with (
+        neo_runtime.Scheduler(model, max_batch_size=4, max_length=256) as scheduler,
+        ThreadPoolExecutor(8) as threads,
+    ):
+        found = threads.map(
+            lambda text: scheduler.submit(text, max_new_tokens=20, logprobs=0).result(), texts
+        )
+        for completion, expected in zip(found, alone, strict=True):
+            assert completion.prompt_token_ids == expected.prompt_token_ids
+            first, other = (one.logprobs[0] for one in (completion, expected) if one.logprobs)
+            assert first.logprob == pytest.approx(other.logprob, abs=0.05)
 
 
 def test_a_replayed_step_is_the_step(model: Model, text: tuple[Any, Any]) -> None:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.joining import assert_rows_join
 from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint
 from helpers.parity import assert_parity
+from helpers.prefixes import assert_prefixes_hold
 from helpers.running import relative_l2
 from neo_export.engine.device import device_for
 from neo_export.engine.flavour import find_flavour
@@ -95,6 +97,11 @@ def test_ragged_batches(model: Model, text: tuple[Any, Any]) -> None:
     for row, n in enumerate(counts):
         assert relative_l2(found[row], expected[0, n - 1]).max() <= LIMIT
         assert relative_l2(step[row], expected[0, n]).max() <= LIMIT
+
+
+def test_rows_join_and_begin_with_another_cache(model: Model) -> None:
+    assert_rows_join(model, LIMIT)
+    assert_prefixes_hold(model, LIMIT)
 
 
 def test_texts(model: Model) -> None:
