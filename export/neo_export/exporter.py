@@ -6,6 +6,7 @@ import importlib.util
 import math
 import platform
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from neo_runtime.manifest import MANIFEST_NAME, Manifest
 from neo_export.built_graphs import build_graphs, graph_spec
 from neo_export.check import check_bundle, scoring_graph
 from neo_export.checkpoint import open_checkpoint
-from neo_export.export_options import ExportOptions, ExportSummary
+from neo_export.export_options import ExportOptions
 from neo_export.generation_defaults import check_generation_defaults
 from neo_export.hub import resolve_model
 from neo_export.memory import PeakMemory
@@ -31,12 +32,45 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from neo_export.built_graphs import GraphSummary
     from neo_export.checkpoint import Checkpoint
+    from neo_export.half_range import WideTensor
     from neo_export.prepared import Prepared
+    from neo_export.quantize.migration_search import MovedPlace
+    from neo_export.verify import Verification
 
     Progress = Callable[[str, int, int], None]
 
 __all__ = ["ExportOptions", "ExportSummary", "export_bundle"]
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What an export did."""
+
+    bundle: str
+    digest: str
+    target: str
+    precision: str
+    max_length: int
+    cache_layout: str
+    parameters: int
+    weight_bytes: int
+    total_bytes: int
+    graphs: tuple[GraphSummary, ...]
+    seconds: float
+    peak_rss_bytes: int
+    """Largest resident memory, mapped files included."""
+    peak_private_bytes: int
+    """Largest private (anonymous) memory: RssAnon."""
+    verification: Verification | None
+    moved_places: tuple[MovedPlace, ...] = ()
+    """Where activation outliers were moved into the weights."""
+    kept_wide: tuple[WideTensor, ...] = ()
+    """What stays float32 in a float16 bundle, and why."""
+    largest_score: float = 0.0
+    """The largest unscaled q·k of a float16 bundle, where it is near the end of float16: attention
+    is in standard operators then, with float32 scores."""
 
 
 def export_bundle(

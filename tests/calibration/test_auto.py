@@ -10,9 +10,9 @@ import pytest
 from helpers.graphs import spec_of
 from helpers.models import DEMO, TinyConfig
 from neo_calibration.auto.choose import Chooser
+from neo_calibration.auto.curve import Point
 from neo_calibration.auto.judge import Measured
 from neo_calibration.auto.picture import to_svg
-from neo_calibration.auto.report import Point
 from neo_calibration.auto.search import Frontier, FrontierPlan, frontier_of
 from neo_calibration.auto.sensitivity import groups_of
 from neo_export.checkpoint import expected_shapes

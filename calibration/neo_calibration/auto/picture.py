@@ -10,7 +10,7 @@ from neo_export import svg
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from neo_calibration.auto.report import Point
+    from neo_calibration.auto.curve import Point
 
 __all__ = ["to_svg"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,28 +17,10 @@ if TYPE_CHECKING:
 
     from neo_export.quantize.plan import Storage, WeightPlan
 
-    from neo_calibration.auto.judge import Measured
+    from neo_calibration.auto.curve import Point
     from neo_calibration.auto.sensitivity import Group
 
-__all__ = ["Point", "point_of", "write_report"]
-
-
-@dataclass(frozen=True)
-class Point:
-    """One bundle on the trade-off curve."""
-
-    name: str
-    kind: str
-    """"auto", "calibrated" (all alike) or "rounded" (all alike)."""
-    size: int
-    """Bytes of weights.bin."""
-    divergence: float
-    interval: tuple[float, float] | None
-
-
-def point_of(name: str, kind: str, measured: Measured) -> Point:
-    """The point of a bundle that was measured."""
-    return Point(name, kind, measured.size, measured.divergence, measured.interval)
+__all__ = ["write_report"]
 
 
 def write_report(
