@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from neo_export.parameters import LAYER_MATRICES
+from neo_export.gpt_neo.parameters import LAYER_MATRICES
 
 if TYPE_CHECKING:
     from neo_export.reference import LayeredReference

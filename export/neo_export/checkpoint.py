@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from neo_runtime.errors import CheckpointError
 
 from neo_export.config import CONFIG_NAME, read_config, read_json_object
+from neo_export.gpt_neo.parameters import EMBEDDING, HEAD, expected_shapes
 from neo_export.lazy_tensor import FLOAT_DTYPES, LazyTensor
-from neo_export.parameters import EMBEDDING, HEAD, POSITIONS
 from neo_export.tokenizer_files import find_tokenizer_files, read_tokenizer_json
 from neo_export.weight_files import WeightFiles
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.manifest import ModelSpec
 
-__all__ = ["Checkpoint", "expected_shapes", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 
@@ -115,37 +115,6 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         tokenizer_files=find_tokenizer_files(folder),
         files=files,
     )
-
-
-def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters of `GPTNeoForCausalLM`, in the order of its layers."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {
-        EMBEDDING: (spec.vocab_size, hidden),
-        POSITIONS: (spec.max_position_embeddings, hidden),
-    }
-    for i in range(spec.num_layers):
-        layer = f"transformer.h.{i}"
-        shapes |= {
-            f"{layer}.ln_1.weight": (hidden,),
-            f"{layer}.ln_1.bias": (hidden,),
-            f"{layer}.attn.attention.q_proj.weight": (hidden, hidden),
-            f"{layer}.attn.attention.k_proj.weight": (hidden, hidden),
-            f"{layer}.attn.attention.v_proj.weight": (hidden, hidden),
-            f"{layer}.attn.attention.out_proj.weight": (hidden, hidden),
-            f"{layer}.attn.attention.out_proj.bias": (hidden,),
-            f"{layer}.ln_2.weight": (hidden,),
-            f"{layer}.ln_2.bias": (hidden,),
-            f"{layer}.mlp.c_fc.weight": (inner, hidden),
-            f"{layer}.mlp.c_fc.bias": (inner,),
-            f"{layer}.mlp.c_proj.weight": (hidden, inner),
-            f"{layer}.mlp.c_proj.bias": (hidden,),
-        }
-    shapes["transformer.ln_f.weight"] = (hidden,)
-    shapes["transformer.ln_f.bias"] = (hidden,)
-    if not spec.tie_word_embeddings:
-        shapes[HEAD] = (spec.vocab_size, hidden)
-    return shapes
 
 
 def _match(found: dict[str, LazyTensor], spec: ModelSpec, folder: Path) -> dict[str, LazyTensor]:

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from neo_runtime.errors import StatisticsError
 
-from neo_export.parameters import EMBEDDING, LAYER_MATRICES, POSITIONS, head_name, readers_of
+from neo_export.gpt_neo.parameters import (
+    EMBEDDING,
+    LAYER_MATRICES,
+    POSITIONS,
+    head_name,
+    readers_of,
+)
 from neo_export.passes._wide import MIDDLE_PLACE, Wide
 
 if TYPE_CHECKING:

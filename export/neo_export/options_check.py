@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.errors import RequestError
 
-from neo_export.checkpoint import expected_shapes
+from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
 from neo_export.quantize.int4 import check_block_size, largest_block_size
 from neo_export.quantize.kv_cache import check_int8_cache

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from neo_export.calibrated import Calibrated
     from neo_export.checkpoint import Checkpoint
     from neo_export.export_options import ExportOptions
+    from neo_export.gpt_neo.parameters import ReadParameter
     from neo_export.passes import Pass
     from neo_export.quantize.kv_cache import CacheSteps
     from neo_export.quantize.plan import WeightPlan
     from neo_export.targets import Target
-    from neo_export.weights import ReadParameter
 
 __all__ = ["Prepared", "prepare"]
 

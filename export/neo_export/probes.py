@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.manifest import ModelSpec, Probe
 
-from neo_export.model import place_name
+from neo_export.gpt_neo.model import place_name
 from neo_export.passes.fold_bias import hidden_sums
 from neo_export.passes.pack_qkv import PACKED_PLACE
 

@@ -19,7 +19,7 @@ import numpy as np
 from neo_runtime.errors import CheckpointError, StatisticsError
 
 from neo_export.fingerprint import tensor_digests
-from neo_export.parameters import HEAD_INPUT, LAYER_INPUTS
+from neo_export.gpt_neo.parameters import HEAD_INPUT, LAYER_INPUTS
 from neo_export.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:

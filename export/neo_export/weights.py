@@ -7,29 +7,25 @@ memory holds one at a time. Tensors of a page or more begin on a page, smaller o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 from neo_runtime.manifest import WEIGHTS_NAME, FileRecord
-from numpy.typing import NDArray
 
 from neo_export.passes._tensors import ALIAS_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from neo_export.gpt_neo.parameters import ReadParameter
+
 __all__ = [
-    "ReadParameter",
     "bind_parameters",
     "sort_initializers",
     "write_weights",
 ]
-
-ReadParameter = Callable[[str], NDArray[np.float32]]
-"""Name of a parameter → its values, mapped where possible."""
 
 PAGE = 4096
 SMALL = 64

@@ -12,8 +12,8 @@ from helpers.models import DEMO, Reference
 from neo_calibration.cli import main
 from neo_calibration.likely import LIKELY
 from neo_export.checkpoint import open_checkpoint
+from neo_export.gpt_neo.parameters import input_place
 from neo_export.metrics import log_softmax
-from neo_export.parameters import input_place
 from neo_export.statistics import INPUT_PLACES, LAYER_PLACES, Statistics
 from neo_runtime.errors import StatisticsError
 

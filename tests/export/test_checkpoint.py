@@ -15,8 +15,9 @@ import neo_export
 import numpy as np
 import pytest
 import torch
-from neo_export.checkpoint import expected_shapes, open_checkpoint
+from neo_export.checkpoint import open_checkpoint
 from neo_export.config import parse_config
+from neo_export.gpt_neo.parameters import expected_shapes
 from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, GPTNeoModel

@@ -18,7 +18,7 @@ from helpers.running import Graphs, assert_agrees, session_options
 from neo_export.checkpoint import open_checkpoint
 from neo_export.cli import main
 from neo_export.exporter import ExportOptions, export_bundle
-from neo_export.graphs import GRAPH_NAMES
+from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.quantize.quantizer import EightBits
 from neo_export.quantize.stored import StoredWeights
 from neo_export.targets import TARGETS, Quantization

@@ -11,8 +11,8 @@ import pytest
 from helpers.graphs import bound_graph, feeds, nodes_of, operators, random_parameters, spec_of
 from helpers.models import ODD_CONFIGS, TinyConfig, make_checkpoint
 from helpers.running import relative_l2, run_model
-from neo_export.graphs import GRAPH_NAMES, OPSET, build_graph
-from neo_export.model import WINDOW_KEY, place_name
+from neo_export.gpt_neo.graphs import GRAPH_NAMES, OPSET, build_graph
+from neo_export.gpt_neo.model import WINDOW_KEY, place_name
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from safetensors.numpy import load_file
 

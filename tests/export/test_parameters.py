@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 from helpers.graphs import spec_of
 from helpers.models import DEMO, TinyConfig
-from neo_export.checkpoint import expected_shapes, open_checkpoint
-from neo_export.parameters import (
+from neo_export.checkpoint import open_checkpoint
+from neo_export.gpt_neo.parameters import (
     EMBEDDING,
     HEAD,
     HEAD_INPUT,
     LAYER_INPUTS,
     LAYER_MATRICES,
     POSITIONS,
+    expected_shapes,
     head_name,
     input_place,
     parts_of_packed,

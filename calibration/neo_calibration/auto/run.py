@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from neo_export.checkpoint import expected_shapes, open_checkpoint
+from neo_export.checkpoint import open_checkpoint
+from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.hub import resolve_model
 from neo_export.quantize.int4 import BLOCK_SIZES, largest_block_size
 from neo_export.quantize.plan import Storage, WeightPlan, check_patterns

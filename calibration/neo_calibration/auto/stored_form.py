@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from neo_export.calibrated import gptq_quantizer
-from neo_export.parameters import PROJECTIONS, input_place, place_in_packed
+from neo_export.gpt_neo.parameters import PROJECTIONS, input_place, place_in_packed
 from neo_export.quantize.balance import balanced
 from neo_export.quantize.migration import Migration
 from neo_export.quantize.plan import Storage, WeightPlan

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import onnx_ir as ir
 
-from neo_export.parameters import POSITIONS
+from neo_export.gpt_neo.parameters import POSITIONS
 from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import is_parameter
 

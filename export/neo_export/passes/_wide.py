@@ -5,8 +5,8 @@
     z = Add(y, residual)                     z   = Add(Cast(y32, f16), residual)
 
 A product computes in the type of its weight. What follows computes in float32 as far as the next
-product or place (`neo_export.model.place_name`), where it is narrowed unless the place is wide.
-A sum is wide where its place is, or where something wide goes into it.
+product or place (`neo_export.gpt_neo.model.place_name`), where it is narrowed unless the place is
+wide. A sum is wide where its place is, or where something wide goes into it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from neo_export.parameters import parts_of_packed
+from neo_export.gpt_neo.parameters import parts_of_packed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

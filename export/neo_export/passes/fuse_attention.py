@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from neo_export.model import WINDOW_KEY
+from neo_export.gpt_neo.model import WINDOW_KEY
 from neo_export.passes._attention import AttentionRule
 from neo_export.passes._insert import insert_before
 from neo_export.passes._rule import MatchResult, apply

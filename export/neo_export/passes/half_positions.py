@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from neo_export.parameters import POSITIONS
+from neo_export.gpt_neo.parameters import POSITIONS
 from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import add_lazy_initializer, is_parameter, read, static_shape
 from neo_export.passes.float16 import to_float16

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from neo_export.parameters import input_place
+from neo_export.gpt_neo.parameters import input_place
 from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import add_lazy_initializer, is_parameter
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_export.parameters import place_in_packed
+from neo_export.gpt_neo.parameters import place_in_packed
 from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import add_lazy_initializer, is_parameter, read, static_shape
 

@@ -32,7 +32,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from neo_export.model import WINDOW_KEY
+from neo_export.gpt_neo.model import WINDOW_KEY
 from neo_export.passes._attention import AttentionRule
 from neo_export.passes._insert import insert_before
 from neo_export.passes._rule import MatchResult, apply

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_export.parameters import EMBEDDING, HEAD_INPUT
+from neo_export.gpt_neo.parameters import EMBEDDING, HEAD_INPUT
 
 if TYPE_CHECKING:
     from collections.abc import Callable

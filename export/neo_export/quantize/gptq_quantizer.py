@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_export.parameters import EMBEDDING, head_name, input_place
+from neo_export.gpt_neo.parameters import EMBEDDING, head_name, input_place
 from neo_export.quantize.gptq import damped, gptq
 from neo_export.quantize.int4 import Int4Weight, pack_int4, quantize_int4
 from neo_export.quantize.int8 import LIMIT, Int8Weight, quantize_int8

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from neo_export.parameters import input_place
+from neo_export.gpt_neo.parameters import input_place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_export.parameters import LAYER_INPUTS, readers_of
+from neo_export.gpt_neo.parameters import LAYER_INPUTS, readers_of
 from neo_export.quantize.int4 import dequantize_int4
 from neo_export.quantize.int8 import dequantize_int8
 from neo_export.quantize.migration import Migration

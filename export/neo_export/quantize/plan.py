@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import RequestError
 
-from neo_export.parameters import POSITIONS, parts_of_packed
+from neo_export.gpt_neo.parameters import POSITIONS, parts_of_packed
 from neo_export.quantize.int4 import BLOCK_SIZES
 
 if TYPE_CHECKING:

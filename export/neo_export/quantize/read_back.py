@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from neo_runtime.errors import VerificationError
 
-from neo_export.parameters import place_in_packed
+from neo_export.gpt_neo.parameters import place_in_packed
 from neo_export.quantize.int4 import Int4Weight
 from neo_export.quantize.int8 import Int8Weight
 

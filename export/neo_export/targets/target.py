@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from neo_runtime.errors import RequestError
 from neo_runtime.manifest import CacheSpec
 
-from neo_export.graphs import GRAPH_NAMES
-from neo_export.parameters import EMBEDDING, HEAD
+from neo_export.gpt_neo.graphs import GRAPH_NAMES
+from neo_export.gpt_neo.parameters import EMBEDDING, HEAD
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
 from neo_export.quantize.linear import LinearQuantizer
 from neo_export.quantize.quantizer import EightBits, RoundToNearest
@@ -38,7 +38,8 @@ class Target:
     """Every pass that one graph goes through, in order."""
     minimum_onnxruntime: str
     graphs: tuple[tuple[str, str], ...] = tuple((name, name) for name in GRAPH_NAMES)
-    """Each graph of the bundle, and the entry point of `neo_export.graphs` that it is made of."""
+    """Each graph of the bundle, and the entry point of `neo_export.gpt_neo.graphs` that it is made
+    of."""
     attention: Literal["standard", "fused", "fused where exact"] = "standard"
     """Fused is onnxruntime's own operator: right padding, cache updated in place."""
     evicts: bool = False

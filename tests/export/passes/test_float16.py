@@ -17,7 +17,7 @@ from helpers.graphs import (
 )
 from helpers.models import TinyConfig
 from helpers.running import relative_l2, run_model
-from neo_export.graphs import GRAPH_NAMES
+from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes._wide import Wide
 from neo_export.passes.float16 import float16
 from neo_export.passes.fuse_attention import fuse_attention

@@ -14,7 +14,7 @@ from helpers.graphs import (
     value_named,
 )
 from helpers.models import TinyConfig
-from neo_export.graphs import GRAPH_NAMES
+from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
 from neo_export.probes import probes_of
 

@@ -19,7 +19,7 @@ from helpers.graphs import (
     value_named,
 )
 from helpers.models import TinyConfig
-from neo_export.graphs import GRAPH_NAMES
+from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes.fuse_attention import fuse_attention
 from neo_export.passes.pack_qkv import pack_qkv
 from neo_export.probes import probes_of

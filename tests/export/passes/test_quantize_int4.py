@@ -21,9 +21,9 @@ from helpers.graphs import (
     through_identity,
 )
 from helpers.models import TinyConfig, make_checkpoint
-from neo_export.checkpoint import expected_shapes
 from neo_export.exporter import ExportOptions, export_bundle
-from neo_export.graphs import GRAPH_NAMES
+from neo_export.gpt_neo.graphs import GRAPH_NAMES
+from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.passes._tensors import ALIAS_KEY
 from neo_export.passes.half_positions import half_positions
 from neo_export.passes.quantize_int4 import quantize_int4_weights

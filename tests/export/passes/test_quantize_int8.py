@@ -23,8 +23,8 @@ from helpers.graphs import (
 )
 from helpers.models import TinyConfig
 from helpers.running import run_model
-from neo_export.checkpoint import expected_shapes
-from neo_export.graphs import GRAPH_NAMES
+from neo_export.gpt_neo.graphs import GRAPH_NAMES
+from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.passes.fuse_gelu import fuse_gelu_behind_bias
 from neo_export.passes.half_positions import half_positions
 from neo_export.passes.quantize_int8 import quantize_int8_weights

@@ -20,7 +20,7 @@ from helpers.graphs import (
 from helpers.models import ODD_CONFIGS, Reference, TinyConfig, make_checkpoint, random_ids
 from helpers.running import Graphs, assert_agrees, relative_l2, run_model
 from neo_export.exporter import ExportOptions, export_bundle
-from neo_export.model import WINDOW_KEY, place_name
+from neo_export.gpt_neo.model import WINDOW_KEY, place_name
 from neo_export.passes.static_cache import static_cache
 from neo_export.targets import Quantization
 from neo_export.tolerances import TOLERANCES

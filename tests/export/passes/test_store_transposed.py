@@ -14,7 +14,7 @@ from helpers.graphs import (
     through_identity,
 )
 from helpers.models import TinyConfig
-from neo_export.graphs import GRAPH_NAMES
+from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes.store_transposed import store_transposed
 from neo_export.probes import probes_of
 

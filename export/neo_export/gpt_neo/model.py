@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
-from neo_export.modules import Embedding, Head, LayerNorm, Linear
+from neo_export.gpt_neo.modules import Embedding, Head, LayerNorm, Linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

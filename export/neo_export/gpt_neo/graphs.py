@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from neo_export.model import WINDOW_KEY, CausalLM
+from neo_export.gpt_neo.model import WINDOW_KEY, CausalLM
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import ModelSpec
     from onnxscript import OpBuilder
 
-    from neo_export.model import Select
+    from neo_export.gpt_neo.model import Select
 
 __all__ = ["GRAPH_NAMES", "OPSET", "build_graph", "drop_builder_notes"]
 

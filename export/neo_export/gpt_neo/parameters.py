@@ -1,12 +1,20 @@
-"""GPT-Neo's parameters by the checkpoint's names, and which place each matrix reads and gives.
+"""GPT-Neo's parameters by the checkpoint's names: shapes, and which place a matrix reads and gives.
 
-Places are the values that tools look at, as `transformer.h.{i}.PLACE` (`neo_export.model`).
+Places are the values that tools look at, as `transformer.h.{i}.PLACE` (`neo_export.gpt_neo.model`).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from neo_runtime.manifest import ModelSpec
 
 __all__ = [
     "EMBEDDING",
@@ -17,6 +25,8 @@ __all__ = [
     "POSITIONS",
     "PROJECTIONS",
     "LayerMatrix",
+    "ReadParameter",
+    "expected_shapes",
     "head_name",
     "input_place",
     "parts_of_packed",
@@ -32,6 +42,10 @@ HEAD_INPUT = "transformer.final_norm"
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 """Attention's matrices that one packed matrix may hold, one below the other in this order."""
+
+ReadParameter = Callable[[str], NDArray[np.float32]]
+"""Name of a parameter → its values, mapped where possible."""
+
 _PACKED = "qkv_proj"
 _OF_LAYER = re.compile(r"(transformer\.h\.\d+)\.(.+)")
 
@@ -66,6 +80,37 @@ LAYER_MATRICES = (
 
 LAYER_INPUTS = tuple(dict.fromkeys(matrix.reads for matrix in LAYER_MATRICES))
 """Places of a layer that matrices read, in the order of computation."""
+
+
+def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of `GPTNeoForCausalLM`, in the order of its layers."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (spec.vocab_size, hidden),
+        POSITIONS: (spec.max_position_embeddings, hidden),
+    }
+    for i in range(spec.num_layers):
+        layer = f"transformer.h.{i}"
+        shapes |= {
+            f"{layer}.ln_1.weight": (hidden,),
+            f"{layer}.ln_1.bias": (hidden,),
+            f"{layer}.attn.attention.q_proj.weight": (hidden, hidden),
+            f"{layer}.attn.attention.k_proj.weight": (hidden, hidden),
+            f"{layer}.attn.attention.v_proj.weight": (hidden, hidden),
+            f"{layer}.attn.attention.out_proj.weight": (hidden, hidden),
+            f"{layer}.attn.attention.out_proj.bias": (hidden,),
+            f"{layer}.ln_2.weight": (hidden,),
+            f"{layer}.ln_2.bias": (hidden,),
+            f"{layer}.mlp.c_fc.weight": (inner, hidden),
+            f"{layer}.mlp.c_fc.bias": (inner,),
+            f"{layer}.mlp.c_proj.weight": (hidden, inner),
+            f"{layer}.mlp.c_proj.bias": (hidden,),
+        }
+    shapes["transformer.ln_f.weight"] = (hidden,)
+    shapes["transformer.ln_f.bias"] = (hidden,)
+    if not spec.tie_word_embeddings:
+        shapes[HEAD] = (spec.vocab_size, hidden)
+    return shapes
 
 
 def head_name(*, tied: bool) -> str:

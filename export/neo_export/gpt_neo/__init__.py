@@ -1,0 +1,1 @@
+"""GPT-Neo written once, in standard ONNX operators: its parameters, its modules, its graphs."""
