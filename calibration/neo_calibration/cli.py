@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     # Slow imports come only now, so that --help and wrong usage answer at once.
-    from neo_export.checkpoint import open_checkpoint
-    from neo_export.hub import resolve_model
+    from neo_export.checkpoint.folder import open_checkpoint
+    from neo_export.checkpoint.hub import resolve_model
     from neo_export.memory import PeakMemory
 
     from neo_calibration.collect import collect

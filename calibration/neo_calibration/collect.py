@@ -19,7 +19,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
-from neo_export.fingerprint import fingerprint, tensor_digests
+from neo_export.checkpoint.fingerprint import fingerprint, tensor_digests
 from neo_export.reference import LayeredReference
 from neo_export.statistics import (
     INPUT_PLACES,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from neo_export.checkpoint import Checkpoint
+    from neo_export.checkpoint.folder import Checkpoint
     from numpy.typing import NDArray
 
     from neo_calibration.text import CalibrationText

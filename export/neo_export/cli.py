@@ -111,9 +111,9 @@ def _export(
 
 def _check_model(model: str, options: ExportOptions, *, searches: bool) -> None:
     """Refuse now what the export would refuse only after the calibration."""
-    from neo_export.checkpoint import open_checkpoint
-    from neo_export.generation_defaults import check_generation_defaults
-    from neo_export.hub import resolve_model
+    from neo_export.checkpoint.folder import open_checkpoint
+    from neo_export.checkpoint.generation_defaults import check_generation_defaults
+    from neo_export.checkpoint.hub import resolve_model
     from neo_export.options_check import check_options
     from neo_export.targets import target_named
 

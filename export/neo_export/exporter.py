@@ -16,10 +16,10 @@ from neo_runtime.manifest import MANIFEST_NAME, Manifest
 
 from neo_export.built_graphs import build_graphs, graph_spec
 from neo_export.check import check_bundle, scoring_graph
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
+from neo_export.checkpoint.generation_defaults import check_generation_defaults
+from neo_export.checkpoint.hub import resolve_model
 from neo_export.export_options import ExportOptions
-from neo_export.generation_defaults import check_generation_defaults
-from neo_export.hub import resolve_model
 from neo_export.memory import PeakMemory
 from neo_export.prepared import prepare
 from neo_export.probes import probes_of
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from neo_export.built_graphs import GraphSummary
-    from neo_export.checkpoint import Checkpoint
+    from neo_export.checkpoint.folder import Checkpoint
     from neo_export.half_range import WideTensor
     from neo_export.prepared import Prepared
     from neo_export.quantize.migration_search import MovedPlace

@@ -10,7 +10,7 @@ from pathlib import Path
 from neo_runtime.engine_record import ENGINES_FOLDER
 from neo_runtime.manifest import MANIFEST_NAME
 
-from neo_export.tokenizer_files import TOKENIZER_FILES
+from neo_export.checkpoint.tokenizer_files import TOKENIZER_FILES
 
 __all__ = ["foreign_files"]
 

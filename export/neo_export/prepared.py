@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.calibrated import Calibrated
-    from neo_export.checkpoint import Checkpoint
+    from neo_export.checkpoint.folder import Checkpoint
     from neo_export.export_options import ExportOptions
     from neo_export.gpt_neo.parameters import ReadParameter
     from neo_export.passes import Pass

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from neo_export.checkpoint.generation_defaults import generation_defaults
+from neo_export.checkpoint.tokenizer_files import warn_of_strangers
 from neo_export.file_records import copy_file
 from neo_export.genai import genai_config
-from neo_export.generation_defaults import generation_defaults
-from neo_export.tokenizer_files import warn_of_strangers
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from neo_runtime.manifest import CacheSpec, ModelSpec
 
-    from neo_export.checkpoint import Checkpoint
+    from neo_export.checkpoint.folder import Checkpoint
 
 __all__ = ["write_sidecars"]
 

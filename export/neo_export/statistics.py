@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from neo_runtime.errors import CheckpointError, StatisticsError
 
-from neo_export.fingerprint import tensor_digests
+from neo_export.checkpoint.fingerprint import tensor_digests
+from neo_export.checkpoint.safetensors_file import SafetensorsFile
 from neo_export.gpt_neo.parameters import HEAD_INPUT, LAYER_INPUTS
-from neo_export.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
-    from neo_export.checkpoint import Checkpoint
-    from neo_export.lazy_tensor import LazyTensor
+    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.lazy_tensor import LazyTensor
 
 __all__ = [
     "INPUT_PLACES",

@@ -13,7 +13,7 @@ from neo_calibration.auto.judge import Judge, Measured
 from neo_calibration.auto.search import Frontier, FrontierPlan, frontier_of
 from neo_calibration.auto.sensitivity import groups_of, measure_sensitivities, reference_logits
 from neo_calibration.auto.stored_form import StoredForm
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.quantize.plan import Storage, WeightPlan
 from neo_export.statistics import Statistics

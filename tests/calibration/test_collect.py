@@ -11,7 +11,7 @@ from helpers.held_out import held_out_ids
 from helpers.models import DEMO, Reference
 from neo_calibration.cli import main
 from neo_calibration.likely import LIKELY
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.gpt_neo.parameters import input_place
 from neo_export.metrics import log_softmax
 from neo_export.statistics import INPUT_PLACES, LAYER_PLACES, Statistics

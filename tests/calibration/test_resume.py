@@ -16,7 +16,7 @@ from helpers.models import TinyConfig, make_checkpoint, random_ids
 from neo_calibration import collect as collecting
 from neo_calibration.collect import collect
 from neo_calibration.text import CalibrationText
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
 from neo_runtime.errors import OutputError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers.models import DEMO
 from neo_calibration.text import read_text
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:

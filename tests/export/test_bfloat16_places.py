@@ -13,7 +13,7 @@ import pytest
 from helpers import faults
 from helpers.held_out import held_out_ids
 from helpers.models import DEMO
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.comparison.errors import measure, measure_logits
 from neo_export.comparison.faults import find_faults
 from neo_export.comparison.probed import probed_model, probed_values

@@ -15,8 +15,8 @@ import neo_export
 import numpy as np
 import pytest
 import torch
-from neo_export.checkpoint import open_checkpoint
-from neo_export.config import parse_config
+from neo_export.checkpoint.config import parse_config
+from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.gpt_neo.parameters import expected_shapes
 from safetensors import safe_open
 from safetensors.torch import save_file, save_model
@@ -24,7 +24,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM, GPTNeoModel
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from neo_export.checkpoint import Checkpoint
+    from neo_export.checkpoint.folder import Checkpoint
 
 DEMO = Path(neo_export.__file__).parent / "demo" / "neo-mini"
 NUMPY = {
@@ -270,7 +270,7 @@ def test_files_of_the_tokenizer() -> None:
 _MEASURE = """
 import re, sys
 from pathlib import Path
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
 
 def private_kb():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

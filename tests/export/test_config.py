@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from neo_export.config import GELU_TANH_NAMES, parse_config, read_config
+from neo_export.checkpoint.config import GELU_TANH_NAMES, parse_config, read_config
 from neo_runtime.errors import CheckpointError
 from transformers import GPTNeoConfig
 from transformers.activations import ACT2CLS, ACT2FN

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 from helpers.models import DEMO, Reference, TinyConfig, make_checkpoint, random_ids
 from helpers.running import Graphs, assert_agrees, session_options
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.cli import main
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.gpt_neo.graphs import GRAPH_NAMES

@@ -12,14 +12,14 @@ import neo_export
 import neo_runtime
 import pytest
 import torch
-from neo_export.checkpoint import open_checkpoint
-from neo_export.cli import main
-from neo_export.generation_defaults import (
+from neo_export.checkpoint.folder import open_checkpoint
+from neo_export.checkpoint.generation_defaults import (
     SETTINGS,
     check_generation_defaults,
     generation_defaults,
     warn_once,
 )
+from neo_export.cli import main
 from neo_runtime.errors import CheckpointError
 from neo_runtime.options import GenerationOptions
 from transformers import GenerationConfig, GPTNeoForCausalLM

@@ -27,7 +27,7 @@ from helpers.overflow import (
 from helpers.running import Graphs, assert_agrees, relative_l2
 from neo_calibration.collect import collect
 from neo_calibration.text import CalibrationText
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.exporter import ExportOptions, ExportSummary, export_bundle
 from neo_export.tolerances import TOLERANCES
 from neo_runtime.errors import CheckpointError, StatisticsError, VerificationError

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from neo_export.hub import resolve_model
+from neo_export.checkpoint.hub import resolve_model
 from neo_runtime.errors import CheckpointError, DependencyError, HubError, OutputError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from helpers.models import TinyConfig, make_checkpoint
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.export_options import ExportOptions
 from neo_export.options_check import check_options
 from neo_export.quantize.plan import Storage, WeightPlan

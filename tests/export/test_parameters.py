@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers.graphs import spec_of
 from helpers.models import DEMO, TinyConfig
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.gpt_neo.parameters import (
     EMBEDDING,
     HEAD,

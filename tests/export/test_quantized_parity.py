@@ -25,7 +25,7 @@ from helpers.held_out import held_out_ids
 from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint, random_ids
 from helpers.passages import passages
 from helpers.running import Graphs, assert_agrees, relative_l2
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.quantize.plan import Storage, WeightPlan
 from neo_export.quantize.stored import StoredWeights

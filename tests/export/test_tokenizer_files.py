@@ -9,8 +9,8 @@ from typing import Any
 import neo_export
 import neo_runtime
 import pytest
+from neo_export.checkpoint.tokenizer_files import find_tokenizer_files, read_tokenizer_json
 from neo_export.cli import main
-from neo_export.tokenizer_files import find_tokenizer_files, read_tokenizer_json
 from neo_runtime.errors import CheckpointError, RequestError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from neo_calibration.collect import collect
 from neo_calibration.text import CalibrationText
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ from helpers.faults import CONFIG, EXPORTS, Fault, drawn, spoiled_bundle, spoile
 from helpers.held_out import held_out_ids
 from helpers.int8_cache import calibrated
 from helpers.models import DEMO, make_checkpoint, random_ids
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.comparison.held_weights import open_held_weights
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import Quantization

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from helpers.models import DEMO
-from neo_export.config import read_config
+from neo_export.checkpoint.config import read_config
 from neo_runtime.errors import CheckpointError
 from neo_tools.model_shape import check_checkpoint
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from neo_export.config import read_config
+from neo_export.checkpoint.config import read_config
 from neo_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:

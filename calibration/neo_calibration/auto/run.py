@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from neo_export.checkpoint import open_checkpoint
+from neo_export.checkpoint.folder import open_checkpoint
+from neo_export.checkpoint.hub import resolve_model
 from neo_export.gpt_neo.parameters import expected_shapes
-from neo_export.hub import resolve_model
 from neo_export.quantize.int4 import BLOCK_SIZES, largest_block_size
 from neo_export.quantize.plan import Storage, WeightPlan, check_patterns
 from neo_export.search_options import check_divergence, check_report_folder, parse_size
@@ -32,7 +32,7 @@ from neo_calibration.text import read_text
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from neo_export.checkpoint import Checkpoint
+    from neo_export.checkpoint.folder import Checkpoint
     from neo_runtime.manifest import ModelSpec
     from numpy.typing import NDArray
 

@@ -21,7 +21,7 @@ from neo_export.reference import LayeredReference
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from neo_export.checkpoint import Checkpoint
+    from neo_export.checkpoint.folder import Checkpoint
     from neo_export.quantize.plan import Storage
     from neo_runtime.manifest import ModelSpec
     from numpy.typing import NDArray

@@ -219,8 +219,8 @@ def open_reference(model: str, threads: int, device: int = 0) -> Iterator[Refere
         bundle = open_bundle(model, verify=True, check_runtime=False)
         yield BundleReference(bundle, threads, device)
         return
-    from neo_export.checkpoint import open_checkpoint
-    from neo_export.hub import resolve_model
+    from neo_export.checkpoint.folder import open_checkpoint
+    from neo_export.checkpoint.hub import resolve_model
     from neo_export.reference import LayeredReference
 
     with open_checkpoint(resolve_model(model)) as checkpoint:

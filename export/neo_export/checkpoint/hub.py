@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.errors import CheckpointError, DependencyError, HubError, OutputError
 
-from neo_export.tokenizer_files import TOKENIZER_FILES
+from neo_export.checkpoint.tokenizer_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

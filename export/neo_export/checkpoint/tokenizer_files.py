@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import CheckpointError
 
-from neo_export.config import read_json_object
+from neo_export.checkpoint.config import read_json_object
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.errors import CheckpointError
 
-from neo_export.config import read_json_object
-from neo_export.safetensors_file import SafetensorsFile
-from neo_export.torch_file import TorchFile
+from neo_export.checkpoint.config import read_json_object
+from neo_export.checkpoint.safetensors_file import SafetensorsFile
+from neo_export.checkpoint.torch_file import TorchFile
 
 if TYPE_CHECKING:
-    from neo_export.lazy_tensor import LazyTensor
+    from neo_export.checkpoint.lazy_tensor import LazyTensor
 
 __all__ = ["WEIGHT_FILES", "WeightFiles"]
 

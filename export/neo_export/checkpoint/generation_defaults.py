@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from neo_runtime.errors import CheckpointError, GenerationConfigError
 from neo_runtime.options import GenerationOptions
 
-from neo_export.checkpoint import GENERATION_CONFIG_NAME
-from neo_export.config import CONFIG_NAME
+from neo_export.checkpoint.config import CONFIG_NAME
+from neo_export.checkpoint.folder import GENERATION_CONFIG_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from neo_export.checkpoint import Checkpoint
+    from neo_export.checkpoint.folder import Checkpoint
 
 __all__ = ["SETTINGS", "check_generation_defaults", "generation_defaults", "warn_once"]
 

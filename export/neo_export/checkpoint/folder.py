@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import CheckpointError
 
-from neo_export.config import CONFIG_NAME, read_config, read_json_object
+from neo_export.checkpoint.config import CONFIG_NAME, read_config, read_json_object
+from neo_export.checkpoint.lazy_tensor import FLOAT_DTYPES, LazyTensor
+from neo_export.checkpoint.tokenizer_files import find_tokenizer_files, read_tokenizer_json
+from neo_export.checkpoint.weight_files import WeightFiles
 from neo_export.gpt_neo.parameters import EMBEDDING, HEAD, expected_shapes
-from neo_export.lazy_tensor import FLOAT_DTYPES, LazyTensor
-from neo_export.tokenizer_files import find_tokenizer_files, read_tokenizer_json
-from neo_export.weight_files import WeightFiles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import CheckpointError, DependencyError
 
-from neo_export.lazy_tensor import LazyTensor, numpy_dtype
+from neo_export.checkpoint.lazy_tensor import LazyTensor, numpy_dtype
 
 if TYPE_CHECKING:
     from pathlib import Path

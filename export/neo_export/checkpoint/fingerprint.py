@@ -12,8 +12,8 @@ from neo_runtime.cores import usable_processors
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from neo_export.checkpoint import Checkpoint
-    from neo_export.lazy_tensor import LazyTensor
+    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.lazy_tensor import LazyTensor
 
 __all__ = ["fingerprint", "tensor_digests"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 import numpy as np
 from neo_runtime.errors import CheckpointError
 
-from neo_export.lazy_tensor import LazyTensor, numpy_dtype
+from neo_export.checkpoint.lazy_tensor import LazyTensor, numpy_dtype
 
 if TYPE_CHECKING:
     from pathlib import Path

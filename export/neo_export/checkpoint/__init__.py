@@ -1,0 +1,1 @@
+"""A Hugging Face GPT-Neo checkpoint: found, opened, checked and lazily read."""
