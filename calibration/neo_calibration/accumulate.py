@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from neo_export.statistics import PlaceSummary
+from neo_export.statistics.header import PlaceSummary
 from neo_runtime.errors import StatisticsError
 
 if TYPE_CHECKING:

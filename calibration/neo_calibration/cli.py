@@ -15,7 +15,7 @@ from neo_runtime.command_line import add_version, run_command
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from neo_export.statistics import StatisticsHeader
+    from neo_export.statistics.header import StatisticsHeader
 
 __all__ = ["main"]
 

@@ -15,7 +15,7 @@ import numpy as np
 from neo_export.mapped_memory import take_room
 from neo_export.output_errors import as_output_error
 from neo_export.renames import exchange, rename_exclusive
-from neo_export.statistics import STATISTICS_NAME, PlaceSummary
+from neo_export.statistics.header import STATISTICS_NAME, PlaceSummary
 from neo_runtime.errors import OutputError
 
 from neo_calibration.arrays import write_arrays, write_whole

@@ -16,7 +16,7 @@ from neo_export.quantize.gptq_quantizer import GptqQuantizer
 from neo_export.quantize.migration import Migration
 from neo_export.quantize.migration_search import Rounding, find_migration
 from neo_export.quantize.plan import is_planned
-from neo_export.statistics import Statistics
+from neo_export.statistics.folder import Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,7 +16,7 @@ from neo_calibration.auto.stored_form import StoredForm
 from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.quantize.plan import Storage, WeightPlan
-from neo_export.statistics import Statistics
+from neo_export.statistics.folder import Statistics
 
 if TYPE_CHECKING:
     from pathlib import Path

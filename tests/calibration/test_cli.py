@@ -18,7 +18,7 @@ from neo_export.calibrated import uses_gptq
 from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.cli import main as export
 from neo_export.quantize.plan import Storage, WeightPlan
-from neo_export.statistics import Statistics
+from neo_export.statistics.folder import Statistics
 from neo_export.targets import TARGETS
 from neo_runtime.errors import StatisticsError
 from safetensors.numpy import load_file, save_file

@@ -14,7 +14,8 @@ from neo_calibration.likely import LIKELY
 from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.gpt_neo.parameters import input_place
 from neo_export.metrics import log_softmax
-from neo_export.statistics import INPUT_PLACES, LAYER_PLACES, Statistics
+from neo_export.statistics.folder import Statistics
+from neo_export.statistics.header import INPUT_PLACES, LAYER_PLACES
 from neo_runtime.errors import StatisticsError
 
 if TYPE_CHECKING:

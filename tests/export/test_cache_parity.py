@@ -33,7 +33,7 @@ from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.quantize.kv_cache import steps_from_ranges
 from neo_export.quantize.plan import WeightPlan
 from neo_export.quantize.stored import StoredWeights
-from neo_export.statistics import Statistics
+from neo_export.statistics.folder import Statistics
 from neo_export.targets import Quantization
 from neo_export.tolerances import TOLERANCES
 from neo_export.verify import verify_bundle

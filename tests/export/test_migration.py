@@ -18,7 +18,7 @@ from neo_export.metrics import kl_divergence
 from neo_export.quantize.migration import Migration
 from neo_export.quantize.migration_search import MovedPlace, find_migration
 from neo_export.quantize.quantizer import RoundToNearest
-from neo_export.statistics import Statistics
+from neo_export.statistics.folder import Statistics
 from neo_export.tolerances import TOLERANCES
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from neo_export.quantize.gptq import damped, gptq
 from neo_export.quantize.gptq_quantizer import GptqQuantizer
 from neo_export.quantize.levels import Levels
 from neo_export.quantize.own_inputs import OWN_SHARE, OwnInputs, own_inputs
-from neo_export.statistics import LikelyTokens
+from neo_export.statistics.folder import LikelyTokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

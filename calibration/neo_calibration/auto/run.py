@@ -16,7 +16,7 @@ from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.quantize.int4 import BLOCK_SIZES, largest_block_size
 from neo_export.quantize.plan import Storage, WeightPlan, check_patterns
 from neo_export.search_options import check_divergence, check_report_folder, parse_size
-from neo_export.statistics import Statistics
+from neo_export.statistics.folder import Statistics
 from neo_export.text_file import write_text_file
 from neo_runtime.errors import RequestError
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from neo_export.statistics import Statistics
+    from neo_export.statistics.folder import Statistics
     from neo_runtime.manifest import ModelSpec
     from numpy.typing import NDArray
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.quantize.own_inputs import OwnInputs
-    from neo_export.statistics import LikelyTokens
+    from neo_export.statistics.folder import LikelyTokens
 
 __all__ = ["GptqQuantizer"]
 

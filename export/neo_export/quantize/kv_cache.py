@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import CacheSpec, ModelSpec
     from numpy.typing import NDArray
 
-    from neo_export.statistics import Statistics
+    from neo_export.statistics.folder import Statistics
 
 __all__ = [
     "CACHE_FORMATS",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import ModelSpec
     from numpy.typing import NDArray
 
-    from neo_export.statistics import Statistics
+    from neo_export.statistics.folder import Statistics
 
 __all__ = ["MovedPlace", "Rounding", "find_migration"]
 

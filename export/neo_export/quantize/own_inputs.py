@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from neo_export.statistics import LikelyTokens
+    from neo_export.statistics.folder import LikelyTokens
 
 __all__ = ["OWN_SHARE", "OwnInputs", "own_inputs"]
 

@@ -1,4 +1,4 @@
-"""What real text does inside a model: the statistics that `neo-calibrate` wrote, read here.
+"""A folder of statistics, open.
 
     statistics = Statistics.open("stats")
     statistics.check_model(checkpoint)
@@ -13,14 +13,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from neo_runtime.errors import CheckpointError, StatisticsError
 
 from neo_export.checkpoint.fingerprint import tensor_digests
 from neo_export.checkpoint.safetensors_file import SafetensorsFile
-from neo_export.gpt_neo.parameters import HEAD_INPUT, LAYER_INPUTS
+from neo_export.gpt_neo.parameters import HEAD_INPUT
+from neo_export.statistics.header import INPUT_PLACES, STATISTICS_NAME, StatisticsHeader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,113 +30,9 @@ if TYPE_CHECKING:
 
     from neo_export.checkpoint.folder import Checkpoint
     from neo_export.checkpoint.lazy_tensor import LazyTensor
+    from neo_export.statistics.header import PlaceSummary
 
-__all__ = [
-    "INPUT_PLACES",
-    "LAYER_PLACES",
-    "SCHEMA_VERSION",
-    "STATISTICS_NAME",
-    "LikelyTokens",
-    "PlaceSummary",
-    "Statistics",
-    "StatisticsHeader",
-]
-
-STATISTICS_NAME = "statistics.json"
-SCHEMA_VERSION = 1
-
-LAYER_PLACES = (
-    "ln_1",
-    "query",
-    "key",
-    "value",
-    "attended",
-    "attention",
-    "ln_2",
-    "c_fc",
-    "gelu",
-    "mlp",
-    "residual",
-)
-"""Places of a layer, in the order of computation."""
-
-INPUT_PLACES = (*LAYER_INPUTS, "final_norm")
-"""Places that a matrix reads: they have second moments and samples."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlaceSummary:
-    """What `statistics.json` says of one place."""
-
-    channels: int
-    low: float
-    """Smallest value seen."""
-    high: float
-    """Largest value seen."""
-    mean_square: float
-    percentiles: dict[str, float]
-    """Of |x| over all values: "50", "90", "99", "99.9", "99.99", "99.999"; each is at most 0.8 %
-    off, see docs/calibration.md."""
-    outlier_channels: tuple[int, ...]
-    """Channels whose largest |x| is at least 6 times the median channel's."""
-    file: str
-    """The safetensors file with the arrays."""
-    second_moment: bool
-    """Whether the full matrix of second moments was kept."""
-
-    @property
-    def largest(self) -> float:
-        """The largest |x| seen."""
-        return max(-self.low, self.high)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatisticsHeader:
-    """`statistics.json`."""
-
-    schema_version: int
-    model: dict[str, Any]
-    """`spec`: the architecture, as a bundle's manifest has it; `tensors`: name → sha256."""
-    text: dict[str, Any]
-    """`digest`: sha256 of the token ids; `tokens`, `contexts`, `max_length`, `files`."""
-    places: dict[str, PlaceSummary]
-    """In the order of computation."""
-    score_max: dict[str, tuple[float, ...]]
-    """Layer ("transformer.h.0") → largest |q·k|, unscaled and causal, of each head."""
-    tools: dict[str, str]
-    """Versions of the packages that ran the model."""
-
-    def to_json(self) -> str:
-        """JSON text with a newline at its end; the same content has the same bytes."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, source: str = STATISTICS_NAME) -> Self:
-        """Parse and check.
-
-        Raises:
-            StatisticsError: not what `to_json` writes, or a newer schema.
-        """
-        try:
-            raw = json.loads(text)
-            version = raw["schema_version"]
-            if version != SCHEMA_VERSION:
-                raise StatisticsError(
-                    f"{source} has schema version {version}, expected {SCHEMA_VERSION}; run "
-                    "neo-calibrate of this version again"
-                )
-            raw["places"] = {
-                name: PlaceSummary(
-                    **(place | {"outlier_channels": tuple(place["outlier_channels"])})
-                )
-                for name, place in raw["places"].items()
-            }
-            raw["score_max"] = {name: tuple(heads) for name, heads in raw["score_max"].items()}
-            return cls(**raw)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise StatisticsError(
-                f"{source} is damaged ({error!r}); run neo-calibrate again"
-            ) from error
+__all__ = ["LikelyTokens", "Statistics"]
 
 
 @dataclass(frozen=True)
