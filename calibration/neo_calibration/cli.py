@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_export.stages import StageLine
+from neo_export.reports.stages import StageLine
 from neo_runtime.command_line import add_version, run_command
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
     # Slow imports come only now, so that --help and wrong usage answer at once.
     from neo_export.checkpoint.folder import open_checkpoint
     from neo_export.checkpoint.hub import resolve_model
-    from neo_export.memory import PeakMemory
+    from neo_export.reports.memory import PeakMemory
 
     from neo_calibration.collect import collect
     from neo_calibration.text import read_text

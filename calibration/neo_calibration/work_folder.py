@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from neo_export.mapped_memory import take_room
-from neo_export.output_errors import as_output_error
-from neo_export.renames import exchange, rename_exclusive
+from neo_export.files.mapped_memory import take_room
+from neo_export.files.output_errors import as_output_error
+from neo_export.files.renames import exchange, rename_exclusive
 from neo_export.statistics.header import STATISTICS_NAME, PlaceSummary
 from neo_runtime.errors import OutputError
 

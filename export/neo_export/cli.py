@@ -13,8 +13,8 @@ from neo_runtime.command_line import run_command
 from neo_runtime.errors import EngineError, RequestError
 
 from neo_export.export_parser import export_parser
+from neo_export.reports.stages import StageLine
 from neo_export.search_options import search_arguments
-from neo_export.stages import StageLine
 
 if TYPE_CHECKING:
     import argparse
@@ -71,8 +71,9 @@ def _export(
 ) -> tuple[ExportSummary, Searched | None, BuiltEngine | None]:
     # Slow imports come only now, so that --help and wrong usage answer at once.
     from neo_export.exporter import ExportOptions, export_bundle
+    from neo_export.files.termination import termination_raises
     from neo_export.run_calibration import calibration_folder, searched
-    from neo_export.staging import check_destination, termination_raises
+    from neo_export.staging import check_destination
 
     model = arguments.model or str(DEMO)
     precision, quantization = _quantization(arguments)

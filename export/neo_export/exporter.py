@@ -20,11 +20,12 @@ from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.checkpoint.generation_defaults import check_generation_defaults
 from neo_export.checkpoint.hub import resolve_model
 from neo_export.export_options import ExportOptions
-from neo_export.memory import PeakMemory
+from neo_export.file_records import record_files
 from neo_export.prepared import prepare
 from neo_export.probes import probes_of
+from neo_export.reports.memory import PeakMemory
 from neo_export.sidecars import write_sidecars
-from neo_export.staging import record_files, staged_folder
+from neo_export.staging import staged_folder
 from neo_export.targets import target_named
 from neo_export.weights import write_weights
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from neo_runtime.errors import DependencyError
 
+from neo_export.files.mapped_memory import drop_pages
 from neo_export.gpt_neo.parameters import EMBEDDING, LAYER_MATRICES, POSITIONS, head_name
-from neo_export.mapped_memory import drop_pages
 from neo_export.quantize.kv_cache import stored_cache
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.bundles import make_bundle
-from neo_export.staging import copy_file, record_file, record_files, write_file
+from neo_export.file_records import copy_file, record_file, record_files, write_file
 from neo_runtime.errors import OutputError
 from neo_runtime.manifest import FileRecord
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from neo_export.mapped_memory import drop_pages, scratch_array, take_room
+from neo_export.files.mapped_memory import drop_pages, scratch_array, take_room
 from neo_runtime.errors import OutputError
 
 

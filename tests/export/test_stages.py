@@ -8,8 +8,8 @@ import itertools
 import sys
 
 import pytest
-from neo_export import stages
-from neo_export.stages import StageLine
+from neo_export.reports import stages
+from neo_export.reports.stages import StageLine
 
 
 class Stream(io.StringIO):

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import pytest
 from helpers.bundles import make_bundle
 from helpers.kills import snapshot
-from neo_export import output_errors, renames, staging
-from neo_export.staging import check_destination, staged_folder, write_file
+from neo_export.file_records import write_file
+from neo_export.files import output_errors, private_folder, renames
+from neo_export.staging import check_destination, staged_folder
 from neo_runtime.bundle import open_bundle
 from neo_runtime.errors import OutputError
 
@@ -432,14 +433,14 @@ class TestWithoutAnAtomicSwap:
     def test_the_old_one_comes_back_when_the_new_one_cannot_be_moved(
         self, parent: Path, old: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = staging.rename_exclusive
+        real = private_folder.rename_exclusive
 
         def fail_for_the_new_one(source: Path, target: Path) -> None:
             if source.name == "new" and not target.exists():
                 raise OSError(errno.EIO, os.strerror(errno.EIO), str(source))
             real(source, target)
 
-        monkeypatch.setattr(staging, "rename_exclusive", fail_for_the_new_one)
+        monkeypatch.setattr(private_folder, "rename_exclusive", fail_for_the_new_one)
         with nothing_changes(parent), pytest.raises(OutputError, match="Input/output error"):
             with staged_folder(old, force=True) as folder:
                 fill(folder)
@@ -448,7 +449,7 @@ class TestWithoutAnAtomicSwap:
         self, parent: Path, old: Path
     ) -> None:
         before = snapshot(old)
-        real = staging.rename_exclusive
+        real = private_folder.rename_exclusive
 
         def fail_once_the_old_one_is_away(source: Path, target: Path) -> None:
             if not target.exists():
@@ -456,7 +457,7 @@ class TestWithoutAnAtomicSwap:
             real(source, target)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(OutputError):
-            patch.setattr(staging, "rename_exclusive", fail_once_the_old_one_is_away)
+            patch.setattr(private_folder, "rename_exclusive", fail_once_the_old_one_is_away)
             with staged_folder(old, force=True) as folder:
                 fill(folder)
         assert not old.exists()
@@ -510,6 +511,6 @@ class TestLeftovers:
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
         name = self.leave(parent, ".bundle.partial-1-0123abcd").name
-        monkeypatch.setattr(staging.fcntl, "flock", flock)
+        monkeypatch.setattr(private_folder.fcntl, "flock", flock)
         self.export(parent)
         assert names(parent) == [name, "bundle"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 import pytest
-from neo_export import svg
+from neo_export.reports import svg
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from neo_export.text_file import write_text_file
+from neo_export.files.text_file import write_text_file
 from neo_runtime.errors import OutputError
 
 
@@ -39,7 +39,7 @@ def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["a", "w"])
 def test_standard_output_in_a_file_keeps_what_it_has(mode: str, tmp_path: Path) -> None:
     script = (
-        "import pathlib, sys; from neo_export.text_file import write_text_file; "
+        "import pathlib, sys; from neo_export.files.text_file import write_text_file; "
         "print('first'); write_text_file(pathlib.Path('/dev/stdout'), 'report\\n'); "
         "print('last')"
     )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_export.stages import StageLine
+from neo_export.reports.stages import StageLine
 from neo_runtime.command_line import run_command
 
 if TYPE_CHECKING:

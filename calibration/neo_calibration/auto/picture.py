@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from neo_export import svg
+from neo_export.reports import svg
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

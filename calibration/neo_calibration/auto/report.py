@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_export.text_file import write_text_file
+from neo_export.files.text_file import write_text_file
 from neo_runtime.errors import OutputError
 
 from neo_calibration.auto.picture import to_svg

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_export.mapped_memory import drop_pages
+from neo_export.files.mapped_memory import drop_pages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -27,8 +27,8 @@ from neo_runtime.manifest import MANIFEST_NAME, Manifest
 from neo_export.engine.network import add_profiles, parse_graph
 from neo_export.engine.progress import kept_interrupt, progress_monitor
 from neo_export.engine.ranges import resolve_options
-from neo_export.engine.replace import replace_file
 from neo_export.engine.timing_cache import check_place, load_timings, save_timings
+from neo_export.files.replace import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable

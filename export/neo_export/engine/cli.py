@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from neo_runtime.command_line import add_version, run_command
 from neo_runtime.errors import RequestError
 
-from neo_export.stages import StageLine
+from neo_export.reports.stages import StageLine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

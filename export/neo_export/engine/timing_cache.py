@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import OutputError
 
-from neo_export.engine.replace import replace_file
+from neo_export.files.replace import replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -87,7 +87,7 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"neo-bench: warning: {warning}", file=sys.stderr)
     sys.stdout.write(write(results, arguments.output))
     if arguments.plot is not None:
-        from neo_export.text_file import write_text_file
+        from neo_export.files.text_file import write_text_file
 
         from neo_tools.bench.plot import to_svg
 

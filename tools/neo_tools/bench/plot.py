@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neo_export import svg
+from neo_export.reports import svg
 from neo_runtime.errors import OutputError, RequestError
 
 from neo_tools.bench.cases import threads_text

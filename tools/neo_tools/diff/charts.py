@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from neo_export import svg
+from neo_export.reports import svg
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

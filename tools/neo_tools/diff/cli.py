@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_export.stages import StageLine
-from neo_export.text_file import write_text_file
+from neo_export.files.text_file import write_text_file
+from neo_export.reports.stages import StageLine
 from neo_runtime.command_line import run_command
 from neo_runtime.errors import OutputError
 from neo_runtime.standard_streams import json_text

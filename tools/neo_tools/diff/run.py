@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import neo_runtime
 from neo_export.comparison.trace import Text
-from neo_export.mapped_memory import drop_pages
-from neo_export.memory import PeakMemory
+from neo_export.files.mapped_memory import drop_pages
+from neo_export.reports.memory import PeakMemory
 from neo_runtime.bundle import open_bundle
 from neo_runtime.cores import physical_cores
 from neo_runtime.errors import BundleUnsupportedError, RequestError

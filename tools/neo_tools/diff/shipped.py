@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from neo_export.mapped_memory import drop_pages, scratch_array
+from neo_export.files.mapped_memory import drop_pages, scratch_array
 from neo_runtime.errors import CacheLimitError
 
 from neo_tools.diff.cached_path import segments_of, spoil

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from neo_export.staging import termination_raises
+    from neo_export.files.termination import termination_raises
     from neo_runtime.gpu import require_gpu
 
     from neo_tools.gpu_check.report import write_report

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from neo_export.text_file import write_text_file
+from neo_export.files.text_file import write_text_file
 
 from neo_tools.bench.report import to_markdown
 

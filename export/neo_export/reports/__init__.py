@@ -1,0 +1,1 @@
+"""What commands show of their work: progress, memory, plots."""
