@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from neo_export.prepared import Prepared
+    from neo_export.decisions.prepared import Prepared
 
 __all__ = ["GraphSummary", "PassSummary", "build_graphs", "graph_spec"]
 

@@ -115,7 +115,7 @@ def _check_model(model: str, options: ExportOptions, *, searches: bool) -> None:
     from neo_export.checkpoint.folder import open_checkpoint
     from neo_export.checkpoint.generation_defaults import check_generation_defaults
     from neo_export.checkpoint.hub import resolve_model
-    from neo_export.options_check import check_options
+    from neo_export.decisions.options_check import check_options
     from neo_export.targets import target_named
 
     with open_checkpoint(resolve_model(model)) as checkpoint:

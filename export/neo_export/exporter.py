@@ -19,9 +19,9 @@ from neo_export.check import check_bundle, scoring_graph
 from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.checkpoint.generation_defaults import check_generation_defaults
 from neo_export.checkpoint.hub import resolve_model
-from neo_export.export_options import ExportOptions
+from neo_export.decisions.options import ExportOptions
+from neo_export.decisions.prepared import prepare
 from neo_export.file_records import record_files
-from neo_export.prepared import prepare
 from neo_export.probes import probes_of
 from neo_export.reports.memory import PeakMemory
 from neo_export.sidecars import write_sidecars
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from neo_export.built_graphs import GraphSummary
     from neo_export.checkpoint.folder import Checkpoint
-    from neo_export.half_range import WideTensor
-    from neo_export.prepared import Prepared
+    from neo_export.decisions.half_range import WideTensor
+    from neo_export.decisions.prepared import Prepared
     from neo_export.quantize.migration_search import MovedPlace
     from neo_export.verify import Verification
 

@@ -26,9 +26,9 @@ from helpers.int8_cache import cache_steps, calibrated, round_cache
 from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint, random_ids
 from helpers.passages import passages
 from helpers.running import Graphs, relative_l2
-from neo_export import prepared
-from neo_export.calibrated import Calibrated
 from neo_export.checkpoint.folder import open_checkpoint
+from neo_export.decisions import prepared
+from neo_export.decisions.calibrated import Calibrated
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.quantize.kv_cache import steps_from_ranges
 from neo_export.quantize.plan import WeightPlan

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from helpers.models import ODD_CONFIGS, Reference, make_checkpoint, random_ids
 from helpers.running import Graphs, assert_agrees, relative_l2
-from neo_export import calibrated as calibrated_module
-from neo_export.calibrated import Calibrated
+from neo_export.decisions import calibrated as calibrated_module
+from neo_export.decisions.calibrated import Calibrated
+from neo_export.decisions.half_range import HalfRange, WideTensor
 from neo_export.exporter import ExportOptions, export_bundle
-from neo_export.half_range import HalfRange, WideTensor
 from neo_export.quantize.linear import LEVELS, quantize_linear
 from neo_export.quantize.migration import Migration
 from neo_export.quantize.plan import WeightPlan

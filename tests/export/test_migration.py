@@ -77,7 +77,9 @@ def test_the_outliers_are_real_and_everywhere(
 @pytest.fixture
 def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights rounded to nearest: GPTQ would make up for a part of what is tested here."""
-    monkeypatch.setattr("neo_export.calibrated.GptqQuantizer", lambda *_, **__: RoundToNearest())
+    monkeypatch.setattr(
+        "neo_export.decisions.calibrated.GptqQuantizer", lambda *_, **__: RoundToNearest()
+    )
 
 
 @pytest.mark.usefixtures("rounded")
@@ -95,7 +97,7 @@ def test_int8_comes_back(
         found.append(find_migration(*arguments))
         return found[0]
 
-    monkeypatch.setattr("neo_export.calibrated.find_migration", find)
+    monkeypatch.setattr("neo_export.decisions.calibrated.find_migration", find)
     options = ExportOptions(precision="int8", calibration=statistics, verify=True)
     summary = export_bundle(str(checkpoint), tmp_path / "calibrated", options)
     assert score(tmp_path / "calibrated") < (1 + WITHIN) * expected
@@ -110,7 +112,9 @@ def test_int8_comes_back(
             for every in (migration.scales, migration.shifts)
         )
         without = Migration(scales, shifts)
-        monkeypatch.setattr("neo_export.calibrated.find_migration", lambda *_, m=without: (m, ()))
+        monkeypatch.setattr(
+            "neo_export.decisions.calibrated.find_migration", lambda *_, m=without: (m, ())
+        )
         options = ExportOptions(precision="int8", calibration=statistics)
         export_bundle(str(checkpoint), tmp_path / kind, options)
         assert score(tmp_path / kind) > (1 + WITHIN) * expected, kind
@@ -166,7 +170,7 @@ def test_the_function_stays_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Any scales and shifts, unrounded: the graphs equal PyTorch on the untouched checkpoint."""
-    monkeypatch.setattr("neo_export.calibrated.find_migration", lambda *_: (drawn, ()))
+    monkeypatch.setattr("neo_export.decisions.calibrated.find_migration", lambda *_: (drawn, ()))
     options = ExportOptions(target=target, calibration=of_the_demo)
     export_bundle(str(DEMO), tmp_path / "bundle", options)
     ids = held_out_ids(1, 200)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 from helpers.models import TinyConfig, make_checkpoint
 from neo_export.checkpoint.folder import open_checkpoint
-from neo_export.export_options import ExportOptions
-from neo_export.options_check import check_options
+from neo_export.decisions.options import ExportOptions
+from neo_export.decisions.options_check import check_options
 from neo_export.quantize.plan import Storage, WeightPlan
 from neo_export.targets import TARGETS, Quantization
 from neo_runtime.errors import RequestError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from helpers.models import DEMO
-from neo_export.calibrated import Calibrated
+from neo_export.decisions.calibrated import Calibrated
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import TARGETS
 from neo_export.tolerances import LOCAL, TOLERANCES, limits_name, tolerance_name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from neo_export.calibrated import gptq_quantizer
+from neo_export.decisions.calibrated import gptq_quantizer
 from neo_export.gpt_neo.parameters import PROJECTIONS, input_place, place_in_packed
 from neo_export.quantize.balance import balanced
 from neo_export.quantize.migration import Migration

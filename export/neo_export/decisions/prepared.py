@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.manifest import is_quantized
 
-from neo_export.calibrated import calibrated, open_statistics, uses_gptq
-from neo_export.options_check import check_options
+from neo_export.decisions.calibrated import calibrated, open_statistics, uses_gptq
+from neo_export.decisions.options_check import check_options
 from neo_export.quantize.kv_cache import calibrated_steps
 from neo_export.quantize.read_back import ReadBack
 from neo_export.quantize.remembered import Remembered
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from neo_runtime.manifest import CacheSpec, ModelSpec
     from numpy.typing import NDArray
 
-    from neo_export.calibrated import Calibrated
     from neo_export.checkpoint.folder import Checkpoint
-    from neo_export.export_options import ExportOptions
+    from neo_export.decisions.calibrated import Calibrated
+    from neo_export.decisions.options import ExportOptions
     from neo_export.gpt_neo.parameters import ReadParameter
     from neo_export.passes import Pass
     from neo_export.quantize.kv_cache import CacheSteps

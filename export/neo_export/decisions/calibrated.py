@@ -9,8 +9,8 @@ import numpy as np
 from neo_runtime.errors import StatisticsError
 from neo_runtime.manifest import is_quantized
 
+from neo_export.decisions.half_range import HalfRange, find_half_range
 from neo_export.gpt_neo.parameters import EMBEDDING, HEAD_INPUT, expected_shapes, input_place
-from neo_export.half_range import HalfRange, find_half_range
 from neo_export.quantize.balance import balanced
 from neo_export.quantize.gptq_quantizer import GptqQuantizer
 from neo_export.quantize.migration import Migration

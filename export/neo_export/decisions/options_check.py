@@ -19,7 +19,7 @@ from neo_export.quantize.plan import WeightPlan, check_patterns, is_planned
 if TYPE_CHECKING:
     from neo_runtime.manifest import ModelSpec
 
-    from neo_export.export_options import ExportOptions
+    from neo_export.decisions.options import ExportOptions
     from neo_export.targets import Target
 
 __all__ = ["check_options"]
