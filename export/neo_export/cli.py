@@ -70,10 +70,10 @@ def _export(
     arguments: argparse.Namespace,
 ) -> tuple[ExportSummary, Searched | None, BuiltEngine | None]:
     # Slow imports come only now, so that --help and wrong usage answer at once.
+    from neo_export.bundle.staging import check_destination
     from neo_export.exporter import ExportOptions, export_bundle
     from neo_export.files.termination import termination_raises
     from neo_export.run_calibration import calibration_folder, searched
-    from neo_export.staging import check_destination
 
     model = arguments.model or str(DEMO)
     precision, quantization = _quantization(arguments)

@@ -14,26 +14,26 @@ import onnx_ir as ir
 from neo_runtime.errors import DependencyError, RequestError
 from neo_runtime.manifest import MANIFEST_NAME, Manifest
 
-from neo_export.built_graphs import build_graphs, graph_spec
-from neo_export.check import check_bundle, scoring_graph
+from neo_export.bundle.built_graphs import build_graphs, graph_spec
+from neo_export.bundle.check import check_bundle, scoring_graph
+from neo_export.bundle.file_records import record_files
+from neo_export.bundle.probes import probes_of
+from neo_export.bundle.sidecars import write_sidecars
+from neo_export.bundle.staging import staged_folder
+from neo_export.bundle.weights import write_weights
 from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.checkpoint.generation_defaults import check_generation_defaults
 from neo_export.checkpoint.hub import resolve_model
 from neo_export.decisions.options import ExportOptions
 from neo_export.decisions.prepared import prepare
-from neo_export.file_records import record_files
-from neo_export.probes import probes_of
 from neo_export.reports.memory import PeakMemory
-from neo_export.sidecars import write_sidecars
-from neo_export.staging import staged_folder
 from neo_export.targets import target_named
-from neo_export.weights import write_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from neo_export.built_graphs import GraphSummary
+    from neo_export.bundle.built_graphs import GraphSummary
     from neo_export.checkpoint.folder import Checkpoint
     from neo_export.decisions.half_range import WideTensor
     from neo_export.decisions.prepared import Prepared

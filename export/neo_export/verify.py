@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from neo_runtime.errors import VerificationError
 
-from neo_export.check import scoring_graph
+from neo_export.bundle.check import scoring_graph
 from neo_export.comparison.errors import measure, measure_logits
 from neo_export.comparison.explanations import explain
 from neo_export.comparison.faults import Fault, find_faults

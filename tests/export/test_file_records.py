@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.bundles import make_bundle
-from neo_export.file_records import copy_file, record_file, record_files, write_file
+from neo_export.bundle.file_records import copy_file, record_file, record_files, write_file
 from neo_runtime.errors import OutputError
 from neo_runtime.manifest import FileRecord
 
@@ -30,7 +30,7 @@ def test_known_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.Monk
         read.append(path.name)
         return record_file(path)
 
-    monkeypatch.setattr("neo_export.file_records.record_file", spy)
+    monkeypatch.setattr("neo_export.bundle.file_records.record_file", spy)
     assert record_files(tmp_path / "bundle", known) == manifest.files
     assert sorted([*read, "weights.bin"]) == sorted(Path(n).name for n in manifest.files)
 

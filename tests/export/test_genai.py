@@ -13,9 +13,9 @@ import pytest
 from helpers.hf_reference import heldout_texts, reference_continuations, varied_prompts
 from helpers.int8_cache import calibrated
 from helpers.models import DEMO, TinyConfig, make_checkpoint
+from neo_export.bundle.genai import genai_config
 from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
-from neo_export.genai import genai_config
 from neo_export.passes.fuse_attention import GUARD_NODE
 from neo_runtime.manifest import CacheSpec
 from tokenizers import Tokenizer

@@ -12,8 +12,8 @@ import pytest
 from helpers.graphs import bound_graph, spec_of, value_named
 from helpers.models import ODD_CONFIGS, Reference, TinyConfig, make_checkpoint, random_ids
 from helpers.running import Graphs, relative_l2, run_bound, session_options
+from neo_export.bundle.probes import probes_of
 from neo_export.exporter import ExportOptions, export_bundle
-from neo_export.probes import probes_of
 from neo_export.tolerances import TOLERANCES
 
 if TYPE_CHECKING:

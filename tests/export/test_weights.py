@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers.models import TinyConfig, make_checkpoint
-from neo_export import weights
+from neo_export.bundle import weights
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_runtime.errors import CheckpointError
 from neo_runtime.manifest import Manifest

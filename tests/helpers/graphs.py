@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 from helpers.models import TinyConfig, deviation, random_ids
 from helpers.running import run_model
+from neo_export.bundle.weights import bind_parameters
 from neo_export.gpt_neo.graphs import build_graph
 from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.quantize.plan import WeightPlan
 from neo_export.targets import TARGETS, PassContext, Quantization
-from neo_export.weights import bind_parameters
 from neo_runtime.manifest import ModelSpec
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 

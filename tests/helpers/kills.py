@@ -16,8 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from neo_export.bundle.staging import staged_folder
 from neo_export.files import renames
-from neo_export.staging import staged_folder
 from neo_runtime.bundle import open_bundle
 from neo_runtime.errors import OutputError
 

@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from helpers.graphs import passes_of
+from neo_export.bundle.weights import bind_parameters
 from neo_export.engine.flavour import find_flavour
 from neo_export.gpt_neo.graphs import build_graph
 from neo_export.targets import TARGETS
-from neo_export.weights import bind_parameters
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 if TYPE_CHECKING:

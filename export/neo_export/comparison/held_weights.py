@@ -17,7 +17,7 @@ import onnx_ir as ir
 from neo_runtime.errors import VerificationError
 from neo_runtime.manifest import is_quantized
 
-from neo_export.check import scoring_graph
+from neo_export.bundle.check import scoring_graph
 from neo_export.gpt_neo.parameters import EMBEDDING, LAYER_MATRICES, head_name, place_in_packed
 from neo_export.passes._tensors import static_shape
 from neo_export.quantize.int4 import Int4Weight, quantize_int4

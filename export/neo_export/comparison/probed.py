@@ -8,7 +8,7 @@ import onnx_ir as ir
 from neo_runtime.errors import BundleError, VerificationError
 from neo_runtime.installation import require_onnxruntime
 
-from neo_export.check import first_prompt_feeds, scoring_graph
+from neo_export.bundle.check import first_prompt_feeds, scoring_graph
 from neo_export.comparison.trace import Trace
 from neo_export.files.mapped_memory import scratch_array
 from neo_export.passes.fold_bias import hidden_sums

@@ -20,10 +20,10 @@ from helpers.graphs import (
 from helpers.models import TinyConfig
 from helpers.placement import copies
 from helpers.running import Graphs
+from neo_export.bundle.weights import bind_parameters
 from neo_export.gpt_neo.graphs import build_graph
 from neo_export.passes.device_lengths import device_lengths
 from neo_export.passes.fuse_attention import GUARD_NODE, fuse_attention
-from neo_export.weights import bind_parameters
 
 if TYPE_CHECKING:
     from pathlib import Path

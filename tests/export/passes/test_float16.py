@@ -17,6 +17,7 @@ from helpers.graphs import (
 )
 from helpers.models import TinyConfig
 from helpers.running import relative_l2, run_model
+from neo_export.bundle.probes import probes_of
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes._wide import Wide
 from neo_export.passes.float16 import float16
@@ -25,7 +26,6 @@ from neo_export.passes.fuse_gelu import fuse_gelu
 from neo_export.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
 from neo_export.passes.pack_qkv import pack_qkv
 from neo_export.passes.store_transposed import store_transposed
-from neo_export.probes import probes_of
 from neo_export.tolerances import TOLERANCES
 from neo_runtime.errors import CheckpointError
 

@@ -16,10 +16,10 @@ from helpers.graphs import (
     value_named,
 )
 from helpers.models import TinyConfig
+from neo_export.bundle.probes import probes_of
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes.fold_bias import fold_bias, hidden_sums
 from neo_export.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
-from neo_export.probes import probes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,10 +13,10 @@ from helpers.graphs import (
     spec_of,
 )
 from helpers.models import TinyConfig
+from neo_export.bundle.probes import probes_of
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.gpt_neo.model import WINDOW_KEY
 from neo_export.passes.fuse_attention import GUARD_NODE, fuse_attention
-from neo_export.probes import probes_of
 
 CONFIG = TinyConfig(attention_layers=("local", "global", "local"))
 LAYERS = len(CONFIG.attention_layers)

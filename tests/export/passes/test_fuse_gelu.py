@@ -17,9 +17,9 @@ from helpers.graphs import (
     through_identity,
 )
 from helpers.models import TinyConfig
+from neo_export.bundle.probes import probes_of
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes.fuse_gelu import fuse_gelu, fuse_gelu_behind_bias
-from neo_export.probes import probes_of
 
 if TYPE_CHECKING:
     from neo_export.passes import Pass

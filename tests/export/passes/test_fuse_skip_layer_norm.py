@@ -14,9 +14,9 @@ from helpers.graphs import (
     value_named,
 )
 from helpers.models import TinyConfig
+from neo_export.bundle.probes import probes_of
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes.fuse_skip_layer_norm import fuse_skip_layer_norm
-from neo_export.probes import probes_of
 
 CONFIG = TinyConfig(layer_norm_epsilon=1e-2)
 """An epsilon that shows where it is lost."""

@@ -13,9 +13,9 @@ from helpers.graphs import (
     spec_of,
 )
 from helpers.models import TinyConfig
+from neo_export.bundle.probes import probes_of
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes.half_positions import half_positions
-from neo_export.probes import probes_of
 from neo_runtime.errors import CheckpointError
 
 CONFIG = TinyConfig()

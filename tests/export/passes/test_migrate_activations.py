@@ -12,9 +12,9 @@ from helpers.graphs import (
     spec_of,
 )
 from helpers.models import TinyConfig
+from neo_export.bundle.probes import probes_of
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes.migrate_activations import migrate_activations
-from neo_export.probes import probes_of
 from neo_export.quantize.migration import Migration
 
 CONFIG = TinyConfig()

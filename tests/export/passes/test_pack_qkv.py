@@ -19,10 +19,10 @@ from helpers.graphs import (
     value_named,
 )
 from helpers.models import TinyConfig
+from neo_export.bundle.probes import probes_of
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes.fuse_attention import fuse_attention
 from neo_export.passes.pack_qkv import pack_qkv
-from neo_export.probes import probes_of
 
 if TYPE_CHECKING:
     from neo_runtime.manifest import Probe

@@ -12,11 +12,11 @@ from helpers.graphs import (
     spec_of,
 )
 from helpers.models import TinyConfig
+from neo_export.bundle.probes import probes_of
 from neo_export.gpt_neo.graphs import GRAPH_NAMES, build_graph
 from neo_export.passes.candidates import candidates
 from neo_export.passes.pad_head import MULTIPLE, pad_head
 from neo_export.passes.quantize_int4 import quantize_int4_weights
-from neo_export.probes import probes_of
 from neo_export.quantize.plan import WeightPlan
 
 CONFIG = TinyConfig(vocab_size=61)

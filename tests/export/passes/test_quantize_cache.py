@@ -10,12 +10,12 @@ from helpers.cache_steps import random_steps
 from helpers.graphs import ALIKE, apply_pass, bound_graph, feeds, nodes_of, spec_of
 from helpers.models import TinyConfig
 from helpers.running import relative_l2, run_model
+from neo_export.bundle.probes import probes_of
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes.fuse_attention import fuse_attention
 from neo_export.passes.pack_qkv import pack_qkv
 from neo_export.passes.quantize_cache import quantize_cache_steps
 from neo_export.passes.window_caches import window_caches
-from neo_export.probes import probes_of
 from neo_export.quantize.kv_cache import CacheSteps, steps_from_ranges, stored_cache
 from neo_runtime.errors import StatisticsError
 

@@ -21,17 +21,17 @@ from helpers.graphs import (
     through_identity,
 )
 from helpers.models import TinyConfig, make_checkpoint
+from neo_export.bundle.probes import probes_of
+from neo_export.bundle.weights import write_weights
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.passes._tensors import ALIAS_KEY
 from neo_export.passes.half_positions import half_positions
 from neo_export.passes.quantize_int4 import quantize_int4_weights
-from neo_export.probes import probes_of
 from neo_export.quantize.int4 import dequantize_int4, quantize_int4
 from neo_export.quantize.plan import WeightPlan
 from neo_export.targets import Quantization
-from neo_export.weights import write_weights
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:

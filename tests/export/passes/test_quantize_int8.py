@@ -23,15 +23,15 @@ from helpers.graphs import (
 )
 from helpers.models import TinyConfig
 from helpers.running import run_model
+from neo_export.bundle.probes import probes_of
+from neo_export.bundle.weights import write_weights
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.passes.fuse_gelu import fuse_gelu_behind_bias
 from neo_export.passes.half_positions import half_positions
 from neo_export.passes.quantize_int8 import quantize_int8_weights
-from neo_export.probes import probes_of
 from neo_export.quantize.int8 import dequantize_int8, quantize_int8
 from neo_export.quantize.plan import WeightPlan
-from neo_export.weights import write_weights
 
 if TYPE_CHECKING:
     from pathlib import Path

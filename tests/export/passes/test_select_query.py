@@ -19,12 +19,12 @@ from helpers.graphs import (
 )
 from helpers.models import TinyConfig
 from helpers.running import run_model
+from neo_export.bundle.probes import probes_of
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes.fuse_attention import fuse_attention
 from neo_export.passes.pack_qkv import pack_qkv
 from neo_export.passes.quantize_cache import quantize_cache_steps
 from neo_export.passes.select_query import select_query
-from neo_export.probes import probes_of
 
 CONFIG = TinyConfig()
 LAYERS = len(CONFIG.attention_layers)

@@ -14,9 +14,9 @@ from helpers.graphs import (
     through_identity,
 )
 from helpers.models import TinyConfig
+from neo_export.bundle.probes import probes_of
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes.store_transposed import store_transposed
-from neo_export.probes import probes_of
 
 CONFIG = TinyConfig()
 LINEAR = ("q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj")

@@ -9,11 +9,11 @@ import pytest
 from helpers.graphs import ALIKE, apply_pass, bound_graph, feeds, nodes_of, spec_of
 from helpers.models import TinyConfig
 from helpers.running import relative_l2, run_model
+from neo_export.bundle.probes import probes_of
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.passes.fuse_attention import fuse_attention
 from neo_export.passes.pack_qkv import pack_qkv
 from neo_export.passes.window_caches import WINDOW_DIMENSION, window_caches
-from neo_export.probes import probes_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir

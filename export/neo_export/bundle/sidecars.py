@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from neo_export.bundle.file_records import copy_file
+from neo_export.bundle.genai import genai_config
 from neo_export.checkpoint.generation_defaults import generation_defaults
 from neo_export.checkpoint.tokenizer_files import warn_of_strangers
-from neo_export.file_records import copy_file
-from neo_export.genai import genai_config
 
 if TYPE_CHECKING:
     from pathlib import Path

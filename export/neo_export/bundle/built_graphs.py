@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from neo_runtime.manifest import GraphSpec, TensorSpec
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from neo_export.bundle.weights import bind_parameters, sort_initializers
 from neo_export.gpt_neo.graphs import build_graph, drop_builder_notes
-from neo_export.weights import bind_parameters, sort_initializers
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from neo_runtime.errors import OutputError
 from neo_runtime.manifest import MANIFEST_NAME
 
+from neo_export.bundle.foreign_files import foreign_files
 from neo_export.files.output_errors import as_output_error, require_space
 from neo_export.files.private_folder import NEW, private_folder, swap_in, tidy_up
 from neo_export.files.renames import rename_exclusive
 from neo_export.files.sync import sync_directory, sync_tree
 from neo_export.files.termination import termination_raises
-from neo_export.foreign_files import foreign_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
