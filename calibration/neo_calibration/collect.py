@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from neo_export.checkpoint.fingerprint import fingerprint, tensor_digests
-from neo_export.reference import LayeredReference
+from neo_export.comparison.reference import LayeredReference
 from neo_export.statistics.header import (
     INPUT_PLACES,
     LAYER_PLACES,

@@ -8,7 +8,7 @@ import numpy as np
 from neo_export.gpt_neo.parameters import LAYER_MATRICES
 
 if TYPE_CHECKING:
-    from neo_export.reference import LayeredReference
+    from neo_export.comparison.reference import LayeredReference
     from neo_runtime.manifest import ModelSpec
     from numpy.typing import NDArray
 

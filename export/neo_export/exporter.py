@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
     from neo_export.bundle.built_graphs import GraphSummary
     from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.comparison.verify import Verification
     from neo_export.decisions.half_range import WideTensor
     from neo_export.decisions.prepared import Prepared
     from neo_export.quantize.migration_search import MovedPlace
-    from neo_export.verify import Verification
 
     Progress = Callable[[str, int, int], None]
 
@@ -116,7 +116,7 @@ def export_bundle(
         check_bundle(folder, manifest)
         verification = None
         if options.verify:
-            from neo_export.verify import verify_bundle
+            from neo_export.comparison.verify import verify_bundle
 
             scored = scoring_graph(models)
             weights = prepared.stored_weights(scored, folder / manifest.graphs[scored].file)

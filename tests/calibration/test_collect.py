@@ -12,8 +12,8 @@ from helpers.models import DEMO, Reference
 from neo_calibration.cli import main
 from neo_calibration.likely import LIKELY
 from neo_export.checkpoint.folder import open_checkpoint
+from neo_export.comparison.metrics import log_softmax
 from neo_export.gpt_neo.parameters import input_place
-from neo_export.metrics import log_softmax
 from neo_export.statistics.folder import Statistics
 from neo_export.statistics.header import INPUT_PLACES, LAYER_PLACES
 from neo_runtime.errors import StatisticsError

@@ -11,8 +11,8 @@ import pytest
 from helpers.held_out import CALIBRATION_STORIES, judged_pieces, story_lines
 from helpers.models import DEMO, Reference
 from neo_calibration.cli import main as calibrate
+from neo_export.comparison.metrics import cross_entropy, kl_divergence
 from neo_export.exporter import ExportOptions, export_bundle
-from neo_export.metrics import cross_entropy, kl_divergence
 from neo_export.targets import Quantization
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.comparison.errors import measure, measure_logits
 from neo_export.comparison.faults import find_faults
 from neo_export.comparison.probed import probed_model, probed_values
+from neo_export.comparison.reference import LayeredReference
 from neo_export.comparison.trace import Text, Trace
 from neo_export.exporter import ExportOptions, export_bundle
-from neo_export.reference import LayeredReference
 from neo_export.tolerances import limits_name
 from neo_runtime.bundle import open_bundle
 from onnx import helper

@@ -27,6 +27,7 @@ from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint, random
 from helpers.passages import passages
 from helpers.running import Graphs, relative_l2
 from neo_export.checkpoint.folder import open_checkpoint
+from neo_export.comparison.verify import verify_bundle
 from neo_export.decisions import prepared
 from neo_export.decisions.calibrated import Calibrated
 from neo_export.exporter import ExportOptions, export_bundle
@@ -36,7 +37,6 @@ from neo_export.quantize.stored import StoredWeights
 from neo_export.statistics.folder import Statistics
 from neo_export.targets import Quantization
 from neo_export.tolerances import TOLERANCES
-from neo_export.verify import verify_bundle
 from neo_runtime.errors import VerificationError
 
 if TYPE_CHECKING:

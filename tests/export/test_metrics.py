@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from neo_export import metrics
-from neo_export.metrics import (
+from neo_export.comparison import metrics
+from neo_export.comparison.metrics import (
     cross_entropy,
     kl_divergence,
     log_softmax,

@@ -12,9 +12,9 @@ from helpers.outliers import spread_outliers
 from helpers.running import Graphs, relative_l2
 from neo_calibration.cli import main as calibrate
 from neo_export.checkpoint.folder import open_checkpoint
+from neo_export.comparison.metrics import kl_divergence
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.gpt_neo.parameters import LAYER_INPUTS
-from neo_export.metrics import kl_divergence
 from neo_export.quantize.migration import Migration
 from neo_export.quantize.migration_search import MovedPlace, find_migration
 from neo_export.quantize.quantizer import RoundToNearest

@@ -6,6 +6,7 @@ import pytest
 from helpers.graphs import spec_of
 from helpers.models import DEMO, TinyConfig
 from neo_export.checkpoint.folder import open_checkpoint
+from neo_export.comparison.reference import LayeredReference
 from neo_export.gpt_neo.parameters import (
     EMBEDDING,
     HEAD,
@@ -20,7 +21,6 @@ from neo_export.gpt_neo.parameters import (
     place_in_packed,
     readers_of,
 )
-from neo_export.reference import LayeredReference
 
 LAYER = "transformer.h.11"
 QKV = tuple(f"{LAYER}.attn.attention.{part}_proj.weight" for part in "qkv")

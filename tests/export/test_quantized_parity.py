@@ -26,12 +26,12 @@ from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint, random
 from helpers.passages import passages
 from helpers.running import Graphs, assert_agrees, relative_l2
 from neo_export.checkpoint.folder import open_checkpoint
+from neo_export.comparison.verify import verify_bundle
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.quantize.plan import Storage, WeightPlan
 from neo_export.quantize.stored import StoredWeights
 from neo_export.targets import Quantization
 from neo_export.tolerances import TOLERANCES
-from neo_export.verify import verify_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 from helpers.models import DEMO
+from neo_export.comparison.verify import PlaceError, Verification, _judge, _rounds_activations
 from neo_export.decisions.calibrated import Calibrated
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import TARGETS
 from neo_export.tolerances import LOCAL, TOLERANCES, limits_name, tolerance_name
-from neo_export.verify import PlaceError, Verification, _judge, _rounds_activations
 from neo_runtime.bundle import open_bundle
 from neo_runtime.errors import VerificationError
 

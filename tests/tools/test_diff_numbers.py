@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.bench_samples import model_spec
-from neo_export import metrics
+from neo_export.comparison import metrics
 from neo_export.tolerances import QUALITY
 from neo_tools.diff.position_metrics import compare_rows, joined, perplexity, summaries
 from neo_tools.diff.results import GraphSummary

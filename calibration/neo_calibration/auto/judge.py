@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import neo_runtime
 import numpy as np
+from neo_export.comparison.metrics import kl_divergence
 from neo_export.exporter import ExportOptions, export_bundle
-from neo_export.metrics import kl_divergence
 from neo_export.targets import Quantization
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from neo_export.comparison.metrics import kl_divergence
+from neo_export.comparison.reference import LayeredReference
 from neo_export.gpt_neo.parameters import EMBEDDING, HEAD, LAYER_INPUTS, head_name, readers_of
-from neo_export.metrics import kl_divergence
-from neo_export.reference import LayeredReference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

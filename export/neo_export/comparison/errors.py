@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neo_export.comparison.local import expected_embedding, expected_in_layer
+from neo_export.comparison.metrics import relative_l2
 from neo_export.comparison.places import all_places
-from neo_export.metrics import relative_l2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from neo_export.comparison.held_weights import HeldWeights
     from neo_export.comparison.places import Place
+    from neo_export.comparison.reference import LayeredReference
     from neo_export.comparison.trace import Text, Trace
     from neo_export.quantize.kv_cache import CacheSteps
-    from neo_export.reference import LayeredReference
 
 __all__ = ["PlaceErrors", "Series", "measure", "measure_logits"]
 

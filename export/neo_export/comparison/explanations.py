@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neo_export.comparison.local import entering
+from neo_export.comparison.metrics import relative_l2
 from neo_export.comparison.places import CACHED, region_masks
-from neo_export.metrics import relative_l2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.comparison.faults import Fault
+    from neo_export.comparison.reference import LayeredReference, ReferenceLayer
     from neo_export.comparison.trace import Text, Trace
-    from neo_export.reference import LayeredReference, ReferenceLayer
 
     Candidate = tuple[str, Callable[[], NDArray[np.float32]]]
 

@@ -24,9 +24,9 @@ from neo_export.quantize.kv_cache import stored_cache
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from neo_export.comparison.reference import LayeredReference, ReferenceLayer
     from neo_export.comparison.trace import Trace
     from neo_export.quantize.kv_cache import CacheSteps
-    from neo_export.reference import LayeredReference, ReferenceLayer
 
 __all__ = ["entering", "expected_embedding", "expected_in_layer"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from neo_export.comparison.metrics import relative_l2
 from neo_export.comparison.places import CACHED
 from neo_export.comparison.trace import CacheCheck, Trace
 from neo_export.files.mapped_memory import drop_pages, scratch_array
-from neo_export.metrics import relative_l2
 from neo_export.quantize.kv_cache import stored_cache
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
-from neo_export import metrics
+from neo_export.comparison import metrics
 from neo_export.comparison.places import region_masks
 
 from neo_tools.diff.results import GraphSummary, Perplexity

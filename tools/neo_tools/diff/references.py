@@ -14,7 +14,7 @@ from neo_export.comparison.explanations import explain
 from neo_export.comparison.faults import find_faults
 from neo_export.comparison.held_weights import HeldWeights, open_held_weights
 from neo_export.comparison.jumps import find_jumps
-from neo_export.metrics import relative_l2
+from neo_export.comparison.metrics import relative_l2
 from neo_export.tolerances import accumulated_name, limits_name
 from neo_runtime.errors import RequestError
 from neo_runtime.manifest import MANIFEST_NAME
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     import numpy as np
     from neo_export.comparison.faults import Fault
+    from neo_export.comparison.reference import LayeredReference
     from neo_export.comparison.trace import Text, Trace
-    from neo_export.reference import LayeredReference
     from neo_runtime.bundle import Bundle
     from neo_runtime.manifest import Manifest, ModelSpec
     from numpy.typing import NDArray
@@ -221,7 +221,7 @@ def open_reference(model: str, threads: int, device: int = 0) -> Iterator[Refere
         return
     from neo_export.checkpoint.folder import open_checkpoint
     from neo_export.checkpoint.hub import resolve_model
-    from neo_export.reference import LayeredReference
+    from neo_export.comparison.reference import LayeredReference
 
     with open_checkpoint(resolve_model(model)) as checkpoint:
         yield PyTorchReference(LayeredReference(checkpoint), model)

@@ -15,8 +15,8 @@ from neo_export.comparison.explanations import explain
 from neo_export.comparison.faults import Fault, find_faults
 from neo_export.comparison.places import all_places, place_text
 from neo_export.comparison.probed import open_probed, score_trace
+from neo_export.comparison.reference import LayeredReference
 from neo_export.comparison.trace import Text
-from neo_export.reference import LayeredReference
 from neo_export.tolerances import HALVES, TOLERANCES, limits_name, tolerance_name
 
 if TYPE_CHECKING:
