@@ -7,4 +7,4 @@ from neo_runtime.entry import entry
 __all__ = ["engine", "export"]
 
 engine = entry("neo_export.engine.cli")
-export = entry("neo_export.cli")
+export = entry("neo_export.command.cli")

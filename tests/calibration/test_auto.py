@@ -15,7 +15,7 @@ from neo_calibration.auto.judge import Measured
 from neo_calibration.auto.picture import to_svg
 from neo_calibration.auto.search import Frontier, FrontierPlan, frontier_of
 from neo_calibration.auto.sensitivity import groups_of
-from neo_export.cli import main as export
+from neo_export.command.cli import main as export
 from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.quantize.plan import Storage, is_planned
 from neo_runtime.errors import RequestError

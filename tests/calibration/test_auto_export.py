@@ -12,10 +12,10 @@ import neo_runtime
 import pytest
 from helpers.models import DEMO, TinyConfig, make_checkpoint
 from neo_calibration.cli import main as calibrate
-from neo_export.cli import main as export
+from neo_export.command.cli import main as export
+from neo_export.command.run_calibration import _summary
 from neo_export.quantize import gptq_quantizer
 from neo_export.quantize.plan import WeightPlan
-from neo_export.run_calibration import _summary
 from neo_runtime.errors import StatisticsError
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def test_a_limit_that_cannot_be_kept(
 def test_a_search_that_is_ended_leaves_nothing(
     command: list[str], tmp_path: Path, scratch: Path
 ) -> None:
-    line = [sys.executable, "-m", "neo_export.cli", *command, "-o", str(tmp_path / "bundle")]
+    line = [sys.executable, "-m", "neo_export.command.cli", *command]
+    line += ["-o", str(tmp_path / "bundle")]
     with subprocess.Popen([*line, "--max-kl", "0.001"], stderr=subprocess.PIPE, text=True) as child:
         assert child.stderr is not None
         for said in child.stderr:

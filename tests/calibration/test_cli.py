@@ -15,7 +15,7 @@ from helpers.models import DEMO, TinyConfig, make_checkpoint
 from neo_calibration.auto.__main__ import main as search
 from neo_calibration.cli import main
 from neo_export.checkpoint.folder import open_checkpoint
-from neo_export.cli import main as export
+from neo_export.command.cli import main as export
 from neo_export.decisions.calibrated import uses_gptq
 from neo_export.quantize.plan import Storage, WeightPlan
 from neo_export.statistics.folder import Statistics

@@ -16,7 +16,7 @@ import pytest
 from helpers.models import DEMO, Reference, TinyConfig, make_checkpoint, random_ids
 from helpers.running import Graphs, assert_agrees, session_options
 from neo_export.checkpoint.folder import open_checkpoint
-from neo_export.cli import main
+from neo_export.command.cli import main
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.quantize.quantizer import EightBits

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from neo_export.cli import _target
-from neo_export.export_parser import export_parser
+from neo_export.command.cli import _target
+from neo_export.command.export_parser import export_parser
 from neo_export.targets import TARGETS
 from neo_export.tolerances import QUALITY
 

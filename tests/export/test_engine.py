@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers.nvidia import flavour, needs_tensorrt_rtx, write_hollow_graphs
-from neo_export.cli import main as export_main
+from neo_export.command.cli import main as export_main
 from neo_export.engine import build as build_module
 from neo_export.engine.build import build_engine, read_bundle
 from neo_export.engine.cli import main

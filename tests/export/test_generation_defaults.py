@@ -19,7 +19,7 @@ from neo_export.checkpoint.generation_defaults import (
     generation_defaults,
     warn_once,
 )
-from neo_export.cli import main
+from neo_export.command.cli import main
 from neo_runtime.errors import CheckpointError
 from neo_runtime.options import GenerationOptions
 from transformers import GenerationConfig, GPTNeoForCausalLM

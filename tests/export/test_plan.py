@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from helpers.graphs import spec_of
 from helpers.models import TinyConfig, make_checkpoint
-from neo_export.cli import main
+from neo_export.command.cli import main
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.quantize.plan import Storage, WeightPlan

@@ -10,7 +10,7 @@ import neo_export
 import neo_runtime
 import pytest
 from neo_export.checkpoint.tokenizer_files import find_tokenizer_files, read_tokenizer_json
-from neo_export.cli import main
+from neo_export.command.cli import main
 from neo_runtime.errors import CheckpointError, RequestError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer

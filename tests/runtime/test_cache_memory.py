@@ -13,7 +13,7 @@ from helpers.held_out import held_out_ids
 from helpers.int8_cache import calibrated
 from helpers.mappings import private_bytes
 from helpers.models import DEMO
-from neo_export.cli import main as export
+from neo_export.command.cli import main as export
 from neo_runtime.backends import unused_memory
 from neo_runtime.backends.binding import BoundCall
 from neo_runtime.backends.cache_memory import KeptBlock, aligned_arrays, aligned_size

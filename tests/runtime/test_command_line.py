@@ -129,7 +129,7 @@ def test_wrong_usage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     "module",
     [
         "neo_calibration.cli",
-        "neo_export.cli",
+        "neo_export.command.cli",
         "neo_export.engine.cli",
         "neo_runtime.cli",
         "neo_runtime.verify",

@@ -14,7 +14,7 @@ from helpers.joining import assert_rows_join
 from helpers.models import DEMO, TinyConfig, make_checkpoint, random_ids
 from helpers.prefixes import assert_prefixes_hold
 from helpers.running import relative_l2
-from neo_export.cli import main as export
+from neo_export.command.cli import main as export
 from neo_export.tolerances import TOLERANCES
 from neo_runtime.backends.staged_cache import StagedCache
 

@@ -110,7 +110,8 @@ class Session:
         """Export the checkpoint to the folder `name`; the same arguments give the same export."""
         folder = self.scratch(name)
         self.read_checkpoint()
-        command = ("-m", "neo_export.cli", str(self.checkpoint), "-o", str(folder), *options)
+        output = ("-o", str(folder))
+        command = ("-m", "neo_export.command.cli", str(self.checkpoint), *output, *options)
         measured = self.python(command, f"export {name}")
         return Export(bundle=folder, measured=measured, command=shown(command))
 

@@ -157,7 +157,7 @@ def _failed_verification(
     if match is None:
         raise error
     place, value, limit = match.groups()
-    export = ("-m", "neo_export.cli", str(session.checkpoint), "-o", "BUNDLE")
+    export = ("-m", "neo_export.command.cli", str(session.checkpoint), "-o", "BUNDLE")
     command = (*export, *options, "--verify")
     return Figure(
         name=f"{form}: {place}: worst relative L2",

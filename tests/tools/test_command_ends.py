@@ -18,7 +18,7 @@ EXTRAS = set(PROJECT["optional-dependencies"])
 NOTHING = "interrupted, nothing was written"
 RESUMES = "interrupted; the same command continues after the last finished layer"
 COMMANDS = [
-    ("neo_export.cli", "_run", ["-o", "b"], "neo-export", NOTHING),
+    ("neo_export.command.cli", "_run", ["-o", "b"], "neo-export", NOTHING),
     ("neo_export.engine.cli", "_build", ["b"], "neo-engine", NOTHING),
     ("neo_calibration.cli", "_run", ["m", "--text", "t", "-o", "s"], "neo-calibrate", RESUMES),
     (

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.checkpoint.hub import resolve_model
+from neo_export.command.search_options import check_divergence, check_report_folder, parse_size
 from neo_export.files.text_file import write_text_file
 from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.quantize.int4 import BLOCK_SIZES, largest_block_size
 from neo_export.quantize.plan import Storage, WeightPlan, check_patterns
-from neo_export.search_options import check_divergence, check_report_folder, parse_size
 from neo_export.statistics.folder import Statistics
 from neo_runtime.errors import RequestError
 

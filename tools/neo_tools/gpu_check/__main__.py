@@ -139,7 +139,7 @@ def run_suite(tests: Path, device: int = 0) -> Suite:
 
 def _measure(arguments: argparse.Namespace, backend: str, folder: Path) -> Iterator[BackendRun]:
     """Export, run neo-bench beside PyTorch, and compare with the targets: more each time."""
-    from neo_export.cli import DEMO
+    from neo_export.command.cli import DEMO
     from neo_export.exporter import ExportOptions, export_bundle
 
     from neo_tools.bench.run import run

@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING
 from neo_runtime.command_line import run_command
 from neo_runtime.errors import EngineError, RequestError
 
-from neo_export.export_parser import export_parser
+from neo_export.command.export_parser import export_parser
+from neo_export.command.search_options import search_arguments
 from neo_export.reports.stages import StageLine
-from neo_export.search_options import search_arguments
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
 
+    from neo_export.command.run_calibration import Searched
     from neo_export.engine.build import BuiltEngine
     from neo_export.exporter import ExportOptions, ExportSummary
-    from neo_export.run_calibration import Searched
     from neo_export.targets import Quantization
 
 __all__ = ["main"]
 
 _CHECK_FAILED = 1
-DEMO = Path(__file__).parent / "demo" / "neo-mini"
+DEMO = Path(__file__).parents[1] / "demo" / "neo-mini"
 
 _LAYOUTS = {
     "in_place": "updated in place",
@@ -71,9 +71,9 @@ def _export(
 ) -> tuple[ExportSummary, Searched | None, BuiltEngine | None]:
     # Slow imports come only now, so that --help and wrong usage answer at once.
     from neo_export.bundle.staging import check_destination
+    from neo_export.command.run_calibration import calibration_folder, searched
     from neo_export.exporter import ExportOptions, export_bundle
     from neo_export.files.termination import termination_raises
-    from neo_export.run_calibration import calibration_folder, searched
 
     model = arguments.model or str(DEMO)
     precision, quantization = _quantization(arguments)

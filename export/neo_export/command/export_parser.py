@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neo_runtime.command_line import add_version
 
-from neo_export.search_options import add_search_options
+from neo_export.command.search_options import add_search_options
 
 __all__ = ["export_parser"]
 
