@@ -6,6 +6,7 @@ import ast
 import importlib
 from pathlib import Path
 
+import neo_export
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,11 @@ ALLOWED = {
     "calibration/neo_calibration": ("neo_calibration", "neo_export", "neo_runtime"),
     "tools/neo_tools": OURS,
 }
+EXPORT = ROOT / "export/neo_export"
+EXPORT_PARTS = tuple(
+    line.split()[0] for line in (neo_export.__doc__ or "").splitlines() if "  " in line
+)
+"""Folders and files of `neo_export`, in its own list: each imports only itself and those before."""
 
 
 def imports(file: Path) -> set[str]:
@@ -49,6 +55,22 @@ def test_imports_only_what_it_may(folder: str) -> None:
         for name in imports(file):
             allowed = any(name == a or name.startswith(f"{a}.") for a in ALLOWED[folder])
             assert allowed, f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_every_part_of_the_export_has_its_place() -> None:
+    sources = {path.relative_to(EXPORT).parts[0] for path in EXPORT.rglob("*.py")}
+    assert {name.removesuffix(".py") for name in sources} == {*EXPORT_PARTS, "__init__"}
+
+
+@pytest.mark.parametrize("part", EXPORT_PARTS)
+def test_the_export_flows_one_way(part: str) -> None:
+    allowed = EXPORT_PARTS[: EXPORT_PARTS.index(part) + 1]
+    for file in (EXPORT / f"{part}.py", *sorted((EXPORT / part).rglob("*.py"))):
+        for name in imports(file) if file.is_file() else ():
+            first, *rest = name.split(".")
+            if first == "neo_export":
+                assert rest, f"{file.relative_to(ROOT)} imports neo_export whole"
+                assert rest[0] in allowed, f"{file.relative_to(ROOT)} imports {name}"
 
 
 def test_a_wrong_import_would_be_seen(tmp_path: Path) -> None:
