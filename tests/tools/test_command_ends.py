@@ -31,6 +31,7 @@ COMMANDS = [
     ("neo_runtime.cli", "_run", ["b", "p"], "neo-generate", None),
     ("neo_tools.bench.cli", "_run", ["b"], "neo-bench", None),
     ("neo_tools.diff.cli", "_run", ["b", "--reference", "m"], "neo-diff", None),
+    ("neo_tools.evaluate.cli", "_run", ["b", "--tasks", "t"], "neo-eval", None),
     ("neo_tools.gpu_check.__main__", "_run", [], "gpu-check", None),
 ]
 

@@ -1,0 +1,173 @@
+"""`neo-eval BUNDLE [BUNDLE …] --tasks LIST`: the field's tasks, and what quantization took."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.command_line import OneLineParser, add_version, run_command
+from neo_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lm_eval.api.model import LM
+
+    from neo_tools.evaluate.paired import Results
+
+__all__ = ["main"]
+
+_WORSE = 1
+_EPILOG = """Tasks are those of lm-evaluation-harness (`lm_eval ls tasks`): lambada_openai, piqa,
+winogrande, hellaswag, wikitext, …; their data sets are downloaded from the Hugging Face hub, unless
+a task of your own, in --include-path, names local files.
+
+The first BUNDLE, or --reference, is the baseline. The others answer the same questions, so their
+differences from it are paired: the standard error is of the mean difference by sample.
+
+  neo-eval gpt-neo-fp32 gpt-neo-int4 --tasks lambada_openai,piqa --max-drop 0.01
+
+exit status: 0 done; 1 a mean, such as an accuracy, is lower than the baseline's by more than
+--max-drop; 2 wrong usage, or something that cannot be run; 130 interrupted"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    arguments = _parser().parse_args(argv)
+    return run_command("neo-eval", lambda: _run(arguments), extras="cpu,eval")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    import neo_tools.evaluate.run as evaluation
+    from neo_tools.evaluate.report import markdown, plain, tabulated, worst_drop
+
+    names = _labels(arguments.bundles)
+    results: dict[str, Results] = {}
+    if arguments.reference is not None:
+        _say(f"{arguments.reference}: in PyTorch", arguments)
+        reference = evaluation.reference_model(arguments.reference)
+        results[f"PyTorch {arguments.reference.resolve().name}"] = _evaluated(reference, arguments)
+        del reference
+    for name, path in names.items():
+        _say(name, arguments)
+        with ExitStack() as stack:
+            model = evaluation.open_bundle(
+                path, arguments.backend, arguments.threads, quiet=arguments.quiet
+            )
+            stack.callback(model.close)
+            results[name] = _evaluated(model, arguments)
+    table, baseline = tabulated(results), next(iter(results))
+    if arguments.json:
+        print(json.dumps(plain(table, baseline), indent=1))
+    else:
+        sys.stdout.write(markdown(table, baseline))
+    return _WORSE if worst_drop(table) > arguments.max_drop else 0
+
+
+def _evaluated(model: LM, arguments: argparse.Namespace) -> Results:
+    from neo_tools.evaluate.run import evaluated
+
+    return evaluated(
+        model,
+        arguments.tasks.split(","),
+        include_path=arguments.include_path,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+    )
+
+
+def _labels(bundles: Sequence[Path]) -> dict[str, Path]:
+    """By folder name, or by the whole path where two have one name.
+
+    Raises:
+        RequestError: a bundle is named twice.
+    """
+    if len({path.resolve() for path in bundles}) < len(bundles):
+        raise RequestError("a bundle is named twice; name each of them once")
+    names = [path.resolve().name for path in bundles]
+    return {
+        name if names.count(name) == 1 else str(path): path
+        for name, path in zip(names, bundles, strict=True)
+    }
+
+
+def _say(line: str, arguments: argparse.Namespace) -> None:
+    if not arguments.quiet:
+        print(f"neo-eval: {line}", file=sys.stderr, flush=True)
+
+
+def _at_least(least: int) -> Any:
+    def number(text: str) -> int:
+        found = int(text)
+        if found < least:
+            raise argparse.ArgumentTypeError(f"{found} is too small; at least {least}")
+        return found
+
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="neo-eval",
+        usage="%(prog)s [options] BUNDLE [BUNDLE ...] --tasks LIST",
+        description="Measure bundles by tasks of lm-evaluation-harness, and compare them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_version(parser)
+    parser.add_argument(
+        "bundles", metavar="BUNDLE", nargs="+", type=Path, help="folders with neo.json"
+    )
+    parser.add_argument("--tasks", metavar="LIST", required=True, help="names, with commas")
+    parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        type=Path,
+        help="a checkpoint as the baseline, in PyTorch float32 (needs lm_eval[hf])",
+    )
+    parser.add_argument(
+        "--include-path", metavar="FOLDER", type=Path, help="a folder of more tasks, as YAML"
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        metavar="N",
+        type=_at_least(0),
+        help="examples before each question (default: the task's)",
+    )
+    parser.add_argument(
+        "--limit", metavar="N", type=_at_least(1), help="only the first N samples of each task"
+    )
+    parser.add_argument(
+        "--max-drop",
+        metavar="X",
+        type=float,
+        default=float("inf"),
+        help="fail if a mean is lower than the baseline's by more than X (default: never)",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "cuda", "tensorrt"),
+        default="auto",
+        help="what runs the bundles (default: auto)",
+    )
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=_at_least(1),
+        help="threads per operator (default: physical cores)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

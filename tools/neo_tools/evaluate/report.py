@@ -1,0 +1,95 @@
+"""Scores of several models as a table, or as JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from neo_tools.evaluate.paired import difference, scores
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from neo_tools.evaluate.paired import Difference, Results, Score
+
+__all__ = ["Table", "markdown", "plain", "tabulated", "worst_drop"]
+
+Table = list[tuple["Score", list[tuple[str, "Score", "Difference | None"]]]]
+"""For each metric the baseline's score, and the others' with what tells them from it."""
+
+
+def tabulated(results: Mapping[str, Results]) -> Table:
+    """The first is the baseline."""
+    (_, baseline), *others = results.items()
+    theirs = {name: {score.key: score for score in scores(found)} for name, found in others}
+    return [
+        (
+            score,
+            [
+                (name, theirs[name][score.key], difference(baseline, found, score))
+                for name, found in others
+            ],
+        )
+        for score in scores(baseline)
+    ]
+
+
+def worst_drop(table: Table) -> float:
+    """The largest loss of a mean over samples, in the metric's own unit; 0 if nothing got worse.
+
+    Of metrics where larger is better, such as accuracy; a perplexity has another unit.
+    """
+    drops = [
+        -found.mean
+        for score, others in table
+        for _, _, found in others
+        if found is not None and score.higher_is_better and not found.is_log
+    ]
+    return max([0.0, *drops])
+
+
+def markdown(table: Table, baseline: str) -> str:
+    """A line for each metric and model."""
+    lines = [
+        "| task | metric | model | score | difference (paired) | samples judged otherwise |",
+        "|---|---|---|---|---|---|",
+    ]
+    for score, others in table:
+        metric = f"{score.metric} {'↑' if score.higher_is_better else '↓'}"
+        lines.append(f"| {score.task} | {metric} | {baseline} | {_value(score)} | | |")
+        for name, own, found in others:
+            shown, changed = "", ""
+            if found is not None:
+                shown = f"{found.mean:+.4f} ± {found.error:.4f}{' (ln)' if found.is_log else ''}"
+                changed = "" if found.is_log else f"{found.changed} of {score.samples}"
+            lines.append(f"| | | {name} | {_value(own)} | {shown} | {changed} |")
+    return "\n".join(lines) + "\n"
+
+
+def _value(score: Score) -> str:
+    if score.error is None or math.isnan(score.error):
+        return f"{score.value:.4f}"
+    return f"{score.value:.4f} ± {score.error:.4f}"
+
+
+def plain(table: Table, baseline: str) -> dict[str, Any]:
+    """For JSON."""
+    return {
+        "baseline": baseline,
+        "scores": [
+            {
+                **asdict(score),
+                "others": [
+                    {
+                        "model": name,
+                        "value": own.value,
+                        "error": own.error,
+                        "difference": None if found is None else asdict(found),
+                    }
+                    for name, own, found in others
+                ],
+            }
+            for score, others in table
+        ],
+    }

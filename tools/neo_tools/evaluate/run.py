@@ -1,0 +1,78 @@
+"""One model, some tasks: what `neo-eval` asks lm-evaluation-harness for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+from neo_runtime.errors import RequestError
+
+from neo_tools.evaluate.lm import NeoLM
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from lm_eval.api.model import LM
+
+    from neo_tools.evaluate.paired import Results
+
+__all__ = ["evaluated", "open_bundle", "reference_model"]
+
+
+def open_bundle(path: Path, backend: str, threads: int | None, *, quiet: bool) -> NeoLM:
+    """A bundle for the harness."""
+    return NeoLM(path, backend=backend, threads=threads, show_progress=not quiet)
+
+
+def reference_model(checkpoint: Path) -> LM:
+    """PyTorch's GPT-Neo, as the harness runs it; eager attention, which keeps to the window.
+
+    Raises:
+        RequestError: it is no checkpoint.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    if not (checkpoint / "config.json").is_file():
+        raise RequestError(f"{checkpoint} is no checkpoint: it has no config.json")
+    return HFLM(
+        pretrained=str(checkpoint),
+        dtype="float32",
+        device="cpu",
+        batch_size=1,
+        attn_implementation="eager",
+    )
+
+
+def evaluated(
+    model: LM,
+    tasks: Sequence[str],
+    *,
+    include_path: Path | None,
+    num_fewshot: int | None,
+    limit: int | None,
+) -> Results:
+    """Run tasks, with every sample in the result.
+
+    Raises:
+        RequestError: there is no such task.
+    """
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise RequestError(
+            f"there is no task {', '.join(unknown)}; `lm_eval ls tasks` lists the harness's own, "
+            "and --include-path names a folder of your own"
+        )
+    found: dict[str, Any] | None = lm_eval.simple_evaluate(
+        model=model,
+        tasks=list(tasks),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    assert found is not None  # None is for the other ranks of a distributed run
+    return found
