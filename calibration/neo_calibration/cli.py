@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neo_export.reports.stages import StageLine
-from neo_runtime.command_line import add_version, run_command
+from neo_runtime.command.command_line import add_version, run_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

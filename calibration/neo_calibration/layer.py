@@ -9,7 +9,7 @@ from neo_export.gpt_neo.parameters import LAYER_MATRICES
 
 if TYPE_CHECKING:
     from neo_export.comparison.reference import LayeredReference
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
     from numpy.typing import NDArray
 
 __all__ = ["ObservedLayer"]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from neo_runtime.documents import document_ids, read_documents
 from neo_runtime.errors import RequestError, StatisticsError
-from neo_runtime.tokenizer import Tokenizer
+from neo_runtime.text.documents import document_ids, read_documents
+from neo_runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +55,7 @@ def read_text(
     """Tokenize, and pack into full contexts until there are `tokens` of them.
 
     Args:
-        files: as `neo_runtime.documents.read_documents` takes them.
+        files: as `neo_runtime.text.documents.read_documents` takes them.
         checkpoint: gives the tokenizer and the position table's length.
         tokens: how many positions to take at most.
         max_length: positions a context has; None for all that the model has.

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+from neo_runtime.bundle.manifest import MANIFEST_NAME, Manifest
 from neo_runtime.errors import DependencyError, RequestError
-from neo_runtime.manifest import MANIFEST_NAME, Manifest
 
 from neo_export.bundle.built_graphs import build_graphs, graph_spec
 from neo_export.bundle.check import check_bundle, scoring_graph

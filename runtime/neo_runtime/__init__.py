@@ -7,6 +7,26 @@
 
 Importing this package imports none of the three: names are looked up when first used, and
 onnxruntime is imported by `load`.
+
+Its parts; each imports only itself and those above it:
+
+errors        everything that is raised on purpose
+closable      what ends with a `with` block
+forks         what a forked child does first
+machine       processors, GPUs and installed packages
+bundle        a folder on disk: its manifest, and whether all of it is there
+options       names and values of generation options
+text          text and token ids
+backends      graphs, and caches in an engine's memory
+cache         caches as callers see them, and the account of all
+cached_model  a bundle as a function of token ids
+sampling      from logits to the next token
+generation    continuations of prompts, in batches and as streams
+model         a bundle as callers see it
+loading       `load`
+scheduling    requests that join a running batch
+command       `neo-generate` and `neo-verify`
+entry         where both commands begin
 """
 
 from __future__ import annotations
@@ -15,7 +35,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neo_runtime.completion import Completion, Timings
+    from neo_runtime.bundle.manifest import Manifest
+    from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.errors import (
         BundleDamagedError,
         BundleError,
@@ -31,17 +52,16 @@ if TYPE_CHECKING:
         RequestError,
         VerificationError,
     )
-    from neo_runtime.kv_cache import KVCache
+    from neo_runtime.generation.completion import Completion, Timings
+    from neo_runtime.generation.prefix import Prefix
+    from neo_runtime.generation.text_stream import TextStream
     from neo_runtime.loading import load
-    from neo_runtime.manifest import Manifest
     from neo_runtime.model import Model
-    from neo_runtime.options import GenerationOptions
-    from neo_runtime.pending import PendingCompletion
-    from neo_runtime.prefix import Prefix
-    from neo_runtime.sampling import Choice
-    from neo_runtime.scheduler import Scheduler
-    from neo_runtime.text_stream import TextStream
-    from neo_runtime.tokenizer import Tokenizer
+    from neo_runtime.options.generation_options import GenerationOptions
+    from neo_runtime.sampling.row_sampler import Choice
+    from neo_runtime.scheduling.pending import PendingCompletion
+    from neo_runtime.scheduling.scheduler import Scheduler
+    from neo_runtime.text.tokenizer import Tokenizer
 
 __all__ = [
     "BundleDamagedError",
@@ -73,18 +93,18 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Choice": "sampling",
-    "Completion": "completion",
-    "GenerationOptions": "options",
-    "KVCache": "kv_cache",
-    "Manifest": "manifest",
+    "Choice": "sampling.row_sampler",
+    "Completion": "generation.completion",
+    "GenerationOptions": "options.generation_options",
+    "KVCache": "cache.kv_cache",
+    "Manifest": "bundle.manifest",
     "Model": "model",
-    "PendingCompletion": "pending",
-    "Prefix": "prefix",
-    "Scheduler": "scheduler",
-    "TextStream": "text_stream",
-    "Timings": "completion",
-    "Tokenizer": "tokenizer",
+    "PendingCompletion": "scheduling.pending",
+    "Prefix": "generation.prefix",
+    "Scheduler": "scheduling.scheduler",
+    "TextStream": "generation.text_stream",
+    "Timings": "generation.completion",
+    "Tokenizer": "text.tokenizer",
     "load": "loading",
 }
 

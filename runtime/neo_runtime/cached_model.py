@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_runtime.cache_ledger import CacheLedger
+from neo_runtime.cache.kv_cache import KVCache, row_numbers
+from neo_runtime.cache.ledger import CacheLedger
 from neo_runtime.closable import Closable
 from neo_runtime.errors import ContextLengthError, NeoError, RequestError
-from neo_runtime.kv_cache import KVCache, row_numbers
-from neo_runtime.option_values import count
-from neo_runtime.prompts import of_each, prompt_ids, token_array
-from neo_runtime.tokenizer import Tokenizer
+from neo_runtime.options.values import count
+from neo_runtime.text.prompts import of_each, prompt_ids, token_array
+from neo_runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_runtime.backends.choice import Chosen
-    from neo_runtime.bundle import Bundle
-    from neo_runtime.manifest import Manifest
-    from neo_runtime.prompts import Prompt
-    from neo_runtime.step_logits import StepLogits
+    from neo_runtime.backends.step_logits import StepLogits
+    from neo_runtime.bundle.folder import Bundle
+    from neo_runtime.bundle.manifest import Manifest
+    from neo_runtime.text.prompts import Prompt
 
 __all__ = ["CachedModel"]
 

@@ -22,7 +22,7 @@ def entry(module: str) -> Callable[[], int]:
 
     def start() -> int:
         try:
-            from neo_runtime.standard_streams import prepare_streams
+            from neo_runtime.command.standard_streams import prepare_streams
 
             prepare_streams()
             status: int = importlib.import_module(module).main()
@@ -33,5 +33,5 @@ def entry(module: str) -> Callable[[], int]:
     return start
 
 
-generate = entry("neo_runtime.cli")
-verify = entry("neo_runtime.verify")
+generate = entry("neo_runtime.command.generate")
+verify = entry("neo_runtime.command.verify")

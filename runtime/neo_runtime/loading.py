@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from neo_runtime.backends.choice import BackendOptions, open_backend
-from neo_runtime.bundle import open_bundle
+from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.closable import closed_on_error
-from neo_runtime.cores import chosen_threads
 from neo_runtime.errors import RequestError
+from neo_runtime.machine.cores import chosen_threads
 from neo_runtime.model import Model
-from neo_runtime.option_values import count
+from neo_runtime.options.values import count
 
 if TYPE_CHECKING:
     import os

@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from neo_runtime.batches import sampled_completions
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import ContextLengthError, RequestError
-from neo_runtime.generation_config import GENERATION_CONFIG, file_error
-from neo_runtime.generator import beam_completions, never, steps
-from neo_runtime.option_values import count
-from neo_runtime.options import GenerationOptions
-from neo_runtime.prefix import Prefix
-from neo_runtime.prompts import as_list, of_each, prompt_ids, with_bad_words
-from neo_runtime.rows import cancelled_rows, make_rows
-from neo_runtime.text_stream import TextStream
+from neo_runtime.generation.batches import sampled_completions
+from neo_runtime.generation.generator import beam_completions, never, steps
+from neo_runtime.generation.prefix import Prefix
+from neo_runtime.generation.rows import cancelled_rows, make_rows
+from neo_runtime.generation.text_stream import TextStream
+from neo_runtime.options.generation_config import GENERATION_CONFIG, file_error
+from neo_runtime.options.generation_options import GenerationOptions
+from neo_runtime.options.values import count
+from neo_runtime.text.prompts import as_list, of_each, prompt_ids, with_bad_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from neo_runtime.completion import Completion
-    from neo_runtime.prompts import Prompt
-    from neo_runtime.rows import Row
+    from neo_runtime.generation.completion import Completion
+    from neo_runtime.generation.rows import Row
+    from neo_runtime.text.prompts import Prompt
 
 __all__ = ["Model"]
 

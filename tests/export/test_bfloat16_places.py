@@ -21,7 +21,7 @@ from neo_export.comparison.reference import LayeredReference
 from neo_export.comparison.trace import Text, Trace
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.tolerances import limits_name
-from neo_runtime.bundle import open_bundle
+from neo_runtime.bundle.folder import open_bundle
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 

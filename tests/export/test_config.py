@@ -15,7 +15,7 @@ from transformers.activations import ACT2CLS, ACT2FN
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
 
 token_id = st.integers(0, 60000)
 

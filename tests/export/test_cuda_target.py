@@ -23,8 +23,8 @@ from neo_export.quantize.quantizer import EightBits
 from neo_export.quantize.stored import StoredWeights
 from neo_export.targets import TARGETS, Quantization
 from neo_export.tolerances import TOLERANCES
+from neo_runtime.bundle.manifest import CANDIDATE_OUTPUTS, Manifest
 from neo_runtime.errors import RequestError
-from neo_runtime.manifest import CANDIDATE_OUTPUTS, Manifest
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,7 +23,7 @@ from neo_export.engine.network import add_profiles, parse_graph, profile_shapes
 from neo_export.engine.progress import kept_interrupt, progress_monitor
 from neo_export.engine.ranges import EngineRequest, resolve_options
 from neo_export.exporter import ExportOptions, export_bundle
-from neo_runtime.engine_record import (
+from neo_runtime.bundle.engine_record import (
     DECODE_PROFILE,
     ENGINES_FOLDER,
     PREFILL_PROFILE,
@@ -32,8 +32,8 @@ from neo_runtime.engine_record import (
     read_records,
     why_unfit,
 )
+from neo_runtime.bundle.manifest import Manifest, ModelSpec
 from neo_runtime.errors import BundleDamagedError, BundleError, EngineError, RequestError
-from neo_runtime.manifest import Manifest, ModelSpec
 from onnx import TensorProto, helper
 
 if TYPE_CHECKING:

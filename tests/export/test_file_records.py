@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from helpers.bundles import make_bundle
 from neo_export.bundle.file_records import copy_file, record_file, record_files, write_file
+from neo_runtime.bundle.manifest import FileRecord
 from neo_runtime.errors import OutputError
-from neo_runtime.manifest import FileRecord
 
 
 def test_every_file_but_the_manifest(tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ from neo_export.bundle.genai import genai_config
 from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.passes.fuse_attention import GUARD_NODE
-from neo_runtime.manifest import CacheSpec
+from neo_runtime.bundle.manifest import CacheSpec
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # both libraries look for it when they start
 og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")

@@ -21,7 +21,7 @@ from neo_export.checkpoint.generation_defaults import (
 )
 from neo_export.command.cli import main
 from neo_runtime.errors import CheckpointError
-from neo_runtime.options import GenerationOptions
+from neo_runtime.options.generation_options import GenerationOptions
 from transformers import GenerationConfig, GPTNeoForCausalLM
 
 DEMO = Path(neo_export.__file__).parent / "demo" / "neo-mini"

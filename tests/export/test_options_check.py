@@ -16,7 +16,7 @@ from neo_runtime.errors import RequestError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
 
 PLAN = WeightPlan(Storage("int8"), (("transformer.wte.weight", Storage("int4", 128)),))
 HALF = WeightPlan(Storage("int8"), (("transformer.wte.weight", Storage("fp16")),))

@@ -19,7 +19,7 @@ from neo_export.tolerances import TOLERANCES
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.manifest import Manifest
+    from neo_runtime.bundle.manifest import Manifest
     from numpy.typing import NDArray
 
 LAYER_PLACES = ("query", "key", "value", "attended", "attention", "mlp", "residual")

@@ -21,7 +21,7 @@ from helpers.kills import snapshot
 from neo_export.bundle.file_records import write_file
 from neo_export.bundle.staging import check_destination, staged_folder
 from neo_export.files import output_errors, private_folder, renames
-from neo_runtime.bundle import open_bundle
+from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import OutputError
 
 if TYPE_CHECKING:

@@ -23,8 +23,7 @@ import pytest
 from helpers.fake_engine import FakeContext, FakeEngine
 from helpers.nvidia import needs_tensorrt_rtx
 from neo_export.engine import flavour
-from neo_runtime import tensorrt_log
-from neo_runtime.backends import tensorrt, tensorrt_plan, tensorrt_store
+from neo_runtime.backends.gpu import tensorrt, tensorrt_log, tensorrt_plan, tensorrt_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

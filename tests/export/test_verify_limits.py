@@ -12,13 +12,13 @@ from neo_export.decisions.calibrated import Calibrated
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import TARGETS
 from neo_export.tolerances import LOCAL, TOLERANCES, limits_name, tolerance_name
-from neo_runtime.bundle import open_bundle
+from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import VerificationError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.manifest import Manifest
+    from neo_runtime.bundle.manifest import Manifest
 
 PRECISIONS = {precision for target in TARGETS.values() for precision in target.precisions}
 

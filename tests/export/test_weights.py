@@ -14,8 +14,8 @@ import pytest
 from helpers.models import TinyConfig, make_checkpoint
 from neo_export.bundle import weights
 from neo_export.exporter import ExportOptions, export_bundle
+from neo_runtime.bundle.manifest import Manifest
 from neo_runtime.errors import CheckpointError
-from neo_runtime.manifest import Manifest
 from safetensors.numpy import load_file, save_file
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from neo_runtime.errors import NeoError
-from neo_runtime.gpu import GpuFacts, require_gpu
+from neo_runtime.machine.gpu import GpuFacts, require_gpu
 
 
 @pytest.fixture(scope="session")

@@ -19,17 +19,17 @@ from helpers.running import relative_l2
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
 from neo_export.tolerances import TOLERANCES
-from neo_runtime.backends.cuda import CudaBackend
+from neo_runtime.backends.gpu.cuda import CudaBackend
+from neo_runtime.bundle.manifest import Manifest
 from neo_runtime.errors import NeoError
-from neo_runtime.gpu import require_cuda_provider
-from neo_runtime.manifest import Manifest
+from neo_runtime.machine.gpu import require_cuda_provider
 from neo_tools.diff.cli import main as diff_main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from neo_runtime.gpu import GpuFacts
+    from neo_runtime.machine.gpu import GpuFacts
     from neo_runtime.model import Model
 
 pytestmark = pytest.mark.gpu
@@ -161,7 +161,7 @@ def test_candidates_give_the_text_of_full_logits(
     for options in ({}, {"do_sample": True, "seed": 3}, {"do_sample": True, "seed": 4, "top_k": 0}):
         found = model.generate(["Once upon a time", "The"], max_new_tokens=60, **options)
         with monkeypatch.context() as patch:
-            patch.setattr("neo_runtime.step_logits.RowLogits.candidates", None)
+            patch.setattr("neo_runtime.backends.step_logits.RowLogits.candidates", None)
             full = model.generate(["Once upon a time", "The"], max_new_tokens=60, **options)
         assert [c.text for c in found] == [c.text for c in full]
 
@@ -179,8 +179,8 @@ def test_checkpoints_that_stand_out(name: str, gpu: GpuFacts, tmp_path: Path) ->
 
 def _memory_of_more_sessions(bundle: Path) -> tuple[int, int]:
     """Bytes on the device that prefill and score add to decode, and those of the weights."""
-    from neo_runtime.backends.cuda_device import checked
-    from neo_runtime.gpu import cuda_runtime
+    from neo_runtime.backends.gpu.cuda_device import checked
+    from neo_runtime.machine.gpu import cuda_runtime
 
     cuda = cuda_runtime()
 

@@ -18,14 +18,14 @@ from neo_export.engine.device import device_for
 from neo_export.engine.flavour import find_flavour
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.tolerances import TOLERANCES
-from neo_runtime.backends.tensorrt_plan import installed_modules
+from neo_runtime.backends.gpu.tensorrt_plan import installed_modules
 from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from neo_runtime.gpu import GpuFacts
+    from neo_runtime.machine.gpu import GpuFacts
     from neo_runtime.model import Model
 
 pytestmark = pytest.mark.gpu

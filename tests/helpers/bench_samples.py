@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from neo_runtime.manifest import ModelSpec
+from neo_runtime.bundle.manifest import ModelSpec
 from neo_tools.bench.machine import Machine
 from neo_tools.bench.results import Limits, ParticipantFacts, Ratio, Results, Row
 from neo_tools.bench.spread import spread

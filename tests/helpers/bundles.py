@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import onnx
-from neo_runtime.manifest import (
+from neo_runtime.bundle.manifest import (
     CacheSpec,
     FileRecord,
     GraphSpec,

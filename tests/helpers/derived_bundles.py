@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.manifest import FileRecord, Manifest
+from neo_runtime.bundle.manifest import FileRecord, Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

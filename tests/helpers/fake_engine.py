@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
-from neo_runtime.bundle import open_bundle
-from neo_runtime.engine_record import EngineOptions, EngineRecord
-from neo_runtime.gpu import GpuFacts
+from neo_runtime.bundle.engine_record import EngineOptions, EngineRecord
+from neo_runtime.bundle.folder import open_bundle
+from neo_runtime.machine.gpu import GpuFacts
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,7 +18,7 @@ from helpers.dequantized import get_attribute, set_attribute
 from helpers.models import TinyConfig
 from neo_export.exporter import ExportOptions
 from neo_export.targets import Quantization
-from neo_runtime.manifest import FileRecord, Manifest
+from neo_runtime.bundle.manifest import FileRecord, Manifest
 from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 

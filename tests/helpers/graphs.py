@@ -14,7 +14,7 @@ from neo_export.gpt_neo.graphs import build_graph
 from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.quantize.plan import WeightPlan
 from neo_export.targets import TARGETS, PassContext, Quantization
-from neo_runtime.manifest import ModelSpec
+from neo_runtime.bundle.manifest import ModelSpec
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from neo_export.bundle.staging import staged_folder
 from neo_export.files import renames
-from neo_runtime.bundle import open_bundle
+from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import OutputError
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from neo_export.engine.flavour import Flavour
     from neo_export.passes.quantize_linear import ActivationRange
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
 
 needs_tensorrt_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
-from neo_runtime.manifest import Manifest
+from neo_runtime.bundle.manifest import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from neo_runtime.kv_cache import KVCache
+    from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.model import Model
 
 
@@ -192,7 +192,7 @@ def test_loading_graphs_is_not_measured(mini_bundle: Path, monkeypatch: pytest.M
                 next(clock)
 
         monkeypatch.setattr(model._backend, "prepare", slow)
-        monkeypatch.setattr("neo_runtime.generator.perf_counter", lambda: next(clock))
+        monkeypatch.setattr("neo_runtime.generation.rows.perf_counter", lambda: next(clock))
         for number, options in enumerate(({}, {"num_beams": 2}), start=1):
             found = model.generate([1], max_new_tokens=2, **options)
             assert 0 < found.timings.time_to_first_token < 100

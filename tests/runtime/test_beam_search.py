@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.reference_processors import tiny_model
-from neo_runtime.beam_search import BeamResult, BeamSearch
 from neo_runtime.errors import RequestError, VerificationError
-from neo_runtime.options import GenerationOptions
+from neo_runtime.options.generation_options import GenerationOptions
+from neo_runtime.sampling.beam_search import BeamResult, BeamSearch
 from transformers import GenerationConfig, GPTNeoForCausalLM
 
 VOCAB = 30

@@ -23,10 +23,10 @@ from helpers.bundles import (
     model_spec,
     rewrite_manifest,
 )
-from neo_runtime import bundle as bundle_module
-from neo_runtime.bundle import open_bundle
+from neo_runtime.bundle import folder as bundle_module
+from neo_runtime.bundle.folder import open_bundle
+from neo_runtime.bundle.manifest import CacheSpec, FileRecord, TensorSpec
 from neo_runtime.errors import BundleDamagedError, BundleError, BundleUnsupportedError, RequestError
-from neo_runtime.manifest import CacheSpec, FileRecord, TensorSpec
 
 SMALL_FILES = ("prefill.onnx", "decode.onnx", "score.onnx", "config.json", "tokenizer.json")
 

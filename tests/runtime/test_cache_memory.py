@@ -14,10 +14,10 @@ from helpers.int8_cache import calibrated
 from helpers.mappings import private_bytes
 from helpers.models import DEMO
 from neo_export.command.cli import main as export
-from neo_runtime.backends import unused_memory
-from neo_runtime.backends.binding import BoundCall
-from neo_runtime.backends.cache_memory import KeptBlock, aligned_arrays, aligned_size
-from neo_runtime.backends.in_place import InPlaceStore
+from neo_runtime.backends.cpu import unused_memory
+from neo_runtime.backends.cpu.binding import BoundCall
+from neo_runtime.backends.cpu.cache_memory import KeptBlock, aligned_arrays, aligned_size
+from neo_runtime.backends.cpu.in_place import InPlaceStore
 from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from neo_runtime.options import GenerationOptions
-from neo_runtime.sampling import RowSampler, row_generator
-from neo_runtime.step_logits import CandidateRows, StepLogits
+from neo_runtime.backends.step_logits import CandidateRows, StepLogits
+from neo_runtime.options.generation_options import GenerationOptions
+from neo_runtime.sampling.row_sampler import RowSampler, row_generator
 
 VOCABULARY, COUNT = 600, 64
 

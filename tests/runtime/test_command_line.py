@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import pytest
-from neo_runtime.command_line import OneLineParser, run_command
+from neo_runtime.command.command_line import OneLineParser, run_command
 from neo_runtime.errors import DependencyError, RequestError, VerificationError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def test_a_reader_that_went_away() -> None:
     """The interpreter's own last flush must not complain, either."""
     code = (
         "import sys\n"
-        "from neo_runtime.command_line import run_command\n"
+        "from neo_runtime.command.command_line import run_command\n"
         "def work():\n"
         "    sys.stdin.read()\n"
         "    print('x' * 100)\n"  # stays in the buffer until it is flushed
@@ -131,8 +131,8 @@ def test_wrong_usage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         "neo_calibration.cli",
         "neo_export.command.cli",
         "neo_export.engine.cli",
-        "neo_runtime.cli",
-        "neo_runtime.verify",
+        "neo_runtime.command.generate",
+        "neo_runtime.command.verify",
         "neo_tools.bench.cli",
         "neo_tools.diff.cli",
     ],

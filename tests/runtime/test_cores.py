@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from neo_runtime.cores import chosen_threads, physical_cores, usable_processors
 from neo_runtime.errors import RequestError
+from neo_runtime.machine.cores import chosen_threads, physical_cores, usable_processors
 
 
 def test_at_least_one_of_those_that_may_be_used() -> None:
@@ -16,7 +16,7 @@ def test_at_least_one_of_those_that_may_be_used() -> None:
 def test_more_threads_than_processors(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("neo_runtime.cores.usable_processors", lambda: 2)
+    monkeypatch.setattr("neo_runtime.machine.cores.usable_processors", lambda: 2)
     assert chosen_threads(None) == physical_cores()
     assert chosen_threads(2) == 2
     assert not caplog.records

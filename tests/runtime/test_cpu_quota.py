@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from neo_runtime.cores import physical_cores
-from neo_runtime.cpu_quota import cpu_quota
+from neo_runtime.machine.cores import physical_cores
+from neo_runtime.machine.cpu_quota import cpu_quota
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,8 +87,8 @@ def test_systems_without_groups(tmp_path: Path) -> None:
 
 
 def test_the_quota_limits_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neo_runtime.cores.cpu_quota", lambda: None)
+    monkeypatch.setattr("neo_runtime.machine.cores.cpu_quota", lambda: None)
     cores = physical_cores()
     for quota, expected in ((1, 1), (cores + 7, cores)):
-        monkeypatch.setattr("neo_runtime.cores.cpu_quota", lambda quota=quota: quota)
+        monkeypatch.setattr("neo_runtime.machine.cores.cpu_quota", lambda quota=quota: quota)
         assert physical_cores() == expected

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.hf_reference import reference_continuations, varied_prompts
 from neo_runtime.errors import GenerationConfigError, RequestError
-from neo_runtime.options import GenerationOptions
+from neo_runtime.options.generation_options import GenerationOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from helpers.host_device import HostDevice
-from neo_runtime.backends import cuda, device_locks
 from neo_runtime.backends.choice import Chosen
-from neo_runtime.backends.cuda import CudaBackend
-from neo_runtime.backends.cuda_sessions import CudaSessions
-from neo_runtime.backends.device_locks import alone, new_lock
-from neo_runtime.backends.leftovers import Leftovers
-from neo_runtime.backends.one_thread import OneThread, _Job
-from neo_runtime.bundle import open_bundle
+from neo_runtime.backends.gpu import cuda, device_locks
+from neo_runtime.backends.gpu.cuda import CudaBackend
+from neo_runtime.backends.gpu.cuda_sessions import CudaSessions
+from neo_runtime.backends.gpu.device_locks import alone, new_lock
+from neo_runtime.backends.gpu.leftovers import Leftovers
+from neo_runtime.backends.gpu.one_thread import OneThread, _Job
+from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import DeviceMemoryError, NeoError
 from neo_runtime.model import Model
 
@@ -261,7 +261,7 @@ def test_an_error_of_the_worker_is_the_callers() -> None:
 def test_threads_that_outlive_the_main_one_still_decode() -> None:
     code = """if True:
         import threading, time
-        from neo_runtime.backends.one_thread import OneThread, _Job
+        from neo_runtime.backends.gpu.one_thread import OneThread, _Job
         one = OneThread()
         one.run(lambda: None)
         def late():

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from helpers.bench_samples import model_spec
 from helpers.models import DEMO
-from neo_runtime.documents import document_ids, read_documents
 from neo_runtime.errors import RequestError
-from neo_runtime.tokenizer import Tokenizer
+from neo_runtime.text.documents import document_ids, read_documents
+from neo_runtime.text.tokenizer import Tokenizer
 
 SPEC = model_spec(vocab_size=4096, max_position_embeddings=512, window_size=64)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from neo_runtime.engine_record import (
+from neo_runtime.bundle.engine_record import (
     ENGINES_FOLDER,
     EngineOptions,
     EngineRecord,

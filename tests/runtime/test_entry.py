@@ -43,7 +43,8 @@ def test_each_runs_its_own_command(
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
-    "modules", [{"neo_runtime.standard_streams"}, {"argparse"}, {"neo_runtime.command_line"}]
+    "modules",
+    [{"neo_runtime.command.standard_streams"}, {"argparse"}, {"neo_runtime.command.command_line"}],
 )
 def test_ctrl_c_during_imports(script: str, modules: set[str]) -> None:
     module, _, function = SCRIPTS[script].partition(":")

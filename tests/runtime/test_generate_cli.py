@@ -15,10 +15,10 @@ import neo_runtime
 import pytest
 from helpers.derived_bundles import without_tokenizer
 from neo_runtime.cached_model import CachedModel
-from neo_runtime.cli import main
-from neo_runtime.cli_options import add_option_flags, chosen_options
-from neo_runtime.cli_prompts import read_prompts
-from neo_runtime.options import GenerationOptions
+from neo_runtime.command.generate import main
+from neo_runtime.command.options import add_option_flags, chosen_options
+from neo_runtime.command.prompts import read_prompts
+from neo_runtime.options.generation_options import GenerationOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -275,7 +275,7 @@ def test_what_is_done_is_out_before_a_late_failure(mini_bundle: Path, many: Path
     code = (
         "import os, sys\n"
         "import neo_runtime\n"
-        "from neo_runtime.cli import main\n"
+        "from neo_runtime.command.generate import main\n"
         "generate, calls = neo_runtime.Model.generate, []\n"
         "def twice(*arguments, **options):\n"
         "    calls.append(1)\n"
@@ -335,7 +335,7 @@ def test_other_encodings_than_utf8(mini_bundle: Path, model: Model, tmp_path: Pa
     prompt = "“Tom” naïve"
 
     def run(flags: list[str], given: bytes, encoding: str) -> subprocess.CompletedProcess[bytes]:
-        command = [sys.executable, "-m", "neo_runtime.cli", "bündel", *flags]
+        command = [sys.executable, "-m", "neo_runtime.command.generate", "bündel", *flags]
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
         return subprocess.run(
             [*command, "--max-new-tokens", "3"],
@@ -363,7 +363,8 @@ def test_other_encodings_than_utf8(mini_bundle: Path, model: Model, tmp_path: Pa
 @pytest.mark.skipif(os.name != "posix", reason="closes streams with a shell")
 def test_closed_streams(mini_bundle: Path) -> None:
     def run(arguments: str, redirection: str) -> tuple[int, str, str]:
-        script = f'exec "$0" -m neo_runtime.cli "$1" --max-new-tokens 3 {arguments} {redirection}'
+        program = 'exec "$0" -m neo_runtime.command.generate "$1" --max-new-tokens 3'
+        script = f"{program} {arguments} {redirection}"
         done = subprocess.run(
             ["/bin/sh", "-c", script, sys.executable, str(mini_bundle)],
             capture_output=True,
@@ -485,7 +486,15 @@ def test_interruption_is_quiet(
 
 
 def test_a_process_streams_and_leaves_quietly_when_nobody_reads(mini_bundle: Path) -> None:
-    command = [sys.executable, "-m", "neo_runtime.cli", str(mini_bundle), PROMPT, "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "neo_runtime.command.generate",
+        str(mini_bundle),
+        PROMPT,
+        "--threads",
+        "1",
+    ]
     with subprocess.Popen(
         [*command, "--ignore-eos"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -501,7 +510,7 @@ def test_help_needs_no_numpy() -> None:
     code = (
         "import sys\n"
         "sys.modules['numpy'] = sys.modules['onnxruntime'] = sys.modules['tokenizers'] = None\n"
-        "from neo_runtime.cli import main\n"
+        "from neo_runtime.command.generate import main\n"
         "main(['--help'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from helpers.derived_bundles import derived_bundle, without_tokenizer
 from helpers.hf_reference import demo_reference, varied_prompts
-from neo_runtime.cli import main
+from neo_runtime.command.generate import main
 from neo_runtime.errors import GenerationConfigError, RequestError
-from neo_runtime.generation_config import warn_once
-from neo_runtime.options import GenerationOptions
+from neo_runtime.options.generation_config import warn_once
+from neo_runtime.options.generation_options import GenerationOptions
 from transformers import GenerationConfig
 
 if TYPE_CHECKING:

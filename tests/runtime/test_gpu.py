@@ -16,8 +16,8 @@ import neo_runtime
 import pytest
 from helpers.host_device import HostDevice
 from neo_runtime.backends import choice
-from neo_runtime.backends.cuda_device import checked
-from neo_runtime.backends.sessions import translated
+from neo_runtime.backends.cpu.sessions import translated
+from neo_runtime.backends.gpu.cuda_device import checked
 from neo_runtime.errors import (
     BundleDamagedError,
     BundleUnsupportedError,
@@ -27,7 +27,7 @@ from neo_runtime.errors import (
     NeoError,
     RequestError,
 )
-from neo_runtime.gpu import GpuFacts, require_cuda_provider, require_gpu
+from neo_runtime.machine.gpu import GpuFacts, require_cuda_provider, require_gpu
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +68,7 @@ class FakeCuda:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
-    monkeypatch.setattr("neo_runtime.gpu.cuda_runtime", lambda: fake)
+    monkeypatch.setattr("neo_runtime.machine.gpu.cuda_runtime", lambda: fake)
     return fake
 
 
@@ -112,14 +112,14 @@ def test_no_such_gpu(cuda: FakeCuda) -> None:
 def test_neither_a_driver_nor_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     """No package would help."""
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    monkeypatch.setattr("neo_runtime.gpu._DRIVER_LIBRARY", "libno-such-driver.so.1")
+    monkeypatch.setattr("neo_runtime.machine.gpu._DRIVER_LIBRARY", "libno-such-driver.so.1")
     with pytest.raises(DeviceError, match="there is no NVIDIA driver"):
         require_gpu()
 
 
 def test_cuda_bindings_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    monkeypatch.setattr("neo_runtime.gpu._has_driver", lambda: True)
+    monkeypatch.setattr("neo_runtime.machine.gpu._has_driver", lambda: True)
     with pytest.raises(DependencyError, match=r"cuda-bindings.*neo-onnx\[gpu\]"):
         require_gpu()
 
@@ -138,7 +138,7 @@ def test_a_wheel_for_a_newer_cuda(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatc
         get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
         preload_dlls=lambda: print("loaded"),
     )
-    monkeypatch.setattr("neo_runtime.gpu.require_onnxruntime", lambda: wheel)
+    monkeypatch.setattr("neo_runtime.machine.gpu.require_onnxruntime", lambda: wheel)
     assert require_cuda_provider(require_gpu()) is wheel
     cuda.driver = 12080
     with pytest.raises(DeviceError, match=r"CUDA 13\.0, the driver runs CUDA up to 12\.8"):
@@ -147,7 +147,7 @@ def test_a_wheel_for_a_newer_cuda(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatc
 
 def test_both_wheels(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     both = ["onnxruntime", "onnxruntime-gpu"]
-    monkeypatch.setattr("neo_runtime.installation._installed", lambda: both)
+    monkeypatch.setattr("neo_runtime.machine.installation._installed", lambda: both)
     with pytest.raises(DependencyError, match=r"installed together.*'neo-onnx\[gpu\]'"):
         require_cuda_provider(require_gpu())
 
@@ -253,7 +253,7 @@ def test_a_plan_runs_without_onnxruntime(
     tensorrt_bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing asks for it before TensorRT is looked for."""
-    monkeypatch.setattr("neo_runtime.installation._installed", list)
+    monkeypatch.setattr("neo_runtime.machine.installation._installed", list)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     cuda.driver = 0
     with pytest.raises(DeviceError, match="no NVIDIA driver"):
@@ -271,8 +271,8 @@ def test_a_plan_needs_tensorrt(
     tensorrt_bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = HostDevice()
-    monkeypatch.setattr("neo_runtime.backends.cuda_device.cuda_runtime", lambda: cuda)
-    monkeypatch.setattr("neo_runtime.backends.cuda_device.CudaDevice", lambda index: device)
+    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_device.cuda_runtime", lambda: cuda)
+    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_device.CudaDevice", lambda index: device)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(DependencyError, match=r"TensorRT cannot be imported.*neo-onnx\[tensorrt\]"):
@@ -284,9 +284,9 @@ def test_a_gpu_without_room_for_the_weights_is_let_go(
     cuda_bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = HostDevice(capacity=1000)
-    monkeypatch.setattr("neo_runtime.backends.cuda_device.cuda_runtime", lambda: cuda)
-    monkeypatch.setattr("neo_runtime.backends.cuda_device.CudaDevice", lambda index: device)
-    monkeypatch.setattr("neo_runtime.gpu.require_cuda_provider", lambda gpu: None)
+    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_device.cuda_runtime", lambda: cuda)
+    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_device.CudaDevice", lambda index: device)
+    monkeypatch.setattr("neo_runtime.machine.gpu.require_cuda_provider", lambda gpu: None)
     with pytest.raises(DeviceMemoryError):
         neo_runtime.load(cuda_bundle, backend="cuda")
     assert device.closed
@@ -296,9 +296,9 @@ def test_a_gpu_without_room_for_the_weights_is_let_go(
 def device(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     """Host memory in the place of a GPU that everything else is right with."""
     found = HostDevice()
-    monkeypatch.setattr("neo_runtime.backends.cuda_device.cuda_runtime", lambda: cuda)
-    monkeypatch.setattr("neo_runtime.backends.cuda_device.CudaDevice", lambda index: found)
-    monkeypatch.setattr("neo_runtime.gpu.require_cuda_provider", lambda gpu: None)
+    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_device.cuda_runtime", lambda: cuda)
+    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_device.CudaDevice", lambda index: found)
+    monkeypatch.setattr("neo_runtime.machine.gpu.require_cuda_provider", lambda gpu: None)
     return found
 
 
@@ -313,7 +313,7 @@ def test_auto_finds_out_whether_sessions_can_be_made(
     def missing(*_: Any) -> Any:
         raise DeviceError("CUDA's libraries are missing")
 
-    monkeypatch.setattr("neo_runtime.backends.cuda_sessions.CudaSessions._make", missing)
+    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_sessions.CudaSessions._make", missing)
     with neo_runtime.load(cuda_bundle) as model:
         assert model.backend == "cpu"
         assert model.generate([1], max_new_tokens=1).token_ids
@@ -369,7 +369,7 @@ def test_libraries_are_looked_for_once(
         get_available_providers=lambda: ["CUDAExecutionProvider"],
         preload_dlls=preload,
     )
-    monkeypatch.setattr("neo_runtime.gpu.require_onnxruntime", lambda: wheel)
+    monkeypatch.setattr("neo_runtime.machine.gpu.require_onnxruntime", lambda: wheel)
     stdout, gpu = sys.stdout, require_gpu()
     threads = [threading.Thread(target=require_cuda_provider, args=(gpu,)) for _ in range(4)]
     for thread in threads:

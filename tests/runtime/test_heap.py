@@ -14,16 +14,16 @@ import neo_runtime
 import numpy as np
 import pytest
 from helpers.mappings import private_bytes
-from neo_runtime.backends import heap
-from neo_runtime.backends import onnxruntime as onnxruntime_backend
-from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from neo_runtime.backends.cpu import heap
+from neo_runtime.backends.cpu import onnxruntime as onnxruntime_backend
+from neo_runtime.backends.cpu.onnxruntime import OnnxRuntimeBackend
 
 MEGA = 1 << 20
 on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
 
 FAULTS = """
 import ctypes, resource, sys
-from neo_runtime.backends import heap
+from neo_runtime.backends.cpu import heap
 if sys.argv[1] == "held":
     heap.hold_within_calls()
 library = ctypes.CDLL(None)

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 from neo_runtime.errors import DependencyError
-from neo_runtime.installation import (
+from neo_runtime.machine.installation import (
     install_command,
     onnxruntime_is_installed,
     require_onnxruntime,
@@ -76,7 +76,7 @@ def test_one_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> ModuleType:
         raise ImportError("libcudart.so.13: cannot open shared object file", name="onnxruntime.x")
 
-    monkeypatch.setattr("neo_runtime.installation.importlib.import_module", fail)
+    monkeypatch.setattr("neo_runtime.machine.installation.importlib.import_module", fail)
     expected = r"installed but cannot be loaded \(libcudart.*reinstall it: pip install --force-rei"
     with pytest.raises(DependencyError, match=expected):
         require_onnxruntime()
@@ -159,7 +159,7 @@ def test_what_is_no_version(version: str) -> None:
 
 
 def test_opening_a_bundle_needs_onnxruntime_only_when_asked() -> None:
-    code = "import sys, neo_runtime.bundle; sys.exit('onnxruntime' in sys.modules)"
+    code = "import sys, neo_runtime.bundle.folder; sys.exit('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -167,8 +167,8 @@ def test_opening_a_bundle_needs_onnxruntime_only_when_asked() -> None:
 def test_usage_reports_are_off_unless_the_user_decided(set_to: str | None, found: str) -> None:
     """Before onnxruntime is imported, or it has made an identity already."""
     code = (
-        "import os, sys; from neo_runtime.installation import require_onnxruntime as require; "
-        "assert 'onnxruntime' not in sys.modules; require(); "
+        "import os, sys; from neo_runtime.machine import installation; "
+        "assert 'onnxruntime' not in sys.modules; installation.require_onnxruntime(); "
         "print(os.environ['ORT_DISABLE_TELEMETRY'])"
     )
     environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}

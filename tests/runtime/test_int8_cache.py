@@ -16,7 +16,7 @@ from helpers.prefixes import assert_prefixes_hold
 from helpers.running import relative_l2
 from neo_export.command.cli import main as export
 from neo_export.tolerances import TOLERANCES
-from neo_runtime.backends.staged_cache import StagedCache
+from neo_runtime.backends.cpu.staged_cache import StagedCache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

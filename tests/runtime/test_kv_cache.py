@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from helpers.hf_reference import reference_logits, relative_error, varied_prompts
 from helpers.joining import assert_rows_join
-from neo_runtime.backends.binding import BoundCall
-from neo_runtime.backends.cache_memory import KeptBlock
-from neo_runtime.cache_ledger import CacheLedger
+from neo_runtime.backends.cpu.binding import BoundCall
+from neo_runtime.backends.cpu.cache_memory import KeptBlock
+from neo_runtime.cache.ledger import CacheLedger
 from neo_runtime.errors import CacheLimitError, ContextLengthError, NeoError, RequestError
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ def test_rows_that_cannot_join(model: Model) -> None:
 
 def test_other_rows_stay_where_they_are(mini_bundle: Path) -> None:
     """A row that ends is replaced by the last one: nothing else is copied."""
-    from neo_runtime.generator import fill_holes
+    from neo_runtime.generation.generator import fill_holes
 
     assert fill_holes([0, 1, 2]) == [0, 1, 2]
     assert fill_holes([1, 2, 3]) == [3, 1, 2]

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from helpers.reference_processors import reference_processors, reference_scores
-from neo_runtime.logits_processors import Renormalize, build_processors
-from neo_runtime.logits_warpers import build_warpers
-from neo_runtime.options import GenerationOptions
+from neo_runtime.options.generation_options import GenerationOptions
+from neo_runtime.sampling.processors import Renormalize, build_processors
+from neo_runtime.sampling.warpers import build_warpers
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from helpers.bundles import edit_json, make_bundle, rewrite_manifest
-from neo_runtime.bundle import open_bundle
+from neo_runtime.bundle.folder import open_bundle
+from neo_runtime.bundle.manifest import FileRecord, Manifest
 from neo_runtime.errors import BundleDamagedError, BundleUnsupportedError
-from neo_runtime.manifest import FileRecord, Manifest
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,7 +7,7 @@ import pytest
 from helpers.bundles import external_tensor, graph_bytes
 from hypothesis import given
 from hypothesis import strategies as st
-from neo_runtime.onnx_external import external_locations
+from neo_runtime.bundle.onnx_external import external_locations
 from onnx import TensorProto, helper
 from onnx.external_data_helper import _get_all_tensors
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from neo_runtime.errors import ContextLengthError, RequestError
-from neo_runtime.options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions
+from neo_runtime.options.generation_options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions
 from transformers import GenerationConfig
 
 

@@ -13,8 +13,8 @@ import pytest
 from helpers.hf_reference import heldout_texts, reference_continuations, varied_prompts
 from helpers.prefixes import assert_prefixes_hold
 from neo_runtime import Scheduler
-from neo_runtime.backends.binding import BoundCall
-from neo_runtime.cli import main
+from neo_runtime.backends.cpu.binding import BoundCall
+from neo_runtime.command.generate import main
 from neo_runtime.errors import CacheLimitError, ContextLengthError, NeoError, RequestError
 
 if TYPE_CHECKING:

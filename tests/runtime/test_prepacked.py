@@ -23,16 +23,16 @@ from helpers.running import relative_l2
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import Quantization
 from neo_export.tolerances import TOLERANCES
-from neo_runtime.backends import onnxruntime as onnxruntime_backend
-from neo_runtime.backends import prepacked, sessions
-from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from neo_runtime.backends.prepacked import PrepackedCache, cache_root
-from neo_runtime.bundle import open_bundle
+from neo_runtime.backends.cpu import onnxruntime as onnxruntime_backend
+from neo_runtime.backends.cpu import prepacked, sessions
+from neo_runtime.backends.cpu.onnxruntime import OnnxRuntimeBackend
+from neo_runtime.backends.cpu.prepacked import PrepackedCache, cache_root
+from neo_runtime.bundle.folder import open_bundle
+from neo_runtime.bundle.manifest import Manifest
 from neo_runtime.errors import BundleDamagedError, BundleError
-from neo_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
-    from neo_runtime.backends.unused_memory import Mapping
+    from neo_runtime.backends.cpu.unused_memory import Mapping
     from numpy.typing import NDArray
 
 CONFIG = TinyConfig(vocab_size=300, num_heads=4, head_dim=16, max_position_embeddings=48)

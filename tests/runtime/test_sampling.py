@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from helpers.reference_processors import reference_processors, reference_scores
 from neo_runtime.errors import RequestError, VerificationError
-from neo_runtime.options import GenerationOptions
-from neo_runtime.sampling import RowSampler, row_generator
+from neo_runtime.options.generation_options import GenerationOptions
+from neo_runtime.sampling.row_sampler import RowSampler, row_generator
 from numpy.typing import NDArray
 from scipy import special, stats
 

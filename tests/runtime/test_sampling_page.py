@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from neo_runtime.errors import RequestError
-from neo_runtime.options import GenerationOptions
+from neo_runtime.options.generation_options import GenerationOptions
 
 PAGE = Path(__file__).parents[2] / "docs" / "sampling.md"
 FIELDS = {spec.name: spec for spec in fields(GenerationOptions)}

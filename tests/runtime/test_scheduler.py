@@ -19,7 +19,7 @@ import pytest
 from helpers.hf_reference import heldout_texts, reference_continuations, varied_prompts
 from helpers.kills import fork
 from neo_runtime import Scheduler
-from neo_runtime.backends.binding import BoundCall
+from neo_runtime.backends.cpu.binding import BoundCall
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import CacheLimitError, ContextLengthError, NeoError, RequestError
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from neo_runtime.completion import Completion
-    from neo_runtime.kv_cache import KVCache
+    from neo_runtime.cache.kv_cache import KVCache
+    from neo_runtime.generation.completion import Completion
     from neo_runtime.model import Model
 
 

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from neo_runtime.standard_streams import json_text
+from neo_runtime.command.standard_streams import json_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,7 @@ def run(tmp_path: Path, work: str, redirection: str, **environment: str) -> tupl
     program = tmp_path / "program.py"
     program.write_text(
         "import os, sys\n"
-        "from neo_runtime.command_line import run_command\n"
+        "from neo_runtime.command.command_line import run_command\n"
         "from neo_runtime.errors import RequestError\n"
         "def work():\n" + "".join(f"    {line}\n" for line in work.splitlines()) + "    return 0\n"
         "sys.exit(run_command('neo-x', work, extras='x'))\n",

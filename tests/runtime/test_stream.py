@@ -14,8 +14,8 @@ from helpers.models import DEMO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from neo_runtime.errors import NeoError, RequestError
-from neo_runtime.text_stream import StopMatcher, StreamDecoder
-from neo_runtime.tokenizer import Tokenizer
+from neo_runtime.generation.text_stream import StopMatcher, StreamDecoder
+from neo_runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,8 +15,8 @@ import neo_runtime
 import pytest
 from helpers.hf_reference import heldout_texts
 from helpers.kills import fork
-from neo_runtime.backends import prepacked, unused_memory
-from neo_runtime.backends.sessions import SessionFactory
+from neo_runtime.backends.cpu import prepacked, unused_memory
+from neo_runtime.backends.cpu.sessions import SessionFactory
 from neo_runtime.errors import NeoError
 
 THREADS = 8

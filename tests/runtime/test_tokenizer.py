@@ -12,7 +12,7 @@ from helpers.models import DEMO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from neo_runtime.errors import BundleDamagedError, DependencyError, RequestError
-from neo_runtime.tokenizer import Tokenizer
+from neo_runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path

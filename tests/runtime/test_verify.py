@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from helpers.bundles import edit_json, make_bundle
 from helpers.fake_engine import PLAN, write_record
-from neo_runtime import verify
-from neo_runtime.verify import main
+from neo_runtime.command import verify
+from neo_runtime.command.verify import main
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,7 +101,7 @@ def test_plans_that_cannot_be_told(folder: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")  # noqa: PTH110
 def test_a_full_disk_is_no_verdict(folder: Path) -> None:
-    command = [sys.executable, "-m", "neo_runtime.verify", str(folder)]
+    command = [sys.executable, "-m", "neo_runtime.command.verify", str(folder)]
     with open("/dev/full", "wb") as full:  # noqa: PTH123
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
     assert done.returncode == 2
@@ -177,7 +177,7 @@ def test_progress_on_a_terminal_or_when_it_takes_long(
 
 def test_the_command_itself(folder: Path) -> None:
     """In a process of its own: a closed pipe is no traceback, and --help loads nothing heavy."""
-    command = [sys.executable, "-m", "neo_runtime.verify"]
+    command = [sys.executable, "-m", "neo_runtime.command.verify"]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -187,8 +187,8 @@ def test_the_command_itself(folder: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
     code = (
-        "import sys, neo_runtime.verify\n"
-        "try: neo_runtime.verify.main(['--help'])\n"
+        "import sys, neo_runtime.command.verify\n"
+        "try: neo_runtime.command.verify.main(['--help'])\n"
         "except SystemExit: pass\n"
         "print([m for m in ('onnxruntime', 'torch', 'onnx', 'tokenizers') if m in sys.modules])"
     )

@@ -15,7 +15,7 @@ import numpy as np
 from neo_export.checkpoint.folder import open_checkpoint
 
 if TYPE_CHECKING:
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
     from numpy.typing import NDArray
 
 __all__ = ["exact_logits"]

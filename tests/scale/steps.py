@@ -175,7 +175,7 @@ def reproducible(session: Session) -> list[Figure]:
     _, different, missing = filecmp.cmpfiles(first.bundle, second.bundle, names, shallow=False)
     digests = [_digest(done.bundle) for done in (first, second)]
     command = f"diff -r {first.bundle} {second.bundle}"
-    checked = ("-m", "neo_runtime.verify", str(second.bundle))
+    checked = ("-m", "neo_runtime.command.verify", str(second.bundle))
     measured = session.python(checked, "read every byte and compare the checksums")
     session.drop(second.bundle)
     return [
@@ -273,7 +273,7 @@ def footprint(session: Session) -> list[Figure]:
 
 
 def _digest(bundle: Path) -> str:
-    from neo_runtime.manifest import MANIFEST_NAME, Manifest
+    from neo_runtime.bundle.manifest import MANIFEST_NAME, Manifest
 
     return Manifest.from_json((bundle / MANIFEST_NAME).read_text(encoding="utf-8")).digest
 

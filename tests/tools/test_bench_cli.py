@@ -162,7 +162,7 @@ def test_a_bundle_that_no_cpu_runs(
 ) -> None:
     """Told before any worker starts."""
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    monkeypatch.setattr("neo_runtime.gpu._DRIVER_LIBRARY", "libno-such-driver.so.1")
+    monkeypatch.setattr("neo_runtime.machine.gpu._DRIVER_LIBRARY", "libno-such-driver.so.1")
     for flags, reason in (([], "there is no NVIDIA driver"), (["--backend", "cpu"], "asked for")):
         assert cli.main([str(tensorrt_bundle), *flags, "--quiet"]) == 2
         said = capsys.readouterr().err

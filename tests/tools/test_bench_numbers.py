@@ -29,7 +29,7 @@ from onnx import TensorProto, helper
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.manifest import Manifest
+    from neo_runtime.bundle.manifest import Manifest
 
 
 @pytest.mark.parametrize("percent", [0, 12.5, 50, 99, 100])
@@ -172,7 +172,7 @@ def test_nominal_weights() -> None:
 
 @pytest.fixture
 def info(mini_bundle: Path) -> BundleInfo:
-    from neo_runtime.bundle import open_bundle
+    from neo_runtime.bundle.folder import open_bundle
 
     manifest: Manifest = open_bundle(mini_bundle).manifest
     small = replace(manifest, model=model_spec(), precision="int8")

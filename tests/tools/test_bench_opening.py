@@ -39,13 +39,13 @@ def test_the_backend_is_named_before_anything_runs(
     def no_provider(gpu: object) -> None:
         raise DependencyError("the wheel for CPUs")
 
-    monkeypatch.setattr("neo_runtime.gpu.require_cuda_provider", no_provider)
-    monkeypatch.setattr("neo_runtime.gpu.require_gpu", absent)
+    monkeypatch.setattr("neo_runtime.machine.gpu.require_cuda_provider", no_provider)
+    monkeypatch.setattr("neo_runtime.machine.gpu.require_gpu", absent)
     for settings in (both, half, peer):
         assert open_bundles(settings)[0].backend == "cpu"
-    monkeypatch.setattr("neo_runtime.gpu.require_gpu", lambda device: None)
+    monkeypatch.setattr("neo_runtime.machine.gpu.require_gpu", lambda device: None)
     assert open_bundles(half)[0].backend == "cpu", "onnxruntime's wheel here has no CUDA"
-    monkeypatch.setattr("neo_runtime.gpu.require_cuda_provider", lambda gpu: None)
+    monkeypatch.setattr("neo_runtime.machine.gpu.require_cuda_provider", lambda gpu: None)
     found, _ = open_bundles(half)
     assert found.backend == "cuda"
     assert found.on_gpu

@@ -423,7 +423,7 @@ def test_overhead_refuses_what_it_cannot_see(mini_bundle: Path) -> None:
     class Model:
         """Decodes without onnxruntime."""
 
-        from neo_runtime.bundle import open_bundle as _open
+        from neo_runtime.bundle.folder import open_bundle as _open
 
         manifest = _open(mini_bundle).manifest
 

@@ -28,7 +28,7 @@ COMMANDS = [
         "neo-auto",
         NOTHING,
     ),
-    ("neo_runtime.cli", "_run", ["b", "p"], "neo-generate", None),
+    ("neo_runtime.command.generate", "_run", ["b", "p"], "neo-generate", None),
     ("neo_tools.bench.cli", "_run", ["b"], "neo-bench", None),
     ("neo_tools.diff.cli", "_run", ["b", "--reference", "m"], "neo-diff", None),
     ("neo_tools.evaluate.cli", "_run", ["b", "--tasks", "t"], "neo-eval", None),
@@ -72,4 +72,4 @@ def test_every_script_of_the_package_is_here() -> None:
     found = [target.partition(":") for target in PROJECT["scripts"].values()]
     starts = [getattr(import_module(module), name) for module, _, name in found]
     scripts = {inspect.getclosurevars(start).nonlocals["module"] for start in starts}
-    assert scripts - {module for module, *_ in COMMANDS} == {"neo_runtime.verify"}
+    assert scripts - {module for module, *_ in COMMANDS} == {"neo_runtime.command.verify"}

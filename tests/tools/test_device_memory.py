@@ -98,7 +98,7 @@ def test_a_gpu_is_named_by_where_it_sits(monkeypatch: pytest.MonkeyPatch) -> Non
         cudaFree=lambda address: (made.append(address) or 0,),
         cudaDeviceGetPCIBusId=lambda length, device: (0, BUS.encode() + bytes(length - len(BUS))),
     )
-    monkeypatch.setattr("neo_runtime.gpu.cuda_runtime", lambda: runtime)
+    monkeypatch.setattr("neo_runtime.machine.gpu.cuda_runtime", lambda: runtime)
     assert bus_id(1) == BUS
     assert made == [0], "a context"
     with pytest.raises(DeviceError, match="select device 0"):

@@ -8,8 +8,8 @@ import neo_runtime
 import numpy as np
 from neo_export.comparison.explanations import _rows
 from neo_export.comparison.faults import Fault
-from neo_runtime.backends.in_place import InPlaceStore
-from neo_runtime.bundle import open_bundle
+from neo_runtime.backends.cpu.in_place import InPlaceStore
+from neo_runtime.bundle.folder import open_bundle
 from neo_tools.diff.cached_path import segments_of, trace_cached_path
 from neo_tools.diff.probed_backend import ProbedBackend
 from neo_tools.diff.shipped import stepwise_logits

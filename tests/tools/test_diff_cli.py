@@ -129,7 +129,7 @@ def test_where_greedy_texts_part(
 ) -> None:
     """As if both had written: PyTorch's own greedy text from the same prompt."""
     import torch
-    from neo_runtime.tokenizer import Tokenizer
+    from neo_runtime.text.tokenizer import Tokenizer
 
     arguments = ["--tokens", "1024", "--threads", "1", "--localize-tokens", "0"]
     _, found = result(capsys, int4_bundle, "--reference", DEMO, *arguments)

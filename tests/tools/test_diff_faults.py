@@ -16,7 +16,7 @@ from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.comparison.held_weights import open_held_weights
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import Quantization
-from neo_runtime.bundle import open_bundle
+from neo_runtime.bundle.folder import open_bundle
 from neo_tools.diff.references import open_reference
 from neo_tools.diff.run import locate
 from neo_tools.diff.settings import Settings

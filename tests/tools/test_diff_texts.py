@@ -11,7 +11,7 @@ import pytest
 from helpers.bench_samples import model_spec
 from helpers.models import DEMO
 from neo_runtime.errors import RequestError
-from neo_runtime.tokenizer import Tokenizer
+from neo_runtime.text.tokenizer import Tokenizer
 from neo_tools.diff.texts import decode_segments, read_texts
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import pytest
 from helpers.bench_samples import results as sample_results
 from helpers.host_device import HostDevice
 from neo_runtime.errors import NeoError
-from neo_runtime.gpu import GpuFacts
+from neo_runtime.machine.gpu import GpuFacts
 from neo_tools.bench.cli import main as bench
 from neo_tools.bench.device_bandwidth import copy_rate
 from neo_tools.bench.participants import BandwidthWorker
@@ -186,7 +186,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
             results, rows=tuple(rows), participants=tuple(facts), ratios=tuple(ratios)
         )
 
-    monkeypatch.setattr("neo_runtime.gpu.require_gpu", lambda device: GPU)
+    monkeypatch.setattr("neo_runtime.machine.gpu.require_gpu", lambda device: GPU)
     monkeypatch.setattr("neo_tools.bench.run.run", measured)
     return asked
 

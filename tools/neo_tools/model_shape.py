@@ -10,7 +10,7 @@ from neo_runtime.errors import CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
 
 __all__ = ["check_checkpoint", "shape_text"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neo_export.reports.stages import StageLine
-from neo_runtime.command_line import run_command
+from neo_runtime.command.command_line import run_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from neo_export.checkpoint.folder import Checkpoint
     from neo_export.quantize.plan import Storage
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
     from numpy.typing import NDArray
 
     from neo_calibration.auto.stored_form import StoredForm

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from neo_export.statistics.folder import Statistics
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
     from numpy.typing import NDArray
 
 __all__ = ["StoredForm"]

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neo_runtime.manifest import GraphSpec, TensorSpec
+from neo_runtime.bundle.manifest import GraphSpec, TensorSpec
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from neo_export.bundle.weights import bind_parameters, sort_initializers

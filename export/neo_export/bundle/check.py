@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from neo_runtime.errors import VerificationError
-from neo_runtime.installation import require_onnxruntime
+from neo_runtime.machine.installation import require_onnxruntime
 
 from neo_export.passes.window_caches import WINDOW_DIMENSION
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Container
     from pathlib import Path
 
-    from neo_runtime.manifest import GraphSpec, Manifest, TensorSpec
+    from neo_runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec
 
 __all__ = ["check_bundle", "first_prompt_feeds", "open_session", "run_graph", "scoring_graph"]
 

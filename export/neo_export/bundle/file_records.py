@@ -8,8 +8,8 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neo_runtime.bundle.manifest import MANIFEST_NAME, FileRecord
 from neo_runtime.errors import OutputError
-from neo_runtime.manifest import MANIFEST_NAME, FileRecord
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,8 +7,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from neo_runtime.engine_record import ENGINES_FOLDER
-from neo_runtime.manifest import MANIFEST_NAME
+from neo_runtime.bundle.engine_record import ENGINES_FOLDER
+from neo_runtime.bundle.manifest import MANIFEST_NAME
 
 from neo_export.checkpoint.tokenizer_files import TOKENIZER_FILES
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from neo_runtime.manifest import CacheSpec, ModelSpec
+    from neo_runtime.bundle.manifest import CacheSpec, ModelSpec
 
 __all__ = ["genai_config"]
 

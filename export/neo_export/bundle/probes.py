@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from neo_runtime.manifest import ModelSpec, Probe
+from neo_runtime.bundle.manifest import ModelSpec, Probe
 
 from neo_export.gpt_neo.model import place_name
 from neo_export.passes.fold_bias import hidden_sums

@@ -13,7 +13,7 @@ from neo_export.checkpoint.tokenizer_files import warn_of_strangers
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.manifest import CacheSpec, ModelSpec
+    from neo_runtime.bundle.manifest import CacheSpec, ModelSpec
 
     from neo_export.checkpoint.folder import Checkpoint
 

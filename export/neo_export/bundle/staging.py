@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neo_runtime.bundle.manifest import MANIFEST_NAME
 from neo_runtime.errors import OutputError
-from neo_runtime.manifest import MANIFEST_NAME
 
 from neo_export.bundle.foreign_files import foreign_files
 from neo_export.files.output_errors import as_output_error, require_space

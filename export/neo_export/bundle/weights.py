@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from neo_runtime.manifest import WEIGHTS_NAME, FileRecord
+from neo_runtime.bundle.manifest import WEIGHTS_NAME, FileRecord
 
 from neo_export.passes._tensors import ALIAS_KEY
 

@@ -10,8 +10,8 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from neo_runtime.bundle.manifest import ModelSpec
 from neo_runtime.errors import CheckpointError
-from neo_runtime.manifest import ModelSpec
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
-from neo_runtime.cores import usable_processors
+from neo_runtime.machine.cores import usable_processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

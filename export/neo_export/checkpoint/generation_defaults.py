@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import CheckpointError, GenerationConfigError
-from neo_runtime.options import GenerationOptions
+from neo_runtime.options.generation_options import GenerationOptions
 
 from neo_export.checkpoint.config import CONFIG_NAME
 from neo_export.checkpoint.folder import GENERATION_CONFIG_NAME

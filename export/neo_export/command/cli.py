@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.command_line import run_command
+from neo_runtime.command.command_line import run_command
 from neo_runtime.errors import EngineError, RequestError
 
 from neo_export.command.export_parser import export_parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from neo_runtime.command_line import add_version
+from neo_runtime.command.command_line import add_version
 
 from neo_export.command.search_options import add_search_options
 

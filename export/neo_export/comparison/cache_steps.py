@@ -14,7 +14,7 @@ from neo_export.quantize.kv_cache import CacheSteps
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.manifest import Manifest
+    from neo_runtime.bundle.manifest import Manifest
     from numpy.typing import NDArray
 
 __all__ = ["read_cache_steps"]

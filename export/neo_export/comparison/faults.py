@@ -18,7 +18,7 @@ from neo_export.comparison.places import (
 from neo_export.tolerances import LOCAL
 
 if TYPE_CHECKING:
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
 
     from neo_export.comparison.errors import PlaceErrors, Series
     from neo_export.comparison.places import Place

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+from neo_runtime.bundle.manifest import is_quantized
 from neo_runtime.errors import VerificationError
-from neo_runtime.manifest import is_quantized
 
 from neo_export.bundle.check import scoring_graph
 from neo_export.gpt_neo.parameters import EMBEDDING, LAYER_MATRICES, head_name, place_in_packed
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from neo_runtime.manifest import Manifest
+    from neo_runtime.bundle.manifest import Manifest
     from numpy.typing import NDArray
 
     from neo_export.comparison.places import Place

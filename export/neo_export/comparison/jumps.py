@@ -13,7 +13,7 @@ from neo_export.tolerances import ACCUMULATED
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
 
     from neo_export.comparison.errors import PlaceErrors, Series
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from neo_runtime.errors import BundleError, VerificationError
-from neo_runtime.installation import require_onnxruntime
+from neo_runtime.machine.installation import require_onnxruntime
 
 from neo_export.bundle.check import first_prompt_feeds, scoring_graph
 from neo_export.comparison.trace import Trace
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
-    from neo_runtime.manifest import Manifest
+    from neo_runtime.bundle.manifest import Manifest
     from numpy.typing import NDArray
 
 __all__ = ["open_probed", "probed_model", "probed_values", "score_trace"]

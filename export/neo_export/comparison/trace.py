@@ -12,7 +12,7 @@ from neo_export.files.mapped_memory import drop_pages
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from neo_runtime.manifest import Probe
+    from neo_runtime.bundle.manifest import Probe
     from numpy.typing import NDArray
 
     from neo_export.comparison.places import Place

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from neo_runtime.manifest import Manifest
+    from neo_runtime.bundle.manifest import Manifest
     from numpy.typing import NDArray
 
     from neo_export.checkpoint.folder import Checkpoint

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from neo_runtime.bundle.manifest import is_quantized
 from neo_runtime.errors import StatisticsError
-from neo_runtime.manifest import is_quantized
 
 from neo_export.decisions.half_range import HalfRange, find_half_range
 from neo_export.gpt_neo.parameters import EMBEDDING, HEAD_INPUT, expected_shapes, input_place
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
     from numpy.typing import NDArray
 
     from neo_export.checkpoint.folder import Checkpoint

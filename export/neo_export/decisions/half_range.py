@@ -26,7 +26,7 @@ from neo_export.passes._wide import MIDDLE_PLACE, Wide
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
     from numpy.typing import NDArray
 
     from neo_export.statistics.folder import Statistics

@@ -17,7 +17,7 @@ from neo_export.quantize.kv_cache import check_int8_cache
 from neo_export.quantize.plan import WeightPlan, check_patterns, is_planned
 
 if TYPE_CHECKING:
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
 
     from neo_export.decisions.options import ExportOptions
     from neo_export.targets import Target

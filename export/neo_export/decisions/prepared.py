@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from neo_runtime.manifest import is_quantized
+from neo_runtime.bundle.manifest import is_quantized
 
 from neo_export.decisions.calibrated import calibrated, open_statistics, uses_gptq
 from neo_export.decisions.options_check import check_options
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
-    from neo_runtime.manifest import CacheSpec, ModelSpec
+    from neo_runtime.bundle.manifest import CacheSpec, ModelSpec
     from numpy.typing import NDArray
 
     from neo_export.checkpoint.folder import Checkpoint

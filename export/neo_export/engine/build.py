@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.engine_record import (
+from neo_runtime.bundle.engine_record import (
     ENGINES_FOLDER,
     EngineOptions,
     EngineRecord,
     engine_key,
     platform_name,
 )
+from neo_runtime.bundle.manifest import MANIFEST_NAME, Manifest
 from neo_runtime.errors import (
     BundleDamagedError,
     BundleError,
@@ -22,7 +23,6 @@ from neo_runtime.errors import (
     OutputError,
     RequestError,
 )
-from neo_runtime.manifest import MANIFEST_NAME, Manifest
 
 from neo_export.engine.network import add_profiles, parse_graph
 from neo_export.engine.progress import kept_interrupt, progress_monitor

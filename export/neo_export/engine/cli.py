@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.command_line import add_version, run_command
+from neo_runtime.command.command_line import add_version, run_command
 from neo_runtime.errors import RequestError
 
 from neo_export.reports.stages import StageLine
@@ -173,7 +173,7 @@ def _bytes(text: str) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from neo_runtime.engine_record import read_records
+    from neo_runtime.bundle.engine_record import read_records
 
     from neo_export.engine.build import read_bundle
 

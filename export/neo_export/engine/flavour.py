@@ -7,11 +7,11 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-from neo_runtime.engine_record import FLAVOURS, PRODUCTS
-from neo_runtime.engine_record import Flavour as Name
+from neo_runtime.backends.gpu.tensorrt_log import logger_of, messages_of
+from neo_runtime.bundle.engine_record import FLAVOURS, PRODUCTS
+from neo_runtime.bundle.engine_record import Flavour as Name
 from neo_runtime.errors import DependencyError
-from neo_runtime.installation import version_numbers
-from neo_runtime.tensorrt_log import logger_of, messages_of
+from neo_runtime.machine.installation import version_numbers
 
 __all__ = ["Flavour", "find_flavour"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.engine_record import DECODE_PROFILE, PREFILL_PROFILE
+from neo_runtime.bundle.engine_record import DECODE_PROFILE, PREFILL_PROFILE
 from neo_runtime.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from neo_runtime.engine_record import EngineOptions
+    from neo_runtime.bundle.engine_record import EngineOptions
 
     from neo_export.engine.flavour import Flavour
 

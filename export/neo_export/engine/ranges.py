@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neo_runtime.engine_record import EngineOptions
+from neo_runtime.bundle.engine_record import EngineOptions
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from neo_runtime.manifest import Manifest
+    from neo_runtime.bundle.manifest import Manifest
 
 __all__ = ["EngineRequest", "resolve_options"]
 

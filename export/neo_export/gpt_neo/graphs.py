@@ -24,7 +24,7 @@ from neo_export.gpt_neo.model import WINDOW_KEY, CausalLM
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
     from onnxscript import OpBuilder
 
     from neo_export.gpt_neo.model import Select

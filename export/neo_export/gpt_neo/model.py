@@ -23,7 +23,7 @@ from neo_export.gpt_neo.modules import Embedding, Head, LayerNorm, Linear
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
     from onnxscript import OpBuilder
 
 __all__ = ["WINDOW_KEY", "CausalLM", "Masks", "Select", "mark_place", "place_name"]

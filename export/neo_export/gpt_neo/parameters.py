@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
 
 __all__ = [
     "EMBEDDING",

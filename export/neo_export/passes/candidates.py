@@ -6,7 +6,7 @@
                               exp_sum [B, 1] = Σ exp(logits − the largest), in float64
 
 A row of GPT-Neo's logits is 200 kB, its candidates are 1.5 kB. What can be decided by them,
-and when the logits are fetched after all, is `neo_runtime.candidates`.
+and when the logits are fetched after all, is `neo_runtime.sampling.candidates`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-from neo_runtime.manifest import CANDIDATE_OUTPUTS
+from neo_runtime.bundle.manifest import CANDIDATE_OUTPUTS
 
 from neo_export.passes._insert import insert_before
 from neo_export.passes._tensors import logits_of

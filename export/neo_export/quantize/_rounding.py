@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from neo_runtime.cores import usable_processors
+from neo_runtime.machine.cores import usable_processors
 from numpy.typing import NDArray
 
 __all__ = ["in_slabs", "search_scale"]

@@ -26,7 +26,7 @@ from neo_export.gpt_neo.parameters import EMBEDDING, HEAD_INPUT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
     from numpy.typing import NDArray
 
     from neo_export.quantize.migration import Migration

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from neo_runtime.cores import usable_processors
+from neo_runtime.machine.cores import usable_processors
 
 from neo_export.quantize.refinement import descend, fit_scales
 

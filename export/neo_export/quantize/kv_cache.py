@@ -16,7 +16,7 @@ from neo_runtime.errors import RequestError, StatisticsError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from neo_runtime.manifest import CacheSpec, ModelSpec
+    from neo_runtime.bundle.manifest import CacheSpec, ModelSpec
     from numpy.typing import NDArray
 
     from neo_export.statistics.folder import Statistics

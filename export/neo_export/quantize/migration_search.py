@@ -29,7 +29,7 @@ from neo_export.quantize.migration import Migration
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
     from numpy.typing import NDArray
 
     from neo_export.statistics.folder import Statistics

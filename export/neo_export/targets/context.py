@@ -9,7 +9,7 @@ from neo_export.passes._wide import Wide
 from neo_export.quantize.migration import Migration
 
 if TYPE_CHECKING:
-    from neo_runtime.manifest import CacheSpec, ModelSpec
+    from neo_runtime.bundle.manifest import CacheSpec, ModelSpec
 
     from neo_export.passes.quantize_linear import ActivationRange
     from neo_export.quantize.kv_cache import CacheSteps

@@ -9,7 +9,7 @@ from neo_export.quantize.int4 import largest_block_size
 from neo_export.quantize.plan import Storage, WeightPlan
 
 if TYPE_CHECKING:
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
 
 __all__ = ["Quantization"]
 

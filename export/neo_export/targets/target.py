@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from neo_runtime.bundle.manifest import CacheSpec
 from neo_runtime.errors import RequestError
-from neo_runtime.manifest import CacheSpec
 
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.gpt_neo.parameters import EMBEDDING, HEAD
@@ -17,7 +17,7 @@ from neo_export.quantize.quantizer import EightBits, RoundToNearest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
 
     from neo_export.passes import Pass
     from neo_export.quantize.plan import WeightPlan

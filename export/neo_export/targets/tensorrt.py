@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from neo_runtime.manifest import is_quantized
+from neo_runtime.bundle.manifest import is_quantized
 
 from neo_export.passes.float16 import bfloat16, float16
 from neo_export.passes.migrate_activations import migrate_activations

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neo_runtime.manifest import is_quantized
+from neo_runtime.bundle.manifest import is_quantized
 
 if TYPE_CHECKING:
-    from neo_runtime.manifest import Manifest
+    from neo_runtime.bundle.manifest import Manifest
 
 __all__ = ["TOLERANCES", "Tolerance", "tolerance_name"]
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from neo_runtime.manifest import Manifest
-    from neo_runtime.step_logits import StepLogits
+    from neo_runtime.backends.step_logits import StepLogits
+    from neo_runtime.bundle.manifest import Manifest
 
 __all__ = ["Backend", "CacheStore", "layer_lengths", "spoil_views", "with_empty_rows"]
 

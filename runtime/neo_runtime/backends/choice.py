@@ -10,17 +10,17 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neo_runtime.bundle import check_installation
+from neo_runtime.bundle.engine_record import platform_name
+from neo_runtime.bundle.folder import check_installation
 from neo_runtime.closable import closed_on_error
-from neo_runtime.engine_record import platform_name
 from neo_runtime.errors import BundleUnsupportedError, NeoError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from neo_runtime.backends.base import Backend
-    from neo_runtime.bundle import Bundle
-    from neo_runtime.gpu import GpuFacts
+    from neo_runtime.bundle.folder import Bundle
+    from neo_runtime.machine.gpu import GpuFacts
 
 __all__ = [
     "BACKENDS",
@@ -104,7 +104,7 @@ def _open_cpu(bundle: Bundle, options: BackendOptions, otherwise: str | None = N
             "with neo-engine, or export with --target cpu"
         )
     check_installation(manifest, bundle.path)
-    from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from neo_runtime.backends.cpu.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(
         bundle,
@@ -127,7 +127,7 @@ def usable_gpu(bundle: Bundle, name: str, device: int) -> GpuFacts:
         DeviceError: the GPU cannot be used.
         DependencyError: a package is missing, or the wrong one is installed.
     """
-    from neo_runtime.gpu import require_cuda_provider, require_gpu
+    from neo_runtime.machine.gpu import require_cuda_provider, require_gpu
 
     manifest = bundle.manifest
     if name == "tensorrt":
@@ -137,7 +137,7 @@ def usable_gpu(bundle: Bundle, name: str, device: int) -> GpuFacts:
                 "export with --target tensorrt, then neo-engine"
             )
         return require_gpu(device)
-    from neo_runtime.backends.cuda import why_not_cuda
+    from neo_runtime.backends.gpu.cuda import why_not_cuda
 
     reason = why_not_cuda(manifest)
     if reason is not None:
@@ -162,8 +162,8 @@ def automatic_backend(bundle: Bundle, device: int) -> str:
 
 def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
     gpu = usable_gpu(bundle, "cuda", options.device)
-    from neo_runtime.backends.cuda import CudaBackend
-    from neo_runtime.backends.cuda_device import CudaDevice
+    from neo_runtime.backends.gpu.cuda import CudaBackend
+    from neo_runtime.backends.gpu.cuda_device import CudaDevice
 
     with closed_on_error(CudaDevice(options.device)) as device:
         backend = CudaBackend(bundle, device, options.session_config)
@@ -175,8 +175,8 @@ def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
 
 def _open_tensorrt(bundle: Bundle, options: BackendOptions) -> Backend:
     gpu = usable_gpu(bundle, "tensorrt", options.device)
-    from neo_runtime.backends.cuda_device import CudaDevice
-    from neo_runtime.backends.tensorrt import TensorRTBackend
+    from neo_runtime.backends.gpu.cuda_device import CudaDevice
+    from neo_runtime.backends.gpu.tensorrt import TensorRTBackend
 
     with closed_on_error(CudaDevice(options.device)) as device:
         backend = TensorRTBackend(bundle, device, gpu, platform_name())

@@ -25,7 +25,7 @@ from neo_export.passes.fuse_attention import fuse_attention
 from neo_export.passes.pack_qkv import pack_qkv
 
 if TYPE_CHECKING:
-    from neo_runtime.manifest import Probe
+    from neo_runtime.bundle.manifest import Probe
 
 CONFIG = TinyConfig()
 LAYERS = len(CONFIG.attention_layers)

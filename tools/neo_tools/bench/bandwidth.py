@@ -196,7 +196,7 @@ def _constant_product(operator: str, left: Any, weight: Any, threads: int) -> An
 def _session(
     nodes: list[Any], inputs: list[Any], outputs: list[Any], constants: list[Any], threads: int
 ) -> Any:
-    from neo_runtime.installation import require_onnxruntime
+    from neo_runtime.machine.installation import require_onnxruntime
     from onnx import helper
 
     graph = helper.make_graph(nodes, "probe", inputs, outputs, constants)

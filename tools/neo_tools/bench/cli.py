@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from neo_runtime.command_line import OneLineParser, add_version, run_command
-from neo_runtime.cores import physical_cores
+from neo_runtime.command.command_line import OneLineParser, add_version, run_command
 from neo_runtime.errors import RequestError
+from neo_runtime.machine.cores import physical_cores
 
 from neo_tools.bench.cases import PeerChoice, Settings, make_cases
 

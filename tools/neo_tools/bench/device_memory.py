@@ -37,8 +37,8 @@ def bus_id(device: int) -> str:
     Raises:
         DeviceError: there is no such device.
     """
-    from neo_runtime.backends.cuda_device import checked
-    from neo_runtime.gpu import cuda_runtime
+    from neo_runtime.backends.gpu.cuda_device import checked
+    from neo_runtime.machine.gpu import cuda_runtime
 
     cuda: Any = cuda_runtime()
     checked(cuda.cudaSetDevice(device), f"select device {device}")

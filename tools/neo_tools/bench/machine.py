@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from neo_runtime.cores import physical_cores, usable_processors
+from neo_runtime.machine.cores import physical_cores, usable_processors
 
 from neo_tools.older_cpu import ENVIRONMENT_VARIABLE
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from neo_runtime.backends.choice import automatic_backend
-from neo_runtime.bundle import open_bundle
+from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import BundleUnsupportedError, NeoError, RequestError
-from neo_runtime.gpu import require_gpu
+from neo_runtime.machine.gpu import require_gpu
 
 from neo_tools.bench import traffic
 from neo_tools.bench.cases import check_lengths
@@ -17,7 +17,7 @@ from neo_tools.model_shape import check_checkpoint, shape_text
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.manifest import Manifest
+    from neo_runtime.bundle.manifest import Manifest
 
     from neo_tools.bench.cases import Settings
     from neo_tools.bench.traffic import StepWeights

@@ -119,7 +119,7 @@ def measure(
     names: Sequence[str], rows: Sequence[int], *, threads: int, rounds: int, matrices: int = 8
 ) -> dict[tuple[str, int], float]:
     """Median seconds per matrix, by candidate and rows."""
-    from neo_runtime.installation import require_onnxruntime
+    from neo_runtime.machine.installation import require_onnxruntime
 
     ort = require_onnxruntime()
 

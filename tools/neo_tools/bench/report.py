@@ -7,7 +7,7 @@ import io
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from neo_runtime.standard_streams import json_text
+from neo_runtime.command.standard_streams import json_text
 
 from neo_tools.bench.cases import threads_text
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.manifest import WEIGHTS_NAME
+from neo_runtime.bundle.manifest import WEIGHTS_NAME
 
 from neo_tools.bench.cases import threads_text
 from neo_tools.bench.machine import (

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from neo_runtime.errors import DependencyError
-from neo_runtime.installation import install_command
+from neo_runtime.machine.installation import install_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.manifest import ModelSpec
 
 __all__ = [
     "NOMINAL_BYTES",

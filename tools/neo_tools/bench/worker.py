@@ -28,9 +28,9 @@ from neo_tools.peers.worker_protocol import claim_stdout, context_ids, serve
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from neo_runtime.kv_cache import KVCache
+    from neo_runtime.backends.step_logits import StepLogits
+    from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.model import Model
-    from neo_runtime.step_logits import StepLogits
 
 __all__ = ["NeoEngine", "main"]
 
@@ -161,7 +161,7 @@ class NeoEngine:
             top: (its seconds − native seconds) / new tokens, prefill's own bookkeeping and the
             cache's allocation included; `native`: median seconds per step inside onnxruntime.
         """
-        from neo_runtime.options import GenerationOptions
+        from neo_runtime.options.generation_options import GenerationOptions
 
         batch, steps = request["batch"], request["steps"]
         model = self._model
@@ -202,7 +202,7 @@ class NeoEngine:
             raise ValueError("first_token wants a process that has loaded nothing")
         import neo_runtime
         import neo_runtime.loading
-        from neo_runtime.options import GenerationOptions
+        from neo_runtime.options.generation_options import GenerationOptions
 
         options = GenerationOptions(max_new_tokens=1, ignore_eos=True)
         started = perf_counter()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.command_line import OneLineParser, run_command
+from neo_runtime.command.command_line import OneLineParser, run_command
 
 import neo_tools.clients
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from neo_runtime.scheduler import Scheduler
+from neo_runtime.scheduling.scheduler import Scheduler
 
 from neo_tools.peers.worker_protocol import context_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from neo_runtime.completion import Completion
+    from neo_runtime.generation.completion import Completion
     from neo_runtime.model import Model
 
 __all__ = ["WAYS", "Load", "Round", "measure"]

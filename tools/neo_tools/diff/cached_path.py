@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from neo_export.comparison.places import Place
     from neo_export.quantize.kv_cache import CacheSteps
     from neo_runtime.backends.base import CacheStore
-    from neo_runtime.manifest import Manifest, Probe
+    from neo_runtime.bundle.manifest import Manifest, Probe
     from numpy.typing import NDArray
 
     from neo_tools.diff.probed_backend import Probed

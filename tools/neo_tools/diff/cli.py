@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from neo_export.files.text_file import write_text_file
 from neo_export.reports.stages import StageLine
-from neo_runtime.command_line import run_command
+from neo_runtime.command.command_line import run_command
+from neo_runtime.command.standard_streams import json_text
 from neo_runtime.errors import OutputError
-from neo_runtime.standard_streams import json_text
 
 from neo_tools.diff.cli_options import make_parser
 

@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from neo_runtime.command_line import OneLineParser, add_version
+from neo_runtime.command.command_line import OneLineParser, add_version
 
 __all__ = ["make_parser"]
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from neo_runtime import Model
-    from neo_runtime.bundle import Bundle
+    from neo_runtime.bundle.folder import Bundle
 
     from neo_tools.diff.probed_backend import Probed
 
@@ -68,7 +68,7 @@ def open_probed_backend(bundle: Bundle, engine: Engine) -> Iterator[Probed]:
     """
     backend: Probed
     if engine.backend == "cuda":
-        from neo_runtime.backends.cuda_device import CudaDevice
+        from neo_runtime.backends.gpu.cuda_device import CudaDevice
         from neo_runtime.closable import closed_on_error
 
         from neo_tools.diff.probed_cuda import ProbedCudaBackend

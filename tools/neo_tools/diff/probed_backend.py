@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from neo_export.comparison.cache_steps import read_cache_steps
 from neo_export.comparison.probed import open_probed, probed_values, score_trace
-from neo_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from neo_runtime.backends.cpu.onnxruntime import OnnxRuntimeBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from neo_export.comparison.trace import Trace
     from neo_export.quantize.kv_cache import CacheSteps
     from neo_runtime.backends.base import CacheStore
-    from neo_runtime.bundle import Bundle
-    from neo_runtime.manifest import Manifest
+    from neo_runtime.bundle.folder import Bundle
+    from neo_runtime.bundle.manifest import Manifest
     from numpy.typing import NDArray
 
     Sink = Callable[[dict[str, NDArray[Any]]], None]

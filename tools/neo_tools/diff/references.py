@@ -16,8 +16,8 @@ from neo_export.comparison.held_weights import HeldWeights, open_held_weights
 from neo_export.comparison.jumps import find_jumps
 from neo_export.comparison.metrics import relative_l2
 from neo_export.tolerances import accumulated_name, limits_name
+from neo_runtime.bundle.manifest import MANIFEST_NAME
 from neo_runtime.errors import RequestError
-from neo_runtime.manifest import MANIFEST_NAME
 
 from neo_tools.diff.engine import Engine, open_probed_backend, why_not_shown
 from neo_tools.diff.results import Subject
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from neo_export.comparison.faults import Fault
     from neo_export.comparison.reference import LayeredReference
     from neo_export.comparison.trace import Text, Trace
-    from neo_runtime.bundle import Bundle
-    from neo_runtime.manifest import Manifest, ModelSpec
+    from neo_runtime.bundle.folder import Bundle
+    from neo_runtime.bundle.manifest import Manifest, ModelSpec
     from numpy.typing import NDArray
 
     LayersDone = Callable[[int, int], None]
@@ -214,7 +214,7 @@ def open_reference(model: str, threads: int, device: int = 0) -> Iterator[Refere
         DependencyError: torch or transformers is missing.
     """
     if (Path(model) / MANIFEST_NAME).is_file():
-        from neo_runtime.bundle import open_bundle
+        from neo_runtime.bundle.folder import open_bundle
 
         bundle = open_bundle(model, verify=True, check_runtime=False)
         yield BundleReference(bundle, threads, device)

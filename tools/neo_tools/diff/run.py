@@ -10,10 +10,10 @@ import neo_runtime
 from neo_export.comparison.trace import Text
 from neo_export.files.mapped_memory import drop_pages
 from neo_export.reports.memory import PeakMemory
-from neo_runtime.bundle import open_bundle
-from neo_runtime.cores import physical_cores
+from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import BundleUnsupportedError, RequestError
-from neo_runtime.tokenizer import Tokenizer
+from neo_runtime.machine.cores import physical_cores
+from neo_runtime.text.tokenizer import Tokenizer
 
 from neo_tools.diff.cached_path import segments_of, trace_cached_path
 from neo_tools.diff.engine import Engine, open_probed_backend, shown_elsewhere, why_not_shown
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
     from neo_export.comparison.faults import Fault
     from neo_runtime import Model
-    from neo_runtime.bundle import Bundle
+    from neo_runtime.bundle.folder import Bundle
     from numpy.typing import NDArray
 
     from neo_tools.diff.progress import Progress

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from neo_runtime import Model
-    from neo_runtime.bundle import Bundle
+    from neo_runtime.bundle.folder import Bundle
     from numpy.typing import NDArray
 
     from neo_tools.diff.cached_path import Segment

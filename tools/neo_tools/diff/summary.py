@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from neo_export.comparison.places import all_places, region_masks
 from neo_export.tolerances import quality_of
-from neo_runtime.tokenizer import Tokenizer
+from neo_runtime.text.tokenizer import Tokenizer
 
 from neo_tools.diff.position_metrics import perplexity, summaries
 from neo_tools.diff.results import (
@@ -22,8 +22,8 @@ from neo_tools.diff.results import (
 from neo_tools.diff.thresholds import checks
 
 if TYPE_CHECKING:
-    from neo_runtime.bundle import Bundle
-    from neo_runtime.manifest import ModelSpec
+    from neo_runtime.bundle.folder import Bundle
+    from neo_runtime.bundle.manifest import ModelSpec
 
     from neo_tools.diff.engine import Engine
     from neo_tools.diff.findings import Findings

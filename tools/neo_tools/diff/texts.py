@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from neo_runtime.documents import document_ids, read_documents
 from neo_runtime.errors import RequestError
+from neo_runtime.text.documents import document_ids, read_documents
 
 if TYPE_CHECKING:
-    from neo_runtime.manifest import ModelSpec
-    from neo_runtime.tokenizer import Tokenizer
+    from neo_runtime.bundle.manifest import ModelSpec
+    from neo_runtime.text.tokenizer import Tokenizer
     from numpy.typing import NDArray
 
 __all__ = ["Texts", "built_in_texts", "decode_segments", "read_texts"]
@@ -51,8 +51,8 @@ def read_texts(
     """Read and cut into contexts.
 
     Args:
-        path: a file as `neo_runtime.documents.read_documents` takes it; None for the texts that
-            come with the package.
+        path: a file as `neo_runtime.text.documents.read_documents` takes it; None for the texts
+            that come with the package.
         tokenizer: of the bundle.
         model: the bundle's.
         tokens: how many to take at most.

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.command_line import OneLineParser, add_version, run_command
+from neo_runtime.command.command_line import OneLineParser, add_version, run_command
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.command_line import run_command
+from neo_runtime.command.command_line import run_command
 from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from neo_export.files.termination import termination_raises
-    from neo_runtime.gpu import require_gpu
+    from neo_runtime.machine.gpu import require_gpu
 
     from neo_tools.gpu_check.report import write_report
 
@@ -197,7 +197,7 @@ def _parts(
 
 
 def _positions(bundle: Path) -> int:
-    from neo_runtime.bundle import open_bundle
+    from neo_runtime.bundle.folder import open_bundle
 
     return open_bundle(bundle).manifest.max_length
 

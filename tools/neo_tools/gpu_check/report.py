@@ -13,7 +13,7 @@ from neo_tools.bench.report import to_markdown
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.gpu import GpuFacts
+    from neo_runtime.machine.gpu import GpuFacts
 
     from neo_tools.bench.results import Results
     from neo_tools.gpu_check.targets import Verdict

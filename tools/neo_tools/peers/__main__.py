@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.command_line import run_command
+from neo_runtime.command.command_line import run_command
 
 from neo_tools.peers import environments, exports, portable
 

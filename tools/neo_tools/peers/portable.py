@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neo_runtime.bundle.manifest import MANIFEST_NAME, Manifest
 from neo_runtime.errors import (
     BundleError,
     BundleUnsupportedError,
@@ -16,7 +17,6 @@ from neo_runtime.errors import (
     DependencyError,
     NeoError,
 )
-from neo_runtime.manifest import MANIFEST_NAME, Manifest
 
 from neo_tools.model_shape import check_checkpoint
 from neo_tools.peers.environments import python_of, worker_environ

@@ -1,0 +1,175 @@
+"""Cache layout `append`: the graph returns a new, longer cache; two sets of buffers take turns.
+
+    rows end together, padded on the left up to the longest
+
+    row 0   k k k k k k              lengths[0] = 6, width = 6
+    row 1   . . . k k k              lengths[1] = 3: its three pads are masked
+
+Each call reads one set as past and writes the other as present, so nothing is allocated in a
+step, at the price of twice the memory. For engines and graphs without an in-place cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from neo_runtime.backends.base import CacheStore, spoil_views, with_empty_rows
+from neo_runtime.backends.cpu.binding import BoundCall
+from neo_runtime.backends.cpu.cache_memory import aligned_zeros
+from neo_runtime.backends.step_logits import StepLogits
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.backends.cpu.binding import Sessions
+
+__all__ = ["AppendStore"]
+
+
+class AppendStore(CacheStore):
+    """See the module."""
+
+    def __init__(self, backend: Sessions, batch: int, length: int) -> None:
+        model = backend.manifest.model
+        self._backend = backend
+        self._heads, self._head_dim = model.num_heads, model.head_dim
+        size = batch * model.num_heads * length * model.head_dim
+        flat = [(size,)] * (2 * model.num_layers)
+        self._past = aligned_zeros(flat, backend.manifest.cache.dtype)
+        self._present = aligned_zeros(flat, backend.manifest.cache.dtype)
+        self._logits = np.zeros((batch, 1, model.vocab_size), dtype=np.float32)
+        self._width = 0
+        self.lengths = np.zeros(batch, dtype=np.int64)
+
+    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
+        """See `CacheStore.prefill`."""
+        with self._backend.prompt():
+            return self._prefill(prompts, chunk)
+
+    def _prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
+        counts = np.array([len(prompt) for prompt in prompts])
+        if self._width and (counts != counts[0]).any():
+            self._prefill_rows(prompts, counts, chunk)
+            return StepLogits.at_hand(self._logits[: self.batch, 0])
+        ids = np.zeros((self.batch, counts.max()), dtype=np.int64)
+        for padded, prompt in zip(ids, prompts, strict=True):
+            padded[len(padded) - len(prompt) :] = prompt
+        pads = self._width + counts.max() - (self.lengths + counts)
+        for start in range(0, ids.shape[1], chunk):
+            self._advance("prefill", np.ascontiguousarray(ids[:, start : start + chunk]), pads)
+        self.lengths += counts
+        return StepLogits.at_hand(self._logits[: self.batch, 0])
+
+    def decode(self, tokens: NDArray[np.int64]) -> StepLogits:
+        """See `CacheStore.decode`."""
+        ids = np.ascontiguousarray(tokens, dtype=np.int64)[:, None]
+        self._advance("decode", ids, self._width - self.lengths)
+        self.lengths += 1
+        self._backend.after_step(self.batch)
+        return StepLogits.at_hand(self._logits[: self.batch, 0])
+
+    def _advance(self, graph: str, ids: NDArray[np.int64], pads: NDArray[np.int64]) -> None:
+        """Run all rows; columns before `pads[b]` of row `b` are padding."""
+        width = self._width + ids.shape[1]
+        columns = np.arange(width, dtype=np.int64)
+        positions = np.maximum(columns[self._width :] - pads[:, None], 0)
+        call = BoundCall(
+            self._backend,
+            graph,
+            input_ids=ids,
+            attention_mask=(columns >= pads[:, None]).astype(np.int64),
+            position_ids=positions,
+            past=self._views(self._past, self.batch, self._width),
+            present=self._views(self._present, self.batch, width),
+            logits=self._logits[: self.batch],
+        )
+        call.run()
+        self._past, self._present = self._present, self._past
+        self._width = width
+
+    def _prefill_rows(
+        self, prompts: Sequence[NDArray[np.int64]], counts: NDArray[np.int64], chunk: int
+    ) -> None:
+        """Append unequal numbers of tokens behind a past: row by row, then aligned again.
+
+        Padding between the past and the new tokens of a row would widen its local windows, so
+        each row runs alone and without padding, in a store of its own.
+        """
+        lengths = self.lengths + counts
+        width = int(lengths.max())
+        present = self._views(self._present, self.batch, width)
+        past = self._views(self._past, self.batch, self._width)
+        for row, prompt in enumerate(prompts):
+            used = int(self.lengths[row])
+            single = AppendStore(self._backend, 1, used + len(prompt))
+            for own, shared in zip(single._views(single._past, 1, used), past, strict=True):
+                own[0] = shared[row, :, self._width - used :]
+            single._width = used
+            single.lengths[0] = used
+            if len(prompt):
+                self._logits[row, 0] = single._prefill([prompt], chunk).full()[0]
+            pad = width - len(prompt) - used
+            views = single._views(single._past, 1, used + len(prompt))
+            for own, shared in zip(views, present, strict=True):
+                shared[row, :, :pad] = 0
+                shared[row, :, pad:] = own[0]
+        self._past, self._present = self._present, self._past
+        self._width, self.lengths = width, lengths
+
+    def _views(self, buffers: Sequence[NDArray[Any]], batch: int, width: int) -> list[NDArray[Any]]:
+        """The first bytes of the buffers as [batch, heads, width, head_dim]."""
+        shape = (batch, self._heads, width, self._head_dim)
+        size = batch * self._heads * width * self._head_dim
+        return [buffer[:size].reshape(shape) for buffer in buffers]
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """See `CacheStore.reorder`."""
+        lengths = self.lengths[rows]
+        # Columns that are padding in every row that stays are dropped: so the width is always
+        # the longest row, and no row can outgrow the buffers.
+        width = int(lengths.max(initial=0))
+        before = self._views(self._past, self.batch, self._width)
+        after = self._views(self._present, len(rows), width)
+        for source, target in zip(before, after, strict=True):
+            for index, row in enumerate(rows):
+                target[index] = source[row, :, self._width - width :]
+        self._past, self._present = self._present, self._past
+        self._width, self.lengths = width, lengths
+
+    def extend(self, count: int) -> None:
+        """See `CacheStore.extend`."""
+        batch = self.batch
+        self.lengths = with_empty_rows(self.lengths, count)
+        for buffer in self._views(self._past, self.batch, self._width):
+            buffer[batch:] = 0  # masked, and still multiplied by 0
+
+    def fill(self, row: int, source: CacheStore) -> None:
+        """See `CacheStore.fill`; the others move to the end of what is the longest row now."""
+        assert isinstance(source, AppendStore)
+        used = int(source.lengths[0])
+        width = max(self._width, used)
+        before = self._views(self._past, self.batch, self._width)
+        after = self._views(self._present, self.batch, width)
+        sources = source._views(source._past, 1, used)
+        for past, present, filled in zip(before, after, sources, strict=True):
+            present[:, :, : width - self._width] = 0
+            present[:, :, width - self._width :] = past
+            present[row, :, width - used :] = filled[0]
+        self._past, self._present = self._present, self._past
+        self._width, self.lengths[row] = width, used
+
+    def contents(self) -> list[NDArray[Any]]:
+        """See `CacheStore.contents`."""
+        return self._views(self._past, self.batch, self._width)
+
+    def spoil(self) -> None:
+        """See `CacheStore.spoil`."""
+        spoil_views(self.contents())
+
+    def close(self) -> None:
+        """See `CacheStore.close`."""
+        self._past, self._present = [], []

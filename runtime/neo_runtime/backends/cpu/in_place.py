@@ -1,0 +1,227 @@
+"""Cache layout `in_place`: one buffer a tensor, read as past and written as present.
+
+    buffer of a layer's keys, [batch, heads, length, head_dim]
+
+    row 0   k k k k k k . . . .      lengths[0] = 6: the next token is written at position 6
+    row 1   k k k . . . . . . .      lengths[1] = 3
+
+Rows are contiguous, so neighbouring rows can be bound as a smaller batch.
+
+Where `CacheSpec.window` is set, a local layer's buffer holds little more than the window: the
+graph then keeps the last positions at its front.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from neo_runtime.backends.base import CacheStore, layer_lengths, spoil_views, with_empty_rows
+from neo_runtime.backends.cpu.binding import BoundCall
+from neo_runtime.backends.cpu.cache_memory import aligned_arrays, aligned_size
+from neo_runtime.backends.cpu.staged_cache import StagedCache
+from neo_runtime.backends.right_padded import RightPaddedStore
+from neo_runtime.backends.step_logits import CandidateRows, StepLogits
+from neo_runtime.bundle.manifest import CANDIDATE_OUTPUTS
+from neo_runtime.errors import NeoError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.backends.cpu.binding import Sessions
+    from neo_runtime.bundle.manifest import Manifest
+
+__all__ = ["InPlaceStore"]
+
+
+class InPlaceStore(RightPaddedStore):
+    """See the module."""
+
+    def __init__(self, backend: Sessions, batch: int, length: int) -> None:
+        model = backend.manifest.model
+        shapes = [
+            (batch, model.num_heads, positions, model.head_dim)
+            for positions in layer_lengths(backend.manifest, length)
+            for _ in ("key", "value")
+        ]
+        self._backend = backend
+        self._length = length
+        # The prefill graph widens an int8 cache, whole buffers of it.
+        self._widens = backend.manifest.cache.dtype == "int8"
+        evicts = backend.manifest.cache.window is not None
+        self._growing = [
+            not (evicts and kind == "local") for kind in model.attention_layers for _ in range(2)
+        ]
+        dtype = backend.manifest.cache.dtype
+        block = backend.kept_block.take(aligned_size(shapes, dtype))
+        self._buffers = aligned_arrays(block, shapes, dtype)
+        self._block: NDArray[np.uint8] | None = block
+        self._busy = threading.Lock()
+        """Held while the memory is in use."""
+        self._logits = np.zeros((batch, 1, model.vocab_size), dtype=np.float32)
+        self._candidates = _candidate_arrays(backend.manifest, batch)
+        self._ids = np.zeros((batch, 1), dtype=np.int64)
+        self._positions = np.zeros((batch, 1), dtype=np.int64)
+        self._mask = np.zeros((batch, length), dtype=np.int64)
+        self._decode: BoundCall | None = None
+        self.lengths = np.zeros(batch, dtype=np.int64)
+
+    def _run_prefill(
+        self,
+        row: int,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+    ) -> None:
+        with self._busy:
+            cache, total = self._rows(row, len(ids)), mask.shape[1]
+            if not self._widens or 2 * total > self._length:
+                self._call("prefill", row, ids, mask, positions, cache, cache).run()
+                return
+            past = int(self.lengths[row])  # the same for all of them: one row, or empty ones
+            staged = StagedCache(cache, self._growing, past, total)
+            self._call("prefill", row, ids, mask, positions, staged.past, staged.present).run()
+            staged.store()
+
+    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
+        """See `CacheStore.prefill`."""
+        with self._backend.prompt():
+            return super().prefill(prompts, chunk)
+
+    def _after_prefill(self) -> StepLogits:
+        self._refresh_mask()
+        return self._step()
+
+    def _rows(self, row: int, count: int) -> list[NDArray[Any]]:
+        """`count` rows of every buffer, from `row` on."""
+        self._check_open()
+        return [buffer[row : row + count] for buffer in self._buffers]
+
+    def _call(
+        self,
+        graph: str,
+        row: int,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        past: Sequence[NDArray[Any]],
+        present: Sequence[NDArray[Any]],
+    ) -> BoundCall:
+        """Bind the rows from `row` on, as many as `ids` has."""
+        rows = slice(row, row + len(ids))
+        return BoundCall(
+            self._backend,
+            graph,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past=past,
+            present=present,
+            logits=self._logits[rows],
+            candidates={name: array[rows] for name, array in self._candidates.items()},
+        )
+
+    def _step(self) -> StepLogits:
+        """What the last call wrote."""
+        batch, found = self.batch, self._candidates
+        rows = None
+        if found:
+            rows = CandidateRows(*(found[name][:batch] for name in CANDIDATE_OUTPUTS))
+            rows = CandidateRows(rows.values[:, 0], rows.ids[:, 0], rows.exp_sums[:, 0])
+        return StepLogits.at_hand(self._logits[:batch, 0], rows)
+
+    def decode(self, tokens: NDArray[np.int64]) -> StepLogits:
+        """See `CacheStore.decode`."""
+        batch = self.batch
+        with self._busy:
+            if self._decode is None:
+                cache = self._rows(0, batch)
+                ids, mask, positions = (x[:batch] for x in (self._ids, self._mask, self._positions))
+                self._decode = self._call("decode", 0, ids, mask, positions, cache, cache)
+            self._ids[:batch, 0] = tokens
+            self._positions[:batch, 0] = self.lengths
+            self._mask[np.arange(batch), self.lengths] = 1
+            self._decode.run()
+        self.lengths += 1
+        self._backend.after_step(batch)
+        return self._step()
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """See `CacheStore.reorder`."""
+        moved = np.flatnonzero(rows != np.arange(len(rows)))
+        if len(moved):
+            sources = rows[moved]
+            used = int(self.lengths[sources].max())
+            with self._busy:
+                for buffer in self._buffers:
+                    # Indexing copies the sources first, so rows may trade places.
+                    buffer[moved, :, :used] = buffer[sources, :, :used]
+        if len(rows) != self.batch:
+            self._decode = None
+        self.lengths = self.lengths[rows]
+        self._refresh_mask()
+
+    def extend(self, count: int) -> None:
+        """See `CacheStore.extend`."""
+        self._decode = None
+        self.lengths = with_empty_rows(self.lengths, count)
+        self._refresh_mask()
+
+    def fill(self, row: int, source: CacheStore) -> None:
+        """See `CacheStore.fill`.
+
+        A local layer evicts once its buffer is full, and where positions lie then depends on the
+        buffer's size: either it has not happened in the source, or both buffers have the size of
+        the longest, see `layer_lengths`.
+        """
+        assert isinstance(source, InPlaceStore)
+        used = int(source.lengths[0])
+        with self._busy, source._busy:
+            for own, other in zip(self._rows(row, 1), source._rows(0, 1), strict=True):
+                held = min(used, other.shape[2])
+                assert held == used or other.shape[2] == own.shape[2]
+                own[:, :, :held] = other[:, :, :held]
+        self.lengths[row] = used
+        self._refresh_mask()
+
+    def _refresh_mask(self) -> None:
+        columns = np.arange(self._length)
+        self._mask[: self.batch] = columns < self.lengths[:, None]
+
+    def contents(self) -> list[NDArray[Any]]:
+        """See `CacheStore.contents`."""
+        return [buffer[: self.batch] for buffer in self._buffers]
+
+    def spoil(self) -> None:
+        """See `CacheStore.spoil`."""
+        spoil_views(self.contents())
+
+    def close(self) -> None:
+        """See `CacheStore.close`."""
+        idle = self._busy.acquire(blocking=False)
+        block, self._block = self._block, None
+        self._decode = None
+        self._buffers = []
+        if idle:
+            # Memory that another thread computes in, against the rules, is for nobody else.
+            self._busy.release()
+            if block is not None:
+                self._backend.kept_block.keep(block)
+
+    def _check_open(self) -> None:
+        if self._block is None:
+            raise NeoError("the cache is closed; make another one")
+
+
+def _candidate_arrays(manifest: Manifest, batch: int) -> dict[str, NDArray[Any]]:
+    """A buffer for each of `CANDIDATE_OUTPUTS`; none where the graphs do not have them."""
+    outputs = {tensor.name: tensor for tensor in manifest.graphs["decode"].outputs}
+    return {
+        name: np.zeros((batch, *map(int, outputs[name].shape[1:])), dtype=outputs[name].dtype)
+        for name in CANDIDATE_OUTPUTS
+        if name in outputs
+    }

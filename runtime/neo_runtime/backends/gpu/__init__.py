@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: onnxruntime with CUDA, and TensorRT."""

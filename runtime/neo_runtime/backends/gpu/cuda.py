@@ -1,0 +1,274 @@
+"""The bundle's graphs in onnxruntime's CUDA provider: weights once, buffers bound once.
+
+Written for a GPU, and by its `Device` independent of one: the same code runs on the CPU provider
+over host memory, which is how it is tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from neo_runtime.backends.base import Backend
+from neo_runtime.backends.gpu.cuda_sessions import CudaSessions
+from neo_runtime.backends.gpu.device_locks import alone, new_lock
+from neo_runtime.backends.gpu.device_slots import (
+    ELEMENT_TYPES,
+    ITEM_SIZES,
+    CapturedStep,
+    Slot,
+    make_slot,
+)
+from neo_runtime.backends.gpu.device_store import DeviceStore
+from neo_runtime.backends.gpu.idle_pool import IdlePool
+from neo_runtime.backends.gpu.leftovers import Leftovers
+from neo_runtime.backends.gpu.one_thread import OneThread
+from neo_runtime.errors import BundleUnsupportedError
+from neo_runtime.machine.installation import require_onnxruntime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.backends.base import CacheStore
+    from neo_runtime.backends.gpu.device import Device
+    from neo_runtime.backends.gpu.device_slots import Tensors
+    from neo_runtime.bundle.folder import Bundle
+    from neo_runtime.bundle.manifest import Manifest
+
+__all__ = ["CudaBackend", "why_not_cuda"]
+
+_LENGTHS = 256
+"""Caches are made in steps of this many positions, so that slots and their graphs are reused."""
+_SCORED = 512
+"""Positions that are scored in one call: their logits are 100 MB."""
+_MOST_GRAPHS = 64
+"""CUDA graphs that one session captures: onnxruntime frees them only with the session."""
+
+
+def why_not_cuda(manifest: Manifest) -> str | None:
+    """Why this backend cannot run a bundle, or None where it can."""
+    if manifest.target != "cuda":
+        return f"it was exported for {manifest.target}; export with --target cuda"
+    if manifest.cache.dtype not in ELEMENT_TYPES:
+        return f"it keeps keys and values in {manifest.cache.dtype}; export without --kv-cache"
+    if manifest.cache.layout != "in_place":
+        return (
+            f"its heads of {manifest.model.head_dim} do not suit the fused attention (multiples "
+            "of 8), without which there is no cache that is updated in place"
+        )
+    return None
+
+
+class CudaBackend(Backend):
+    """Sessions are made when first used. One call runs at a time: there is one stream."""
+
+    default_chunk = 2048
+    default_batch = 32
+    captures = True
+    """Whether a decode step is recorded in a CUDA graph and replayed."""
+
+    def __init__(
+        self, bundle: Bundle, device: Device, session_config: Mapping[str, str] | None = None
+    ) -> None:
+        """Copy the weights to the device.
+
+        Args:
+            bundle: an opened bundle of the target `cuda`.
+            device: where to run; `close` closes it, too.
+            session_config: more session configuration entries.
+
+        Raises:
+            BundleUnsupportedError: the bundle is for another backend.
+            DeviceMemoryError: the weights do not fit.
+        """
+        reason = why_not_cuda(bundle.manifest)
+        if reason is not None:
+            raise BundleUnsupportedError(f"{bundle.path} does not run on backend cuda: {reason}")
+        self._bundle, self.manifest, self.device = bundle, bundle.manifest, device
+        self.lock = new_lock()
+        """Held while the device works: copies and kernels of one call stay together, and nothing is
+        allocated or freed while kernels are captured."""
+        with self.lock:
+            self._sessions = CudaSessions(
+                bundle,
+                device,
+                require_onnxruntime(),
+                source=self._source(),
+                captures=self.captures,
+                config=session_config or {},
+            )
+        make = partial(make_slot, self.manifest, device)
+        self.slots: IdlePool[Slot] = IdlePool(make, most_idle=self._sessions.weight_bytes)
+        self._thread = OneThread()
+        self._graph_ids = itertools.count(1)
+        self._captured_by_session = 0
+        self._session_number = 0
+        self._leftovers = Leftovers(self.lock)
+        everything = partial(_let_go, self._sessions, self.slots, self._thread, device)
+        self._end = weakref.finalize(self, self._leftovers.leave_last, everything)
+        self._end.atexit = False  # the system takes everything then
+
+    def _source(self) -> Callable[[str], str | bytes]:
+        """A function that gives a graph's path, or serialized model; it holds no backend."""
+        bundle = self._bundle
+        return lambda graph: str(bundle.graph(graph))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights on the device."""
+        return self._sessions.weight_bytes
+
+    def prepare(self) -> None:
+        """See `Backend.prepare`."""
+        with self.lock:
+            for graph in ("prefill", "decode"):
+                self.slots.with_room(partial(self._sessions.get, graph))
+
+    def allocate(self, size: int) -> int:
+        """Device memory, for which idle slots make room. The caller holds the lock."""
+        return self.slots.with_room(partial(self.device.allocate, size))
+
+    def run(self, graph: str, inputs: Tensors, outputs: Tensors) -> None:
+        """Queue a graph's kernels over these addresses. The caller holds the lock."""
+        self.slots.with_room(partial(self._run, graph, inputs, outputs))
+
+    def _run(self, graph: str, inputs: Tensors, outputs: Tensors) -> None:
+        self.run_bound(graph, self._sessions.bind(graph, inputs, outputs))
+
+    def run_bound(self, graph: str, binding: Any) -> None:
+        """Queue a graph's kernels. The caller holds the lock."""
+        self._sessions.run(graph, binding)
+
+    def decode(self, slot: Slot) -> None:
+        """Queue one decode step over the buffers of a slot. The caller holds the lock."""
+        if not self.captures:
+            self.run("decode", slot.inputs | slot.cache, slot.logits | slot.small)
+            return
+        found, thread = slot.captured, self._thread.settle()
+        if found is None or (found.session, found.thread) != (self._session_number, thread):
+            with alone(self.lock):
+                self.slots.with_room(partial(self._capture, slot))
+        else:
+            self._replay(slot, found.graph_id)
+
+    def _replay(self, slot: Slot, graph_id: int) -> None:
+        run = partial(self._sessions.run, "decode", slot.binding, graph_id)
+        self._thread.run(run)
+
+    def _capture(self, slot: Slot) -> None:
+        """A first step, which onnxruntime captures."""
+        if self._captured_by_session >= _MOST_GRAPHS:
+            self._renew_session()
+        if slot.binding is None:
+            inputs, outputs = slot.inputs | slot.cache, slot.logits | slot.small
+            slot.binding = self._sessions.bind("decode", inputs, outputs)
+        graph_id = next(self._graph_ids)
+        self._captured_by_session += 1
+        thread = self._thread.settle()
+        self._replay(slot, graph_id)
+        slot.captured = CapturedStep(graph_id, self._session_number, thread)
+
+    def _renew_session(self) -> None:
+        for slot in self.slots.items:
+            slot.binding = slot.captured = None
+        self._sessions.drop("decode")
+        self._session_number += 1
+        self._captured_by_session = 0
+
+    def _capacity(self, length: int) -> int:
+        """Positions of the buffers for sequences of up to `length`; at least two.
+
+        With one position every decode step would look like a first prompt.
+        """
+        rounded = -(-length // _LENGTHS) * _LENGTHS
+        return max(2, min(rounded, self.manifest.max_length))
+
+    def cache_bytes(self, batch: int, length: int) -> int:
+        """See `Backend.cache_bytes`."""
+        model = self.manifest.model
+        position = 2 * model.num_layers * model.num_heads * model.head_dim
+        size = ITEM_SIZES[self.manifest.cache.dtype]
+        return position * size * batch * self._capacity(length)
+
+    def open_cache(self, batch: int, length: int) -> CacheStore:
+        """See `Backend.open_cache`."""
+        return DeviceStore(self, batch, self._capacity(length))
+
+    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `Backend.score`."""
+        vocab_size, count = self.manifest.model.vocab_size, len(ids)
+        logits = np.empty((count, vocab_size), np.float32)
+        size = min(count, _SCORED)
+        store = DeviceStore(self, 1, self._capacity(count))
+        try:
+            with self._block(4 * size * vocab_size) as block:
+                for start in range(0, count, size):
+                    end = min(start + size, count)
+                    store.run_chunk(
+                        "score",
+                        0,
+                        np.ascontiguousarray(ids[None, start:end]),
+                        np.ones((1, end), dtype=np.int64),
+                        np.arange(start, end, dtype=np.int64)[None],
+                        {"logits": (block, np.float32, (1, end - start, vocab_size))},
+                    )
+                    with self.lock:
+                        self.device.download(logits[start:end], block)
+                        self.device.synchronize()
+        finally:
+            store.close()
+        return logits
+
+    @contextmanager
+    def _block(self, size: int) -> Iterator[int]:
+        """Device memory for the time of a call."""
+        with self.lock:
+            block = self.allocate(size)
+        try:
+            yield block
+        finally:
+            with self.lock:
+                self.device.free(block)
+
+    def take_slot(self, batch: int, length: int) -> Slot:
+        """Buffers for a store; keys and values are zeros.
+
+        Raises:
+            DeviceMemoryError: the device has no room.
+        """
+        with self.lock:
+            self._leftovers.clear()
+            return self.slots.take(batch, length)
+
+    def give_back(self, slot: Slot) -> None:
+        """Take a slot from a store that is closed, or garbage."""
+        # Nothing of this backend: work that waits must not keep it from being garbage.
+        self._leftovers.leave(partial(self.slots.give, slot))
+
+    def close(self) -> None:
+        """See `Backend.close`. Caches that are open keep their memory until they are closed."""
+        with self.lock:
+            if self._sessions.is_closed:
+                return
+            self._leftovers.clear()
+            self._end.detach()
+            _let_go(self._sessions, self.slots, self._thread, self.device)
+        self._leftovers.settle()  # of a cache that was closed meanwhile
+
+
+def _let_go(
+    sessions: CudaSessions, slots: IdlePool[Slot], thread: OneThread, device: Device
+) -> None:
+    """Give everything back but the slots that stores have; nobody uses the device."""
+    for slot in slots.items:
+        slot.binding = slot.captured = None
+    thread.close()
+    sessions.close()
+    slots.close(device.close)

@@ -1,0 +1,176 @@
+"""An NVIDIA GPU through the CUDA runtime (`cuda-bindings`), without PyTorch or CuPy."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from neo_runtime.backends.gpu.device import Device
+from neo_runtime.errors import DeviceError, DeviceMemoryError
+from neo_runtime.machine.gpu import cuda_runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+__all__ = ["CudaDevice", "checked"]
+
+
+def checked(results: tuple[Any, ...], what: str) -> Any:
+    """What a call of the CUDA runtime gave: its results without the error code.
+
+    Args:
+        results: the error code, then the results.
+        what: the call did, as in "failed to …".
+
+    Raises:
+        DeviceMemoryError: the device has no memory left.
+        DeviceError: any other failure.
+    """
+    code, *values = results
+    if int(code) == 0:
+        return values[0] if len(values) == 1 else tuple(values)
+    name = getattr(code, "name", str(code))
+    if name == "cudaErrorMemoryAllocation":
+        raise DeviceMemoryError(
+            f"the GPU's memory is full: CUDA failed to {what}; close other programs on it, ask for "
+            "fewer or shorter sequences at once (max_cache_bytes), or export with --int4"
+        )
+    raise DeviceError(f"CUDA failed to {what}: {name}; see the driver's log (dmesg, nvidia-smi)")
+
+
+class CudaDevice(Device):
+    """See the module. Calls are made for the device `index`, whatever the thread's own is."""
+
+    name = "cuda"
+
+    def __init__(self, index: int = 0) -> None:
+        """Make a stream.
+
+        Raises:
+            DeviceError: the device cannot be used (`neo_runtime.machine.gpu.require_gpu` says why).
+        """
+        self.index = index
+        self._cuda: Any = cuda_runtime()
+        self._select()
+        flags = self._cuda.cudaStreamNonBlocking
+        self.stream: Any = checked(self._cuda.cudaStreamCreateWithFlags(flags), "make a stream")
+        self._pinned: set[int] = set()
+
+    def _select(self) -> None:
+        checked(self._cuda.cudaSetDevice(self.index), f"select device {self.index}")
+
+    def allocate(self, size: int) -> int:
+        """See `Device.allocate`."""
+        self._select()
+        return int(checked(self._cuda.cudaMalloc(max(size, 1)), f"allocate {size} bytes"))
+
+    def free(self, address: int) -> None:
+        """See `Device.free`."""
+        self._select()
+        checked(self._cuda.cudaFree(address), "free memory")
+
+    def pinned(self, size: int) -> NDArray[np.uint8]:
+        """See `Device.pinned`."""
+        self._select()
+        flags = self._cuda.cudaHostAllocDefault
+        code, address = self._cuda.cudaHostAlloc(max(size, 1), flags)
+        if getattr(code, "name", "") == "cudaErrorMemoryAllocation":
+            raise DeviceError(
+                f"the system gives no {size} bytes of host memory for copies to the GPU (pinned "
+                "memory); free memory of the machine, or raise the container's limit"
+            )
+        address = int(checked((code, address), f"pin {size} bytes of host memory"))
+        self._pinned.add(address)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+    def unpin(self, array: NDArray[Any]) -> None:
+        """See `Device.unpin`."""
+        self._select()
+        self._pinned.remove(array.ctypes.data)
+        checked(self._cuda.cudaFreeHost(array.ctypes.data), "free host memory")
+
+    def zero(self, address: int, size: int) -> None:
+        """See `Device.zero`."""
+        self._select()
+        checked(self._cuda.cudaMemsetAsync(address, 0, size, self.stream), "clear memory")
+
+    def upload(self, address: int, array: NDArray[Any]) -> None:
+        """See `Device.upload`."""
+        self._copy(address, array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
+
+    def download(self, array: NDArray[Any], address: int) -> None:
+        """See `Device.download`."""
+        self._copy(array.ctypes.data, address, array.nbytes, "cudaMemcpyDeviceToHost")
+
+    def _copy(self, to: int, source: int, size: int, kind: str) -> None:
+        self._select()
+        direction = getattr(self._cuda.cudaMemcpyKind, kind)
+        result = self._cuda.cudaMemcpyAsync(to, source, size, direction, self.stream)
+        checked(result, "copy memory")
+
+    def copy_rows(
+        self, to: int, to_pitch: int, source: int, pitch: int, width: int, rows: int
+    ) -> None:
+        """See `Device.copy_rows`."""
+        self._select()
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        result = self._cuda.cudaMemcpy2DAsync(
+            to, to_pitch, source, pitch, width, rows, kind, self.stream
+        )
+        checked(result, "copy memory")
+
+    def synchronize(self) -> None:
+        """See `Device.synchronize`."""
+        checked(self._cuda.cudaStreamSynchronize(self.stream), "compute")
+
+    def providers(self, *, capture: bool) -> list[Any]:
+        """See `Device.providers`."""
+        options = {
+            "device_id": str(self.index),
+            "user_compute_stream": str(int(self.stream)),
+            "enable_cuda_graph": "1" if capture else "0",
+            # The default doubles the arena each time, which a long prompt would never give back.
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+        return [("CUDAExecutionProvider", options)]
+
+    @property
+    def stream_handle(self) -> int:
+        """See `Device.stream_handle`."""
+        return int(self.stream)
+
+    def capture(self, queue: Callable[[], None]) -> Any:
+        """See `Device.capture`."""
+        self._select()
+        # Only this thread's calls count: others may allocate meanwhile.
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        checked(self._cuda.cudaStreamBeginCapture(self.stream, mode), "begin a capture")
+        try:
+            queue()
+        finally:
+            graph = checked(self._cuda.cudaStreamEndCapture(self.stream), "end a capture")
+        try:
+            return checked(self._cuda.cudaGraphInstantiate(graph, 0), "instantiate a graph")
+        finally:
+            checked(self._cuda.cudaGraphDestroy(graph), "destroy a graph")
+
+    def replay(self, graph: Any) -> None:
+        """See `Device.replay`."""
+        checked(self._cuda.cudaGraphLaunch(graph, self.stream), "launch a graph")
+
+    def discard(self, graph: Any) -> None:
+        """See `Device.discard`."""
+        checked(self._cuda.cudaGraphExecDestroy(graph), "destroy a graph")
+
+    def close(self) -> None:
+        """See `Device.close`."""
+        self._select()
+        self.synchronize()
+        for address in self._pinned:
+            checked(self._cuda.cudaFreeHost(address), "free host memory")
+        self._pinned.clear()
+        checked(self._cuda.cudaStreamDestroy(self.stream), "destroy a stream")

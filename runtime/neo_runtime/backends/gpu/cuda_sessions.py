@@ -1,0 +1,143 @@
+"""onnxruntime's CUDA sessions of a bundle, over one copy of its weights on the device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.backends.cpu.sessions import translated
+from neo_runtime.backends.gpu.device_weights import DeviceWeights
+from neo_runtime.errors import DeviceError, NeoError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from neo_runtime.backends.gpu.device import Device
+    from neo_runtime.backends.gpu.device_slots import Tensors
+    from neo_runtime.bundle.folder import Bundle
+
+__all__ = ["CudaSessions"]
+
+
+class CudaSessions:
+    """Sessions are made when first used. Callers hold the device's lock."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: Device,
+        ort: Any,
+        *,
+        source: Callable[[str], str | bytes],
+        captures: bool,
+        config: Mapping[str, str],
+    ) -> None:
+        """Copy the weights to the device.
+
+        Args:
+            bundle: an opened bundle of the target `cuda`.
+            device: where to run.
+            ort: the module onnxruntime.
+            source: gives the path or the serialized model of a graph.
+            captures: decode's kernels are recorded in a CUDA graph and replayed.
+            config: more session configuration entries.
+
+        Raises:
+            DeviceMemoryError: the weights do not fit.
+        """
+        self._ort, self._device, self._source, self._config = ort, device, source, config
+        self.captures = captures
+        self._weights: DeviceWeights | None = DeviceWeights(bundle, device, ort)
+        self._open: dict[str, tuple[Any, dict[str, Any]]] = {}
+        """A session with the initializers that it reads."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights on the device."""
+        return self._weights.nbytes if self._weights is not None else 0
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._weights is None
+
+    def get(self, graph: str) -> Any:
+        """The `onnxruntime.InferenceSession` of "prefill", "decode" or "score".
+
+        Raises:
+            DeviceError: onnxruntime could not start its CUDA provider.
+            NeoError: the sessions are closed, or the graph cannot be loaded.
+        """
+        if self._weights is None:
+            raise NeoError("the model is closed; call neo_runtime.load again")
+        if graph not in self._open:
+            values = self._weights.initializers(graph)
+            self._open[graph] = (self._make(graph, values), values)
+        return self._open[graph][0]
+
+    def _make(self, graph: str, values: Mapping[str, Any]) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 4  # what fails is raised; no second account on stderr
+        # One block for each length of a prompt would not fit between those of other lengths: with
+        # prompts that grow, onnxruntime's arena held ten times what the longest needs.
+        options.enable_mem_pattern = graph == "decode"
+        # A kernel's own copy of a weight would be a second one.
+        settings = {"session.disable_prepacking": "1"} | dict(self._config)
+        for key, value in settings.items():
+            options.add_session_config_entry(key, value)
+        for name, value in values.items():
+            options.add_initializer(name, value)
+        captures = self.captures and graph == "decode"
+        providers = self._device.providers(capture=captures)
+        with translated(self._ort, on_gpu=True):
+            # Without "fallback", which would print the error and go on with the CPU.
+            session = self._ort.InferenceSession(
+                self._source(graph), options, providers=providers, enable_fallback=0
+            )
+        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        if wanted not in session.get_providers():
+            raise DeviceError(
+                f"onnxruntime {self._ort.__version__} could not start its {wanted} (it would have "
+                "run on the CPU instead): CUDA's libraries are missing or of another version; pip "
+                "install 'neo-onnx[gpu]' brings those of CUDA 13, and onnxruntime.preload_dlls() "
+                "names what it cannot find"
+            )
+        return session
+
+    def bind(self, graph: str, inputs: Tensors, outputs: Tensors) -> Any:
+        """Bind addresses to a graph's inputs and outputs; the cache is its own output."""
+        binding = self.get(graph).io_binding()
+        name, index = self._device.name, self._device.index
+        for tensor, (address, dtype, shape) in inputs.items():
+            binding.bind_input(tensor, name, index, dtype, shape, address)
+            if tensor.startswith("past_key_values."):
+                present = "present." + tensor.removeprefix("past_key_values.")
+                binding.bind_output(present, name, index, dtype, shape, address)
+        for tensor, (address, dtype, shape) in outputs.items():
+            binding.bind_output(tensor, name, index, dtype, shape, address)
+        return binding
+
+    def run(self, graph: str, binding: Any, graph_id: int = -1) -> None:
+        """Compute, in the device's stream.
+
+        Args:
+            graph: whose session runs.
+            binding: of `bind`.
+            graph_id: replay (at first: capture) the CUDA graph of this number; -1: run kernels.
+        """
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        # The stream is ours, and what reads the results waits for it.
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        with translated(self._ort, on_gpu=True):
+            self.get(graph).run_with_iobinding(binding, options)
+
+    def drop(self, graph: str) -> None:
+        """Let go of a session; `get` makes another."""
+        self._open.pop(graph, None)
+
+    def close(self) -> None:
+        """Let go of the sessions and the weights; bindings of them must be gone."""
+        self._open.clear()
+        if self._weights is not None:
+            self._weights.close()
+            self._weights = None

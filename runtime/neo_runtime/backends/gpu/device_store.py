@@ -1,0 +1,269 @@
+"""Cache layout `in_place` in device memory: a slot of buffers, a step at a time.
+
+Decoding always computes all rows of the slot, so that addresses and shapes never change and a
+captured CUDA graph can be replayed; a row that is not in use has one position.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from neo_runtime.backends.base import CacheStore, with_empty_rows
+from neo_runtime.backends.gpu.device import Layout, fill_row, move_rows
+from neo_runtime.backends.gpu.device_slots import ELEMENT_TYPES, ITEM_SIZES, Slot, Tensors
+from neo_runtime.backends.right_padded import RightPaddedStore
+from neo_runtime.backends.step_logits import CandidateRows, StepLogits
+from neo_runtime.bundle.manifest import CANDIDATE_OUTPUTS
+from neo_runtime.errors import NeoError
+
+if TYPE_CHECKING:
+    import threading
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.backends.gpu.device import Device
+    from neo_runtime.bundle.manifest import Manifest
+
+
+__all__ = ["DeviceStore"]
+
+_BFLOAT16 = ELEMENT_TYPES["bfloat16"]
+_SPOILED = 1000.0
+"""Far from any key or value, and a number of every half precision."""
+
+
+class Steps(Protocol):
+    """What the store needs of its backend: `CudaBackend`."""
+
+    manifest: Manifest
+    device: Device
+    lock: threading.Lock
+
+    def take_slot(self, batch: int, length: int) -> Slot:
+        """Buffers, zeros in the cache."""
+
+    def give_back(self, slot: Slot) -> None:
+        """Nobody uses them any more."""
+
+    def allocate(self, size: int) -> int:
+        """Device memory, for one call."""
+
+    def run(self, graph: str, inputs: Tensors, outputs: Tensors) -> None:
+        """Queue a graph over device memory."""
+
+    def decode(self, slot: Slot) -> None:
+        """Queue the decode step of a slot."""
+
+
+class DeviceStore(RightPaddedStore):
+    """See the module."""
+
+    def __init__(self, backend: Steps, batch: int, length: int) -> None:
+        self._backend, self._device = backend, backend.device
+        self._slot: Slot | None = backend.take_slot(batch, length)
+        self._give_back = weakref.finalize(self, backend.give_back, self._slot)
+        self._give_back.atexit = False  # the system takes everything then
+        self.lengths = np.zeros(batch, dtype=np.int64)
+        self._is_mask_stale = True
+
+    @property
+    def slot(self) -> Slot:
+        """The buffers.
+
+        Raises:
+            NeoError: the store is closed: by another thread, before logits were fetched.
+        """
+        if self._slot is None:
+            raise NeoError("the cache is closed; make another one with Model.new_cache")
+        return self._slot
+
+    def _run_prefill(
+        self,
+        row: int,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+    ) -> None:
+        self.run_chunk("prefill", row, ids, mask, positions)
+
+    def run_chunk(
+        self,
+        graph: str,
+        row: int,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        logits: Tensors | None = None,
+    ) -> None:
+        """Run several new tokens of the rows from `row` on; where logits go, None for the slot."""
+        layout = Layout()
+        arrays = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        for name, array in arrays.items():
+            layout.add(name, np.int64, array.shape, 8)
+        with self._backend.lock:
+            block = self._backend.allocate(layout.size)
+            try:
+                for name, array in arrays.items():
+                    self._device.upload(block + layout.offset(name), array)
+                inputs = layout.tensors(block)
+                cache = _rows(self.slot.cache, row, len(ids))
+                outputs = _rows(self.slot.logits, row, len(ids)) if logits is None else logits
+                if graph != "score":
+                    outputs = outputs | _rows(self.slot.small, row, len(ids))
+                self._backend.run(graph, inputs | cache, outputs)
+                self._device.synchronize()
+            finally:
+                self._device.free(block)
+
+    def _after_prefill(self) -> StepLogits:
+        self._is_mask_stale = True
+        with self._backend.lock:
+            return self._step()
+
+    def decode(self, tokens: NDArray[np.int64]) -> StepLogits:
+        """See `CacheStore.decode`."""
+        slot, batch = self.slot, self.batch
+        with self._backend.lock:
+            slot.host_ids[:] = 0
+            slot.host_ids[0, :batch] = tokens
+            slot.host_ids[1, :batch] = self.lengths
+            self._upload_mask()
+            for index, name in enumerate(("input_ids", "position_ids")):
+                self._device.upload(slot.inputs[name][0], slot.host_ids[index])
+            self._backend.decode(slot)
+            self.lengths += 1
+            return self._step()
+
+    def _upload_mask(self) -> None:
+        """Bring the device's mask up to date: the slots that the new tokens take, or all of it."""
+        slot, batch = self.slot, self.batch
+        mask = slot.host_mask.reshape(-1)
+        first, last = 0, mask.size - 1
+        if self._is_mask_stale:
+            slot.host_mask[:] = 0
+            slot.host_mask[batch:, 0] = 1  # rows that are not in use
+            slot.host_mask[:batch] = np.arange(slot.length) <= self.lengths[:, None]
+            self._is_mask_stale = False
+        else:
+            places = np.arange(batch) * slot.length + self.lengths
+            mask[places] = 1
+            first, last = int(places[0]), int(places[-1])
+        address = slot.inputs["attention_mask"][0]
+        self._device.upload(address + 8 * first, mask[first : last + 1])
+
+    def _step(self) -> StepLogits:
+        """What the last call wrote: the small outputs are fetched, the logits are left there."""
+        slot, batch = self.slot, self.batch
+        self._device.download(slot.host_small, slot.addresses[2])
+        self._device.synchronize()
+        found = [self._small(name)[:batch, ...].copy() for name in CANDIDATE_OUTPUTS]
+        rows = CandidateRows(found[0][:, 0], found[1][:, 0], found[2][:, 0])
+        vocab_size = self._backend.manifest.model.vocab_size
+        return StepLogits(batch, vocab_size, self._fetch, rows)
+
+    def _small(self, name: str) -> NDArray[Any]:
+        address, dtype, shape = self.slot.small[name]
+        start = address - self.slot.addresses[2]
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return self.slot.host_small[start : start + size].view(dtype).reshape(shape)
+
+    def _fetch(self) -> NDArray[np.float32]:
+        """All logits of the rows in use, float32 [batch, vocab]."""
+        logits = np.empty((self.batch, self._backend.manifest.model.vocab_size), np.float32)
+        with self._backend.lock:
+            self._device.download(logits, self.slot.addresses[3])
+            self._device.synchronize()
+        return logits
+
+    def contents(self) -> list[NDArray[Any]]:
+        """See `CacheStore.contents`: copies."""
+        found = []
+        with self._backend.lock:
+            for address, dtype, shape in self.slot.cache.values():
+                held = np.empty(shape, np.uint16 if dtype == _BFLOAT16 else dtype)
+                self._device.download(held, address)
+                found.append(held)
+            self._device.synchronize()
+        if self._backend.manifest.cache.dtype == "bfloat16":
+            found = [(held.astype(np.uint32) << 16).view(np.float32) for held in found]
+        return [held[: self.batch] for held in found]
+
+    def spoil(self) -> None:
+        """See `CacheStore.spoil`: with a finite number, for what is masked is still multiplied."""
+        value = np.array(_SPOILED, np.float32)
+        with self._backend.lock:
+            for address, dtype, shape in self.slot.cache.values():
+                if dtype == _BFLOAT16:
+                    filled = np.full(shape, value.view(np.uint32) >> 16, dtype=np.uint16)
+                else:
+                    filled = np.full(shape, value, dtype=dtype)
+                self._device.upload(address, filled)
+                self._device.synchronize()
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """See `CacheStore.reorder`."""
+        moved = np.flatnonzero(rows != np.arange(len(rows)))
+        if len(moved):
+            sources = rows[moved]
+            _, heads, length, head_dim = next(iter(self.slot.cache.values()))[2]
+            item = ITEM_SIZES[self._backend.manifest.cache.dtype]
+            with self._backend.lock:
+                move_rows(
+                    self._device,
+                    self._backend.allocate,
+                    [address for address, _, _ in self.slot.cache.values()],
+                    (heads, length, head_dim * item),
+                    int(self.lengths[sources].max()),
+                    sources.tolist(),
+                    moved.tolist(),
+                )
+        self.lengths = self.lengths[rows]
+        self._is_mask_stale = True
+
+    def extend(self, count: int) -> None:
+        """See `CacheStore.extend`: with zeros, as `Slot.clear` says why."""
+        item = ITEM_SIZES[self._backend.manifest.cache.dtype]
+        with self._backend.lock:
+            for address, _, shape in _rows(self.slot.cache, self.batch, count).values():
+                self._device.zero(address, math.prod(shape) * item)
+        self.lengths = with_empty_rows(self.lengths, count)
+        self._is_mask_stale = True
+
+    def fill(self, row: int, source: CacheStore) -> None:
+        """See `CacheStore.fill`."""
+        assert isinstance(source, DeviceStore)
+        item = ITEM_SIZES[self._backend.manifest.cache.dtype]
+        used = int(source.lengths[0])
+        own, other = (_rows(self.slot.cache, row, 1), _rows(source.slot.cache, 0, 1))
+        _, heads, _, head_dim = next(iter(own.values()))[2]
+        with self._backend.lock:
+            fill_row(
+                self._device,
+                [(own[name][0], other[name][0]) for name in own],
+                heads,
+                used,
+                (self.slot.length * head_dim * item, source.slot.length * head_dim * item),
+                head_dim * item,
+            )
+            self._device.synchronize()
+        self.lengths[row] = used
+        self._is_mask_stale = True
+
+    def close(self) -> None:
+        """See `CacheStore.close`."""
+        self._give_back()
+        self._slot = None
+
+
+def _rows(tensors: Tensors, row: int, count: int) -> Tensors:
+    """The rows from `row` on, `count` of them: rows of a batch are contiguous."""
+    chosen: Tensors = {}
+    for name, (address, dtype, shape) in tensors.items():
+        item = 2 if dtype == _BFLOAT16 else np.dtype(dtype).itemsize
+        stride = int(np.prod(shape[1:], dtype=np.int64)) * item
+        chosen[name] = (address + row * stride, dtype, (count, *shape[1:]))
+    return chosen

@@ -1,0 +1,161 @@
+"""A TensorRT plan of the bundle: one engine, one copy of the weights, a context for each use.
+
+    contexts of DECODE_PROFILE     one token a row; one for each cache, captured and replayed
+    context of PREFILL_PROFILE     chunks of prompts of all rows together, and scoring
+
+Keys and values are [batch, heads, max_length, head_dim]; past and present are one address, which
+is what the engine's aliased tensors ask for. `position_ids[:, 0]` says where a row's new tokens go,
+so rows of any lengths go through together, padded on the right.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from neo_runtime.backends.base import Backend, CacheStore
+from neo_runtime.backends.gpu.device_locks import new_lock
+from neo_runtime.backends.gpu.idle_pool import IdlePool
+from neo_runtime.backends.gpu.leftovers import Leftovers
+from neo_runtime.backends.gpu.tensorrt_buffers import ITEM_SIZES, StepBuffers
+from neo_runtime.backends.gpu.tensorrt_plan import LoadedPlan, choose_plan
+from neo_runtime.backends.gpu.tensorrt_store import TensorRTStore
+from neo_runtime.bundle.engine_record import PREFILL_PROFILE
+from neo_runtime.errors import CacheLimitError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from neo_runtime.backends.gpu.device import Device
+    from neo_runtime.backends.gpu.tensorrt_plan import Tensors
+    from neo_runtime.bundle.engine_record import EngineRecord
+    from neo_runtime.bundle.folder import Bundle
+    from neo_runtime.machine.gpu import GpuFacts
+
+__all__ = ["TensorRTBackend"]
+
+
+class TensorRTBackend(Backend):
+    """One call runs at a time: there is one stream."""
+
+    def __init__(self, bundle: Bundle, device: Device, gpu: GpuFacts, platform: str) -> None:
+        """Choose a plan by its record, and load it.
+
+        Args:
+            bundle: an opened bundle of the target `tensorrt`.
+            device: where to run; `close` closes it, too.
+            gpu: what the device is.
+            platform: operating system and processor, such as "linux-x86_64".
+
+        Raises:
+            EngineError: no plan fits, each with its reason, or the one that does is damaged.
+            DependencyError: TensorRT is not installed.
+            DeviceMemoryError: the plan's activations do not fit.
+        """
+        chosen = choose_plan(bundle, gpu, platform)
+        self.manifest, self.device, self.lock = bundle.manifest, device, new_lock()
+        self._leftovers = Leftovers(self.lock)
+        self.record: EngineRecord = chosen.record
+        """Of the plan that runs."""
+        self.default_chunk = self.record.options.max_length
+        self.default_batch = self.record.options.max_batch
+        with self.lock:
+            self.plan = LoadedPlan(chosen, device)
+            try:
+                self._prefill = [self.plan.new_context(PREFILL_PROFILE)]
+            except BaseException:
+                self.plan.close()
+                raise
+        make = partial(StepBuffers, self.plan, device, self.manifest)
+        self._steps: IdlePool[StepBuffers] = IdlePool(make, most_idle=self.record.size)
+        everything = partial(_let_go, self.plan, self._prefill, self._steps, device)
+        self._end = weakref.finalize(self, self._leftovers.leave_last, everything)
+        self._end.atexit = False  # the system takes everything then
+
+    def queue_prefill(self, tensors: Tensors) -> None:
+        """Queue one chunk. The caller holds the lock."""
+        self.plan.check_open()
+        self.plan.queue(self._prefill[0], tensors)
+
+    def allocate(self, size: int) -> int:
+        """Device memory, for which idle caches make room. The caller holds the lock."""
+        return self._steps.with_room(partial(self.device.allocate, size))
+
+    def cache_bytes(self, batch: int, length: int) -> int:
+        """See `Backend.cache_bytes`: a static cache is as long as the bundle allows."""
+        model = self.manifest.model
+        position = 2 * model.num_layers * model.num_heads * model.head_dim
+        return position * ITEM_SIZES[self.manifest.cache.dtype] * batch * self.manifest.max_length
+
+    def open_cache(self, batch: int, length: int) -> CacheStore:
+        """See `Backend.open_cache`."""
+        least, most = self.record.options.min_batch, self.record.options.max_batch
+        if batch > most:
+            raise CacheLimitError(
+                f"{batch} sequences at once, but the plan {self.record.file} was built for {most}; "
+                "lower batch_size, or build another one with neo-engine --max-batch"
+            )
+        if batch < least:
+            raise CacheLimitError(
+                f"{batch} sequences at once, but the plan {self.record.file} takes {least} or "
+                "more; ask for more at once, or build another one with neo-engine --min-batch 1"
+            )
+        return TensorRTStore(self, batch)
+
+    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `Backend.score`."""
+        options = self.record.options
+        size = min(options.max_length, options.max_logit_positions)
+        store = self.open_cache(1, len(ids))
+        assert isinstance(store, TensorRTStore)
+        try:
+            found = [
+                store.run_chunk(
+                    ids[None, start : start + size],
+                    np.arange(len(ids[start : start + size]), dtype=np.int64)[None],
+                )[0]
+                for start in range(0, len(ids), size)
+            ]
+        finally:
+            store.close()
+        return np.concatenate(found)
+
+    def take_buffers(self, batch: int) -> StepBuffers:
+        """Buffers for a store, all zeros.
+
+        Raises:
+            DeviceMemoryError: the device has no room.
+        """
+        with self.lock:
+            self.plan.check_open()
+            self._leftovers.clear()
+            return self._steps.take(batch)
+
+    def give_back(self, buffers: StepBuffers) -> None:
+        """Take buffers from a store that is closed, or garbage."""
+        # Nothing of this backend: work that waits must not keep it from being garbage.
+        self._leftovers.leave(partial(self._steps.give, buffers))
+
+    def close(self) -> None:
+        """See `Backend.close`. Caches that are open keep their memory until they are closed."""
+        with self.lock:
+            if self.plan.is_closed:
+                return
+            self._leftovers.clear()
+            self._end.detach()
+            _let_go(self.plan, self._prefill, self._steps, self.device)
+        self._leftovers.settle()  # of a cache that was closed meanwhile
+
+
+def _let_go(
+    plan: LoadedPlan, prefill: list[Any], steps: IdlePool[StepBuffers], device: Device
+) -> None:
+    """Give everything back but the buffers that stores have; nobody uses the device."""
+    for buffers in steps.items:
+        buffers.release()
+    prefill.clear()
+    plan.close()
+    steps.close(device.close)

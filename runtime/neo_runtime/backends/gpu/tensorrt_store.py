@@ -1,0 +1,229 @@
+"""Keys and values of some sequences in device memory, for a TensorRT plan."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from neo_runtime.backends.base import CacheStore, with_empty_rows
+from neo_runtime.backends.gpu.device import Layout, fill_row, move_rows
+from neo_runtime.backends.gpu.tensorrt_buffers import ITEM_SIZES
+from neo_runtime.backends.step_logits import StepLogits
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.backends.gpu.device import Device
+    from neo_runtime.backends.gpu.tensorrt_buffers import StepBuffers
+    from neo_runtime.backends.gpu.tensorrt_plan import LoadedPlan, Tensors
+    from neo_runtime.bundle.engine_record import EngineRecord
+    from neo_runtime.bundle.manifest import Manifest
+
+__all__ = ["TensorRTStore"]
+
+
+class PlanSteps(Protocol):
+    """What the store needs of its backend: `TensorRTBackend`."""
+
+    manifest: Manifest
+    device: Device
+    lock: threading.Lock
+    record: EngineRecord
+    plan: LoadedPlan
+
+    def take_buffers(self, batch: int) -> StepBuffers:
+        """Of a batch, zeros in the cache."""
+
+    def give_back(self, buffers: StepBuffers) -> None:
+        """Nobody uses them any more."""
+
+    def allocate(self, size: int) -> int:
+        """Device memory, for one call."""
+
+    def queue_prefill(self, tensors: Tensors) -> None:
+        """Queue the plan's prefill profile."""
+
+
+class TensorRTStore(CacheStore):
+    """See the module."""
+
+    def __init__(self, backend: PlanSteps, batch: int) -> None:
+        model = backend.manifest.model
+        self._backend, self._device, self._rows = backend, backend.device, batch
+        self._item = ITEM_SIZES[backend.manifest.cache.dtype]
+        self._row_shape = (model.num_heads, backend.manifest.max_length, model.head_dim)
+        self._buffers = backend.take_buffers(batch)
+        self._give_back = weakref.finalize(self, backend.give_back, self._buffers)
+        self._give_back.atexit = False  # the system takes everything then
+        self.lengths = np.zeros(batch, dtype=np.int64)
+
+    def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
+        """See `CacheStore.prefill`."""
+        chunk = min(chunk, self._backend.record.options.max_length)
+        logits = np.zeros((self.batch, self._backend.manifest.model.vocab_size), np.float32)
+        for row, group in self._groups(prompts):
+            logits[row : row + len(group)] = self._prefill(row, group, chunk)
+        return StepLogits.at_hand(logits)
+
+    def _groups(
+        self, prompts: Sequence[NDArray[np.int64]]
+    ) -> list[tuple[int, list[NDArray[np.int64]]]]:
+        """Prompts that are computed together, each group behind the row where it begins."""
+        rows = [row for row, prompt in enumerate(prompts) if len(prompt)]
+        longest = max(len(prompt) for prompt in prompts)
+        if (self.lengths[rows] + longest > self._backend.manifest.max_length).any():
+            # A padded row would write behind the end of its cache: rows go alone, unpadded.
+            return [(row, [prompts[row]]) for row in rows]
+        groups: list[tuple[int, list[NDArray[np.int64]]]] = []
+        for row in rows:
+            if groups and groups[-1][0] + len(groups[-1][1]) == row:
+                groups[-1][1].append(prompts[row])
+            else:
+                groups.append((row, [prompts[row]]))
+        return groups
+
+    def _prefill(
+        self, first: int, prompts: Sequence[NDArray[np.int64]], chunk: int
+    ) -> NDArray[np.float32]:
+        """Logits of the last position of the rows from `first` on, float32 [rows, vocab]."""
+        counts = np.array([len(prompt) for prompt in prompts])
+        logits = np.empty((len(prompts), self._backend.manifest.model.vocab_size), np.float32)
+        for start in range(0, int(counts.max()), chunk):
+            left = np.clip(counts - start, 0, chunk)
+            ids = np.zeros((len(prompts), int(left.max())), dtype=np.int64)
+            for row, prompt in enumerate(prompts):
+                ids[row, : left[row]] = prompt[start : start + left[row]]
+            found = self.run_chunk(ids, np.maximum(left - 1, 0)[:, None], left, first)
+            logits[left > 0] = found[left > 0, 0]
+        return logits
+
+    def run_chunk(
+        self,
+        ids: NDArray[np.int64],
+        logit_positions: NDArray[np.int64],
+        counts: NDArray[np.int64] | None = None,
+        first: int = 0,
+    ) -> NDArray[np.float32]:
+        """Append tokens to some rows, and give logits of some of them.
+
+        Args:
+            ids: [rows, sequence], padded on the right.
+            logit_positions: [rows, m], indices among the new tokens.
+            counts: [rows] tokens that are no padding; None for all.
+            first: the store's row that `ids[0]` belongs to.
+
+        Returns:
+            float32 [rows, m, vocab].
+        """
+        backend, rows = self._backend, len(ids)
+        counts = np.full(rows, ids.shape[1]) if counts is None else counts
+        last = backend.manifest.max_length - 1
+        chosen = slice(first, first + rows)
+        lacking = backend.record.options.min_length - ids.shape[1]
+        if lacking > 0 and int(self.lengths[chosen].max()) + ids.shape[1] + lacking <= last + 1:
+            ids = np.pad(ids, ((0, 0), (0, lacking)))
+        positions = self.lengths[chosen, None] + np.arange(ids.shape[1])
+        # Padding may not run past the table or the cache: it is fed, but never looked at.
+        arrays = {
+            "input_ids": np.ascontiguousarray(ids),
+            "position_ids": np.minimum(positions, last),
+            "logit_positions": np.ascontiguousarray(logit_positions),
+        }
+        shape = (*logit_positions.shape, backend.manifest.model.vocab_size)
+        layout = Layout()
+        for name, array in arrays.items():
+            layout.add(name, np.int64, array.shape, 8)
+        layout.add("logits", np.float32, shape, 4)
+        logits = np.empty(shape, np.float32)
+        with backend.lock:
+            block = backend.allocate(layout.size)
+            try:
+                for name, array in arrays.items():
+                    self._device.upload(block + layout.offset(name), array)
+                tensors = {n: (a, s) for n, (a, _, s) in layout.tensors(block).items()}
+                stride = self._item * int(np.prod(self._row_shape))
+                cache = {
+                    n: (a + first * stride, (rows, *s[1:]))
+                    for n, (a, s) in self._buffers.bound_cache().items()
+                }
+                backend.queue_prefill(tensors | cache)
+                self._device.download(logits, block + layout.offset("logits"))
+                self._device.synchronize()
+            finally:
+                self._device.free(block)
+        self.lengths[chosen] += counts
+        return logits
+
+    def decode(self, tokens: NDArray[np.int64]) -> StepLogits:
+        """See `CacheStore.decode`: all rows, so that the captured step fits."""
+        backend, batch = self._backend, self.batch
+        ids = np.zeros((2, self._rows), dtype=np.int64)
+        ids[0, :batch], ids[1, :batch] = tokens, self.lengths
+        logits = np.empty((batch, 1, backend.manifest.model.vocab_size), np.float32)
+        step = self._buffers.step
+        with backend.lock:
+            backend.plan.check_open()
+            for index, name in enumerate(("input_ids", "position_ids")):
+                self._device.upload(step[name][0], ids[index])
+            self._buffers.run()
+            self._device.download(logits, step["logits"][0])
+            self._device.synchronize()
+        self.lengths += 1
+        return StepLogits.at_hand(logits[:, 0])
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """See `CacheStore.reorder`."""
+        moved = np.flatnonzero(rows != np.arange(len(rows)))
+        if len(moved):
+            sources = rows[moved]
+            heads, length, head_dim = self._row_shape
+            with self._backend.lock:
+                self._backend.plan.check_open()
+                move_rows(
+                    self._device,
+                    self._backend.allocate,
+                    [address for address, _ in self._buffers.cache.values()],
+                    (heads, length, head_dim * self._item),
+                    int(self.lengths[sources].max()),
+                    sources.tolist(),
+                    moved.tolist(),
+                )
+        self.lengths = self.lengths[rows]
+
+    def extend(self, count: int) -> None:
+        """See `CacheStore.extend`: with zeros, as `StepBuffers.clear` says why."""
+        stride = self._item * math.prod(self._row_shape)
+        with self._backend.lock:
+            self._backend.plan.check_open()
+            for address, _ in self._buffers.cache.values():
+                self._device.zero(address + self.batch * stride, count * stride)
+        self.lengths = with_empty_rows(self.lengths, count)
+
+    def fill(self, row: int, source: CacheStore) -> None:
+        """See `CacheStore.fill`."""
+        assert isinstance(source, TensorRTStore)
+        heads, length, head_dim = self._row_shape
+        own, other, used = self._buffers.cache, source._buffers.cache, int(source.lengths[0])
+        pitch = length * head_dim * self._item
+        with self._backend.lock:
+            self._backend.plan.check_open()
+            fill_row(
+                self._device,
+                [(own[name][0] + row * heads * pitch, other[name][0]) for name in own],
+                heads,
+                used,
+                (pitch, pitch),
+                head_dim * self._item,
+            )
+            self._device.synchronize()
+        self.lengths[row] = used
+
+    def close(self) -> None:
+        """See `CacheStore.close`."""
+        self._give_back()

@@ -1,0 +1,1 @@
+"""A bundle on disk: its manifest, and whether all of it is there and fits."""

@@ -1,0 +1,1 @@
+"""The key/value cache as callers see it, and the account of all caches."""

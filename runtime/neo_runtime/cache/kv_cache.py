@@ -1,0 +1,245 @@
+"""The key/value cache as callers see it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neo_runtime.closable import Closable
+from neo_runtime.errors import CacheLimitError, NeoError, RequestError
+from neo_runtime.options.values import count
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.backends.base import Backend, CacheStore
+    from neo_runtime.cache.ledger import CacheLedger
+
+__all__ = ["KVCache", "row_numbers"]
+
+
+class KVCache(Closable):
+    """Keys and values of `batch` sequences of up to `length` positions. One thread at a time.
+
+    Made by `Model.new_cache`. The memory is allocated once, and freed by `close`, at the end of a
+    `with` block, or when the object is garbage-collected. On a CPU the model keeps the memory of
+    the last closed cache for the next one, until `Model.close`.
+    """
+
+    def __init__(self, backend: Backend, ledger: CacheLedger, batch: int, length: int) -> None:
+        """Allocate.
+
+        Raises:
+            CacheLimitError: the ledger has no room, or the system has no memory.
+        """
+        self._backend = backend
+        self._max_batch = batch
+        self._is_changing = self._is_closing = False
+        self._call = threading.Lock()
+        """Held by the call that changes the cache, to its end."""
+        self._length = length
+        self._nbytes = backend.cache_bytes(batch, length)
+        if self._nbytes > sys.maxsize:
+            raise _no_memory(batch, length, self._nbytes)
+        ledger.reserve(self._nbytes, batch, length)
+        try:
+            self._open_store: CacheStore | None = backend.open_cache(batch, length)
+        except BaseException as error:
+            ledger.release(self._nbytes)
+            if isinstance(error, MemoryError) and not isinstance(error, NeoError):
+                raise _no_memory(batch, length, self._nbytes) from error
+            raise
+        self._release = weakref.finalize(self, ledger.release, self._nbytes)
+        self._release.atexit = False
+
+    def is_of(self, backend: Backend) -> bool:
+        """Whether the cache is one of this engine's."""
+        return self._backend is backend
+
+    @contextmanager
+    def changing(self) -> Iterator[CacheStore]:
+        """Around each call that changes what the cache holds.
+
+        Graphs write into the cache while they run, so a call that ended early (Ctrl-C, no memory)
+        leaves undefined contents: local layers may have evicted positions, lengths do not agree.
+
+        Raises:
+            NeoError: the cache is closed, another call uses it, or an earlier one ended early.
+        """
+        store = self.store
+        if not self._call.acquire(blocking=False):
+            raise NeoError(
+                "the cache is in use by another call right now; a cache belongs to one thread at a "
+                "time: make one for each with Model.new_cache"
+            )
+        try:
+            if self._is_changing:
+                raise NeoError(
+                    "the last call with this cache failed or was interrupted, so its contents are "
+                    "not known; make another one with Model.new_cache"
+                )
+            self._is_changing = True
+            yield store
+            self._is_changing = False
+        finally:
+            self._call.release()
+            if self._is_closing:  # by another thread, meanwhile
+                self.close()
+
+    @property
+    def store(self) -> CacheStore:
+        """The engine's part of the cache.
+
+        Raises:
+            NeoError: the cache is closed.
+        """
+        if self._open_store is None or self._is_closing:
+            raise NeoError("the cache is closed; make another one with Model.new_cache")
+        return self._open_store
+
+    @property
+    def batch(self) -> int:
+        """Sequences in use; `reorder` and `extend` change it."""
+        return self.store.batch
+
+    @property
+    def length(self) -> int:
+        """Positions that each sequence may have."""
+        return self._length
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Positions that each sequence has now: int64 [batch], a copy."""
+        return self.store.lengths.copy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that were allocated."""
+        return self._nbytes
+
+    def reorder(self, rows: Sequence[int] | NDArray[np.int64]) -> None:
+        """Replace sequence `i` by what sequence `rows[i]` was; only positions in use are copied.
+
+        Rows may be left out (finished sequences), permuted or repeated (beams). The new batch is
+        `len(rows)`, at most the batch that the cache was made for; with none, `extend` goes on.
+
+        Raises:
+            RequestError: a row that does not exist, or too many.
+        """
+        chosen = row_numbers("reorder", rows, self.batch)
+        if len(chosen) > self._max_batch:
+            raise RequestError(
+                f"reorder got {len(chosen)} rows, expected at most {self._max_batch}: the batch "
+                "that the cache was made for"
+            )
+        with self.changing() as store:
+            store.reorder(chosen)
+
+    def extend(self, sequences: int) -> None:
+        """Add empty sequences behind those in use, for requests that join a running batch.
+
+        `Model.prefill` with `rows` gives them their first tokens.
+
+        Raises:
+            RequestError: fewer than 1, or more than the cache was made for.
+        """
+        count(1)("sequences", sequences)
+        if self.batch + sequences > self._max_batch:
+            raise RequestError(
+                f"extend got {sequences} sequences, expected at most "
+                f"{self._max_batch - self.batch}: {self.batch} of the {self._max_batch} that the "
+                "cache was made for are in use"
+            )
+        with self.changing() as store:
+            store.extend(sequences)
+
+    def copy_from(self, source: KVCache, rows: Sequence[int] | NDArray[np.int64]) -> None:
+        """Make empty sequences what the first sequence of another cache is.
+
+        Args:
+            source: a cache of the same model, no longer than this one.
+            rows: the sequences.
+
+        Raises:
+            RequestError: a row does not exist or is not empty, or the source does not fit.
+        """
+        chosen = row_numbers("copy_from", rows, self.batch)
+        if source is self or not source.is_of(self._backend) or not source.batch:
+            raise RequestError("copy_from expects another cache of this model, with a sequence")
+        if source.length > self._length:
+            raise RequestError(
+                f"copy_from got a cache of {source.length} positions, expected at most "
+                f"{self._length}, as this one has; make this one longer"
+            )
+        if self.store.lengths[chosen].any() or len(set(chosen.tolist())) < len(chosen):
+            raise RequestError(
+                f"copy_from got rows {chosen.tolist()}, expected empty ones, each once; add some "
+                "with extend"
+            )
+        with source.changing() as read, self.changing() as store:
+            for row in chosen.tolist():
+                store.fill(row, read)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the memory was freed."""
+        return self._open_store is None or self._is_closing
+
+    def close(self) -> None:
+        """Free the memory, after any call that another thread makes; later calls do nothing."""
+        self._is_closing = True
+        if not self._call.acquire(blocking=False):
+            return  # that call closes the cache at its end
+        try:
+            if self._open_store is not None:
+                self._open_store.close()
+                self._open_store = None
+                self._release()
+        finally:
+            self._call.release()
+
+
+def _no_memory(batch: int, length: int, size: int) -> CacheLimitError:
+    return CacheLimitError(
+        f"a cache of {batch} x {length} positions needs {size} bytes, more than the system has; "
+        "ask for fewer or shorter sequences at once"
+    )
+
+
+def row_numbers(
+    call: str, rows: Sequence[int] | NDArray[np.int64], batch: int
+) -> NDArray[np.int64]:
+    """Rows as int64 [n], each of them one of `batch`.
+
+    Args:
+        call: what got them, for messages.
+        rows: what was given.
+        batch: rows that there are.
+
+    Raises:
+        RequestError: they are not a flat sequence of integers, or one does not exist.
+    """
+    try:
+        found = np.asarray(rows)
+    except ValueError as error:  # of unequal lengths
+        raise RequestError(f"{call} got {rows!r}, expected a flat sequence of rows") from error
+    if found.dtype == np.bool_:
+        raise RequestError(
+            f"{call} got booleans, expected row numbers; give np.flatnonzero of them"
+        )
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise RequestError(
+            f"{call} got {found.dtype} of shape {list(found.shape)}, expected a flat sequence of "
+            "row numbers"
+        )
+    chosen = found.astype(np.int64, copy=False)
+    if chosen.min(initial=0) < 0 or chosen.max(initial=-1) >= batch:
+        raise RequestError(f"{call} got rows {chosen.tolist()}, expected 0 to {batch - 1}")
+    return chosen

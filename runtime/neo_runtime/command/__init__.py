@@ -1,0 +1,1 @@
+"""`neo-generate`, `neo-verify`, and how every command ends."""

@@ -1,0 +1,120 @@
+"""How every command ends: an exit status and, on an error, one line on stderr.
+
+Imports nothing heavy, so that `--help` and wrong usage answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from neo_runtime.command.standard_streams import prepare_streams
+from neo_runtime.errors import NeoError, VerificationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["OneLineParser", "add_version", "discard_stdout", "one_line", "run_command"]
+
+_WRONG, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that reports wrong usage in one line, without repeating a long usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message in one line and exit."""
+        self.exit(_WRONG, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class _ShowVersion(argparse.Action):
+    """Looks up the version only when it is requested."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"{parser.prog} {version('neo-onnx')}")
+        parser.exit()
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Let a command take `--version`."""
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
+
+
+def one_line(message: str) -> str:
+    """Join the lines of a message; spaces within a line stay, as a path may contain them."""
+    return " ".join(line.strip() for line in message.splitlines() if line.strip())
+
+
+def run_command(
+    program: str,
+    work: Callable[[], int],
+    *,
+    extras: str,
+    interrupted: str | None = None,
+    unverified: int = _WRONG,
+    wording: Callable[[str], str] = one_line,
+) -> int:
+    """Do the work of a command line.
+
+    Args:
+        program: what lines on stderr begin with.
+        work: returns the exit status. It closes its progress line on stderr however it ends.
+        extras: the package's extras (comma-separated) that install what the command imports, in
+            their forms for CPUs unless a GPU was asked for.
+        interrupted: message for Ctrl-C; None for no message. Where it depends on how far the work
+            got, the work raises a KeyboardInterrupt with the message.
+        unverified: exit status for a `VerificationError`.
+        wording: turns an error's message into one line.
+
+    Returns:
+        The status of `work`; 2 for an error, 130 after Ctrl-C, 141 when the reader of stdout
+        has gone. An unexpected exception is raised with its traceback.
+    """
+    prepare_streams()
+    try:
+        status = work()
+        sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        said = str(stop) or interrupted
+        return _INTERRUPTED if said is None else _fail(program, said, _INTERRUPTED)
+    except BrokenPipeError:
+        discard_stdout()
+        return _BROKEN_PIPE
+    except (NeoError, OSError) as error:
+        _give_up_full_stdout()
+        wrong = unverified if isinstance(error, VerificationError) else _WRONG
+        return _fail(program, wording(str(error)), wrong)
+    except ImportError as error:
+        from neo_runtime.machine.installation import install_command
+
+        missing = isinstance(error, ModuleNotFoundError)
+        found = f"the package {error.name} is missing" if missing else one_line(str(error))
+        named = "extras" if "," in extras else "extra"
+        return _fail(
+            program,
+            f"{found}; install neo-onnx with its {named}: {install_command(extras)}",
+            _WRONG,
+        )
+    return status
+
+
+def _give_up_full_stdout() -> None:
+    """The interpreter would try once more when it exits, and end with a status of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_stdout()
+
+
+def discard_stdout() -> None:
+    """Redirect stdout to nowhere: the interpreter flushes it once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(program: str, message: str, status: int) -> int:
+    print(f"{program}: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,240 @@
+"""`neo-generate BUNDLE [PROMPT]`: continue a prompt and print the text as it is generated."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.command.batches import batches
+from neo_runtime.command.command_line import OneLineParser, add_version, run_command
+from neo_runtime.command.options import add_option_flags, chosen_options
+from neo_runtime.command.output import print_lines, print_object, print_text, print_timings
+from neo_runtime.command.prompts import read_prompts, read_text
+from neo_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from neo_runtime.command.prompts import GivenPrompt
+    from neo_runtime.generation.completion import Completion
+    from neo_runtime.generation.prefix import Prefix
+    from neo_runtime.generation.text_stream import TextStream
+    from neo_runtime.model import Model
+    from neo_runtime.options.generation_options import GenerationOptions
+
+__all__ = ["main"]
+
+_BAD_MODEL = 1
+_EPILOG = """Without PROMPT the prompt is read from standard input, without its last newline.
+Option defaults come from the bundle's generation_config.json, unless --no-generation-config leaves
+it out. Several completions are separated by a line "---".
+
+exit status: 0 done; 1 the model's logits hold NaN or infinity; 2 wrong usage, or a bundle or
+request that cannot be served; 130 interrupted; 141 the reader of the output has gone"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="neo-generate",
+        usage="%(prog)s [options] BUNDLE [PROMPT]",
+        description="Continue a prompt with the model of a bundle.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_version(parser)
+    # Both may stand after `--`, which argparse does not see: see `_parsed`.
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", nargs="?", help="a folder written by neo-export"
+    )
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="the prompt (default: standard input)"
+    )
+    parser.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help="several prompts instead: JSON lines, each a string, a list of token ids, or an "
+        'object with "prompt", "text" or "content", and perhaps an "id"; - for standard input',
+    )
+    parser.add_argument(
+        "--prefix-file",
+        metavar="FILE",
+        help="text that every prompt goes on from, such as examples, taken as it is and computed "
+        "once; a word must not go over the border to the prompt",
+    )
+    parser.add_argument(
+        "--token-ids",
+        action="store_true",
+        help="take PROMPT as token ids such as 1,2,3, and print token ids",
+    )
+    parser.add_argument("--echo", action="store_true", help="print the prompt before the text")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    form.add_argument(
+        "--json-lines",
+        action="store_true",
+        help="print one JSON object per completion as soon as its batch is done, with the prompt's "
+        '"index" (from 0) and "id"',
+    )
+    parser.add_argument("--timings", action="store_true", help="print timings to stderr")
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "cuda", "tensorrt"),
+        default="auto",
+        help="what runs the bundle (default: auto, the GPU that it was exported for if that can be "
+        "used, else the CPU)",
+    )
+    parser.add_argument(
+        "--device", type=int, default=0, metavar="N", help="index of the GPU (default: 0)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads per operator (default: physical cores)"
+    )
+    parser.add_argument(
+        "--max-cache-mb",
+        type=int,
+        metavar="MB",
+        help="limit of the key/value cache in 10^6 bytes (default: none)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="prompts to compute together (default: what suits the machine)",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the weights with their checksum first"
+    )
+    parser.add_argument(
+        "--no-generation-config",
+        action="store_true",
+        help="take nothing from the bundle's generation_config.json",
+    )
+    add_option_flags(parser)
+    return parser
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, in any order; nothing after the first `--` is an option."""
+    parser, given = _parser(), list(argv)
+    end = given.index("--") if "--" in given else len(given)
+    # argparse of Python 3.11 forgets `--` where options and the others may mix.
+    arguments, unknown = parser.parse_known_intermixed_args(given[:end])
+    named = [text for text in (arguments.bundle, arguments.prompt) if text is not None]
+    named += given[end + 1 :]
+    unknown += named[2:]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if not named:
+        parser.error("the following arguments are required: BUNDLE")
+    arguments.bundle, arguments.prompt = (*named, None)[:2]
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    return run_command(
+        "neo-generate",
+        lambda: _run(_parsed(sys.argv[1:] if argv is None else argv)),
+        extras="cpu",
+        unverified=_BAD_MODEL,
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    options = chosen_options(arguments)
+    if "logprobs" in options and not (arguments.json or arguments.json_lines):
+        raise RequestError("--logprobs needs --json or --json-lines; add one of them")
+    prompts = read_prompts(arguments.prompt, arguments.prompts_file, ids=arguments.token_ids)
+    beginning = None if arguments.prefix_file is None else read_text(arguments.prefix_file)
+    import neo_runtime
+
+    started = perf_counter()
+    limit = arguments.max_cache_mb
+    with neo_runtime.load(
+        arguments.bundle,
+        backend=arguments.backend,
+        device=arguments.device,
+        threads=arguments.threads,
+        max_cache_bytes=None if limit is None else limit * 10**6,
+        verify=arguments.verify,
+    ) as model:
+        loaded = perf_counter() - started
+        if model.backend_choice is not None and model.backend != "cpu":  # else it was logged
+            print(f"neo-generate: {model.backend_choice}", file=sys.stderr)
+        bad_words = options.pop("bad_words", ())
+        chosen = _chosen(model, options, reads_file=not arguments.no_generation_config)
+        with nullcontext() if beginning is None else model.prefix(beginning) as prefix:
+            shared = {"bad_words": bad_words, "prefix": prefix}
+            completions = _complete(arguments, model, prompts, chosen, shared, loaded)
+    if arguments.timings:
+        print_timings(completions, loaded)
+    return 0
+
+
+def _chosen(model: Model, given: dict[str, Any], *, reads_file: bool) -> GenerationOptions:
+    """The options of the request; without the file, the model's own end-of-sequence stays."""
+    from neo_runtime.options.generation_options import GenerationOptions
+
+    if reads_file:
+        return model.options(**given)
+    eos = tuple(token for token in model.manifest.model.eos_token_id if token >= 0)
+    return GenerationOptions(eos_token_id=eos).merged(**given)
+
+
+def _complete(
+    arguments: argparse.Namespace,
+    model: Model,
+    prompts: Sequence[GivenPrompt],
+    chosen: GenerationOptions,
+    shared: dict[str, Any],
+    loaded: float,
+) -> list[Completion]:
+    """Compute and print; what the timings are of. `shared`: arguments of all requests."""
+    given, size = [prompt for prompt, _ in prompts], arguments.batch_size
+    if arguments.json_lines:
+        tags = [tag for _, tag in prompts]
+        return print_lines(model, tags, batches(model, given, chosen, size, **shared))
+    first = given[0]
+    if isinstance(first, str) and _can_stream(arguments, model, chosen):
+        pieces = model.stream(first, chosen, **shared)
+        return [_stream(pieces, echo=_whole(model, first, **shared) if arguments.echo else "")]
+    completions = model.generate(given, chosen, batch_size=size, **shared)
+    if arguments.json:
+        print_object(model, arguments.bundle, completions, loaded)
+    else:
+        print_text(model, completions, ids=arguments.token_ids, echo=arguments.echo)
+    return completions
+
+
+def _can_stream(arguments: argparse.Namespace, model: Model, chosen: GenerationOptions) -> bool:
+    return not (
+        arguments.json
+        or arguments.prompts_file is not None
+        or model.tokenizer is None
+        or chosen.num_beams > 1
+        or chosen.num_return_sequences > 1
+    )
+
+
+def _whole(model: Model, prompt: str, *, prefix: Prefix | None, **_: Any) -> str:
+    if prefix is None or model.tokenizer is None:
+        return prompt
+    return model.tokenizer.decode(prefix.ids.tolist()) + prompt
+
+
+def _stream(stream: TextStream, *, echo: str) -> Completion:
+    with stream as pieces:
+        if echo:
+            print(echo, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print()
+    return pieces.completion
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The prompts of `neo-generate`: an argument, a file of them, or standard input."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from neo_runtime.command.options import token_ids
+from neo_runtime.errors import RequestError
+from neo_runtime.text.documents import json_lines, value_of
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+    from neo_runtime.text.prompts import Prompt
+
+__all__ = ["GivenPrompt", "read_prompts", "read_text"]
+
+_STDIN = "-"
+_KEYS = ("prompt", "text", "content")
+"""Those of documents; what calls itself a prompt is one before the text that it belongs to."""
+
+
+class GivenPrompt(NamedTuple):
+    """A prompt, and what its completion is to be found by."""
+
+    prompt: Prompt
+    """Text, or a list of token ids."""
+    tag: dict[str, Any]
+    """The "id" of the prompt's object, if it has one."""
+
+
+def read_prompts(prompt: str | None, file: str | None, *, ids: bool) -> list[GivenPrompt]:
+    """The prompts that a command line names.
+
+    Args:
+        prompt: the argument; None for standard input.
+        file: JSON lines instead: a path, or `-` for standard input.
+        ids: `prompt` is a list of token ids.
+
+    Raises:
+        RequestError: both or nothing was given, or something that holds no prompt.
+        OSError: the file cannot be read.
+    """
+    if file is not None:
+        if prompt is not None:
+            raise RequestError("PROMPT and --prompts-file exclude each other; give one of them")
+        return _of_lines(file)
+    try:
+        if prompt is None:
+            prompt = _stdin().read().removesuffix("\n")
+        prompt.encode()  # a command line may carry bytes that are not text
+    except UnicodeError as error:
+        # A terminal's text is in the locale's encoding, as arguments are.
+        name = getattr(error, "encoding", "utf-8").upper()
+        raise RequestError(f"the prompt is not valid {name} ({error}); convert it") from error
+    if not prompt:
+        raise RequestError("the prompt is empty; give PROMPT, or text on standard input")
+    if not ids:
+        return [GivenPrompt(prompt, {})]
+    try:
+        return [GivenPrompt(token_ids(prompt), {})]
+    except ValueError as error:
+        raise RequestError(f"--token-ids: {prompt!r} is not a list of ids such as 1,2,3") from error
+
+
+def _stdin() -> TextIO:
+    if sys.stdin is None:
+        raise RequestError("standard input is closed; give PROMPT, or a --prompts-file")
+    return sys.stdin
+
+
+def read_text(file: str) -> str:
+    """A file of text, as it is.
+
+    Raises:
+        RequestError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return Path(file).read_bytes().decode()
+    except UnicodeError as error:
+        raise RequestError(f"{file} is not valid UTF-8 ({error}); convert it") from error
+
+
+def _of_lines(file: str) -> list[GivenPrompt]:
+    name = "standard input" if file == _STDIN else file
+    try:
+        # JSON is UTF-8, whatever the locale's encoding is.
+        data = _stdin().buffer.read() if file == _STDIN else Path(file).read_bytes()
+        text = data.decode()
+    except UnicodeError as error:
+        raise RequestError(f"{name} is not valid UTF-8 ({error}); convert it") from error
+    lines = text.removeprefix("\ufeff").split("\n")  # JSON may hold other line breaks
+    found = [_of_line(name, number, entry) for number, entry in json_lines(lines, name)]
+    if not found:
+        raise RequestError(f"{name} holds no prompts; expected JSON lines, one prompt each")
+    return found
+
+
+def _of_line(name: str, number: int, entry: object) -> GivenPrompt:
+    prompt = value_of(entry, _KEYS)
+    if not isinstance(prompt, str | list):
+        raise RequestError(
+            f"{name}, line {number} holds no prompt; expected a string, a list of token ids, "
+            'or an object with "prompt", "text" or "content"'
+        )
+    tag = {"id": entry["id"]} if isinstance(entry, dict) and "id" in entry else {}
+    return GivenPrompt(prompt, tag)

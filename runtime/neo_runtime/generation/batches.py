@@ -1,0 +1,86 @@
+"""Prompts in batches: their sizes, and the caches for them, before anything is computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from neo_runtime.generation.generator import steps
+from neo_runtime.generation.rows import Row, cancelled_rows, make_rows
+from neo_runtime.sampling.row_sampler import row_generator
+from neo_runtime.text.prompts import of_each
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from neo_runtime.cached_model import CachedModel
+    from neo_runtime.generation.completion import Completion
+    from neo_runtime.generation.prefix import Prefix
+    from neo_runtime.options.generation_options import GenerationOptions
+
+__all__ = ["sampled_completions"]
+
+
+def sampled_completions(
+    model: CachedModel,
+    prompts: Sequence[NDArray[np.int64]],
+    options: GenerationOptions,
+    batch_size: int | None,
+    should_stop: Callable[[], bool],
+    prefix: Prefix | None = None,
+) -> list[Completion]:
+    """Continue each prompt, prompts of like length together.
+
+    Args:
+        model: computes the logits.
+        prompts: int64 [n] each, the prefix included.
+        options: for all of them.
+        batch_size: prompts a batch; None for what suits the backend and the cache's limit.
+        should_stop: asked before each batch and after each step.
+        prefix: what all prompts begin with, if that is computed already.
+
+    Returns:
+        `num_return_sequences` completions for each prompt, in the order of the prompts.
+
+    Raises:
+        ContextLengthError: a prompt and what was asked for do not fit the model.
+        RequestError: options that do not fit a prompt.
+        CacheLimitError: the cache for a batch would pass the limit.
+    """
+    most = model.manifest.max_length
+    totals = of_each(prompts, lambda ids: options.total_length(len(ids), most))
+    row_generator(options.seed, len(prompts) - 1, 0)  # too few seeds are told before any work
+    copies = options.num_return_sequences
+    # Neighbours go through the graph together, padded to the longest.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    rows: dict[int, list[Row]] = {}
+    while order:
+        if should_stop():
+            rows |= {index: cancelled_rows(model, prompts[index], options) for index in order}
+            break
+        longest = model.rounded_length(totals[order[-1]] - 1)
+        size = batch_size or _batch_size(model, len(order), copies, longest)
+        batch, order = order[:size], order[size:]
+        # The last token of a row is never fed, so it needs no position.
+        length = model.rounded_length(max(totals[index] for index in batch) - 1)
+        # Before rows are made: they take memory that no limit counts.
+        with model.new_cache(len(batch) * copies, length) as cache:
+            made = [
+                make_rows(model, prompts[index], options, totals[index], index, prefix)
+                for index in batch
+            ]
+            rows |= dict(zip(batch, made, strict=True))
+            for _ in steps(model, cache, made, should_stop):
+                pass
+    return [row.completion() for index in range(len(prompts)) for row in rows[index]]
+
+
+def _batch_size(model: CachedModel, prompts: int, copies: int, length: int) -> int:
+    """Prompts of the next batch, where the caller leaves it open: batches of nearly one size."""
+    size = max(1, model.default_batch // copies)
+    room = model.cache_bytes_left
+    while size > 1 and room is not None and model.cache_bytes(size * copies, length) > room:
+        size //= 2
+    return -(-prompts // -(-prompts // size))

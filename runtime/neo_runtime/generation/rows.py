@@ -1,0 +1,167 @@
+"""One continuation being generated: its tokens, its text, its times."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from neo_runtime.generation.completion import Completion, Timings
+from neo_runtime.generation.prefix import behind
+from neo_runtime.generation.text_stream import StopMatcher, StreamDecoder
+from neo_runtime.sampling.row_sampler import RowSampler, row_generator
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from neo_runtime.cached_model import CachedModel
+    from neo_runtime.generation.completion import FinishReason
+    from neo_runtime.generation.prefix import Prefix
+    from neo_runtime.options.generation_options import GenerationOptions
+    from neo_runtime.sampling.row_sampler import Choice
+    from neo_runtime.text.tokenizer import Tokenizer
+
+    IntArray = NDArray[np.int64]
+
+__all__ = ["Row", "Stopwatch", "cancelled_rows", "make_rows"]
+
+
+class Stopwatch:
+    """Times in seconds since the start."""
+
+    def __init__(self) -> None:
+        self._start = perf_counter()
+        self.prefill = self.first = self.last = 0.0
+
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return perf_counter() - self._start
+
+    def timings(self, tokens: int) -> Timings:
+        """Summary for a completion of this many tokens."""
+        decode = self.last - self.first
+        return Timings(
+            prefill_seconds=self.prefill,
+            time_to_first_token=self.first,
+            decode_seconds=decode,
+            tokens_per_second=(tokens - 1) / decode if tokens > 1 and decode > 0 else 0.0,
+        )
+
+
+class Row:
+    """One continuation being generated."""
+
+    def __init__(
+        self,
+        prompt: IntArray,
+        options: GenerationOptions,
+        sampler: RowSampler,
+        total: int,
+        tokenizer: Tokenizer | None,
+        prefix: Prefix | None = None,
+    ) -> None:
+        """Begin with nothing generated.
+
+        Args:
+            prompt: int64 [n], the prefix included.
+            options: what was asked for.
+            sampler: the row's own.
+            total: tokens of prompt and continuation together, at most.
+            tokenizer: None where there is no text, only ids.
+            prefix: what the prompt begins with, if that is computed already.
+        """
+        self.prompt = prompt
+        self.prefix = prefix
+        self.total = total
+        self.sampler = sampler
+        self.watch = Stopwatch()
+        self.choices: list[Choice] = []
+        self.finish_reason: FinishReason | None = None
+        self._eos = options.active_eos
+        self._keeps_logprobs = options.logprobs is not None
+        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
+        self._matcher = StopMatcher(options.stop)
+        self._pieces: list[str] = []
+
+    @property
+    def unread_prompt(self) -> IntArray:
+        """What of the prompt is still to be computed: int64 [m], m at least 1."""
+        return behind(self.prefix, self.prompt)
+
+    def push(self, choice: Choice) -> str:
+        """Take the next token.
+
+        Returns:
+            The text that is now certain, often ""; all pieces together are the completion's text.
+        """
+        self.watch.last = self.watch.seconds()
+        if not self.choices:
+            self.watch.first = self.watch.last
+        self.choices.append(choice)
+        piece = self._matcher.push(self._decoder.push(choice.token)) if self._decoder else ""
+        if choice.token in self._eos or self._matcher.found is not None:
+            self.finish_reason = "stop"
+        elif len(self.prompt) + len(self.choices) >= self.total:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            piece += self._held_back()
+        self._pieces.append(piece)
+        return piece
+
+    def cancel(self) -> str:
+        """End here, as the caller wants no more; the text that was held back."""
+        self.finish_reason = "cancelled"
+        self._pieces.append(self._held_back())
+        return self._pieces[-1]
+
+    def _held_back(self) -> str:
+        if self._decoder is None:
+            return ""
+        return self._matcher.push(self._decoder.finish()) + self._matcher.finish()
+
+    def completion(self) -> Completion:
+        """The result of a row that has ended."""
+        assert self.finish_reason is not None
+        return Completion(
+            text="".join(self._pieces) if self._decoder else None,
+            token_ids=tuple(choice.token for choice in self.choices),
+            prompt_token_ids=tuple(self.prompt.tolist()),
+            finish_reason="stop" if self._matcher.found is not None else self.finish_reason,
+            stop=self._matcher.found,
+            timings=self.watch.timings(len(self.choices)),
+            logprobs=tuple(self.choices) if self._keeps_logprobs else None,
+        )
+
+
+def make_rows(
+    model: CachedModel,
+    prompt: IntArray,
+    options: GenerationOptions,
+    total: int,
+    index: int,
+    prefix: Prefix | None = None,
+) -> list[Row]:
+    """The rows of a prompt, `num_return_sequences` of them; nothing is computed yet.
+
+    Args:
+        model: whose tokenizer makes the text.
+        prompt: int64 [n], the prefix included.
+        options: what was asked for.
+        total: tokens of prompt and continuation together, at most.
+        index: of the prompt among those of the request; chooses its seed.
+        prefix: what the prompt begins with, if that is computed already.
+    """
+    rows = []
+    for copy in range(options.num_return_sequences):
+        generator = row_generator(options.seed, index, copy)
+        sampler = RowSampler(options, prompt, generator, total)
+        rows.append(Row(prompt, options, sampler, total, model.tokenizer, prefix))
+    return rows
+
+
+def cancelled_rows(model: CachedModel, prompt: IntArray, options: GenerationOptions) -> list[Row]:
+    """The rows of a prompt that nobody waits for any more: without a token."""
+    rows = make_rows(model, prompt, options, len(prompt), 0)
+    for row in rows:
+        row.cancel()
+    return rows

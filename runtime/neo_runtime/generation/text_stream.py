@@ -1,0 +1,170 @@
+"""Text as it is generated: pieces of valid UTF-8, cut before a stop string.
+
+    token ids ──StreamDecoder──▶ text ──StopMatcher──▶ text that is certainly part of the result
+
+Both hold back what the next token may still change: an incomplete character, and the beginning of a
+stop string. All pieces together are the text of the completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
+
+from neo_runtime.closable import Closable
+from neo_runtime.errors import NeoError
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Sequence
+
+    from neo_runtime.generation.completion import Completion
+    from neo_runtime.text.tokenizer import Tokenizer
+
+__all__ = ["StopMatcher", "StreamDecoder", "TextStream"]
+
+_IN_USE = "generator already executing"
+"""What Python says of a generator that two threads ask for its next item."""
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class StreamDecoder:
+    """Decode token by token; the pieces together are `tokenizer.decode` of all tokens.
+
+    A token's text may depend on the tokens before it, so a window of tokens is decoded twice:
+    up to the last token whose text was given out, and up to the newest one. The difference is
+    the new text. (The technique of text-generation-inference.) The window moves on whenever the
+    text does not end inside a character, so the work for a token does not grow with the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._given_tokens = 0
+        self._given_text = ""
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; "" inside a character or for a special token."""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        if text.endswith(_REPLACEMENT):
+            return ""
+        return self._give(text)
+
+    def finish(self) -> str:
+        """The rest: an incomplete character as U+FFFD."""
+        return self._give(self._tokenizer.decode(self._window))
+
+    def _give(self, text: str) -> str:
+        piece = text[len(self._given_text) :]
+        self._window = self._window[self._given_tokens :]
+        self._given_tokens = len(self._window)
+        self._given_text = self._tokenizer.decode(self._window)
+        return piece
+
+
+class StopMatcher:
+    """Pass text through up to the first stop string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found: str | None = None
+        """The stop string that ended the text."""
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that is new and cannot belong to a stop string."""
+        if self.found is not None:
+            return ""
+        self._held += text
+        places = [(self._held.find(stop), -len(stop), stop) for stop in self._stop]
+        hits = [place for place in places if place[0] >= 0]
+        if hits:
+            # The earliest place; of those, the longest string.
+            end, _, self.found = min(hits)
+            passed, self._held = self._held[:end], ""
+            return passed
+        held = max((self._overlap(stop) for stop in self._stop), default=0)
+        split = len(self._held) - held
+        passed, self._held = self._held[:split], self._held[split:]
+        return passed
+
+    def finish(self) -> str:
+        """What was held back for a stop string that did not come."""
+        passed, self._held = self._held, ""
+        return passed
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+class TextStream(Iterator[str], Closable):
+    """The pieces of one completion, in order. Also a context manager that closes it.
+
+    Tokens are computed as pieces are asked for: a consumer that stops asking stops the work, and
+    `close` (also called by leaving `with`, or when the stream is garbage) frees the cache.
+    """
+
+    def __init__(
+        self, pieces: Generator[str, None, Completion | None], closed: threading.Event
+    ) -> None:
+        """Wrap a generator.
+
+        Args:
+            pieces: yields text and returns the completion; None where it was closed before.
+            closed: set by `close`, for `pieces` to look at after each token.
+        """
+        self._pieces = pieces
+        self._closed = closed
+        self._completion: Completion | None = None
+        self._has_failed = False
+
+    def __next__(self) -> str:
+        if self._closed.is_set():
+            self.close()
+            raise StopIteration
+        try:
+            piece = next(self._pieces)
+        except StopIteration as end:
+            if end.value is not None:
+                self._completion = end.value
+            raise StopIteration from None
+        except BaseException as error:
+            if isinstance(error, ValueError) and str(error) == _IN_USE:
+                raise NeoError(
+                    "another thread is reading this stream right now; read it in one thread, or "
+                    "give each a stream of its own"
+                ) from error
+            self._has_failed = True
+            raise
+        if self._closed.is_set():  # by another thread, meanwhile
+            self.close()
+            raise StopIteration
+        return piece
+
+    @property
+    def completion(self) -> Completion:
+        """The whole result, once the last piece has come.
+
+        Raises:
+            NeoError: the stream was not read to its end.
+        """
+        if self._completion is not None:
+            return self._completion
+        if self._closed.is_set() or self._has_failed:
+            raise NeoError(
+                "the stream was closed, or failed, before its end, so there is no completion; read "
+                "all pieces of another one"
+            )
+        raise NeoError("the stream has not ended yet; read all its pieces first")
+
+    def close(self) -> None:
+        """Stop and free the cache; from another thread: before the next token."""
+        self._closed.set()
+        try:
+            self._pieces.close()
+        except ValueError:
+            # Another thread is computing a token right now; it closes when that is done.
+            return

@@ -1,0 +1,1 @@
+"""What this machine has: processors, a GPU, installed packages."""

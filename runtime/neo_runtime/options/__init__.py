@@ -1,0 +1,1 @@
+"""Generation options: names, values, and what a bundle says of them."""

@@ -1,0 +1,246 @@
+"""Beam search as a state machine: logits in, which beams go on with which tokens out.
+
+The arithmetic is `GenerationMixin._beam_search` of transformers 5, step by step and in float32,
+for one prompt. Where candidates have equal scores the lower beam and then the lower token id
+comes first (torch's `topk` promises no order).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neo_runtime.errors import RequestError
+from neo_runtime.sampling.processors import (
+    FloatArray,
+    IntArray,
+    Renormalize,
+    build_processors,
+    log_softmax,
+)
+from neo_runtime.sampling.row_sampler import usable_maximum
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from neo_runtime.options.generation_options import GenerationOptions
+
+__all__ = ["BeamResult", "BeamSearch"]
+
+# Stands for "not a candidate", finite as in the reference.
+_OUT = np.float32(-1.0e9)
+
+BoolArray = NDArray[np.bool_]
+
+
+class BeamResult(NamedTuple):
+    """One finished hypothesis."""
+
+    token_ids: tuple[int, ...]
+    """The continuation, its end-of-sequence token included."""
+    score: float
+    """Sum of the processed log probabilities / (tokens ** length_penalty)."""
+
+
+class _Hypotheses(NamedTuple):
+    """Finished or not, a row each."""
+
+    ids: IntArray
+    """[rows, max_length], of which the first `length` are written."""
+    length: IntArray
+    score: FloatArray
+    finished: BoolArray
+
+    def best_with(self, new: _Hypotheses) -> _Hypotheses:
+        """As many rows as `self` has: the best of both, by score."""
+        scores = np.concatenate([self.score, new.score])
+        order = np.argsort(-scores, kind="stable")[: self.score.size]
+        return _Hypotheses(
+            np.concatenate([self.ids, new.ids])[order],
+            np.concatenate([self.length, new.length])[order],
+            scores[order],
+            np.concatenate([self.finished, new.finished])[order],
+        )
+
+
+class BeamSearch:
+    """The search for one prompt.
+
+    Drive it so: run the model over the prompt and give `step` its logits as [1, V]; then, while
+    `step` returns (parents, tokens): let beam i go on from the cache of beam `parents[i]` with
+    `tokens[i]`, and give `step` the logits [num_beams, V].
+
+    Args:
+        options: `num_beams` and the rest of what was asked for.
+        prompt_ids: int64 [n], at least one.
+        max_length: tokens of prompt and continuation together, at most
+            (`GenerationOptions.total_length`).
+        is_stopped: tells whether a hypothesis (prompt and continuation, int64 [n]) ends for a
+            reason other than its end-of-sequence token or its length: a stop string.
+    """
+
+    def __init__(
+        self,
+        options: GenerationOptions,
+        prompt_ids: IntArray,
+        max_length: int,
+        is_stopped: Callable[[IntArray], bool] | None = None,
+    ) -> None:
+        self._options = options
+        self._num_beams = options.num_beams
+        self._eos = np.array(options.active_eos, np.int64)
+        self._is_stopped = is_stopped
+        self._max_length = max_length
+        self._prompt_length = self._length = len(prompt_ids)
+        self._processors = build_processors(options, self._prompt_length, max_length)
+        if options.renormalize_logits:
+            self._processors.append(Renormalize())
+
+        ids = np.zeros((self._num_beams, max_length), np.int64)
+        ids[:, : self._length] = prompt_ids
+        self._running = ids
+        # All beams are the prompt: only the first may go on, or they would all be the same.
+        self._scores = np.full(self._num_beams, _OUT, np.float32)
+        self._scores[0] = 0.0
+        self._done = _Hypotheses(
+            ids=ids.copy(),
+            length=np.full(self._num_beams, self._length),
+            score=np.full(self._num_beams, -np.inf, np.float32),
+            finished=np.zeros(self._num_beams, np.bool_),
+        )
+        self._can_improve = True
+        self._is_finished = False
+        self.ends_early = False
+        """Whether `end_soon` has made the search shorter."""
+
+    def step(self, logits: FloatArray) -> tuple[IntArray, IntArray] | None:
+        """Take the next tokens.
+
+        Args:
+            logits: float32 [num_beams, V], a row for each beam in the order last returned; for
+                the prompt [1, V].
+
+        Returns:
+            (parents, tokens), int64 [num_beams] each, or None when the search is over.
+
+        Raises:
+            RequestError: the options forbid every continuation, or the vocabulary is too small
+                for this many beams.
+            VerificationError: the logits hold NaN or +inf.
+        """
+        if self._is_finished:
+            return None
+        scores, parents, tokens = self._candidates(self._log_probs(logits))
+        ids = self._running[parents]
+        ids[:, self._length] = tokens
+        hits = self._hits(ids, tokens)
+
+        self._update_done(ids, scores, hits)
+        running = scores + hits.astype(np.float32) * _OUT
+        order = np.argsort(-running, kind="stable")[: self._num_beams]
+        self._running, self._scores = ids[order], running[order]
+        self._length += 1
+
+        self._can_improve = self._can_improve and self._improvement_is_possible()
+        is_full = self._options.early_stopping is True and bool(self._done.finished.all())
+        self._is_finished = not self._can_improve or is_full or bool(hits.all())
+        return None if self._is_finished else (parents[order], tokens[order])
+
+    def end_soon(self) -> None:
+        """End with the next step, as if no hypothesis might be longer."""
+        if self._length + 1 < self._max_length:
+            self._max_length = self._length + 1
+            self.ends_early = True
+
+    def results(self) -> list[BeamResult]:
+        """The best finished hypotheses, best first: `num_return_sequences` of them.
+
+        Fewer where the options left no more ways to go on (the reference fills such places with
+        copies of the prompt, or of a hypothesis, at a score of -1e9).
+        """
+        done = self._done
+        new_tokens = done.length - self._prompt_length
+        with np.errstate(over="ignore", invalid="ignore"):  # of places that are not filled
+            log_probs = done.score * new_tokens.astype(np.float32) ** self._options.length_penalty
+        return [
+            BeamResult(
+                tuple(map(int, done.ids[row, self._prompt_length : done.length[row]])),
+                float(done.score[row]),
+            )
+            for row in range(self._options.num_return_sequences)
+            if done.finished[row] and log_probs[row] > _OUT / 2
+        ]
+
+    def _log_probs(self, logits: FloatArray) -> FloatArray:
+        """Processed log probabilities, [1 or num_beams, V]."""
+        usable_maximum(logits)
+        log_probs = log_softmax(logits.astype(np.float32, copy=False))
+        for row, ids in enumerate(self._running[: len(log_probs), : self._length]):
+            for processor in self._processors:
+                log_probs[row] = processor(ids, log_probs[row])
+        return log_probs
+
+    def _candidates(self, log_probs: FloatArray) -> tuple[FloatArray, IntArray, IntArray]:
+        """The best continuations of all beams: scores, parents, tokens, best first.
+
+        There are (end-of-sequence ids + 1) for each beam, so that `num_beams` of them can go on
+        where all the end-of-sequence tokens come first.
+        """
+        vocab_size = log_probs.shape[1]
+        count = max(2, 1 + self._eos.size) * self._num_beams
+        total = (log_probs + self._scores[:, None]).reshape(-1)
+        if count > total.size:
+            raise RequestError(
+                f"beam search compares {count} continuations, but {self._num_beams} beams of "
+                f"{vocab_size} tokens have {total.size}; use fewer eos_token_id"
+            )
+        usable_maximum(total)
+        rank = total.size - count
+        edge = np.partition(total, rank)[rank]
+        best = np.flatnonzero(total >= edge)
+        best = best[np.argsort(-total[best], kind="stable")][:count]
+        return total[best], best // vocab_size, best % vocab_size
+
+    def _hits(self, ids: IntArray, tokens: IntArray) -> BoolArray:
+        """Which candidates end with this token."""
+        hits = np.isin(tokens, self._eos)
+        if self._length + 1 >= self._max_length:
+            hits[:] = True
+        elif self._is_stopped is not None:
+            for row in np.flatnonzero(~hits):
+                hits[row] = self._is_stopped(ids[row, : self._length + 1])
+        return hits
+
+    def _update_done(self, ids: IntArray, scores: FloatArray, hits: BoolArray) -> None:
+        """Merge the candidates that just ended into the best finished hypotheses.
+
+        What has not ended has no score here, where the reference gives it -1e9: a length penalty
+        far below 0 makes real scores smaller than that. What goes on from no candidate counts
+        where it is better than the -1e9, as there.
+        """
+        is_full = self._options.early_stopping is True and bool(self._done.finished.all())
+        if is_full or not self._can_improve:
+            return
+        ended = hits.copy()
+        ended[self._num_beams :] = False  # the rest is there to go on with, not to be returned
+        new_tokens = self._length + 1 - self._prompt_length
+        with np.errstate(over="ignore"):  # of non-candidates, at -1e9
+            found = scores / np.float32(new_tokens**self._options.length_penalty)
+        ended &= (scores > _OUT / 2) | (found > _OUT)
+        scores = np.where(ended, found, np.float32(-np.inf))
+        length = np.full(len(ids), self._length + 1)
+        self._done = self._done.best_with(_Hypotheses(ids, length, scores, ended))
+
+    def _improvement_is_possible(self) -> bool:
+        """Could the best running beam still beat the worst finished hypothesis?"""
+        length = self._length
+        if self._options.early_stopping == "never" and self._options.length_penalty > 0.0:
+            length = self._max_length
+        new_tokens = length - self._prompt_length
+        best = self._scores[0] / np.float32(new_tokens**self._options.length_penalty)
+        worst = self._done.score.min()  # -inf of a place that is not filled
+        if self._scores[0] <= _OUT / 2:  # no beam is a candidate any more
+            worst = max(worst, _OUT)
+        return bool(best > worst)

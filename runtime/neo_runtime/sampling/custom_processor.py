@@ -1,0 +1,49 @@
+"""A caller's own rule over logits, checked at every call: the option `logits_processor`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neo_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from neo_runtime.options.values import Processor
+
+__all__ = ["CustomProcessor"]
+
+
+class CustomProcessor:
+    """A rule that may do anything, so that steps fetch all logits for it."""
+
+    def __init__(self, function: Processor) -> None:
+        self._function = function
+
+    def __call__(self, ids: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Apply the rule.
+
+        Raises:
+            RequestError: it gave no scores, not one for each token, or NaN or +inf.
+        """
+        history = ids.view()
+        history.flags.writeable = False  # it is the sequence itself
+        found = np.asarray(self._function(history, scores))
+        if found.shape != scores.shape or found.dtype.kind not in "fiu":
+            raise RequestError(
+                f"{self._name} gave {found.dtype} of shape {list(found.shape)}, expected scores of "
+                f"shape {list(scores.shape)}; return the scores, changed in place or new"
+            )
+        top = found.max()
+        if np.isnan(top) or top == np.inf:
+            raise RequestError(
+                f"{self._name} gave scores with {top}; give finite numbers, and -inf to forbid a "
+                "token"
+            )
+        return found.astype(np.float32, copy=False)
+
+    @property
+    def _name(self) -> str:
+        return f"the logits_processor {getattr(self._function, '__name__', self._function)}"

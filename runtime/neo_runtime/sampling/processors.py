@@ -1,0 +1,328 @@
+"""The rules that change logits before a token is picked, in the order of Hugging Face `generate`.
+
+Each rule is a small class called with one row:
+
+    ids     int64 [n]      the prompt and what was generated after it
+    scores  float32 [V]    changed in place where that is possible; the result is returned
+
+Order (`GenerationMixin._get_logits_processor`, transformers 5): sequence_bias,
+repetition_penalty, no_repeat_ngram_size, bad_words_ids, min_length / min_new_tokens,
+forced_eos_token_id, remove_invalid_values, exponential_decay_length_penalty, suppress_tokens,
+begin_suppress_tokens; then what `generate` does not know, where it puts the processors that its
+caller adds: presence and frequency penalty, logit_bias; then `warpers`; then
+renormalize_logits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neo_runtime.errors import RequestError
+from neo_runtime.sampling.custom_processor import CustomProcessor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from neo_runtime.options.generation_options import GenerationOptions
+
+__all__ = [
+    "FloatArray",
+    "IntArray",
+    "LogitsProcessor",
+    "build_processors",
+    "log_softmax",
+    "raised_tokens",
+]
+
+IntArray: TypeAlias = NDArray[np.int64]
+FloatArray: TypeAlias = NDArray[np.float32]
+
+_MINUS_INF = np.float32(-np.inf)
+_NONE: IntArray = np.empty(0, np.int64)
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class LogitsProcessor(Protocol):
+    """A rule: (ids int64 [n], scores float32 [V]) → scores float32 [V]."""
+
+    def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
+        """Apply the rule; may work in place."""
+        ...
+
+
+def raised_tokens(rule: LogitsProcessor, ids: IntArray) -> IntArray | None:
+    """Token ids whose scores the rule may make larger after `ids`; None: it may be any.
+
+    A rule says so by a method `raises`; one without it counts as one that may raise any score.
+    """
+    find = getattr(rule, "raises", None)
+    return None if find is None else find(ids)
+
+
+def log_softmax(scores: FloatArray) -> FloatArray:
+    """Log-softmax over the last axis, [..., V] → [..., V], of the same dtype."""
+    with np.errstate(divide="ignore"):
+        shifted = scores - scores.max(axis=-1, keepdims=True)
+        normalized: FloatArray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return normalized
+
+
+class SequenceBias:
+    """Adds a bias to the last id of a sequence where `ids` ends with those before it."""
+
+    def __init__(self, biases: Sequence[tuple[tuple[int, ...], float]]) -> None:
+        self._biases = [
+            (np.array(ids[:-1], np.int64), ids[-1], np.float32(bias))
+            for ids, bias in sorted(biases, key=lambda item: len(item[0]))
+        ]
+
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return np.array([token for _, token, bias in self._biases if bias > 0], np.int64)
+
+    def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
+        total: dict[int, np.float32] = {}
+        for prefix, token, bias in self._biases:
+            if np.array_equal(ids[ids.size - prefix.size :], prefix):  # no, where ids are fewer
+                total[token] = total.get(token, np.float32(0)) + bias
+        for token, bias in total.items():
+            scores[token] += bias
+        return scores
+
+
+class RepetitionPenalty:
+    """Divides the positive and multiplies the negative scores of all `ids` (arXiv 1909.05858)."""
+
+    def __init__(self, penalty: float) -> None:
+        self._penalty = np.float32(penalty)
+
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return _NONE if self._penalty >= 1 else np.unique(ids)
+
+    def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
+        seen = scores[ids]
+        # A token that comes twice is written twice with the same value.
+        scores[ids] = np.where(seen < 0, seen * self._penalty, seen / self._penalty)
+        return scores
+
+
+class NoRepeatNGram:
+    """Forbids each token that would complete an n-gram that `ids` already hold."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return _NONE
+
+    def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
+        if ids.size < self._size:
+            return scores
+        prefix = ids[ids.size + 1 - self._size :]
+        last = ids[self._size - 1 :]
+        matches = np.ones(last.size, dtype=np.bool_)
+        for place, token in enumerate(prefix):
+            matches &= ids[place : place + last.size] == token
+        scores[last[matches]] = _MINUS_INF
+        return scores
+
+
+class MinLength:
+    """Forbids end-of-sequence until `ids` have `length` tokens."""
+
+    def __init__(self, length: int, eos: Sequence[int]) -> None:
+        self._length = length
+        self._eos = np.array(eos, np.int64)
+
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return _NONE
+
+    def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
+        if ids.size < self._length:
+            scores[_inside(self._eos, scores)] = _MINUS_INF
+        return scores
+
+
+class ForcedEos:
+    """Leaves only `eos` for the last token that the length limit allows."""
+
+    def __init__(self, max_length: int, eos: Sequence[int]) -> None:
+        self._max_length = max_length
+        self._eos = np.array(eos, np.int64)
+
+    def raises(self, ids: IntArray) -> IntArray | None:
+        """See `raised_tokens`: in the last step the forced ones pass every other."""
+        return None if ids.size == self._max_length - 1 else _NONE
+
+    def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
+        if ids.size == self._max_length - 1:
+            scores[:] = _MINUS_INF
+            scores[self._eos] = 0
+        return scores
+
+
+class RemoveInvalidValues:
+    """NaN becomes 0, infinities become the largest numbers of float32."""
+
+    def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
+        np.nan_to_num(scores, copy=False, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
+        return scores
+
+
+class ExponentialDecay:
+    """Raises end-of-sequence by |score| · (factor^steps - 1) after `start` new tokens."""
+
+    def __init__(self, start: int, factor: float, eos: Sequence[int], prompt_length: int) -> None:
+        self._start = start + prompt_length
+        self._factor = factor
+        self._eos = np.array(eos, np.int64)
+
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return self._eos if ids.size > self._start else _NONE
+
+    def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
+        steps = ids.size - self._start
+        if steps > 0:
+            eos = _inside(self._eos, scores)
+            eos = eos[np.isfinite(scores[eos])]
+            with np.errstate(over="ignore"):
+                growth = np.float32(np.float64(self._factor) ** steps - 1)
+            scores[eos] += np.abs(scores[eos]) * growth
+        return scores
+
+
+class SuppressTokens:
+    """Forbids tokens: always, or only where `ids` have exactly `at` tokens."""
+
+    def __init__(self, tokens: Sequence[int], at: int | None = None) -> None:
+        self._tokens = np.array(tokens, np.int64)
+        self._at = at
+
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return _NONE
+
+    def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
+        if self._at is None or ids.size == self._at:
+            scores[self._tokens] = _MINUS_INF
+        return scores
+
+
+class CountPenalty:
+    """logit -= frequency · count + presence · (count > 0), counts over the generated tokens.
+
+    The formula of OpenAI's API reference, "Frequency and presence penalties".
+    """
+
+    def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
+        self._presence = np.float32(presence)
+        self._frequency = np.float32(frequency)
+        self._prompt_length = prompt_length
+
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        if self._presence >= 0 and self._frequency >= 0:
+            return _NONE
+        return np.unique(ids[self._prompt_length :])
+
+    def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
+        tokens, counts = np.unique(ids[self._prompt_length :], return_counts=True)
+        scores[tokens] -= self._frequency * counts.astype(np.float32) + self._presence
+        return scores
+
+
+class LogitBias:
+    """Adds a number to the logits of some tokens."""
+
+    def __init__(self, tokens: Sequence[int], biases: Sequence[float]) -> None:
+        self._tokens = np.array(tokens, np.int64)
+        self._biases = np.array(biases, np.float32)
+
+    def raises(self, ids: IntArray) -> IntArray:
+        """See `raised_tokens`."""
+        return self._tokens[self._biases > 0]
+
+    def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
+        scores[self._tokens] += self._biases
+        return scores
+
+
+class Renormalize:
+    """Log-softmax of the scores."""
+
+    def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
+        return log_softmax(scores)
+
+
+def build_processors(
+    options: GenerationOptions, prompt_length: int, max_length: int | None = None
+) -> list[LogitsProcessor]:
+    """The rules that `options` ask for, in order, without the warpers and the renormalization.
+
+    Args:
+        options: what was asked for; its `active_eos` are the end-of-sequence ids.
+        prompt_length: tokens of the prompt.
+        max_length: tokens of prompt and continuation together, at most; read by
+            `forced_eos_token_id` only.
+
+    Raises:
+        RequestError: `forced_eos_token_id` without a `max_length`.
+    """
+    eos = options.active_eos
+    rules: list[LogitsProcessor] = []
+    if options.sequence_bias:
+        rules.append(SequenceBias(options.sequence_bias))
+    if options.repetition_penalty != 1.0:
+        rules.append(RepetitionPenalty(options.repetition_penalty))
+    if options.no_repeat_ngram_size > 0:
+        rules.append(NoRepeatNGram(options.no_repeat_ngram_size))
+    # As in `generate`: a bad word that is end-of-sequence itself is ignored.
+    bad_words = [ids for ids in options.bad_words_ids if len(ids) > 1 or ids[0] not in eos]
+    if bad_words:
+        rules.append(SequenceBias([(ids, -np.inf) for ids in dict.fromkeys(bad_words)]))
+    minimum = options.minimum_length(prompt_length)
+    if eos and minimum > prompt_length:
+        rules.append(MinLength(minimum, eos))
+    rules += _late_processors(options, prompt_length, max_length)
+    if options.presence_penalty or options.frequency_penalty:
+        rules.append(
+            CountPenalty(options.presence_penalty, options.frequency_penalty, prompt_length)
+        )
+    if options.logit_bias:
+        rules.append(LogitBias(list(options.logit_bias), list(options.logit_bias.values())))
+    rules += [CustomProcessor(function) for function in options.logits_processor]
+    return rules
+
+
+def _late_processors(
+    options: GenerationOptions, prompt_length: int, max_length: int | None
+) -> list[LogitsProcessor]:
+    """From forced_eos_token_id to begin_suppress_tokens."""
+    rules: list[LogitsProcessor] = []
+    if options.forced_eos_token_id:
+        if max_length is None:
+            raise RequestError("forced_eos_token_id needs a length limit; set max_new_tokens")
+        rules.append(ForcedEos(max_length, options.forced_eos_token_id))
+    if options.remove_invalid_values:
+        rules.append(RemoveInvalidValues())
+    if options.exponential_decay_length_penalty is not None and options.active_eos:
+        start, factor = options.exponential_decay_length_penalty
+        rules.append(ExponentialDecay(start, factor, options.active_eos, prompt_length))
+    if options.suppress_tokens:
+        rules.append(SuppressTokens(options.suppress_tokens))
+    if options.begin_suppress_tokens:
+        rules.append(SuppressTokens(options.begin_suppress_tokens, at=prompt_length))
+    return rules
+
+
+def _inside(tokens: IntArray, scores: FloatArray) -> IntArray:
+    """Those of `tokens` that the vocabulary has: an end-of-sequence id may lie outside."""
+    inside: IntArray = tokens[tokens < scores.shape[0]]
+    return inside

@@ -1,0 +1,228 @@
+"""Picks the next token of one sequence.
+
+A draw takes exactly one float64 u from the row's own generator (PCG64, whose stream numpy keeps
+across versions) and inverts the cumulative distribution of the candidates, in ascending order of
+their ids: the token is the first whose cumulative weight is above u · total. `Generator.choice`
+and `multinomial` promise no stable results across numpy versions; this does what it says.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from neo_runtime.errors import RequestError, VerificationError
+from neo_runtime.sampling.candidates import CandidatePicker
+from neo_runtime.sampling.processors import (
+    FloatArray,
+    IntArray,
+    Renormalize,
+    build_processors,
+)
+from neo_runtime.sampling.warpers import build_warpers
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from neo_runtime.backends.step_logits import RowLogits
+    from neo_runtime.options.generation_options import GenerationOptions
+
+__all__ = ["Choice", "RowSampler", "TokenLogprob", "row_generator", "usable_maximum"]
+
+
+class TokenLogprob(NamedTuple):
+    """A token and its natural-log probability."""
+
+    token: int
+    logprob: float
+
+
+class Choice(NamedTuple):
+    """The token picked at one step.
+
+    Log probabilities are those of the model itself: log-softmax of its logits before any
+    processor or warper (the convention of OpenAI and vLLM). None unless `logprobs` asks for them.
+    """
+
+    token: int
+    logprob: float | None
+    top_logprobs: tuple[TokenLogprob, ...] | None
+    """The most probable tokens, best first (ascending ids among equals), `logprobs` of them."""
+
+
+def row_generator(
+    seed: int | tuple[int, ...] | None, prompt_index: int, sequence_index: int
+) -> np.random.Generator:
+    """The random generator of one sequence.
+
+    One integer serves every prompt, so that a prompt in a batch gets the draws that it gets
+    alone; the continuations of one prompt differ by `sequence_index`.
+
+    Args:
+        seed: the option `seed`; a sequence has one seed per prompt, None is fresh entropy.
+        prompt_index: place of the prompt in the batch.
+        sequence_index: which of its `num_return_sequences` this is.
+
+    Raises:
+        RequestError: fewer seeds than prompts.
+    """
+    if isinstance(seed, tuple):
+        if prompt_index >= len(seed):
+            raise RequestError(
+                f"seed has {len(seed)} entries, but there is a prompt number {prompt_index + 1}; "
+                "give one seed for each prompt, or a single integer"
+            )
+        seed = seed[prompt_index]
+    spawn_key = () if seed is None else (sequence_index,)
+    return np.random.Generator(
+        np.random.PCG64(np.random.SeedSequence(entropy=seed, spawn_key=spawn_key))
+    )
+
+
+class RowSampler:
+    """One sequence: what was said so far, and how the next token is picked.
+
+    Args:
+        options: what was asked for.
+        prompt_ids: int64 [n], at least one.
+        generator: the row's own; see `row_generator`. Greedy decoding draws nothing from it.
+        max_length: tokens of prompt and continuation together, at most
+            (`GenerationOptions.total_length`); sizes the history and tells the last step.
+    """
+
+    def __init__(
+        self,
+        options: GenerationOptions,
+        prompt_ids: IntArray,
+        generator: np.random.Generator,
+        max_length: int | None = None,
+    ) -> None:
+        self._prompt_length = len(prompt_ids)
+        self._length = self._prompt_length
+        self._history = np.empty(max(max_length or 0, self._length), np.int64)
+        self._history[: self._length] = prompt_ids
+        self._generator = generator
+        self._logprobs = options.logprobs
+        self._do_sample = options.do_sample
+        self._processors = build_processors(options, self._prompt_length, max_length)
+        self._warpers = build_warpers(options)
+        if options.renormalize_logits and options.do_sample:
+            # Changes neither the largest score nor the distribution; kept for exactness.
+            self._warpers.append(Renormalize())
+        self._picker = CandidatePicker(self._processors, self._warpers, do_sample=options.do_sample)
+
+    @property
+    def ids(self) -> IntArray:
+        """Prompt and continuation, int64 [n]: a view that the next pick makes stale."""
+        return self._history[: self._length]
+
+    @property
+    def generated(self) -> IntArray:
+        """Only the continuation, int64 [n]: a view as well."""
+        return self._history[self._prompt_length : self._length]
+
+    def pick(self, logits: FloatArray | RowLogits) -> Choice:
+        """Choose the next token and append it to the history.
+
+        Args:
+            logits: the model's scores after the last token, float32 [V], not changed; or the row
+                of a step, whose logits are fetched only if its candidates do not decide.
+
+        Raises:
+            VerificationError: the logits hold NaN or +inf.
+            RequestError: the options forbid every token.
+        """
+        if not isinstance(logits, np.ndarray):
+            token = self._pick_candidate(logits)
+            if token is not None:
+                self._append(token)
+                return Choice(token, None, None)
+            logits = logits.full()
+        scores = logits
+        if self._processors or self._warpers:
+            scores = logits.astype(np.float32)
+            for processor in self._processors:
+                scores = processor(self.ids, scores)
+        token = self._draw(scores) if self._do_sample else _greedy(scores)
+        choice = Choice(token, None, None)
+        if self._logprobs is not None:
+            choice = _with_logprobs(token, logits, self._logprobs)
+        self._append(token)
+        return choice
+
+    def _pick_candidate(self, row: RowLogits) -> int | None:
+        """The token that `pick` gets from all logits; None where it needs them."""
+        found = row.candidates if self._logprobs is None else None
+        left = found and self._picker.scores(self.ids, found, row.vocab_size)
+        if not left:
+            return None
+        ids, scores = left
+        return int(ids[self._place(scores) if self._do_sample else 0])
+
+    def _draw(self, scores: FloatArray) -> int:
+        usable_maximum(scores)
+        candidates: IntArray | None = None  # ids of `scores`; None: all of them
+        for warper in self._warpers:
+            scores = warper(self.ids, scores)
+            kept = np.flatnonzero(scores > -np.inf)
+            if kept.size < scores.size:
+                scores = scores[kept]
+                candidates = kept if candidates is None else candidates[kept]
+        place = self._place(scores)
+        return place if candidates is None else int(candidates[place])
+
+    def _place(self, scores: FloatArray) -> int:
+        """Where in `scores` the draw falls."""
+        weights: NDArray[np.float64] = scores.astype(np.float64)
+        cumulative = np.cumsum(np.exp(weights - weights.max()))
+        target = self._generator.random() * cumulative[-1]
+        return int(np.searchsorted(cumulative, target, side="right"))
+
+    def _append(self, token: int) -> None:
+        if self._length == self._history.size:
+            self._history = np.concatenate([self._history, np.empty_like(self._history)])
+        self._history[self._length] = token
+        self._length += 1
+
+
+def usable_maximum(scores: FloatArray) -> float:
+    """The largest of `scores`, after making sure that a token can be chosen.
+
+    Raises:
+        VerificationError: NaN or +inf among the scores.
+        RequestError: all are -inf.
+    """
+    top = float(scores.max())
+    if np.isnan(top) or top == np.inf:
+        raise VerificationError(
+            f"the model's logits hold {top}, expected finite numbers; the weights or the "
+            "precision overflow: export again with --fp32 and --verify"
+        )
+    if top == -np.inf:
+        raise RequestError(
+            "the options forbid every token here; relax bad_words_ids, suppress_tokens, "
+            "logit_bias, logits_processor, no_repeat_ngram_size or min_new_tokens"
+        )
+    return top
+
+
+def _greedy(scores: FloatArray) -> int:
+    token = int(scores.argmax())  # of a NaN, if there is one
+    if not np.isfinite(scores[token]):
+        usable_maximum(scores)
+    return token
+
+
+def _with_logprobs(token: int, logits: FloatArray, count: int) -> Choice:
+    top = logits.max()
+    normalizer = float(top) + float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
+    best: tuple[TokenLogprob, ...] = ()
+    if count > 0:
+        count = min(count, logits.size)
+        rank = logits.size - count
+        edge = np.partition(logits, rank)[rank]
+        candidates = np.flatnonzero(logits >= edge)
+        order = candidates[np.argsort(-logits[candidates], kind="stable")][:count]
+        best = tuple(TokenLogprob(int(i), float(logits[i]) - normalizer) for i in order)
+    return Choice(token, float(logits[token]) - normalizer, best)

@@ -1,0 +1,1 @@
+"""Requests that join a running batch."""

@@ -1,0 +1,177 @@
+"""Many requests over one model, computed together: continuous batching."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.closable import Closable
+from neo_runtime.errors import NeoError
+from neo_runtime.forks import in_every_child
+from neo_runtime.generation.generator import never
+from neo_runtime.generation.rows import make_rows
+from neo_runtime.options.values import count
+from neo_runtime.scheduling.pending import PendingCompletion
+from neo_runtime.scheduling.running_batch import RunningBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from neo_runtime.generation.prefix import Prefix
+    from neo_runtime.model import Model
+    from neo_runtime.options.generation_options import GenerationOptions
+    from neo_runtime.text.prompts import Prompt
+
+__all__ = ["Scheduler"]
+
+_running: weakref.WeakSet[RunningBatch] = weakref.WeakSet()
+in_every_child(_running.clear)  # whose parent's threads are not there
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that computes while the process is taken down would crash it."""
+    for batch in list(_running):
+        batch.cancel()
+        batch.join()
+
+
+class Scheduler(Closable):
+    """Computes requests of many threads or coroutines in one batch that they join and leave.
+
+        with neo_runtime.Scheduler(model, max_batch_size=8, max_length=1024) as scheduler:
+            pending = scheduler.submit("Once upon a time", max_new_tokens=50)
+            print(pending.result().text)
+
+    Decoding reads all weights for each step, however many sequences it continues: requests that
+    share the steps share that price. A request gets the result that it gets alone, up to float
+    rounding (`Model.generate`). Requests begin in the order of `submit`.
+
+    The key/value cache for all sequences is allocated at once and held until `close`. The model
+    may be used beside it as ever.
+    """
+
+    def __init__(
+        self, model: Model, *, max_batch_size: int | None = None, max_length: int | None = None
+    ) -> None:
+        """Load the graphs, allocate the cache and start the thread that computes.
+
+        Args:
+            model: must stay open until the scheduler is closed.
+            max_batch_size: sequences computed together; others wait. By default 16 on a CPU, 32
+                with CUDA, what a TensorRT plan takes.
+            max_length: tokens of a prompt and its continuation together, at most; by default as
+                many as the model has positions. `model.cache_bytes(max_batch_size, max_length)` is
+                what the cache takes: all of it on a GPU; on a CPU as far as it was written.
+
+        Raises:
+            CacheLimitError: there is no room for the cache.
+            RequestError: a size that is no integer of at least 1.
+            ContextLengthError: `max_length` is more than the model has.
+        """
+        batch = count(1, optional=True)("max_batch_size", max_batch_size)
+        length = count(1, optional=True)("max_length", max_length)
+        self._model = model
+        self._max_length: int = length or model.manifest.max_length
+        model.prepare()
+        self._batch = RunningBatch(model, batch or model.default_batch, self._max_length)
+        _running.add(self._batch)
+        self._order = threading.Lock()
+        """So that no request comes behind the end."""
+        self._is_closed = False
+        self._process = os.getpid()
+        self._end = weakref.finalize(self, self._batch.end)
+        self._end.atexit = False  # see _end_all
+
+    def submit(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions | None = None,
+        *,
+        bad_words: Sequence[str] = (),
+        should_stop: Callable[[], bool] = never,
+        on_piece: Callable[[str], object] | None = None,
+        prefix: Prefix | None = None,
+        **overrides: Any,
+    ) -> PendingCompletion:
+        """Ask for one continuation of one prompt; returns at once.
+
+        Args:
+            prompt: text or token ids.
+            options: as for `Model.generate`; no beam search, one sequence.
+            bad_words: as for `Model.generate`.
+            should_stop: asked before each token, also while the request waits; once true, the
+                completion ends as "cancelled".
+            on_piece: called with each piece of text as it comes, in the scheduler's thread: it
+                should only hand the text on, such as `loop.call_soon_threadsafe(queue.put_nowait,
+                piece)`. What it raises ends this request.
+            prefix: as for `Model.generate`; it must stay open until the request has begun.
+            **overrides: options by name.
+
+        Returns:
+            A future, which can be iterated for the text as it comes. The completion's timings
+            count from this call, so that they include waiting.
+
+        Raises:
+            RequestError: a prompt or an option that cannot be honoured.
+            ContextLengthError: prompt and continuation are more than `max_length`.
+            NeoError: the scheduler is closed.
+        """
+        ids, chosen = self._model.single_prompt(
+            "submit", prompt, options, bad_words, prefix, overrides
+        )
+        total = chosen.total_length(len(ids), self._max_length, "the scheduler")
+        [row] = make_rows(self._model, ids, chosen, total, 0, prefix)
+        pending = PendingCompletion(row, should_stop, on_piece)
+        self._check_process()
+        with self._order:
+            if self._is_closed:
+                raise NeoError("the scheduler is closed; make another one")
+            self._batch.put(pending)
+        return pending
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun; a service that gets too many refuses more of them."""
+        return self._batch.waiting
+
+    @property
+    def active(self) -> int:
+        """Requests that are being computed."""
+        return self._batch.active
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Take no more requests, finish those that were taken, and free the cache.
+
+        Args:
+            cancel: do not finish them: they end as "cancelled" with the text so far.
+        """
+        if os.getpid() != self._process:
+            return  # the parent's thread is not here
+        with self._order:
+            if not self._is_closed:
+                self._is_closed = True
+                self._batch.end()
+        if cancel:
+            self._batch.cancel()
+        self._batch.join()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close; after an error, such as Ctrl-C, without finishing."""
+        self.close(cancel=kind is not None)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise NeoError(
+                "the scheduler was made in another process, and its thread does not survive a "
+                "fork; make one in each process"
+            )

@@ -1,0 +1,153 @@
+"""From a caller's prompt to token ids for the graphs."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from neo_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.options.generation_options import GenerationOptions
+    from neo_runtime.text.tokenizer import Tokenizer
+
+__all__ = [
+    "Prompt",
+    "as_list",
+    "named_prompt",
+    "of_each",
+    "prompt_ids",
+    "token_array",
+    "with_bad_words",
+]
+
+Prompt: TypeAlias = "str | Sequence[int]"
+"""Text, or token ids."""
+T = TypeVar("T")
+
+
+def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """The prompts, and whether it was a single one: text, or a flat row of ids.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    given: Any = prompt
+    if isinstance(given, str):
+        return [given], True
+    if not hasattr(given, "__len__") or isinstance(given, bytes | dict | set):
+        raise RequestError(
+            f"the prompt is of type {type(given).__name__}, expected text, token ids, or a list "
+            "of these"
+        )
+    is_single = len(given) > 0 and _is_number(given[0])
+    return ([given], True) if is_single else (list(given), False)
+
+
+def _is_number(item: Any) -> bool:
+    has_parts = hasattr(item, "__len__") and getattr(item, "ndim", 1) > 0
+    return not (isinstance(item, str) or has_parts)
+
+
+@contextmanager
+def named_prompt(index: int, count: int) -> Iterator[None]:
+    """With several prompts, let errors name the prompt by its index."""
+    try:
+        yield
+    except RequestError as error:
+        if count == 1:
+            raise
+        raise type(error)(f"prompts[{index}]: {error}") from error
+
+
+def of_each(prompts: Sequence[Any], work: Callable[[Any], T]) -> list[T]:
+    """`work` applied to each prompt; errors name the prompt."""
+    found = []
+    for index, prompt in enumerate(prompts):
+        with named_prompt(index, len(prompts)):
+            found.append(work(prompt))
+    return found
+
+
+def prompt_ids(
+    prompt: Prompt | NDArray[Any], vocab_size: int, tokenizer: Tokenizer | None
+) -> NDArray[np.int64]:
+    """Token ids of a prompt, text or ids: int64 [n], n at least 1.
+
+    Raises:
+        RequestError: text without a tokenizer; or see `token_array`.
+    """
+    if not isinstance(prompt, str):
+        return token_array(prompt, vocab_size)
+    if tokenizer is None:
+        raise RequestError("the bundle has no tokenizer; give the prompt as token ids")
+    return token_array(tokenizer.encode(prompt), vocab_size)
+
+
+def token_array(ids: Sequence[int] | NDArray[Any], vocab_size: int) -> NDArray[np.int64]:
+    """Token ids, checked: int64 [n], n at least 1.
+
+    Raises:
+        RequestError: no tokens, no integers, or ids that the model does not have.
+    """
+    given: Any = ids
+    if isinstance(given, str):
+        raise RequestError(f"{given!r} is text, expected token ids; see Model.tokenizer.encode")
+    try:
+        found = np.asarray(given)
+    except ValueError as error:  # sequences of unequal lengths
+        raise RequestError("token ids are nested, expected a flat sequence of integers") from error
+    if not found.size:
+        raise RequestError("the prompt is empty; give at least one token")
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise RequestError(
+            f"token ids of type {found.dtype} and shape {list(found.shape)}, expected a flat "
+            "sequence of integers"
+        )
+    if found.min() < 0 or found.max() >= vocab_size:
+        place = int(np.flatnonzero((found < 0) | (found >= vocab_size))[0])
+        raise RequestError(
+            f"token id {found[place]} at place {place} is out of range; the model has "
+            f"{vocab_size} tokens (0 to {vocab_size - 1})"
+        )
+    return found.astype(np.int64, copy=False)
+
+
+def with_bad_words(
+    options: GenerationOptions, words: Sequence[str], tokenizer: Tokenizer | None
+) -> GenerationOptions:
+    """Add words to `bad_words_ids`: as they are, and after a space, as inside a text.
+
+    Raises:
+        RequestError: words without a tokenizer, an empty word, or something that is no word.
+    """
+    found = _words(words)
+    if not found:
+        return options
+    if tokenizer is None:
+        raise RequestError("the bundle has no tokenizer; give bad_words_ids instead of bad_words")
+    if not all(word.strip() for word in found):
+        raise RequestError("bad_words holds an empty word; remove it")
+    forms = [form for word in found for form in (word.strip(), " " + word.strip())]
+    ids = [tokenizer.encode(form, add_special_tokens=False) for form in forms]
+    return options.merged(bad_words_ids=(*options.bad_words_ids, *map(tuple, ids)))
+
+
+def _words(given: Any) -> list[str]:
+    """One word, several, or None for none, as a request's JSON may hold them."""
+    if given is None:
+        return []
+    if isinstance(given, str):
+        return [given]
+    words = None
+    if hasattr(given, "__iter__") and not isinstance(given, bytes | dict):
+        words = list(given)
+    if words is None or not all(isinstance(word, str) for word in words):
+        raise RequestError(f"bad_words is {given!r}, expected words; see bad_words_ids for tokens")
+    return words
