@@ -118,7 +118,7 @@ class CachedModel(Closable):
         self,
         cache: KVCache,
         prompts: Sequence[Sequence[int] | NDArray[np.int64]],
-        rows: Sequence[int] | None = None,
+        rows: Sequence[int] | NDArray[np.int64] | None = None,
     ) -> NDArray[np.float32]:
         """Append the tokens of `prompts[i]` to sequence `rows[i]` of the cache.
 
@@ -142,7 +142,7 @@ class CachedModel(Closable):
         self,
         cache: KVCache,
         prompts: Sequence[Sequence[int] | NDArray[np.int64]],
-        rows: Sequence[int] | None = None,
+        rows: Sequence[int] | NDArray[np.int64] | None = None,
     ) -> StepLogits:
         """As `prefill`, but logits are fetched from the device only when requested."""
         self._check_cache(cache)
@@ -160,7 +160,7 @@ class CachedModel(Closable):
         return logits if len(chosen) == len(by_row) else logits.take(chosen)
 
     def _prompt_rows(
-        self, cache: KVCache, rows: Sequence[int] | None, prompts: int
+        self, cache: KVCache, rows: Sequence[int] | NDArray[np.int64] | None, prompts: int
     ) -> NDArray[np.int64]:
         if rows is None:
             if prompts != cache.batch:

@@ -236,7 +236,10 @@ class Model(CachedModel):
             CacheLimitError: there is no room for its keys and values.
         """
         self._check_open()
-        [ids] = self._encode([text])
+        try:
+            [ids] = self._encode([text])
+        except RequestError as error:
+            raise RequestError(f"the prefix cannot be used: {error}") from error
         if len(ids) >= self.manifest.max_length:
             raise ContextLengthError(
                 f"the prefix has {len(ids)} tokens and the model {self.manifest.max_length} "
@@ -300,7 +303,7 @@ class Model(CachedModel):
         vocab_size = self.manifest.model.vocab_size
         found = of_each(prompts, lambda prompt: prompt_ids(prompt, vocab_size, self.tokenizer))
         if prefix is None:
-            return found
+            return [ids.copy() for ids in found]  # the caller may change its arrays meanwhile
         if not isinstance(prefix, Prefix):
             raise RequestError(
                 f"prefix is of type {type(prefix).__name__}, expected one of Model.prefix"

@@ -36,8 +36,7 @@ def assert_prefixes_hold(
             cache.reorder([0])
             model.prefill(cache, [rest[2]])  # a row that is there already
             cache.extend(2)
-            for row in (1, 2):
-                prefix.fill(cache, row)
+            prefix.fill(cache, [1, 2])
             assert cache.lengths.tolist() == [len(rest[2]), length, length]
             found = model.prefill(cache, rest[:2], rows=[1, 2])
             said = [rest[2], ids[:length] + rest[0], ids[:length] + rest[1]]

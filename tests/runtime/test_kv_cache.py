@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from helpers.hf_reference import reference_logits, relative_error, varied_prompts
 from helpers.joining import assert_rows_join
+from helpers.prefixes import assert_prefixes_hold
+from neo_runtime.backends.base import spoil_views
+from neo_runtime.backends.cpu import append
 from neo_runtime.backends.cpu.binding import BoundCall
 from neo_runtime.backends.cpu.cache_memory import KeptBlock
 from neo_runtime.cache.ledger import CacheLedger
@@ -258,6 +261,23 @@ def test_rows_can_be_dropped_permuted_and_repeated(model: Model) -> None:
 
 def test_rows_join_and_leave(model: Model) -> None:
     assert_rows_join(model, 1e-5)
+
+
+def test_what_was_in_memory_before_means_nothing(
+    portable_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns that no row has written are masked, and still multiplied."""
+    zeros = append.aligned_zeros
+
+    def spoiled(*arguments: Any) -> Any:
+        arrays = zeros(*arguments)
+        spoil_views(arrays)
+        return arrays
+
+    monkeypatch.setattr(append, "aligned_zeros", spoiled)
+    with neo_runtime.load(portable_bundle, threads=1) as model:
+        assert_rows_join(model, 1e-5)
+        assert_prefixes_hold(model, 1e-5)
 
 
 def test_rows_that_cannot_join(model: Model) -> None:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import neo_runtime
+import numpy as np
 import pytest
 from helpers.hf_reference import heldout_texts, reference_continuations, varied_prompts
+from helpers.kills import fork
 from helpers.prefixes import assert_prefixes_hold
 from neo_runtime import Scheduler
+from neo_runtime.backends.cpu.append import AppendStore
 from neo_runtime.backends.cpu.binding import BoundCall
+from neo_runtime.backends.cpu.in_place import InPlaceStore
 from neo_runtime.command.generate import main
 from neo_runtime.errors import CacheLimitError, ContextLengthError, NeoError, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from neo_runtime.model import Model
@@ -111,35 +117,103 @@ def test_its_end(model: Model) -> None:
     model.prefix("Once")
     gc.collect()
     assert model.cache_bytes_in_use == 0
-    with Scheduler(model, max_batch_size=3, max_length=64) as scheduler:
+    with Scheduler(model, max_batch_size=1, max_length=64) as scheduler:
+        held = model.cache_bytes_in_use
+        expected = model.generate("Once upon a", max_new_tokens=5).text
         inside, go_on = threading.Event(), threading.Event()
 
-        def hold(_: str) -> None:
+        def hold() -> bool:
             inside.set()
             assert go_on.wait(timeout=60)
+            return False
 
-        first = scheduler.submit("Tom", max_new_tokens=20, on_piece=hold)
+        first = scheduler.submit("Tom", max_new_tokens=20, should_stop=hold)
         assert inside.wait(timeout=60)
-        closing = model.prefix("Once upon")
-        pending = [
-            scheduler.submit("a", max_new_tokens=5, prefix=closing),
-            scheduler.submit("The dog", max_new_tokens=5),
-        ]
-        closing.close()
-        go_on.set()
+        with model.prefix("Once upon") as closing:
+            waiting = scheduler.submit(" a", max_new_tokens=5, prefix=closing)
+            gone = scheduler.submit(" a", max_new_tokens=5, prefix=closing)
+        assert model.cache_bytes_in_use > held, "a request still needs it"
         with pytest.raises(NeoError, match="prefix is closed"):
-            pending[0].result(timeout=60)
-        assert (
-            pending[1].result(timeout=60).text == model.generate("The dog", max_new_tokens=5).text
-        )
+            scheduler.submit("b", prefix=closing)
+        assert gone.cancel()
+        go_on.set()
+        assert waiting.result(timeout=60).text == expected
         assert first.result(timeout=60).text == model.generate("Tom", max_new_tokens=20).text
+        scheduler.submit("a", max_new_tokens=1).result(timeout=60)
+        assert model.cache_bytes_in_use == held
+
+
+def test_one_that_cannot_be_computed(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoundCall, "run", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as kept:
+        model.prefix("Once upon")
+    assert kept.value.__traceback__ is not None
+    assert model.cache_bytes_in_use == 0
+
+
+def test_an_interrupt_while_it_is_copied(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was only read, and serves the next request."""
+    kind = InPlaceStore if model.manifest.cache.layout == "in_place" else AppendStore
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with model.prefix("Once upon") as prefix:
+        expected = model.generate(" a time", prefix=prefix, max_new_tokens=3).text
+        with monkeypatch.context() as patched:
+            patched.setattr(kind, "fill", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(" a time", prefix=prefix, max_new_tokens=3)
+        assert model.generate(" a time", prefix=prefix, max_new_tokens=3).text == expected
+
+
+def test_a_forked_child_uses_it(model: Model) -> None:
+    """Whatever the parent's threads hold at that moment."""
+    with model.prefix("Once upon") as prefix:
+        expected = model.generate(" a time", prefix=prefix, max_new_tokens=3).text
+
+        def child() -> None:
+            signal.alarm(60)
+            assert model.generate(" a time", prefix=prefix, max_new_tokens=3).text == expected
+            prefix.close()
+
+        with prefix._lock, prefix._cache.reading():
+            threads = threading.Thread(target=lambda: None)
+            threads.start()
+            threads.join()
+            pid = fork_in_thread(child)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def fork_in_thread(work: Callable[[], None]) -> int:
+    """From another thread than the one that holds locks now."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(fork, work).result()
+
+
+def test_any_cache_that_has_room(model: Model) -> None:
+    """However its length is rounded."""
+    with model.prefix([5 + n for n in range(45)]) as prefix:
+        expected = model.generate([9], max_new_tokens=1, prefix=prefix).token_ids
+        with Scheduler(model, max_length=47) as scheduler:
+            found = scheduler.submit([9], max_new_tokens=1, prefix=prefix).result(timeout=60)
+        assert found.token_ids == expected
+        assert not prefix.ids.flags.writeable
+    ids = np.arange(5, 50)
+    with model.prefix(ids) as prefix:
+        ids[:] = 7
+        assert prefix.ids[0] == 5
 
 
 def test_what_cannot_be_a_prefix(model: Model, mini_bundle: Path) -> None:
-    with pytest.raises(RequestError, match="prompt is empty"):
-        model.prefix([])
-    with pytest.raises(ContextLengthError, match="prefix has 513 tokens and the model 512"):
-        model.prefix([5] * 513)
+    for nothing in ([], "", None):
+        with pytest.raises(RequestError, match="the prefix cannot be used: "):
+            model.prefix(nothing)  # type: ignore[arg-type]
+    for length in (512, 513):
+        with pytest.raises(
+            ContextLengthError, match=f"prefix has {length} tokens and the model 512"
+        ):
+            model.prefix([5] * length)
     with pytest.raises(RequestError, match="prefix is of type str, expected one of Model"):
         model.generate("a", prefix="text")  # type: ignore[call-overload]
     with (
@@ -163,8 +237,12 @@ def test_what_cannot_be_a_prefix(model: Model, mini_bundle: Path) -> None:
 def test_caches_that_cannot_be_copied(model: Model) -> None:
     with model.new_cache(2, 32) as cache, model.new_cache(1, 48) as longer:
         model.prefill(longer, [[1, 2]])
-        with pytest.raises(RequestError, match="cache of 48 positions, expected at most 32"):
-            cache.copy_from(longer, [0])
+        cache.copy_from(longer, [0])
+        model.prefill(longer, [[1] * 31])
+        with pytest.raises(RequestError, match="sequence of 33 positions, expected at most 32"):
+            cache.copy_from(longer, [1])
+        cache.reorder([])
+        cache.extend(2)
         with pytest.raises(RequestError, match="another cache of this model"):
             cache.copy_from(cache, [0])
         with model.new_cache(1, 16) as source:

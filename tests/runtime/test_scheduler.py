@@ -15,6 +15,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import neo_runtime
+import numpy as np
 import pytest
 from helpers.hf_reference import heldout_texts, reference_continuations, varied_prompts
 from helpers.kills import fork
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.generation.completion import Completion
     from neo_runtime.model import Model
+    from neo_runtime.scheduling.pending import PendingCompletion
 
 
 @pytest.fixture(scope="module")
@@ -155,18 +157,36 @@ def test_prompts_that_begin_between_two_steps_are_few(mini_bundle: Path, steps: 
         steps.go_on.set()
         for one in pending:
             one.result(timeout=60)
-    assert steps.prefilled == [[3], [30], [8, 8], [8]]
-    assert steps.decoded[:4] == [1, 2, 4, 5]
+    assert steps.prefilled == [[3], [20], [8, 8], [10], [8]]
+    assert steps.decoded[:4] == [1, 1, 3, 5]
+
+
+def test_what_a_prefix_holds_counts_for_nothing(mini_bundle: Path, steps: Steps) -> None:
+    with (
+        neo_runtime.load(mini_bundle, threads=1, prefill_chunk=20) as model,
+        model.prefix([5] * 50) as prefix,
+        Scheduler(model, max_batch_size=8) as scheduler,
+    ):
+        del steps.prefilled[:]
+        steps.go_on.clear()
+        first = scheduler.submit([5, 6], max_new_tokens=9, ignore_eos=True)
+        wait_for(lambda: scheduler.active > 0)
+        pending = [
+            scheduler.submit([7] * 8, max_new_tokens=2, ignore_eos=True, prefix=prefix)
+            for _ in range(3)
+        ]
+        steps.go_on.set()
+        for one in (first, *pending):
+            one.result(timeout=60)
+    assert steps.prefilled == [[2], [8, 8], [8]]
 
 
 def test_the_text_as_it_comes(model: Model) -> None:
-    pieces: list[str] = []
     with Scheduler(model, max_batch_size=2) as scheduler:
-        pending = scheduler.submit("Once upon a time", max_new_tokens=30, on_piece=pieces.append)
+        pending = scheduler.submit("Once upon a time", max_new_tokens=30)
         other = scheduler.submit("The", max_new_tokens=10)
         read = list(pending)
         assert list(pending) == [], "they are given once"
-        assert read == pieces
         assert len(read) > 5
         assert "".join(read) == pending.result().text
         assert "".join(other) == other.result().text
@@ -199,27 +219,55 @@ def test_nobody_waits_any_more(model: Model, steps: Steps) -> None:
         for one in (cancelled, waiting[0]):
             with pytest.raises(CancelledError):
                 one.result(timeout=60)
-            assert isinstance(list(one), list), "reading ends"
+            with pytest.raises(CancelledError):
+                list(one)
         nothing = waiting[1].result(timeout=60)
         assert (nothing.text, nothing.token_ids, nothing.finish_reason) == ("", (), "cancelled")
         assert len(waiting[2].result(timeout=60).token_ids) == 2
         assert not waiting[2].cancel(), "it has ended"
+    assert sum(steps.decoded) < 40, "who was cancelled left the batch"
+
+
+def test_text_that_was_held_back(model: Model) -> None:
+    """It may have been the beginning of a stop string; at a deadline it belongs to the text."""
+    whole = model.generate("Once upon a time", max_new_tokens=12).text
+    assert whole
+    asked = count()
+    with Scheduler(model, max_batch_size=1) as scheduler:
+        pending = scheduler.submit(
+            "Once upon a time",
+            max_new_tokens=200,
+            stop=[f"{whole}, and something that never comes"],
+            should_stop=lambda: next(asked) > 6,
+        )
+        read = "".join(pending)
+    assert read == pending.result().text
+    assert read
+    assert whole.startswith(read)
 
 
 def test_what_one_request_does_wrong_ends_it_alone(model: Model) -> None:
-    def refuse(_: str) -> None:
+    def refuse() -> bool:
         raise ZeroDivisionError("the client has gone")
 
-    def broken() -> bool:
-        raise KeyError("deadline")
+    def leave() -> bool:
+        raise SystemExit(3)
+
+    def broken(ids: Any, scores: Any) -> Any:
+        raise KeyError("a rule")
+
+    def stop(*_: Any) -> Any:
+        raise StopIteration
 
     everything = tuple(range(model.manifest.model.vocab_size))
-    with Scheduler(model, max_batch_size=4) as scheduler:
+    with Scheduler(model, max_batch_size=3) as scheduler:  # so that some fail while they wait
         good = scheduler.submit("Once upon a time", max_new_tokens=20)
-        bad = {
-            ZeroDivisionError: scheduler.submit("The", max_new_tokens=20, on_piece=refuse),
-            KeyError: scheduler.submit("The", max_new_tokens=20, should_stop=broken),
-            RequestError: scheduler.submit("The", max_new_tokens=20, suppress_tokens=everything),
+        bad: dict[type[BaseException], Any] = {
+            ZeroDivisionError: scheduler.submit("The", should_stop=refuse),
+            SystemExit: scheduler.submit("The", should_stop=leave),
+            KeyError: scheduler.submit("The", logits_processor=broken),
+            RuntimeError: scheduler.submit("The", should_stop=stop),
+            RequestError: scheduler.submit("The", suppress_tokens=everything),
         }
         for kind, pending in bad.items():
             with pytest.raises(kind):
@@ -329,10 +377,6 @@ def test_the_end(model: Model, steps: Steps) -> None:
         assert completion.finish_reason == "cancelled"
         assert len(completion.token_ids) < 4
     assert model.cache_bytes_in_use == 0
-    from_within = Scheduler(model, max_batch_size=1)
-    one = from_within.submit("The", on_piece=lambda _: from_within.close(cancel=True), **options)
-    assert one.result(timeout=60).finish_reason == "cancelled"
-    from_within.close()
 
 
 def test_a_forgotten_one_finishes_and_is_gone(model: Model, steps: Steps) -> None:
@@ -391,40 +435,262 @@ def test_a_forked_child_makes_its_own(model: Model) -> None:
 
 
 def test_in_coroutines(model: Model) -> None:
-    """`asyncio.wrap_future`: results, a stream, and a task that is cancelled."""
+    """`asyncio.wrap_future`, `async for`, and tasks that are cancelled."""
 
     async def text(scheduler: Scheduler, prompt: str) -> str | None:
         completion = await asyncio.wrap_future(scheduler.submit(prompt, max_new_tokens=20))
         return completion.text
 
-    async def stream(scheduler: Scheduler, prompt: str) -> str:
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[str | None]()
-
-        def put(piece: str | None) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, piece)
-
-        pending = scheduler.submit(prompt, max_new_tokens=20, on_piece=put)
-        pending.add_done_callback(lambda _: put(None))
-        pieces = []
-        while (piece := await queue.get()) is not None:
-            pieces.append(piece)
-        return "".join(pieces)
+    async def stream(pending: PendingCompletion) -> str:
+        return "".join([piece async for piece in pending])
 
     async def main() -> list[Any]:
         with Scheduler(model, max_batch_size=3) as scheduler:
             long = scheduler.submit("Tom", max_length=500, ignore_eos=True)
-            task = asyncio.ensure_future(asyncio.wrap_future(long))
+            longer = scheduler.submit("Tim", max_length=500, ignore_eos=True)
+            tasks = [
+                asyncio.ensure_future(asyncio.wrap_future(long)),
+                asyncio.ensure_future(stream(longer)),
+            ]
             prompts = ("Once upon a time", "The dog")
+            streamed = scheduler.submit(prompts[0], max_new_tokens=20)
             found = await asyncio.gather(
-                *(text(scheduler, prompt) for prompt in prompts), stream(scheduler, prompts[0])
+                *(text(scheduler, prompt) for prompt in prompts), stream(streamed)
             )
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            assert found[-1] == streamed.result().text
+            for task in tasks:
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
             await asyncio.sleep(0)  # the future is told in the loop's next turn
             assert long.cancelled()
+            assert longer.cancelled()
+            broken = scheduler.submit("The", should_stop=lambda: 1 / 0 > 0)
+            with pytest.raises(ZeroDivisionError):
+                await stream(broken)
             return list(found)
 
     first, second, streamed = asyncio.run(main())
     assert first == streamed == model.generate("Once upon a time", max_new_tokens=20).text
     assert second == model.generate("The dog", max_new_tokens=20).text
+
+
+def test_a_reader_whose_loop_is_gone(model: Model) -> None:
+    """Its text goes nowhere, and the others go on."""
+    with Scheduler(model, max_batch_size=2) as scheduler:
+        pending = scheduler.submit("Tom", max_new_tokens=100, ignore_eos=True)
+
+        async def begin() -> None:
+            pieces = aiter(pending)
+            await anext(pieces)
+            kept.append(pieces)
+
+        kept: list[Any] = []
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(begin())
+        loop.close()
+        assert scheduler.submit("The", max_new_tokens=20).result(timeout=60).text
+        assert len(pending.result(timeout=60).token_ids) == 100
+        kept.clear()
+
+
+def test_callbacks_do_as_they_like(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    """They leave, read the rest of the text, ask for more, close: the thread goes on."""
+    rest: list[str] = []
+    more: list[PendingCompletion] = []
+    with Scheduler(model, max_batch_size=4) as scheduler:
+
+        def leave(_: object) -> None:
+            raise SystemExit(1)
+
+        def ask(_: object) -> None:
+            more.append(scheduler.submit("The", max_new_tokens=2))
+
+        pending = [scheduler.submit("Once upon a time", max_new_tokens=5) for _ in range(4)]
+        pending[0].add_done_callback(leave)
+        pending[1].add_done_callback(leave)
+        pending[2].add_done_callback(lambda future: rest.extend(future))  # type: ignore[arg-type]
+        pending[3].add_done_callback(ask)
+        for one in pending:
+            assert (
+                one.result(timeout=60).text
+                == model.generate("Once upon a time", max_new_tokens=5).text
+            )
+        wait_for(lambda: bool(more) and bool(rest))
+        assert "".join(rest) == pending[2].result().text
+        assert more[0].result(timeout=60).text
+        pending[0].add_done_callback(lambda _: scheduler.close(cancel=True))
+    assert caplog.text.count("a callback of a request failed") <= 2
+
+
+def test_the_thread_does_not_wait_for_itself(model: Model) -> None:
+    with Scheduler(model, max_batch_size=2) as scheduler:
+
+        def wait(how: Callable[[PendingCompletion], object]) -> PendingCompletion:
+            def should_stop() -> bool:
+                how(scheduler.submit("A", max_new_tokens=2))
+                return True
+
+            return scheduler.submit("The", max_new_tokens=5, should_stop=should_stop)
+
+        for how in (lambda p: p.result(), lambda p: p.exception(), lambda p: next(p)):
+            with pytest.raises(NeoError, match="waits for a request that this thread"):
+                wait(how).result(timeout=60)
+        scheduler.close()
+
+
+def test_nothing_of_a_finished_request_is_kept(model: Model) -> None:
+    class Deadline:
+        def __call__(self) -> bool:
+            return False
+
+    with Scheduler(model, max_batch_size=2, max_length=64) as scheduler:
+        deadline = Deadline()
+        gone = weakref.ref(deadline)
+        before = model.cache_bytes_in_use
+        prefix = model.prefix("Once upon")
+        pending = scheduler.submit("a", max_new_tokens=3, should_stop=deadline, prefix=prefix)
+        pending.result(timeout=60)
+        del deadline, prefix
+        wait_for(lambda: scheduler.active == 0)
+        wait_for(lambda: gc.collect() >= 0 and gone() is None)
+        assert model.cache_bytes_in_use == before
+
+
+def test_errors_are_not_shared(model: Model, monkeypatch: pytest.MonkeyPatch, steps: Steps) -> None:
+    steps.go_on.clear()
+    monkeypatch.setattr(BoundCall, "run", lambda _: (_ for _ in ()).throw(NeoError("no disk")))
+    with Scheduler(model, max_batch_size=2) as scheduler:
+        pending = [scheduler.submit("The", max_new_tokens=2) for _ in range(2)]
+        wait_for(lambda: scheduler.active > 0)
+        steps.go_on.set()
+        errors = [one.exception(timeout=60) for one in pending]
+    assert errors[0] is not errors[1]
+    assert [str(error) for error in errors] == ["no disk"] * 2
+    assert [type(error) for error in errors] == [NeoError] * 2
+
+
+def test_the_callers_array_may_change(model: Model, steps: Steps) -> None:
+    ids = np.array([5, 6, 7])
+    expected = model.generate([5, 6, 7], max_new_tokens=5).token_ids
+    steps.go_on.clear()
+    with Scheduler(model, max_batch_size=1) as scheduler:
+        first = scheduler.submit("The", max_new_tokens=2)
+        pending = scheduler.submit(ids, max_new_tokens=5)
+        ids[:] = 9
+        steps.go_on.set()
+        first.result(timeout=60)
+        assert pending.result(timeout=60).token_ids == expected
+        assert pending.result().prompt_token_ids == (5, 6, 7)
+
+
+def test_a_long_prompt_is_read_beside_the_others(mini_bundle: Path, steps: Steps) -> None:
+    """A chunk between two steps, in a cache of its own; what comes after it may begin."""
+    ids = [7 + n % 50 for n in range(100)]
+    with neo_runtime.load(mini_bundle, threads=1, prefill_chunk=30) as model:
+        expected = model.generate(ids, max_new_tokens=6, ignore_eos=True).token_ids
+        with (
+            model.prefix(ids[:50]) as prefix,
+            Scheduler(model, max_batch_size=3, max_length=128) as scheduler,
+        ):
+            del steps.prefilled[:], steps.decoded[:]
+            steps.go_on.clear()
+            first = scheduler.submit([5, 6], max_new_tokens=20, ignore_eos=True)
+            wait_for(lambda: scheduler.active > 0)
+            long = scheduler.submit(ids, max_new_tokens=6, ignore_eos=True)
+            short = scheduler.submit([5, 6, 7], max_new_tokens=4, ignore_eos=True)
+            steps.go_on.set()
+            assert long.result(timeout=60).token_ids == expected
+            assert len(short.result(timeout=60).token_ids) == 4
+            assert len(first.result(timeout=60).token_ids) == 20
+            assert steps.prefilled == [[2], [30], [3], [30], [30], [10]]
+            assert steps.decoded[:5] == [1, 1, 2, 2, 2]
+            behind = scheduler.submit(ids[50:], max_new_tokens=6, ignore_eos=True, prefix=prefix)
+            assert behind.result(timeout=60).token_ids == expected
+            stopped = scheduler.submit(ids, max_new_tokens=6, should_stop=lambda: True)
+            assert stopped.result(timeout=60).finish_reason == "cancelled"
+            wait_for(lambda: scheduler.active == 0)
+            held = model.cache_bytes_in_use
+        assert held > model.cache_bytes_in_use == 0
+    size = 3
+    with neo_runtime.load(mini_bundle, threads=1) as loaded:
+        room = loaded.cache_bytes(size, 128)
+    with (
+        neo_runtime.load(mini_bundle, threads=1, prefill_chunk=30, max_cache_bytes=room) as model,
+        Scheduler(model, max_length=128) as scheduler,
+    ):
+        assert model.cache_bytes_in_use == loaded.cache_bytes(2, 128), "16, halved until it fits"
+        spare = model.new_cache(1, 64)  # no room for another one
+        assert (
+            scheduler.submit(ids, max_new_tokens=6, ignore_eos=True).result(timeout=60).token_ids
+            == expected
+        )
+        spare.close()
+
+
+def test_many_wait(model: Model, steps: Steps) -> None:
+    """They are not all looked at for each token."""
+    asked = count()
+    steps.go_on.clear()
+    with Scheduler(model, max_batch_size=1) as scheduler:
+        first = scheduler.submit("The", max_new_tokens=60, ignore_eos=True)
+        waiting = [
+            scheduler.submit("A", max_new_tokens=1, should_stop=lambda: next(asked) < 0)
+            for _ in range(300)
+        ]
+        gone = scheduler.submit("B", max_new_tokens=1)
+        assert gone.cancel()
+        steps.go_on.set()
+        first.result(timeout=60)
+        assert next(asked) < 300 * 30
+        assert all(len(one.result(timeout=120).token_ids) == 1 for one in waiting)
+
+
+def test_signal_handlers_may_close(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a submit: nothing is locked, and every future ends."""
+    scheduler = Scheduler(model, max_batch_size=1)
+    put = scheduler._batch._inbox.put
+    closed = count()
+
+    class Interrupted:
+        def put(self, item: Any) -> None:
+            if item is not None and next(closed) == 0:
+                scheduler.close(cancel=True)
+            put(item)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inbox, name)
+
+    inbox = scheduler._batch._inbox
+    monkeypatch.setattr(scheduler._batch, "_inbox", Interrupted())
+    pending = scheduler.submit("The", max_new_tokens=2)
+    with pytest.raises(NeoError, match="scheduler is closed"):
+        pending.result(timeout=60)
+
+
+def test_a_late_submit_is_refused(mini_bundle: Path) -> None:
+    """After the interpreter has begun to end, too; a blocked callback does not hold it up long."""
+    code = (
+        "import atexit, sys\n"
+        "def late():\n"
+        "    try: scheduler.submit('The')\n"
+        "    except neo_runtime.NeoError as error: print(error)\n"
+        "atexit.register(late)\n"
+        "import neo_runtime, neo_runtime.scheduling.scheduler as module, threading\n"
+        "module._PATIENCE = 0.5\n"
+        "model = neo_runtime.load(sys.argv[1], threads=1)\n"
+        "scheduler = neo_runtime.Scheduler(model, max_batch_size=2)\n"
+        "inside, never = threading.Event(), threading.Event()\n"
+        "scheduler.submit('Tom', should_stop=lambda: (inside.set(), never.wait()))\n"
+        "inside.wait()\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(mini_bundle)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0
+    assert "the scheduler is closed; make another one" in ran.stdout
+    assert "a scheduler's thread does not end" in ran.stderr

@@ -81,12 +81,12 @@ class CacheStore(ABC):
         """
 
     @abstractmethod
-    def fill(self, row: int, source: CacheStore) -> None:
-        """Make an empty row what row 0 of another store is.
+    def fill(self, rows: NDArray[np.int64], source: CacheStore) -> None:
+        """Make empty rows what row 0 of another store is.
 
         Args:
-            row: of this store.
-            source: of the same engine, no longer than this one.
+            rows: of this store, int64 [n].
+            source: of the same engine; its row fits into this one.
         """
 
     def contents(self) -> list[NDArray[np.generic]]:

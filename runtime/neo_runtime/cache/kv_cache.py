@@ -59,6 +59,10 @@ class KVCache(Closable):
         self._release = weakref.finalize(self, ledger.release, self._nbytes)
         self._release.atexit = False
 
+    def free_lock(self) -> None:
+        """In a child, whose parent's threads are not there to do it."""
+        self._call = threading.Lock()
+
     def is_of(self, backend: Backend) -> bool:
         """Whether the cache is one of this engine's."""
         return self._backend is backend
@@ -73,6 +77,18 @@ class KVCache(Closable):
         Raises:
             NeoError: the cache is closed, another call uses it, or an earlier one ended early.
         """
+        with self.reading() as store:
+            self._is_changing = True
+            yield store
+            self._is_changing = False
+
+    @contextmanager
+    def reading(self) -> Iterator[CacheStore]:
+        """Around each call that looks at what the cache holds.
+
+        Raises:
+            NeoError: as `changing`.
+        """
         store = self.store
         if not self._call.acquire(blocking=False):
             raise NeoError(
@@ -85,9 +101,7 @@ class KVCache(Closable):
                     "the last call with this cache failed or was interrupted, so its contents are "
                     "not known; make another one with Model.new_cache"
                 )
-            self._is_changing = True
             yield store
-            self._is_changing = False
         finally:
             self._call.release()
             if self._is_closing:  # by another thread, meanwhile
@@ -164,7 +178,7 @@ class KVCache(Closable):
         """Make empty sequences what the first sequence of another cache is.
 
         Args:
-            source: a cache of the same model, no longer than this one.
+            source: a cache of the same model, whose first sequence fits into this one.
             rows: the sequences.
 
         Raises:
@@ -173,19 +187,19 @@ class KVCache(Closable):
         chosen = row_numbers("copy_from", rows, self.batch)
         if source is self or not source.is_of(self._backend) or not source.batch:
             raise RequestError("copy_from expects another cache of this model, with a sequence")
-        if source.length > self._length:
+        used = int(source.store.lengths[0])
+        if used > self._length:
             raise RequestError(
-                f"copy_from got a cache of {source.length} positions, expected at most "
-                f"{self._length}, as this one has; make this one longer"
+                f"copy_from got a sequence of {used} positions, expected at most {self._length}, "
+                "as this cache has; make it longer"
             )
         if self.store.lengths[chosen].any() or len(set(chosen.tolist())) < len(chosen):
             raise RequestError(
                 f"copy_from got rows {chosen.tolist()}, expected empty ones, each once; add some "
                 "with extend"
             )
-        with source.changing() as read, self.changing() as store:
-            for row in chosen.tolist():
-                store.fill(row, read)
+        with source.reading() as read, self.changing() as store:
+            store.fill(chosen, read)
 
     @property
     def closed(self) -> bool:

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prefix-file",
         metavar="FILE",
         help="text that every prompt goes on from, such as examples, taken as it is and computed "
-        "once; a word must not go over the border to the prompt",
+        "once; a word must not go over the border to the prompt; - for standard input",
     )
     parser.add_argument(
         "--token-ids",

@@ -72,24 +72,30 @@ def _stdin() -> TextIO:
 
 
 def read_text(file: str) -> str:
-    """A file of text, as it is.
+    """A file of text, as it is; `-` for standard input.
 
     Raises:
         RequestError: it is not UTF-8.
         OSError: it cannot be read.
     """
+    name, data = _read(file)
     try:
-        return Path(file).read_bytes().decode()
+        return data.decode().removeprefix("\ufeff")
     except UnicodeError as error:
-        raise RequestError(f"{file} is not valid UTF-8 ({error}); convert it") from error
+        raise RequestError(f"{name} is not valid UTF-8 ({error}); convert it") from error
+
+
+def _read(file: str) -> tuple[str, bytes]:
+    """What to call a file, and its bytes."""
+    if file == _STDIN:
+        return "standard input", _stdin().buffer.read()
+    return file, Path(file).read_bytes()
 
 
 def _of_lines(file: str) -> list[GivenPrompt]:
-    name = "standard input" if file == _STDIN else file
+    name, data = _read(file)
     try:
-        # JSON is UTF-8, whatever the locale's encoding is.
-        data = _stdin().buffer.read() if file == _STDIN else Path(file).read_bytes()
-        text = data.decode()
+        text = data.decode()  # JSON is UTF-8, whatever the locale's encoding is
     except UnicodeError as error:
         raise RequestError(f"{name} is not valid UTF-8 ({error}); convert it") from error
     lines = text.removeprefix("\ufeff").split("\n")  # JSON may hold other line breaks

@@ -59,9 +59,8 @@ def steps(
     for row in rows:
         row.watch = Stopwatch()
     cache.reorder(range(len(groups)))
-    for place, [row, *_] in enumerate(groups):
-        if row.prefix is not None:
-            row.prefix.fill(cache, place)
+    if (prefix := rows[0].prefix) is not None:
+        prefix.fill(cache, range(len(groups)))
     logits = model.prefill_step(cache, [row.unread_prompt for [row, *_] in groups])
     copies = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     if len(copies) > len(groups):
@@ -119,7 +118,7 @@ def beam_completions(
         search = BeamSearch(options, prompt, total, _stop_check(model.tokenizer, prompt, options))
         cache.reorder([0])
         if prefix is not None:
-            prefix.fill(cache, 0)
+            prefix.fill(cache, [0])
         logits = model.prefill(cache, [behind(prefix, prompt)])
         watch.prefill = watch.seconds()
         step = search.step(logits)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import TYPE_CHECKING
 
 from neo_runtime.closable import Closable
 from neo_runtime.errors import NeoError, RequestError
+from neo_runtime.forks import in_every_child
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -16,6 +20,17 @@ if TYPE_CHECKING:
     from neo_runtime.cached_model import CachedModel
 
 __all__ = ["Prefix", "behind"]
+
+
+_all: weakref.WeakSet[Prefix] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    for prefix in list(_all):
+        prefix.free_locks()
+
+
+in_every_child(_free_locks)
 
 
 class Prefix(Closable):
@@ -30,20 +45,29 @@ class Prefix(Closable):
 
         Args:
             model: whose cache it is.
-            ids: int64 [n].
+            ids: int64 [n], the prefix's own.
         """
+        ids.flags.writeable = False
         self._ids = ids
-        self._one_at_a_time = threading.Lock()
+        self._users = 0
+        self._is_closed = False
         self._cache = model.new_cache(1, model.rounded_length(len(ids)))
         try:
             model.prefill_step(self._cache, [ids])
         except BaseException:
             self._cache.close()
             raise
+        self.free_locks()
+        _all.add(self)
+
+    def free_locks(self) -> None:
+        """In a child, whose parent's threads are not there to do it."""
+        self._lock = threading.RLock()  # signal handlers may call
+        self._cache.free_lock()
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        """Its tokens, int64 [n]."""
+        """Its tokens, int64 [n], read-only."""
         return self._ids
 
     @property
@@ -58,27 +82,35 @@ class Prefix(Closable):
             NeoError: it is closed.
             RequestError: it is another model's.
         """
-        self._check_open()
+        if self._is_closed:
+            raise NeoError("the prefix is closed; make another one with Model.prefix")
         if not model.owns(self._cache):
             raise RequestError("the prefix is another model's; make one with this one's prefix")
 
-    def fill(self, cache: KVCache, row: int) -> None:
-        """Let an empty sequence of a cache begin with it.
+    def hold(self) -> None:
+        """Keep the memory beyond `close`, until `release`."""
+        with self._lock:
+            self._users += 1
 
-        Raises:
-            NeoError: it is closed; the cache is as before.
-        """
-        with self._one_at_a_time:
-            self._check_open()
-            cache.copy_from(self._cache, [row])
+    def release(self) -> None:
+        """Undo `hold`."""
+        with self._lock:
+            self._users -= 1
+            self._free()
 
-    def _check_open(self) -> None:
-        if self._cache.closed:
-            raise NeoError("the prefix is closed; make another one with Model.prefix")
+    def fill(self, cache: KVCache, rows: Sequence[int]) -> None:
+        """Let empty sequences of a cache begin with it."""
+        with self._lock:
+            cache.copy_from(self._cache, rows)
 
     def close(self) -> None:
-        """Free the memory; requests whose prompts are computed go on."""
-        with self._one_at_a_time:
+        """Free the memory, once requests that were submitted before have read it."""
+        with self._lock:
+            self._is_closed = True
+            self._free()
+
+    def _free(self) -> None:
+        if self._is_closed and not self._users:
             self._cache.close()
 
 

@@ -30,19 +30,29 @@ class CustomProcessor:
         """
         history = ids.view()
         history.flags.writeable = False  # it is the sequence itself
-        found = np.asarray(self._function(history, scores))
+        try:
+            given = self._function(history, scores)
+        except StopIteration as error:  # it would end a loop somewhere, as if all were well
+            raise RuntimeError(f"{self._name} raised StopIteration") from error
+        try:
+            found = np.asarray(given)
+        except ValueError as error:
+            raise RequestError(f"{self._name} gave no array of scores: {error}") from error
         if found.shape != scores.shape or found.dtype.kind not in "fiu":
             raise RequestError(
                 f"{self._name} gave {found.dtype} of shape {list(found.shape)}, expected scores of "
-                f"shape {list(scores.shape)}; return the scores, changed in place or new"
+                f"shape {list(scores.shape)}, those of one sequence; return the scores, changed in "
+                "place or new"
             )
-        top = found.max()
+        with np.errstate(over="ignore"):
+            result: NDArray[np.float32] = found.astype(np.float32, copy=False)
+        top = result.max()
         if np.isnan(top) or top == np.inf:
             raise RequestError(
-                f"{self._name} gave scores with {top}; give finite numbers, and -inf to forbid a "
-                "token"
+                f"{self._name} gave scores with {top} (in float32); give finite numbers, and -inf "
+                "to forbid a token"
             )
-        return found.astype(np.float32, copy=False)
+        return result
 
     @property
     def _name(self) -> str:

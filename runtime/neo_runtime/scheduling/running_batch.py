@@ -1,34 +1,46 @@
 """A batch that requests join and leave while it runs: continuous batching, in one thread.
 
     inbox ──▶ waiting ──prefill──▶ active: row i of the cache ──decode, a token a step──▶ ended
+                 └──chunk by chunk──▶ reading: a cache of its own ──copied──┘
 
 Between two decode steps rows that have ended leave the cache, and requests that wait take their
-places, as many as have room; of their prompts at most a chunk goes through the graph, or one
-prompt, so that those who are being answered do not wait long.
+places, as many as have room and at most a chunk of prompt tokens. A prompt of more than a chunk is
+read in a cache of its own, a chunk between two steps: neither those who are being answered nor
+those who came after it wait for all of it.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import deque
 from queue import Empty, SimpleQueue
+from time import monotonic
 from typing import TYPE_CHECKING
 
+from neo_runtime.errors import CacheLimitError, NeoError
 from neo_runtime.generation.generator import fill_holes
+from neo_runtime.scheduling.reading import Reading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from neo_runtime.backends.step_logits import StepLogits
     from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.cached_model import CachedModel
-    from neo_runtime.scheduling.pending import PendingCompletion
+    from neo_runtime.scheduling.request import Request
 
 __all__ = ["RunningBatch"]
 
+_CLOSED = "the scheduler is closed; make another one"
+_SWEEP = 0.05
+"""Seconds between two looks at all who wait: whether anybody still wants them."""
+_SWEEP_SHARE = 20
+"""And so many times as long as one look takes: for thousands who wait."""
+
 
 class RunningBatch:
-    """See the module. `put`, `end` and `cancel` may be called by any thread and any finalizer."""
+    """See the module. `put`, `end` and `cancel` hold no lock: signals and finalizers may call."""
 
     def __init__(self, model: CachedModel, batch: int, length: int) -> None:
         """Allocate the cache and start the thread.
@@ -42,33 +54,53 @@ class RunningBatch:
             CacheLimitError: there is no room for the cache.
         """
         self._model, self._batch, self._length = model, batch, length
-        self._inbox: SimpleQueue[PendingCompletion | None] = SimpleQueue()
-        self._waiting: deque[PendingCompletion] = deque()
-        self._active: list[PendingCompletion] = []
+        self._inbox: SimpleQueue[Request | None] = SimpleQueue()
+        self._waiting: deque[Request] = deque()
+        self._active: list[Request] = []
         """By row of the cache."""
-        self._is_ending = self._is_cancelled = False
+        self._reading: Reading | None = None
+        self._next_sweep = 0.0
+        self._is_ending = self._is_cancelled = self._has_stopped = False
         self._cache: KVCache | None = self._new_cache()
-        # A daemon: whoever forgets to close it can still end the process.
+        # A daemon: a thread that waits for work does not hold up the process's end.
         self._thread = threading.Thread(target=self._run, name="neo-scheduler", daemon=True)
         self._thread.start()
 
-    def put(self, pending: PendingCompletion) -> None:
-        """Take a request, not after `end` or `cancel`."""
-        self._inbox.put(pending)
+    def put(self, request: Request) -> None:
+        """Take a request.
+
+        Raises:
+            NeoError: after `end`.
+        """
+        if self._is_ending:
+            request.fail(NeoError(_CLOSED))
+            raise NeoError(_CLOSED)
+        request.pending.computed_by(self._thread.ident)
+        self._inbox.put(request)
+        if self._has_stopped:  # meanwhile
+            self._refuse_inbox()
 
     def end(self) -> None:
         """Stop once what was put is done."""
-        self._inbox.put(None)
+        if not self._is_ending:
+            self._is_ending = True
+            self._inbox.put(None)  # wakes the thread
 
     def cancel(self) -> None:
         """Stop before the next token: what has not ended ends as "cancelled"."""
         self._is_cancelled = True
         self.end()
 
-    def join(self) -> None:
-        """Wait until it has stopped. In its own thread, as from a callback, there is no waiting."""
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until it has stopped; in its own thread, as from a callback, there is no waiting.
+
+        Returns:
+            False if it had not after `timeout` seconds.
+        """
+        if self._thread is threading.current_thread():
+            return True
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     @property
     def waiting(self) -> int:
@@ -78,53 +110,82 @@ class RunningBatch:
     @property
     def active(self) -> int:
         """Requests that are being computed."""
-        return sum(not pending.has_ended for pending in self._active)
+        reading = self._reading is not None
+        return sum(not request.has_ended for request in self._active) + reading
 
     def _run(self) -> None:
-        while self._receive():
-            try:
-                self._advance()
-            except BaseException as error:
-                self._fail(error)
-        self._close_cache()
+        try:
+            while self._receive():
+                try:
+                    self._advance()
+                except BaseException as error:
+                    self._fail(error)
+        finally:
+            self._drop_caches()
+            self._is_ending = self._has_stopped = True
+            self._refuse_inbox()
 
     def _fail(self, error: BaseException) -> None:
-        """End what is active: what the cache holds is not known any more."""
-        for pending in self._active:
-            pending.fail(error)
+        """End what is being computed: what the caches hold is not known any more."""
+        requests = [*self._active, *([self._reading.request] if self._reading else [])]
         self._active = []
-        self._close_cache()
+        self._drop_caches()
+        for request in requests:
+            request.fail(_own(error))
+
+    def _refuse_inbox(self) -> None:
+        while True:
+            try:
+                request = self._inbox.get(block=False)
+            except Empty:
+                return
+            if request is not None:
+                request.fail(NeoError(_CLOSED))
 
     def _receive(self) -> bool:
         """Take in what has come, and wait for it where there is nothing to do; False at the end."""
         while True:
-            is_idle = not (self._waiting or self._active)
-            if is_idle and self._is_ending:
-                return False
+            is_idle = not (self._waiting or self._active or self._reading)
             try:
-                pending = self._inbox.get(block=is_idle)
+                request = self._inbox.get(block=is_idle and not self._is_ending)
             except Empty:
-                return True
-            if pending is None:
-                self._is_ending = True
-            else:
-                self._waiting.append(pending)
-            del pending
+                return not is_idle
+            if request is not None:
+                self._waiting.append(request)
+            del request
 
     def _advance(self) -> None:
-        """Prompts that begin, then a token for every row."""
-        for pending in (*self._active, *self._waiting):
-            pending.end_if_unwanted(is_closing=self._is_cancelled)
-        self._waiting = deque(pending for pending in self._waiting if not pending.has_ended)
+        """Prompts, as many as may hold up the others; then a token for every row."""
+        self._look_around()
         self._drop_ended()
+        if self._reading is not None:
+            self._read_on(self._reading)
+            self._drop_ended()
         self._begin()
         self._drop_ended()
         if self._active:
-            tokens = [pending.row.choices[-1].token for pending in self._active]
+            tokens = [request.last_token for request in self._active]
             _push(self._active, self._model.decode_step(self._open_cache(), tokens))
 
+    def _look_around(self) -> None:
+        """End what nobody wants: of those who wait now and then, and each when its turn comes."""
+        for request in self._active:
+            request.end_if_unwanted(is_closing=self._is_cancelled)
+        if self._reading is not None:
+            self._reading.request.end_if_unwanted(is_closing=self._is_cancelled)
+            if self._reading.request.has_ended:
+                self._reading.close()
+                self._reading = None
+        started = monotonic()
+        if started >= self._next_sweep or self._is_cancelled:
+            for request in self._waiting:
+                request.end_if_unwanted(is_closing=self._is_cancelled)
+            self._waiting = deque(request for request in self._waiting if not request.has_ended)
+            now = monotonic()
+            self._next_sweep = now + max(_SWEEP, _SWEEP_SHARE * (now - started))
+
     def _drop_ended(self) -> None:
-        kept = [row for row, pending in enumerate(self._active) if not pending.has_ended]
+        kept = [row for row, request in enumerate(self._active) if not request.has_ended]
         if len(kept) < len(self._active):
             kept = fill_holes(kept)
             self._open_cache().reorder(kept)
@@ -133,34 +194,64 @@ class RunningBatch:
     def _begin(self) -> None:
         """Compute the prompts of requests that have waited, those that came first."""
         new = self._next()
-        if not new:
+        if len(new) == 1 and self._is_long(new[0]) and self._start_reading(new[0]):
             return
-        first = len(self._active)
-        self._active += new
-        cache = self._open_cache()
-        cache.extend(len(new))
-        for row, pending in enumerate(new, first):
-            pending.fill(cache, row)
-        self._drop_ended()
-        rows = [row for row, pending in enumerate(self._active) if pending in new]
-        if rows:
-            begun = [self._active[row] for row in rows]
-            prompts = [pending.row.unread_prompt for pending in begun]
-            logits = self._model.prefill_step(cache, prompts, rows)
-            for pending in begun:
-                pending.row.watch.prefill = pending.row.watch.seconds()
-            _push(begun, logits)
+        if new:
+            rows = range(len(self._active), len(self._active) + len(new))
+            self._active += new
+            cache = self._open_cache()
+            cache.extend(len(new))
+            for row, request in zip(rows, new, strict=True):
+                request.fill(cache, [row])
+            prompts = [request.unread_prompt for request in new]
+            self._first_tokens(new, self._model.prefill_step(cache, prompts, rows))
 
-    def _next(self) -> list[PendingCompletion]:
-        """Requests that begin now: as many as have room, and about a chunk of tokens."""
-        new: list[PendingCompletion] = []
-        tokens = 0
-        while self._waiting and len(self._active) + len(new) < self._batch:
-            tokens += len(self._waiting[0].row.unread_prompt)
-            if new and tokens > self._model.prefill_chunk:
-                break
-            new.append(self._waiting.popleft())
+    def _next(self) -> list[Request]:
+        """Requests that begin now: as many as have room, and at most a chunk, or one."""
+        new: list[Request] = []
+        tokens, room = 0, self._batch - self.active
+        while self._waiting and len(new) < room:
+            request = self._waiting[0]
+            request.end_if_unwanted(is_closing=False)
+            if not request.has_ended:
+                tokens += len(request.unread_prompt)
+                if new and tokens > self._model.prefill_chunk:
+                    break
+                if self._reading is not None and self._is_long(request):
+                    break
+                new.append(request)
+            self._waiting.popleft()
         return new
+
+    def _is_long(self, request: Request) -> bool:
+        return len(request.unread_prompt) > self._model.prefill_chunk
+
+    def _start_reading(self, request: Request) -> bool:
+        """Begin a long prompt; False where there is no room for another cache."""
+        try:
+            self._reading = Reading(self._model, request)
+        except CacheLimitError:
+            return False
+        except BaseException as error:
+            request.fail(error)
+        return True
+
+    def _read_on(self, reading: Reading) -> None:
+        """Read a chunk of a long prompt; behind the last one its row joins the batch."""
+        logits = reading.read_chunk()
+        if logits is not None:
+            cache, row = self._open_cache(), len(self._active)
+            self._active.append(reading.request)
+            self._reading = None
+            with reading:
+                cache.extend(1)
+                cache.copy_from(reading.cache, [row])
+                self._first_tokens([reading.request], logits)
+
+    def _first_tokens(self, requests: Sequence[Request], logits: StepLogits) -> None:
+        for request in requests:
+            request.watch.prefill = request.watch.seconds()
+        _push(requests, logits)
 
     def _new_cache(self) -> KVCache:
         cache = self._model.new_cache(self._batch, self._length)
@@ -172,12 +263,23 @@ class RunningBatch:
             self._cache = self._new_cache()
         return self._cache
 
-    def _close_cache(self) -> None:
-        if self._cache is not None:
-            self._cache.close()
-            self._cache = None
+    def _drop_caches(self) -> None:
+        for held in (self._cache, self._reading):
+            if held is not None:
+                held.close()
+        self._cache = self._reading = None
 
 
-def _push(pendings: Iterable[PendingCompletion], logits: StepLogits) -> None:
-    for pending, row in zip(pendings, logits, strict=True):
-        pending.push(row)
+def _push(requests: Sequence[Request], logits: StepLogits) -> None:
+    for request, row in zip(requests, logits, strict=True):
+        request.push(row)
+
+
+def _own(error: BaseException) -> BaseException:
+    """An error for one of several requests: each raises its own, with its own traceback."""
+    try:
+        own = copy.copy(error)
+    except Exception:
+        own = NeoError(f"a step of the batch failed: {error!r}")
+    own.__traceback__, own.__cause__ = None, error
+    return own

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from neo_runtime.cached_model import CachedModel
 from neo_runtime.closable import Closable
-from neo_runtime.errors import NeoError
+from neo_runtime.errors import NeoError, RequestError
 from neo_runtime.forks import in_every_child
 from neo_runtime.generation.generator import never
 from neo_runtime.generation.rows import make_rows
 from neo_runtime.options.values import count
-from neo_runtime.scheduling.pending import PendingCompletion
+from neo_runtime.scheduling.request import Request
 from neo_runtime.scheduling.running_batch import RunningBatch
 
 if TYPE_CHECKING:
@@ -24,9 +25,14 @@ if TYPE_CHECKING:
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.model import Model
     from neo_runtime.options.generation_options import GenerationOptions
+    from neo_runtime.scheduling.pending import PendingCompletion
     from neo_runtime.text.prompts import Prompt
 
 __all__ = ["Scheduler"]
+
+_LOG = logging.getLogger("neo_runtime")
+_PATIENCE = 30.0
+"""Seconds that the process's end waits for the step that is being computed."""
 
 _running: weakref.WeakSet[RunningBatch] = weakref.WeakSet()
 in_every_child(_running.clear)  # whose parent's threads are not there
@@ -37,7 +43,8 @@ def _end_all() -> None:
     """A thread that computes while the process is taken down would crash it."""
     for batch in list(_running):
         batch.cancel()
-        batch.join()
+        if not batch.join(_PATIENCE):
+            _LOG.warning("a scheduler's thread does not end: a callback of a request blocks it")
 
 
 class Scheduler(Closable):
@@ -63,7 +70,8 @@ class Scheduler(Closable):
         Args:
             model: must stay open until the scheduler is closed.
             max_batch_size: sequences computed together; others wait. By default 16 on a CPU, 32
-                with CUDA, what a TensorRT plan takes.
+                with CUDA, what a TensorRT plan takes, and fewer where `max_cache_bytes` leaves
+                less room.
             max_length: tokens of a prompt and its continuation together, at most; by default as
                 many as the model has positions. `model.cache_bytes(max_batch_size, max_length)` is
                 what the cache takes: all of it on a GPU; on a CPU as far as it was written.
@@ -73,16 +81,17 @@ class Scheduler(Closable):
             RequestError: a size that is no integer of at least 1.
             ContextLengthError: `max_length` is more than the model has.
         """
+        if not isinstance(model, CachedModel):
+            raise RequestError(
+                f"model is of type {type(model).__name__}, expected neo_runtime.Model"
+            )
         batch = count(1, optional=True)("max_batch_size", max_batch_size)
         length = count(1, optional=True)("max_length", max_length)
         self._model = model
         self._max_length: int = length or model.manifest.max_length
         model.prepare()
-        self._batch = RunningBatch(model, batch or model.default_batch, self._max_length)
+        self._batch = RunningBatch(model, batch or self._default_batch(), self._max_length)
         _running.add(self._batch)
-        self._order = threading.Lock()
-        """So that no request comes behind the end."""
-        self._is_closed = False
         self._process = os.getpid()
         self._end = weakref.finalize(self, self._batch.end)
         self._end.atexit = False  # see _end_all
@@ -94,7 +103,6 @@ class Scheduler(Closable):
         *,
         bad_words: Sequence[str] = (),
         should_stop: Callable[[], bool] = never,
-        on_piece: Callable[[str], object] | None = None,
         prefix: Prefix | None = None,
         **overrides: Any,
     ) -> PendingCompletion:
@@ -104,12 +112,11 @@ class Scheduler(Closable):
             prompt: text or token ids.
             options: as for `Model.generate`; no beam search, one sequence.
             bad_words: as for `Model.generate`.
-            should_stop: asked before each token, also while the request waits; once true, the
-                completion ends as "cancelled".
-            on_piece: called with each piece of text as it comes, in the scheduler's thread: it
-                should only hand the text on, such as `loop.call_soon_threadsafe(queue.put_nowait,
-                piece)`. What it raises ends this request.
-            prefix: as for `Model.generate`; it must stay open until the request has begun.
+            should_stop: asked before each token, and now and then while the request waits; once
+                true, the completion ends as "cancelled". It runs in the scheduler's thread, as a
+                `logits_processor` does: what it raises ends this request, and while it runs all
+                others wait.
+            prefix: as for `Model.generate`; its memory stays until the request has begun.
             **overrides: options by name.
 
         Returns:
@@ -126,13 +133,12 @@ class Scheduler(Closable):
         )
         total = chosen.total_length(len(ids), self._max_length, "the scheduler")
         [row] = make_rows(self._model, ids, chosen, total, 0, prefix)
-        pending = PendingCompletion(row, should_stop, on_piece)
         self._check_process()
-        with self._order:
-            if self._is_closed:
-                raise NeoError("the scheduler is closed; make another one")
-            self._batch.put(pending)
-        return pending
+        if not callable(should_stop):
+            raise RequestError(f"should_stop is {should_stop!r}, expected a function")
+        request = Request(row, should_stop)
+        self._batch.put(request)
+        return request.pending
 
     @property
     def waiting(self) -> int:
@@ -152,12 +158,9 @@ class Scheduler(Closable):
         """
         if os.getpid() != self._process:
             return  # the parent's thread is not here
-        with self._order:
-            if not self._is_closed:
-                self._is_closed = True
-                self._batch.end()
         if cancel:
             self._batch.cancel()
+        self._batch.end()
         self._batch.join()
 
     def __exit__(
@@ -168,6 +171,14 @@ class Scheduler(Closable):
     ) -> None:
         """Close; after an error, such as Ctrl-C, without finishing."""
         self.close(cancel=kind is not None)
+
+    def _default_batch(self) -> int:
+        size, room = self._model.default_batch, self._model.cache_bytes_left
+        while size > 1 and room is not None:
+            if self._model.cache_bytes(size, self._max_length) <= room:
+                break
+            size //= 2
+        return size
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:

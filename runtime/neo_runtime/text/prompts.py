@@ -27,7 +27,7 @@ __all__ = [
     "with_bad_words",
 ]
 
-Prompt: TypeAlias = "str | Sequence[int]"
+Prompt: TypeAlias = "str | Sequence[int] | NDArray[np.int64]"
 """Text, or token ids."""
 T = TypeVar("T")
 
@@ -75,9 +75,7 @@ def of_each(prompts: Sequence[Any], work: Callable[[Any], T]) -> list[T]:
     return found
 
 
-def prompt_ids(
-    prompt: Prompt | NDArray[Any], vocab_size: int, tokenizer: Tokenizer | None
-) -> NDArray[np.int64]:
+def prompt_ids(prompt: Prompt, vocab_size: int, tokenizer: Tokenizer | None) -> NDArray[np.int64]:
     """Token ids of a prompt, text or ids: int64 [n], n at least 1.
 
     Raises:

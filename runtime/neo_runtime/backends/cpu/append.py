@@ -97,21 +97,25 @@ class AppendStore(CacheStore):
         """Append unequal numbers of tokens behind a past: row by row, then aligned again.
 
         Padding between the past and the new tokens of a row would widen its local windows, so
-        each row runs alone and without padding, in a store of its own.
+        each row runs alone and without padding, in a store of its own. Rows without new tokens
+        only move to the new end.
         """
         lengths = self.lengths + counts
         width = int(lengths.max())
         present = self._views(self._present, self.batch, width)
         past = self._views(self._past, self.batch, self._width)
-        for row, prompt in enumerate(prompts):
-            used = int(self.lengths[row])
+        moved = width - self._width
+        for own, shared in zip(past, present, strict=True):
+            shared[:, :, :moved] = 0
+            shared[:, :, moved:] = own
+        for row in np.flatnonzero(counts).tolist():
+            prompt, used = prompts[row], int(self.lengths[row])
             single = AppendStore(self._backend, 1, used + len(prompt))
             for own, shared in zip(single._views(single._past, 1, used), past, strict=True):
                 own[0] = shared[row, :, self._width - used :]
             single._width = used
             single.lengths[0] = used
-            if len(prompt):
-                self._logits[row, 0] = single._prefill([prompt], chunk).full()[0]
+            self._logits[row, 0] = single._prefill([prompt], chunk).full()[0]
             pad = width - len(prompt) - used
             views = single._views(single._past, 1, used + len(prompt))
             for own, shared in zip(views, present, strict=True):
@@ -147,7 +151,7 @@ class AppendStore(CacheStore):
         for buffer in self._views(self._past, self.batch, self._width):
             buffer[batch:] = 0  # masked, and still multiplied by 0
 
-    def fill(self, row: int, source: CacheStore) -> None:
+    def fill(self, rows: NDArray[np.int64], source: CacheStore) -> None:
         """See `CacheStore.fill`; the others move to the end of what is the longest row now."""
         assert isinstance(source, AppendStore)
         used = int(source.lengths[0])
@@ -158,9 +162,9 @@ class AppendStore(CacheStore):
         for past, present, filled in zip(before, after, sources, strict=True):
             present[:, :, : width - self._width] = 0
             present[:, :, width - self._width :] = past
-            present[row, :, width - used :] = filled[0]
+            present[rows, :, width - used :] = filled
         self._past, self._present = self._present, self._past
-        self._width, self.lengths[row] = width, used
+        self._width, self.lengths[rows] = width, used
 
     def contents(self) -> list[NDArray[Any]]:
         """See `CacheStore.contents`."""

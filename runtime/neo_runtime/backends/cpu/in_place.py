@@ -171,7 +171,7 @@ class InPlaceStore(RightPaddedStore):
         self.lengths = with_empty_rows(self.lengths, count)
         self._refresh_mask()
 
-    def fill(self, row: int, source: CacheStore) -> None:
+    def fill(self, rows: NDArray[np.int64], source: CacheStore) -> None:
         """See `CacheStore.fill`.
 
         A local layer evicts once its buffer is full, and where positions lie then depends on the
@@ -180,12 +180,13 @@ class InPlaceStore(RightPaddedStore):
         """
         assert isinstance(source, InPlaceStore)
         used = int(source.lengths[0])
-        with self._busy, source._busy:
-            for own, other in zip(self._rows(row, 1), source._rows(0, 1), strict=True):
+        with self._busy:
+            for own, other in zip(self._buffers, source._rows(0, 1), strict=True):
                 held = min(used, other.shape[2])
                 assert held == used or other.shape[2] == own.shape[2]
-                own[:, :, :held] = other[:, :, :held]
-        self.lengths[row] = used
+                for row in rows:
+                    own[row, :, :held] = other[0, :, :held]
+        self.lengths[rows] = used
         self._refresh_mask()
 
     def _refresh_mask(self) -> None:

@@ -233,24 +233,26 @@ class DeviceStore(RightPaddedStore):
         self.lengths = with_empty_rows(self.lengths, count)
         self._is_mask_stale = True
 
-    def fill(self, row: int, source: CacheStore) -> None:
+    def fill(self, rows: NDArray[np.int64], source: CacheStore) -> None:
         """See `CacheStore.fill`."""
         assert isinstance(source, DeviceStore)
         item = ITEM_SIZES[self._backend.manifest.cache.dtype]
-        used = int(source.lengths[0])
-        own, other = (_rows(self.slot.cache, row, 1), _rows(source.slot.cache, 0, 1))
-        _, heads, _, head_dim = next(iter(own.values()))[2]
+        used, other = int(source.lengths[0]), source.slot.cache
+        _, heads, _, head_dim = next(iter(other.values()))[2]
+        position = head_dim * item
         with self._backend.lock:
-            fill_row(
-                self._device,
-                [(own[name][0], other[name][0]) for name in own],
-                heads,
-                used,
-                (self.slot.length * head_dim * item, source.slot.length * head_dim * item),
-                head_dim * item,
-            )
+            for row in rows.tolist():
+                own = _rows(self.slot.cache, row, 1)
+                fill_row(
+                    self._device,
+                    [(own[name][0], other[name][0]) for name in own],
+                    heads,
+                    used,
+                    (self.slot.length * position, source.slot.length * position),
+                    position,
+                )
             self._device.synchronize()
-        self.lengths[row] = used
+        self.lengths[rows] = used
         self._is_mask_stale = True
 
     def close(self) -> None:

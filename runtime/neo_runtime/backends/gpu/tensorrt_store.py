@@ -205,24 +205,26 @@ class TensorRTStore(CacheStore):
                 self._device.zero(address + self.batch * stride, count * stride)
         self.lengths = with_empty_rows(self.lengths, count)
 
-    def fill(self, row: int, source: CacheStore) -> None:
+    def fill(self, rows: NDArray[np.int64], source: CacheStore) -> None:
         """See `CacheStore.fill`."""
         assert isinstance(source, TensorRTStore)
         heads, length, head_dim = self._row_shape
         own, other, used = self._buffers.cache, source._buffers.cache, int(source.lengths[0])
-        pitch = length * head_dim * self._item
+        position = head_dim * self._item
+        pitch = length * position
         with self._backend.lock:
             self._backend.plan.check_open()
-            fill_row(
-                self._device,
-                [(own[name][0] + row * heads * pitch, other[name][0]) for name in own],
-                heads,
-                used,
-                (pitch, pitch),
-                head_dim * self._item,
-            )
+            for row in rows.tolist():
+                fill_row(
+                    self._device,
+                    [(own[name][0] + row * heads * pitch, other[name][0]) for name in own],
+                    heads,
+                    used,
+                    (pitch, pitch),
+                    position,
+                )
             self._device.synchronize()
-        self.lengths[row] = used
+        self.lengths[rows] = used
 
     def close(self) -> None:
         """See `CacheStore.close`."""

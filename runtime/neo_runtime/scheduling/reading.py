@@ -1,0 +1,45 @@
+"""A long prompt that is read a chunk at a time, beside a batch that goes on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from neo_runtime.closable import Closable
+
+if TYPE_CHECKING:
+    from neo_runtime.backends.step_logits import StepLogits
+    from neo_runtime.cached_model import CachedModel
+    from neo_runtime.scheduling.request import Request
+
+__all__ = ["Reading"]
+
+
+class Reading(Closable):
+    """A request's prompt in a cache of its own."""
+
+    def __init__(self, model: CachedModel, request: Request) -> None:
+        """Allocate; nothing is read yet.
+
+        Raises:
+            CacheLimitError: there is no room for another cache.
+        """
+        self.request = request
+        self._model = model
+        self._unread = request.unread_prompt
+        self.cache = model.new_cache(1, model.rounded_length(request.prompt_length))
+        try:
+            request.fill(self.cache, [0])
+        except BaseException:
+            self.cache.close()
+            raise
+
+    def read_chunk(self) -> StepLogits | None:
+        """Read on; the logits of the prompt's last token once that was read."""
+        chunk = self._model.prefill_chunk
+        logits = self._model.prefill_step(self.cache, [self._unread[:chunk]])
+        self._unread = self._unread[chunk:]
+        return None if len(self._unread) else logits
+
+    def close(self) -> None:
+        """Free the cache."""
+        self.cache.close()

@@ -1,0 +1,118 @@
+"""A request as the scheduler sees it. Whatever a caller's functions raise ends this one alone."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from neo_runtime.scheduling.pending import PendingCompletion
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from neo_runtime.backends.step_logits import RowLogits
+    from neo_runtime.cache.kv_cache import KVCache
+    from neo_runtime.generation.rows import Row
+
+__all__ = ["Request"]
+
+_LOG = logging.getLogger("neo_runtime")
+
+
+class Request:
+    """One row, who waits for it, and whether anybody still does."""
+
+    def __init__(self, row: Row, should_stop: Callable[[], bool]) -> None:
+        """Hold the row's prefix until its prompt is read."""
+        self.pending = PendingCompletion()
+        self.has_ended = False
+        self.watch = row.watch
+        self._row = row
+        self._should_stop = should_stop
+        self._holds_prefix = row.prefix is not None
+        if row.prefix is not None:
+            row.prefix.hold()
+
+    @property
+    def unread_prompt(self) -> NDArray[np.int64]:
+        """What of the prompt is still to be computed: int64 [n]."""
+        return self._row.unread_prompt
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the whole prompt."""
+        return len(self._row.prompt)
+
+    @property
+    def last_token(self) -> int:
+        """What to feed next."""
+        return self._row.choices[-1].token
+
+    def fill(self, cache: KVCache, rows: Sequence[int]) -> None:
+        """Let an empty sequence begin with the prefix, if there is one."""
+        if self._row.prefix is not None:
+            self._row.prefix.fill(cache, rows)
+        self._let_go()
+
+    def push(self, logits: RowLogits) -> None:
+        """Choose the next token."""
+        try:
+            piece = self._row.push(self._row.sampler.pick(logits))
+        except BaseException as error:
+            self.fail(error)
+            return
+        self._give(piece)
+        if self._row.finish_reason is not None:
+            self._complete()
+
+    def end_if_unwanted(self, *, is_closing: bool) -> None:
+        """End where nobody wants more, with the text so far."""
+        if self.has_ended:
+            return
+        if self.pending.cancelled():
+            self._resolve(lambda: None)
+            return
+        try:
+            is_over = is_closing or self._should_stop()
+        except BaseException as error:
+            self.fail(error)
+            return
+        if is_over:
+            self._give(self._row.cancel())
+            self._complete()
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error."""
+        if isinstance(error, StopIteration):
+            # It would end the loop of whoever reads, as if all were well (PEP 479).
+            cause, error = error, RuntimeError("a function of the request raised StopIteration")
+            error.__cause__ = cause
+        if not self.has_ended:
+            self._resolve(lambda: self.pending.set_exception(error))
+
+    def _complete(self) -> None:
+        completion = self._row.completion()
+        self._resolve(lambda: self.pending.set_result(completion))
+
+    def _resolve(self, settle: Callable[[], None]) -> None:
+        """Readers first: callbacks of the future may read what is left, and may raise."""
+        self.has_ended = True
+        self._let_go()
+        self.pending.give(None)
+        try:
+            if self.pending.set_running_or_notify_cancel():
+                settle()
+        except BaseException:
+            _LOG.exception("a callback of a request failed")
+
+    def _give(self, piece: str) -> None:
+        if piece:
+            self.pending.give(piece)
+
+    def _let_go(self) -> None:
+        if self._holds_prefix and self._row.prefix is not None:
+            self._holds_prefix = False
+            self._row.prefix.release()
