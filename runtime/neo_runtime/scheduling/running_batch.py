@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from neo_runtime.errors import CacheLimitError, NeoError
+from neo_runtime.errors import NeoError
 from neo_runtime.generation.generator import fill_holes
 from neo_runtime.scheduling.reading import Reading
 
@@ -230,7 +230,7 @@ class RunningBatch:
         """Begin a long prompt; False where there is no room for another cache."""
         try:
             self._reading = Reading(self._model, request)
-        except CacheLimitError:
+        except MemoryError:  # CacheLimitError and DeviceMemoryError are such
             return False
         except BaseException as error:
             request.fail(error)
