@@ -28,6 +28,12 @@ def test_links(page: Path) -> None:
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
+def test_nothing_is_left_to_be_filled_in() -> None:
+    for page in PAGES:
+        found = re.findall(r"\b(?:\w*FIGURE\w*|TODO|FIXME|XXX)\b", page.read_text(encoding="utf-8"))
+        assert not found, page.name
+
+
 def test_every_page_is_linked_from_the_readme() -> None:
     linked = {target for target, _ in LINK.findall((ROOT / "README.md").read_text("utf-8"))}
     pages = {f"docs/{page.name}" for page in PAGES if page.parent.name == "docs"}
