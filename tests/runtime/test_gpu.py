@@ -16,7 +16,7 @@ import neo_runtime
 import pytest
 from helpers.host_device import HostDevice
 from neo_runtime.backends import choice
-from neo_runtime.backends.cpu.sessions import translated
+from neo_runtime.backends.failures import translated
 from neo_runtime.backends.gpu.cuda_device import checked
 from neo_runtime.errors import (
     BundleDamagedError,

@@ -14,7 +14,8 @@ import pytest
 from helpers.models import DEMO
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_runtime.backends.cpu.in_place import InPlaceStore
-from neo_runtime.backends.cpu.sessions import session_settings, translated
+from neo_runtime.backends.cpu.sessions import session_settings
+from neo_runtime.backends.failures import translated
 from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import BundleError, NeoError
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from neo_runtime.backends.base import Backend
 from neo_runtime.backends.gpu.cuda_sessions import CudaSessions
+from neo_runtime.backends.gpu.device import ITEM_SIZES
 from neo_runtime.backends.gpu.device_locks import alone, new_lock
 from neo_runtime.backends.gpu.device_slots import (
     ELEMENT_TYPES,
-    ITEM_SIZES,
     CapturedStep,
     Slot,
     make_slot,

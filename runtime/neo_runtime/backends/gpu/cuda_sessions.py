@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.backends.cpu.sessions import translated
+from neo_runtime.backends.failures import translated
 from neo_runtime.backends.gpu.device_weights import DeviceWeights
 from neo_runtime.errors import DeviceError, NeoError
 

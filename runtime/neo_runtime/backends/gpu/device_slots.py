@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.gpu.device import Layout
+from neo_runtime.backends.gpu.device import ITEM_SIZES, Layout
 from neo_runtime.bundle.manifest import CANDIDATE_OUTPUTS
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ELEMENT_TYPES",
-    "ITEM_SIZES",
     "CapturedStep",
     "Slot",
     "Tensors",
@@ -38,7 +37,6 @@ __all__ = [
 
 ELEMENT_TYPES: dict[str, Any] = {"float16": np.float16, "float32": np.float32, "bfloat16": 16}
 """What onnxruntime takes for a type: a numpy type, or ONNX's number of it."""
-ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 Tensors = dict[str, tuple[int, Any, tuple[int, ...]]]
 

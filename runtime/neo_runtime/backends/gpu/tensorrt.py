@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo_runtime.backends.base import Backend, CacheStore
+from neo_runtime.backends.gpu.device import ITEM_SIZES
 from neo_runtime.backends.gpu.device_locks import new_lock
 from neo_runtime.backends.gpu.idle_pool import IdlePool
 from neo_runtime.backends.gpu.leftovers import Leftovers
-from neo_runtime.backends.gpu.tensorrt_buffers import ITEM_SIZES, StepBuffers
+from neo_runtime.backends.gpu.tensorrt_buffers import StepBuffers
 from neo_runtime.backends.gpu.tensorrt_plan import LoadedPlan, choose_plan
 from neo_runtime.backends.gpu.tensorrt_store import TensorRTStore
 from neo_runtime.bundle.engine_record import PREFILL_PROFILE

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.gpu.device import Layout
+from neo_runtime.backends.gpu.device import ITEM_SIZES, Layout
 from neo_runtime.bundle.engine_record import DECODE_PROFILE
 from neo_runtime.errors import DeviceError
 
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from neo_runtime.backends.gpu.tensorrt_plan import LoadedPlan, Tensors
     from neo_runtime.bundle.manifest import Manifest
 
-__all__ = ["ITEM_SIZES", "StepBuffers"]
+__all__ = ["StepBuffers"]
 
-ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _LOG = logging.getLogger("neo_runtime")
 
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from neo_runtime.backends.base import CacheStore, with_empty_rows
-from neo_runtime.backends.gpu.device import Layout, fill_row, move_rows
-from neo_runtime.backends.gpu.tensorrt_buffers import ITEM_SIZES
+from neo_runtime.backends.gpu.device import ITEM_SIZES, Layout, fill_row, move_rows
 from neo_runtime.backends.step_logits import StepLogits
 
 if TYPE_CHECKING:
