@@ -150,11 +150,11 @@ def _run(arguments: argparse.Namespace) -> int:
         raise RequestError("--logprobs needs --json or --json-lines; add one of them")
     prompts = read_prompts(arguments.prompt, arguments.prompts_file, ids=arguments.token_ids)
     beginning = None if arguments.prefix_file is None else read_text(arguments.prefix_file)
-    import neo_runtime
-
     started = perf_counter()
+    from neo_runtime.loading import load
+
     limit = arguments.max_cache_mb
-    with neo_runtime.load(
+    with load(
         arguments.bundle,
         backend=arguments.backend,
         device=arguments.device,
