@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import neo_export
 import neo_runtime
+import neo_runtime.backends
 import pytest
 
 if TYPE_CHECKING:
@@ -29,12 +30,16 @@ ALLOWED = {
         "neo_runtime.machine.installation",
         "neo_runtime.bundle.manifest",
         "neo_runtime.options.generation_options",
-        "neo_runtime.backends.gpu.tensorrt_log",
+        "neo_runtime.backends.tensorrt.log",
     ),
     "calibration/neo_calibration": ("neo_calibration", "neo_export", "neo_runtime"),
     "tools/neo_tools": OURS,
 }
-FOLDERS = {neo_export: ROOT / "export/neo_export", neo_runtime: ROOT / "runtime/neo_runtime"}
+FOLDERS = {
+    neo_export: ROOT / "export/neo_export",
+    neo_runtime: ROOT / "runtime/neo_runtime",
+    neo_runtime.backends: ROOT / "runtime/neo_runtime/backends",
+}
 PARTS = {
     package: tuple(re.findall(r"^(\w+)  +\S", package.__doc__ or "", re.MULTILINE))
     for package in FOLDERS
@@ -79,11 +84,10 @@ def test_a_package_flows_one_way(package: ModuleType, part: str) -> None:
     allowed = parts[: parts.index(part) + 1]
     for file in (folder / f"{part}.py", *sorted((folder / part).rglob("*.py"))):
         for name in imports(file) if file.is_file() else ():
-            first, *rest = name.split(".")
-            if first == package.__name__:
-                # A command of the runtime is a caller like any other.
-                fits = rest[0] in allowed if rest else part == "command"
-                assert fits, f"{file.relative_to(ROOT)} imports {name}"
+            assert name != package.__name__, f"{file.relative_to(ROOT)} imports {name} whole"
+            inside = name.removeprefix(f"{package.__name__}.")
+            fits = inside == name or inside.partition(".")[0] in allowed
+            assert fits, f"{file.relative_to(ROOT)} imports {name}"
 
 
 def test_a_wrong_import_would_be_seen(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ import pytest
 from helpers.fake_engine import FakeContext, FakeEngine
 from helpers.nvidia import needs_tensorrt_rtx
 from neo_export.engine import flavour
-from neo_runtime.backends.gpu import tensorrt, tensorrt_log, tensorrt_plan, tensorrt_store
+from neo_runtime.backends import tensorrt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,10 +110,8 @@ def names_used() -> frozenset[str]:
     """Every attribute that the code for TensorRT reads, of whatever object, and every string."""
 
     def found() -> Iterator[str]:
-        modules = (tensorrt, tensorrt_plan, tensorrt_store, tensorrt_log)
-        sources = [Path(str(module.__file__)) for module in modules]
-        sources += Path(str(flavour.__file__)).parent.glob("*.py")
-        for source in sources:
+        folders = [Path(str(module.__file__)).parent for module in (tensorrt, flavour)]
+        for source in chain.from_iterable(folder.glob("*.py") for folder in folders):
             for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute):
                     yield node.attr

@@ -19,7 +19,7 @@ from helpers.running import relative_l2
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
 from neo_export.tolerances import TOLERANCES
-from neo_runtime.backends.gpu.cuda import CudaBackend
+from neo_runtime.backends.cuda.backend import CudaBackend
 from neo_runtime.bundle.manifest import Manifest
 from neo_runtime.errors import NeoError
 from neo_runtime.machine.gpu import require_cuda_provider
@@ -179,7 +179,7 @@ def test_checkpoints_that_stand_out(name: str, gpu: GpuFacts, tmp_path: Path) ->
 
 def _memory_of_more_sessions(bundle: Path) -> tuple[int, int]:
     """Bytes on the device that prefill and score add to decode, and those of the weights."""
-    from neo_runtime.backends.gpu.cuda_device import checked
+    from neo_runtime.backends.device.nvidia import checked
     from neo_runtime.machine.gpu import cuda_runtime
 
     cuda = cuda_runtime()

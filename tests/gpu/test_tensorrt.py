@@ -18,7 +18,7 @@ from neo_export.engine.device import device_for
 from neo_export.engine.flavour import find_flavour
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.tolerances import TOLERANCES
-from neo_runtime.backends.gpu.tensorrt_plan import installed_modules
+from neo_runtime.backends.tensorrt.plan import installed_modules
 from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:

@@ -175,7 +175,7 @@ class FakeTensorRT:
 
 
 def installed(fake: FakeTensorRT) -> Any:
-    """In place of `tensorrt_plan.installed_modules`."""
+    """In place of `tensorrt.plan.installed_modules`."""
     return lambda: {"tensorrt_rtx": fake}
 
 

@@ -6,7 +6,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from neo_runtime.backends.gpu.device import ALIGNMENT, Device
+from neo_runtime.backends.device.base import ALIGNMENT, Device
 from neo_runtime.errors import DeviceMemoryError
 
 if TYPE_CHECKING:

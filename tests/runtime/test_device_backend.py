@@ -23,8 +23,8 @@ from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
 from neo_export.tolerances import TOLERANCES
 from neo_runtime.backends.choice import Chosen
-from neo_runtime.backends.gpu.cuda import CudaBackend
-from neo_runtime.backends.gpu.device_store import DeviceStore
+from neo_runtime.backends.cuda.backend import CudaBackend
+from neo_runtime.backends.cuda.store import DeviceStore
 from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import BundleUnsupportedError, DeviceError, DeviceMemoryError, NeoError
 from neo_runtime.model import Model
@@ -176,7 +176,7 @@ def test_scores(cpu: Model, device_model: Model, monkeypatch: pytest.MonkeyPatch
     ids = np.random.default_rng(2).integers(0, 4096, 200)
     expected = cpu.logits(ids)
     np.testing.assert_array_equal(device_model.logits(ids), expected)
-    monkeypatch.setattr("neo_runtime.backends.gpu.cuda._SCORED", 64)
+    monkeypatch.setattr("neo_runtime.backends.cuda.backend._SCORED", 64)
     np.testing.assert_allclose(device_model.logits(ids), expected, atol=0.15)
 
 

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from helpers.host_device import HostDevice
 from neo_runtime.backends.choice import Chosen
-from neo_runtime.backends.gpu import cuda, device_locks
-from neo_runtime.backends.gpu.cuda import CudaBackend
-from neo_runtime.backends.gpu.cuda_sessions import CudaSessions
-from neo_runtime.backends.gpu.device_locks import alone, new_lock
-from neo_runtime.backends.gpu.leftovers import Leftovers
-from neo_runtime.backends.gpu.one_thread import OneThread, _Job
+from neo_runtime.backends.cuda import backend as cuda_backend
+from neo_runtime.backends.cuda.backend import CudaBackend
+from neo_runtime.backends.cuda.one_thread import OneThread, _Job
+from neo_runtime.backends.cuda.sessions import CudaSessions
+from neo_runtime.backends.device import locks as device_locks
+from neo_runtime.backends.device.leftovers import Leftovers
+from neo_runtime.backends.device.locks import alone, new_lock
 from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import DeviceMemoryError, NeoError
 from neo_runtime.model import Model
@@ -91,7 +92,7 @@ def test_requests_of_many_threads_decode_in_one(model: Model, runs: Runs) -> Non
 def test_graphs_are_let_go_of_with_their_session(
     model: Model, runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "_MOST_GRAPHS", 3)
+    monkeypatch.setattr(cuda_backend, "_MOST_GRAPHS", 3)
     generate = partial(model.generate, max_new_tokens=3)
     expected = [completion.text for completion in generate(["Once", "The"])]
     runs.found.clear()
@@ -261,7 +262,7 @@ def test_an_error_of_the_worker_is_the_callers() -> None:
 def test_threads_that_outlive_the_main_one_still_decode() -> None:
     code = """if True:
         import threading, time
-        from neo_runtime.backends.gpu.one_thread import OneThread, _Job
+        from neo_runtime.backends.cuda.one_thread import OneThread, _Job
         one = OneThread()
         one.run(lambda: None)
         def late():

@@ -16,8 +16,8 @@ import neo_runtime
 import pytest
 from helpers.host_device import HostDevice
 from neo_runtime.backends import choice
+from neo_runtime.backends.device.nvidia import checked
 from neo_runtime.backends.failures import translated
-from neo_runtime.backends.gpu.cuda_device import checked
 from neo_runtime.errors import (
     BundleDamagedError,
     BundleUnsupportedError,
@@ -271,8 +271,8 @@ def test_a_plan_needs_tensorrt(
     tensorrt_bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = HostDevice()
-    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_device.cuda_runtime", lambda: cuda)
-    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_device.CudaDevice", lambda index: device)
+    monkeypatch.setattr("neo_runtime.backends.device.nvidia.cuda_runtime", lambda: cuda)
+    monkeypatch.setattr("neo_runtime.backends.device.nvidia.CudaDevice", lambda index: device)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(DependencyError, match=r"TensorRT cannot be imported.*neo-onnx\[tensorrt\]"):
@@ -284,8 +284,8 @@ def test_a_gpu_without_room_for_the_weights_is_let_go(
     cuda_bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = HostDevice(capacity=1000)
-    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_device.cuda_runtime", lambda: cuda)
-    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_device.CudaDevice", lambda index: device)
+    monkeypatch.setattr("neo_runtime.backends.device.nvidia.cuda_runtime", lambda: cuda)
+    monkeypatch.setattr("neo_runtime.backends.device.nvidia.CudaDevice", lambda index: device)
     monkeypatch.setattr("neo_runtime.machine.gpu.require_cuda_provider", lambda gpu: None)
     with pytest.raises(DeviceMemoryError):
         neo_runtime.load(cuda_bundle, backend="cuda")
@@ -296,8 +296,8 @@ def test_a_gpu_without_room_for_the_weights_is_let_go(
 def device(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     """Host memory in the place of a GPU that everything else is right with."""
     found = HostDevice()
-    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_device.cuda_runtime", lambda: cuda)
-    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_device.CudaDevice", lambda index: found)
+    monkeypatch.setattr("neo_runtime.backends.device.nvidia.cuda_runtime", lambda: cuda)
+    monkeypatch.setattr("neo_runtime.backends.device.nvidia.CudaDevice", lambda index: found)
     monkeypatch.setattr("neo_runtime.machine.gpu.require_cuda_provider", lambda gpu: None)
     return found
 
@@ -313,7 +313,7 @@ def test_auto_finds_out_whether_sessions_can_be_made(
     def missing(*_: Any) -> Any:
         raise DeviceError("CUDA's libraries are missing")
 
-    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_sessions.CudaSessions._make", missing)
+    monkeypatch.setattr("neo_runtime.backends.cuda.sessions.CudaSessions._make", missing)
     with neo_runtime.load(cuda_bundle) as model:
         assert model.backend == "cpu"
         assert model.generate([1], max_new_tokens=1).token_ids

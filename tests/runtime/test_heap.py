@@ -14,9 +14,9 @@ import neo_runtime
 import numpy as np
 import pytest
 from helpers.mappings import private_bytes
+from neo_runtime.backends.cpu import backend as cpu_backend
 from neo_runtime.backends.cpu import heap
-from neo_runtime.backends.cpu import onnxruntime as onnxruntime_backend
-from neo_runtime.backends.cpu.onnxruntime import OnnxRuntimeBackend
+from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
 
 MEGA = 1 << 20
 on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
@@ -151,13 +151,13 @@ def test_anonymous_bytes() -> None:
 
 def test_how_much_is_spare(mini_bundle: Path) -> None:
     """Never more than 32 MB, however large a float32 model is."""
-    assert onnxruntime_backend._spare(5_262 * MEGA) == 32 * MEGA
-    assert onnxruntime_backend._spare(800 * MEGA) == 20 * MEGA
+    assert cpu_backend._spare(5_262 * MEGA) == 32 * MEGA
+    assert cpu_backend._spare(800 * MEGA) == 20 * MEGA
     with neo_runtime.load(mini_bundle, threads=1) as model:
         backend = model._backend
         assert isinstance(backend, OnnxRuntimeBackend)
         size = backend.manifest.files["weights.bin"].size
-        assert backend._heap._spare == onnxruntime_backend._spare(size)
+        assert backend._heap._spare == cpu_backend._spare(size)
 
 
 @pytest.mark.parametrize("kind", ["mini_bundle", "portable_bundle"])
@@ -168,7 +168,7 @@ def test_when_memory_is_held_and_given_back(
     calls: list[str] = []
     settle = heap.Heap._settle
     for name in ("hold_within_calls", "give_back"):
-        monkeypatch.setattr(onnxruntime_backend, name, lambda name=name: calls.append(name))
+        monkeypatch.setattr(cpu_backend, name, lambda name=name: calls.append(name))
     monkeypatch.setattr(heap.Heap, "_settle", lambda self: (calls.append("call"), settle(self)))
     model = neo_runtime.load(request.getfixturevalue(kind), threads=1)
     assert calls[0] == "hold_within_calls"
@@ -219,7 +219,7 @@ def test_decode_forgets_the_rows_of_tokens(
         model.prefill(cache, [np.arange(3)] * batch)
         model.decode(cache, np.full(batch, 7))  # loads its graph
         model.prefill(cache, [np.arange(2)] * batch)  # begins to count anew
-        monkeypatch.setattr(onnxruntime_backend, "forget_pages", calls.append)
+        monkeypatch.setattr(cpu_backend, "forget_pages", calls.append)
         for _ in range(40):
             model.decode(cache, np.full(batch, 7))
     graphs = 2  # prefill and decode map the table

@@ -64,8 +64,14 @@ def test_onnxruntime_is_imported_by_load_only() -> None:
 
 
 def test_backends_load_their_engines_only_when_opened() -> None:
-    names = ("cuda", "cuda_device", "device_weights", "tensorrt", "tensorrt_store")
-    modules = ("choice", *(f"gpu.{name}" for name in names))
+    modules = (
+        "choice",
+        "device.nvidia",
+        "cuda.backend",
+        "cuda.weights",
+        "tensorrt.backend",
+        "tensorrt.store",
+    )
     found = modules_after("".join(f"import neo_runtime.backends.{name}\n" for name in modules))
     assert not found & (EXPORT_MACHINE | {"onnxruntime", "tokenizers"})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from neo_runtime.backends.gpu.leftovers import Leftovers
+from neo_runtime.backends.device.leftovers import Leftovers
 
 
 def test_it_is_done_when_nobody_uses_the_device() -> None:

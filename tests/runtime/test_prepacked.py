@@ -23,9 +23,9 @@ from helpers.running import relative_l2
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import Quantization
 from neo_export.tolerances import TOLERANCES
-from neo_runtime.backends.cpu import onnxruntime as onnxruntime_backend
+from neo_runtime.backends.cpu import backend as cpu_backend
 from neo_runtime.backends.cpu import prepacked, sessions
-from neo_runtime.backends.cpu.onnxruntime import OnnxRuntimeBackend
+from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
 from neo_runtime.backends.cpu.prepacked import PrepackedCache, cache_root
 from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.bundle.manifest import Manifest
@@ -196,7 +196,7 @@ def test_rows_of_tokens_leave_memory_behind_a_prompt(
 
     answers(bundle)
     pages, expected = after_two_prompts()
-    monkeypatch.setattr(onnxruntime_backend, "forget_pages", lambda mappings: None)
+    monkeypatch.setattr(cpu_backend, "forget_pages", lambda mappings: None)
     more, found = after_two_prompts()
     assert pages < more
     assert np.array_equal(found, expected)
@@ -210,7 +210,7 @@ def test_a_model_forgets_nothing_that_another_one_mapped(
     answers(bundle)
     forgotten: list[Mapping] = []
     monkeypatch.setattr(sessions, "forget_pages", forgotten.extend)
-    monkeypatch.setattr(onnxruntime_backend, "forget_pages", forgotten.extend)
+    monkeypatch.setattr(cpu_backend, "forget_pages", forgotten.extend)
     backends = [OnnxRuntimeBackend(open_bundle(bundle), threads=1) for _ in range(3)]
     own: list[set[int]] = []
     for backend in (*backends, backends[0]):  # the first once more, beside all the others
@@ -294,7 +294,7 @@ def test_nothing_is_forgotten_behind_close(
 ) -> None:
     """Other memory may lie there by then."""
     forgotten: list[object] = []
-    monkeypatch.setattr(onnxruntime_backend, "forget_pages", forgotten.append)
+    monkeypatch.setattr(cpu_backend, "forget_pages", forgotten.append)
     backend = OnnxRuntimeBackend(open_bundle(bundle), threads=1)
     backend.session("prefill")
     with backend.prompt():

@@ -29,9 +29,9 @@ from helpers.prefixes import assert_prefixes_hold
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.tolerances import TOLERANCES
 from neo_runtime.backends.choice import Chosen
-from neo_runtime.backends.gpu import tensorrt_plan
-from neo_runtime.backends.gpu.tensorrt import TensorRTBackend
-from neo_runtime.backends.gpu.tensorrt_log import logger_of
+from neo_runtime.backends.tensorrt import plan as tensorrt_plan
+from neo_runtime.backends.tensorrt.backend import TensorRTBackend
+from neo_runtime.backends.tensorrt.log import logger_of
 from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import (
     CacheLimitError,
@@ -56,7 +56,7 @@ def bundle(tensorrt_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def tensorrt(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
     fake = FakeTensorRT(bundle)
-    monkeypatch.setattr("neo_runtime.backends.gpu.tensorrt_plan.installed_modules", installed(fake))
+    monkeypatch.setattr("neo_runtime.backends.tensorrt.plan.installed_modules", installed(fake))
     return fake
 
 
@@ -147,7 +147,7 @@ def test_checkpoints_that_stand_out(
     export_bundle(str(source), tmp_path / "exported", ExportOptions(target="tensorrt"))
     bundle = with_plan(tmp_path / "exported", tmp_path / "bundle")
     fake = FakeTensorRT(bundle)
-    module = "neo_runtime.backends.gpu.tensorrt_plan.installed_modules"
+    module = "neo_runtime.backends.tensorrt.plan.installed_modules"
     monkeypatch.setattr(module, installed(fake))
     opened = open_bundle(bundle)
     backend = TensorRTBackend(opened, HostDevice(), GPU, PLATFORM)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from neo_runtime.backends.gpu.tensorrt_log import logger_of, messages_of
+from neo_runtime.backends.tensorrt.log import logger_of, messages_of
 
 ERROR, WARNING, INFO = 1, 2, 3
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers.mappings import private_bytes, resident_pages
 from neo_runtime.backends.cpu import heap, unused_memory
-from neo_runtime.backends.cpu.onnxruntime import OnnxRuntimeBackend
+from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

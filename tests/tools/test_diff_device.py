@@ -21,9 +21,9 @@ from neo_export.comparison.probed import probed_model, probed_values
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import Quantization
 from neo_runtime.backends import choice
-from neo_runtime.backends.gpu.cuda import CudaBackend
-from neo_runtime.backends.gpu.cuda_sessions import CudaSessions
-from neo_runtime.backends.gpu.tensorrt import TensorRTBackend
+from neo_runtime.backends.cuda.backend import CudaBackend
+from neo_runtime.backends.cuda.sessions import CudaSessions
+from neo_runtime.backends.tensorrt.backend import TensorRTBackend
 from neo_runtime.bundle.folder import open_bundle
 from neo_tools.diff.cached_path import segments_of, trace_cached_path
 from neo_tools.diff.cli import main
@@ -56,7 +56,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, HostDevice]]:
         found.described = f"NVIDIA Test (device {options.device})"
         return found
 
-    monkeypatch.setattr("neo_runtime.backends.gpu.cuda_device.CudaDevice", device)
+    monkeypatch.setattr("neo_runtime.backends.device.nvidia.CudaDevice", device)
     monkeypatch.setitem(choice._OPENERS, "cuda", backend)
     return opened
 
@@ -204,7 +204,7 @@ def test_score_in_several_calls(cuda_bundle: Path, monkeypatch: pytest.MonkeyPat
         ProbedCudaBackend(open_bundle(cuda_bundle), HostDevice()) for _ in range(2)
     )
     one = with_one.score_trace(ids)
-    monkeypatch.setattr("neo_runtime.backends.gpu.cuda._SCORED", 17)
+    monkeypatch.setattr("neo_runtime.backends.cuda.backend._SCORED", 17)
     many = with_many.score_trace(ids)
     assert (many.start, many.length) == (0, 100)
     for place in SHOWN:
@@ -318,7 +318,7 @@ def test_a_plan(
     """Logits through the engine, with its cache and its captured step; places of its graph."""
     bundle = with_plan(tensorrt_bundle, tmp_path / "bundle")
     fake = FakeTensorRT(bundle)
-    module = "neo_runtime.backends.gpu.tensorrt_plan.installed_modules"
+    module = "neo_runtime.backends.tensorrt.plan.installed_modules"
     monkeypatch.setattr(module, installed(fake))
 
     def backend(bundle: Any, options: Any) -> TensorRTBackend:

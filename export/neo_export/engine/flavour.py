@@ -7,7 +7,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-from neo_runtime.backends.gpu.tensorrt_log import logger_of, messages_of
+from neo_runtime.backends.tensorrt.log import logger_of, messages_of
 from neo_runtime.bundle.engine_record import FLAVOURS, PRODUCTS
 from neo_runtime.bundle.engine_record import Flavour as Name
 from neo_runtime.errors import DependencyError

@@ -104,7 +104,7 @@ def _open_cpu(bundle: Bundle, options: BackendOptions, otherwise: str | None = N
             "with neo-engine, or export with --target cpu"
         )
     check_installation(manifest, bundle.path)
-    from neo_runtime.backends.cpu.onnxruntime import OnnxRuntimeBackend
+    from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(
         bundle,
@@ -137,7 +137,7 @@ def usable_gpu(bundle: Bundle, name: str, device: int) -> GpuFacts:
                 "export with --target tensorrt, then neo-engine"
             )
         return require_gpu(device)
-    from neo_runtime.backends.gpu.cuda import why_not_cuda
+    from neo_runtime.backends.cuda.backend import why_not_cuda
 
     reason = why_not_cuda(manifest)
     if reason is not None:
@@ -162,8 +162,8 @@ def automatic_backend(bundle: Bundle, device: int) -> str:
 
 def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
     gpu = usable_gpu(bundle, "cuda", options.device)
-    from neo_runtime.backends.gpu.cuda import CudaBackend
-    from neo_runtime.backends.gpu.cuda_device import CudaDevice
+    from neo_runtime.backends.cuda.backend import CudaBackend
+    from neo_runtime.backends.device.nvidia import CudaDevice
 
     with closed_on_error(CudaDevice(options.device)) as device:
         backend = CudaBackend(bundle, device, options.session_config)
@@ -175,8 +175,8 @@ def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
 
 def _open_tensorrt(bundle: Bundle, options: BackendOptions) -> Backend:
     gpu = usable_gpu(bundle, "tensorrt", options.device)
-    from neo_runtime.backends.gpu.cuda_device import CudaDevice
-    from neo_runtime.backends.gpu.tensorrt import TensorRTBackend
+    from neo_runtime.backends.device.nvidia import CudaDevice
+    from neo_runtime.backends.tensorrt.backend import TensorRTBackend
 
     with closed_on_error(CudaDevice(options.device)) as device:
         backend = TensorRTBackend(bundle, device, gpu, platform_name())

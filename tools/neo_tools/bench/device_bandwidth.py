@@ -26,7 +26,7 @@ def copy_rate(device: Any, size: int, *, copies: int = _COPIES, passes: int = _P
     """Bytes read and written a second; the best of `passes`.
 
     Args:
-        device: a `neo_runtime.backends.gpu.device.Device`.
+        device: a `neo_runtime.backends.device.base.Device`.
         size: bytes of a block; two are allocated.
         copies: of a pass, one after the other.
         passes: of which the best counts.
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
             return
         try:
             if device is None:
-                from neo_runtime.backends.gpu.cuda_device import CudaDevice
+                from neo_runtime.backends.device.nvidia import CudaDevice
                 from neo_runtime.machine.gpu import require_gpu
 
                 require_gpu(arguments.device)

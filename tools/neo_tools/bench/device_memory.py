@@ -37,7 +37,7 @@ def bus_id(device: int) -> str:
     Raises:
         DeviceError: there is no such device.
     """
-    from neo_runtime.backends.gpu.cuda_device import checked
+    from neo_runtime.backends.device.nvidia import checked
     from neo_runtime.machine.gpu import cuda_runtime
 
     cuda: Any = cuda_runtime()

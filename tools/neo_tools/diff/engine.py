@@ -68,7 +68,7 @@ def open_probed_backend(bundle: Bundle, engine: Engine) -> Iterator[Probed]:
     """
     backend: Probed
     if engine.backend == "cuda":
-        from neo_runtime.backends.gpu.cuda_device import CudaDevice
+        from neo_runtime.backends.device.nvidia import CudaDevice
         from neo_runtime.closable import closed_on_error
 
         from neo_tools.diff.probed_cuda import ProbedCudaBackend

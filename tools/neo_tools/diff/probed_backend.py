@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from neo_export.comparison.cache_steps import read_cache_steps
 from neo_export.comparison.probed import open_probed, probed_values, score_trace
-from neo_runtime.backends.cpu.onnxruntime import OnnxRuntimeBackend
+from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from neo_export.comparison.probed import probed_model, probed_values
-from neo_runtime.backends.gpu.cuda import CudaBackend
+from neo_runtime.backends.cuda.backend import CudaBackend
 
 from neo_tools.diff.cached_path import trace_scored
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from neo_export.comparison.trace import Trace
     from neo_export.quantize.kv_cache import CacheSteps
-    from neo_runtime.backends.gpu.device import Device
+    from neo_runtime.backends.device.base import Device
     from neo_runtime.bundle.folder import Bundle
     from numpy.typing import NDArray
 

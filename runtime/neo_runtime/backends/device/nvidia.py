@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.gpu.device import Device
+from neo_runtime.backends.device.base import Device
 from neo_runtime.errors import DeviceError, DeviceMemoryError
 from neo_runtime.machine.gpu import cuda_runtime
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.gpu.device import ITEM_SIZES, Layout
+from neo_runtime.backends.device.base import ITEM_SIZES, Layout
 from neo_runtime.bundle.manifest import CANDIDATE_OUTPUTS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from neo_runtime.backends.gpu.device import Device
+    from neo_runtime.backends.device.base import Device
     from neo_runtime.bundle.manifest import Manifest
 
 __all__ = [

@@ -17,21 +17,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo_runtime.backends.base import Backend, CacheStore
-from neo_runtime.backends.gpu.device import ITEM_SIZES
-from neo_runtime.backends.gpu.device_locks import new_lock
-from neo_runtime.backends.gpu.idle_pool import IdlePool
-from neo_runtime.backends.gpu.leftovers import Leftovers
-from neo_runtime.backends.gpu.tensorrt_buffers import StepBuffers
-from neo_runtime.backends.gpu.tensorrt_plan import LoadedPlan, choose_plan
-from neo_runtime.backends.gpu.tensorrt_store import TensorRTStore
+from neo_runtime.backends.device.base import ITEM_SIZES
+from neo_runtime.backends.device.idle_pool import IdlePool
+from neo_runtime.backends.device.leftovers import Leftovers
+from neo_runtime.backends.device.locks import new_lock
+from neo_runtime.backends.tensorrt.buffers import StepBuffers
+from neo_runtime.backends.tensorrt.plan import LoadedPlan, choose_plan
+from neo_runtime.backends.tensorrt.store import TensorRTStore
 from neo_runtime.bundle.engine_record import PREFILL_PROFILE
 from neo_runtime.errors import CacheLimitError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from neo_runtime.backends.gpu.device import Device
-    from neo_runtime.backends.gpu.tensorrt_plan import Tensors
+    from neo_runtime.backends.device.base import Device
+    from neo_runtime.backends.tensorrt.plan import Tensors
     from neo_runtime.bundle.engine_record import EngineRecord
     from neo_runtime.bundle.folder import Bundle
     from neo_runtime.machine.gpu import GpuFacts

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.gpu.device import ITEM_SIZES, Layout
+from neo_runtime.backends.device.base import ITEM_SIZES, Layout
 from neo_runtime.bundle.engine_record import DECODE_PROFILE
 from neo_runtime.errors import DeviceError
 
 if TYPE_CHECKING:
-    from neo_runtime.backends.gpu.device import Device
-    from neo_runtime.backends.gpu.tensorrt_plan import LoadedPlan, Tensors
+    from neo_runtime.backends.device.base import Device
+    from neo_runtime.backends.tensorrt.plan import LoadedPlan, Tensors
     from neo_runtime.bundle.manifest import Manifest
 
 __all__ = ["StepBuffers"]

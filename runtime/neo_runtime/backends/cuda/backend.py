@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo_runtime.backends.base import Backend
-from neo_runtime.backends.gpu.cuda_sessions import CudaSessions
-from neo_runtime.backends.gpu.device import ITEM_SIZES
-from neo_runtime.backends.gpu.device_locks import alone, new_lock
-from neo_runtime.backends.gpu.device_slots import (
+from neo_runtime.backends.cuda.one_thread import OneThread
+from neo_runtime.backends.cuda.sessions import CudaSessions
+from neo_runtime.backends.cuda.slots import (
     ELEMENT_TYPES,
     CapturedStep,
     Slot,
     make_slot,
 )
-from neo_runtime.backends.gpu.device_store import DeviceStore
-from neo_runtime.backends.gpu.idle_pool import IdlePool
-from neo_runtime.backends.gpu.leftovers import Leftovers
-from neo_runtime.backends.gpu.one_thread import OneThread
+from neo_runtime.backends.cuda.store import DeviceStore
+from neo_runtime.backends.device.base import ITEM_SIZES
+from neo_runtime.backends.device.idle_pool import IdlePool
+from neo_runtime.backends.device.leftovers import Leftovers
+from neo_runtime.backends.device.locks import alone, new_lock
 from neo_runtime.errors import BundleUnsupportedError
 from neo_runtime.machine.installation import require_onnxruntime
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_runtime.backends.base import CacheStore
-    from neo_runtime.backends.gpu.device import Device
-    from neo_runtime.backends.gpu.device_slots import Tensors
+    from neo_runtime.backends.cuda.slots import Tensors
+    from neo_runtime.backends.device.base import Device
     from neo_runtime.bundle.folder import Bundle
     from neo_runtime.bundle.manifest import Manifest
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from neo_runtime.backends.base import CacheStore, with_empty_rows
-from neo_runtime.backends.gpu.device import ITEM_SIZES, Layout, fill_row, move_rows
+from neo_runtime.backends.device.base import ITEM_SIZES, Layout, fill_row, move_rows
 from neo_runtime.backends.step_logits import StepLogits
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from neo_runtime.backends.gpu.device import Device
-    from neo_runtime.backends.gpu.tensorrt_buffers import StepBuffers
-    from neo_runtime.backends.gpu.tensorrt_plan import LoadedPlan, Tensors
+    from neo_runtime.backends.device.base import Device
+    from neo_runtime.backends.tensorrt.buffers import StepBuffers
+    from neo_runtime.backends.tensorrt.plan import LoadedPlan, Tensors
     from neo_runtime.bundle.engine_record import EngineRecord
     from neo_runtime.bundle.manifest import Manifest
 

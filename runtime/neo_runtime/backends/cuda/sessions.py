@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from neo_runtime.backends.cuda.weights import DeviceWeights
 from neo_runtime.backends.failures import translated
-from neo_runtime.backends.gpu.device_weights import DeviceWeights
 from neo_runtime.errors import DeviceError, NeoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from neo_runtime.backends.gpu.device import Device
-    from neo_runtime.backends.gpu.device_slots import Tensors
+    from neo_runtime.backends.cuda.slots import Tensors
+    from neo_runtime.backends.device.base import Device
     from neo_runtime.bundle.folder import Bundle
 
 __all__ = ["CudaSessions"]

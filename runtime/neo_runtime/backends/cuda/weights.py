@@ -17,7 +17,7 @@ from neo_runtime.errors import BundleDamagedError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_runtime.backends.gpu.device import Device
+    from neo_runtime.backends.device.base import Device
     from neo_runtime.bundle.folder import Bundle
 
 __all__ = ["DeviceWeights"]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from neo_runtime.backends.base import CacheStore, with_empty_rows
-from neo_runtime.backends.gpu.device import ITEM_SIZES, Layout, fill_row, move_rows
-from neo_runtime.backends.gpu.device_slots import ELEMENT_TYPES, Slot, Tensors
+from neo_runtime.backends.cuda.slots import ELEMENT_TYPES, Slot, Tensors
+from neo_runtime.backends.device.base import ITEM_SIZES, Layout, fill_row, move_rows
 from neo_runtime.backends.right_padded import RightPaddedStore
 from neo_runtime.backends.step_logits import CandidateRows, StepLogits
 from neo_runtime.bundle.manifest import CANDIDATE_OUTPUTS
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from neo_runtime.backends.gpu.device import Device
+    from neo_runtime.backends.device.base import Device
     from neo_runtime.bundle.manifest import Manifest
 
 

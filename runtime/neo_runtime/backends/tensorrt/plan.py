@@ -10,7 +10,7 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.backends.gpu.tensorrt_log import logger_of, messages_of
+from neo_runtime.backends.tensorrt.log import logger_of, messages_of
 from neo_runtime.bundle.engine_record import (
     DECODE_PROFILE,
     ENGINES_FOLDER,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
-    from neo_runtime.backends.gpu.device import Device
+    from neo_runtime.backends.device.base import Device
     from neo_runtime.bundle.engine_record import EngineRecord
     from neo_runtime.bundle.folder import Bundle
     from neo_runtime.machine.gpu import GpuFacts

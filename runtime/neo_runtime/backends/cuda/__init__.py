@@ -1,0 +1,1 @@
+"""onnxruntime's CUDA provider: weights once, buffers bound once, steps captured."""

@@ -1,1 +1,0 @@
-"""NVIDIA GPUs: onnxruntime with CUDA, and TensorRT."""
