@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers.bench_samples import machine, model_spec, row
 from neo_runtime.errors import ContextLengthError, RequestError
+from neo_tools.arguments import labels_of
 from neo_tools.bench import machine as machine_module
 from neo_tools.bench import traffic
 from neo_tools.bench.bandwidth import _distinct_values, _kernels, time_threads
@@ -17,7 +18,7 @@ from neo_tools.bench.machine import (
     hidden_warning,
     small_buffer_warning,
 )
-from neo_tools.bench.opening import BundleInfo, labels_of
+from neo_tools.bench.opening import BundleInfo
 from neo_tools.bench.participants import Participant
 from neo_tools.bench.rounds import Measured
 from neo_tools.bench.rows import FLOAT32_DECODE, make_ratios, make_row, with_limits

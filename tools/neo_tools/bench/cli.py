@@ -13,6 +13,7 @@ from neo_runtime.command.command_line import OneLineParser, add_version, run_com
 from neo_runtime.errors import RequestError
 from neo_runtime.machine.cores import physical_cores
 
+from neo_tools.arguments import at_least
 from neo_tools.bench.cases import PeerChoice, Settings, make_cases
 
 if TYPE_CHECKING:
@@ -198,13 +199,6 @@ def _numbers(least: int) -> type[argparse.Action]:
     return Collect
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too small; at least 1")
-    return number
-
-
 def _seconds(text: str) -> float:
     number = float(text)
     if not 0 < number < math.inf:
@@ -212,8 +206,7 @@ def _seconds(text: str) -> float:
     return number
 
 
-_seconds.__name__ = "number"
-_count.__name__ = "number"  # what argparse calls it in its message
+_seconds.__name__ = "number"  # what argparse calls it in its message
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -242,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         "-r",
         "--repetitions",
         metavar="N",
-        type=_count,
+        type=at_least(1),
         default=5,
         help="rounds of each test (default: 5)",
     )
@@ -298,7 +291,7 @@ def _add_details(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prefill-chunk",
         metavar="N",
-        type=_count,
+        type=at_least(1),
         help="prompt tokens per call of a bundle (default: see neo_runtime.load)",
     )
     group.add_argument(
@@ -309,7 +302,7 @@ def _add_details(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--probe-mb",
         metavar="MB",
-        type=_count,
+        type=at_least(1),
         help="buffer of the bandwidth measurement in 10^6 bytes (default: 16 times the last-level "
         "cache, at least 1074, at most a quarter of the free memory)",
     )

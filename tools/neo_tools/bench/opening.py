@@ -10,6 +10,7 @@ from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import BundleUnsupportedError, NeoError, RequestError
 from neo_runtime.machine.gpu import require_gpu
 
+from neo_tools.arguments import labels_of
 from neo_tools.bench import traffic
 from neo_tools.bench.cases import check_lengths
 from neo_tools.model_shape import check_checkpoint, shape_text
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from neo_tools.bench.cases import Settings
     from neo_tools.bench.traffic import StepWeights
 
-__all__ = ["BundleInfo", "check_peers_model", "labels_of", "open_bundles"]
+__all__ = ["BundleInfo", "check_peers_model", "open_bundles"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +34,6 @@ class BundleInfo:
     path: Path
     manifest: Manifest
     weights: StepWeights
-
-
-def labels_of(paths: tuple[Path, ...]) -> list[str]:
-    """Folder names, or whole paths where two have the same name.
-
-    Raises:
-        RequestError: a bundle is named twice.
-    """
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise RequestError("a bundle is named twice; name each of them once")
-    names = [path.resolve().name for path in paths]
-    return [
-        name if names.count(name) == 1 else str(path)
-        for name, path in zip(names, paths, strict=True)
-    ]
 
 
 def open_bundles(settings: Settings) -> tuple[Settings, list[BundleInfo]]:

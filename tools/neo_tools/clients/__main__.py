@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from neo_runtime.command.command_line import OneLineParser, run_command
 
 import neo_tools.clients
+from neo_tools.arguments import at_least
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,16 +77,6 @@ def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too small; at least 1")
-    return number
-
-
-_count.__name__ = "number"  # what argparse calls it in its message
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=_PROGRAM,
@@ -106,12 +97,12 @@ def _parser() -> argparse.ArgumentParser:
             short,
             long,
             metavar="N",
-            type=_count,
+            type=at_least(1),
             default=default,
             help=f"{text} (default: {default})",
         )
     parser.add_argument(
-        "-t", "--threads", metavar="N", type=_count, help="threads (default: physical cores)"
+        "-t", "--threads", metavar="N", type=at_least(1), help="threads (default: physical cores)"
     )
     parser.add_argument(
         "--backend",

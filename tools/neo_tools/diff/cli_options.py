@@ -8,6 +8,8 @@ from pathlib import Path
 
 from neo_runtime.command.command_line import OneLineParser, add_version
 
+from neo_tools.arguments import at_least
+
 __all__ = ["make_parser"]
 
 _EPILOG = """MODEL is the bundle's checkpoint (a Hugging Face folder, a hub id, modelscope:…), run
@@ -24,20 +26,6 @@ is cut into contexts of the bundle's full length, so that positions past the att
   neo-diff gpt-neo-1.3b-half --reference EleutherAI/gpt-neo-1.3B --backend cuda
 
 exit status: 0 within all limits (or --report-only); 1 past one; 2 wrong usage or bad input"""
-
-
-def _count(least: int) -> type:
-    """An argument type: whole numbers of at least `least`."""
-
-    class Count(int):
-        def __new__(cls, text: str) -> Count:
-            number = super().__new__(cls, text)
-            if number < least:
-                raise argparse.ArgumentTypeError(f"{text} is too small; at least {least}")
-            return number
-
-    Count.__name__ = "number"  # what argparse calls it in its message
-    return Count
 
 
 def _positions(text: str) -> int | None:
@@ -84,14 +72,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokens",
         metavar="N",
-        type=_count(2),
+        type=at_least(2),
         default=4096,
         help="tokens of the text to compare (default: 4096)",
     )
     parser.add_argument(
         "--context",
         metavar="N",
-        type=_count(2),
+        type=at_least(2),
         help="tokens per context (default: the bundle's length)",
     )
     parser.add_argument(
@@ -111,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         "a TensorRT bundle whose plan cannot be run is compared by its graph)",
     )
     parser.add_argument(
-        "--device", metavar="N", type=_count(0), default=0, help="index of the GPU (default: 0)"
+        "--device", metavar="N", type=at_least(0), default=0, help="index of the GPU (default: 0)"
     )
     _add_output(parser.add_argument_group("output"))
     _add_limits(
@@ -150,14 +138,14 @@ def _add_details(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prefill-chunk",
         metavar="N",
-        type=_count(1),
+        type=at_least(1),
         default=512,
         help="prompt tokens per prefill call (default: 512)",
     )
     group.add_argument(
         "--localize-tokens",
         metavar="N",
-        type=_count(0),
+        type=at_least(0),
         default=2048,
         help="compare places inside as many contexts as fit N tokens, at least one; 0: none "
         "(default: 2048)",
@@ -165,10 +153,10 @@ def _add_details(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--continuations",
         metavar="N",
-        type=_count(0),
+        type=at_least(0),
         default=4,
         help="greedy continuations to compare (default: 4)",
     )
     group.add_argument(
-        "--threads", metavar="N", type=_count(1), help="threads (default: physical cores)"
+        "--threads", metavar="N", type=at_least(1), help="threads (default: physical cores)"
     )

@@ -8,10 +8,11 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from neo_runtime.command.command_line import OneLineParser, add_version, run_command
-from neo_runtime.errors import RequestError
+
+from neo_tools.arguments import at_least, labels_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import neo_tools.evaluate.run as evaluation
     from neo_tools.evaluate.report import markdown, plain, tabulated, worst_drop
 
-    names = _labels(arguments.bundles)
+    names = dict(zip(labels_of(arguments.bundles), arguments.bundles, strict=True))
     results: dict[str, Results] = {}
     if arguments.reference is not None:
         _say(f"{arguments.reference}: in PyTorch", arguments)
@@ -83,34 +84,9 @@ def _evaluated(model: LM, arguments: argparse.Namespace) -> Results:
     )
 
 
-def _labels(bundles: Sequence[Path]) -> dict[str, Path]:
-    """By folder name, or by the whole path where two have one name.
-
-    Raises:
-        RequestError: a bundle is named twice.
-    """
-    if len({path.resolve() for path in bundles}) < len(bundles):
-        raise RequestError("a bundle is named twice; name each of them once")
-    names = [path.resolve().name for path in bundles]
-    return {
-        name if names.count(name) == 1 else str(path): path
-        for name, path in zip(names, bundles, strict=True)
-    }
-
-
 def _say(line: str, arguments: argparse.Namespace) -> None:
     if not arguments.quiet:
         print(f"neo-eval: {line}", file=sys.stderr, flush=True)
-
-
-def _at_least(least: int) -> Any:
-    def number(text: str) -> int:
-        found = int(text)
-        if found < least:
-            raise argparse.ArgumentTypeError(f"{found} is too small; at least {least}")
-        return found
-
-    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,11 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-fewshot",
         metavar="N",
-        type=_at_least(0),
+        type=at_least(0),
         help="examples before each question (default: the task's)",
     )
     parser.add_argument(
-        "--limit", metavar="N", type=_at_least(1), help="only the first N samples of each task"
+        "--limit", metavar="N", type=at_least(1), help="only the first N samples of each task"
     )
     parser.add_argument(
         "--max-drop",
@@ -161,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads",
         metavar="N",
-        type=_at_least(1),
+        type=at_least(1),
         help="threads per operator (default: physical cores)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -1,0 +1,41 @@
+"""What several commands take: whole numbers with a least one, and bundles with names."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from neo_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+__all__ = ["at_least", "labels_of"]
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers of at least `least`."""
+
+    def number(text: str) -> int:  # the name is what argparse calls it in its message
+        found = int(text)
+        if found < least:
+            raise argparse.ArgumentTypeError(f"{found} is too small; at least {least}")
+        return found
+
+    return number
+
+
+def labels_of(paths: Sequence[Path]) -> list[str]:
+    """Folder names, or whole paths where two have the same name.
+
+    Raises:
+        RequestError: a bundle is named twice.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise RequestError("a bundle is named twice; name each of them once")
+    names = [path.resolve().name for path in paths]
+    return [
+        name if names.count(name) == 1 else str(path)
+        for name, path in zip(names, paths, strict=True)
+    ]
