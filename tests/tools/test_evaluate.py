@@ -143,10 +143,16 @@ def test_a_gate(mini_bundle: Path, int4_bundle: Path, tasks: Path) -> None:
     done = run([str(mini_bundle), "--tasks", "no_such", "--include-path", str(tasks)])
     assert (done.returncode, done.stdout) == (2, "")
     assert "neo-eval: there is no task no_such; `lm_eval ls tasks`" in done.stderr
-    bare = [str(int4_bundle / "none"), "--tasks", "last_word", "--include-path", str(tasks)]
-    done = run(bare)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    shared = ["--tasks", "last_word", "--include-path", str(tasks)]
+    for wrong, message in (
+        ([str(int4_bundle / "none")], "none"),
+        ([str(mini_bundle), "--reference", str(tasks)], "cannot be loaded"),
+        ([str(mini_bundle), "--reference", "no/such/model"], "cannot be loaded"),
+    ):
+        done = run([*wrong, *shared])
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "Traceback" not in done.stderr
+        assert message in done.stderr.splitlines()[-1]
 
 
 def results(values: list[float], value: float, metric: str = "acc") -> dict[str, Any]:

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,23 +46,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
-    import neo_tools.evaluate.run as evaluation
+    from neo_tools.evaluate.lm import NeoLM
     from neo_tools.evaluate.report import markdown, plain, tabulated, worst_drop
+    from neo_tools.evaluate.run import reference_model
 
     names = dict(zip(labels_of(arguments.bundles), arguments.bundles, strict=True))
     results: dict[str, Results] = {}
     if arguments.reference is not None:
         _say(f"{arguments.reference}: in PyTorch", arguments)
-        reference = evaluation.reference_model(arguments.reference)
-        results[f"PyTorch {arguments.reference.resolve().name}"] = _evaluated(reference, arguments)
-        del reference
+        name = f"PyTorch {Path(arguments.reference).name}"
+        results[name] = _evaluated(reference_model(arguments.reference), arguments)
     for name, path in names.items():
         _say(name, arguments)
-        with ExitStack() as stack:
-            model = evaluation.open_bundle(
-                path, arguments.backend, arguments.threads, quiet=arguments.quiet
-            )
-            stack.callback(model.close)
+        model = NeoLM(
+            path,
+            backend=arguments.backend,
+            device=arguments.device,
+            threads=arguments.threads,
+            show_progress=not arguments.quiet,
+        )
+        with closing(model):
             results[name] = _evaluated(model, arguments)
     table, baseline = tabulated(results), next(iter(results))
     if arguments.json:
@@ -106,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reference",
         metavar="MODEL",
-        type=Path,
-        help="a checkpoint as the baseline, in PyTorch float32 (needs lm_eval[hf])",
+        help="a checkpoint, folder or Hugging Face id, as the baseline, in PyTorch float32 (needs "
+        "lm_eval[hf])",
     )
     parser.add_argument(
         "--include-path", metavar="FOLDER", type=Path, help="a folder of more tasks, as YAML"
@@ -133,6 +136,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("auto", "cpu", "cuda", "tensorrt"),
         default="auto",
         help="what runs the bundles (default: auto)",
+    )
+    parser.add_argument(
+        "--device", metavar="N", type=at_least(0), default=0, help="index of the GPU (default: 0)"
     )
     parser.add_argument(
         "--threads",

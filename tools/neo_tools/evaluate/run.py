@@ -8,8 +8,6 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from neo_runtime.errors import RequestError
 
-from neo_tools.evaluate.lm import NeoLM
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -18,31 +16,30 @@ if TYPE_CHECKING:
 
     from neo_tools.evaluate.paired import Results
 
-__all__ = ["evaluated", "open_bundle", "reference_model"]
+__all__ = ["evaluated", "reference_model"]
 
 
-def open_bundle(path: Path, backend: str, threads: int | None, *, quiet: bool) -> NeoLM:
-    """A bundle for the harness."""
-    return NeoLM(path, backend=backend, threads=threads, show_progress=not quiet)
-
-
-def reference_model(checkpoint: Path) -> LM:
+def reference_model(checkpoint: str) -> LM:
     """PyTorch's GPT-Neo, as the harness runs it; eager attention, which keeps to the window.
+
+    Args:
+        checkpoint: a folder, or a Hugging Face id.
 
     Raises:
         RequestError: it is no checkpoint.
     """
     from lm_eval.models.huggingface import HFLM
 
-    if not (checkpoint / "config.json").is_file():
-        raise RequestError(f"{checkpoint} is no checkpoint: it has no config.json")
-    return HFLM(
-        pretrained=str(checkpoint),
-        dtype="float32",
-        device="cpu",
-        batch_size=1,
-        attn_implementation="eager",
-    )
+    try:
+        return HFLM(
+            pretrained=checkpoint,
+            dtype="float32",
+            device="cpu",
+            batch_size=1,
+            attn_implementation="eager",
+        )
+    except (OSError, ValueError) as error:
+        raise RequestError(f"the reference {checkpoint} cannot be loaded: {error}") from error
 
 
 def evaluated(
