@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from helpers.hf_reference import heldout_texts
@@ -81,33 +81,65 @@ def int4_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+COMMANDS = {
+    "report": "FP32 INT4 --reference DEMO --json --tasks " + ",".join(TASKS),
+    "no task": "FP32 --tasks no_such",
+    "no bundle": "NOWHERE --tasks last_word",
+    "no checkpoint": "FP32 --tasks last_word --reference TASKS",
+    "no id": "FP32 --tasks last_word --reference no/such/model",
+    "gate": "FP32 INT4 --tasks last_word --limit 4 --quiet --max-drop -0.001",
+}
+PROGRAM = """
+import contextlib, io, json, os, sys
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+from neo_tools.evaluate.cli import main
+found = {}
+for name, arguments in json.load(sys.stdin).items():
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    found[name] = status, out.getvalue(), err.getvalue()
+print(json.dumps(found))
+"""
+
+
 @pytest.fixture(scope="module")
-def report(
+def outcomes(
     mini_bundle: Path, int4_bundle: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    """Of PyTorch, float32 and int4, as a user runs it; without a network."""
+) -> dict[str, Outcome]:
+    """Of all commands, without a network; in one process of their own: the harness warns of much,
+    and takes long to import."""
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install '.[eval]'")
-    arguments = [str(mini_bundle), str(int4_bundle), "--reference", str(DEMO), "--json"]
-    done = run([*arguments, "--tasks", ",".join(TASKS), "--include-path", str(tasks)])
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: the harness's packages warn of much."""
-    program = "import os; os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1'}\n"
-    program += "import sys; from neo_tools.evaluate.cli import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, *arguments],
+    places = {"FP32": mini_bundle, "INT4": int4_bundle, "DEMO": DEMO, "TASKS": tasks}
+    commands = {
+        name: [
+            *(str(places.get(word, word)) for word in line.split()),
+            *("--include-path", str(tasks)),
+        ]
+        for name, line in COMMANDS.items()
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        input=json.dumps(commands),
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=600,
+        cwd=tmp_path_factory.mktemp("nowhere"),
     )
+    assert done.returncode == 0, done.stderr
+    return {name: Outcome(*found) for name, found in json.loads(done.stdout).items()}
 
 
-def test_float32_scores_what_pytorch_scores(report: dict[str, Any]) -> None:
+def test_float32_scores_what_pytorch_scores(outcomes: dict[str, Outcome]) -> None:
+    assert outcomes["report"].status == 0
+    report = json.loads(outcomes["report"].out)
     assert report["baseline"] == f"PyTorch {DEMO.name}"
     found = {(one["task"], one["metric"]): one for one in report["scores"]}
     metrics = {
@@ -132,27 +164,29 @@ def test_float32_scores_what_pytorch_scores(report: dict[str, Any]) -> None:
     assert worse["difference"]["changed"] == 12
 
 
-def test_a_gate(mini_bundle: Path, int4_bundle: Path, tasks: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install '.[eval]'")
-    arguments = ["--tasks", "last_word", "--include-path", str(tasks), "--limit", "4", "--quiet"]
-    done = run([str(mini_bundle), str(int4_bundle), *arguments, "--max-drop", "-0.001"])
-    assert done.returncode == 1, done.stderr
-    assert f"| last_word | acc ↑ | {mini_bundle.name} |" in done.stdout
-    assert "| | | int4 |" in done.stdout
-    assert "it/s" not in done.stderr
-    done = run([str(mini_bundle), "--tasks", "no_such", "--include-path", str(tasks)])
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "neo-eval: there is no task no_such; `lm_eval ls tasks`" in done.stderr
-    shared = ["--tasks", "last_word", "--include-path", str(tasks)]
-    for wrong, message in (
-        ([str(int4_bundle / "none")], "none"),
-        ([str(mini_bundle), "--reference", str(tasks)], "cannot be loaded"),
-        ([str(mini_bundle), "--reference", "no/such/model"], "cannot be loaded"),
-    ):
-        done = run([*wrong, *shared])
-        assert (done.returncode, done.stdout) == (2, "")
-        assert "Traceback" not in done.stderr
-        assert message in done.stderr.splitlines()[-1]
+def test_a_gate(outcomes: dict[str, Outcome], mini_bundle: Path) -> None:
+    gate = outcomes["gate"]
+    assert gate.status == 1
+    assert f"| last_word | acc ↑ | {mini_bundle.name} |" in gate.out
+    assert "| | | int4 |" in gate.out
+    assert "log-likelihoods: " in outcomes["report"].err
+    assert "log-likelihoods: " not in gate.err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no task", "there is no task no_such; `lm_eval ls tasks`"),
+        ("no bundle", "NOWHERE"),
+        ("no checkpoint", "cannot be loaded"),
+        ("no id", "the reference no/such/model cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_run(outcomes: dict[str, Outcome], name: str, message: str) -> None:
+    found = outcomes[name]
+    assert (found.status, found.out) == (2, "")
+    assert found.err.splitlines()[-1].startswith("neo-eval: ")
+    assert message in found.err.splitlines()[-1]
 
 
 def results(values: list[float], value: float, metric: str = "acc") -> dict[str, Any]:
@@ -229,7 +263,5 @@ def test_wrong_usage(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> N
         with pytest.raises(SystemExit, match=r"^2$"):
             main(arguments)
         assert message in capsys.readouterr().err
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install '.[eval]'")
-    done = run([str(mini_bundle), str(mini_bundle), "--tasks", "last_word"])
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "a bundle is named twice" in done.stderr
+    assert main([str(mini_bundle), str(mini_bundle), "--tasks", "last_word"]) == 2
+    assert "a bundle is named twice" in capsys.readouterr().err

@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    names = dict(zip(labels_of(arguments.bundles), arguments.bundles, strict=True))
     from neo_tools.evaluate.lm import NeoLM
     from neo_tools.evaluate.report import markdown, plain, tabulated, worst_drop
     from neo_tools.evaluate.run import reference_model
 
-    names = dict(zip(labels_of(arguments.bundles), arguments.bundles, strict=True))
     results: dict[str, Results] = {}
     if arguments.reference is not None:
         _say(f"{arguments.reference}: in PyTorch", arguments)

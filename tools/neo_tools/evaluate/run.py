@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import lm_eval
@@ -55,7 +56,7 @@ def evaluated(
     Raises:
         RequestError: there is no such task.
     """
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = _manager(include_path)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise RequestError(
@@ -73,3 +74,9 @@ def evaluated(
     )
     assert found is not None  # None is for the other ranks of a distributed run
     return found
+
+
+@cache
+def _manager(include_path: Path | None) -> TaskManager:
+    """Knows all tasks; reading them takes seconds."""
+    return TaskManager(include_path=None if include_path is None else str(include_path))
