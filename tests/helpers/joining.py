@@ -60,6 +60,13 @@ def assert_rows_join(
             [logits_of([*ids, t])[-1] for ids, t in zip(said, (5, 6, 7), strict=True)]
         )
         assert relative_error(found, expected) < tolerance
+        # A new sequence needs no prompt: it may begin with a token.
+        cache.reorder([1, 0])
+        cache.extend(1)
+        said = [[*said[1], 6], [*said[0], 5]]
+        found = model.decode(cache, [8, 9, 11])
+        expected = np.stack([logits_of(ids)[-1] for ids in ([*said[0], 8], [*said[1], 9], [11])])
+        assert relative_error(found, expected) < tolerance
 
 
 LENGTHS = (64, 3, 100, 30, 20, 61, 2, 131, 40, 1, 66)

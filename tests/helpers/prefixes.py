@@ -48,3 +48,8 @@ def assert_prefixes_hold(
                 said = [[*one, token] for one, token in zip(said, tokens, strict=True)]
             expected = np.stack([logits_of(one)[-1] for one in said])
             assert relative_error(found, expected) < tolerance, length
+        with model.prefix(ids[:length]) as prefix, model.new_cache(2, 200) as cache:
+            prefix.fill(cache, [1, 0])
+            found = model.decode(cache, [7, 8])  # without a prompt between
+            expected = np.stack([logits_of([*ids[:length], token])[-1] for token in (7, 8)])
+            assert relative_error(found, expected) < tolerance, length

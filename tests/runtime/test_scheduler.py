@@ -23,6 +23,8 @@ from neo_runtime import Scheduler
 from neo_runtime.backends.cpu.binding import BoundCall
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import CacheLimitError, ContextLengthError, NeoError, RequestError
+from neo_runtime.generation.rows import make_rows
+from neo_runtime.scheduling.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -402,6 +404,17 @@ def test_the_model_is_closed_under_it(mini_bundle: Path) -> None:
     scheduler.close()
 
 
+def run(code: str, bundle: Path) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own; its first argument is the bundle."""
+    return subprocess.run(
+        [sys.executable, "-c", code, str(bundle)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 def test_a_process_may_end_with_one_running(mini_bundle: Path) -> None:
     code = (
         "import sys, neo_runtime\n"
@@ -410,13 +423,7 @@ def test_a_process_may_end_with_one_running(mini_bundle: Path) -> None:
         "pending = scheduler.submit('Once', max_length=500, ignore_eos=True)\n"
         "print(next(pending), flush=True)\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(mini_bundle)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    ran = run(code, mini_bundle)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout.strip()
 
@@ -668,6 +675,26 @@ def test_signal_handlers_may_close(model: Model, monkeypatch: pytest.MonkeyPatch
         pending.result(timeout=60)
 
 
+def test_what_comes_while_it_stops_is_refused(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the thread's last look at its inbox and its end."""
+    scheduler = Scheduler(model, max_batch_size=1)
+    batch = scheduler._batch
+    drop = batch._drop_caches
+    [row] = make_rows(model, np.array([5]), model.defaults, 4, 0)
+    late = Request(row, lambda: False)
+
+    def meanwhile() -> None:
+        drop()
+        batch._inbox.put(late)
+
+    monkeypatch.setattr(batch, "_drop_caches", meanwhile)
+    scheduler.close()
+    with pytest.raises(NeoError, match="scheduler is closed"):
+        late.pending.result(timeout=60)
+
+
 def test_a_late_submit_is_refused(mini_bundle: Path) -> None:
     """After the interpreter has begun to end, too; a blocked callback does not hold it up long."""
     code = (
@@ -684,13 +711,7 @@ def test_a_late_submit_is_refused(mini_bundle: Path) -> None:
         "scheduler.submit('Tom', should_stop=lambda: (inside.set(), never.wait()))\n"
         "inside.wait()\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(mini_bundle)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    ran = run(code, mini_bundle)
     assert ran.returncode == 0
     assert "the scheduler is closed; make another one" in ran.stdout
     assert "a scheduler's thread does not end" in ran.stderr

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from neo_runtime.command.standard_streams import prepare_streams
 from neo_runtime.errors import NeoError, VerificationError
@@ -22,7 +22,17 @@ _WRONG, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports wrong usage in one line, without repeating a long usage text."""
+    """A parser that reports wrong usage in one line, without repeating a long usage text.
+
+    Descriptions stay as they are written, and options are not to be shortened.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        kept: dict[str, Any] = {
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+            "allow_abbrev": False,
+        }
+        super().__init__(**kept | options)
 
     def error(self, message: str) -> NoReturn:
         """Print the message in one line and exit."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from contextlib import nullcontext
 from time import perf_counter
@@ -16,6 +15,7 @@ from neo_runtime.command.prompts import read_prompts, read_text
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from neo_runtime.command.prompts import GivenPrompt
@@ -42,8 +42,6 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s [options] BUNDLE [PROMPT]",
         description="Continue a prompt with the model of a bundle.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_version(parser)
     # Both may stand after `--`, which argparse does not see: see `_parsed`.

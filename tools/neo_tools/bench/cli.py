@@ -215,8 +215,6 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s [options] BUNDLE [BUNDLE ...]",
         description="Measure bundles, in the manner of llama-bench.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_version(parser)
     parser.add_argument(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import neo_tools.clients
 from neo_tools.arguments import at_least
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from neo_tools.clients.measure import Load
@@ -81,8 +81,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=_PROGRAM,
         description=neo_tools.clients.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder with neo.json")
     numbers = (

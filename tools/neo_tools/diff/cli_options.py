@@ -58,8 +58,6 @@ def make_parser() -> argparse.ArgumentParser:
         description="Compare what a bundle computes with PyTorch, position by position and place "
         "by place, and name the first place that is wrong.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_version(parser)
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a folder with neo.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from neo_runtime.command.command_line import OneLineParser, add_version, run_com
 from neo_tools.arguments import at_least, labels_of
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from lm_eval.api.model import LM
@@ -98,8 +98,6 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s [options] BUNDLE [BUNDLE ...] --tasks LIST",
         description="Measure bundles by tasks of lm-evaluation-harness, and compare them.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_version(parser)
     parser.add_argument(

@@ -31,11 +31,7 @@ _PROGRAM = "python -m neo_tools.older_cpu"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status is returned, 2 if it could not be run."""
-    parser = OneLineParser(
-        prog=_PROGRAM,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OneLineParser(prog=_PROGRAM, description=__doc__)
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     parser.add_argument("command", metavar="COMMAND", help='"neo-bench", "python", "pytest", …')
     parser.add_argument("arguments", metavar="…", nargs=argparse.REMAINDER)

@@ -14,7 +14,7 @@ import numpy as np
 
 from neo_runtime.backends.base import CacheStore, with_empty_rows
 from neo_runtime.backends.cuda.slots import ELEMENT_TYPES, Slot, Tensors
-from neo_runtime.backends.device.base import ITEM_SIZES, Layout, fill_row, move_rows
+from neo_runtime.backends.device.base import ITEM_SIZES, Layout, fill_rows, move_rows
 from neo_runtime.backends.right_padded import RightPaddedStore
 from neo_runtime.backends.step_logits import CandidateRows, StepLogits
 from neo_runtime.bundle.manifest import CANDIDATE_OUTPUTS
@@ -237,20 +237,17 @@ class DeviceStore(RightPaddedStore):
         """See `CacheStore.fill`."""
         assert isinstance(source, DeviceStore)
         item = ITEM_SIZES[self._backend.manifest.cache.dtype]
-        used, other = int(source.lengths[0]), source.slot.cache
-        _, heads, _, head_dim = next(iter(other.values()))[2]
-        position = head_dim * item
+        used, own, other = int(source.lengths[0]), self.slot.cache, source.slot.cache
+        _, heads, length, head_dim = next(iter(own.values()))[2]
         with self._backend.lock:
-            for row in rows.tolist():
-                own = _rows(self.slot.cache, row, 1)
-                fill_row(
-                    self._device,
-                    [(own[name][0], other[name][0]) for name in own],
-                    heads,
-                    used,
-                    (self.slot.length * position, source.slot.length * position),
-                    position,
-                )
+            fill_rows(
+                self._device,
+                [(own[name][0], other[name][0]) for name in own],
+                (heads, length, head_dim * item),
+                source.slot.length,
+                used,
+                rows.tolist(),
+            )
             self._device.synchronize()
         self.lengths[rows] = used
         self._is_mask_stale = True

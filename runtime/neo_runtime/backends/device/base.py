@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["ALIGNMENT", "ITEM_SIZES", "Device", "Layout", "fill_row", "move_rows"]
+__all__ = ["ALIGNMENT", "ITEM_SIZES", "Device", "Layout", "fill_rows", "move_rows"]
 
 ALIGNMENT = 256
 """Bytes: what cudaMalloc guarantees, and the most that a kernel wants."""
@@ -126,26 +126,31 @@ class Layout:
         return {n: (base + at, dtype, shape) for n, (at, dtype, shape) in self._places.items()}
 
 
-def fill_row(
+def fill_rows(
     device: Device,
     tensors: Iterable[tuple[int, int]],
-    heads: int,
+    shape: tuple[int, int, int],
+    source_length: int,
     used: int,
-    pitches: tuple[int, int],
-    position: int,
+    rows: Sequence[int],
 ) -> None:
-    """Copy a row of every cache tensor from another cache. The caller synchronizes.
+    """Copy the first row of each tensor of one cache into rows of another. The caller synchronizes.
 
     Args:
         device: where both are.
-        tensors: addresses of the rows, the target's and the source's, for each tensor.
-        heads: of a tensor.
+        tensors: addresses, the target's and the source's, [batch, heads, length, bytes of a
+            position] each.
+        shape: heads, the target's length, and the bytes of one position of one head.
+        source_length: the source's length.
         used: positions that are copied.
-        pitches: bytes of a head's positions, the target's and the source's.
-        position: bytes of one position of one head.
+        rows: of the target.
     """
+    heads, length, position = shape
+    pitch = length * position
     for target, source in tensors:
-        device.copy_rows(target, pitches[0], source, pitches[1], used * position, heads)
+        for row in rows:
+            to = target + row * heads * pitch
+            device.copy_rows(to, pitch, source, source_length * position, used * position, heads)
 
 
 def move_rows(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from neo_runtime.backends.base import CacheStore, with_empty_rows
-from neo_runtime.backends.device.base import ITEM_SIZES, Layout, fill_row, move_rows
+from neo_runtime.backends.device.base import ITEM_SIZES, Layout, fill_rows, move_rows
 from neo_runtime.backends.step_logits import StepLogits
 
 if TYPE_CHECKING:
@@ -209,19 +209,16 @@ class TensorRTStore(CacheStore):
         assert isinstance(source, TensorRTStore)
         heads, length, head_dim = self._row_shape
         own, other, used = self._buffers.cache, source._buffers.cache, int(source.lengths[0])
-        position = head_dim * self._item
-        pitch = length * position
         with self._backend.lock:
             self._backend.plan.check_open()
-            for row in rows.tolist():
-                fill_row(
-                    self._device,
-                    [(own[name][0] + row * heads * pitch, other[name][0]) for name in own],
-                    heads,
-                    used,
-                    (pitch, pitch),
-                    position,
-                )
+            fill_rows(
+                self._device,
+                [(own[name][0], other[name][0]) for name in own],
+                (heads, length, head_dim * self._item),
+                length,
+                used,
+                rows.tolist(),
+            )
             self._device.synchronize()
         self.lengths[rows] = used
 
