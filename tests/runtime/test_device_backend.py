@@ -168,6 +168,17 @@ def test_rows_join_and_leave(device_model: Model) -> None:
     assert_rows_join(device_model, TOLERANCES["fp16"].logits)
 
 
+def test_a_row_that_joins_is_clean(device_model: Model) -> None:
+    """Masked positions may pass through a GPU's kernels: what was there must not."""
+    with device_model.new_cache(2, 16) as cache:
+        device_model.prefill(cache, [[1, 2], [3, 4]])
+        cache.reorder([0])
+        cache.extend(1)
+        for array in cache.store.contents():
+            assert array[0].any()
+            assert not array[1].any()
+
+
 def test_rows_begin_with_another_cache(device_model: Model) -> None:
     assert_prefixes_hold(device_model, TOLERANCES["fp16"].logits)
 

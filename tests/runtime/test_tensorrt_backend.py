@@ -32,6 +32,7 @@ from neo_runtime.backends.choice import Chosen
 from neo_runtime.backends.tensorrt import plan as tensorrt_plan
 from neo_runtime.backends.tensorrt.backend import TensorRTBackend
 from neo_runtime.backends.tensorrt.log import logger_of
+from neo_runtime.backends.tensorrt.store import TensorRTStore
 from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import (
     CacheLimitError,
@@ -107,6 +108,21 @@ def test_the_same_texts(options: dict[str, Any], model: Model, cpu: Model) -> No
 
 def test_rows_join_and_leave(model: Model) -> None:
     assert_rows_join(model, TOLERANCES["fp32"].logits)
+
+
+def test_a_row_that_joins_is_clean(model: Model) -> None:
+    """Masked positions may pass through a GPU's kernels: what was there must not."""
+    with model.new_cache(2, 16) as cache:
+        model.prefill(cache, [[1, 2], [3, 4]])
+        cache.reorder([0])
+        cache.extend(1)
+        store = cache.store
+        assert isinstance(store, TensorRTStore)
+        for address, shape in store._buffers.cache.values():
+            held = np.empty(shape, np.float32)
+            store._device.download(held, address)
+            assert held[0].any()
+            assert not held[1].any()
 
 
 def test_rows_begin_with_another_cache(model: Model) -> None:
