@@ -203,21 +203,41 @@ class CachedModel(Closable):
         with cache.changing() as store:
             return store.decode(ids)
 
-    def logits(self, ids: Prompt | NDArray[np.int64]) -> NDArray[np.float32]:
+    def logits(
+        self, ids: Prompt | NDArray[np.int64], cache: KVCache | None = None
+    ) -> NDArray[np.float32]:
         """Score every position: text, or token ids [n] → logits of the next token [n, vocab].
 
+        Args:
+            ids: what is scored.
+            cache: what it stands behind: its only sequence, which gets these tokens as well.
+                `KVCache.crop` takes them away again, so that other endings can be scored.
+
         Raises:
-            RequestError: no ids, one out of range, or text for a bundle without a tokenizer.
-            ContextLengthError: more ids than the model has positions.
+            RequestError: no ids, one out of range, text for a bundle without a tokenizer, or a
+                cache of several sequences.
+            ContextLengthError: more ids than the model has positions, or the cache.
         """
         self._check_open()
         array = prompt_ids(ids, self.manifest.model.vocab_size, self.tokenizer)
+        if cache is not None:
+            return self._logits_behind(cache, array)
         if len(array) > self.manifest.max_length:
             raise ContextLengthError(
                 f"{len(array)} token ids, but the bundle has {self.manifest.max_length} "
                 f"positions; score at most {self.manifest.max_length} at once"
             )
         return self._backend.score(array)
+
+    def _logits_behind(self, cache: KVCache, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        self._check_cache(cache)
+        if cache.batch != 1:
+            raise RequestError(f"a cache of {cache.batch} sequences, expected one to score behind")
+        self._check_room(cache, len(ids))
+        size = self.prefill_chunk
+        with cache.changing() as store:
+            parts = [store.score(ids[at : at + size]) for at in range(0, len(ids), size)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _check_cache(self, cache: KVCache) -> None:
         self._check_open()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.cropping import assert_crops_hold
 from helpers.joining import assert_rows_join
 from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint
 from helpers.parity import assert_parity
@@ -102,6 +103,7 @@ def test_ragged_batches(model: Model, text: tuple[Any, Any]) -> None:
 def test_rows_join_and_begin_with_another_cache(model: Model) -> None:
     assert_rows_join(model, LIMIT)
     assert_prefixes_hold(model, LIMIT)
+    assert_crops_hold(model, LIMIT)
 
 
 def test_texts(model: Model) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.cropping import assert_crops_hold
 from helpers.host_device import HostDevice
 from helpers.joining import assert_rows_join
 from helpers.models import ODD_CONFIGS, Reference, make_checkpoint
@@ -181,6 +182,10 @@ def test_a_row_that_joins_is_clean(device_model: Model) -> None:
 
 def test_rows_begin_with_another_cache(device_model: Model) -> None:
     assert_prefixes_hold(device_model, TOLERANCES["fp16"].logits)
+
+
+def test_positions_are_taken_away(device_model: Model) -> None:
+    assert_crops_hold(device_model, TOLERANCES["fp16"].logits)
 
 
 def test_scores(cpu: Model, device_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

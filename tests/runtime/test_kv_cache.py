@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.cropping import assert_crops_hold
 from helpers.hf_reference import reference_logits, relative_error, varied_prompts
 from helpers.joining import assert_rows_join
 from helpers.prefixes import assert_prefixes_hold
@@ -278,6 +279,44 @@ def test_what_was_in_memory_before_means_nothing(
     with neo_runtime.load(portable_bundle, threads=1) as model:
         assert_rows_join(model, 1e-5)
         assert_prefixes_hold(model, 1e-5)
+        assert_crops_hold(model, 1e-5)
+
+
+def test_positions_are_taken_away(model: Model) -> None:
+    assert_crops_hold(model, 1e-5)
+
+
+def test_what_was_evicted_does_not_come_back(model: Model) -> None:
+    """A local layer of the demo model holds 80 positions, and 64 after a move to the front."""
+    evicts = model.manifest.cache.layout == "in_place"
+    with model.new_cache(1, 100) as cache:
+        model.prefill(cache, [[1] * 79])
+        assert cache.room_to_crop == (1 if evicts else 21)
+        model.prefill(cache, [[1, 2]])
+        assert cache.room_to_crop == (16 if evicts else 19)
+        if evicts:
+            with pytest.raises(RequestError, match=r"crop got 80, .* of 81 positions .* no longer"):
+                cache.crop(80)
+        cache.crop(81)
+        cache.crop(1000)
+        assert cache.lengths.tolist() == [81]
+        model.decode(cache, [3])
+        cache.crop(81)
+        for wrong in (-1, 2.0, True):
+            with pytest.raises(
+                RequestError, match=r"length is .*, expected an integer of at least 0"
+            ):
+                cache.crop(wrong)  # type: ignore[arg-type]
+        with pytest.raises(
+            ContextLengthError, match="sequence 0 has 81 positions and would have 101"
+        ):
+            model.logits([1] * 20, cache)
+    with model.new_cache(2, 8) as cache:
+        with pytest.raises(RequestError, match="cache of 2 sequences, expected one"):
+            model.logits([1], cache)
+        cache.reorder([])
+        cache.crop(0)
+        assert cache.room_to_crop == 8
 
 
 def test_rows_that_cannot_join(model: Model) -> None:

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from neo_runtime.backends.step_logits import StepLogits
     from neo_runtime.bundle.manifest import Manifest
 
-__all__ = ["Backend", "CacheStore", "layer_lengths", "spoil_views", "with_empty_rows"]
+__all__ = [
+    "Backend",
+    "CacheStore",
+    "layer_lengths",
+    "slots_held",
+    "spoil_views",
+    "with_empty_rows",
+]
 
 
 def spoil_views(arrays: Iterable[NDArray[np.generic]]) -> None:
@@ -33,6 +40,8 @@ class CacheStore(ABC):
 
     lengths: NDArray[np.int64]
     """[batch] positions that each row holds."""
+    local_slots: int | None = None
+    """Slots of a row in a local layer, where the graph evicts from it; None: it holds all."""
 
     @property
     def batch(self) -> int:
@@ -62,6 +71,19 @@ class CacheStore(ABC):
 
         Returns:
             Logits, valid until the next call.
+        """
+
+    @abstractmethod
+    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append tokens to the only row: ids int64 [n] → logits at each, float32 [n, vocab]."""
+
+    @abstractmethod
+    def crop(self, lengths: NDArray[np.int64]) -> None:
+        """Keep the first `lengths[b]` positions of row `b`.
+
+        Args:
+            lengths: int64 [batch]; between them and the row's own nothing was evicted, see
+                `slots_held`.
         """
 
     @abstractmethod
@@ -172,3 +194,23 @@ def layer_lengths(manifest: Manifest, length: int) -> list[int]:
         return [length] * manifest.model.num_layers
     local = max(window, min(length, window + window // 4))
     return [local if kind == "local" else length for kind in manifest.model.attention_layers]
+
+
+def slots_held(
+    lengths: NDArray[np.int64], window: int | None, slots: int | None
+) -> NDArray[np.int64]:
+    """Slots of a local layer's buffer that sequences take: int64 [batch].
+
+    onnxruntime's GroupQueryAttention (`sliding_window_cache`) keeps no account of what lies where:
+    it follows from the number of positions. A position that finds the buffer full moves the newest
+    ones to its front, so that with it the buffer holds a window.
+
+    Args:
+        lengths: positions of each sequence, int64 [batch].
+        window: of local attention.
+        slots: of the buffer; None if nothing is evicted.
+    """
+    if slots is None or window is None:
+        return lengths
+    since_full = (lengths - slots - 1) % (slots - window + 1)
+    return np.where(lengths <= slots, lengths, window + since_full)

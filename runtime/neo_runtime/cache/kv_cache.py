@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neo_runtime.backends.base import slots_held
 from neo_runtime.closable import Closable
 from neo_runtime.errors import CacheLimitError, NeoError, RequestError
 from neo_runtime.options.values import count
@@ -155,6 +156,45 @@ class KVCache(Closable):
             )
         with self.changing() as store:
             store.reorder(chosen)
+
+    def crop(self, length: int) -> None:
+        """Keep at most the first `length` positions of each sequence, and go on from there.
+
+        Args:
+            length: 0 or more; shorter sequences stay as they are.
+
+        Raises:
+            RequestError: not an integer of at least 0, or local layers have evicted what they
+                would need: see `room_to_crop`.
+        """
+        count(0)("length", length)
+        with self.reading() as store:
+            lengths = np.minimum(store.lengths, length)
+            evicted = self._held(store.lengths) - self._held(lengths) != store.lengths - lengths
+        if evicted.any():
+            row = int(evicted.argmax())
+            raise RequestError(
+                f"crop got {length}, but what sequence {row} of {store.lengths[row]} positions had "
+                "in its local layers then is no longer there; crop by fewer positions (see "
+                "room_to_crop), or begin again with Model.prefill"
+            )
+        if (lengths < store.lengths).any():
+            with self.changing():
+                store.crop(lengths)
+
+    @property
+    def room_to_crop(self) -> int:
+        """Positions that every sequence may get and `crop` can take away again.
+
+        Local layers of a bundle for the CPU hold a window and a quarter, and move the window to the
+        front when that is full; behind such a move there is no way back.
+        """
+        store = self.store
+        slots = self._length if store.local_slots is None else store.local_slots
+        return int((slots - self._held(store.lengths)).min(initial=slots))
+
+    def _held(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        return slots_held(lengths, self._backend.manifest.cache.window, self.store.local_slots)
 
     def extend(self, sequences: int) -> None:
         """Add empty sequences behind those in use, for requests that join a running batch.

@@ -64,6 +64,28 @@ class AppendStore(CacheStore):
         self.lengths += counts
         return StepLogits.at_hand(self._logits[: self.batch, 0])
 
+    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `CacheStore.score`."""
+        logits: NDArray[np.float32] = np.empty((len(ids), self._logits.shape[2]), np.float32)
+        pads = self._width - self.lengths
+        with self._backend.prompt():
+            self._advance("score", np.ascontiguousarray(ids)[None], pads, logits[None])
+        self.lengths += len(ids)
+        return logits
+
+    def crop(self, lengths: NDArray[np.int64]) -> None:
+        """See `CacheStore.crop`: rows move so that they end together again."""
+        width = int(lengths.max(initial=0))
+        before = self._views(self._past, self.batch, self._width)
+        after = self._views(self._present, self.batch, width)
+        for source, target in zip(before, after, strict=True):
+            for row, (old, new) in enumerate(zip(self.lengths, lengths, strict=True)):
+                first = self._width - old
+                target[row, :, : width - new] = 0
+                target[row, :, width - new :] = source[row, :, first : first + new]
+        self._past, self._present = self._present, self._past
+        self._width, self.lengths = width, lengths
+
     def decode(self, tokens: NDArray[np.int64]) -> StepLogits:
         """See `CacheStore.decode`."""
         ids = np.ascontiguousarray(tokens, dtype=np.int64)[:, None]
@@ -72,8 +94,17 @@ class AppendStore(CacheStore):
         self._backend.after_step(self.batch)
         return StepLogits.at_hand(self._logits[: self.batch, 0])
 
-    def _advance(self, graph: str, ids: NDArray[np.int64], pads: NDArray[np.int64]) -> None:
-        """Run all rows; columns before `pads[b]` of row `b` are padding."""
+    def _advance(
+        self,
+        graph: str,
+        ids: NDArray[np.int64],
+        pads: NDArray[np.int64],
+        logits: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Run all rows; columns before `pads[b]` of row `b` are padding.
+
+        Logits go to `logits`; None for the store's own.
+        """
         width = self._width + ids.shape[1]
         columns = np.arange(width, dtype=np.int64)
         positions = np.maximum(columns[self._width :] - pads[:, None], 0)
@@ -85,7 +116,7 @@ class AppendStore(CacheStore):
             position_ids=positions,
             past=self._views(self._past, self.batch, self._width),
             present=self._views(self._present, self.batch, width),
-            logits=self._logits[: self.batch],
+            logits=self._logits[: self.batch] if logits is None else logits,
         )
         call.run()
         self._past, self._present = self._present, self._past

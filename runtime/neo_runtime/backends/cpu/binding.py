@@ -58,13 +58,14 @@ class BoundCall:
 
         Args:
             backend: whose session runs.
-            graph: "prefill" or "decode".
+            graph: "prefill", "decode" or "score".
             input_ids: int64 [batch, sequence].
             attention_mask: int64 [batch, total_sequence].
             position_ids: int64 [batch, sequence].
             past: keys and values, layer by layer, key first: [batch, heads, past, head_dim].
             present: where the graph writes them; may be the same memory as `past`.
-            logits: float32 [batch, 1, vocab], written by the graph.
+            logits: float32 [batch, 1, vocab], of "score" [batch, sequence, vocab]: written by the
+                graph.
             candidates: by name of `CANDIDATE_OUTPUTS`, written where the graph has them.
         """
         self._backend = backend

@@ -53,6 +53,12 @@ class InPlaceStore(RightPaddedStore):
         # The prefill graph widens an int8 cache, whole buffers of it.
         self._widens = backend.manifest.cache.dtype == "int8"
         evicts = backend.manifest.cache.window is not None
+        local = [
+            shape[2]
+            for shape, kind in zip(shapes[::2], model.attention_layers, strict=True)
+            if evicts and kind == "local" and shape[2] < length
+        ]
+        self.local_slots = local[0] if local else None
         self._growing = [
             not (evicts and kind == "local") for kind in model.attention_layers for _ in range(2)
         ]
@@ -77,20 +83,56 @@ class InPlaceStore(RightPaddedStore):
         mask: NDArray[np.int64],
         positions: NDArray[np.int64],
     ) -> None:
+        self._run("prefill", row, ids, mask, positions)
+
+    def _run(
+        self,
+        graph: str,
+        row: int,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        logits: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Run several new tokens of the rows from `row` on; where logits go, None for the rows'."""
         with self._busy:
             cache, total = self._rows(row, len(ids)), mask.shape[1]
             if not self._widens or 2 * total > self._length:
-                self._call("prefill", row, ids, mask, positions, cache, cache).run()
+                self._call(graph, row, ids, mask, positions, cache, cache, logits).run()
                 return
             past = int(self.lengths[row])  # the same for all of them: one row, or empty ones
             staged = StagedCache(cache, self._growing, past, total)
-            self._call("prefill", row, ids, mask, positions, staged.past, staged.present).run()
+            before, after = staged.past, staged.present
+            self._call(graph, row, ids, mask, positions, before, after, logits).run()
             staged.store()
 
     def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
         """See `CacheStore.prefill`."""
         with self._backend.prompt():
             return super().prefill(prompts, chunk)
+
+    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `CacheStore.score`."""
+        past = int(self.lengths[0])
+        total = past + len(ids)
+        logits: NDArray[np.float32] = np.empty((len(ids), self._logits.shape[2]), np.float32)
+        with self._backend.prompt():
+            self._run(
+                "score",
+                0,
+                np.ascontiguousarray(ids)[None],
+                np.ones((1, total), dtype=np.int64),
+                np.arange(past, total, dtype=np.int64)[None],
+                logits[None],
+            )
+        self.lengths[0] = total
+        self._refresh_mask()
+        return logits
+
+    def crop(self, lengths: NDArray[np.int64]) -> None:
+        """See `CacheStore.crop`."""
+        self.lengths = lengths
+        self._refresh_mask()
 
     def _after_prefill(self) -> StepLogits:
         self._refresh_mask()
@@ -110,9 +152,11 @@ class InPlaceStore(RightPaddedStore):
         positions: NDArray[np.int64],
         past: Sequence[NDArray[Any]],
         present: Sequence[NDArray[Any]],
+        logits: NDArray[np.float32] | None = None,
     ) -> BoundCall:
         """Bind the rows from `row` on, as many as `ids` has."""
         rows = slice(row, row + len(ids))
+        candidates = {} if graph == "score" else self._candidates
         return BoundCall(
             self._backend,
             graph,
@@ -121,8 +165,8 @@ class InPlaceStore(RightPaddedStore):
             position_ids=positions,
             past=past,
             present=present,
-            logits=self._logits[rows],
-            candidates={name: array[rows] for name, array in self._candidates.items()},
+            logits=self._logits[rows] if logits is None else logits,
+            candidates={name: array[rows] for name, array in candidates.items()},
         )
 
     def _step(self) -> StepLogits:

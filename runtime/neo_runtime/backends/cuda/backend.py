@@ -203,32 +203,16 @@ class CudaBackend(Backend):
 
     def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Backend.score`."""
-        vocab_size, count = self.manifest.model.vocab_size, len(ids)
-        logits = np.empty((count, vocab_size), np.float32)
-        size = min(count, _SCORED)
-        store = DeviceStore(self, 1, self._capacity(count))
+        store = self.open_cache(1, len(ids))
         try:
-            with self._block(4 * size * vocab_size) as block:
-                for start in range(0, count, size):
-                    end = min(start + size, count)
-                    store.run_chunk(
-                        "score",
-                        0,
-                        np.ascontiguousarray(ids[None, start:end]),
-                        np.ones((1, end), dtype=np.int64),
-                        np.arange(start, end, dtype=np.int64)[None],
-                        {"logits": (block, np.float32, (1, end - start, vocab_size))},
-                    )
-                    with self.lock:
-                        self.device.download(logits[start:end], block)
-                        self.device.synchronize()
+            parts = range(0, len(ids), _SCORED)
+            return np.concatenate([store.score(ids[start : start + _SCORED]) for start in parts])
         finally:
             store.close()
-        return logits
 
     @contextmanager
-    def _block(self, size: int) -> Iterator[int]:
-        """Device memory for the time of a call."""
+    def block(self, size: int) -> Iterator[int]:
+        """Device memory for the time of some calls."""
         with self.lock:
             block = self.allocate(size)
         try:

@@ -22,6 +22,7 @@ from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
     import threading
+    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
@@ -51,6 +52,9 @@ class Steps(Protocol):
 
     def allocate(self, size: int) -> int:
         """Device memory, for one call."""
+
+    def block(self, size: int) -> AbstractContextManager[int]:
+        """Device memory for the time of some calls."""
 
     def run(self, graph: str, inputs: Tensors, outputs: Tensors) -> None:
         """Queue a graph over device memory."""
@@ -118,6 +122,32 @@ class DeviceStore(RightPaddedStore):
                 self._device.synchronize()
             finally:
                 self._device.free(block)
+
+    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `CacheStore.score`."""
+        past, vocab_size = int(self.lengths[0]), self._backend.manifest.model.vocab_size
+        total = past + len(ids)
+        logits = np.empty((len(ids), vocab_size), np.float32)
+        with self._backend.block(logits.nbytes) as block:
+            self.run_chunk(
+                "score",
+                0,
+                np.ascontiguousarray(ids)[None],
+                np.ones((1, total), dtype=np.int64),
+                np.arange(past, total, dtype=np.int64)[None],
+                {"logits": (block, np.float32, (1, *logits.shape))},
+            )
+            with self._backend.lock:
+                self._device.download(logits, block)
+                self._device.synchronize()
+        self.lengths[0] = total
+        self._is_mask_stale = True
+        return logits
+
+    def crop(self, lengths: NDArray[np.int64]) -> None:
+        """See `CacheStore.crop`."""
+        self.lengths = lengths
+        self._is_mask_stale = True
 
     def _after_prefill(self) -> StepLogits:
         self._is_mask_stale = True

@@ -14,8 +14,6 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from neo_runtime.backends.base import Backend, CacheStore
 from neo_runtime.backends.device.base import ITEM_SIZES
 from neo_runtime.backends.device.idle_pool import IdlePool
@@ -28,6 +26,7 @@ from neo_runtime.bundle.engine_record import PREFILL_PROFILE
 from neo_runtime.errors import CacheLimitError
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from neo_runtime.backends.device.base import Device
@@ -108,21 +107,11 @@ class TensorRTBackend(Backend):
 
     def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Backend.score`."""
-        options = self.record.options
-        size = min(options.max_length, options.max_logit_positions)
         store = self.open_cache(1, len(ids))
-        assert isinstance(store, TensorRTStore)
         try:
-            found = [
-                store.run_chunk(
-                    ids[None, start : start + size],
-                    np.arange(len(ids[start : start + size]), dtype=np.int64)[None],
-                )[0]
-                for start in range(0, len(ids), size)
-            ]
+            return store.score(ids)
         finally:
             store.close()
-        return np.concatenate(found)
 
     def take_buffers(self, batch: int) -> StepBuffers:
         """Buffers for a store, all zeros.

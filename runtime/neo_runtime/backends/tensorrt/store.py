@@ -176,6 +176,19 @@ class TensorRTStore(CacheStore):
         self.lengths += 1
         return StepLogits.at_hand(logits[:, 0])
 
+    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `CacheStore.score`: as many positions at once as the plan takes."""
+        options = self._backend.record.options
+        size = min(options.max_length, options.max_logit_positions)
+        parts = [ids[start : start + size] for start in range(0, len(ids), size)]
+        return np.concatenate(
+            [self.run_chunk(part[None], np.arange(len(part))[None])[0] for part in parts]
+        )
+
+    def crop(self, lengths: NDArray[np.int64]) -> None:
+        """See `CacheStore.crop`."""
+        self.lengths = lengths
+
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """See `CacheStore.reorder`."""
         moved = np.flatnonzero(rows != np.arange(len(rows)))
