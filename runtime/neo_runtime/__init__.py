@@ -53,6 +53,8 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from neo_runtime.generation.completion import Completion, Timings
+    from neo_runtime.generation.draft_model import DraftModel
+    from neo_runtime.generation.drafting import Drafter, PromptLookup
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.generation.text_stream import TextStream
     from neo_runtime.loading import load
@@ -74,6 +76,8 @@ __all__ = [
     "DependencyError",
     "DeviceError",
     "DeviceMemoryError",
+    "DraftModel",
+    "Drafter",
     "EngineError",
     "GenerationConfigError",
     "GenerationOptions",
@@ -83,6 +87,7 @@ __all__ = [
     "NeoError",
     "PendingCompletion",
     "Prefix",
+    "PromptLookup",
     "RequestError",
     "Scheduler",
     "TextStream",
@@ -95,12 +100,15 @@ __all__ = [
 _MODULES = {
     "Choice": "sampling.row_sampler",
     "Completion": "generation.completion",
+    "DraftModel": "generation.draft_model",
+    "Drafter": "generation.drafting",
     "GenerationOptions": "options.generation_options",
     "KVCache": "cache.kv_cache",
     "Manifest": "bundle.manifest",
     "Model": "model",
     "PendingCompletion": "scheduling.pending",
     "Prefix": "generation.prefix",
+    "PromptLookup": "generation.drafting",
     "Scheduler": "scheduling.scheduler",
     "TextStream": "generation.text_stream",
     "Timings": "generation.completion",

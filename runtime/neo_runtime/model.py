@@ -15,6 +15,7 @@ from neo_runtime.generation.batches import sampled_completions
 from neo_runtime.generation.generator import beam_completions, never, steps
 from neo_runtime.generation.prefix import Prefix
 from neo_runtime.generation.rows import cancelled_rows, make_rows
+from neo_runtime.generation.speculative import check_drafter, drafted_completions, drafted_steps
 from neo_runtime.generation.text_stream import TextStream
 from neo_runtime.options.generation_config import GENERATION_CONFIG, file_error
 from neo_runtime.options.generation_options import GenerationOptions
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_runtime.generation.completion import Completion
+    from neo_runtime.generation.drafting import Drafter
     from neo_runtime.generation.rows import Row
     from neo_runtime.text.prompts import Prompt
 
@@ -90,6 +92,7 @@ class Model(CachedModel):
         batch_size: int | None = ...,
         should_stop: Callable[[], bool] = ...,
         prefix: Prefix | None = ...,
+        drafter: Drafter | None = ...,
         num_return_sequences: int,
         **overrides: Any,
     ) -> list[Completion]: ...
@@ -104,6 +107,7 @@ class Model(CachedModel):
         batch_size: int | None = ...,
         should_stop: Callable[[], bool] = ...,
         prefix: Prefix | None = ...,
+        drafter: Drafter | None = ...,
         **overrides: Any,
     ) -> Completion: ...
 
@@ -117,6 +121,7 @@ class Model(CachedModel):
         batch_size: int | None = ...,
         should_stop: Callable[[], bool] = ...,
         prefix: Prefix | None = ...,
+        drafter: Drafter | None = ...,
         **overrides: Any,
     ) -> list[Completion]: ...
 
@@ -129,6 +134,7 @@ class Model(CachedModel):
         batch_size: int | None = None,
         should_stop: Callable[[], bool] = never,
         prefix: Prefix | None = None,
+        drafter: Drafter | None = None,
         **overrides: Any,
     ) -> Completion | list[Completion]:
         """Continue a prompt, or a list of prompts together.
@@ -147,6 +153,9 @@ class Model(CachedModel):
                 `lambda: time.monotonic() > deadline` or a `threading.Event`'s `is_set`; once true,
                 whatever has not ended ends with the finish reason "cancelled".
             prefix: what every prompt goes on from, computed before by `prefix`.
+            drafter: guesses tokens that are then checked several at once: a `PromptLookup`, or a
+                `DraftModel`. Texts stay what they are, up to rounding; prompts are computed one by
+                one.
             **overrides: options by name, which take precedence: `max_new_tokens=50`, …; see
                 `GenerationOptions`.
 
@@ -165,7 +174,10 @@ class Model(CachedModel):
         count(1, optional=True)("batch_size", batch_size)
         given, is_single = as_list(prompt)
         prompts = self._encode(given, prefix)
-        if chosen.num_beams > 1:
+        if drafter is not None:
+            check_drafter(drafter, chosen)
+            completions = drafted_completions(self, prompts, chosen, drafter, should_stop, prefix)
+        elif chosen.num_beams > 1:
             completions = self._search(prompts, chosen, should_stop, prefix)
         else:
             completions = sampled_completions(
@@ -199,6 +211,7 @@ class Model(CachedModel):
         bad_words: Sequence[str] = (),
         should_stop: Callable[[], bool] = never,
         prefix: Prefix | None = None,
+        drafter: Drafter | None = None,
         **overrides: Any,
     ) -> TextStream:
         """Continue one prompt and yield the text in pieces of valid UTF-8, as they come.
@@ -214,8 +227,10 @@ class Model(CachedModel):
             raise RequestError("the bundle has no tokenizer, so no text to stream; use generate")
         total = chosen.total_length(len(ids), self.manifest.max_length)
         [row] = make_rows(self, ids, chosen, total, 0, prefix)
+        if drafter is not None:
+            check_drafter(drafter, chosen)
         closed = threading.Event()
-        return TextStream(_pieces(self, row, should_stop, closed), closed)
+        return TextStream(_pieces(self, row, drafter, should_stop, closed), closed)
 
     def prefix(self, text: Prompt) -> Prefix:
         """Compute the beginning that many prompts share: instructions, examples.
@@ -313,10 +328,18 @@ class Model(CachedModel):
 
 
 def _pieces(
-    model: Model, row: Row, should_stop: Callable[[], bool], closed: threading.Event
+    model: Model,
+    row: Row,
+    drafter: Drafter | None,
+    should_stop: Callable[[], bool],
+    closed: threading.Event,
 ) -> Generator[str, None, Completion | None]:
     with model.new_cache(1, model.rounded_length(row.total - 1)) as cache:
-        for [piece] in steps(model, cache, [[row]], should_stop):
+        if drafter is None:
+            found = steps(model, cache, [[row]], should_stop)
+        else:
+            found = drafted_steps(model, cache, row, drafter, should_stop)
+        for [piece] in found:
             if closed.is_set():  # by another thread; many tokens may pass without any text
                 return None
             if piece:

@@ -29,7 +29,7 @@ def run_blocks(page: str, bundle: Path) -> tuple[int, dict[str, Any]]:
 
 
 def test_the_page(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_blocks("python-api.md", mini_bundle)[0] == 6
+    assert run_blocks("python-api.md", mini_bundle)[0] == 7
     printed = capsys.readouterr().out
     assert printed.startswith("cpu CPU\nfp32 512 ")
     assert "2 3 [" in printed
@@ -45,7 +45,7 @@ def test_the_page_of_options(mini_bundle: Path, capsys: pytest.CaptureFixture[st
 def server(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[str]:
     """The address of the server on the page about serving."""
     number, names = run_blocks("serving.md", mini_bundle)
-    assert number == 4
+    assert number == 5
     with (
         neo_runtime.load(mini_bundle, threads=1) as model,
         neo_runtime.Scheduler(model, max_batch_size=2, max_length=100) as scheduler,

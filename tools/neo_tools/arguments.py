@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-__all__ = ["at_least", "labels_of"]
+__all__ = ["add_numbers", "add_running", "at_least", "labels_of"]
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -24,6 +24,33 @@ def at_least(least: int) -> Callable[[str], int]:
         return found
 
     return number
+
+
+def add_numbers(parser: argparse.ArgumentParser, *numbers: tuple[str, str, int, str]) -> None:
+    """Options for whole numbers of at least 1: short and long name, default, help."""
+    for short, long, default, text in numbers:
+        parser.add_argument(
+            short,
+            long,
+            metavar="N",
+            type=at_least(1),
+            default=default,
+            help=f"{text} (default: {default})",
+        )
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """Options for what runs a bundle, and `--json`."""
+    parser.add_argument(
+        "-t", "--threads", metavar="N", type=at_least(1), help="threads (default: physical cores)"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "cuda", "tensorrt"),
+        default="auto",
+        help="what runs the bundle (default: auto)",
+    )
+    parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from neo_runtime.generation.completion import Completion
+    from neo_runtime.generation.drafting import Drafter
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.model import Model
     from neo_runtime.options.generation_options import GenerationOptions
@@ -27,6 +28,7 @@ def batches(
     *,
     bad_words: Sequence[str] = (),
     prefix: Prefix | None = None,
+    drafter: Drafter | None = None,
 ) -> Iterator[Batch]:
     """Complete prompts in their order, each as `Model.generate` does with all of them.
 
@@ -37,6 +39,7 @@ def batches(
         size: prompts computed together; None for as many as `Model.generate` takes.
         bad_words: as for `Model.generate`.
         prefix: as for `Model.generate`.
+        drafter: as for `Model.generate`.
 
     Raises:
         RequestError: a prompt or an option that cannot be honoured: before any is computed.
@@ -57,12 +60,17 @@ def batches(
 
     rows = of_each(prompts, checked)
     copies = chosen.num_return_sequences
-    if chosen.num_beams > 1:
-        size = 1  # beam search computes prompts alone
+    if chosen.num_beams > 1 or drafter is not None:
+        size = 1  # which compute prompts alone
     step = size or max(1, model.default_batch // copies)
     for start in range(0, len(rows), step):
         batch = rows[start : start + step]
         completions = model.generate(
-            batch, chosen, bad_words=bad_words, batch_size=size, prefix=prefix
+            batch,
+            chosen,
+            bad_words=bad_words,
+            batch_size=size,
+            prefix=prefix,
+            drafter=drafter,
         )
         yield [(start + place // copies, one) for place, one in enumerate(completions)]

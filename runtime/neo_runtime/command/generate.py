@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.command.prompts import GivenPrompt
     from neo_runtime.generation.completion import Completion
+    from neo_runtime.generation.drafting import Drafter
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.generation.text_stream import TextStream
     from neo_runtime.model import Model
@@ -103,6 +104,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="prompts to compute together (default: what suits the machine)",
     )
+    drafts = parser.add_mutually_exclusive_group()
+    drafts.add_argument(
+        "--prompt-lookup",
+        action="store_true",
+        help="guess that the text repeats itself, and check several tokens at once: the same text, "
+        "sooner where it does",
+    )
+    drafts.add_argument(
+        "--draft-model",
+        metavar="BUNDLE",
+        help="let a small model of the same vocabulary guess, on the same backend",
+    )
+    parser.add_argument(
+        "--draft-tokens", type=int, metavar="N", help="guess at most N tokens at once (default: 10)"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="compare the weights with their checksum first"
     )
@@ -144,6 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     options = chosen_options(arguments)
+    if arguments.draft_tokens is not None and not (
+        arguments.prompt_lookup or arguments.draft_model
+    ):
+        raise RequestError("--draft-tokens needs --prompt-lookup or --draft-model; add one of them")
     if "logprobs" in options and not (arguments.json or arguments.json_lines):
         raise RequestError("--logprobs needs --json or --json-lines; add one of them")
     prompts = read_prompts(arguments.prompt, arguments.prompts_file, ids=arguments.token_ids)
@@ -152,25 +172,42 @@ def _run(arguments: argparse.Namespace) -> int:
     from neo_runtime.loading import load
 
     limit = arguments.max_cache_mb
-    with load(
-        arguments.bundle,
-        backend=arguments.backend,
-        device=arguments.device,
-        threads=arguments.threads,
-        max_cache_bytes=None if limit is None else limit * 10**6,
-        verify=arguments.verify,
-    ) as model:
+    loading = {
+        "backend": arguments.backend,
+        "device": arguments.device,
+        "threads": arguments.threads,
+        "max_cache_bytes": None if limit is None else limit * 10**6,
+        "verify": arguments.verify,
+    }
+    small = arguments.draft_model
+    with (
+        load(arguments.bundle, **loading) as model,
+        nullcontext() if small is None else load(small, **loading) as draft_model,
+    ):
         loaded = perf_counter() - started
         if model.backend_choice is not None and model.backend != "cpu":  # else it was logged
             print(f"neo-generate: {model.backend_choice}", file=sys.stderr)
         bad_words = options.pop("bad_words", ())
         chosen = _chosen(model, options, reads_file=not arguments.no_generation_config)
         with nullcontext() if beginning is None else model.prefix(beginning) as prefix:
-            shared = {"bad_words": bad_words, "prefix": prefix}
+            drafter = _drafter(arguments, draft_model)
+            shared = {"bad_words": bad_words, "prefix": prefix, "drafter": drafter}
             completions = _complete(arguments, model, prompts, chosen, shared, loaded)
     if arguments.timings:
         print_timings(completions, loaded)
     return 0
+
+
+def _drafter(arguments: argparse.Namespace, draft_model: Model | None) -> Drafter | None:
+    """What was asked for, if it was."""
+    from neo_runtime.generation.draft_model import DraftModel
+    from neo_runtime.generation.drafting import PromptLookup
+
+    tokens = arguments.draft_tokens
+    given = {} if tokens is None else {"num_tokens": tokens}
+    if draft_model is not None:
+        return DraftModel(draft_model, **given)
+    return PromptLookup(**given) if arguments.prompt_lookup else None
 
 
 def _chosen(model: Model, given: dict[str, Any], *, reads_file: bool) -> GenerationOptions:

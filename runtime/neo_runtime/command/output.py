@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from neo_runtime.command.batches import Batch
-    from neo_runtime.generation.completion import Completion
+    from neo_runtime.generation.completion import Completion, Timings
     from neo_runtime.model import Model
     from neo_runtime.sampling.row_sampler import Choice
 
@@ -75,9 +75,15 @@ def print_timings(completions: Sequence[Completion], loaded: float) -> None:
         print(
             f"prompt of {len(completion.prompt_token_ids)} tokens: prefill "
             f"{times.prefill_seconds:.3f} s; {len(completion.token_ids)} tokens, "
-            f"{times.tokens_per_second:.1f} a second",
+            f"{times.tokens_per_second:.1f} a second{_guesses(times)}",
             file=sys.stderr,
         )
+
+
+def _guesses(times: Timings) -> str:
+    if not times.draft_tokens:
+        return ""
+    return f", {times.accepted_draft_tokens} of {times.draft_tokens} guesses right"
 
 
 def _facts(model: Model, completion: Completion) -> dict[str, Any]:

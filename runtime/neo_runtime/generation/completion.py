@@ -25,6 +25,10 @@ class Timings:
     """From the first token to the last."""
     tokens_per_second: float
     """Tokens of this completion after the first / `decode_seconds`; 0 with one token."""
+    draft_tokens: int = 0
+    """Tokens that a drafter guessed."""
+    accepted_draft_tokens: int = 0
+    """Those of them that were right."""
 
 
 @dataclass(frozen=True, kw_only=True)

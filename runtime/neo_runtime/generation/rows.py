@@ -37,14 +37,16 @@ class Stopwatch:
         """Seconds since the start."""
         return perf_counter() - self._start
 
-    def timings(self, tokens: int) -> Timings:
-        """Summary for a completion of this many tokens."""
+    def timings(self, tokens: int, drafted: int = 0, accepted: int = 0) -> Timings:
+        """Summary for a completion of this many tokens, and of guesses for them."""
         decode = self.last - self.first
         return Timings(
             prefill_seconds=self.prefill,
             time_to_first_token=self.first,
             decode_seconds=decode,
             tokens_per_second=(tokens - 1) / decode if tokens > 1 and decode > 0 else 0.0,
+            draft_tokens=drafted,
+            accepted_draft_tokens=accepted,
         )
 
 
@@ -76,6 +78,8 @@ class Row:
         self.sampler = sampler
         self.watch = Stopwatch()
         self.choices: list[Choice] = []
+        self.drafted = self.accepted = 0
+        """Tokens that were guessed, and those of them that were right."""
         self.finish_reason: FinishReason | None = None
         self._eos = options.active_eos
         self._keeps_logprobs = options.logprobs is not None
@@ -128,7 +132,7 @@ class Row:
             prompt_token_ids=tuple(self.prompt.tolist()),
             finish_reason="stop" if self._matcher.found is not None else self.finish_reason,
             stop=self._matcher.found,
-            timings=self.watch.timings(len(self.choices)),
+            timings=self.watch.timings(len(self.choices), self.drafted, self.accepted),
             logprobs=tuple(self.choices) if self._keeps_logprobs else None,
         )
 

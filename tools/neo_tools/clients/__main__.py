@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from neo_runtime.command.command_line import OneLineParser, run_command
 
 import neo_tools.clients
-from neo_tools.arguments import at_least
+from neo_tools.arguments import add_numbers, add_running
 
 if TYPE_CHECKING:
     import argparse
@@ -83,32 +83,15 @@ def _parser() -> argparse.ArgumentParser:
         description=neo_tools.clients.__doc__,
     )
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder with neo.json")
-    numbers = (
+    add_numbers(
+        parser,
         ("-c", "--clients", 8, "clients at once"),
         ("-q", "--requests", 3, "requests of each client, one after the other"),
         ("-p", "--prompt", 64, "tokens of each prompt"),
         ("-n", "--new-tokens", 32, "new tokens of a request, on average"),
         ("-r", "--repetitions", 3, "rounds"),
     )
-    for short, long, default, text in numbers:
-        parser.add_argument(
-            short,
-            long,
-            metavar="N",
-            type=at_least(1),
-            default=default,
-            help=f"{text} (default: {default})",
-        )
-    parser.add_argument(
-        "-t", "--threads", metavar="N", type=at_least(1), help="threads (default: physical cores)"
-    )
-    parser.add_argument(
-        "--backend",
-        choices=("auto", "cpu", "cuda", "tensorrt"),
-        default="auto",
-        help="what runs the bundle (default: auto)",
-    )
-    parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
+    add_running(parser)
     return parser
 
 

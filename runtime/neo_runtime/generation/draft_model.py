@@ -1,0 +1,119 @@
+"""A small model guesses for a large one of the same vocabulary."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neo_runtime.cached_model import CachedModel
+from neo_runtime.errors import RequestError
+from neo_runtime.generation.drafting import Drafter
+from neo_runtime.options.values import count, number
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.cache.kv_cache import KVCache
+    from neo_runtime.generation.drafting import Propose
+
+    IntArray = NDArray[np.int64]
+
+__all__ = ["DraftModel"]
+
+
+class DraftModel(Drafter):
+    """Guesses with another bundle, such as GPT-Neo 125M for GPT-Neo 1.3B.
+
+    It takes the tokens that the small model finds most probable, whatever the options are.
+    """
+
+    def __init__(
+        self, model: CachedModel, num_tokens: int = 10, confidence_threshold: float = 0.4
+    ) -> None:
+        """Choose.
+
+        Args:
+            model: the small one; must stay open. Each sequence has a cache in it.
+            num_tokens: most tokens that are guessed at once.
+            confidence_threshold: guessing ends with a token of less probability than this.
+
+        Raises:
+            RequestError: something else than a model, or a number out of its range.
+        """
+        if not isinstance(model, CachedModel):
+            raise RequestError(
+                f"the draft model is of type {type(model).__name__}, expected neo_runtime.Model"
+            )
+        self._model = model
+        self._num_tokens: int = count(1)("num_tokens", num_tokens)
+        limits = number(minimum=0, maximum=1)
+        self._threshold: float = limits("confidence_threshold", confidence_threshold)
+
+    @contextmanager
+    def begin(self, model: CachedModel, length: int) -> Iterator[Propose]:
+        """See `Drafter.begin`."""
+        own, other = (each.manifest.model.vocab_size for each in (self._model, model))
+        if own != other:
+            raise RequestError(
+                f"the draft model has {own} tokens and the model {other}, expected one vocabulary"
+            )
+        self._model.prepare()
+        with self._model.new_cache(1, self._model.rounded_length(length)) as cache:
+            yield _Sequence(self._model, cache, self._num_tokens, self._threshold).propose
+
+
+class _Sequence:
+    """One text in the small model's cache."""
+
+    def __init__(
+        self, model: CachedModel, cache: KVCache, num_tokens: int, threshold: float
+    ) -> None:
+        self._model, self._cache = model, cache
+        self._num_tokens, self._threshold = num_tokens, threshold
+        self._read = np.empty(0, np.int64)
+        """What the cache holds."""
+
+    def propose(self, ids: IntArray, most: int) -> IntArray:
+        """See `Propose`; nothing where the small model has too few positions."""
+        wanted = min(most, self._num_tokens, self._cache.length - len(ids) + 1)
+        if wanted < 1:
+            return ids[:0]
+        logits = self._read_on(ids)
+        # What is read from here on may have to be taken away again.
+        wanted = min(wanted, self._cache.room_to_crop + 1)
+        guess: list[int] = []
+        while True:
+            token = int(logits.argmax())
+            if _probability(logits, token) < self._threshold:
+                break
+            guess.append(token)
+            if len(guess) == wanted:
+                break
+            logits = self._next(np.array([token]))
+            self._read = np.append(self._read, token)
+        return np.array(guess, np.int64)
+
+    def _read_on(self, ids: IntArray) -> NDArray[np.float32]:
+        """Logits behind the text: what of it is new is read, guesses that were wrong forgotten."""
+        shared = min(len(self._read), len(ids) - 1)
+        differs = np.flatnonzero(self._read[:shared] != ids[:shared])
+        shared = int(differs[0]) if len(differs) else shared
+        self._cache.crop(shared)
+        new = ids[shared:]
+        self._read = ids.copy()
+        if len(new) == 1:
+            return self._next(new)
+        logits: NDArray[np.float32] = self._model.prefill(self._cache, [new])[0]
+        return logits
+
+    def _next(self, token: IntArray) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = self._model.decode(self._cache, token)[0]
+        return logits
+
+
+def _probability(logits: NDArray[np.float32], token: int) -> float:
+    return 1.0 / float(np.exp(logits - logits[token]).sum(dtype=np.float64))

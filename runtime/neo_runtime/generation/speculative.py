@@ -1,0 +1,148 @@
+"""Speculative decoding: guesses are checked several at a time, in one run over the weights.
+
+    text    Once upon a time there was
+    guess                              a little girl who
+    scored  the model's logits after "was", "a", "little", "girl", "who": one call
+    chosen                             a little boy               "girl" was wrong: crop the cache
+
+Each token is chosen as ever, by the same rules and draws from the logits after the text before it;
+a guess that equals it only means that the next logits are there already. So texts are those without
+guesses, up to rounding: several positions are computed by another graph than one, and where
+activations are rounded to 8 bits a last digit can choose another token at a near tie.
+
+The idea: arXiv 2211.17192. A guess that is certain is accepted there with the probability that the
+model gives it, which is what drawing and comparing does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from neo_runtime.errors import RequestError
+from neo_runtime.generation.rows import Stopwatch, cancelled_rows, make_rows
+from neo_runtime.text.prompts import named_prompt, of_each
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from neo_runtime.backends.step_logits import RowLogits
+    from neo_runtime.cache.kv_cache import KVCache
+    from neo_runtime.cached_model import CachedModel
+    from neo_runtime.generation.completion import Completion
+    from neo_runtime.generation.drafting import Drafter, Propose
+    from neo_runtime.generation.prefix import Prefix
+    from neo_runtime.generation.rows import Row
+    from neo_runtime.options.generation_options import GenerationOptions
+
+__all__ = ["check_drafter", "drafted_completions", "drafted_steps"]
+
+_FIRST = 2
+"""Tokens of a first guess. After a right one it may be twice as long; after a wrong one, one longer
+than what of it was right: guesses cost little where they fail, and grow where a text is copied."""
+
+
+def drafted_steps(
+    model: CachedModel,
+    cache: KVCache,
+    row: Row,
+    drafter: Drafter,
+    should_stop: Callable[[], bool],
+) -> Generator[list[str], None, None]:
+    """As `generator.steps` for one row: yields its piece, token by token.
+
+    Args:
+        model: computes the logits.
+        cache: empty, for one row.
+        row: the continuation.
+        drafter: guesses.
+        should_stop: asked after each token; then the row ends as "cancelled".
+    """
+    model.prepare()  # before the clock starts
+    with drafter.begin(model, row.total) as propose:
+        row.watch = Stopwatch()
+        if row.prefix is not None:
+            row.prefix.fill(cache, [0])
+        logits: Iterable[RowLogits | NDArray[np.float32]]
+        logits = model.prefill_step(cache, [row.unread_prompt])
+        row.watch.prefill = row.watch.seconds()
+        guess: list[int] = []
+        limit = _FIRST
+        while True:
+            for index, scores in enumerate(logits):
+                yield [row.push(row.sampler.pick(scores))]
+                if row.finish_reason is not None:
+                    return
+                if should_stop():
+                    yield [row.cancel()]
+                    return
+                if index == len(guess) or row.choices[-1].token != guess[index]:
+                    break
+                row.accepted += 1
+            if guess:
+                limit = max(limit, 2 * index) if index == len(guess) else index + 1
+            cache.crop(len(row.sampler.ids) - 1)
+            guess = _guess(model, cache, row, propose, limit)
+            tokens = [row.choices[-1].token, *guess]
+            row.drafted += len(guess)
+            logits = model.logits(tokens, cache) if guess else model.decode_step(cache, tokens)
+
+
+def _guess(model: CachedModel, cache: KVCache, row: Row, propose: Propose, limit: int) -> list[int]:
+    """Tokens that may be fed behind the last one: as many as can be taken away again."""
+    ids = row.sampler.ids
+    most = min(row.total - len(ids) - 1, cache.room_to_crop - 1, limit)
+    if most < 1:
+        return []
+    found: list[int] = propose(ids, most)[:most].tolist()
+    vocab_size = model.manifest.model.vocab_size
+    if not all(0 <= token < vocab_size for token in found):
+        raise RequestError(f"the drafter gave {found}, expected ids from 0 to {vocab_size - 1}")
+    return found
+
+
+def drafted_completions(
+    model: CachedModel,
+    prompts: Sequence[NDArray[np.int64]],
+    options: GenerationOptions,
+    drafter: Drafter,
+    should_stop: Callable[[], bool],
+    prefix: Prefix | None = None,
+) -> list[Completion]:
+    """Continue prompts one by one. Arguments and errors are those of `sampled_completions`."""
+    most = model.manifest.max_length
+    totals = of_each(prompts, lambda ids: options.total_length(len(ids), most))
+    rows: list[Row] = []
+    for index, (ids, total) in enumerate(zip(prompts, totals, strict=True)):
+        if should_stop():
+            rows += cancelled_rows(model, ids, options)
+            continue
+        with (
+            named_prompt(index, len(prompts)),
+            model.new_cache(1, model.rounded_length(total - 1)) as cache,
+        ):
+            [row] = make_rows(model, ids, options, total, index, prefix)
+            for _ in drafted_steps(model, cache, row, drafter, should_stop):
+                pass
+            rows.append(row)
+    return [row.completion() for row in rows]
+
+
+def check_drafter(drafter: Drafter, options: GenerationOptions) -> None:
+    """Refuse what is no drafter, and options that guesses are of no use to.
+
+    Raises:
+        RequestError: says what to change.
+    """
+    if not hasattr(drafter, "begin"):
+        raise RequestError(
+            f"drafter is of type {type(drafter).__name__}, expected neo_runtime.PromptLookup or "
+            "DraftModel"
+        )
+    if options.num_beams > 1 or options.num_return_sequences > 1:
+        raise RequestError(
+            "a drafter guesses for one continuation; set num_beams=1 and num_return_sequences=1, "
+            "or leave drafter out"
+        )

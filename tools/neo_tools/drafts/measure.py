@@ -1,0 +1,119 @@
+"""Rounds of checked guesses, and of texts with and without them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neo_tools.peers.worker_protocol import context_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from neo_runtime.generation.drafting import Drafter
+    from neo_runtime.model import Model
+    from neo_runtime.text.prompts import Prompt
+
+__all__ = ["WITHOUT", "Texts", "checking_seconds", "texts"]
+
+WITHOUT = "without"
+
+
+def checking_seconds(
+    model: Model, depth: int, counts: Sequence[int], repetitions: int
+) -> dict[int, list[float]]:
+    """Seconds of scoring some tokens behind a text, in rounds; of 1: a step of decode.
+
+    Args:
+        model: loaded.
+        depth: tokens of the text.
+        counts: how many tokens are scored.
+        repetitions: rounds, after one that does not count.
+    """
+    vocab_size = model.manifest.model.vocab_size
+    ids = np.array(context_ids(depth + max(counts), 1, 1, vocab_size)[0])
+    found: dict[int, list[float]] = {count: [] for count in (1, *counts)}
+    # In a cache as long as the text, local layers would move their window now and then.
+    for _ in range(repetitions + 1):
+        for count, seconds in found.items():
+            with model.new_cache(1, depth + count) as cache:
+                model.prefill(cache, [ids[:depth]])
+                model.decode(cache, ids[:1])
+                cache.crop(depth)
+                started = perf_counter()
+                if count == 1:
+                    model.decode(cache, ids[depth : depth + 1])
+                else:
+                    model.logits(ids[depth : depth + count], cache)
+                seconds.append(perf_counter() - started)
+    return {count: seconds[1:] for count, seconds in found.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """All prompts in one way, round by round."""
+
+    seconds: list[float]
+    """Behind the first token of each text."""
+    tokens: int
+    """Of all texts of a round."""
+    drafted: int
+    accepted: int
+    differing: int
+    """Texts that are not the same as without guesses."""
+
+
+def texts(
+    model: Model,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+    drafters: Mapping[str, Drafter],
+    repetitions: int,
+    progress: Callable[[str], None],
+) -> dict[str, Texts]:
+    """Continue every prompt in every way, greedily; ways take turns, prompt by prompt.
+
+    Args:
+        model: loaded.
+        prompts: text or token ids.
+        new_tokens: of each, at least 2.
+        drafters: by name; `WITHOUT` comes by itself.
+        repetitions: rounds, after one prompt in each way that does not count.
+        progress: told what happens next.
+    """
+    ways: dict[str, Drafter | None] = {WITHOUT: None, **drafters}
+    for drafter in ways.values():
+        model.generate(prompts[0], max_new_tokens=4, drafter=drafter)
+    seconds = {way: [0.0] * repetitions for way in ways}
+    tokens, drafted, accepted, differing = (dict.fromkeys(ways, 0) for _ in range(4))
+    for turn in range(repetitions):
+        progress(f"round {turn + 1}/{repetitions}: {len(prompts)} prompts")
+        for index, prompt in enumerate(prompts):
+            said = {}
+            order = list(ways)[(turn + index) % len(ways) :] + list(ways)
+            for way in dict.fromkeys(order):
+                one = model.generate(
+                    prompt, max_new_tokens=new_tokens, ignore_eos=True, drafter=ways[way]
+                )
+                said[way] = one.token_ids
+                seconds[way][turn] += one.timings.decode_seconds
+                if turn == 0:
+                    tokens[way] += len(one.token_ids)
+                    drafted[way] += one.timings.draft_tokens
+                    accepted[way] += one.timings.accepted_draft_tokens
+            if turn == 0:
+                for way in ways:
+                    differing[way] += said[way] != said[WITHOUT]
+    return {
+        way: Texts(
+            seconds=seconds[way],
+            tokens=tokens[way],
+            drafted=drafted[way],
+            accepted=accepted[way],
+            differing=differing[way],
+        )
+        for way in ways
+    }
