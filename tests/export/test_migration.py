@@ -9,6 +9,7 @@ import pytest
 from helpers.held_out import held_out_ids, perplexity
 from helpers.models import DEMO, Reference
 from helpers.outliers import spread_outliers
+from helpers.rounding import rounded_to_nearest
 from helpers.running import Graphs, relative_l2
 from neo_calibration.cli import main as calibrate
 from neo_export.checkpoint.folder import open_checkpoint
@@ -17,11 +18,11 @@ from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.gpt_neo.parameters import LAYER_INPUTS
 from neo_export.quantize.migration import Migration
 from neo_export.quantize.migration_search import MovedPlace, find_migration
-from neo_export.quantize.quantizer import RoundToNearest
 from neo_export.statistics.folder import Statistics
 from neo_export.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -75,11 +76,10 @@ def test_the_outliers_are_real_and_everywhere(
 
 
 @pytest.fixture
-def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights rounded to nearest: GPTQ would make up for a part of what is tested here."""
-    monkeypatch.setattr(
-        "neo_export.decisions.calibrated.GptqQuantizer", lambda *_, **__: RoundToNearest()
-    )
+def rounded() -> Iterator[None]:
+    """GPTQ would make up for a part of what is tested here."""
+    with rounded_to_nearest():
+        yield
 
 
 @pytest.mark.usefixtures("rounded")

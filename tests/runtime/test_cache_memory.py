@@ -13,6 +13,7 @@ from helpers.held_out import held_out_ids
 from helpers.int8_cache import calibrated
 from helpers.mappings import private_bytes
 from helpers.models import DEMO
+from helpers.rounding import rounded_to_nearest
 from neo_export.command.cli import main as export
 from neo_runtime.backends.cpu import unused_memory
 from neo_runtime.backends.cpu.binding import BoundCall
@@ -147,17 +148,25 @@ def test_memory_that_is_computed_in_is_not_handed_on(
             store.decode(np.array([5]))
 
 
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibration") / "statistics"
+    return calibrated(DEMO, held_out_ids(2, 512), folder)
+
+
 @pytest.fixture(
     scope="module", params=["fp32", "fp16", "int8", "int4", "fp32-kv8", "int8-kv8", "int4-kv8"]
 )
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(
+    request: pytest.FixtureRequest, statistics: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("stale")
     precision, _, cache = request.param.partition("-")
     flags = [f"--{precision}", "--target", "cpu"]
     if cache:
-        statistics = calibrated(DEMO, held_out_ids(2, 512), folder / "statistics")
         flags += ["--kv-cache", "int8", "--calibration", str(statistics)]
-    assert export([str(DEMO), "-o", str(folder / "bundle"), *flags]) == 0
+    with rounded_to_nearest():
+        assert export([str(DEMO), "-o", str(folder / "bundle"), *flags]) == 0
     return folder / "bundle"
 
 

@@ -41,7 +41,7 @@ def fused(mini_bundle: Path) -> Iterator[Model]:
 
 
 def test_greedy_continuations_equal_transformers(mini_bundle: Path, portable_bundle: Path) -> None:
-    prompts = varied_prompts()
+    prompts = varied_prompts(10)
     options = {"max_new_tokens": 200, "eos_token_id": None, "do_sample": False}
     expected = [ids for [ids] in reference_continuations(prompts, **options)]
     for bundle in (mini_bundle, portable_bundle):

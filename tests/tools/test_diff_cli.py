@@ -162,7 +162,8 @@ def test_a_window_off_by_one_fails_by_default(
     assert "past the window" in out
     assert "a local layer without its window" in out
     assert "attention_layers" in err
-    status, found = result(capsys, tmp_path / "bundle", "--reference", DEMO, "--report-only")
+    few = ("--reference", DEMO, "--report-only", *FEW)
+    status, found = result(capsys, tmp_path / "bundle", *few)
     assert status == 0
     assert not found["passed"]
     fault = found["first_fault"]

@@ -1,0 +1,22 @@
+"""Calibrated bundles without GPTQ, which takes most of their time."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from neo_export.quantize.quantizer import RoundToNearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def rounded_to_nearest() -> Iterator[None]:
+    """Statistics choose everything but the weights' integers, which are the nearest ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "neo_export.decisions.calibrated.GptqQuantizer", lambda *_, **__: RoundToNearest()
+        )
+        yield
