@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neo_runtime.backends.base import appended
 from neo_runtime.cache.kv_cache import KVCache, row_numbers
 from neo_runtime.cache.ledger import CacheLedger
 from neo_runtime.closable import Closable
@@ -78,10 +79,14 @@ class CachedModel(Closable):
         """Sequences that `generate` computes together where `batch_size` is left open."""
         return self._backend.default_batch
 
-    def prepare(self) -> None:
-        """Load the graphs for prefill and decode now, instead of with the first request."""
+    def prepare(self, *, scores: bool = False) -> None:
+        """Load the graphs for prefill and decode now, instead of with the first request.
+
+        Args:
+            scores: and the one for `logits`, which checks guessed tokens, too.
+        """
         self._check_open()
-        self._backend.prepare()
+        self._backend.prepare(("prefill", "decode", *(["score"] if scores else [])))
 
     @property
     def prepacked_bytes(self) -> int:
@@ -234,10 +239,9 @@ class CachedModel(Closable):
         if cache.batch != 1:
             raise RequestError(f"a cache of {cache.batch} sequences, expected one to score behind")
         self._check_room(cache, len(ids))
-        size = self.prefill_chunk
+        size = min(self.prefill_chunk, self._backend.scored_at_once)
         with cache.changing() as store:
-            parts = [store.score(ids[at : at + size]) for at in range(0, len(ids), size)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            return appended(self._backend, store, ids, size)
 
     def _check_cache(self, cache: KVCache) -> None:
         self._check_open()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import closing
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
@@ -339,9 +340,10 @@ def _pieces(
             found = steps(model, cache, [[row]], should_stop)
         else:
             found = drafted_steps(model, cache, row, drafter, should_stop)
-        for [piece] in found:
-            if closed.is_set():  # by another thread; many tokens may pass without any text
-                return None
-            if piece:
-                yield piece
+        with closing(found):
+            for [piece] in found:
+                if closed.is_set():  # by another thread; many tokens may pass without any text
+                    return None
+                if piece:
+                    yield piece
     return row.completion()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import faults
 from helpers.cropping import assert_crops_hold
+from helpers.guessing import assert_guesses_change_nothing
 from helpers.hf_reference import heldout_texts
 from helpers.joining import assert_rows_join
 from helpers.models import DEMO, ODD_CONFIGS, Reference, TinyConfig, make_checkpoint
@@ -125,6 +126,10 @@ def test_rows_join_and_begin_with_another_cache(model: Model, bundle: Path) -> N
         assert_rows_join(model, limit, cpu.logits)
         assert_prefixes_hold(model, limit, cpu.logits)
         assert_crops_hold(model, limit, cpu.logits)
+
+
+def test_guesses_change_nothing(model: Model) -> None:
+    assert_guesses_change_nothing(model, 0.05)
 
 
 def test_requests_that_share_steps(model: Model) -> None:

@@ -10,6 +10,7 @@ import neo_runtime
 import numpy as np
 import pytest
 from helpers.cropping import assert_crops_hold
+from helpers.guessing import assert_guesses_change_nothing
 from helpers.joining import assert_rows_join
 from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint
 from helpers.parity import assert_parity
@@ -109,3 +110,7 @@ def test_rows_join_and_begin_with_another_cache(model: Model) -> None:
 def test_texts(model: Model) -> None:
     assert model.generate("Once upon a time", max_new_tokens=30).text
     assert model.generate("Once upon a time", max_new_tokens=10, num_beams=3).text
+
+
+def test_guesses_change_nothing(model: Model) -> None:
+    assert_guesses_change_nothing(model, 0.05)

@@ -15,6 +15,7 @@ import neo_runtime
 import numpy as np
 import pytest
 from helpers.cropping import assert_crops_hold
+from helpers.guessing import assert_guesses_change_nothing
 from helpers.host_device import HostDevice
 from helpers.joining import assert_rows_join
 from helpers.models import ODD_CONFIGS, Reference, make_checkpoint
@@ -188,11 +189,15 @@ def test_positions_are_taken_away(device_model: Model) -> None:
     assert_crops_hold(device_model, TOLERANCES["fp16"].logits)
 
 
+def test_guesses_change_nothing(device_model: Model) -> None:
+    assert_guesses_change_nothing(device_model, 0.01)
+
+
 def test_scores(cpu: Model, device_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = np.random.default_rng(2).integers(0, 4096, 200)
     expected = cpu.logits(ids)
     np.testing.assert_array_equal(device_model.logits(ids), expected)
-    monkeypatch.setattr("neo_runtime.backends.cuda.backend._SCORED", 64)
+    monkeypatch.setattr("neo_runtime.backends.cuda.backend.CudaBackend.scored_at_once", 64)
     np.testing.assert_allclose(device_model.logits(ids), expected, atol=0.15)
 
 

@@ -92,6 +92,8 @@ def test_a_call_that_ends_early_ends_the_cache(
         lambda cache: model.prefill(cache, [[1], [2, 3]]),
         lambda cache: model.decode(cache, [1, 2]),
         lambda cache: cache.reorder([1, 0]),
+        lambda cache: cache.crop(1),
+        lambda cache: cache.room_to_crop,
     )
     for broken in steps[:2]:
         with model.new_cache(2, 8) as cache:
@@ -299,6 +301,9 @@ def test_what_was_evicted_does_not_come_back(model: Model) -> None:
                 cache.crop(80)
         cache.crop(81)
         cache.crop(1000)
+        cache.crop(10**30)
+        cache.crop(np.uint64(81))  # type: ignore[arg-type]
+        assert cache.lengths.dtype == np.int64
         assert cache.lengths.tolist() == [81]
         model.decode(cache, [3])
         cache.crop(81)

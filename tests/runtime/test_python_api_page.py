@@ -45,7 +45,7 @@ def test_the_page_of_options(mini_bundle: Path, capsys: pytest.CaptureFixture[st
 def server(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[str]:
     """The address of the server on the page about serving."""
     number, names = run_blocks("serving.md", mini_bundle)
-    assert number == 5
+    assert number == 6
     with (
         neo_runtime.load(mini_bundle, threads=1) as model,
         neo_runtime.Scheduler(model, max_batch_size=2, max_length=100) as scheduler,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.guessing import assert_guesses_change_nothing
 from helpers.hf_reference import reference_continuations, varied_prompts
 from helpers.models import DEMO, TinyConfig, make_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
@@ -79,6 +80,7 @@ def test_wherever_guesses_fail(model: Model) -> None:
         if lies == 0:
             assert times.draft_tokens == times.accepted_draft_tokens > 90
             assert len(oracle.asked) < 30
+            assert [most for _, most in oracle.asked[:3]] == [2, 4, 8]
         if lies == 1:
             assert times.accepted_draft_tokens == 0
             assert max(most for _, most in oracle.asked[1:]) == 1, "they cost as little as can be"
@@ -86,32 +88,12 @@ def test_wherever_guesses_fail(model: Model) -> None:
         assert max(length + most for length, most in oracle.asked) <= len(prompt) + 119
 
 
-def assert_near_the_text_without(model: Model) -> None:
-    """Equal tokens as far as the texts go together, and near logits: near ties may part them."""
-    for prompt in varied_prompts(5):
-        options: dict[str, Any] = {"max_new_tokens": 40, "logprobs": 0}
-        alone = model.generate(prompt, **options)
-        for drafter in (PromptLookup(), DraftModel(model, 4)):
-            found = model.generate(prompt, drafter=drafter, **options)
-            assert found.logprobs is not None
-            assert alone.logprobs is not None
-            for one, other in zip(found.logprobs, alone.logprobs, strict=True):
-                assert one.logprob == pytest.approx(other.logprob, abs=0.05)
-                if one.token != other.token:
-                    break
-
-
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_quantized(precision: str, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     export_bundle(str(DEMO), bundle, ExportOptions(precision=precision))
     with neo_runtime.load(bundle, threads=1) as model:
-        assert_near_the_text_without(model)
-        if precision == "int8":  # whose integers do not depend on how many rows there are
-            prompts = varied_prompts(10)
-            alone = model.generate(prompts, max_new_tokens=60)
-            found = model.generate(prompts, max_new_tokens=60, drafter=PromptLookup())
-            assert [one.token_ids for one in found] == [one.token_ids for one in alone]
+        assert_guesses_change_nothing(model, 0.05)
 
 
 def test_draws_are_those_without(model: Model) -> None:
@@ -156,6 +138,8 @@ def test_every_way_to_end(model: Model) -> None:
         stream = model.stream(prompt, drafter=known, **options)
         assert "".join(stream) == alone.text
         assert stream.completion.token_ids == alone.token_ids
+    times = model.generate(prompt, drafter=known, eos_token_id=whole.token_ids[6]).timings
+    assert (times.draft_tokens, times.accepted_draft_tokens) == (6, 5), "the last one as well"
     calls = iter(range(100))
     ended = model.generate(prompt, drafter=known, should_stop=lambda: next(calls) == 7)
     assert (ended.finish_reason, len(ended.token_ids)) == ("cancelled", 7)
@@ -164,6 +148,49 @@ def test_every_way_to_end(model: Model) -> None:
     with model.stream(prompt, drafter=DraftModel(model), max_new_tokens=60) as stream:
         next(stream)
         assert model.cache_bytes_in_use
+    assert model.cache_bytes_in_use == 0
+
+
+def test_graphs_are_loaded_before_the_clock(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(model._backend, "prepare", loaded.append)
+    lookup = PromptLookup()
+    model.generate([5, 6, 5, 6], max_new_tokens=3, drafter=lookup)
+    assert loaded == [("prefill", "decode", "score")]
+
+    class Never(Drafter):
+        def begin(self, model: CachedModel, length: int) -> AbstractContextManager[Propose]:
+            raise AssertionError
+
+    model.generate([5, 6, 5, 6], max_new_tokens=1, drafter=Never())
+    assert len(loaded) == 1, "one token needs no guess"
+
+
+def test_the_drafter_ends_before_the_cache(model: Model) -> None:
+    ended: list[int] = []
+
+    class Held(Drafter):
+        @contextmanager
+        def begin(self, model: CachedModel, length: int) -> Iterator[Propose]:
+            try:
+                yield lambda ids, most: ids[:0]
+            finally:
+                ended.append(model.cache_bytes_in_use)
+
+    class Broken(Held):
+        @contextmanager
+        def begin(self, model: CachedModel, length: int) -> Iterator[Propose]:
+            with super().begin(model, length):
+                yield lambda ids, most: ids[most // 0 :]
+
+    model.generate("Once", drafter=Held(), max_new_tokens=3)
+    with model.stream("Once", drafter=Held(), max_new_tokens=30) as stream:
+        next(stream)
+    for call in (model.generate, lambda *a, **o: list(model.stream(*a, **o))):
+        with pytest.raises(ZeroDivisionError):
+            call("Once", drafter=Broken(), max_new_tokens=30)
+    assert len(ended) == 4
+    assert min(ended) > 0
     assert model.cache_bytes_in_use == 0
 
 
@@ -205,6 +232,11 @@ def test_what_lookup_finds(model: Model) -> None:
     assert guess([7, 5, 7], 1, min_ngram_size=1) == [5]
     assert guess([1, 2, 3]) == []
     assert guess([1]) == []
+    long = [1, 2, 3, 4, 5, 9, 0, 4, 5, 8, 1, 2, 3, 4, 5]
+    assert guess(long, 1, max_ngram_size=9) == [9]
+    assert guess(long, 1, max_ngram_size=9, min_ngram_size=6) == []
+    assert guess(long, 1) == [9]
+    assert guess(long, 1, max_ngram_size=2) == [8]
 
 
 def test_a_draft_model_reads_every_token_once(
@@ -247,6 +279,29 @@ def test_a_draft_model_that_does_not_fit(model: Model, tmp_path: Path) -> None:
     assert model.cache_bytes_in_use == 0
 
 
+def test_a_draft_model_stops_where_it_does_not_know(model: Model) -> None:
+    prompt = varied_prompts(4)[3]
+    drafted = {
+        threshold: model.generate(
+            prompt, max_new_tokens=40, drafter=DraftModel(model, 8, threshold), ignore_eos=True
+        ).timings.draft_tokens
+        for threshold in (0, 0.4, 0.9, 1)
+    }
+    assert drafted[0] > drafted[0.4] > drafted[0.9] > drafted[1] == 0
+
+
+def test_errors_of_a_draft_model_say_so(model: Model) -> None:
+    small = neo_runtime.load(model._bundle.path, threads=1)
+    stream = model.stream("Once upon a time", drafter=DraftModel(small), max_new_tokens=60)
+    next(stream)
+    small.close()
+    with pytest.raises(NeoError, match="the draft model: the model is closed"):
+        list(stream)
+    with pytest.raises(NeoError, match="the draft model: the model is closed"):
+        model.generate([1], drafter=DraftModel(small))
+    assert model.cache_bytes_in_use == 0
+
+
 def test_threads_share_a_drafter(model: Model) -> None:
     prompts = varied_prompts(4)
     drafter = DraftModel(model)
@@ -267,7 +322,8 @@ def test_threads_share_a_drafter(model: Model) -> None:
 
 def test_what_is_refused(model: Model) -> None:
     for wrong, message in (
-        ({"drafter": "lookup"}, "drafter is of type str, expected neo_runtime.PromptLookup"),
+        ({"drafter": "lookup"}, "drafter is 'lookup', expected an instance of"),
+        ({"drafter": PromptLookup}, "expected an instance of neo_runtime.PromptLookup"),
         ({"drafter": PromptLookup(), "num_beams": 2}, "set num_beams=1"),
         (
             {"drafter": PromptLookup(), "num_return_sequences": 2, "do_sample": True},
@@ -287,21 +343,64 @@ def test_what_is_refused(model: Model) -> None:
             make()
     with (
         neo_runtime.Scheduler(model, max_batch_size=1) as scheduler,
-        pytest.raises(RequestError, match="drafter"),
+        pytest.raises(RequestError, match="only generate and stream take one"),
     ):
         scheduler.submit([1], drafter=PromptLookup())
+    calls: list[int] = []
+    with pytest.raises(RequestError, match="seed has 2 entries"):
+        model.generate(
+            [[1], [2], [3]],
+            do_sample=True,
+            seed=(1, 2),
+            drafter=PromptLookup(),
+            should_stop=lambda: bool(calls.append(1)),
+        )
+    assert not calls, "before any work"
+    for name, hint in (
+        ("assistant_model", "DraftModel"),
+        ("prompt_lookup_num_tokens", "PromptLookup"),
+    ):
+        with pytest.raises(RequestError, match=f"it is drafter=neo_runtime.{hint}"):
+            model.generate([1], **{name: 3})
 
-    class Wild(Drafter):
-        @contextmanager
-        def begin(self, model: CachedModel, length: int) -> Iterator[Propose]:
-            yield lambda ids, most: np.full(most, 10**6)
 
-    with pytest.raises(RequestError, match=r"the drafter gave .* expected ids from 0 to 4095"):
-        model.generate([1], drafter=Wild())
-    closed = neo_runtime.load(model._bundle.path, threads=1)
-    closed.close()
-    with pytest.raises(NeoError, match="model is closed"):
-        model.generate([1], drafter=DraftModel(closed))
+class Says(Drafter):
+    def __init__(self, guess: Any) -> None:
+        self.guess = guess
+
+    def begin(self, model: CachedModel, length: int) -> AbstractContextManager[Propose]:
+        return nullcontext(lambda ids, most: self.guess)
+
+
+@pytest.mark.parametrize("usable", [[5, 6], (5,), [], np.array([7], np.int32), np.arange(50)])
+def test_any_row_of_ids_is_a_guess(model: Model, usable: Any) -> None:
+    alone = model.generate("Once upon a time", max_new_tokens=9)
+    found = model.generate("Once upon a time", max_new_tokens=9, drafter=Says(usable))
+    assert found.token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, 3, "abc", [0.5], [True], [[1, 2]], [[1], [2, 3]], [-1], [10**6]]
+)
+def test_anything_else_is_refused(model: Model, wrong: Any) -> None:
+    with pytest.raises(
+        RequestError, match=r"the drafter gave .*, expected token ids in a row, 0 to 4095"
+    ):
+        model.generate("Once upon a time", max_new_tokens=9, drafter=Says(wrong))
+    assert model.cache_bytes_in_use == 0
+
+
+def test_a_drafter_cannot_change_what_was_said(model: Model) -> None:
+    class Vandal(Drafter):
+        def begin(self, model: CachedModel, length: int) -> AbstractContextManager[Propose]:
+            def propose(ids: IntArray, most: int) -> IntArray:
+                ids[:] = 5
+                return ids[:0]
+
+            return nullcontext(propose)
+
+    with pytest.raises(ValueError, match="read-only"):
+        model.generate("Once upon a time", max_new_tokens=9, drafter=Vandal())
 
 
 def test_the_command(mini_bundle: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -325,7 +424,7 @@ def test_the_command(mini_bundle: Path, capsys: pytest.CaptureFixture[str], tmp_
     assert "accepted_draft_tokens" in objects[0]["timings"]
     for wrong, message in (
         (["--draft-tokens", "3"], "needs --prompt-lookup or --draft-model"),
-        (["--prompt-lookup", "--draft-tokens", "0"], "num_tokens is 0"),
+        (["--prompt-lookup", "--draft-tokens", "0"], "--draft-tokens is 0"),
         (["--draft-model", str(tmp_path)], "neo.json"),
     ):
         assert main([*arguments, *wrong]) == 2

@@ -22,6 +22,7 @@ from helpers.fake_engine import (
     with_plan,
     write_record,
 )
+from helpers.guessing import assert_guesses_change_nothing
 from helpers.host_device import HostDevice
 from helpers.joining import assert_rows_join
 from helpers.models import ODD_CONFIGS, Reference, make_checkpoint
@@ -132,6 +133,10 @@ def test_rows_begin_with_another_cache(model: Model) -> None:
 
 def test_positions_are_taken_away(model: Model) -> None:
     assert_crops_hold(model, TOLERANCES["fp32"].logits)
+
+
+def test_guesses_change_nothing(model: Model) -> None:
+    assert_guesses_change_nothing(model, 1e-4)
 
 
 def test_chunks_turns_and_the_last_position(model: Model, cpu: Model) -> None:

@@ -204,7 +204,7 @@ def test_score_in_several_calls(cuda_bundle: Path, monkeypatch: pytest.MonkeyPat
         ProbedCudaBackend(open_bundle(cuda_bundle), HostDevice()) for _ in range(2)
     )
     one = with_one.score_trace(ids)
-    monkeypatch.setattr("neo_runtime.backends.cuda.backend._SCORED", 17)
+    monkeypatch.setattr("neo_runtime.backends.cuda.backend.CudaBackend.scored_at_once", 17)
     many = with_many.score_trace(ids)
     assert (many.start, many.length) == (0, 100)
     for place in SHOWN:

@@ -43,7 +43,12 @@ def test_figures() -> None:
 
     def of(*seconds: float, accepted: int = 0, differing: int = 0) -> Texts:
         return Texts(
-            seconds=list(seconds), tokens=100, drafted=60, accepted=accepted, differing=differing
+            prompts=7,
+            seconds=list(seconds),
+            tokens=100,
+            drafted=60,
+            accepted=accepted,
+            differing=differing,
         )
 
     ways = continued({WITHOUT: of(4, 8), "lookup": of(2, 2, accepted=50, differing=1)})
@@ -53,6 +58,7 @@ def test_figures() -> None:
     table = markdown(
         costs, ways, {**facts, "repetitions": 2, "depth": 9, "prompts": 1, "new_tokens": 5}
     )
+    assert "7 prompts, 5 new tokens each" in table
     assert "| 5 | 20.0 | 2.00 (1.00 to 3.00) |" in table
     assert "| lookup | 50.0 | 3.00 (2.00 to 4.00) | 50 of 60 | 2.00 | 1 |" in table
 
@@ -65,10 +71,44 @@ def test_the_command(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFi
     found = json.loads(capsys.readouterr().out)
     assert [each["tokens"] for each in found["checking"]] == [1, 2, 3, 5, 9, 17]
     assert found["texts"] == []
-    more = ["--prompts-file", str(prompts), "--prompts", "1", "-n", "5"]
+    more = ["--prompts-file", str(prompts), "--prompts", "1", "--new-tokens", "5"]
+    more += ["--prompt-tokens", "40"]
     assert main([*small, *more, "--draft-model", str(mini_bundle)]) == 0
     table = capsys.readouterr().out
     assert "1 prompts, 5 new tokens each" in table
     assert "| draft model |" in table
-    assert main([*small, "--draft-model", str(mini_bundle)]) == 2
-    assert "--draft-model needs --prompts-file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--draft-model", "BUNDLE"], "--draft-model needs --prompts-file"),
+        (["--new-tokens", "5"], "--new-tokens needs --prompts-file"),
+        (["--prompts-file", "/nowhere"], "/nowhere"),
+        (["--prompts-file", "TEXTS", "--new-tokens", "600"], "max_new_tokens"),
+        (["--prompts-file", "TEXTS", "--prompt-tokens", "400"], "no prompt has 400 tokens"),
+        (["-d", "500"], "--depth is 500, expected at most 495, as the bundle has 512"),
+    ],
+)
+def test_what_is_wrong_is_told_before_any_work(
+    wrong: list[str],
+    message: str,
+    mini_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "texts").write_text('"Tom"\n"The dog"\n')
+    places = {"BUNDLE": str(mini_bundle), "TEXTS": str(tmp_path / "texts")}
+    arguments = [places.get(word, word) for word in wrong]
+    assert main([str(mini_bundle), "-t", "1", *arguments]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "round" not in said.err
+    assert "checking" not in said.err
+
+
+@pytest.mark.parametrize("depth", [2, 80, 81, 97])
+def test_any_depth(depth: int, mini_bundle: Path) -> None:
+    """Where a local layer's buffer is full, too."""
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+        assert len(checking_seconds(model, depth, (2,), 1)[2]) == 1

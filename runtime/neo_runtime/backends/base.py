@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Backend",
     "CacheStore",
+    "appended",
     "layer_lengths",
+    "scored",
     "slots_held",
     "spoil_views",
     "with_empty_rows",
@@ -74,8 +76,13 @@ class CacheStore(ABC):
         """
 
     @abstractmethod
-    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Append tokens to the only row: ids int64 [n] → logits at each, float32 [n, vocab]."""
+    def score(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
+        """Append tokens to the only row, and write the logits at each.
+
+        Args:
+            ids: int64 [n], n at most `Backend.scored_at_once`.
+            logits: float32 [n, vocab], contiguous.
+        """
 
     @abstractmethod
     def crop(self, lengths: NDArray[np.int64]) -> None:
@@ -148,11 +155,14 @@ class Backend(ABC):
     default_chunk: int = 512
     """Tokens of a prompt that go through the graph at once: bounds the memory for activations."""
 
+    scored_at_once: int = 512
+    """Positions whose logits one call behind a cache computes: 100 MB with GPT-2's vocabulary."""
+
     default_batch: int = 16
     """Sequences that are computed together: more are hardly faster, and take more memory."""
 
-    def prepare(self) -> None:
-        """Load now what prefill and decode need, instead of with the first request."""
+    def prepare(self, graphs: Sequence[str] = ("prefill", "decode")) -> None:
+        """Load graphs now, instead of with the first request that needs them."""
         return
 
     @property
@@ -175,6 +185,26 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of the sessions; calls that are running finish first."""
+
+
+def scored(backend: Backend, store: CacheStore, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits at each of the tokens, float32 [n, vocab], in an empty store, which is closed."""
+    try:
+        return appended(backend, store, ids, backend.scored_at_once)
+    finally:
+        store.close()
+
+
+def appended(
+    backend: Backend, store: CacheStore, ids: NDArray[np.int64], size: int
+) -> NDArray[np.float32]:
+    """Append tokens to the only row, `size` at once; logits at each, float32 [n, vocab]."""
+    vocab_size = backend.manifest.model.vocab_size
+    logits: NDArray[np.float32] = np.empty((len(ids), vocab_size), np.float32)
+    for start in range(0, len(ids), size):
+        part = slice(start, start + size)
+        store.score(ids[part], logits[part])
+    return logits
 
 
 def with_empty_rows(lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:

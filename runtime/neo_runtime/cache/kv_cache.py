@@ -167,9 +167,9 @@ class KVCache(Closable):
             RequestError: not an integer of at least 0, or local layers have evicted what they
                 would need: see `room_to_crop`.
         """
-        count(0)("length", length)
+        most = min(count(0)("length", length), self._length)
         with self.reading() as store:
-            lengths = np.minimum(store.lengths, length)
+            lengths = np.minimum(store.lengths, most)
             evicted = self._held(store.lengths) - self._held(lengths) != store.lengths - lengths
         if evicted.any():
             row = int(evicted.argmax())
@@ -189,9 +189,9 @@ class KVCache(Closable):
         Local layers of a bundle for the CPU hold a window and a quarter, and move the window to the
         front when that is full; behind such a move there is no way back.
         """
-        store = self.store
-        slots = self._length if store.local_slots is None else store.local_slots
-        return int((slots - self._held(store.lengths)).min(initial=slots))
+        with self.reading() as store:
+            slots = self._length if store.local_slots is None else store.local_slots
+            return int((slots - self._held(store.lengths)).min(initial=slots))
 
     def _held(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         return slots_held(lengths, self._backend.manifest.cache.window, self.store.local_slots)

@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-cache-mb",
         type=int,
         metavar="MB",
-        help="limit of the key/value cache in 10^6 bytes (default: none)",
+        help="limit of the key/value cache in 10^6 bytes, for each model (default: none)",
     )
     parser.add_argument(
         "--batch-size",
@@ -108,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     drafts.add_argument(
         "--prompt-lookup",
         action="store_true",
-        help="guess that the text repeats itself, and check several tokens at once: the same text, "
-        "sooner where it does",
+        help="guess that the text repeats itself, and check several tokens at once: sooner where "
+        "it does, and the same text, but for near ties in int8, int4 and half precision",
     )
     drafts.add_argument(
         "--draft-model",
@@ -164,6 +164,8 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.prompt_lookup or arguments.draft_model
     ):
         raise RequestError("--draft-tokens needs --prompt-lookup or --draft-model; add one of them")
+    if arguments.draft_tokens is not None and arguments.draft_tokens < 1:
+        raise RequestError(f"--draft-tokens is {arguments.draft_tokens}, expected at least 1")
     if "logprobs" in options and not (arguments.json or arguments.json_lines):
         raise RequestError("--logprobs needs --json or --json-lines; add one of them")
     prompts = read_prompts(arguments.prompt, arguments.prompts_file, ids=arguments.token_ids)

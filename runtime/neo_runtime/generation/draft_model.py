@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neo_runtime.cached_model import CachedModel
-from neo_runtime.errors import RequestError
+from neo_runtime.errors import NeoError, RequestError
 from neo_runtime.generation.drafting import Drafter
 from neo_runtime.options.values import count, number
 
@@ -61,8 +61,10 @@ class DraftModel(Drafter):
             raise RequestError(
                 f"the draft model has {own} tokens and the model {other}, expected one vocabulary"
             )
-        self._model.prepare()
-        with self._model.new_cache(1, self._model.rounded_length(length)) as cache:
+        with _named():
+            self._model.prepare()
+            cache = self._model.new_cache(1, self._model.rounded_length(length))
+        with cache:
             yield _Sequence(self._model, cache, self._num_tokens, self._threshold).propose
 
 
@@ -79,6 +81,10 @@ class _Sequence:
 
     def propose(self, ids: IntArray, most: int) -> IntArray:
         """See `Propose`; nothing where the small model has too few positions."""
+        with _named():
+            return self._proposed(ids, most)
+
+    def _proposed(self, ids: IntArray, most: int) -> IntArray:
         wanted = min(most, self._num_tokens, self._cache.length - len(ids) + 1)
         if wanted < 1:
             return ids[:0]
@@ -113,6 +119,15 @@ class _Sequence:
     def _next(self, token: IntArray) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self._model.decode(self._cache, token)[0]
         return logits
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Errors say which of the two models they are about."""
+    try:
+        yield
+    except NeoError as error:
+        raise type(error)(f"the draft model: {error}") from error
 
 
 def _probability(logits: NDArray[np.float32], token: int) -> float:

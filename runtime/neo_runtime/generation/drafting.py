@@ -26,11 +26,17 @@ Propose: TypeAlias = Callable[[IntArray, int], IntArray]
 
 
 class Drafter(ABC):
-    """Base class of what `drafter=` takes. Guesses never change a text, only its speed."""
+    """Base class of what `drafter=` takes. Guesses decide when a token is computed, not which.
+
+    Where several tokens are checked at once, their logits are computed by another graph: equal up
+    to rounding.
+    """
 
     @abstractmethod
     def begin(self, model: CachedModel, length: int) -> AbstractContextManager[Propose]:
-        """Get ready for one sequence; threads may each begin theirs.
+        """Get ready for one sequence; the block around it ends with the sequence.
+
+        Threads may each begin theirs.
 
         Args:
             model: that will check the guesses.
@@ -77,11 +83,16 @@ class PromptLookup(Drafter):
 
     def _propose(self, ids: IntArray, most: int) -> IntArray:
         wanted = min(self._num_tokens, most)
-        for size in range(min(self._most, len(ids) - 1), self._least - 1, -1):
-            earlier = np.lib.stride_tricks.sliding_window_view(ids[:-1], size)
-            places = np.flatnonzero((earlier == ids[-size:]).all(axis=1))
-            if len(places):
-                start = int(places[-1]) + size
-                # A guess longer than what followed goes on with itself: the text has a period.
-                return ids[start + np.arange(wanted) % (len(ids) - start)]
-        return ids[:0]
+        ends = np.flatnonzero(ids[:-1] == ids[-1])
+        start = None
+        for size in range(1, self._most + 1):  # tokens before these ends that are the last ones
+            if not len(ends):
+                break
+            if size >= self._least:
+                start = int(ends[-1]) + 1
+            ends = ends[ends >= size]
+            ends = ends[ids[ends - size] == ids[len(ids) - 1 - size]]
+        if start is None:
+            return ids[:0]
+        # A guess longer than what followed goes on with itself: the text has a period.
+        return ids[start + np.arange(wanted) % (len(ids) - start)]

@@ -16,23 +16,27 @@ model gives it, which is what drawing and comparing does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from neo_runtime.errors import RequestError
+from neo_runtime.generation.drafting import Drafter
+from neo_runtime.generation.generator import steps
 from neo_runtime.generation.rows import Stopwatch, cancelled_rows, make_rows
+from neo_runtime.sampling.row_sampler import row_generator
 from neo_runtime.text.prompts import named_prompt, of_each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from neo_runtime.backends.step_logits import RowLogits
     from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.cached_model import CachedModel
     from neo_runtime.generation.completion import Completion
-    from neo_runtime.generation.drafting import Drafter, Propose
+    from neo_runtime.generation.drafting import Propose
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.generation.rows import Row
     from neo_runtime.options.generation_options import GenerationOptions
@@ -60,7 +64,10 @@ def drafted_steps(
         drafter: guesses.
         should_stop: asked after each token; then the row ends as "cancelled".
     """
-    model.prepare()  # before the clock starts
+    if row.total == len(row.prompt) + 1:
+        yield from steps(model, cache, [[row]], should_stop)  # nothing to guess
+        return
+    model.prepare(scores=True)  # before the clock starts
     with drafter.begin(model, row.total) as propose:
         row.watch = Stopwatch()
         if row.prefix is not None:
@@ -72,15 +79,17 @@ def drafted_steps(
         limit = _FIRST
         while True:
             for index, scores in enumerate(logits):
-                yield [row.push(row.sampler.pick(scores))]
+                piece = row.push(row.sampler.pick(scores))
+                is_right = index < len(guess) and row.choices[-1].token == guess[index]
+                row.accepted += is_right
+                yield [piece]
                 if row.finish_reason is not None:
                     return
                 if should_stop():
                     yield [row.cancel()]
                     return
-                if index == len(guess) or row.choices[-1].token != guess[index]:
+                if not is_right:
                     break
-                row.accepted += 1
             if guess:
                 limit = max(limit, 2 * index) if index == len(guess) else index + 1
             cache.crop(len(row.sampler.ids) - 1)
@@ -92,15 +101,23 @@ def drafted_steps(
 
 def _guess(model: CachedModel, cache: KVCache, row: Row, propose: Propose, limit: int) -> list[int]:
     """Tokens that may be fed behind the last one: as many as can be taken away again."""
-    ids = row.sampler.ids
+    ids = row.sampler.ids.view()
+    ids.flags.writeable = False
     most = min(row.total - len(ids) - 1, cache.room_to_crop - 1, limit)
     if most < 1:
         return []
-    found: list[int] = propose(ids, most)[:most].tolist()
-    vocab_size = model.manifest.model.vocab_size
-    if not all(0 <= token < vocab_size for token in found):
-        raise RequestError(f"the drafter gave {found}, expected ids from 0 to {vocab_size - 1}")
-    return found
+    given, vocab_size = propose(ids, most), model.manifest.model.vocab_size
+    try:
+        found: NDArray[Any] = np.asarray(given)
+    except ValueError:  # rows of unequal lengths
+        found = np.empty((0, 0))
+    is_row = found.ndim == 1 and (found.dtype.kind in "iu" or not found.size)
+    if not is_row or (found.size and (found.min() < 0 or found.max() >= vocab_size)):
+        raise RequestError(
+            f"the drafter gave {given!r}, expected token ids in a row, 0 to {vocab_size - 1}"
+        )
+    guess: list[int] = found[:most].tolist()
+    return guess
 
 
 def drafted_completions(
@@ -114,6 +131,7 @@ def drafted_completions(
     """Continue prompts one by one. Arguments and errors are those of `sampled_completions`."""
     most = model.manifest.max_length
     totals = of_each(prompts, lambda ids: options.total_length(len(ids), most))
+    row_generator(options.seed, len(prompts) - 1, 0)  # too few seeds are told before any work
     rows: list[Row] = []
     for index, (ids, total) in enumerate(zip(prompts, totals, strict=True)):
         if should_stop():
@@ -136,13 +154,13 @@ def check_drafter(drafter: Drafter, options: GenerationOptions) -> None:
     Raises:
         RequestError: says what to change.
     """
-    if not hasattr(drafter, "begin"):
+    if not isinstance(drafter, Drafter):
         raise RequestError(
-            f"drafter is of type {type(drafter).__name__}, expected neo_runtime.PromptLookup or "
-            "DraftModel"
+            f"drafter is {drafter!r}, expected an instance of neo_runtime.PromptLookup, DraftModel "
+            "or another subclass of Drafter"
         )
     if options.num_beams > 1 or options.num_return_sequences > 1:
         raise RequestError(
             "a drafter guesses for one continuation; set num_beams=1 and num_return_sequences=1, "
-            "or leave drafter out"
+            "or do without guesses"
         )

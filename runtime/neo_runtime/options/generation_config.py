@@ -69,6 +69,7 @@ _IRRELEVANT = frozenset(
         "max_matching_ngram_size",
         "num_assistant_tokens",
         "num_assistant_tokens_schedule",
+        "prompt_lookup_num_tokens",  # changes no text
         "speculation_type",
         "target_lookbehind",
     }
@@ -88,7 +89,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "max_time": (),
     "num_beam_groups": (1,),
     "penalty_alpha": (0,),
-    "prompt_lookup_num_tokens": (),
     "token_healing": (False,),
     "top_h": (),
     "use_mtp": (False,),

@@ -22,6 +22,14 @@ _RIVALS = {
 }
 
 
+_ELSEWHERE = {
+    "assistant_model": "it is drafter=neo_runtime.DraftModel(…) here",
+    "drafter": "only generate and stream take one",
+    "prompt_lookup_num_tokens": "it is drafter=neo_runtime.PromptLookup(…) here",
+}
+"""What is no option, by the names under which it may be looked for."""
+
+
 def named_changes(overrides: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """What a call replaces, by the options' names; rivals of what it gives are None.
 
@@ -34,6 +42,7 @@ def named_changes(overrides: Mapping[str, Any], known: Collection[str]) -> dict[
         if name not in known:
             close = difflib.get_close_matches(given, [*known, *ALIASES], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            hint = _ELSEWHERE.get(given, hint)
             raise RequestError(f"unknown generation option {given!r}; {hint}")
         if name in changes:
             raise RequestError(f"{given!r} is another name of {name!r}; give one of them")

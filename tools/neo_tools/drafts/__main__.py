@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from neo_runtime.model import Model
+    from neo_runtime.text.prompts import Prompt
 
     from neo_tools.drafts.report import Continued
 
@@ -28,6 +29,7 @@ __all__ = ["main"]
 _PROGRAM = "python -m neo_tools.drafts"
 _COUNTS = (2, 3, 5, 9, 17)
 """Tokens that are checked at once: a guess, and the token before it."""
+_NEW_TOKENS, _DRAFT_TOKENS = 64, 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.draft_model is not None and arguments.prompts_file is None:
-        raise RequestError("--draft-model needs --prompts-file: it guesses for real text alone")
+    given = _given(arguments)
     import neo_runtime
 
     from neo_tools.bench.machine import machine_facts
@@ -51,9 +52,16 @@ def _run(arguments: argparse.Namespace) -> int:
         neo_runtime.load(arguments.bundle, **settings) as model,
         nullcontext() if small is None else neo_runtime.load(small, **settings) as draft_model,
     ):
+        most = model.manifest.max_length - max(_COUNTS)
+        if arguments.depth > most:
+            raise RequestError(
+                f"--depth is {arguments.depth}, expected at most {most}, as the bundle has "
+                f"{model.manifest.max_length} positions"
+            )
+        # First what may be refused.
+        ways = _texts(arguments, model, draft_model, given) if given else []
         _progress("checking")
         costs = checked(checking_seconds(model, arguments.depth, _COUNTS, arguments.repetitions))
-        ways = [] if arguments.prompts_file is None else _texts(arguments, model, draft_model)
         facts: dict[str, Any] = {
             "bundle": arguments.bundle.resolve().name,
             "precision": model.manifest.precision,
@@ -61,8 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "machine": machine_facts().cpu,
             "repetitions": arguments.repetitions,
             "depth": arguments.depth,
-            "prompts": arguments.prompts,
-            "new_tokens": arguments.new_tokens,
+            "new_tokens": arguments.new_tokens or _NEW_TOKENS,
         }
     if arguments.json:
         print(json.dumps(plain(costs, ways, facts), indent=2))
@@ -71,22 +78,54 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _given(arguments: argparse.Namespace) -> list[Prompt]:
+    """The prompts; none without a file.
+
+    Raises:
+        RequestError: options that nothing reads without prompts.
+    """
+    if arguments.prompts_file is not None:
+        return [prompt for prompt, _ in read_prompts(None, arguments.prompts_file, ids=False)]
+    for name in ("draft_model", "prompts", "prompt_tokens", "new_tokens", "draft_tokens"):
+        if getattr(arguments, name) is not None:
+            raise RequestError(
+                f"--{name.replace('_', '-')} needs --prompts-file: without real text nothing is "
+                "guessed"
+            )
+    return []
+
+
 def _texts(
-    arguments: argparse.Namespace, model: Model, draft_model: Model | None
+    arguments: argparse.Namespace,
+    model: Model,
+    draft_model: Model | None,
+    given: Sequence[Prompt],
 ) -> list[Continued]:
-    from neo_runtime import DraftModel, PromptLookup
+    from neo_runtime import DraftModel, GenerationOptions, PromptLookup
+    from neo_runtime.text.prompts import of_each, prompt_ids
 
     from neo_tools.drafts.measure import texts
     from neo_tools.drafts.report import continued
 
-    given = read_prompts(None, arguments.prompts_file, ids=False)
-    prompts = [prompt for prompt, _ in given][: arguments.prompts]
-    arguments.prompts = len(prompts)
-    drafters: dict[str, Any] = {"prompt lookup": PromptLookup(arguments.draft_tokens)}
+    new = arguments.new_tokens or _NEW_TOKENS
+    options = GenerationOptions(max_new_tokens=new)
+
+    def ids_of(prompt: Prompt) -> Any:
+        ids = prompt_ids(prompt, model.manifest.model.vocab_size, model.tokenizer)
+        ids = ids[: arguments.prompt_tokens]
+        options.total_length(len(ids), model.manifest.max_length)
+        return ids
+
+    prompts = of_each(given, ids_of)
+    least = arguments.prompt_tokens or 1
+    prompts = [ids for ids in prompts if len(ids) >= least][: arguments.prompts]
+    if not prompts:
+        raise RequestError(f"no prompt has {least} tokens; lower --prompt-tokens")
+    limit = arguments.draft_tokens or _DRAFT_TOKENS
+    drafters: dict[str, Any] = {"prompt lookup": PromptLookup(limit)}
     if draft_model is not None:
-        drafters["draft model"] = DraftModel(draft_model, arguments.draft_tokens)
-    found = texts(model, prompts, arguments.new_tokens, drafters, arguments.repetitions, _progress)
-    return continued(found)
+        drafters["draft model"] = DraftModel(draft_model, limit)
+    return continued(texts(model, prompts, new, drafters, arguments.repetitions, _progress))
 
 
 def _progress(line: str) -> None:
@@ -102,32 +141,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="prompts as neo-generate takes them; without any only the checking is measured",
     )
-    add_numbers(
-        parser,
-        ("-d", "--depth", 128, "tokens before those that are checked"),
-        ("-r", "--repetitions", 5, "rounds"),
-    )
+    # Without prompts nothing reads these, so that defaults are filled in later.
+    for name, least, text in (
+        ("--prompts", 1, "take the first N prompts (default: all)"),
+        ("--prompt-tokens", 1, "cut prompts to N tokens, and leave out shorter ones"),
+        ("--draft-tokens", 1, f"guess at most N tokens at once (default: {_DRAFT_TOKENS})"),
+        ("--new-tokens", 2, f"new tokens of a prompt (default: {_NEW_TOKENS})"),
+    ):
+        parser.add_argument(name, metavar="N", type=at_least(least), help=text)
     parser.add_argument(
-        "-n",
-        "--new-tokens",
+        "-d",
+        "--depth",
         metavar="N",
         type=at_least(2),
-        default=64,
-        help="new tokens of a prompt (default: 64)",
+        default=128,
+        help="tokens before those that are checked (default: 128)",
     )
-    parser.add_argument(
-        "--prompts",
-        metavar="N",
-        type=at_least(1),
-        help="take the first N prompts (default: all)",
-    )
-    parser.add_argument(
-        "--draft-tokens",
-        metavar="N",
-        type=at_least(1),
-        default=10,
-        help="guess at most N tokens at once (default: 10)",
-    )
+    add_numbers(parser, ("-r", "--repetitions", 5, "rounds"))
     add_running(parser)
     return parser
 

@@ -29,20 +29,18 @@ def checking_seconds(
 
     Args:
         model: loaded.
-        depth: tokens of the text.
+        depth: tokens of the text, at least 2.
         counts: how many tokens are scored.
         repetitions: rounds, after one that does not count.
     """
     vocab_size = model.manifest.model.vocab_size
     ids = np.array(context_ids(depth + max(counts), 1, 1, vocab_size)[0])
     found: dict[int, list[float]] = {count: [] for count in (1, *counts)}
-    # In a cache as long as the text, local layers would move their window now and then.
     for _ in range(repetitions + 1):
         for count, seconds in found.items():
             with model.new_cache(1, depth + count) as cache:
-                model.prefill(cache, [ids[:depth]])
-                model.decode(cache, ids[:1])
-                cache.crop(depth)
+                model.prefill(cache, [ids[: depth - 1]])
+                model.decode(cache, ids[depth - 1 : depth])  # binds the step
                 started = perf_counter()
                 if count == 1:
                     model.decode(cache, ids[depth : depth + 1])
@@ -56,6 +54,7 @@ def checking_seconds(
 class Texts:
     """All prompts in one way, round by round."""
 
+    prompts: int
     seconds: list[float]
     """Behind the first token of each text."""
     tokens: int
@@ -109,6 +108,7 @@ def texts(
                     differing[way] += said[way] != said[WITHOUT]
     return {
         way: Texts(
+            prompts=len(prompts),
             seconds=seconds[way],
             tokens=tokens[way],
             drafted=drafted[way],

@@ -31,6 +31,7 @@ class Continued:
     """Texts in one way."""
 
     way: str
+    prompts: int
     tokens_per_second: Spread
     speedup: Spread
     """Time without guesses / time of this, round by round."""
@@ -59,6 +60,7 @@ def continued(texts: Mapping[str, Texts]) -> list[Continued]:
     return [
         Continued(
             way=way,
+            prompts=each.prompts,
             tokens_per_second=spread([each.tokens / value for value in each.seconds]),
             speedup=spread(round_ratios(base, each.seconds)),
             drafted=each.drafted,
@@ -97,7 +99,7 @@ def markdown(costs: Sequence[Checked], ways: Sequence[Continued], facts: Mapping
     if ways:
         lines += [
             "",
-            f"{facts['prompts']} prompts, {facts['new_tokens']} new tokens each, greedy",
+            f"{ways[0].prompts} prompts, {facts['new_tokens']} new tokens each, greedy",
             "",
             "| | tokens/s | × | guesses right | tokens a run | texts that differ |",
             "|---|---|---|---|---|---|",

@@ -64,14 +64,12 @@ class AppendStore(CacheStore):
         self.lengths += counts
         return StepLogits.at_hand(self._logits[: self.batch, 0])
 
-    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def score(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         """See `CacheStore.score`."""
-        logits: NDArray[np.float32] = np.empty((len(ids), self._logits.shape[2]), np.float32)
         pads = self._width - self.lengths
         with self._backend.prompt():
             self._advance("score", np.ascontiguousarray(ids)[None], pads, logits[None])
         self.lengths += len(ids)
-        return logits
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
         """See `CacheStore.crop`: rows move so that they end together again."""

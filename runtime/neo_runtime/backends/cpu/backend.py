@@ -21,7 +21,7 @@ from neo_runtime.errors import NeoError
 from neo_runtime.forks import in_every_child
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -102,9 +102,9 @@ class OnnxRuntimeBackend(Backend):
                 give_back()
             return self._sessions[graph]
 
-    def prepare(self) -> None:
+    def prepare(self, graphs: Sequence[str] = ("prefill", "decode")) -> None:
         """See `Backend.prepare`."""
-        for graph in ("prefill", "decode"):
+        for graph in graphs:
             self.session(graph)
 
     @property

@@ -111,11 +111,10 @@ class InPlaceStore(RightPaddedStore):
         with self._backend.prompt():
             return super().prefill(prompts, chunk)
 
-    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def score(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         """See `CacheStore.score`."""
         past = int(self.lengths[0])
         total = past + len(ids)
-        logits: NDArray[np.float32] = np.empty((len(ids), self._logits.shape[2]), np.float32)
         with self._backend.prompt():
             self._run(
                 "score",
@@ -127,7 +126,6 @@ class InPlaceStore(RightPaddedStore):
             )
         self.lengths[0] = total
         self._refresh_mask()
-        return logits
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
         """See `CacheStore.crop`."""

@@ -12,9 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from neo_runtime.backends.base import Backend
+from neo_runtime.backends.base import Backend, scored
 from neo_runtime.backends.cuda.one_thread import OneThread
 from neo_runtime.backends.cuda.sessions import CudaSessions
 from neo_runtime.backends.cuda.slots import (
@@ -32,8 +30,9 @@ from neo_runtime.errors import BundleUnsupportedError
 from neo_runtime.machine.installation import require_onnxruntime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from neo_runtime.backends.base import CacheStore
@@ -46,8 +45,6 @@ __all__ = ["CudaBackend", "why_not_cuda"]
 
 _LENGTHS = 256
 """Caches are made in steps of this many positions, so that slots and their graphs are reused."""
-_SCORED = 512
-"""Positions that are scored in one call: their logits are 100 MB."""
 _MOST_GRAPHS = 64
 """CUDA graphs that one session captures: onnxruntime frees them only with the session."""
 
@@ -125,10 +122,10 @@ class CudaBackend(Backend):
         """Bytes of weights on the device."""
         return self._sessions.weight_bytes
 
-    def prepare(self) -> None:
+    def prepare(self, graphs: Sequence[str] = ("prefill", "decode")) -> None:
         """See `Backend.prepare`."""
         with self.lock:
-            for graph in ("prefill", "decode"):
+            for graph in graphs:
                 self.slots.with_room(partial(self._sessions.get, graph))
 
     def allocate(self, size: int) -> int:
@@ -203,12 +200,7 @@ class CudaBackend(Backend):
 
     def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Backend.score`."""
-        store = self.open_cache(1, len(ids))
-        try:
-            parts = range(0, len(ids), _SCORED)
-            return np.concatenate([store.score(ids[start : start + _SCORED]) for start in parts])
-        finally:
-            store.close()
+        return scored(self, self.open_cache(1, len(ids)), ids)
 
     @contextmanager
     def block(self, size: int) -> Iterator[int]:

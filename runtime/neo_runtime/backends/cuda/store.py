@@ -123,11 +123,10 @@ class DeviceStore(RightPaddedStore):
             finally:
                 self._device.free(block)
 
-    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def score(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         """See `CacheStore.score`."""
-        past, vocab_size = int(self.lengths[0]), self._backend.manifest.model.vocab_size
+        past = int(self.lengths[0])
         total = past + len(ids)
-        logits = np.empty((len(ids), vocab_size), np.float32)
         with self._backend.block(logits.nbytes) as block:
             self.run_chunk(
                 "score",
@@ -142,7 +141,6 @@ class DeviceStore(RightPaddedStore):
                 self._device.synchronize()
         self.lengths[0] = total
         self._is_mask_stale = True
-        return logits
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
         """See `CacheStore.crop`."""

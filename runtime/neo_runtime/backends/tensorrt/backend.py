@@ -14,7 +14,7 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.backends.base import Backend, CacheStore
+from neo_runtime.backends.base import Backend, CacheStore, scored
 from neo_runtime.backends.device.base import ITEM_SIZES
 from neo_runtime.backends.device.idle_pool import IdlePool
 from neo_runtime.backends.device.leftovers import Leftovers
@@ -62,6 +62,7 @@ class TensorRTBackend(Backend):
         """Of the plan that runs."""
         self.default_chunk = self.record.options.max_length
         self.default_batch = self.record.options.max_batch
+        self.scored_at_once = min(self.default_chunk, self.record.options.max_logit_positions)
         with self.lock:
             self.plan = LoadedPlan(chosen, device)
             try:
@@ -107,11 +108,7 @@ class TensorRTBackend(Backend):
 
     def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Backend.score`."""
-        store = self.open_cache(1, len(ids))
-        try:
-            return store.score(ids)
-        finally:
-            store.close()
+        return scored(self, self.open_cache(1, len(ids)), ids)
 
     def take_buffers(self, batch: int) -> StepBuffers:
         """Buffers for a store, all zeros.

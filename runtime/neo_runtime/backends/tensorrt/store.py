@@ -176,14 +176,9 @@ class TensorRTStore(CacheStore):
         self.lengths += 1
         return StepLogits.at_hand(logits[:, 0])
 
-    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See `CacheStore.score`: as many positions at once as the plan takes."""
-        options = self._backend.record.options
-        size = min(options.max_length, options.max_logit_positions)
-        parts = [ids[start : start + size] for start in range(0, len(ids), size)]
-        return np.concatenate(
-            [self.run_chunk(part[None], np.arange(len(part))[None])[0] for part in parts]
-        )
+    def score(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
+        """See `CacheStore.score`."""
+        logits[:] = self.run_chunk(ids[None], np.arange(len(ids))[None])[0]
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
         """See `CacheStore.crop`."""
