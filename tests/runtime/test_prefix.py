@@ -287,3 +287,6 @@ def test_the_command(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFi
         printed = capsys.readouterr()
         assert (printed.out, printed.err.count("\n")) == ("", 1)
         assert message in printed.err
+    for twice in ([], ["--prompts-file", "-"]):
+        assert main([str(mini_bundle), "--prefix-file", "-", *twice]) == 2
+        assert "the prefix and the prompts are to come from standard" in capsys.readouterr().err

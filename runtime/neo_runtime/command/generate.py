@@ -16,7 +16,7 @@ from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from neo_runtime.command.prompts import GivenPrompt
     from neo_runtime.generation.completion import Completion
@@ -158,8 +158,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    options = chosen_options(arguments)
+def _check(arguments: argparse.Namespace, options: Mapping[str, Any]) -> None:
+    """Refuse what cannot go together, before anything is read.
+
+    Raises:
+        RequestError: says what to change.
+    """
     if arguments.draft_tokens is not None and not (
         arguments.prompt_lookup or arguments.draft_model
     ):
@@ -168,6 +172,17 @@ def _run(arguments: argparse.Namespace) -> int:
         raise RequestError(f"--draft-tokens is {arguments.draft_tokens}, expected at least 1")
     if "logprobs" in options and not (arguments.json or arguments.json_lines):
         raise RequestError("--logprobs needs --json or --json-lines; add one of them")
+    is_read = arguments.prompt is None and arguments.prompts_file in (None, "-")
+    if arguments.prefix_file == "-" and is_read:
+        raise RequestError(
+            "both the prefix and the prompts are to come from standard input; give one of them "
+            "another place"
+        )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    options = chosen_options(arguments)
+    _check(arguments, options)
     prompts = read_prompts(arguments.prompt, arguments.prompts_file, ids=arguments.token_ids)
     beginning = None if arguments.prefix_file is None else read_text(arguments.prefix_file)
     started = perf_counter()
