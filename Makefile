@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(BIN)/neo-generate build/demo-bundle "Once upon a time" --echo --max-new-tokens 120
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

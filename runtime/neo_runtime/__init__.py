@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     )
     from neo_runtime.generation.completion import Completion, Timings
     from neo_runtime.generation.draft_model import DraftModel
-    from neo_runtime.generation.drafting import Drafter, PromptLookup, Propose
+    from neo_runtime.generation.drafting import Drafter, PromptLookup
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.generation.text_stream import TextStream
     from neo_runtime.loading import load
@@ -88,7 +88,6 @@ __all__ = [
     "PendingCompletion",
     "Prefix",
     "PromptLookup",
-    "Propose",
     "RequestError",
     "Scheduler",
     "TextStream",
@@ -110,7 +109,6 @@ _MODULES = {
     "PendingCompletion": "scheduling.pending",
     "Prefix": "generation.prefix",
     "PromptLookup": "generation.drafting",
-    "Propose": "generation.drafting",
     "Scheduler": "scheduling.scheduler",
     "TextStream": "generation.text_stream",
     "Timings": "generation.completion",

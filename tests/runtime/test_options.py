@@ -207,7 +207,6 @@ def test_a_files_max_length_is_lowered_to_the_bundles() -> None:
         ("encoder_no_repeat_ngram_size", 3),
         ("penalty_alpha", 0.6),
         ("dola_layers", "high"),
-        ("prompt_lookup_num_tokens", 3),
         ("assistant_early_exit", 2),
         ("watermarking_config", {"bias": 2.0}),
         ("forced_bos_token_id", 1),
