@@ -46,7 +46,11 @@ def _run(arguments: argparse.Namespace) -> int:
     from neo_tools.drafts.measure import checking_seconds
     from neo_tools.drafts.report import checked, markdown, plain
 
-    settings = {"threads": arguments.threads, "backend": arguments.backend}
+    settings: dict[str, Any] = {
+        "threads": arguments.threads,
+        "backend": arguments.backend,
+        "keep_prepacked": True if arguments.keep_prepacked else None,
+    }
     small = arguments.draft_model
     with (
         neo_runtime.load(arguments.bundle, **settings) as model,
@@ -158,6 +162,11 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens before those that are checked (default: 128)",
     )
     add_numbers(parser, ("-r", "--repetitions", 5, "rounds"))
+    parser.add_argument(
+        "--keep-prepacked",
+        action="store_true",
+        help="keep prepacked weights of float32 bundles, too, and run from them",
+    )
     add_running(parser)
     return parser
 
