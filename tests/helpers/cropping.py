@@ -53,6 +53,12 @@ def assert_crops_hold(
             expected = logits_of(said + ids[:7])[len(said) :]
             assert relative_error(found, expected) < tolerance, start
     assert cropped > 2 * len(LENGTHS)
+    with model.new_cache(2, 160) as cache:
+        model.prefill(cache, [ids[:40], ids[50:53]])
+        cache.crop(20)  # where nothing else was written yet
+        found = model.decode(cache, [5, 6])
+        expected = np.stack([logits_of([*ids[:20], 5])[-1], logits_of([*ids[50:53], 6])[-1]])
+        assert relative_error(found, expected) < tolerance
     with model.new_cache(3, 160) as cache:
         rows = [ids[:30], ids[40:110], ids[60:65]]
         model.prefill(cache, rows)

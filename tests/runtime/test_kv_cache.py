@@ -288,6 +288,28 @@ def test_positions_are_taken_away(model: Model) -> None:
     assert_crops_hold(model, 1e-5)
 
 
+def test_scores_go_through_the_graph_in_chunks(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    make = BoundCall.__init__
+
+    def watched(call: BoundCall, backend: Any, graph: str, **arrays: Any) -> None:
+        sizes.append(arrays["input_ids"].size)
+        make(call, backend, graph, **arrays)
+
+    monkeypatch.setattr(BoundCall, "__init__", watched)
+    ids = [5 + 3 * place for place in range(20)]
+    expected = model.logits(ids)
+    for chunk, at_once in ((8, 512), (512, 8)):
+        monkeypatch.setattr(model, "prefill_chunk", chunk)
+        monkeypatch.setattr(model._backend, "scored_at_once", at_once)
+        del sizes[:]
+        with model.new_cache(1, 20) as cache:
+            assert relative_error(model.logits(ids, cache), expected) < 1e-5
+        assert sizes == [8, 8, 4]
+
+
 def test_what_was_evicted_does_not_come_back(model: Model) -> None:
     """A local layer of the demo model holds 80 positions, and 64 after a move to the front."""
     evicts = model.manifest.cache.layout == "in_place"

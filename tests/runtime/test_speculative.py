@@ -16,6 +16,7 @@ from helpers.models import DEMO, TinyConfig, make_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_runtime import Drafter, DraftModel, PromptLookup
 from neo_runtime.backends.cpu.binding import BoundCall
+from neo_runtime.command.batches import batches
 from neo_runtime.command.generate import main
 from neo_runtime.errors import CacheLimitError, ContextLengthError, NeoError, RequestError
 
@@ -116,6 +117,22 @@ def test_draws_are_those_without(model: Model) -> None:
                 assert [one.logprob for one in found.logprobs] == pytest.approx(
                     [one.logprob for one in alone.logprobs], abs=1e-4
                 )
+
+
+def test_each_prompt_has_its_seed(model: Model) -> None:
+    prompts = ["Once upon a time", "Once upon a time", "The dog"]
+    options: dict[str, Any] = {"do_sample": True, "seed": (5, 6, 7), "max_new_tokens": 20}
+    alone = model.generate(prompts, **options)
+    found = model.generate(prompts, drafter=PromptLookup(), **options)
+    assert [one.text for one in found] == [one.text for one in alone]
+    assert found[0].text != found[1].text
+
+
+def test_lines_are_printed_one_by_one(model: Model) -> None:
+    chosen = model.options(max_new_tokens=3)
+    for drafter, sizes in ((None, [3]), (PromptLookup(), [1, 1, 1])):
+        found = batches(model, ["Tom", "The", "A"], chosen, None, drafter=drafter)
+        assert [len(batch) for batch in found] == sizes
 
 
 def test_every_way_to_end(model: Model) -> None:
@@ -254,14 +271,36 @@ def test_a_draft_model_reads_every_token_once(
 
         monkeypatch.setattr(BoundCall, "__init__", watched)
         prompt = varied_prompts(4)[3]
-        options: dict[str, Any] = {"do_sample": True, "seed": 2, "ignore_eos": True}
-        alone = model.generate(prompt, max_new_tokens=200, **options)
-        found = model.generate(prompt, max_new_tokens=200, drafter=DraftModel(small, 4), **options)
-        assert found.token_ids == alone.token_ids
-        assert found.timings.accepted_draft_tokens > 40
-        assert fed[0] == len(prompt) + 1
-        assert max(fed[1:]) <= 4, "what is new since it was asked last, and nothing again"
+        for options in ({"do_sample": True, "seed": 2}, {}):
+            del fed[:]
+            options |= {"ignore_eos": True, "max_new_tokens": 200}
+            alone = model.generate(prompt, **options)
+            found = model.generate(prompt, drafter=DraftModel(small, 8), **options)
+            assert found.token_ids == alone.token_ids
+            assert found.timings.accepted_draft_tokens > 40
+            assert fed[0] == len(prompt) + 1
+            assert max(fed[1:]) <= 3, "what is new since it was asked last, and nothing again"
         assert small.cache_bytes_in_use == 0
+
+
+def test_a_draft_model_of_another_shape(model: Model, tmp_path: Path) -> None:
+    """Its window is shorter, so that it evicts where the model does not, and it ends before."""
+    config = TinyConfig(vocab_size=4096, window_size=8, max_position_embeddings=90)
+    export_bundle(str(make_checkpoint(tmp_path / "small", config)), tmp_path / "bundle")
+    prompt = varied_prompts(4)[3]
+    alone = model.generate(prompt, max_new_tokens=100, ignore_eos=True)
+    with neo_runtime.load(tmp_path / "bundle", threads=1) as small:
+        drafter = DraftModel(small, 6, 0)
+        found = model.generate(prompt, max_new_tokens=100, ignore_eos=True, drafter=drafter)
+        assert found.token_ids == alone.token_ids
+        assert 30 < found.timings.draft_tokens < 80, "none behind its last position"
+        # Whatever it says is what it says without the guesses of before.
+        ids = np.array([*prompt, *alone.token_ids])
+        with drafter.begin(model, 200) as propose:
+            told = [propose(ids[:n], 6).tolist() for n in range(31, 80)]
+        for n, guess in zip(range(31, 80), told, strict=True):
+            with drafter.begin(model, 200) as propose:
+                assert propose(ids[:n], 6).tolist()[:1] == guess[:1]
 
 
 def test_a_draft_model_that_does_not_fit(model: Model, tmp_path: Path) -> None:
