@@ -20,7 +20,6 @@ __all__ = [
     "CacheStore",
     "appended",
     "layer_lengths",
-    "scored",
     "slots_held",
     "spoil_views",
     "with_empty_rows",
@@ -178,21 +177,17 @@ class Backend(ABC):
     def open_cache(self, batch: int, length: int) -> CacheStore:
         """Allocate a store of `batch` rows of up to `length` positions, all empty."""
 
-    @abstractmethod
     def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits at every position: ids int64 [n] → float32 [n, vocab]."""
+        store = self.open_cache(1, len(ids))
+        try:
+            return appended(self, store, ids, self.scored_at_once)
+        finally:
+            store.close()
 
     @abstractmethod
     def close(self) -> None:
         """Let go of the sessions; calls that are running finish first."""
-
-
-def scored(backend: Backend, store: CacheStore, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Logits at each of the tokens, float32 [n, vocab], in an empty store, which is closed."""
-    try:
-        return appended(backend, store, ids, backend.scored_at_once)
-    finally:
-        store.close()
 
 
 def appended(

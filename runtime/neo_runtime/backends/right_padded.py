@@ -67,16 +67,21 @@ class RightPaddedStore(CacheStore):
     def _prefill_row(self, row: int, prompt: NDArray[np.int64], chunk: int) -> None:
         """Append to one row, at most `chunk` tokens a call."""
         for start in range(0, len(prompt), chunk):
-            ids = np.ascontiguousarray(prompt[None, start : start + chunk])
+            ids = prompt[start : start + chunk]
             if not self.lengths[row]:
-                self._prefill_first(row, [ids[0]])
+                self._prefill_first(row, [ids])
                 continue
-            past = int(self.lengths[row])
-            end = past + ids.shape[1]
-            mask = np.ones((1, end), dtype=np.int64)
-            positions = np.arange(past, end, dtype=np.int64)[None, :]
-            self._run_prefill(row, ids, mask, positions)
-            self.lengths[row] = end
+            self._run_prefill(row, *self._behind(row, ids))
+            self.lengths[row] += len(ids)
+
+    def _behind(
+        self, row: int, ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Ids, mask and positions of tokens behind what a row holds."""
+        past = int(self.lengths[row])
+        end = past + len(ids)
+        mask = np.ones((1, end), dtype=np.int64)
+        return np.ascontiguousarray(ids)[None], mask, np.arange(past, end, dtype=np.int64)[None]
 
     @abstractmethod
     def _run_prefill(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from neo_runtime.backends.step_logits import StepLogits
     from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.cached_model import CachedModel
     from neo_runtime.generation.completion import FinishReason
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     IntArray = NDArray[np.int64]
 
-__all__ = ["beam_completions", "fill_holes", "never", "steps"]
+__all__ = ["beam_completions", "fill_holes", "never", "read_prompts", "steps"]
 
 
 def never() -> bool:
@@ -56,18 +57,7 @@ def steps(
     rows = [row for group in groups for row in group]
     if any(row.total > len(row.prompt) + 1 for row in rows):
         model.prepare()  # before the clocks start; decode is not needed for one token
-    for row in rows:
-        row.watch = Stopwatch()
-    cache.reorder(range(len(groups)))
-    if (prefix := rows[0].prefix) is not None:
-        prefix.fill(cache, range(len(groups)))
-    logits = model.prefill_step(cache, [row.unread_prompt for [row, *_] in groups])
-    copies = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-    if len(copies) > len(groups):
-        cache.reorder(copies)
-        logits = logits.take(copies)
-    for row in rows:
-        row.watch.prefill = row.watch.seconds()
+    logits = read_prompts(model, cache, groups)
     while True:
         yield [row.push(row.sampler.pick(scores)) for row, scores in zip(rows, logits, strict=True)]
         active = [index for index, row in enumerate(rows) if row.finish_reason is None]
@@ -81,6 +71,24 @@ def steps(
             cache.reorder(active)
             rows = [rows[index] for index in active]
         logits = model.decode_step(cache, [row.choices[-1].token for row in rows])
+
+
+def read_prompts(model: CachedModel, cache: KVCache, groups: Sequence[Sequence[Row]]) -> StepLogits:
+    """Start the rows' clocks, and compute what is new of their prompts; see `steps`."""
+    rows = [row for group in groups for row in group]
+    for row in rows:
+        row.watch = Stopwatch()
+    cache.reorder(range(len(groups)))
+    if (prefix := rows[0].prefix) is not None:
+        prefix.fill(cache, range(len(groups)))
+    logits = model.prefill_step(cache, [row.unread_prompt for [row, *_] in groups])
+    copies = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    if len(copies) > len(groups):
+        cache.reorder(copies)
+        logits = logits.take(copies)
+    for row in rows:
+        row.watch.prefill = row.watch.seconds()
+    return logits
 
 
 def fill_holes(active: Sequence[int]) -> list[int]:

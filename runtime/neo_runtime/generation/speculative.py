@@ -22,8 +22,8 @@ import numpy as np
 
 from neo_runtime.errors import RequestError
 from neo_runtime.generation.drafting import Drafter
-from neo_runtime.generation.generator import steps
-from neo_runtime.generation.rows import Stopwatch, cancelled_rows, make_rows
+from neo_runtime.generation.generator import read_prompts, steps
+from neo_runtime.generation.rows import cancelled_rows, make_rows
 from neo_runtime.sampling.row_sampler import row_generator
 from neo_runtime.text.prompts import named_prompt, of_each
 
@@ -69,12 +69,8 @@ def drafted_steps(
         return
     model.prepare(scores=True)  # before the clock starts
     with drafter.begin(model, row.total) as propose:
-        row.watch = Stopwatch()
-        if row.prefix is not None:
-            row.prefix.fill(cache, [0])
         logits: Iterable[RowLogits | NDArray[np.float32]]
-        logits = model.prefill_step(cache, [row.unread_prompt])
-        row.watch.prefill = row.watch.seconds()
+        logits = read_prompts(model, cache, [[row]])
         guess: list[int] = []
         limit = _FIRST
         while True:

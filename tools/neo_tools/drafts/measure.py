@@ -13,6 +13,7 @@ from neo_tools.peers.worker_protocol import context_ids
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from neo_runtime.generation.completion import Completion
     from neo_runtime.generation.drafting import Drafter
     from neo_runtime.model import Model
     from neo_runtime.text.prompts import Prompt
@@ -86,34 +87,30 @@ def texts(
     ways: dict[str, Drafter | None] = {WITHOUT: None, **drafters}
     for drafter in ways.values():
         model.generate(prompts[0], max_new_tokens=4, drafter=drafter)
-    seconds = {way: [0.0] * repetitions for way in ways}
-    tokens, drafted, accepted, differing = (dict.fromkeys(ways, 0) for _ in range(4))
+    rounds: dict[str, list[list[Completion]]] = {way: [] for way in ways}
     for turn in range(repetitions):
         progress(f"round {turn + 1}/{repetitions}: {len(prompts)} prompts")
+        for found in rounds.values():
+            found.append([])
         for index, prompt in enumerate(prompts):
-            said = {}
-            order = list(ways)[(turn + index) % len(ways) :] + list(ways)
-            for way in dict.fromkeys(order):
+            first = (turn + index) % len(ways)
+            for way in [*ways, *ways][first : first + len(ways)]:
                 one = model.generate(
                     prompt, max_new_tokens=new_tokens, ignore_eos=True, drafter=ways[way]
                 )
-                said[way] = one.token_ids
-                seconds[way][turn] += one.timings.decode_seconds
-                if turn == 0:
-                    tokens[way] += len(one.token_ids)
-                    drafted[way] += one.timings.draft_tokens
-                    accepted[way] += one.timings.accepted_draft_tokens
-            if turn == 0:
-                for way in ways:
-                    differing[way] += said[way] != said[WITHOUT]
-    return {
-        way: Texts(
-            prompts=len(prompts),
-            seconds=seconds[way],
-            tokens=tokens[way],
-            drafted=drafted[way],
-            accepted=accepted[way],
-            differing=differing[way],
-        )
-        for way in ways
-    }
+                rounds[way][turn].append(one)
+    return {way: _summary(found, rounds[WITHOUT][0]) for way, found in rounds.items()}
+
+
+def _summary(rounds: Sequence[Sequence[Completion]], without: Sequence[Completion]) -> Texts:
+    first = rounds[0]
+    return Texts(
+        prompts=len(first),
+        seconds=[sum(one.timings.decode_seconds for one in each) for each in rounds],
+        tokens=sum(len(one.token_ids) for one in first),
+        drafted=sum(one.timings.draft_tokens for one in first),
+        accepted=sum(one.timings.accepted_draft_tokens for one in first),
+        differing=sum(
+            one.token_ids != other.token_ids for one, other in zip(first, without, strict=True)
+        ),
+    )

@@ -53,12 +53,8 @@ class InPlaceStore(RightPaddedStore):
         # The prefill graph widens an int8 cache, whole buffers of it.
         self._widens = backend.manifest.cache.dtype == "int8"
         evicts = backend.manifest.cache.window is not None
-        local = [
-            shape[2]
-            for shape, kind in zip(shapes[::2], model.attention_layers, strict=True)
-            if evicts and kind == "local" and shape[2] < length
-        ]
-        self.local_slots = local[0] if local else None
+        shortest = min(layer_lengths(backend.manifest, length))
+        self.local_slots = shortest if shortest < length else None
         self._growing = [
             not (evicts and kind == "local") for kind in model.attention_layers for _ in range(2)
         ]
@@ -113,18 +109,9 @@ class InPlaceStore(RightPaddedStore):
 
     def score(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         """See `CacheStore.score`."""
-        past = int(self.lengths[0])
-        total = past + len(ids)
         with self._backend.prompt():
-            self._run(
-                "score",
-                0,
-                np.ascontiguousarray(ids)[None],
-                np.ones((1, total), dtype=np.int64),
-                np.arange(past, total, dtype=np.int64)[None],
-                logits[None],
-            )
-        self.lengths[0] = total
+            self._run("score", 0, *self._behind(0, ids), logits[None])
+        self.lengths[0] += len(ids)
         self._refresh_mask()
 
     def crop(self, lengths: NDArray[np.int64]) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.backends.base import Backend, scored
+from neo_runtime.backends.base import Backend
 from neo_runtime.backends.cuda.one_thread import OneThread
 from neo_runtime.backends.cuda.sessions import CudaSessions
 from neo_runtime.backends.cuda.slots import (
@@ -31,9 +31,6 @@ from neo_runtime.machine.installation import require_onnxruntime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
 
     from neo_runtime.backends.base import CacheStore
     from neo_runtime.backends.cuda.slots import Tensors
@@ -197,10 +194,6 @@ class CudaBackend(Backend):
     def open_cache(self, batch: int, length: int) -> CacheStore:
         """See `Backend.open_cache`."""
         return DeviceStore(self, batch, self._capacity(length))
-
-    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See `Backend.score`."""
-        return scored(self, self.open_cache(1, len(ids)), ids)
 
     @contextmanager
     def block(self, size: int) -> Iterator[int]:

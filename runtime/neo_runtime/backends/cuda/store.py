@@ -125,21 +125,13 @@ class DeviceStore(RightPaddedStore):
 
     def score(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         """See `CacheStore.score`."""
-        past = int(self.lengths[0])
-        total = past + len(ids)
         with self._backend.block(logits.nbytes) as block:
-            self.run_chunk(
-                "score",
-                0,
-                np.ascontiguousarray(ids)[None],
-                np.ones((1, total), dtype=np.int64),
-                np.arange(past, total, dtype=np.int64)[None],
-                {"logits": (block, np.float32, (1, *logits.shape))},
-            )
+            outputs: Tensors = {"logits": (block, np.float32, (1, *logits.shape))}
+            self.run_chunk("score", 0, *self._behind(0, ids), outputs)
             with self._backend.lock:
                 self._device.download(logits, block)
                 self._device.synchronize()
-        self.lengths[0] = total
+        self.lengths[0] += len(ids)
         self._is_mask_stale = True
 
     def crop(self, lengths: NDArray[np.int64]) -> None:

@@ -14,7 +14,7 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.backends.base import Backend, CacheStore, scored
+from neo_runtime.backends.base import Backend, CacheStore
 from neo_runtime.backends.device.base import ITEM_SIZES
 from neo_runtime.backends.device.idle_pool import IdlePool
 from neo_runtime.backends.device.leftovers import Leftovers
@@ -26,9 +26,6 @@ from neo_runtime.bundle.engine_record import PREFILL_PROFILE
 from neo_runtime.errors import CacheLimitError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from neo_runtime.backends.device.base import Device
     from neo_runtime.backends.tensorrt.plan import Tensors
     from neo_runtime.bundle.engine_record import EngineRecord
@@ -105,10 +102,6 @@ class TensorRTBackend(Backend):
                 "more; ask for more at once, or build another one with neo-engine --min-batch 1"
             )
         return TensorRTStore(self, batch)
-
-    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See `Backend.score`."""
-        return scored(self, self.open_cache(1, len(ids)), ids)
 
     def take_buffers(self, batch: int) -> StepBuffers:
         """Buffers for a store, all zeros.
