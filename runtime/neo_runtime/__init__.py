@@ -10,23 +10,24 @@ onnxruntime is imported by `load`.
 
 Its parts; each imports only itself and those above it:
 
-errors        everything that is raised on purpose
-closable      what ends with a `with` block
-forks         what a forked child does first
-machine       processors, GPUs and installed packages
-bundle        a folder on disk: its manifest, and whether all of it is there
-options       names and values of generation options
-text          text and token ids
-backends      graphs, and caches in an engine's memory
-cache         caches as callers see them, and the account of all
-cached_model  a bundle as a function of token ids
-sampling      from logits to the next token
-generation    continuations of prompts, in batches and as streams
-model         a bundle as callers see it
-loading       `load`
-scheduling    requests that join a running batch
-command       `neo-generate` and `neo-verify`
-entry         where both commands begin
+errors         everything that is raised on purpose
+closable       what ends with a `with` block
+forks          what a forked child does first
+machine        processors, GPUs and installed packages
+bundle         a folder on disk: its manifest, and whether all of it is there
+options        names and values of generation options
+text           text and token ids
+backends       graphs, and caches in an engine's memory
+cache          caches as callers see them, and the account of all
+cached_model   a bundle as a function of token ids
+sampling       from logits to the next token
+generation     continuations of prompts, in batches and as streams
+request_model  what a request asks for, checked
+model          a bundle as callers see it
+loading        `load`
+scheduling     requests that join a running batch
+command        `neo-generate` and `neo-verify`
+entry          where both commands begin
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from neo_runtime.generation.draft_model import DraftModel
     from neo_runtime.generation.drafting import Drafter, PromptLookup
     from neo_runtime.generation.prefix import Prefix
-    from neo_runtime.generation.text_stream import TextStream
+    from neo_runtime.generation.text_stream import Piece, TextStream
     from neo_runtime.loading import load
     from neo_runtime.model import Model
     from neo_runtime.options.generation_options import GenerationOptions
@@ -86,6 +87,7 @@ __all__ = [
     "Model",
     "NeoError",
     "PendingCompletion",
+    "Piece",
     "Prefix",
     "PromptLookup",
     "RequestError",
@@ -107,6 +109,7 @@ _MODULES = {
     "Manifest": "bundle.manifest",
     "Model": "model",
     "PendingCompletion": "scheduling.pending",
+    "Piece": "generation.text_stream",
     "Prefix": "generation.prefix",
     "PromptLookup": "generation.drafting",
     "Scheduler": "scheduling.scheduler",

@@ -42,6 +42,8 @@ class CachedModel(Closable):
         prefill_chunk: int | None = None,
     ) -> None:
         self.manifest: Manifest = bundle.manifest
+        self.name = bundle.path.name
+        """Of the bundle's folder."""
         self.tokenizer: Tokenizer | None = None
         """None if the bundle has none: then prompts are token ids."""
         if self.manifest.has_tokenizer:

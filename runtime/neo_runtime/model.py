@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from contextlib import closing
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
-import numpy as np
-
-from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import ContextLengthError, RequestError
 from neo_runtime.generation.batches import sampled_completions
 from neo_runtime.generation.generator import beam_completions, never, steps
@@ -18,70 +13,30 @@ from neo_runtime.generation.prefix import Prefix
 from neo_runtime.generation.rows import cancelled_rows, make_rows
 from neo_runtime.generation.speculative import check_drafter, drafted_completions, drafted_steps
 from neo_runtime.generation.text_stream import TextStream
-from neo_runtime.options.generation_config import GENERATION_CONFIG, file_error
-from neo_runtime.options.generation_options import GenerationOptions
+from neo_runtime.generation.token_scores import scored_tokens
 from neo_runtime.options.values import count
-from neo_runtime.text.prompts import as_list, of_each, prompt_ids, with_bad_words
+from neo_runtime.request_model import RequestModel
+from neo_runtime.text.prompts import as_list, of_each
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from neo_runtime.generation.completion import Completion
     from neo_runtime.generation.drafting import Drafter
     from neo_runtime.generation.rows import Row
+    from neo_runtime.generation.text_stream import Piece
+    from neo_runtime.options.generation_options import GenerationOptions
+    from neo_runtime.sampling.row_sampler import Choice
     from neo_runtime.text.prompts import Prompt
 
 __all__ = ["Model"]
 
-_NO_TEXT = "the bundle has no tokenizer, so no text to find stop strings in"
 
-
-class Model(CachedModel):
+class Model(RequestModel):
     """A loaded bundle, returned by `load`. Several threads may call it at once."""
-
-    @cached_property
-    def defaults(self) -> GenerationOptions:
-        """The options that the bundle's `generation_config.json` gives.
-
-        Raises:
-            GenerationConfigError: (a RequestError) the file has a value that cannot be honoured.
-        """
-        return self.options()
-
-    def options(self, **overrides: Any) -> GenerationOptions:
-        """The options of a request: those of the bundle's file, some of them replaced.
-
-        Args:
-            **overrides: as for `generate`. An entry of the file that no option stands for, such
-                as `max_time`, is left out by `max_time=None`.
-
-        Raises:
-            GenerationConfigError: (a RequestError) the file has a value that cannot be honoured,
-                and the request does not replace it.
-            RequestError: the request has one.
-        """
-        spec = self.manifest.model
-        options = GenerationOptions.from_generation_config(
-            self._generation_config,
-            eos_token_id=spec.eos_token_id,
-            model_max_length=self.manifest.max_length,
-            vocab_size=spec.vocab_size,
-            overrides=overrides,
-        )
-        given = {"stop", "stop_strings"} & overrides.keys()
-        if options.stop and self.tokenizer is None and not given:
-            raise file_error(_NO_TEXT, "stop=()")
-        return options
-
-    @cached_property
-    def _generation_config(self) -> dict[str, Any]:
-        if GENERATION_CONFIG not in self.manifest.files:
-            return {}
-        text = self._bundle.file(GENERATION_CONFIG).read_text(encoding="utf-8")
-        config: dict[str, Any] = json.loads(text)
-        return config
 
     @overload
     def generate(
@@ -171,10 +126,10 @@ class Model(CachedModel):
             CacheLimitError: the cache for the batch would exceed the limit.
             VerificationError: the logits hold NaN or infinity.
         """
-        chosen = self._options(options, overrides, bad_words)
+        chosen = self.request_options(options, overrides, bad_words)
         count(1, optional=True)("batch_size", batch_size)
         given, is_single = as_list(prompt)
-        prompts = self._encode(given, prefix)
+        prompts = self.encode_prompts(given, prefix)
         if drafter is not None:
             check_drafter(drafter, chosen)
             completions = drafted_completions(self, prompts, chosen, drafter, should_stop, prefix)
@@ -233,6 +188,36 @@ class Model(CachedModel):
         closed = threading.Event()
         return TextStream(_pieces(self, row, drafter, should_stop, closed), closed)
 
+    def token_logprobs(self, text: Prompt, *, top_logprobs: int = 0) -> list[Choice]:
+        """How probable a text's own tokens are, each behind those before it.
+
+        Log probabilities are those of `logits`, which has them for the whole vocabulary; here no
+        more than a chunk of that is held at once. Their sum is the text's log likelihood behind its
+        first token.
+
+        Args:
+            text: text or token ids [n].
+            top_logprobs: report so many most probable tokens for each place as well.
+
+        Returns:
+            One per token but the first, n - 1: id, log probability, and the most probable ones.
+
+        Raises:
+            RequestError: no tokens, or a bad argument.
+            ContextLengthError: more tokens than the model has positions.
+            CacheLimitError: there is no room for the keys and values.
+            VerificationError: the logits hold NaN or infinity.
+        """
+        self._check_open()
+        most: int = count(0)("top_logprobs", top_logprobs)
+        [ids] = self.encode_prompts([text])
+        if len(ids) > self.manifest.max_length:
+            raise ContextLengthError(
+                f"{len(ids)} tokens, but the model has {self.manifest.max_length} positions; score "
+                f"at most {self.manifest.max_length} at once"
+            )
+        return scored_tokens(self, ids, most)
+
     def prefix(self, text: Prompt) -> Prefix:
         """Compute the beginning that many prompts share: instructions, examples.
 
@@ -253,7 +238,7 @@ class Model(CachedModel):
         """
         self._check_open()
         try:
-            [ids] = self._encode([text])
+            [ids] = self.encode_prompts([text])
         except RequestError as error:
             raise RequestError(f"the prefix cannot be used: {error}") from error
         if len(ids) >= self.manifest.max_length:
@@ -263,70 +248,6 @@ class Model(CachedModel):
             )
         return Prefix(self, ids)
 
-    def single_prompt(
-        self,
-        call: str,
-        prompt: Prompt,
-        options: GenerationOptions | None,
-        bad_words: Sequence[str],
-        prefix: Prefix | None,
-        overrides: Mapping[str, Any],
-    ) -> tuple[NDArray[np.int64], GenerationOptions]:
-        """The ids int64 [n], prefix included, and the options of a request for one continuation.
-
-        Both are checked. `call` asks for it, for messages; the others are those of `stream`.
-        """
-        chosen = self._options(options, overrides, bad_words)
-        if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
-            raise RequestError(
-                f"{call} makes one continuation; set num_beams=1 and num_return_sequences=1, or "
-                "use generate"
-            )
-        given, is_single = as_list(prompt)
-        if not is_single:
-            raise RequestError(f"{call} takes one prompt, not a list of them; use generate")
-        [ids] = self._encode(given, prefix)
-        return ids, chosen
-
-    def _options(
-        self,
-        options: GenerationOptions | None,
-        overrides: Mapping[str, Any],
-        bad_words: Sequence[str],
-    ) -> GenerationOptions:
-        self._check_open()
-        if options is not None and not isinstance(options, GenerationOptions):
-            raise RequestError(
-                f"options is {options!r}, expected GenerationOptions; give single options by name: "
-                "max_new_tokens=50"
-            )
-        if options is not None:
-            chosen = options.merged(**overrides)
-        else:
-            chosen = self.options(**overrides) if overrides else self.defaults
-        chosen = with_bad_words(chosen, bad_words, self.tokenizer)
-        chosen.check_vocabulary(self.manifest.model.vocab_size)
-        if chosen.stop and self.tokenizer is None:
-            raise RequestError(_NO_TEXT)
-        return chosen
-
-    def _encode(
-        self, prompts: Sequence[Prompt], prefix: Prefix | None = None
-    ) -> list[NDArray[np.int64]]:
-        """The ids of each, behind those of the prefix."""
-        if not len(prompts):
-            raise RequestError("the list of prompts is empty; give at least one")
-        vocab_size = self.manifest.model.vocab_size
-        found = of_each(prompts, lambda prompt: prompt_ids(prompt, vocab_size, self.tokenizer))
-        if prefix is None:
-            return [ids.copy() for ids in found]  # the caller may change its arrays meanwhile
-        if not isinstance(prefix, Prefix):
-            raise RequestError(
-                f"prefix is of type {type(prefix).__name__}, expected one of Model.prefix"
-            )
-        prefix.check(self)
-        return [np.concatenate([prefix.ids, ids]) for ids in found]
-
 
 def _pieces(
     model: Model,
@@ -334,7 +255,7 @@ def _pieces(
     drafter: Drafter | None,
     should_stop: Callable[[], bool],
     closed: threading.Event,
-) -> Generator[str, None, Completion | None]:
+) -> Generator[Piece, None, Completion | None]:
     with model.new_cache(1, model.rounded_length(row.total - 1)) as cache:
         if drafter is None:
             found = steps(model, cache, [[row]], should_stop)

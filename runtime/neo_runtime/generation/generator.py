@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from neo_runtime.generation.completion import FinishReason
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.generation.rows import Row
+    from neo_runtime.generation.text_stream import Piece
     from neo_runtime.options.generation_options import GenerationOptions
     from neo_runtime.sampling.beam_search import BeamResult
     from neo_runtime.text.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ def steps(
     cache: KVCache,
     groups: Sequence[Sequence[Row]],
     should_stop: Callable[[], bool],
-) -> Generator[list[str], None, None]:
+) -> Generator[list[Piece], None, None]:
     """Continue all rows together; each step yields the pieces of the rows still active.
 
     Rows that have ended leave the batch.

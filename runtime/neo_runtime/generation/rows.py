@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.generation.completion import Completion, Timings
 from neo_runtime.generation.prefix import behind
-from neo_runtime.generation.text_stream import StopMatcher, StreamDecoder
+from neo_runtime.generation.text_stream import Piece, StopMatcher, StreamDecoder
 from neo_runtime.sampling.row_sampler import RowSampler, row_generator
 
 if TYPE_CHECKING:
@@ -86,13 +86,15 @@ class Row:
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         self._matcher = StopMatcher(options.stop)
         self._pieces: list[str] = []
+        self._told = 0
+        """Tokens that went out with a piece."""
 
     @property
     def unread_prompt(self) -> IntArray:
         """What of the prompt is still to be computed: int64 [m], m at least 1."""
         return behind(self.prefix, self.prompt)
 
-    def push(self, choice: Choice) -> str:
+    def push(self, choice: Choice) -> Piece:
         """Take the next token.
 
         Returns:
@@ -109,14 +111,19 @@ class Row:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             piece += self._held_back()
-        self._pieces.append(piece)
-        return piece
+        return self._given(piece)
 
-    def cancel(self) -> str:
+    def cancel(self) -> Piece:
         """End here, as the caller wants no more; the text that was held back."""
         self.finish_reason = "cancelled"
-        self._pieces.append(self._held_back())
-        return self._pieces[-1]
+        return self._given(self._held_back())
+
+    def _given(self, text: str) -> Piece:
+        if not text:
+            return Piece("")  # its tokens go with the next text
+        self._pieces.append(text)
+        told, self._told = self._told, len(self.choices)
+        return Piece(text, self.choices[told:])
 
     def _held_back(self) -> str:
         if self._decoder is None:
@@ -144,6 +151,7 @@ def make_rows(
     total: int,
     index: int,
     prefix: Prefix | None = None,
+    first_copy: int = 0,
 ) -> list[Row]:
     """The rows of a prompt, `num_return_sequences` of them; nothing is computed yet.
 
@@ -154,9 +162,10 @@ def make_rows(
         total: tokens of prompt and continuation together, at most.
         index: of the prompt among those of the request; chooses its seed.
         prefix: what the prompt begins with, if that is computed already.
+        first_copy: number of the first row among all continuations of the prompt, for its draws.
     """
     rows = []
-    for copy in range(options.num_return_sequences):
+    for copy in range(first_copy, first_copy + options.num_return_sequences):
         generator = row_generator(options.seed, index, copy)
         sampler = RowSampler(options, prompt, generator, total)
         rows.append(Row(prompt, options, sampler, total, model.tokenizer, prefix))

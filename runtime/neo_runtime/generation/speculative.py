@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from neo_runtime.generation.drafting import Propose
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.generation.rows import Row
+    from neo_runtime.generation.text_stream import Piece
     from neo_runtime.options.generation_options import GenerationOptions
 
 __all__ = ["check_drafter", "drafted_completions", "drafted_steps"]
@@ -54,7 +55,7 @@ def drafted_steps(
     row: Row,
     drafter: Drafter,
     should_stop: Callable[[], bool],
-) -> Generator[list[str], None, None]:
+) -> Generator[list[Piece], None, None]:
     """As `generator.steps` for one row: yields its piece, token by token.
 
     Args:

@@ -17,15 +17,36 @@ from neo_runtime.errors import NeoError
 if TYPE_CHECKING:
     import threading
     from collections.abc import Sequence
+    from typing import Self
 
     from neo_runtime.generation.completion import Completion
+    from neo_runtime.sampling.row_sampler import Choice
     from neo_runtime.text.tokenizer import Tokenizer
 
-__all__ = ["StopMatcher", "StreamDecoder", "TextStream"]
+__all__ = ["Piece", "StopMatcher", "StreamDecoder", "TextStream"]
 
 _IN_USE = "generator already executing"
 """What Python says of a generator that two threads ask for its next item."""
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Piece(str):
+    """Text that is certain, and the tokens that made it certain.
+
+    Tokens that no text comes of, as those inside a character, are with the next piece; what is
+    behind the last piece, such as the end-of-sequence token, only the completion has.
+    """
+
+    __slots__ = ("choices",)
+
+    choices: tuple[Choice, ...]
+    """The tokens since the last piece, with log probabilities if the option `logprobs` is set."""
+
+    def __new__(cls, text: str, choices: Sequence[Choice] = ()) -> Self:
+        """Text with its tokens."""
+        piece = super().__new__(cls, text)
+        piece.choices = tuple(choices)
+        return piece
 
 
 class StreamDecoder:
@@ -100,7 +121,7 @@ class StopMatcher:
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
-class TextStream(Iterator[str], Closable):
+class TextStream(Iterator[Piece], Closable):
     """The pieces of one completion, in order. Also a context manager that closes it.
 
     Tokens are computed as pieces are asked for: a consumer that stops asking stops the work, and
@@ -108,7 +129,7 @@ class TextStream(Iterator[str], Closable):
     """
 
     def __init__(
-        self, pieces: Generator[str, None, Completion | None], closed: threading.Event
+        self, pieces: Generator[Piece, None, Completion | None], closed: threading.Event
     ) -> None:
         """Wrap a generator.
 
@@ -121,7 +142,7 @@ class TextStream(Iterator[str], Closable):
         self._completion: Completion | None = None
         self._has_failed = False
 
-    def __next__(self) -> str:
+    def __next__(self) -> Piece:
         if self._closed.is_set():
             self.close()
             raise StopIteration

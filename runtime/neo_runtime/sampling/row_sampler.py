@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     from neo_runtime.backends.step_logits import RowLogits
     from neo_runtime.options.generation_options import GenerationOptions
 
-__all__ = ["Choice", "RowSampler", "TokenLogprob", "row_generator", "usable_maximum"]
+__all__ = [
+    "Choice",
+    "RowSampler",
+    "TokenLogprob",
+    "row_generator",
+    "usable_maximum",
+    "with_logprobs",
+]
 
 
 class TokenLogprob(NamedTuple):
@@ -147,7 +154,7 @@ class RowSampler:
         token = self._draw(scores) if self._do_sample else _greedy(scores)
         choice = Choice(token, None, None)
         if self._logprobs is not None:
-            choice = _with_logprobs(token, logits, self._logprobs)
+            choice = with_logprobs(token, logits, self._logprobs)
         self._append(token)
         return choice
 
@@ -214,7 +221,8 @@ def _greedy(scores: FloatArray) -> int:
     return token
 
 
-def _with_logprobs(token: int, logits: FloatArray, count: int) -> Choice:
+def with_logprobs(token: int, logits: FloatArray, count: int) -> Choice:
+    """A token with its log probability by log-softmax of `logits` [V], and the `count` best."""
     top = logits.max()
     normalizer = float(top) + float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
     best: tuple[TokenLogprob, ...] = ()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.errors import NeoError
 from neo_runtime.generation.completion import Completion
+from neo_runtime.generation.text_stream import Piece
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["PendingCompletion"]
 
 
-class PendingCompletion(Future[Completion], Iterator[str]):
+class PendingCompletion(Future[Completion], Iterator[Piece]):
     """A completion that is being computed.
 
     As a `concurrent.futures.Future` it has `result(timeout)`, `exception`, `done`, `cancel` and
@@ -32,7 +33,7 @@ class PendingCompletion(Future[Completion], Iterator[str]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._pieces: SimpleQueue[str | None] = SimpleQueue()
+        self._pieces: SimpleQueue[Piece | None] = SimpleQueue()
         self._wake: Callable[[], object] | None = None
         self._worker: int | None = None
 
@@ -40,7 +41,7 @@ class PendingCompletion(Future[Completion], Iterator[str]):
         """For the scheduler: number of the thread that cannot wait for itself."""
         self._worker = worker
 
-    def give(self, piece: str | None) -> None:
+    def give(self, piece: Piece | None) -> None:
         """For the scheduler: more text; None behind the last of it."""
         self._pieces.put(piece)
         wake = self._wake
@@ -67,7 +68,7 @@ class PendingCompletion(Future[Completion], Iterator[str]):
         self._refuse_deadlock()
         return super().exception(timeout)
 
-    def __next__(self) -> str:
+    def __next__(self) -> Piece:
         try:
             piece = self._pieces.get(block=False)
         except Empty:
@@ -78,7 +79,7 @@ class PendingCompletion(Future[Completion], Iterator[str]):
             raise StopIteration
         return piece
 
-    async def __aiter__(self) -> AsyncIterator[str]:
+    async def __aiter__(self) -> AsyncIterator[Piece]:
         """The pieces, without a thread that waits for them."""
         import asyncio
 

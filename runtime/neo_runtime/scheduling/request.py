@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from neo_runtime.backends.step_logits import RowLogits
     from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.generation.rows import Row
+    from neo_runtime.generation.text_stream import Piece
 
 __all__ = ["Request"]
 
@@ -108,7 +109,7 @@ class Request:
         except BaseException:
             _LOG.exception("a callback of a request failed")
 
-    def _give(self, piece: str) -> None:
+    def _give(self, piece: Piece) -> None:
         if piece:
             self.pending.give(piece)
 

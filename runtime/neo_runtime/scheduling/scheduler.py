@@ -104,6 +104,7 @@ class Scheduler(Closable):
         bad_words: Sequence[str] = (),
         should_stop: Callable[[], bool] = never,
         prefix: Prefix | None = None,
+        sequence_index: int = 0,
         **overrides: Any,
     ) -> PendingCompletion:
         """Ask for one continuation of one prompt; returns at once.
@@ -117,6 +118,8 @@ class Scheduler(Closable):
                 `logits_processor` does: what it raises ends this request, and while it runs all
                 others wait.
             prefix: as for `Model.generate`; its memory stays until the request has begun.
+            sequence_index: which of several continuations of the prompt this is: with one `seed`
+                each gets the draws that `generate(…, num_return_sequences=…)` gives it.
             **overrides: options by name.
 
         Returns:
@@ -132,7 +135,8 @@ class Scheduler(Closable):
             "submit", prompt, options, bad_words, prefix, overrides
         )
         total = chosen.total_length(len(ids), self._max_length, "the scheduler")
-        [row] = make_rows(self._model, ids, chosen, total, 0, prefix)
+        copy = count(0)("sequence_index", sequence_index)
+        [row] = make_rows(self._model, ids, chosen, total, 0, prefix, copy)
         self._check_process()
         if not callable(should_stop):
             raise RequestError(f"should_stop is {should_stop!r}, expected a function")

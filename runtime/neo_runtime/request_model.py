@@ -1,0 +1,138 @@
+"""What a request asks of a bundle: token ids and options, checked before anything is computed."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from neo_runtime.cached_model import CachedModel
+from neo_runtime.errors import RequestError
+from neo_runtime.generation.prefix import Prefix
+from neo_runtime.options.generation_config import GENERATION_CONFIG, file_error
+from neo_runtime.options.generation_options import GenerationOptions
+from neo_runtime.text.prompts import as_list, of_each, prompt_ids, with_bad_words
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.text.prompts import Prompt
+
+__all__ = ["RequestModel"]
+
+_NO_TEXT = "the bundle has no tokenizer, so no text to find stop strings in"
+
+
+class RequestModel(CachedModel):
+    """Base class of `Model`: reads requests, and computes nothing."""
+
+    @cached_property
+    def defaults(self) -> GenerationOptions:
+        """The options that the bundle's `generation_config.json` gives.
+
+        Raises:
+            GenerationConfigError: (a RequestError) the file has a value that cannot be honoured.
+        """
+        return self.options()
+
+    def options(self, **overrides: Any) -> GenerationOptions:
+        """The options of a request: those of the bundle's file, some of them replaced.
+
+        Args:
+            **overrides: as for `generate`. An entry of the file that no option stands for, such
+                as `max_time`, is left out by `max_time=None`.
+
+        Raises:
+            GenerationConfigError: (a RequestError) the file has a value that cannot be honoured,
+                and the request does not replace it.
+            RequestError: the request has one.
+        """
+        spec = self.manifest.model
+        options = GenerationOptions.from_generation_config(
+            self._generation_config,
+            eos_token_id=spec.eos_token_id,
+            model_max_length=self.manifest.max_length,
+            vocab_size=spec.vocab_size,
+            overrides=overrides,
+        )
+        given = {"stop", "stop_strings"} & overrides.keys()
+        if options.stop and self.tokenizer is None and not given:
+            raise file_error(_NO_TEXT, "stop=()")
+        return options
+
+    @cached_property
+    def _generation_config(self) -> dict[str, Any]:
+        if GENERATION_CONFIG not in self.manifest.files:
+            return {}
+        text = self._bundle.file(GENERATION_CONFIG).read_text(encoding="utf-8")
+        config: dict[str, Any] = json.loads(text)
+        return config
+
+    def single_prompt(
+        self,
+        call: str,
+        prompt: Prompt,
+        options: GenerationOptions | None,
+        bad_words: Sequence[str],
+        prefix: Prefix | None,
+        overrides: Mapping[str, Any],
+    ) -> tuple[NDArray[np.int64], GenerationOptions]:
+        """The ids int64 [n], prefix included, and the options of a request for one continuation.
+
+        Both are checked. `call` asks for it, for messages; the others are those of `stream`.
+        """
+        chosen = self.request_options(options, overrides, bad_words)
+        if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
+            raise RequestError(
+                f"{call} makes one continuation; set num_beams=1 and num_return_sequences=1, or "
+                "use generate"
+            )
+        given, is_single = as_list(prompt)
+        if not is_single:
+            raise RequestError(f"{call} takes one prompt, not a list of them; use generate")
+        [ids] = self.encode_prompts(given, prefix)
+        return ids, chosen
+
+    def request_options(
+        self,
+        options: GenerationOptions | None,
+        overrides: Mapping[str, Any],
+        bad_words: Sequence[str],
+    ) -> GenerationOptions:
+        """The options of a request, checked; arguments are those of `Model.generate`."""
+        self._check_open()
+        if options is not None and not isinstance(options, GenerationOptions):
+            raise RequestError(
+                f"options is {options!r}, expected GenerationOptions; give single options by name: "
+                "max_new_tokens=50"
+            )
+        if options is not None:
+            chosen = options.merged(**overrides)
+        else:
+            chosen = self.options(**overrides) if overrides else self.defaults
+        chosen = with_bad_words(chosen, bad_words, self.tokenizer)
+        chosen.check_vocabulary(self.manifest.model.vocab_size)
+        if chosen.stop and self.tokenizer is None:
+            raise RequestError(_NO_TEXT)
+        return chosen
+
+    def encode_prompts(
+        self, prompts: Sequence[Prompt], prefix: Prefix | None = None
+    ) -> list[NDArray[np.int64]]:
+        """The ids of each, behind those of the prefix."""
+        if not len(prompts):
+            raise RequestError("the list of prompts is empty; give at least one")
+        vocab_size = self.manifest.model.vocab_size
+        found = of_each(prompts, lambda prompt: prompt_ids(prompt, vocab_size, self.tokenizer))
+        if prefix is None:
+            return [ids.copy() for ids in found]  # the caller may change its arrays meanwhile
+        if not isinstance(prefix, Prefix):
+            raise RequestError(
+                f"prefix is of type {type(prefix).__name__}, expected one of Model.prefix"
+            )
+        prefix.check(self)
+        return [np.concatenate([prefix.ids, ids]) for ids in found]
