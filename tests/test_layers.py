@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 import neo_export
 import neo_runtime
 import neo_runtime.backends
+import neo_server
 import pytest
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
-OURS = ("neo_runtime", "neo_export", "neo_calibration", "neo_tools")
+OURS = ("neo_runtime", "neo_server", "neo_export", "neo_calibration", "neo_tools")
 ALLOWED = {
     "runtime/neo_runtime": ("neo_runtime",),
+    "runtime/neo_server": ("neo_server", "neo_runtime"),
     "export/neo_export": (
         "neo_export",
         "neo_runtime.command.command_line",
@@ -38,6 +40,7 @@ ALLOWED = {
 FOLDERS = {
     neo_export: ROOT / "export/neo_export",
     neo_runtime: ROOT / "runtime/neo_runtime",
+    neo_server: ROOT / "runtime/neo_server",
     neo_runtime.backends: ROOT / "runtime/neo_runtime/backends",
 }
 PARTS = {

@@ -29,6 +29,7 @@ COMMANDS = [
         NOTHING,
     ),
     ("neo_runtime.command.generate", "_run", ["b", "p"], "neo-generate", None),
+    ("neo_server.command", "_serve", ["b"], "neo-serve", None),
     ("neo_tools.bench.cli", "_run", ["b"], "neo-bench", None),
     ("neo_tools.diff.cli", "_run", ["b", "--reference", "m"], "neo-diff", None),
     ("neo_tools.evaluate.cli", "_run", ["b", "--tasks", "t"], "neo-eval", None),

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from helpers.hf_reference import heldout_texts
+from helpers.harness_tasks import TASKS, write_tasks
 from helpers.models import DEMO
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_tools.evaluate.cli import main
@@ -19,58 +19,11 @@ from neo_tools.evaluate.report import markdown, plain, tabulated, worst_drop
 if TYPE_CHECKING:
     from pathlib import Path
 
-TASKS = {
-    "last_word": {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{text.rsplit(' ', 1)[0]}}",
-        "doc_to_target": "{{' ' + text.rsplit(' ', 1)[1]}}",
-        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
-    },
-    "which_end": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{text}}",
-        "doc_to_choice": "{{ends}}",
-        "doc_to_target": "{{gold}}",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    },
-    "whole": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-    },
-    "sentence": {
-        "output_type": "generate_until",
-        "doc_to_text": "{{text}}",
-        "doc_to_target": "{{ends[0]}}",
-        "generation_kwargs": {"until": [".", "\n"], "do_sample": False, "max_gen_toks": 20},
-        "metric_list": [{"metric": "exact_match"}],
-    },
-}
-
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four kinds of tasks over held-out text; some contexts are longer than the model."""
     folder = tmp_path_factory.mktemp("tasks")
-    texts = heldout_texts()
-    documents = []
-    for number in range(12):
-        text = " ".join((texts[number] * 9).split()[: 700 if number == 5 else 40 + 7 * number])
-        ends = [text.rsplit(" ", 1)[1], "elephant and", "yes", "no"]
-        ends = [f" {end}" for end in ends]
-        documents.append({"text": text.rsplit(" ", 1)[0], "ends": ends, "gold": 0})
-    data = folder / "documents.jsonl"
-    data.write_text("".join(f"{json.dumps(document)}\n" for document in documents))
-    for name, task in TASKS.items():
-        shared = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(data)}},
-            "test_split": "test",
-        }
-        # JSON is YAML.
-        (folder / f"{name}.yaml").write_text(json.dumps(shared | task))
+    write_tasks(folder)
     return folder
 
 

@@ -1,0 +1,39 @@
+"""A bundle behind OpenAI's HTTP interface for text completions: `neo-serve BUNDLE`.
+
+    import neo_runtime, neo_server
+
+    model = neo_runtime.load("gpt-neo-1.3b")
+    app = neo_server.create_app(model)  # for any ASGI server
+
+Its parts; each imports only itself and those above it:
+
+errors         what a client is told
+asked          a request's JSON, read and checked
+logprobs       log probabilities as the interface writes them
+answers        completions as JSON: whole, and as events of a stream
+metrics        what is counted for Prometheus
+service        requests that share one scheduler
+streaming      events while they are computed
+app            paths, keys, and who has gone
+listening      a socket, and uvicorn on it
+command        `neo-serve`
+entry          where the command begins
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neo_server.app import create_app
+
+__all__ = ["create_app"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import Starlette only when the application is asked for (PEP 562)."""
+    if name != "create_app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from neo_server.app import create_app
+
+    return create_app

@@ -1,0 +1,237 @@
+"""The application: paths, keys, sizes, errors as JSON, and clients that have gone."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from neo_server.asked import read_request
+from neo_server.errors import ApiError, api_error, bad_request
+from neo_server.service import Limits, Service
+from neo_server.streaming import EventStream, whole_answer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from neo_runtime.model import Model
+
+    _Handler = Callable[[Request], Awaitable[Response]]
+
+__all__ = ["application", "create_app"]
+
+_CLIENT_GONE = 499
+"""nginx's status for it; nobody reads the answer, but the metrics count it."""
+_METRICS_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def create_app(
+    model: Model,
+    *,
+    name: str | None = None,
+    api_keys: Sequence[str] = (),
+    limits: Limits | None = None,
+) -> Starlette:
+    """Make an ASGI application that serves OpenAI's text completions.
+
+    `POST /v1/completions`, `GET /v1/models`, `GET /v1/models/{name}`, `GET /health` and
+    `GET /metrics`. The graphs are loaded and the cache is allocated when the server starts the
+    application (its lifespan), so in the process that serves; both are freed when it ends.
+
+    Args:
+        model: must stay open while the application runs.
+        name: what clients call the model; by default the name of the bundle's folder.
+        api_keys: clients of `/v1` must send one of these as a bearer token; none: everybody may.
+        limits: how much is taken at once.
+
+    Raises:
+        RequestError: the bundle has no tokenizer, or its generation_config.json cannot be honoured.
+    """
+    service = Service(model, name or model.name, limits or Limits())
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await asyncio.to_thread(service.start)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.close)
+
+    return application(service, api_keys, lifespan)
+
+
+def application(
+    service: Service,
+    api_keys: Sequence[str],
+    lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]] | None = None,
+) -> Starlette:
+    """See `create_app`; without `lifespan` the caller starts and closes the service."""
+    handlers = _Handlers(service)
+    guarded = _guard(api_keys)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", guarded(handlers.completions), methods=["POST"]),
+            Route("/v1/models", guarded(handlers.models)),
+            Route("/v1/models/{name:path}", guarded(handlers.model)),
+            Route("/v1/{rest:path}", guarded(handlers.unknown), methods=["GET", "POST"]),
+            Route("/health", handlers.health),
+            Route("/metrics", handlers.metrics),
+        ],
+        exception_handlers={ApiError: _as_json, HTTPException: _as_json},
+        lifespan=lifespan,
+    )
+
+
+class _Handlers:
+    """What is done for each path."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._created = int(time.time())
+
+    async def completions(self, request: Request) -> Response:
+        """Continue prompts."""
+        try:
+            response = await self._completions(request)
+        except ClientDisconnect:
+            response = Response(status_code=_CLIENT_GONE)
+        except Exception as error:
+            response = _error_response(api_error(error))
+        self._service.metrics.requests.labels(response.status_code).inc()
+        return response
+
+    async def _completions(self, request: Request) -> Response:
+        asked = read_request(await _read_json(request, self._service.limits.max_body_bytes))
+        work = await self._service.begin(asked)
+        if asked.stream:
+            return EventStream(work)
+        try:
+            return _json_response(await _unless_gone(request, whole_answer(work)))
+        finally:
+            work.end()
+
+    async def models(self, _: Request) -> Response:
+        """The list of the one model."""
+        return _json_response({"object": "list", "data": [self._model]})
+
+    async def model(self, request: Request) -> Response:
+        """The one model, by its name."""
+        name = request.path_params["name"]
+        if name != self._service.name:
+            raise ApiError(
+                404, f"the model {name!r} is not here; this server has {self._service.name!r}"
+            )
+        return _json_response(self._model)
+
+    async def unknown(self, request: Request) -> Response:
+        """What OpenAI has and this has not."""
+        raise ApiError(
+            404,
+            f"{request.method} {request.url.path} is not served: GPT-Neo continues text, with "
+            "POST /v1/completions",
+        )
+
+    async def health(self, _: Request) -> Response:
+        """200 while requests are taken."""
+        is_ready = self._service.is_ready
+        return _json_response({"status": "ok" if is_ready else "ending"}, 200 if is_ready else 503)
+
+    async def metrics(self, _: Request) -> Response:
+        """For Prometheus."""
+        return Response(self._service.metrics.text(), media_type=_METRICS_FORMAT)
+
+    @property
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self._service.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "neo-onnx",
+            "max_model_len": self._service.max_length,
+        }
+
+
+def _guard(api_keys: Sequence[str]) -> Callable[[_Handler], _Handler]:
+    keys = [key.encode() for key in api_keys]
+
+    def guarded(handler: _Handler) -> _Handler:
+        async def checked(request: Request) -> Response:
+            kind, _, given = request.headers.get("authorization", "").partition(" ")
+            is_known = [hmac.compare_digest(given.strip().encode(), key) for key in keys]
+            if keys and not (kind.lower() == "bearer" and any(is_known)):
+                raise ApiError(
+                    401,
+                    "the API key is missing or unknown; send one that this server was given, as "
+                    '"Authorization: Bearer KEY"',
+                    code="invalid_api_key",
+                )
+            return await handler(request)
+
+        return checked
+
+    return guarded
+
+
+async def _read_json(request: Request, most: int) -> object:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > most:
+            raise ApiError(413, f"the request's body has more than {most} bytes; ask for less")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"the request's body is not JSON: {error}") from error
+
+
+async def _unless_gone(
+    request: Request, work: Coroutine[Any, Any, dict[str, Any]]
+) -> dict[str, Any]:
+    """The result of `work`, which is cancelled where nobody waits for it any more.
+
+    Raises:
+        ClientDisconnect: the client has gone.
+    """
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _as_json(_: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        error = ApiError(error.status_code, f"{error.detail}; see POST /v1/completions")
+    return _error_response(api_error(error))
+
+
+def _error_response(error: ApiError) -> Response:
+    return _json_response(error.body, error.status, error.headers)
+
+
+def _json_response(
+    content: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    # In ASCII: a client's unpaired surrogate, which an error quotes, has no UTF-8.
+    return Response(json.dumps(content), status, headers, media_type="application/json")

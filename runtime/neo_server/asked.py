@@ -1,0 +1,198 @@
+"""The JSON of `POST /v1/completions`, read and checked.
+
+Names, meanings and defaults are OpenAI's; names that it lacks are those of `GenerationOptions`, and
+vLLM's `min_tokens`, `top_k=-1` and `return_tokens_as_token_ids`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from neo_server.errors import bad_request
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Asked", "read_request"]
+
+_MOST_CONTINUATIONS = 128
+_MOST_LOGPROBS = 20
+_SAMPLING = ("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Without effect at temperature 0."""
+_PASSED = (
+    "stop",
+    "logit_bias",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "sequence_bias",
+    "eos_token_id",
+    "ignore_eos",
+)
+"""Names that `Scheduler.submit` has as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One request, as it is to be computed."""
+
+    model: str | None
+    prompts: tuple[str | list[int], ...]
+    n: int
+    """Continuations of each prompt that are returned."""
+    best_of: int
+    """Continuations of each prompt that are computed."""
+    max_tokens: int
+    echo: bool
+    logprobs: int | None
+    stream: bool
+    include_usage: bool
+    as_token_ids: bool
+    """Tokens are named "token_id:123" beside their log probabilities."""
+    options: Mapping[str, Any]
+    """Of `Scheduler.submit`."""
+
+    @property
+    def sequences(self) -> int:
+        """Continuations that are computed."""
+        return len(self.prompts) * self.best_of
+
+
+class _Fields:
+    """The fields of a request that nobody has read yet; null is as good as absent."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self._left = {name: value for name, value in body.items() if value is not None}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._left.pop(name, default)
+
+    def flag(self, name: str) -> bool:
+        value = self.get(name, False)
+        if not isinstance(value, bool):
+            raise bad_request(f"{name} is {value!r}, expected true or false", name)
+        return value
+
+    def count(self, name: str, default: int, least: int, most: int | None = None) -> int:
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise bad_request(f"{name} is {value!r}, expected an integer from {least} on", name)
+        if most is not None and value > most:
+            raise bad_request(f"{name} is {value}, expected at most {most}", name)
+        return value
+
+    def optional_count(self, name: str, least: int, most: int | None = None) -> int | None:
+        return self.count(name, least, least, most) if name in self else None
+
+    def refuse_rest(self) -> None:
+        if self._left:
+            names = ", ".join(sorted(self._left))
+            raise bad_request(
+                f"unknown fields in the request: {names}; leave them out", sorted(self._left)[0]
+            )
+
+
+def read_request(body: object) -> Asked:
+    """Check a request's fields; values of options are checked when it is submitted.
+
+    Raises:
+        ApiError: status 400 names the field.
+    """
+    if not isinstance(body, dict):
+        raise bad_request("the request's body is no JSON object")
+    fields = _Fields(body)
+    model = fields.get("model")
+    if model is not None and not isinstance(model, str):
+        raise bad_request(f"model is {model!r}, expected a name", "model")
+    n = fields.count("n", 1, 1, _MOST_CONTINUATIONS)
+    best_of = fields.count("best_of", n, n, _MOST_CONTINUATIONS)
+    asked = Asked(
+        model=model,
+        prompts=_prompts(fields.get("prompt")),
+        n=n,
+        best_of=best_of,
+        max_tokens=fields.count("max_tokens", 16, 0),
+        echo=fields.flag("echo"),
+        logprobs=fields.optional_count("logprobs", 0, _MOST_LOGPROBS),
+        stream=fields.flag("stream"),
+        include_usage=_include_usage(fields.get("stream_options", {})),
+        as_token_ids=fields.flag("return_tokens_as_token_ids"),
+        options=_options(fields),
+    )
+    fields.get("user")
+    if fields.get("suffix"):
+        raise bad_request("GPT-Neo writes no text before a suffix; leave suffix out", "suffix")
+    fields.refuse_rest()
+    if asked.stream and asked.best_of > asked.n:
+        raise bad_request("best_of chooses among whole texts; leave it out or stream", "best_of")
+    return asked
+
+
+def _prompts(given: object) -> tuple[str | list[int], ...]:
+    if isinstance(given, str):
+        return (given,)
+    if isinstance(given, list) and given:
+        if all(_is_id(item) for item in given):
+            return (given,)
+        if all(isinstance(item, str) for item in given):
+            return tuple(given)
+        if all(isinstance(item, list) and all(_is_id(i) for i in item) for item in given):
+            return tuple(given)
+    raise bad_request(
+        "prompt is missing, empty, or of a wrong form; expected text, a list of token ids, or a "
+        "list of texts or of lists of token ids",
+        "prompt",
+    )
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _include_usage(given: object) -> bool:
+    if not isinstance(given, dict) or given.keys() - {"include_usage"}:
+        raise bad_request(
+            f'stream_options is {given!r}, expected {{"include_usage": true}}', "stream_options"
+        )
+    include = given.get("include_usage") or False
+    if not isinstance(include, bool):
+        raise bad_request(f"include_usage is {include!r}, expected true or false", "stream_options")
+    return include
+
+
+def _options(fields: _Fields) -> dict[str, Any]:
+    """OpenAI's defaults, whatever the bundle's generation_config.json says of these options."""
+    options: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}
+    temperature = fields.get("temperature", 1)
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not is_number or not temperature >= 0:  # nor NaN
+        raise bad_request(
+            f"temperature is {temperature!r}, expected a number from 0 on", "temperature"
+        )
+    sampling = {"top_p": 1.0, "top_k": 0} | _given(fields, _SAMPLING)
+    if sampling["top_k"] == -1:
+        sampling["top_k"] = 0
+    options["do_sample"] = temperature > 0
+    if temperature > 0:
+        options |= {"temperature": temperature, **sampling}
+    options |= _given(fields, _PASSED)
+    if "min_tokens" in fields:
+        options["min_new_tokens"] = fields.count("min_tokens", 0, 0)
+    seed = fields.optional_count("seed", -(2**63))
+    return options | {"seed": None if seed is None else seed % 2**64}
+
+
+def _given(fields: _Fields, names: tuple[str, ...]) -> dict[str, Any]:
+    found = {name: fields.get(name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,9 @@
+"""Where the installed command begins."""
+
+from __future__ import annotations
+
+from neo_runtime.entry import entry
+
+__all__ = ["serve"]
+
+serve = entry("neo_server.command")

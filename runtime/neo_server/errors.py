@@ -1,0 +1,75 @@
+"""What a client is told when it cannot be served: OpenAI's form of an error, and its status."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from neo_runtime.errors import ContextLengthError, GenerationConfigError, RequestError
+
+__all__ = ["ApiError", "api_error", "bad_request", "overloaded"]
+
+_LOG = logging.getLogger("neo_server")
+_RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+"""Options by the names that requests have for them."""
+
+
+class ApiError(Exception):
+    """An answer with an error's status."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        """Make it.
+
+        Args:
+            status: of HTTP.
+            message: what was found, what was expected, what to do.
+            param: the field of the request that is wrong.
+            code: for programs, where the interface has one.
+        """
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON object of the answer."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {
+            "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        }
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those that the status calls for."""
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
+        return {"Retry-After": "1"} if self.status == 503 else {}
+
+
+def bad_request(message: str, param: str | None = None) -> ApiError:
+    """An error of the client's."""
+    return ApiError(400, message, param=param)
+
+
+def overloaded(message: str) -> ApiError:
+    """No room now; clients may try again."""
+    return ApiError(503, message, code="overloaded")
+
+
+def api_error(error: BaseException) -> ApiError:
+    """What a client is told of an error; whatever is not the client's is logged."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError) and not isinstance(error, GenerationConfigError):
+        message = str(error)
+        for ours, theirs in _RENAMED.items():
+            message = message.replace(ours, theirs)
+        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+        return ApiError(400, message, code=code)
+    _LOG.error("a request failed", exc_info=error)
+    if isinstance(error, MemoryError):  # CacheLimitError and DeviceMemoryError are such
+        return overloaded("there is no memory for this request now; try again later")
+    return ApiError(500, "the server failed at this request; its log says why")

@@ -1,0 +1,96 @@
+"""`neo_server` on a port of this machine, in a thread, for real clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from neo_server.app import application
+from neo_server.listening import bound
+from neo_server.service import Limits, Service
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from neo_runtime.model import Model
+
+NAME = "mini"
+
+
+class Served:
+    """A running server."""
+
+    def __init__(self, service: Service, port: int) -> None:
+        self.service = service
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+
+    def client(self, key: str = "none", **options: Any) -> Any:
+        """OpenAI's own client; it does not try again."""
+        import openai
+
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is computed and nobody waits."""
+        scheduler = self.service._scheduler
+        assert scheduler is not None
+        return not (scheduler.active or scheduler.waiting or self.service._inside)
+
+    def wait_until_idle(self) -> None:
+        end = time.monotonic() + 60
+        while not self.is_idle:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
+    def send(self, body: bytes | dict[str, Any], path: str = "/v1/completions") -> HTTPConnection:
+        """A request whose answer nobody has read yet."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", path, content)
+        return connection
+
+    def answer(self, body: bytes | dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
+        """Status, JSON and headers."""
+        with closing(self.send(body)) as connection:
+            response = connection.getresponse()
+            return response.status, json.load(response), dict(response.headers)
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and text."""
+        with closing(HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+
+
+@contextmanager
+def served(
+    model: Model, *, name: str = NAME, keys: tuple[str, ...] = (), **limits: Any
+) -> Iterator[Served]:
+    """Serve a model until the end of the block; the socket is ready when it begins."""
+    with Service(model, name, Limits(**limits)) as service:
+        service.start()
+        sock = bound("127.0.0.1", 0)
+        config = uvicorn.Config(
+            application(service, keys), lifespan="off", log_config=None, access_log=False
+        )
+        server = uvicorn.Server(config)
+        sock.listen()  # so that clients wait until it is served
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])))
+        thread.start()
+        try:
+            yield Served(service, sock.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join(60)
+            assert not thread.is_alive()

@@ -1,0 +1,166 @@
+"""`neo-serve` as a process: it says where it is, finishes what was begun, and ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+from neo_server.command import main
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class Running(NamedTuple):
+    process: subprocess.Popen[str]
+    line: str
+    """The first on stderr."""
+    port: int
+
+
+@contextmanager
+def running(bundle: Path, *options: str) -> Iterator[Running]:
+    command = [sys.executable, "-m", "neo_server.command", str(bundle), "--port", "0", *options]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            found = re.search(r":(\d+)/v1$", line.rstrip())
+            assert found, line + process.stderr.read()
+            yield Running(process, line, int(found[1]))
+        finally:
+            process.kill()
+
+
+def ended(server: Running) -> tuple[int, str, str]:
+    out, err = server.process.communicate(timeout=60)
+    return server.process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)]
+)
+def test_a_signal_lets_it_finish(mini_bundle: Path, number: signal.Signals, status: int) -> None:
+    with running(mini_bundle, "--name", "demo", "--threads", "1") as server:
+        assert server.line.startswith("neo-serve: demo (fp32, CPU) at http://127.0.0.1:")
+        body = json.dumps({"prompt": "a", "max_tokens": 300, "stream": True, "ignore_eos": True})
+        with closing(HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+            connection.request("POST", "/v1/completions", body)
+            response = connection.getresponse()
+            first = response.readline()
+            server.process.send_signal(number)
+            events = (first + response.read()).split(b"\n\n")
+        assert events[-2:] == [b"data: [DONE]", b""]
+        assert json.loads(events[-3][6:])["choices"][0]["finish_reason"] == "length"
+        code, out, err = ended(server)
+        assert (code, out) == (status, "")
+        assert "Traceback" not in err
+        assert '"POST /v1/completions HTTP/1.1" 200' in err
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", server.port))
+
+
+def test_grace_ends(mini_bundle: Path) -> None:
+    with running(mini_bundle, "--threads", "1", "--grace", "0", "--no-access-log") as server:
+        body = json.dumps({"prompt": "a", "max_tokens": 500, "n": 16, "ignore_eos": True})
+        with closing(HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+            connection.request("POST", "/v1/completions", body)
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.process.wait(0.5)  # it is at work
+            server.process.send_signal(signal.SIGTERM)
+            code, _, err = ended(server)
+    assert code == 128 + signal.SIGTERM
+    assert "completions HTTP" not in err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
+    return line.removeprefix("neo-serve: ")
+
+
+@pytest.fixture(autouse=True)
+def _own_handler() -> Iterator[None]:
+    """`main` replaces what a SIGTERM does."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_port_that_is_taken(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = refused(capsys, str(mini_bundle), "--port", port)
+    assert line.startswith(f"127.0.0.1 port {port} cannot be listened to")
+    assert line.endswith("choose another --host or --port")
+    assert "port 70000 does not exist" in refused(capsys, str(mini_bundle), "--port", "70000")
+    assert "no.such.host" in refused(capsys, str(mini_bundle), "--host", "no.such.host.invalid")
+
+
+def test_what_cannot_be_served(
+    mini_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    port = ("--port", "0")
+    assert "no/such" in refused(capsys, "no/such", *port)
+    assert "max_queue is 0" in refused(capsys, str(mini_bundle), "--max-queue", "0", *port)
+    line = refused(capsys, str(mini_bundle), "--max-cache-mb", "1", *port)
+    assert "1000000" in line
+    assert "513 positions" in refused(capsys, str(mini_bundle), "--max-length", "513", *port)
+    monkeypatch.setenv("NEO_API_KEYS", " ,")
+    assert "NEO_API_KEYS is set and holds no key" in refused(capsys, str(mini_bundle), *port)
+
+
+def test_without_a_tokenizer(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from helpers.models import DEMO
+    from neo_export.exporter import ExportOptions, export_bundle
+
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(DEMO, checkpoint, ignore=shutil.ignore_patterns("*token*", "vocab*", "merges*"))
+    bundle = tmp_path / "bundle"
+    export_bundle(str(checkpoint), bundle, ExportOptions(target="cpu"))
+    assert "has no tokenizer" in refused(capsys, str(bundle), "--port", "0")
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom neo_server.command import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'numpy', 'onnxruntime', 'starlette', 'uvicorn', 'prometheus_client'}\n"
+        "sys.exit(str(heavy & sys.modules.keys()) if heavy & sys.modules.keys() else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "POST /v1/completions" in done.stdout
+
+
+def test_a_missing_extra_is_named(mini_bundle: Path) -> None:
+    code = (
+        "import sys\nsys.modules['starlette.applications'] = None\n"
+        "from neo_server.command import main\n"
+        f"sys.exit(main([{str(mini_bundle)!r}, '--port', '0']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 2
+    assert "extras: pip install 'neo-onnx[cpu,serve]'" in done.stderr

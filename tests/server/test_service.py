@@ -1,0 +1,264 @@
+"""Clients that go, crowds, broken requests, and what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+from helpers.serving import NAME, served
+from neo_runtime.cached_model import CachedModel
+from neo_runtime.errors import CacheLimitError, DeviceMemoryError, RequestError
+from neo_server.service import Limits, Service
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from helpers.serving import Served
+    from neo_runtime.cache.kv_cache import KVCache
+    from neo_runtime.model import Model
+
+LONG: dict[str, Any] = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
+
+
+class SlowSteps:
+    """Each step of decode takes 20 ms more, waits where it is held up, or fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.error: Exception | None = None
+        decode = CachedModel.decode_step
+
+        def decode_step(model: CachedModel, cache: KVCache, tokens: Sequence[int]) -> Any:
+            self.count += 1
+            time.sleep(0.02)
+            assert self.go_on.wait(60)
+            if self.error is not None:
+                raise self.error
+            return decode(model, cache, tokens)
+
+        monkeypatch.setattr(CachedModel, "decode_step", decode_step)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> SlowSteps:
+    return SlowSteps(monkeypatch)
+
+
+@pytest.mark.parametrize("fields", [{}, {"n": 3}, {"stream": True}, {"stream": True, "n": 3}])
+def test_a_client_that_goes_is_computed_for_no_more(
+    server: Served, steps: SlowSteps, fields: dict[str, Any]
+) -> None:
+    connection = server.send(LONG | fields)
+    if "stream" in fields:
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: ")
+        response.close()  # which holds the socket as well
+    else:
+        while steps.count < 3:
+            time.sleep(0.01)
+    connection.close()
+    server.wait_until_idle()
+    assert steps.count < 250
+
+
+def test_a_client_that_goes_before_its_turn(server: Served, steps: SlowSteps) -> None:
+    steps.go_on.clear()
+    held = [server.send(LONG | {"n": 6, "max_tokens": 5})]
+    while steps.count < 1:
+        time.sleep(0.01)
+    waiting = [server.send(LONG | {"stream": stream}) for stream in (False, True) * 3]
+    while server.service._inside < 12:
+        time.sleep(0.01)
+    for connection in waiting:
+        connection.close()
+    while server.service._inside > 6:
+        time.sleep(0.01)
+    steps.go_on.set()
+    assert held[0].getresponse().status == 200
+    held[0].close()
+    server.wait_until_idle()
+    assert steps.count < 12
+
+
+def test_a_crowd_is_refused_and_may_come_again(model: Model, steps: SlowSteps) -> None:
+    with served(model, max_batch_size=2, max_queue=3) as running:
+        steps.go_on.clear()
+        first = [running.send({"prompt": "a", "max_tokens": 3}) for _ in range(3)]
+        while running.service._inside < 3:
+            time.sleep(0.01)
+        status, answer, headers = running.answer({"prompt": "a"})
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert answer["error"]["message"] == "3 sequences are being served, of 3 at most"
+        assert answer["error"]["type"] == "server_error"
+        with running.client() as client, pytest.raises(openai.InternalServerError):
+            client.completions.create(model=NAME, prompt="a")
+        steps.go_on.set()
+        for connection in first:
+            assert connection.getresponse().status == 200
+            connection.close()
+        running.wait_until_idle()
+        assert running.answer({"prompt": "a", "max_tokens": 1})[0] == 200
+
+
+BROKEN: list[tuple[bytes, int, str]] = [
+    (b"{", 400, "the request's body is not JSON"),
+    (b"", 400, "the request's body is not JSON"),
+    (b"\xff\xfe{}", 400, "the request's body is not JSON"),
+    (b"[" * 100_000, 400, "the request's body is not JSON"),
+    (b"[1]", 400, "the request's body is no JSON object"),
+    (b'{"prompt": "a", "\\ud800": 1}', 400, "unknown fields in the request"),
+    (b'{"prompt": "\\ud800"}', 400, "\\ud800"),
+    (b'{"prompt": "a", "model": "\\ud800"}', 404, "\\ud800"),
+    (b'{"prompt": "a", "model": 3}', 400, "model is 3, expected a name"),
+    (b'{"prompt": "a", "temperature": NaN}', 400, "temperature is nan"),
+    (b'{"prompt": "a", "max_tokens": 1e3}', 400, "max_tokens is 1000.0, expected an integer"),
+    (b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", 400, "not JSON"),
+    (b'{"prompt": "' + b"a" * 5_000_000 + b'"}', 413, "has more than 4194304 bytes"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "message"), BROKEN)
+def test_broken_requests(server: Served, body: bytes, status: int, message: str) -> None:
+    found, answer, _ = server.answer(body)
+    assert found == status
+    assert message in answer["error"]["message"]
+    server.wait_until_idle()
+
+
+def test_null_is_as_good_as_absent(server: Served) -> None:
+    names = ("n", "best_of", "temperature", "stop", "logprobs", "seed", "suffix", "user", "echo")
+    fields = dict.fromkeys((*names, "stream", "stream_options", "logit_bias", "max_tokens"))
+    assert server.answer({"prompt": "a", **fields})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (RuntimeError("secret"), 500, "the server failed at this request; its log says why"),
+        (DeviceMemoryError("secret"), 503, "there is no memory for this request now"),
+    ],
+)
+def test_a_failure_is_logged_and_told(
+    server: Served,
+    steps: SlowSteps,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    status: int,
+    message: str,
+) -> None:
+    steps.error = error
+    found, answer, _ = server.answer({"prompt": "a", "max_tokens": 4})
+    assert found == status
+    assert answer["error"]["message"].startswith(message)
+    assert "secret" in caplog.text
+    with (
+        server.client() as client,
+        client.completions.create(model=NAME, prompt="a", stream=True) as stream,
+        pytest.raises(openai.APIError, match=message),
+    ):
+        list(stream)
+    steps.error = None
+    assert server.answer({"prompt": "a", "max_tokens": 4})[0] == 200
+
+
+def test_what_is_counted(model: Model) -> None:
+    with served(model, max_batch_size=2) as running:
+        running.answer({"prompt": [[1, 2, 3], [4]], "max_tokens": 5, "ignore_eos": True})
+        running.answer({"prompt": "a", "n": 0})
+        running.answer({"prompt": [1], "max_tokens": 2, "ignore_eos": True})
+        status, text = running.get("/metrics")
+    values = dict(re.findall(r"^(\S+) (\S+)$", text, re.MULTILINE))
+    expected = {
+        'neo_requests_total{status="200"}': 2,
+        'neo_requests_total{status="400"}': 1,
+        "neo_prompt_tokens_total": 5,
+        "neo_generated_tokens_total": 12,
+        'neo_sequences_total{finish_reason="length"}': 3,
+        "neo_time_to_first_token_seconds_count": 3,
+        "neo_time_per_token_seconds_count": 3,
+        "neo_sequences_active": 0,
+        "neo_sequences_waiting": 0,
+    }
+    assert status == 200
+    assert {name: float(values[name]) for name in expected} == expected
+    assert float(values["neo_cache_bytes"]) > 0
+
+
+def test_health(server: Served) -> None:
+    assert server.get("/health") == (200, '{"status": "ok"}')
+    scheduler, server.service._scheduler = server.service._scheduler, None
+    assert server.get("/health")[0] == 503
+    assert server.answer({"prompt": "a"})[0] == 503
+    server.service._scheduler = scheduler
+
+
+def test_room_for_scores_stays(mini_bundle: Path) -> None:
+    import neo_runtime
+
+    with neo_runtime.load(mini_bundle, threads=1) as probe:
+        one = probe.cache_bytes(1, 512)
+    with neo_runtime.load(mini_bundle, threads=1, max_cache_bytes=2 * one) as model:
+        with served(model) as running:
+            asked = {"prompt": [[5] * 300], "echo": True, "logprobs": 0, "max_tokens": 1}
+            for _ in range(2):
+                assert running.answer(asked | {"n": 2})[0] == 200
+        with (
+            Service(model, NAME, Limits(max_batch_size=2)) as service,
+            pytest.raises(CacheLimitError),
+        ):
+            service.start()
+        assert model.cache_bytes_in_use == 0
+
+
+def test_wrong_limits() -> None:
+    for name in ("max_batch_size", "max_length", "max_queue", "max_body_bytes"):
+        with pytest.raises(RequestError, match=f"{name} is 0, expected"):
+            Limits(**{name: 0})
+
+
+def test_any_asgi_server_may_run_it(model: Model) -> None:
+    """The lifespan loads and frees; a request in between."""
+    import neo_server
+
+    before = model.cache_bytes_in_use
+    app = neo_server.create_app(model, name="other", limits=Limits(max_batch_size=2))
+    body = json.dumps({"prompt": "a", "max_tokens": 2, "model": "other"}).encode()
+    sent: list[dict[str, Any]] = []
+
+    async def run() -> None:
+        to_app: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        from_app: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        life = asyncio.create_task(app({"type": "lifespan", "asgi": {}}, to_app.get, from_app.put))
+        await to_app.put({"type": "lifespan.startup"})
+        assert (await from_app.get())["type"] == "lifespan.startup.complete"
+        assert model.cache_bytes_in_use > before
+        received = iter([{"type": "http.request", "body": body}])
+
+        async def receive() -> Any:
+            try:
+                return next(received)
+            except StopIteration:
+                await asyncio.sleep(60)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        await app(scope | {"query_string": b""}, receive, send)
+        await to_app.put({"type": "lifespan.shutdown"})
+        assert (await from_app.get())["type"] == "lifespan.shutdown.complete"
+        await life
+
+    asyncio.run(run())
+    assert sent[0]["status"] == 200
+    assert json.loads(sent[1]["body"])["model"] == "other"
+    assert model.cache_bytes_in_use == before
