@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
+
+# Before PyTorch and numpy read them: several workers with a thread for every core each spend most
+# of their time waiting for one another. And sums come in one order, whatever the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 from helpers.models import DEMO, Reference
