@@ -24,6 +24,8 @@ def in_slabs(weight: NDArray[np.float32], quantize: Quantizer) -> tuple[NDArray[
     """
     rows = max(1, _SLAB // weight.shape[1])
     slabs = [weight[start : start + rows] for start in range(0, len(weight), rows)]
+    if len(slabs) == 1:
+        return quantize(weight)
     with ThreadPoolExecutor(usable_processors()) as pool:
         parts = list(pool.map(quantize, slabs))
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -52,6 +54,8 @@ def search_scale(
     best = base.copy()
     least = _error(groups, base, low, high)
     for factor in factors:
+        if factor == 1:
+            continue
         scale = base * np.float32(factor)
         error = _error(groups, scale, low, high)
         better = error < least
@@ -69,9 +73,11 @@ def search_scale(
 def _error(
     groups: NDArray[np.float32], scale: NDArray[np.float32], low: int, high: int
 ) -> NDArray[np.float32]:
-    integers = np.rint(groups / scale)
+    wide = np.repeat(scale, groups.shape[1], axis=1)  # broadcasting goes a short row at a time
+    integers = groups / wide
+    np.rint(integers, out=integers)
     np.clip(integers, low, high, out=integers)
-    integers *= scale
+    integers *= wide
     integers -= groups
     result: NDArray[np.float32] = np.einsum("ij,ij->i", integers, integers)[:, None]
     return result
