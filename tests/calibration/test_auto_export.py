@@ -14,7 +14,7 @@ from helpers.models import DEMO, TinyConfig, make_checkpoint
 from neo_calibration.cli import main as calibrate
 from neo_export.command.cli import main as export
 from neo_export.command.run_calibration import _summary
-from neo_export.quantize import gptq_quantizer
+from neo_export.quantize import gptq_quantizer, migration_search
 from neo_export.quantize.plan import WeightPlan
 from neo_runtime.errors import StatisticsError
 
@@ -53,7 +53,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def never(*_arguments: Any) -> None:
-    raise AssertionError("a matrix that the search has quantized is quantized again")
+    raise AssertionError("what the search has decided is decided again")
 
 
 def test_a_bundle_within_the_limit(
@@ -64,6 +64,7 @@ def test_a_bundle_within_the_limit(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(gptq_quantizer, "gptq", never)  # here; the search is another process
+    monkeypatch.setattr(migration_search, "_search", never)
     bundle, report = tmp_path / "bundle", tmp_path / "report"
     options = ["--max-size", "0.2", "--keep-fp32", KEPT, "--auto-report", str(report), "--json"]
     assert export([*command, "-o", str(bundle), *options]) == 0

@@ -16,8 +16,9 @@ from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.comparison.metrics import kl_divergence
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.gpt_neo.parameters import LAYER_INPUTS
+from neo_export.quantize import migration_search
 from neo_export.quantize.migration import Migration
-from neo_export.quantize.migration_search import MovedPlace, find_migration
+from neo_export.quantize.migration_search import MovedPlace, Rounding, find_migration
 from neo_export.statistics.folder import Statistics
 from neo_export.tolerances import TOLERANCES
 
@@ -136,6 +137,43 @@ def test_a_model_without_outliers_is_left_alone(
     # What else statistics are used for (GPTQ) may only bring the bundle nearer.
     far, near = (divergence(tmp_path / name, reference) for name in ("plain", "calibrated"))
     assert near <= far
+
+
+def never(*_arguments: Any) -> None:
+    raise AssertionError("a place that is remembered is searched again")
+
+
+def test_what_is_remembered_is_what_was_found(
+    checkpoint: Path, statistics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With outliers, so that scales and shifts are kept, and for one storage at a time."""
+    remembered = tmp_path / "remembered"
+    remembered.mkdir()
+    search, opened = migration_search._search, Statistics.open(statistics)
+
+    def find(block: int | None, folder: Path | None) -> tuple[Migration, tuple[MovedPlace, ...]]:
+        return find_migration(read, spec, opened, lambda _: Rounding(block), None, folder)
+
+    with open_checkpoint(checkpoint) as opened_checkpoint:
+        spec = opened_checkpoint.spec
+
+        def read(name: str) -> NDArray[np.float32]:
+            return opened_checkpoint.tensors[name].read()
+
+        for block in (None, 16):
+            expected, moved = find(block, None)
+            assert find(block, remembered)[1] == moved
+            monkeypatch.setattr(migration_search, "_search", never)
+            found, again = find(block, remembered)
+            monkeypatch.setattr(migration_search, "_search", search)
+            assert again == moved
+            assert found.scales.keys() == expected.scales.keys()
+            assert found.shifts.keys() == expected.shifts.keys()
+            for place, scale in expected.scales.items():
+                np.testing.assert_array_equal(found.scales[place], scale)
+            for place, shift in expected.shifts.items():
+                np.testing.assert_array_equal(found.shifts[place], shift)
+        assert expected.shifts
 
 
 def divergence(bundle: Path, reference: Reference) -> float:

@@ -95,6 +95,7 @@ def calibrated(
     precision: str,
     plan: WeightPlan,
     progress: Callable[[str, int, int], None],
+    remembered: Path | None = None,
 ) -> Calibrated:
     """Decide.
 
@@ -106,6 +107,7 @@ def calibrated(
         precision: what was asked for.
         plan: how the decode graph stores each matrix.
         progress: called with a stage's name, done and total.
+        remembered: as `ExportOptions` has it.
 
     Raises:
         StatisticsError: float16 cannot hold what the model computes, and nothing here helps.
@@ -139,6 +141,7 @@ def calibrated(
         statistics,
         rounding_of,
         lambda done, all_: progress("looking for outliers", done, all_),
+        remembered,
     )
     gptq = None
     if not target.quantize_linear:

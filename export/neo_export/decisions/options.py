@@ -28,7 +28,7 @@ class ExportOptions:
     calibration: Path | None = None
     """Statistics of the checkpoint, which `neo-calibrate` wrote."""
     remembered: Path | None = None
-    """A folder that keeps matrices quantized with these statistics for the next export."""
+    """A folder that keeps what these statistics were used for, for the next export."""
     verify: bool = False
     """Compare numbers with PyTorch before the bundle is put in place."""
     force: bool = False

@@ -122,7 +122,9 @@ def prepare(
     statistics = open_statistics(
         options.calibration, checkpoint, say, second_moments=second_moments
     )
-    decided = calibrated(statistics, checkpoint, read, target, precision, plan, say)
+    decided = calibrated(
+        statistics, checkpoint, read, target, precision, plan, say, options.remembered
+    )
     cache = target.cache(spec, precision, large_scores=decided.half.scores > 0)
     steps = None
     if options.kv_cache == "int8":

@@ -17,6 +17,7 @@ unless a candidate is clearly better: a model without outliers keeps its weights
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +26,12 @@ from neo_export.gpt_neo.parameters import LAYER_INPUTS, readers_of
 from neo_export.quantize.int4 import dequantize_int4
 from neo_export.quantize.int8 import dequantize_int8
 from neo_export.quantize.migration import Migration
+from neo_export.quantize.migration_descent import descended, normalized, positive
+from neo_export.quantize.remembered import remembered_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from neo_runtime.bundle.manifest import ModelSpec
     from numpy.typing import NDArray
@@ -41,9 +45,6 @@ Array = Any
 _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _OUTPUTS = 384
 """Rows of the weights that are tried; spread evenly."""
-_STEPS = 40
-_NORM = 16
-"""A power mean of this order stands for the maximum, so that it has a slope."""
 _SHIFTED = ("attended", "ln_2", "gelu")
 """Places whose readers have a bias, which can hold a constant part."""
 _HARMLESS = 0.03
@@ -99,6 +100,7 @@ def find_migration(
     statistics: Statistics,
     rounding_of: Callable[[str], Rounding | None],
     progress: Callable[[int, int], None] | None = None,
+    remembered: Path | None = None,
 ) -> tuple[Migration, tuple[MovedPlace, ...]]:
     """Choose the scales of every place.
 
@@ -108,6 +110,7 @@ def find_migration(
         statistics: of this checkpoint.
         rounding_of: a matrix's name → how its product is rounded; None where it is not.
         progress: called with places done and in all.
+        remembered: folder that keeps what is found with these statistics for the next export.
     """
     scales: dict[str, NDArray[np.float32]] = {}
     shifts: dict[str, NDArray[np.float32]] = {}
@@ -120,16 +123,26 @@ def find_migration(
         if names:
             rounding = roundings[names[0]]
             assert rounding is not None
-            weights = np.concatenate([read(name) for name in names])
-            found = _search(place, weights, statistics, rounding)
-            if found is not None:
-                scales[place], shift, result = found
-                moved.append(result)
-                if shift is not None:
-                    shifts[place] = shift
+            found = remembered_arrays(
+                remembered,
+                _file_name(place, names, rounding),
+                partial(_search, place, names, read, statistics, rounding),
+            )
+            if found:
+                scales[place] = found["scale"]
+                if "shift" in found:
+                    shifts[place] = found["shift"]
+                before, after = found["errors"].tolist()
+                moved.append(MovedPlace(place, before, after, "shift" in found))
         if progress is not None:
             progress(done, len(places))
     return Migration(scales, shifts), tuple(moved)
+
+
+def _file_name(place: str, names: list[str], rounding: Rounding) -> str:
+    """All that a search depends on beside the checkpoint and its statistics."""
+    readers = "+".join(name.split(".")[-2] for name in names)
+    return f"{place}.moved.{rounding.block_size or 'row'}.{readers}"
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,8 @@ class _Place:
     """[n, C]: samples that candidates are made from."""
     judge: NDArray[np.float32]
     """[n, C]: samples that they are tried on."""
+    exact: NDArray[np.float32]
+    """[n, rows]: products of `judge` with the rows of the weights that are tried."""
     largest: tuple[Array, Array]
     """Largest |x − z| and |w| of each channel."""
     typical: tuple[Array, Array]
@@ -148,37 +163,43 @@ class _Place:
 
 
 def _search(
-    place: str, weights: NDArray[np.float32], statistics: Statistics, rounding: Rounding
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, MovedPlace] | None:
-    """Scale, shift and gain; None where the place stays as it is."""
+    place: str,
+    names: list[str],
+    read: Callable[[str], NDArray[np.float32]],
+    statistics: Statistics,
+    rounding: Rounding,
+) -> dict[str, NDArray[Any]]:
+    """Scale, shift (if any), errors before and after; empty where the place stays as it is."""
+    weights = np.concatenate([read(name) for name in names])
     rows = np.linspace(0, len(weights) - 1, min(_OUTPUTS, len(weights))).astype(np.int64)
     some = np.ascontiguousarray(weights[rows])
 
     def error(view: _Place, scale: NDArray[np.float32]) -> float:
         rounded = rounding.activations(view.judge / scale) @ rounding.weights(some * scale).T
-        return float(np.linalg.norm(rounded - view.judge @ some.T))
+        return float(np.linalg.norm(rounded - view.exact))
 
-    plain = _view(place, weights, statistics, None)
+    plain = _view(place, weights, some, statistics, None)
     before = error(plain, np.ones(some.shape[1], np.float32))
-    size = float(np.linalg.norm(plain.judge @ some.T))
+    size = float(np.linalg.norm(plain.exact))
     if before <= _HARMLESS * size:
-        return None
-    best, scale, shift = before, None, None
+        return {}
+    best, scale, view = before, None, plain
     for z in _shifts(place, statistics):
-        view = _view(place, weights, statistics, z)
-        for candidate in _candidates(view):
-            found = error(view, candidate)
+        shifted = plain if z is None else _view(place, weights, some, statistics, z)
+        for candidate in _candidates(shifted):
+            found = error(shifted, candidate)
             if found < best:
-                best, scale, shift = found, candidate, z
+                best, scale, view = found, candidate, shifted
     if scale is None or best * best > _PROMISING * before * before:
-        return None
-    view = _view(place, weights, statistics, shift)
-    candidate = _descend(view.fit, some, scale, rounding)
+        return {}
+    block = rounding.block_size or some.shape[1]
+    candidate = descended(view.fit, some, scale, block, rounding.weight_limit)
     if (found := error(view, candidate)) < best:
         best, scale = found, candidate
     if best * best > _CLEAR * before * before:
-        return None
-    return scale, shift, MovedPlace(place, before / size, best / size, shift is not None)
+        return {}
+    moved = {"scale": scale, "errors": np.array([before / size, best / size])}
+    return moved if view.shift is None else moved | {"shift": view.shift}
 
 
 def _kind(place: str) -> str:
@@ -197,6 +218,7 @@ def _shifts(place: str, statistics: Statistics) -> Iterator[NDArray[np.float32] 
 def _view(
     place: str,
     weights: NDArray[np.float32],
+    some: NDArray[np.float32],
     statistics: Statistics,
     shift: NDArray[np.float32] | None,
 ) -> _Place:
@@ -205,11 +227,13 @@ def _view(
     low, high = statistics.channel_range(place)
     mean = statistics.channel_mean(place)
     square = statistics.channel_mean_square(place) - 2 * z * mean + z * z
+    judge = np.ascontiguousarray(sample[1::2])
     w_square = np.einsum("ij,ij->j", weights, weights) / len(weights)
     return _Place(
         shift=shift,
         fit=np.ascontiguousarray(sample[0::2]),
-        judge=np.ascontiguousarray(sample[1::2]),
+        judge=judge,
+        exact=judge @ some.T,
         largest=(np.maximum(high - z, z - low), np.abs(weights).max(axis=0)),
         typical=(np.sqrt(np.maximum(square, 0)), np.sqrt(w_square)),
     )
@@ -219,67 +243,4 @@ def _candidates(view: _Place) -> Iterator[NDArray[np.float32]]:
     yield np.ones(view.fit.shape[1], np.float32)
     for x, w in (view.largest, view.typical):
         for alpha in _ALPHAS:
-            yield _normalized(_positive(x) ** alpha / _positive(w) ** (1 - alpha))
-
-
-def _descend(
-    x: NDArray[np.float32], w: NDArray[np.float32], start: Array, rounding: Rounding
-) -> NDArray[np.float32]:
-    """Minimize E(s) over log s; x [n, C], w [out, C]."""
-    block = rounding.block_size or x.shape[1]
-    x_blocks = np.abs(x).reshape(len(x), -1, block)
-    w_blocks = np.abs(w).reshape(len(w), -1, block)
-    x_power = (x_blocks.astype(np.float64) ** 2).mean(axis=0)
-    w_power = (w_blocks.astype(np.float64) ** 2).sum(axis=0)
-    log = np.log(_positive(start)).reshape(-1, block)
-    best, least = log, np.inf
-    for step in range(_STEPS):
-        scale = np.exp(log).astype(np.float32)
-        x_max, x_share = _soft_max(x_blocks / scale)
-        w_max, w_share = _soft_max(w_blocks * scale)
-        w_energy, x_energy = w_power * scale**2, x_power / scale**2
-        of_x = x_max.mean(axis=0) * w_energy.sum(axis=-1) / 127**2
-        of_w = w_max.sum(axis=0) * x_energy.sum(axis=-1) / rounding.weight_limit**2
-        total = float(np.sum(of_x + of_w))
-        if total < least:
-            best, least = log, total
-        slope_x = _portion(w_energy) - _weighted(x_share, x_max)
-        slope_w = _weighted(w_share, w_max) - _portion(x_energy)
-        slope = of_x[:, None] * slope_x + of_w[:, None] * slope_w
-        rate = (0.5 if step < _STEPS // 2 else 0.15) / max(float(np.abs(slope).max()), 1e-30)
-        log = log - rate * slope
-    return _normalized(np.exp(best).reshape(-1))
-
-
-def _soft_max(values: NDArray[np.float32]) -> tuple[Array, Array]:
-    """Square of the maximum along the last axis [n, blocks], and each entry's part in it."""
-    top = np.maximum(values.max(axis=-1, keepdims=True), 1e-30)
-    power = values / top
-    for _ in range(_NORM.bit_length() - 1):
-        power *= power
-    total = np.maximum(power.sum(axis=-1, keepdims=True), 1e-30)
-    largest = (top * total ** np.float32(1 / _NORM))[..., 0].astype(np.float64)
-    return largest**2, power / total
-
-
-def _portion(energy: Array) -> Array:
-    return energy / np.maximum(energy.sum(axis=-1, keepdims=True), 1e-30)
-
-
-def _weighted(share: Array, largest: Array) -> Array:
-    """Mean of [n, blocks, size] over n, with the weights [n, blocks]."""
-    total = np.einsum("nbc,nb->bc", share, largest.astype(np.float32))
-    return total / np.maximum(largest.sum(axis=0), 1e-30)[:, None]
-
-
-def _positive(values: Array) -> Array:
-    """Never zero: a silent channel counts as the smallest of the others."""
-    values = np.asarray(values, np.float64)
-    floor = values[values > 0].min() if (values > 0).any() else 1.0
-    return np.maximum(values, max(floor, 1e-5 * values.max()))
-
-
-def _normalized(scale: Array) -> NDArray[np.float32]:
-    """Geometric mean 1: only ratios matter."""
-    result: NDArray[np.float32] = (scale / np.exp(np.log(scale).mean())).astype(np.float32)
-    return result
+            yield normalized(positive(x) ** alpha / positive(w) ** (1 - alpha))

@@ -1,10 +1,10 @@
-"""Quantized matrices kept in a folder, for exports of one model under several plans."""
+"""What exports of one model under several plans have in common, kept in a folder."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,11 +12,34 @@ from neo_export.quantize.int4 import Int4Weight
 from neo_export.quantize.int8 import Int8Weight
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from numpy.typing import NDArray
 
     from neo_export.quantize.quantizer import WeightQuantizer
 
-__all__ = ["Remembered"]
+    Arrays = Mapping[str, NDArray[Any]]
+
+__all__ = ["Remembered", "remembered_arrays"]
+
+
+def remembered_arrays(
+    folder: Path | None, name: str, make: Callable[[], Arrays]
+) -> dict[str, NDArray[Any]]:
+    """Arrays of a name: read from the folder, or made, and left there.
+
+    Args:
+        folder: of one set of statistics, which are one checkpoint's; None to make them every time.
+        name: of the file, without its ending: whatever else they depend on.
+        make: gives them.
+    """
+    if folder is None:
+        return dict(make())
+    path = Path(folder) / f"{name}.npz"
+    if not path.exists():
+        _save(path, make())
+    with np.load(path) as arrays:
+        return dict(arrays)
 
 
 class Remembered:
@@ -28,35 +51,36 @@ class Remembered:
 
     def __init__(self, quantizer: WeightQuantizer, folder: Path) -> None:
         self._quantizer = quantizer
-        self._folder = Path(folder)
+        self._folder = folder
 
     def int8(self, name: str, weight: NDArray[np.float32]) -> Int8Weight:
         """See `WeightQuantizer.int8`."""
-        path = self._path(name, weight, "int8")
-        if not path.exists():
+
+        def make() -> Arrays:
             made = self._quantizer.int8(name, weight)
-            _save(path, made.integers, made.scales)
-        with np.load(path) as arrays:
-            return Int8Weight(arrays["integers"], arrays["scales"])
+            return {"integers": made.integers, "scales": made.scales}
+
+        arrays = remembered_arrays(self._folder, _named(name, weight, "int8"), make)
+        return Int8Weight(arrays["integers"], arrays["scales"])
 
     def int4(self, name: str, weight: NDArray[np.float32], block_size: int) -> Int4Weight:
         """See `WeightQuantizer.int4`."""
-        path = self._path(name, weight, f"int4-{block_size}")
-        if not path.exists():
+
+        def make() -> Arrays:
             made = self._quantizer.int4(name, weight, block_size)
-            _save(path, made.packed, made.scales)
-        with np.load(path) as arrays:
-            return Int4Weight(arrays["integers"], arrays["scales"])
+            return {"integers": made.packed, "scales": made.scales}
 
-    def _path(self, name: str, weight: NDArray[np.float32], storage: str) -> Path:
-        digest = hashlib.sha256(np.ascontiguousarray(weight).data).hexdigest()
-        return self._folder / f"{name}.{storage}.{digest[:32]}.npz"
+        arrays = remembered_arrays(self._folder, _named(name, weight, f"int4-{block_size}"), make)
+        return Int4Weight(arrays["integers"], arrays["scales"])
 
 
-def _save(
-    path: Path, integers: NDArray[np.int8] | NDArray[np.uint8], scales: NDArray[np.float32]
-) -> None:
-    part = path.with_suffix(".part")
+def _named(name: str, weight: NDArray[np.float32], storage: str) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(weight).data).hexdigest()
+    return f"{name}.{storage}.{digest[:32]}"
+
+
+def _save(path: Path, arrays: Arrays) -> None:
+    part, named = path.with_suffix(".part"), dict[str, Any](arrays)
     with part.open("wb") as file:
-        np.savez(file, integers=integers, scales=scales)
+        np.savez(file, **named)
     part.replace(path)  # whole or not at all
