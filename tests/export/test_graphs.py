@@ -11,8 +11,12 @@ import pytest
 from helpers.graphs import bound_graph, feeds, nodes_of, operators, random_parameters, spec_of
 from helpers.models import ODD_CONFIGS, TinyConfig, make_checkpoint
 from helpers.running import relative_l2, run_model
+from neo_export.checkpoint.folder import open_checkpoint
+from neo_export.exporter import ExportOptions, export_bundle
+from neo_export.gpt_neo import graphs
 from neo_export.gpt_neo.graphs import GRAPH_NAMES, OPSET, build_graph
 from neo_export.gpt_neo.model import WINDOW_KEY, place_name
+from neo_export.targets import Quantization
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from safetensors.numpy import load_file
 
@@ -178,3 +182,32 @@ def test_the_head_reads_its_table(tied: bool) -> None:
     others = np.delete(np.arange(config.vocab_size), row)
     assert np.allclose(after[..., row], 2.0 * before[..., row], rtol=1e-5)
     assert np.array_equal(after[..., others], before[..., others])
+
+
+@pytest.mark.parametrize(
+    ("target", "precision"),
+    [
+        ("cpu", "int8"),
+        ("cpu", "int4"),
+        ("portable", "fp16"),
+        ("cuda", "fp16"),
+        ("cuda", "int4"),
+        ("tensorrt", "int8"),
+    ],
+)
+def test_passes_change_a_copy(target: str, precision: str, tmp_path: Path) -> None:
+    """A graph is written once in a process; what an export does to it, the next does not see."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", CONFIG)
+    quantization = Quantization(block_size=16 if precision == "int4" else None)
+    options = ExportOptions(target=target, precision=precision, quantization=quantization)
+    export_bundle(str(checkpoint), tmp_path / "bundle", options)
+    with open_checkpoint(checkpoint) as opened:
+        spec = opened.spec
+    for name in ENTRY_POINTS:
+        fresh, copied = graphs._built.__wrapped__(name, spec), build_graph(name, spec)
+        assert serialized(copied) == serialized(fresh)
+
+
+def serialized(model: ir.Model) -> bytes:
+    data: bytes = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    return data

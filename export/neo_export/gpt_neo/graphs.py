@@ -14,6 +14,7 @@ fewer rows than the others twice, in the order that suits each of its profiles.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -57,6 +58,12 @@ def build_graph(name: str, spec: ModelSpec) -> ir.Model:
     [B, N, P, D]). Outputs: logits (float32 [B, 1, V], score: [B, S, V], selective: [B, M, V]) and
     present.{i}.key and .value ([B, N, T, D]).
     """
+    return _built(name, spec).clone()
+
+
+@lru_cache(maxsize=16)
+def _built(name: str, spec: ModelSpec) -> ir.Model:
+    """The graph that callers get copies of: a search for a plan exports one model many times."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
     op = GraphBuilder(graph).op
     sequence: int | str = 1 if name == "decode" else "sequence"
