@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -155,7 +156,7 @@ def test_what_is_remembered_is_what_was_found(
         return find_migration(read, spec, opened, lambda _: Rounding(block), None, folder)
 
     with open_checkpoint(checkpoint) as opened_checkpoint:
-        spec = opened_checkpoint.spec
+        spec = replace(opened_checkpoint.spec, num_layers=1)  # is enough
 
         def read(name: str) -> NDArray[np.float32]:
             return opened_checkpoint.tensors[name].read()
