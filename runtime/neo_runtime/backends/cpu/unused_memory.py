@@ -55,8 +55,7 @@ class Mapping:
 
 def clean_mappings(*files: Path) -> list[Mapping]:
     """What this process has mapped of some files, and has not written to (Linux; else nothing)."""
-    wanted = {path.resolve() for path in files}
-    return [m for m, is_clean in _mappings("smaps") if is_clean and m.path in wanted]
+    return [mapping for mapping, is_clean in _mappings("smaps", *files) if is_clean]
 
 
 @contextmanager
@@ -72,7 +71,7 @@ def mapped_within(file: Path, lasting: Path) -> Iterator[list[Mapping]]:
     """
     found: list[Mapping] = []
     with _one_at_a_time:
-        others = {m for m, _ in _mappings("maps") if m.path == file.resolve()}
+        others = {mapping for mapping, _ in _mappings("maps", file)}
         yield found
         found += [mapping for mapping in clean_mappings(file, lasting) if mapping not in others]
 
@@ -112,8 +111,8 @@ def forget_bytes(block: NDArray[np.uint8], start: int) -> bool:
     return bool(advise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_DONTNEED) == 0)
 
 
-def _mappings(name: str) -> Iterator[tuple[Mapping, bool]]:
-    """This process's mappings, and whether one is known to hold nothing but its file.
+def _mappings(name: str, *files: Path) -> Iterator[tuple[Mapping, bool]]:
+    """This process's mappings of files, and whether one is known to hold nothing but its file.
 
     "smaps" knows, after a look at every page (30 ms at the 1.3B shape); "maps" is quick.
     """
@@ -123,13 +122,16 @@ def _mappings(name: str) -> Iterator[tuple[Mapping, bool]]:
         text = Path("/proc/self", name).read_text("utf-8", "surrogateescape")
     except OSError:  # some sandboxes have none
         return
+    wanted = {str(path): path for path in (file.resolve() for file in files)}
     mapping, is_clean = None, False
     for line in text.splitlines():
         if match := _MAPPING.fullmatch(line):
             if mapping is not None:
                 yield mapping, is_clean
-            start, stop, offset = (int(match[group], 16) for group in (1, 2, 3))
-            mapping, is_clean = Mapping(Path(match[4]), offset, start, stop - start), False
+            mapping, is_clean = None, False
+            if (path := wanted.get(match[4])) is not None:  # there may be a thousand others
+                start, stop, offset = (int(match[group], 16) for group in (1, 2, 3))
+                mapping = Mapping(path, offset, start, stop - start)
         elif line.startswith("Anonymous:"):
             is_clean = line.split()[1] == "0"
     if mapping is not None:
