@@ -142,7 +142,8 @@ def find_migration(
 def _file_name(place: str, names: list[str], rounding: Rounding) -> str:
     """All that a search depends on beside the checkpoint and its statistics."""
     readers = "+".join(name.split(".")[-2] for name in names)
-    return f"{place}.moved.{rounding.block_size or 'row'}.{readers}"
+    steps = f"{rounding.block_size or 'row'}-{rounding.weight_limit}"
+    return f"{place}.moved.{steps}.{readers}"
 
 
 @dataclass(frozen=True)
