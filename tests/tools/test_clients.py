@@ -76,6 +76,10 @@ def test_the_command(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert found["load"]["clients"] == 2
     assert main([str(mini_bundle), *small]) == 0
     assert "| one by one |" in capsys.readouterr().out
+    assert main([str(mini_bundle), *small, "--http", "--json"]) == 0
+    [*_, http] = json.loads(capsys.readouterr().out)["served"]
+    assert http["way"] == "neo-serve"
+    assert 0 < http["first_token"] < http["answer"]
     assert main([str(mini_bundle), "-p", "512"]) == 2
     assert "the longest request needs 560 positions, but the bundle has 512" in (
         capsys.readouterr().err

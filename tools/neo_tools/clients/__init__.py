@@ -6,4 +6,5 @@ ways to serve them take turns, in rounds, on one loaded model:
     one by one   a lock around `Model.generate`: what a service does that knows nothing better
     threads      `Model.generate` in each client's thread
     scheduler    `Scheduler.submit`: requests share decode steps
+    neo-serve    (--http) the same behind HTTP, streamed, from another process
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from neo_tools.bench.machine import machine_facts
     from neo_tools.clients.measure import Load, measure
+    from neo_tools.clients.over_http import server
     from neo_tools.clients.report import markdown, plain, summary
 
     load = Load(
@@ -46,7 +48,11 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.bundle, threads=arguments.threads, backend=arguments.backend
     ) as model:
         _check(load, model.manifest.max_length)
-        rounds = measure(model, load, arguments.repetitions, _progress)
+        running = server(
+            arguments.bundle, load, threads=arguments.threads, backend=arguments.backend
+        )
+        with running if arguments.http else nullcontext() as over_http:
+            rounds = measure(model, load, arguments.repetitions, _progress, over_http)
         facts = {
             "bundle": arguments.bundle.resolve().name,
             "precision": model.manifest.precision,
@@ -90,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         ("-p", "--prompt", 64, "tokens of each prompt"),
         ("-n", "--new-tokens", 32, "new tokens of a request, on average"),
         ("-r", "--repetitions", 3, "rounds"),
+    )
+    parser.add_argument(
+        "--http", action="store_true", help="also measure neo-serve, in a process of its own"
     )
     add_running(parser)
     return parser

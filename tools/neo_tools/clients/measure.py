@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -12,14 +13,16 @@ from neo_runtime.scheduling.scheduler import Scheduler
 from neo_tools.peers.worker_protocol import context_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from neo_runtime.generation.completion import Completion
     from neo_runtime.model import Model
 
-__all__ = ["WAYS", "Load", "Round", "measure"]
+__all__ = ["HTTP", "WAYS", "Load", "Round", "measure"]
 
 WAYS = ("one by one", "threads", "scheduler")
+HTTP = "neo-serve"
+"""One more way, where it is asked for."""
+
+_Call = Callable[[Sequence[int], int], float]
+"""(token ids, new tokens) → seconds from the first token to the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,11 @@ class Round:
 
 
 def measure(
-    model: Model, load: Load, repetitions: int, progress: Callable[[str], None]
+    model: Model,
+    load: Load,
+    repetitions: int,
+    progress: Callable[[str], None],
+    over_http: _Call | None = None,
 ) -> dict[str, list[Round]]:
     """Serve the clients in each of `WAYS`, in rounds, in an order that rotates.
 
@@ -77,35 +84,41 @@ def measure(
         load: what the clients ask for.
         repetitions: rounds, after one that does not count.
         progress: told what happens next.
+        over_http: asks a running `neo-serve`, as the last way.
     """
     alone = threading.Lock()
     with Scheduler(model, max_batch_size=load.clients, max_length=load.length) as scheduler:
 
-        def one_by_one(ids: Sequence[int], new: int) -> Completion:
+        def one_by_one(ids: Sequence[int], new: int) -> float:
             with alone:
-                return model.generate(ids, max_new_tokens=new, ignore_eos=True)
+                return threads(ids, new)
 
-        def threads(ids: Sequence[int], new: int) -> Completion:
-            return model.generate(ids, max_new_tokens=new, ignore_eos=True)
+        def threads(ids: Sequence[int], new: int) -> float:
+            found = model.generate(ids, max_new_tokens=new, ignore_eos=True)
+            return found.timings.decode_seconds
 
-        def scheduled(ids: Sequence[int], new: int) -> Completion:
-            return scheduler.submit(ids, max_new_tokens=new, ignore_eos=True).result()
+        def scheduled(ids: Sequence[int], new: int) -> float:
+            pending = scheduler.submit(ids, max_new_tokens=new, ignore_eos=True)
+            return pending.result().timings.decode_seconds
 
-        calls = dict(zip(WAYS, (one_by_one, threads, scheduled), strict=True))
+        calls: dict[str, _Call] = dict(zip(WAYS, (one_by_one, threads, scheduled), strict=True))
+        if over_http is not None:
+            calls[HTTP] = over_http
+        ways = list(calls)
         small = Load(clients=load.clients, requests=1, prompt=load.prompt, new_tokens=2)
-        for way in WAYS:
+        for way in ways:
             progress(f"{way}: warming up")
             _round(calls[way], small, model.manifest.model.vocab_size)
-        found: dict[str, list[Round]] = {way: [] for way in WAYS}
+        found: dict[str, list[Round]] = {way: [] for way in ways}
         for index in range(repetitions):
-            for place in range(len(WAYS)):
-                way = WAYS[(index + place) % len(WAYS)]
+            for place in range(len(ways)):
+                way = ways[(index + place) % len(ways)]
                 progress(f"{way}: round {index + 1}/{repetitions}")
                 found[way].append(_round(calls[way], load, model.manifest.model.vocab_size))
     return found
 
 
-def _round(call: Callable[[Sequence[int], int], Completion], load: Load, vocab_size: int) -> Round:
+def _round(call: _Call, load: Load, vocab_size: int) -> Round:
     prompts = context_ids(load.prompt, load.clients * load.requests, load.seed, vocab_size)
     firsts: list[float] = []
     answers: list[float] = []
@@ -116,9 +129,9 @@ def _round(call: Callable[[Sequence[int], int], Completion], load: Load, vocab_s
             for request in range(load.requests):
                 new = load.new_tokens_of(number, request)
                 asked = perf_counter()
-                completion = call(prompts[number * load.requests + request], new)
+                decoding = call(prompts[number * load.requests + request], new)
                 took = perf_counter() - asked
-                firsts.append(took - completion.timings.decode_seconds)
+                firsts.append(took - decoding)
                 answers.append(took)
         except BaseException as error:
             errors.append(error)

@@ -32,13 +32,13 @@ class Served:
 
 
 def summary(rounds: dict[str, list[Round]], load: Load) -> list[Served]:
-    """One entry for each way, in the order of `WAYS`."""
+    """One entry for each way, in their order."""
     base = [each.seconds for each in rounds[WAYS[0]]]
     found = []
-    for way in WAYS:
-        seconds = [each.seconds for each in rounds[way]]
-        firsts = [value for each in rounds[way] for value in each.first_tokens]
-        answers = [value for each in rounds[way] for value in each.answers]
+    for way, measured in rounds.items():
+        seconds = [each.seconds for each in measured]
+        firsts = [value for each in measured for value in each.first_tokens]
+        answers = [value for each in measured for value in each.answers]
         found.append(
             Served(
                 way=way,

@@ -1,0 +1,88 @@
+"""`neo-serve` in a process of its own, and requests to it as streams."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from neo_runtime.errors import DependencyError, NeoError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from neo_tools.clients.measure import Load
+
+__all__ = ["server"]
+
+_PATIENCE = 600.0
+"""Seconds for one answer."""
+
+
+@contextmanager
+def server(
+    bundle: Path, load: Load, *, threads: int | None, backend: str
+) -> Iterator[Callable[[Sequence[int], int], float]]:
+    """A running server as a function that sends it a request.
+
+    Yields:
+        (token ids, new tokens) → seconds from the first token's event to the last.
+
+    Raises:
+        DependencyError: the server's packages are missing.
+        NeoError: the server says why it does not start.
+    """
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise DependencyError(
+            f"the package {error.name} is missing; install neo-onnx with its extra serve"
+        ) from error
+    command = [sys.executable, "-m", "neo_server.command", str(bundle), "--port", "0"]
+    command += ["--max-batch-size", str(load.clients), "--max-length", str(load.length)]
+    command += ["--backend", backend, "--no-access-log"]
+    command += [] if threads is None else ["--threads", str(threads)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield _asks(_port(process))
+        finally:
+            process.terminate()
+
+
+def _port(process: subprocess.Popen[str]) -> int:
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        if found := re.search(r":(\d+)/v1$", line.rstrip()):
+            return int(found[1])
+        said += line
+    raise NeoError(f"the server did not start: {said.strip() or 'it said nothing'}")
+
+
+def _asks(port: int) -> Callable[[Sequence[int], int], float]:
+    def ask(ids: Sequence[int], new: int) -> float:
+        asked = {
+            "prompt": [int(token) for token in ids],
+            "max_tokens": new,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        with closing(HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(asked))
+            response = connection.getresponse()
+            first = response.readline()
+            begun = perf_counter()
+            rest = response.read()
+        if response.status != 200 or not rest.endswith(b"data: [DONE]\n\n"):
+            raise NeoError(f"the server answered {response.status}: {(first + rest)[-300:]!r}")
+        return perf_counter() - begun
+
+    return ask
