@@ -79,6 +79,12 @@ class Work:
         for pending in list(self.pending):
             pending.cancel()
 
+    def add(self, pending: PendingCompletion) -> None:
+        """One more continuation; from a thread, beside which `end` may be called."""
+        self.pending.append(pending)
+        if self.has_ended:
+            pending.cancel()
+
     def of_prompt(self, index: int) -> list[PendingCompletion]:
         """The continuations of one prompt."""
         best_of = self.asked.best_of
@@ -207,12 +213,9 @@ class Service(Closable):
                     if work.has_ended:
                         return
                     rest = behind(prefix, ids)
-                    one = scheduler.submit(rest, chosen, prefix=prefix, sequence_index=copy)
-                    work.pending.append(one)
+                    work.add(scheduler.submit(rest, chosen, prefix=prefix, sequence_index=copy))
         work.usage.prompt_tokens = sum(len(ids) for ids in work.prompts)
         self.metrics.begun(work.usage.prompt_tokens)
-        if work.has_ended:  # meanwhile
-            work.end()
 
     @contextmanager
     def _shared(self, ids: NDArray[np.int64], asked: Asked) -> Iterator[Prefix | None]:

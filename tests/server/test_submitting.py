@@ -1,0 +1,51 @@
+"""A request that ends while its continuations are being submitted leaves none behind."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from neo_runtime import Scheduler
+from neo_server.asked import read_request
+from neo_server.service import Limits, Service
+
+if TYPE_CHECKING:
+    from neo_runtime.model import Model
+    from neo_runtime.scheduling.pending import PendingCompletion
+
+
+@pytest.mark.parametrize("when", [1, 3, 5])
+def test_one_that_is_cancelled_meanwhile(
+    model: Model, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    submitted: list[PendingCompletion] = []
+    submit = Scheduler.submit
+
+    with Service(model, "m", Limits(max_batch_size=2)) as service:
+        service.start()
+
+        async def run() -> None:
+            loop, waiting = asyncio.get_running_loop(), asyncio.Event()
+
+            def slow(self: Scheduler, *arguments: Any, **options: Any) -> PendingCompletion:
+                one = submit(self, *arguments, **options)
+                submitted.append(one)
+                if len(submitted) == when:
+                    loop.call_soon_threadsafe(waiting.set)
+                    while service._inside:
+                        pass
+                return one
+
+            monkeypatch.setattr(Scheduler, "submit", slow)
+            asked = read_request({"prompt": "a", "n": 5, "max_tokens": 400, "ignore_eos": True})
+            begun = asyncio.create_task(service.begin(asked))
+            await waiting.wait()
+            begun.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await begun
+
+        asyncio.run(run())  # waits for its threads
+        assert len(submitted) == when
+        assert all(one.cancelled() for one in submitted)
+        assert service._inside == 0
