@@ -110,7 +110,7 @@ class ChoiceWriter:
             return self._choice("", ())
         begun = self._choice(echo.text, ())
         if self._writer is not None:
-            begun["logprobs"] = self._writer.prompt(echo.first_token, echo.scores or ())
+            begun["logprobs"] = self._writer.prompt(echo.text, echo.first_token, echo.scores or ())
         return begun
 
     def piece(self, piece: Piece) -> _Json:

@@ -6,8 +6,8 @@ import asyncio
 import hmac
 import json
 import time
-from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from neo_server.asked import read_request
-from neo_server.errors import ApiError, api_error, bad_request
+from neo_server.errors import ApiError, api_error, bad_request, overloaded
 from neo_server.service import Limits, Service
 from neo_server.streaming import EventStream, whole_answer
 
@@ -26,9 +26,13 @@ if TYPE_CHECKING:
 
     from neo_runtime.model import Model
 
+    from neo_server.asked import Asked
+
     _Handler = Callable[[Request], Awaitable[Response]]
 
 __all__ = ["application", "create_app"]
+
+_Result = TypeVar("_Result")
 
 _CLIENT_GONE = 499
 """nginx's status for it; nobody reads the answer, but the metrics count it."""
@@ -78,7 +82,7 @@ def application(
     """See `create_app`; without `lifespan` the caller starts and closes the service."""
     handlers = _Handlers(service)
     guarded = _guard(api_keys)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/completions", guarded(handlers.completions), methods=["POST"]),
             Route("/v1/models", guarded(handlers.models)),
@@ -90,6 +94,8 @@ def application(
         exception_handlers={ApiError: _as_json, HTTPException: _as_json},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 class _Handlers:
@@ -105,20 +111,28 @@ class _Handlers:
             response = await self._completions(request)
         except ClientDisconnect:
             response = Response(status_code=_CLIENT_GONE)
+        except asyncio.CancelledError:  # when the server's patience is at its end
+            response = _error_response(overloaded("the server is shutting down; try again"))
         except Exception as error:
             response = _error_response(api_error(error))
         self._service.metrics.requests.labels(response.status_code).inc()
         return response
 
     async def _completions(self, request: Request) -> Response:
-        asked = read_request(await _read_json(request, self._service.limits.max_body_bytes))
-        work = await self._service.begin(asked)
-        if asked.stream:
-            return EventStream(work)
+        service = self._service
+        service.check_started()
+        body = await _read_body(request, service.limits.max_body_bytes)
+        work = service.open(await asyncio.to_thread(_parsed, body))
         try:
-            return _json_response(await _unless_gone(request, whole_answer(work)))
-        finally:
+            await _unless_gone(request, service.begin(work))
+            if work.asked.stream:
+                return EventStream(work)  # which ends it
+            answer = await _unless_gone(request, whole_answer(work))
+        except BaseException:
             work.end()
+            raise
+        work.end()
+        return Response(answer, media_type="application/json")
 
     async def models(self, _: Request) -> Response:
         """The list of the one model."""
@@ -162,12 +176,12 @@ class _Handlers:
 
 
 def _guard(api_keys: Sequence[str]) -> Callable[[_Handler], _Handler]:
-    keys = [key.encode() for key in api_keys]
+    keys = [key.encode("utf-8", "surrogateescape") for key in api_keys]
 
     def guarded(handler: _Handler) -> _Handler:
         async def checked(request: Request) -> Response:
             kind, _, given = request.headers.get("authorization", "").partition(" ")
-            is_known = [hmac.compare_digest(given.strip().encode(), key) for key in keys]
+            is_known = [hmac.compare_digest(given.strip().encode("latin-1"), key) for key in keys]
             if keys and not (kind.lower() == "bearer" and any(is_known)):
                 raise ApiError(
                     401,
@@ -182,21 +196,24 @@ def _guard(api_keys: Sequence[str]) -> Callable[[_Handler], _Handler]:
     return guarded
 
 
-async def _read_json(request: Request, most: int) -> object:
+async def _read_body(request: Request, most: int) -> bytearray:
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > most:
             raise ApiError(413, f"the request's body has more than {most} bytes; ask for less")
+    return body
+
+
+def _parsed(body: bytearray) -> Asked:
     try:
-        return json.loads(body)
+        content = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise bad_request(f"the request's body is not JSON: {error}") from error
+    return read_request(content)
 
 
-async def _unless_gone(
-    request: Request, work: Coroutine[Any, Any, dict[str, Any]]
-) -> dict[str, Any]:
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
     """The result of `work`, which is cancelled where nobody waits for it any more.
 
     Raises:
@@ -209,10 +226,9 @@ async def _unless_gone(
             raise ClientDisconnect
         return working.result()
     finally:
-        for task in (working, leaving):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _gone(request: Request) -> None:
@@ -222,7 +238,9 @@ async def _gone(request: Request) -> None:
 
 async def _as_json(_: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
+        allowed = error.headers or {}
         error = ApiError(error.status_code, f"{error.detail}; see POST /v1/completions")
+        return _json_response(error.body, error.status, allowed)
     return _error_response(api_error(error))
 
 

@@ -18,6 +18,14 @@ __all__ = ["Asked", "read_request"]
 
 _MOST_CONTINUATIONS = 128
 _MOST_LOGPROBS = 20
+_MOST_TOKENS = 1_000_000
+_MOST_POSITIONS = 2048
+"""That any GPT-Neo has been published with; a request for more is refused elsewhere."""
+_MOST_STOPS, _MOST_CHARACTERS = 16, 1000
+_MOST_ENTRIES = 4096
+"""Of an option that is a list or an object, inner ones included: each costs time at every step."""
+_MOST_ALTERNATIVES = 500_000
+"""Log probabilities of an answer: 10 MB of JSON."""
 _SAMPLING = ("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Without effect at temperature 0."""
 _PASSED = (
@@ -122,7 +130,7 @@ def read_request(body: object) -> Asked:
         prompts=_prompts(fields.get("prompt")),
         n=n,
         best_of=best_of,
-        max_tokens=fields.count("max_tokens", 16, 0),
+        max_tokens=fields.count("max_tokens", 16, 0, _MOST_TOKENS),
         echo=fields.flag("echo"),
         logprobs=fields.optional_count("logprobs", 0, _MOST_LOGPROBS),
         stream=fields.flag("stream"),
@@ -134,9 +142,24 @@ def read_request(body: object) -> Asked:
     if fields.get("suffix"):
         raise bad_request("GPT-Neo writes no text before a suffix; leave suffix out", "suffix")
     fields.refuse_rest()
+    _refuse_alternatives(asked)
     if asked.stream and asked.best_of > asked.n:
         raise bad_request("best_of chooses among whole texts; leave it out or stream", "best_of")
     return asked
+
+
+def _refuse_alternatives(asked: Asked) -> None:
+    """Raises ApiError where log probabilities of all tokens together are too many."""
+    if asked.logprobs is None:
+        return
+    prompts = sum(map(len, asked.prompts)) if asked.echo else 0  # or their characters: no fewer
+    tokens = asked.n * (prompts + len(asked.prompts) * min(asked.max_tokens, _MOST_POSITIONS))
+    if tokens * (asked.logprobs + 1) > _MOST_ALTERNATIVES:
+        raise bad_request(
+            f"up to {tokens} tokens with {asked.logprobs + 1} log probabilities each, expected at "
+            f"most {_MOST_ALTERNATIVES} in all; ask for fewer prompts, tokens or logprobs at once",
+            "logprobs",
+        )
 
 
 def _prompts(given: object) -> tuple[str | list[int], ...]:
@@ -161,7 +184,9 @@ def _is_id(value: object) -> bool:
 
 
 def _include_usage(given: object) -> bool:
-    if not isinstance(given, dict) or given.keys() - {"include_usage"}:
+    """The other two are OpenAI's and vLLM's, and change nothing that a client relies on."""
+    known = {"include_usage", "include_obfuscation", "continuous_usage_stats"}
+    if not isinstance(given, dict) or given.keys() - known:
         raise bad_request(
             f'stream_options is {given!r}, expected {{"include_usage": true}}', "stream_options"
         )
@@ -173,7 +198,7 @@ def _include_usage(given: object) -> bool:
 
 def _options(fields: _Fields) -> dict[str, Any]:
     """OpenAI's defaults, whatever the bundle's generation_config.json says of these options."""
-    options: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}
+    options: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "min_new_tokens": 0}
     temperature = fields.get("temperature", 1)
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
     if not is_number or not temperature >= 0:  # nor NaN
@@ -187,10 +212,32 @@ def _options(fields: _Fields) -> dict[str, Any]:
     if temperature > 0:
         options |= {"temperature": temperature, **sampling}
     options |= _given(fields, _PASSED)
-    if "min_tokens" in fields:
-        options["min_new_tokens"] = fields.count("min_tokens", 0, 0)
+    _refuse_long(options)
+    options["min_new_tokens"] = fields.count("min_tokens", 0, 0, _MOST_TOKENS)
     seed = fields.optional_count("seed", -(2**63))
     return options | {"seed": None if seed is None else seed % 2**64}
+
+
+def _refuse_long(options: Mapping[str, Any]) -> None:
+    """Raises ApiError for what would hold up everybody else."""
+    stops = options.get("stop", ())
+    if isinstance(stops, list) and len(stops) > _MOST_STOPS:
+        raise bad_request(f"stop has {len(stops)} strings, expected at most {_MOST_STOPS}", "stop")
+    longest = max((len(s) for s in stops if isinstance(s, str)), default=0)
+    if longest > _MOST_CHARACTERS or (isinstance(stops, str) and len(stops) > _MOST_CHARACTERS):
+        raise bad_request(f"stop has more than {_MOST_CHARACTERS} characters", "stop")
+    for name, value in options.items():
+        if _entries(value) > _MOST_ENTRIES:
+            raise bad_request(f"{name} has more than {_MOST_ENTRIES} entries; give fewer", name)
+
+
+def _entries(value: object) -> int:
+    """Items of a list or an object, those of inner ones included; a text is one for each 100."""
+    if isinstance(value, str):
+        return 1 + len(value) // 100
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_entries, value)) if isinstance(value, list) else 1
 
 
 def _given(fields: _Fields, names: tuple[str, ...]) -> dict[str, Any]:

@@ -109,12 +109,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(arguments: argparse.Namespace) -> int:
     import neo_runtime
+    from neo_runtime.options.values import count
 
     from neo_server.app import application
     from neo_server.listening import bound, run
     from neo_server.service import Limits, Service
 
     signal.signal(signal.SIGTERM, _end)
+    count(0)("grace", arguments.grace)
     limits = Limits(
         max_batch_size=arguments.max_batch_size,
         max_length=arguments.max_length,
@@ -140,7 +142,14 @@ def _serve(arguments: argparse.Namespace) -> int:
         def ready() -> None:
             _say(f"{service.name} ({model.manifest.precision}, {model.runs_on}) at {where}/v1")
 
-        run(app, sock, grace=arguments.grace, access_log=not arguments.no_access_log, ready=ready)
+        run(
+            app,
+            sock,
+            grace=arguments.grace,
+            access_log=not arguments.no_access_log,
+            ready=ready,
+            close=service.close,
+        )
     return 0
 
 

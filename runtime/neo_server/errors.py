@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 from typing import Any
 
 from neo_runtime.errors import ContextLengthError, GenerationConfigError, RequestError
+from neo_runtime.options.generation_options import GenerationOptions
 
 __all__ = ["ApiError", "api_error", "bad_request", "overloaded"]
 
 _LOG = logging.getLogger("neo_server")
+_LONGEST = 1000
+"""Characters of a message, which may quote what a client sent."""
 _RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 """Options by the names that requests have for them."""
+_OPTIONS = {field.name for field in fields(GenerationOptions)} | set(_RENAMED.values())
 
 
 class ApiError(Exception):
@@ -28,7 +33,7 @@ class ApiError(Exception):
             param: the field of the request that is wrong.
             code: for programs, where the interface has one.
         """
-        super().__init__(message)
+        super().__init__(message if len(message) <= _LONGEST else f"{message[: _LONGEST - 1]}…")
         self.status = status
         self.param = param
         self.code = code
@@ -68,8 +73,10 @@ def api_error(error: BaseException) -> ApiError:
         for ours, theirs in _RENAMED.items():
             message = message.replace(ours, theirs)
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
-        return ApiError(400, message, code=code)
-    _LOG.error("a request failed", exc_info=error)
+        param = message.partition(" ")[0].partition("=")[0]  # messages begin with an option's name
+        return ApiError(400, message, code=code, param=param if param in _OPTIONS else None)
     if isinstance(error, MemoryError):  # CacheLimitError and DeviceMemoryError are such
+        _LOG.warning("no memory for a request: %s", error)
         return overloaded("there is no memory for this request now; try again later")
+    _LOG.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed at this request; its log says why")

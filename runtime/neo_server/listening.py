@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import logging.config
 import os
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["bound", "run"]
 
 _LAST_PORT = 65535
+_LAST_ANSWERS = 10
+"""Seconds for clients to read that the server ends."""
 _LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -56,7 +59,13 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def run(
-    app: ASGIApp, sock: socket.socket, *, grace: int, access_log: bool, ready: Callable[[], None]
+    app: ASGIApp,
+    sock: socket.socket,
+    *,
+    grace: int,
+    access_log: bool,
+    ready: Callable[[], None],
+    close: Callable[[], None],
 ) -> None:
     """Serve until a signal; then finish what was begun, for `grace` seconds at most.
 
@@ -66,6 +75,8 @@ def run(
         grace: seconds.
         access_log: a line on stderr for each request.
         ready: called when requests are taken.
+        close: called in a thread when the grace is over: ends what is still computed, whose clients
+            get an answer that says so.
     """
     import uvicorn
 
@@ -74,13 +85,24 @@ def run(
             await super().startup(sockets)
             ready()
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            ending = asyncio.create_task(close_later())
+            try:
+                await super().shutdown(sockets)
+            finally:
+                ending.cancel()
+
+    async def close_later() -> None:
+        await asyncio.sleep(grace)
+        await asyncio.to_thread(close)
+
     logging.config.dictConfig(_LOGGING)
     config = uvicorn.Config(
         app,
         lifespan="off",
         log_config=None,
         access_log=access_log,
-        timeout_graceful_shutdown=grace,
+        timeout_graceful_shutdown=grace + _LAST_ANSWERS,
         server_header=False,
     )
     Server(config).run([sock])

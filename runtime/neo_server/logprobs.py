@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.generation.text_stream import StreamDecoder
+from neo_runtime.sampling.row_sampler import Choice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from neo_runtime.sampling.row_sampler import Choice
     from neo_runtime.text.tokenizer import Tokenizer
 
 __all__ = ["LogprobWriter"]
@@ -37,37 +37,47 @@ class LogprobWriter:
         self._decoder = StreamDecoder(tokenizer)
         self._offset = 0
 
-    def prompt(self, first: int, others: Iterable[Choice]) -> dict[str, list[Any]]:
-        """Of an echoed prompt: its first token, and the others with their log probabilities."""
-        lists = self._lists(first, None, None)
-        for name, values in self.tokens(others).items():
-            lists[name] += values
+    def prompt(self, text: str, first: int, others: Iterable[Choice]) -> dict[str, list[Any]]:
+        """Of an echoed prompt: its text, its first token, and the others with probabilities."""
+        shown, self._decoder = (
+            self._decoder,
+            StreamDecoder(self._tokenizer, skip_special_tokens=False),
+        )
+        lists = self._written([Choice(first, None, None), *others])
+        lists["top_logprobs"][0] = None
+        # What follows is decoded by itself, as its text is.
+        self._decoder, self._offset = shown, len(text)
         return lists
 
     def tokens(self, choices: Iterable[Choice]) -> dict[str, list[Any]]:
         """Of the next tokens."""
-        lists: dict[str, list[Any]] = {
-            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        }
-        for choice in choices:
-            top = {self._name(choice.token): choice.logprob}
-            for token, logprob in choice.top_logprobs or ():
-                top.setdefault(self._name(token), logprob)
-            for name, values in self._lists(choice.token, choice.logprob, top).items():
-                lists[name] += values
-        return lists
+        return self._written(choices)
 
-    def _lists(
-        self, token: int, logprob: float | None, top: dict[str, float | None] | None
-    ) -> dict[str, list[Any]]:
-        offset = self._offset
-        self._offset += len(self._decoder.push(token))
+    def _written(self, choices: Iterable[Choice]) -> dict[str, list[Any]]:
+        names: list[str] = []
+        tops: list[dict[str, float | None] | None] = []
+        logprobs: list[float | None] = []
+        offsets: list[int] = []
+        for choice in choices:
+            names.append(self._name(choice.token))
+            logprobs.append(choice.logprob)
+            tops.append(self._top(choice))
+            offsets.append(self._offset)
+            self._offset += len(self._decoder.push(choice.token))
         return {
-            "tokens": [self._name(token)],
-            "token_logprobs": [logprob],
-            "top_logprobs": [top],
-            "text_offset": [offset],
+            "tokens": names,
+            "token_logprobs": logprobs,
+            "top_logprobs": tops,
+            "text_offset": offsets,
         }
+
+    def _top(self, choice: Choice) -> dict[str, float | None]:
+        """Of tokens with the same text the best one."""
+        top: dict[str, float | None] = {}
+        for token, logprob in choice.top_logprobs or ():
+            top.setdefault(self._name(token), logprob)
+        top.setdefault(self._name(choice.token), choice.logprob)
+        return top
 
     def _name(self, token: int) -> str:
         return f"token_id:{token}" if self._as_token_ids else self._tokenizer.token(token)

@@ -58,6 +58,10 @@ class Metrics:
         """A prompt was taken."""
         self._prompt.inc(prompt_tokens)
 
+    def cancelled(self) -> None:
+        """A sequence that nobody waits for any more."""
+        self._ended.labels("cancelled").inc()
+
     def ended(self, completion: Completion) -> None:
         """A sequence has come to its end."""
         tokens, timings = len(completion.token_ids), completion.timings

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from threading import Lock
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime import Scheduler
 from neo_runtime.closable import Closable
-from neo_runtime.errors import RequestError
+from neo_runtime.errors import CacheLimitError, ContextLengthError, RequestError
 from neo_runtime.generation.prefix import behind
 from neo_runtime.options.values import count
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from neo_runtime.generation.completion import Completion
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.model import Model
+    from neo_runtime.options.generation_options import GenerationOptions
+    from neo_runtime.sampling.row_sampler import Choice
     from neo_runtime.scheduling.pending import PendingCompletion
     from numpy.typing import NDArray
 
@@ -35,6 +38,8 @@ __all__ = ["Limits", "Service", "Work"]
 
 _WORTH_SHARING = 64
 """Tokens of a prompt from which on several continuations share what is computed of it."""
+_PATIENCE = 30.0
+"""Seconds that a prompt to be scored waits for room."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +70,30 @@ class Work:
     service: Service
     asked: Asked
     frame: Frame
+    places: int
+    """Sequences that are counted for it and that the scheduler does not count yet."""
     prompts: list[NDArray[np.int64]] = field(default_factory=list)
     pending: list[PendingCompletion] = field(default_factory=list)
     """`best_of` for each prompt, those of a prompt together; none where no token is asked for."""
     usage: Usage = field(default_factory=Usage)
     has_ended: bool = False
 
-    def end(self) -> None:
-        """Cancel what is still computed, and make room."""
-        if not self.has_ended:
-            self.has_ended = True
-            self.service.leave(self.asked.sequences)
-        for pending in list(self.pending):
-            pending.cancel()
-
     def add(self, pending: PendingCompletion) -> None:
         """One more continuation; from a thread, beside which `end` may be called."""
         self.pending.append(pending)
         if self.has_ended:
             pending.cancel()
+        self.service.leave(self, 1)
+
+    def end(self) -> None:
+        """Cancel what is still computed, and make room."""
+        if self.has_ended:
+            return
+        self.has_ended = True
+        self.service.leave(self, self.places)
+        for pending in list(self.pending):
+            if pending.cancel():
+                self.service.metrics.cancelled()
 
     def of_prompt(self, index: int) -> list[PendingCompletion]:
         """The continuations of one prompt."""
@@ -122,7 +132,8 @@ class Service(Closable):
             "neo_cache_bytes", "Bytes of key/value caches", lambda: model.cache_bytes_in_use
         )
         self._scheduler: Scheduler | None = None
-        self._inside = 0
+        self._entering = 0
+        self._counting = Lock()
         self._sharing = Lock()
         self._cache_bytes = 0
         self._scorer: ThreadPoolExecutor | None = None
@@ -156,12 +167,16 @@ class Service(Closable):
         """Whether requests are taken."""
         return self._scheduler is not None
 
-    async def begin(self, asked: Asked) -> Work:
-        """Let a request in and start computing.
+    def check_started(self) -> None:
+        """Raises ApiError where nobody has started the service."""
+        if self._scorer is None:
+            raise ApiError(500, "the application was not started: the server must run its lifespan")
+
+    def open(self, asked: Asked) -> Work:
+        """Let a request in.
 
         Raises:
             ApiError: another model's, too many sequences, or no room for them now.
-            RequestError: a prompt or an option that cannot be honoured.
         """
         if asked.model is not None and asked.model != self.name:
             raise ApiError(
@@ -170,43 +185,51 @@ class Service(Closable):
                 param="model",
                 code="model_not_found",
             )
-        work = Work(self, asked, Frame(self.name, self.fingerprint))
-        self._enter(asked.sequences)
-        try:
-            await asyncio.to_thread(self._submit, work)
-        except BaseException:
-            work.end()
-            raise
-        return work
-
-    def _enter(self, sequences: int) -> None:
-        most = self.limits.max_queue
+        most, sequences = self.limits.max_queue, asked.sequences
         if sequences > most:
             raise bad_request(
                 f"the request asks for {sequences} sequences, and at most {most} are taken at "
                 "once; ask for fewer prompts or continuations at a time"
             )
-        if self._inside + sequences > most:
-            raise overloaded(f"{self._inside} sequences are being served, of {most} at most")
-        self._inside += sequences
+        with self._counting:
+            inside = self.inside
+            if inside + sequences > most:
+                raise overloaded(
+                    f"{inside} of at most {most} sequences are being served, and the request asks "
+                    f"for {sequences}; try again"
+                )
+            self._entering += sequences
+        return Work(self, asked, Frame(self.name, self.fingerprint), sequences)
 
-    def leave(self, sequences: int) -> None:
-        """For `Work.end`."""
-        self._inside -= sequences
+    @property
+    def inside(self) -> int:
+        """Sequences that are computed, wait, or are about to."""
+        return self._active + self._waiting + self._entering
+
+    def leave(self, work: Work, places: int) -> None:
+        """For `Work`: places that it needs no more, or that the scheduler counts now."""
+        with self._counting:
+            places = min(places, work.places)
+            work.places -= places
+            self._entering -= places
+
+    async def begin(self, work: Work) -> None:
+        """Start computing.
+
+        Raises:
+            RequestError: a prompt or an option that cannot be honoured.
+        """
+        await asyncio.to_thread(self._submit, work)
 
     def _submit(self, work: Work) -> None:
-        """In another thread, as long prompts take a while to tokenize."""
+        """In another thread: to check and to tokenize may take a while."""
         asked, scheduler = work.asked, self._scheduler
         if scheduler is None:
             raise overloaded("the server is shutting down; try again")
-        options: dict[str, Any] = dict(asked.options)
-        bad_words = options.pop("bad_words", ())
-        options["max_new_tokens"] = max(asked.max_tokens, 1)
-        options["logprobs"] = asked.logprobs
-        if asked.best_of > asked.n and asked.logprobs is None:
-            options["logprobs"] = 0  # by which the best are chosen
-        chosen = self.model.request_options(None, options, bad_words)
-        work.prompts = self.model.encode_prompts(asked.prompts)
+        chosen = self._options(asked)
+        work.prompts = self._encoded(asked, chosen)
+        work.usage.prompt_tokens = sum(map(len, work.prompts))
+        self.metrics.begun(work.usage.prompt_tokens)
         for ids in work.prompts if asked.max_tokens else ():
             with self._shared(ids, asked) as prefix:
                 for copy in range(asked.best_of):
@@ -214,8 +237,39 @@ class Service(Closable):
                         return
                     rest = behind(prefix, ids)
                     work.add(scheduler.submit(rest, chosen, prefix=prefix, sequence_index=copy))
-        work.usage.prompt_tokens = sum(len(ids) for ids in work.prompts)
-        self.metrics.begun(work.usage.prompt_tokens)
+
+    def _options(self, asked: Asked) -> GenerationOptions:
+        options: dict[str, Any] = dict(asked.options)
+        bad_words = options.pop("bad_words", ())
+        options["max_new_tokens"] = max(asked.max_tokens, 1)
+        options["logprobs"] = asked.logprobs
+        if asked.best_of > asked.n and asked.logprobs is None:
+            options["logprobs"] = 0  # by which the best are chosen
+        return self.model.request_options(None, options, bad_words)
+
+    def _encoded(self, asked: Asked, chosen: GenerationOptions) -> list[NDArray[np.int64]]:
+        """Ids of all prompts, each of which leaves room for what is asked for.
+
+        Raises:
+            ContextLengthError: one does not.
+        """
+        longest = self.max_length * self.tokenizer.longest_token
+        for prompt in asked.prompts:
+            if len(prompt) > longest:  # which need not be tokenized to know
+                raise ContextLengthError(
+                    f"a prompt of {len(prompt)} characters or tokens has more than the "
+                    f"{self.max_length} tokens that this server takes; shorten it"
+                )
+        prompts = self.model.encode_prompts(asked.prompts)
+        for ids in prompts:
+            if asked.max_tokens:
+                chosen.total_length(len(ids), self.max_length, "the server")
+            elif len(ids) > self.max_length:
+                raise ContextLengthError(
+                    f"a prompt has {len(ids)} tokens and the server {self.max_length} positions; "
+                    "shorten it"
+                )
+        return prompts
 
     @contextmanager
     def _shared(self, ids: NDArray[np.int64], asked: Asked) -> Iterator[Prefix | None]:
@@ -224,12 +278,13 @@ class Service(Closable):
         One at a time, as it takes memory until the last of them has begun; others do without.
         """
         prefix = None
-        scores_prompt = asked.echo and asked.logprobs is not None  # which needs as much memory
-        is_worth_it = asked.best_of > 1 and len(ids) > _WORTH_SHARING and not scores_prompt
-        if is_worth_it and self._sharing.acquire(blocking=False):
+        is_worth_it = asked.best_of > 1 and len(ids) > _WORTH_SHARING
+        # Where memory is limited, what is left is for the prompts that are scored.
+        has_room = self.model.cache_bytes_left is None
+        if is_worth_it and has_room and self._sharing.acquire(blocking=False):
             try:
                 if self.model.cache_bytes_in_use <= self._cache_bytes:
-                    with suppress(MemoryError):  # CacheLimitError and DeviceMemoryError are such
+                    with suppress(MemoryError):
                         prefix = self.model.prefix(ids[:-1])
             finally:
                 self._sharing.release()
@@ -243,7 +298,10 @@ class Service(Closable):
             return [None] * len(work.prompts)
         found: list[Echo | None] = []
         for given, ids in zip(asked.prompts, work.prompts, strict=True):
-            text = given if isinstance(given, str) else self.tokenizer.decode(ids.tolist())
+            if isinstance(given, str):
+                text = given
+            else:
+                text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
             scores = None
             if asked.logprobs is not None:
                 scores = await asyncio.get_running_loop().run_in_executor(
@@ -252,8 +310,16 @@ class Service(Closable):
             found.append(Echo(text, int(ids[0]), scores))
         return found
 
-    def _scores(self, ids: NDArray[np.int64], top: int) -> Any:
-        return self.model.token_logprobs(ids, top_logprobs=top)
+    def _scores(self, ids: NDArray[np.int64], top: int) -> list[Choice]:
+        """In the scorer's thread, which may wait: a long prompt may have the room at the moment."""
+        end = monotonic() + _PATIENCE
+        while True:
+            try:
+                return self.model.token_logprobs(ids, top_logprobs=top)
+            except CacheLimitError:
+                if monotonic() > end:
+                    raise
+                sleep(0.05)
 
     @property
     def _waiting(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.responses import StreamingResponse
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.generation.completion import Completion
     from neo_runtime.scheduling.pending import PendingCompletion
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
 
     from neo_server.answers import Echo
     from neo_server.service import Work
@@ -24,22 +26,31 @@ __all__ = ["EventStream", "whole_answer"]
 
 _Item = TypeVar("_Item")
 
+_LOG = logging.getLogger("neo_server")
+_WRITE_SECONDS = 60.0
+"""That a client may leave an event unread."""
 
-async def whole_answer(work: Work) -> dict[str, Any]:
-    """Wait for all choices."""
-    asked, tokenizer = work.asked, work.service.tokenizer
+
+async def whole_answer(work: Work) -> bytes:
+    """Wait for all choices; the answer's JSON."""
     echoes = await work.service.echoes(work)
     completions = await asyncio.gather(*(asyncio.wrap_future(one) for one in work.pending))
     for completion in completions:
         work.finished(completion)
+    return await asyncio.to_thread(_written, work, echoes, completions)
+
+
+def _written(work: Work, echoes: Sequence[Echo | None], completions: Sequence[Completion]) -> bytes:
+    """In another thread, as log probabilities of many tokens take a while to write."""
+    asked = work.asked
     choices: list[dict[str, Any]] = []
     for index, echo in enumerate(echoes):
         of_prompt = completions[index * asked.best_of : (index + 1) * asked.best_of]
         nothing: list[Completion | None] = [None] * asked.n
         for chosen in _best(of_prompt, asked.n) or nothing:
-            writer = ChoiceWriter(len(choices), asked, tokenizer)
+            writer = ChoiceWriter(len(choices), asked, work.service.tokenizer)
             choices.append(writer.whole(echo, chosen))
-    return work.frame.around(choices, usage=work.usage.json)
+    return json.dumps(work.frame.around(choices, usage=work.usage.json)).encode()
 
 
 def _best(completions: Sequence[Completion], n: int) -> list[Completion]:
@@ -66,8 +77,17 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the base class."""
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(_WRITE_SECONDS):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except TimeoutError:
+            _LOG.warning("a client that does not read its stream was dropped")
+        except asyncio.CancelledError:  # when the server's patience is at its end
+            _LOG.warning("a stream was cut: the server is shutting down")
         finally:
             self._work.end()
 

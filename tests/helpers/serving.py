@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from contextlib import closing, contextmanager
@@ -42,15 +43,20 @@ class Served:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is computed and nobody waits."""
-        scheduler = self.service._scheduler
-        assert scheduler is not None
-        return not (scheduler.active or scheduler.waiting or self.service._inside)
+        return self.service.inside == 0
 
     def wait_until_idle(self) -> None:
         end = time.monotonic() + 60
         while not self.is_idle:
             assert time.monotonic() < end
             time.sleep(0.005)
+
+    def ended(self, reason: str) -> float:
+        """Sequences that ended so."""
+        found = re.search(
+            rf'neo_sequences_total{{finish_reason="{reason}"}} (\S+)', self.get("/metrics")[1]
+        )
+        return float(found[1]) if found else 0
 
     def send(self, body: bytes | dict[str, Any], path: str = "/v1/completions") -> HTTPConnection:
         """A request whose answer nobody has read yet."""

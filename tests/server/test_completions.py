@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +205,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop": ""}, "stop is '', expected"),
     ({"logit_bias": {"999999": 1}}, "logit_bias names token 999999"),
     ({"stream": True, "best_of": 2}, "best_of chooses among whole texts"),
+    ({"stop": ["a"] * 17}, "stop has 17 strings, expected at most 16"),
+    ({"stop": "a" * 1001}, "stop has more than 1000 characters"),
+    ({"logit_bias": {str(i): 1 for i in range(4097)}}, "logit_bias has more than 4096 entries"),
+    ({"extra_body": {"bad_words_ids": [[1, 2]] * 2049}}, "bad_words_ids has more than 4096"),
+    ({"extra_body": {"eos_token_id": [1] * 4097}}, "eos_token_id has more than 4096 entries"),
+    ({"extra_body": {"bad_words": ["a" * 500_000]}}, "bad_words has more than 4096 entries"),
+    ({"prompt": [[5] * 400] * 9, "n": 20, "echo": True, "logprobs": 20}, "ask for fewer prompts"),
     ({"suffix": "end"}, "no text before a suffix"),
     ({"extra_body": {"num_beams": 2}}, "unknown fields in the request: num_beams"),
     ({"extra_body": {"seed": "x"}}, "seed is 'x', expected an integer"),
@@ -228,6 +236,38 @@ def test_bad_requests(client: Any, server: Served, fields: dict[str, Any], messa
     server.wait_until_idle()
 
 
+def test_errors_name_the_field(client: Any) -> None:
+    for fields in ({"top_p": 3}, {"stop": ""}, {"logit_bias": {"999999": 1}}, {"temperature": -1}):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.completions.create(model=NAME, prompt="a", **fields)
+        assert error.value.param == next(iter(fields))
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model=NAME, prompt="a", max_tokens=600)
+    assert error.value.param == "max_tokens"
+
+
+def test_offsets_are_those_of_the_text(client: Any, model: Model) -> None:
+    """With special tokens in the prompt, and where it ends within a character."""
+    [special] = model.manifest.model.eos_token_id
+    cut = [*model.tokenizer.encode("The"), *model.tokenizer.encode("他")[:1]]
+    for prompt in ("<|endoftext|>The dog", [special, *model.tokenizer.encode("The dog")], cut):
+        [choice] = create(client, prompt, echo=True, logprobs=0, max_tokens=3, seed=1).choices
+        found = choice.logprobs
+        for offset, token in zip(found.text_offset, found.tokens, strict=True):
+            assert choice.text[offset:].startswith(token)
+
+
+def test_of_tokens_with_one_text_the_best_is_shown(client: Any, model: Model) -> None:
+    """A client that looks for the largest value must not take the token for it."""
+    ids = model.tokenizer.encode("他说他说é他")
+    [choice] = create(client, ids, echo=True, logprobs=20, max_tokens=0).choices
+    whole = model.token_logprobs(ids, top_logprobs=20)
+    for found, expected in zip(choice.logprobs.top_logprobs[1:], whole, strict=True):
+        best = expected.top_logprobs[0]
+        assert max(found.values()) == best.logprob
+        assert found[model.tokenizer.token(best.token)] == best.logprob
+
+
 def test_too_long_a_prompt_has_openais_code(client: Any) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         create(client, "a " * 2000)
@@ -235,7 +275,11 @@ def test_too_long_a_prompt_has_openais_code(client: Any) -> None:
 
 
 def test_keys(model: Model) -> None:
-    with served(model, keys=("one", "two"), max_batch_size=1) as running:
+    with served(model, keys=("one", "two", "ключ"), max_batch_size=1) as running:
+        request = urllib.request.Request(f"{running.url}/v1/models")
+        request.add_header("Authorization", "Bearer ключ".encode().decode("latin-1"))
+        with urllib.request.urlopen(request) as answer:
+            assert answer.status == 200
         for key in ("one", "two"):
             with running.client(key) as client:
                 assert create(client, "a", max_tokens=1).choices

@@ -73,17 +73,38 @@ def test_a_signal_lets_it_finish(mini_bundle: Path, number: signal.Signals, stat
             socket.create_connection(("127.0.0.1", server.port))
 
 
-def test_grace_ends(mini_bundle: Path) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_at_the_end_of_its_grace_clients_are_told(mini_bundle: Path, stream: bool) -> None:
     with running(mini_bundle, "--threads", "1", "--grace", "0", "--no-access-log") as server:
-        body = json.dumps({"prompt": "a", "max_tokens": 500, "n": 16, "ignore_eos": True})
+        fields = {"prompt": "a", "max_tokens": 500, "n": 64, "ignore_eos": True}
+        with closing(HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(fields | {"stream": stream}))
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.process.wait(1)  # it is at work
+            server.process.send_signal(signal.SIGTERM)
+            response = connection.getresponse()
+            last = response.read().strip().split(b"\n\n")[-1]
+        assert response.status == (200 if stream else 503)
+        error = json.loads(last.removeprefix(b"data: "))["error"]
+        assert error["message"] == "the server is shutting down; try again"
+        code, _, err = ended(server)
+    assert code == 128 + signal.SIGTERM
+    assert "Traceback" not in err
+    assert "completions HTTP" not in err
+
+
+def test_twice_ctrl_c_ends_at_once(mini_bundle: Path) -> None:
+    with running(mini_bundle, "--threads", "1") as server:
+        body = json.dumps({"prompt": "a", "max_tokens": 500, "n": 64, "ignore_eos": True})
         with closing(HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
             connection.request("POST", "/v1/completions", body)
-            with pytest.raises(subprocess.TimeoutExpired):
-                server.process.wait(0.5)  # it is at work
-            server.process.send_signal(signal.SIGTERM)
+            for _ in range(2):
+                with pytest.raises(subprocess.TimeoutExpired):
+                    server.process.wait(1)
+                server.process.send_signal(signal.SIGINT)
             code, _, err = ended(server)
-    assert code == 128 + signal.SIGTERM
-    assert "completions HTTP" not in err
+    assert code == 130
+    assert "Traceback" not in err
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -120,6 +141,7 @@ def test_what_cannot_be_served(
 ) -> None:
     port = ("--port", "0")
     assert "no/such" in refused(capsys, "no/such", *port)
+    assert "grace is -1" in refused(capsys, str(mini_bundle), "--grace", "-1", *port)
     assert "max_queue is 0" in refused(capsys, str(mini_bundle), "--max-queue", "0", *port)
     line = refused(capsys, str(mini_bundle), "--max-cache-mb", "1", *port)
     assert "1000000" in line

@@ -5,15 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import threading
 import time
+from contextlib import closing
+from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
+from helpers import serving
 from helpers.serving import NAME, served
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import CacheLimitError, DeviceMemoryError, RequestError
+from neo_runtime.text.tokenizer import Tokenizer
+from neo_server import streaming
+from neo_server.errors import ApiError
+from neo_server.listening import bound
 from neo_server.service import Limits, Service
 
 if TYPE_CHECKING:
@@ -72,15 +80,16 @@ def test_a_client_that_goes_is_computed_for_no_more(
 
 def test_a_client_that_goes_before_its_turn(server: Served, steps: SlowSteps) -> None:
     steps.go_on.clear()
+    before = server.ended("cancelled")
     held = [server.send(LONG | {"n": 6, "max_tokens": 5})]
     while steps.count < 1:
         time.sleep(0.01)
     waiting = [server.send(LONG | {"stream": stream}) for stream in (False, True) * 3]
-    while server.service._inside < 12:
+    while server.service.inside < 12:
         time.sleep(0.01)
     for connection in waiting:
         connection.close()
-    while server.service._inside > 6:
+    while server.ended("cancelled") < before + 6:
         time.sleep(0.01)
     steps.go_on.set()
     assert held[0].getresponse().status == 200
@@ -93,11 +102,13 @@ def test_a_crowd_is_refused_and_may_come_again(model: Model, steps: SlowSteps) -
     with served(model, max_batch_size=2, max_queue=3) as running:
         steps.go_on.clear()
         first = [running.send({"prompt": "a", "max_tokens": 3}) for _ in range(3)]
-        while running.service._inside < 3:
+        while running.service.inside < 3:
             time.sleep(0.01)
         status, answer, headers = running.answer({"prompt": "a"})
         assert (status, headers["retry-after"]) == (503, "1")
-        assert answer["error"]["message"] == "3 sequences are being served, of 3 at most"
+        assert answer["error"]["message"] == (
+            "3 of at most 3 sequences are being served, and the request asks for 1; try again"
+        )
         assert answer["error"]["type"] == "server_error"
         with running.client() as client, pytest.raises(openai.InternalServerError):
             client.completions.create(model=NAME, prompt="a")
@@ -120,6 +131,8 @@ BROKEN: list[tuple[bytes, int, str]] = [
     (b'{"prompt": "a", "model": "\\ud800"}', 404, "\\ud800"),
     (b'{"prompt": "a", "model": 3}', 400, "model is 3, expected a name"),
     (b'{"prompt": "a", "temperature": NaN}', 400, "temperature is nan"),
+    (b'{"prompt": "a", "max_tokens": ' + b"9" * 400 + b"}", 400, "expected at most 1000000"),
+    (b'{"prompt": "a", "model": "' + b"m" * 100_000 + b'"}', 404, "the model 'mmmm"),
     (b'{"prompt": "a", "max_tokens": 1e3}', 400, "max_tokens is 1000.0, expected an integer"),
     (b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", 400, "not JSON"),
     (b'{"prompt": "' + b"a" * 5_000_000 + b'"}', 413, "has more than 4194304 bytes"),
@@ -131,6 +144,7 @@ def test_broken_requests(server: Served, body: bytes, status: int, message: str)
     found, answer, _ = server.answer(body)
     assert found == status
     assert message in answer["error"]["message"]
+    assert len(answer["error"]["message"]) <= 1000
     server.wait_until_idle()
 
 
@@ -217,6 +231,85 @@ def test_room_for_scores_stays(mini_bundle: Path) -> None:
         ):
             service.start()
         assert model.cache_bytes_in_use == 0
+
+
+def test_who_does_not_read_takes_no_place(model: Model) -> None:
+    asked = {"prompt": [[5] * 400], "n": 5, "stream": True, "echo": True, "logprobs": 20}
+    with (
+        served(model, max_batch_size=5, max_queue=5) as running,
+        closing(running.send(asked | {"max_tokens": 2})),
+    ):
+        while running.service.metrics._prompt._value.get() < 400:
+            time.sleep(0.01)
+        running.wait_until_idle()
+        assert running.answer({"prompt": "a", "max_tokens": 1, "n": 5})[0] == 200
+
+
+def test_who_does_not_read_is_dropped(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(streaming, "_WRITE_SECONDS", 0.3)
+
+    def small(host: str, port: int) -> socket.socket:
+        """The system keeps little of what nobody reads."""
+        sock = bound(host, port)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return sock
+
+    monkeypatch.setattr(serving, "bound", small)
+    asked = {"prompt": [[5] * 400] * 8, "n": 5, "stream": True, "echo": True, "logprobs": 20}
+    with served(model, max_batch_size=5) as running:
+        with closing(HTTPConnection("127.0.0.1", running.port)) as connection:
+            connection.connect()
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.request("POST", "/v1/completions", json.dumps(asked | {"max_tokens": 2}))
+            end = time.monotonic() + 60
+            while "does not read" not in caplog.text:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        running.wait_until_idle()
+
+
+def test_a_text_that_is_much_too_long_is_not_tokenized(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_, **__: pytest.fail("tokenized"))
+    status, answer, _ = server.answer({"prompt": "the dog " * 100_000})
+    assert status == 400
+    assert "a prompt of 800000 characters" in answer["error"]["message"]
+    assert answer["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("fields", [{}, {"n": 2}, {"max_tokens": 0, "echo": True, "logprobs": 0}])
+def test_what_is_too_long_is_refused_before_anything_is_computed(
+    server: Served, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        pytest.fail("computed")
+
+    monkeypatch.setattr(CachedModel, "prefill_step", never)
+    monkeypatch.setattr(CachedModel, "logits", never)
+    asked = {"prompt": [[5] * 100, [5] * (513 if "echo" in fields else 500)], "max_tokens": 100}
+    for stream in (False, True):
+        status, answer, _ = server.answer(asked | fields | {"stream": stream})
+        assert status == 400
+        assert answer["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_bundles_own_minimum_is_not_the_clients(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "_generation_config", {"min_new_tokens": 50})
+    with served(model, max_batch_size=1) as running:
+        assert running.answer({"prompt": "a", "max_tokens": 6})[0] == 200
+
+
+def test_an_application_without_its_lifespan() -> None:
+    service = object.__new__(Service)
+    service._scorer = None
+    with pytest.raises(ApiError, match="the server must run its lifespan") as error:
+        service.check_started()
+    assert error.value.status == 500
 
 
 def test_wrong_limits() -> None:

@@ -58,8 +58,9 @@ class StreamDecoder:
     text does not end inside a character, so the work for a token does not grow with the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skips = skip_special_tokens
         self._window: list[int] = []
         self._given_tokens = 0
         self._given_text = ""
@@ -67,21 +68,24 @@ class StreamDecoder:
     def push(self, token: int) -> str:
         """The text that this token completes; "" inside a character or for a special token."""
         self._window.append(token)
-        text = self._tokenizer.decode(self._window)
+        text = self._decoded()
         if text.endswith(_REPLACEMENT):
             return ""
         return self._give(text)
 
     def finish(self) -> str:
         """The rest: an incomplete character as U+FFFD."""
-        return self._give(self._tokenizer.decode(self._window))
+        return self._give(self._decoded())
 
     def _give(self, text: str) -> str:
         piece = text[len(self._given_text) :]
         self._window = self._window[self._given_tokens :]
         self._given_tokens = len(self._window)
-        self._given_text = self._tokenizer.decode(self._window)
+        self._given_text = self._decoded()
         return piece
+
+    def _decoded(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=self._skips)
 
 
 class StopMatcher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import BundleDamagedError, DependencyError, RequestError
@@ -48,6 +49,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Tokens that the tokenizer knows, added ones included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token: a text of n of them has at least n tokens."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens that the file itself adds, if any.
