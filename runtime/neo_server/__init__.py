@@ -12,6 +12,8 @@ asked          a request's JSON, read and checked
 logprobs       log probabilities as the interface writes them
 answers        completions as JSON: whole, and as events of a stream
 metrics        what is counted for Prometheus
+limits         how much is taken at once
+scoring        log probabilities of prompts
 service        requests that share one scheduler
 streaming      events while they are computed
 app            paths, keys, and who has gone
@@ -22,18 +24,20 @@ entry          where the command begins
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neo_server.app import create_app
+    from neo_server.limits import Limits
 
-__all__ = ["create_app"]
+__all__ = ["Limits", "create_app"]
+
+_MODULES = {"Limits": "limits", "create_app": "app"}
 
 
 def __getattr__(name: str) -> Any:
     """Import Starlette only when the application is asked for (PEP 562)."""
-    if name != "create_app":
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from neo_server.app import create_app
-
-    return create_app
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -17,7 +17,8 @@ from starlette.routing import Route
 
 from neo_server.asked import read_request
 from neo_server.errors import ApiError, api_error, bad_request, overloaded
-from neo_server.service import Limits, Service
+from neo_server.limits import Limits
+from neo_server.service import Service
 from neo_server.streaming import EventStream, whole_answer
 
 if TYPE_CHECKING:

@@ -112,8 +112,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     from neo_runtime.options.values import count
 
     from neo_server.app import application
+    from neo_server.limits import Limits
     from neo_server.listening import bound, run
-    from neo_server.service import Limits, Service
+    from neo_server.service import Service
 
     signal.signal(signal.SIGTERM, _end)
     count(0)("grace", arguments.grace)

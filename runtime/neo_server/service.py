@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from threading import Lock
-from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime import Scheduler
 from neo_runtime.closable import Closable
-from neo_runtime.errors import CacheLimitError, ContextLengthError, RequestError
+from neo_runtime.errors import ContextLengthError, RequestError
 from neo_runtime.generation.prefix import behind
-from neo_runtime.options.values import count
 
 from neo_server.answers import Echo, Frame, Usage
 from neo_server.errors import ApiError, bad_request, overloaded
 from neo_server.metrics import Metrics
+from neo_server.scoring import PromptScorer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,39 +26,16 @@ if TYPE_CHECKING:
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.model import Model
     from neo_runtime.options.generation_options import GenerationOptions
-    from neo_runtime.sampling.row_sampler import Choice
     from neo_runtime.scheduling.pending import PendingCompletion
     from numpy.typing import NDArray
 
     from neo_server.asked import Asked
+    from neo_server.limits import Limits
 
-__all__ = ["Limits", "Service", "Work"]
+__all__ = ["Service", "Work"]
 
 _WORTH_SHARING = 64
 """Tokens of a prompt from which on several continuations share what is computed of it."""
-_PATIENCE = 30.0
-"""Seconds that a prompt to be scored waits for room."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How much is taken at once."""
-
-    max_batch_size: int | None = None
-    """Sequences that are computed together; None: what suits the machine."""
-    max_length: int | None = None
-    """Tokens of a prompt and its continuation; None: the model's positions."""
-    max_queue: int = 256
-    """Sequences that are in the house, computed or waiting; more are refused with status 503."""
-    max_body_bytes: int = 4 * 2**20
-    """Of a request."""
-
-    def __post_init__(self) -> None:
-        """Refuse what is no size."""
-        for name in ("max_batch_size", "max_length"):
-            count(1, optional=True)(name, getattr(self, name))
-        for name in ("max_queue", "max_body_bytes"):
-            count(1)(name, getattr(self, name))
 
 
 @dataclass(eq=False)
@@ -136,7 +111,7 @@ class Service(Closable):
         self._counting = Lock()
         self._sharing = Lock()
         self._cache_bytes = 0
-        self._scorer: ThreadPoolExecutor | None = None
+        self._scorer: PromptScorer | None = None
 
     def start(self) -> None:
         """Load the graphs and allocate the cache.
@@ -152,7 +127,7 @@ class Service(Closable):
                 max_length=self.limits.max_length,
             )
         self._cache_bytes = self.model.cache_bytes_in_use
-        self._scorer = ThreadPoolExecutor(1, "neo-scores")
+        self._scorer = PromptScorer(self.model)
 
     def close(self) -> None:
         """Free the cache; what is not finished ends."""
@@ -160,7 +135,7 @@ class Service(Closable):
         if scheduler is not None:
             scheduler.close(cancel=True)
         if self._scorer is not None:
-            self._scorer.shutdown(cancel_futures=True)
+            self._scorer.close()
 
     @property
     def is_ready(self) -> bool:
@@ -304,22 +279,10 @@ class Service(Closable):
                 text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
             scores = None
             if asked.logprobs is not None:
-                scores = await asyncio.get_running_loop().run_in_executor(
-                    self._scorer, self._scores, ids, asked.logprobs
-                )
+                assert self._scorer is not None
+                scores = await self._scorer.scores(ids, asked.logprobs)
             found.append(Echo(text, int(ids[0]), scores))
         return found
-
-    def _scores(self, ids: NDArray[np.int64], top: int) -> list[Choice]:
-        """In the scorer's thread, which may wait: a long prompt may have the room at the moment."""
-        end = monotonic() + _PATIENCE
-        while True:
-            try:
-                return self.model.token_logprobs(ids, top_logprobs=top)
-            except CacheLimitError:
-                if monotonic() > end:
-                    raise
-                sleep(0.05)
 
     @property
     def _waiting(self) -> int:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from neo_server.app import application
+from neo_server.limits import Limits
 from neo_server.listening import bound
-from neo_server.service import Limits, Service
+from neo_server.service import Service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

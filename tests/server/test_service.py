@@ -21,8 +21,9 @@ from neo_runtime.errors import CacheLimitError, DeviceMemoryError, RequestError
 from neo_runtime.text.tokenizer import Tokenizer
 from neo_server import streaming
 from neo_server.errors import ApiError
+from neo_server.limits import Limits
 from neo_server.listening import bound
-from neo_server.service import Limits, Service
+from neo_server.service import Service
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

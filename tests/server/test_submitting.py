@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from neo_runtime import Scheduler
 from neo_server.asked import read_request
-from neo_server.service import Limits, Service
+from neo_server.limits import Limits
+from neo_server.service import Service
 
 if TYPE_CHECKING:
     from neo_runtime.model import Model

@@ -1,0 +1,30 @@
+"""How much a server takes at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from neo_runtime.options.values import count
+
+__all__ = ["Limits"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much is taken at once."""
+
+    max_batch_size: int | None = None
+    """Sequences that are computed together; None: what suits the machine."""
+    max_length: int | None = None
+    """Tokens of a prompt and its continuation; None: the model's positions."""
+    max_queue: int = 256
+    """Sequences that are in the house, computed or waiting; more are refused with status 503."""
+    max_body_bytes: int = 4 * 2**20
+    """Of a request."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no size."""
+        for name in ("max_batch_size", "max_length"):
+            count(1, optional=True)(name, getattr(self, name))
+        for name in ("max_queue", "max_body_bytes"):
+            count(1)(name, getattr(self, name))

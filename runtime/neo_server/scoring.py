@@ -1,0 +1,54 @@
+"""Log probabilities of prompts, one prompt at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
+
+from neo_runtime.closable import Closable
+from neo_runtime.errors import CacheLimitError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from neo_runtime.model import Model
+    from neo_runtime.sampling.row_sampler import Choice
+    from numpy.typing import NDArray
+
+__all__ = ["PromptScorer"]
+
+_PATIENCE = 30.0
+"""Seconds that a prompt waits for room."""
+
+
+class PromptScorer(Closable):
+    """A thread that scores prompts beside the scheduler, in the order in which they come."""
+
+    def __init__(self, model: Model) -> None:
+        """Start nothing yet."""
+        self._model = model
+        self._thread = ThreadPoolExecutor(1, "neo-scores")
+
+    async def scores(self, ids: NDArray[np.int64], top_logprobs: int) -> list[Choice]:
+        """See `Model.token_logprobs`.
+
+        Raises:
+            CacheLimitError: there was no room for longer than half a minute.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._score, ids, top_logprobs)
+
+    def _score(self, ids: NDArray[np.int64], top_logprobs: int) -> list[Choice]:
+        end = monotonic() + _PATIENCE
+        while True:
+            try:
+                return self._model.token_logprobs(ids, top_logprobs=top_logprobs)
+            except CacheLimitError:  # a long prompt that is being read may have it
+                if monotonic() > end:
+                    raise
+                sleep(0.05)
+
+    def close(self) -> None:
+        """Finish the prompt that is being scored; the others are cancelled."""
+        self._thread.shutdown(cancel_futures=True)
