@@ -18,7 +18,7 @@ __all__ = ["SIZE_LIMIT", "InstalledSize", "closure", "files_size", "installed_si
 SIZE_LIMIT = 230_000_000
 """Bytes."""
 
-_PACKAGES = ("neo_calibration", "neo_export", "neo_runtime", "neo_tools")
+_PACKAGES = ("neo_calibration", "neo_export", "neo_runtime", "neo_server", "neo_tools")
 
 
 @dataclass(frozen=True, kw_only=True)
