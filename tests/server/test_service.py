@@ -16,6 +16,7 @@ import openai
 import pytest
 from helpers import serving
 from helpers.serving import NAME, served
+from neo_runtime import Scheduler
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import CacheLimitError, DeviceMemoryError, RequestError
 from neo_runtime.text.tokenizer import Tokenizer
@@ -97,6 +98,27 @@ def test_a_client_that_goes_before_its_turn(server: Served, steps: SlowSteps) ->
     held[0].close()
     server.wait_until_idle()
     assert steps.count < 12
+
+
+def test_a_client_that_goes_while_it_is_let_in(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted = []
+    submit = Scheduler.submit
+
+    def slow(self: Scheduler, *arguments: Any, **options: Any) -> Any:
+        submitted.append(arguments)
+        time.sleep(0.05)
+        return submit(self, *arguments, **options)
+
+    monkeypatch.setattr(Scheduler, "submit", slow)
+    connection = server.send(LONG | {"n": 100})
+    while len(submitted) < 3:
+        time.sleep(0.01)
+    connection.close()
+    server.wait_until_idle()
+    time.sleep(0.2)
+    assert len(submitted) < 50
 
 
 def test_a_crowd_is_refused_and_may_come_again(model: Model, steps: SlowSteps) -> None:
@@ -216,7 +238,7 @@ def test_health(server: Served) -> None:
     server.service._scheduler = scheduler
 
 
-def test_room_for_scores_stays(mini_bundle: Path) -> None:
+def test_room_for_scores_stays(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import neo_runtime
 
     with neo_runtime.load(mini_bundle, threads=1) as probe:
@@ -226,6 +248,10 @@ def test_room_for_scores_stays(mini_bundle: Path) -> None:
             asked = {"prompt": [[5] * 300], "echo": True, "logprobs": 0, "max_tokens": 1}
             for _ in range(2):
                 assert running.answer(asked | {"n": 2})[0] == 200
+        with served(model) as running, monkeypatch.context() as patch:
+            # What is left is for scores: where it waits in the queue, a prefix would hold it.
+            patch.setattr(model, "prefix", lambda *_: pytest.fail("shared"))
+            assert running.answer(asked | {"n": 2, "echo": False, "logprobs": None})[0] == 200
         with (
             Service(model, NAME, Limits(max_batch_size=2)) as service,
             pytest.raises(CacheLimitError),
