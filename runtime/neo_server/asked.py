@@ -198,7 +198,7 @@ def _include_usage(given: object) -> bool:
 
 def _options(fields: _Fields) -> dict[str, Any]:
     """OpenAI's defaults, whatever the bundle's generation_config.json says of these options."""
-    options: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "min_new_tokens": 0}
+    options: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}
     temperature = fields.get("temperature", 1)
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
     if not is_number or not temperature >= 0:  # nor NaN

@@ -71,6 +71,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 0, "top_p": 0.5, "presence_penalty": 1.0, "frequency_penalty": 0.5},
     {"temperature": 0, "logit_bias": {"11": -100, "13": -100}},
     {"temperature": 1.2, "seed": -1, "top_k": 5, "repetition_penalty": 1.3},
+    {"temperature": 1.5, "seed": 2, "top_k": -1},
     {"temperature": 0, "stop": [".", "a little"]},
     {"temperature": 0, "min_tokens": 10, "bad_words": ["little", "Lily"]},
     {"temperature": 0, "max_tokens": 100, "ignore_eos": True},
@@ -84,6 +85,8 @@ def in_our_words(options: dict[str, Any]) -> dict[str, Any]:
     ours["do_sample"] = ours["temperature"] > 0
     if not ours["do_sample"]:
         ours = {name: ours[name] for name in ours if name not in ("temperature", "top_p")}
+    if ours.get("top_k") == -1:
+        ours["top_k"] = 0
     if ours.get("seed", 0) < 0:
         ours["seed"] += 2**64
     return {"top_k": 0, **ours} if ours["do_sample"] else ours

@@ -12,6 +12,7 @@ from contextlib import closing
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import openai
 import pytest
 from helpers import serving
@@ -19,11 +20,14 @@ from helpers.serving import NAME, served
 from neo_runtime import Scheduler
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import CacheLimitError, DeviceMemoryError, RequestError
+from neo_runtime.generation.completion import Completion, Timings
 from neo_runtime.text.tokenizer import Tokenizer
 from neo_server import streaming
 from neo_server.errors import ApiError
 from neo_server.limits import Limits
 from neo_server.listening import bound
+from neo_server.metrics import Metrics
+from neo_server.scoring import PromptScorer
 from neo_server.service import Service
 
 if TYPE_CHECKING:
@@ -228,6 +232,42 @@ def test_what_is_counted(model: Model) -> None:
     assert status == 200
     assert {name: float(values[name]) for name in expected} == expected
     assert float(values["neo_cache_bytes"]) > 0
+
+
+def test_times_of_a_sequence() -> None:
+    timings = Timings(
+        prefill_seconds=1, time_to_first_token=2, decode_seconds=6, tokens_per_second=0.5
+    )
+    completion = Completion(
+        text="",
+        token_ids=(1, 2, 3, 4),
+        prompt_token_ids=(1,),
+        finish_reason="stop",
+        stop=None,
+        timings=timings,
+    )
+    metrics = Metrics()
+    metrics.ended(completion)
+    text = metrics.text().decode()
+    assert "neo_time_to_first_token_seconds_sum 2.0" in text
+    assert "neo_time_per_token_seconds_sum 2.0" in text
+
+
+def test_a_prompt_that_is_scored_waits_for_room(mini_bundle: Path) -> None:
+    import neo_runtime
+
+    async def run(model: Model) -> None:
+        with PromptScorer(model) as scorer:
+            with model.new_cache(1, 16):
+                scores = asyncio.create_task(scorer.scores(np.arange(5, 15), 0))
+                await asyncio.sleep(0.2)
+                assert not scores.done()
+            assert len(await scores) == 9
+
+    with neo_runtime.load(mini_bundle, threads=1) as probe:
+        one = probe.cache_bytes(1, 16)
+    with neo_runtime.load(mini_bundle, threads=1, max_cache_bytes=one) as model:
+        asyncio.run(run(model))
 
 
 def test_health(server: Served) -> None:
