@@ -8,7 +8,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from neo_server.errors import overloaded
+from neo_server.errors import shutting_down
 from neo_server.logprobs import LogprobWriter
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class ChoiceWriter:
         if completion is None:
             return self._choice("", (), "length")
         if completion.finish_reason == "cancelled":
-            raise overloaded("the server is shutting down; try again")
+            raise shutting_down()
         rest = (completion.logprobs or ())[self._told :]
         return self._choice("", rest, completion.finish_reason)
 

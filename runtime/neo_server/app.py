@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from neo_server.asked import read_request
-from neo_server.errors import ApiError, api_error, bad_request, overloaded
+from neo_server.errors import ApiError, api_error, bad_request, shutting_down
 from neo_server.limits import Limits
 from neo_server.service import Service
 from neo_server.streaming import EventStream, whole_answer
@@ -113,7 +113,7 @@ class _Handlers:
         except ClientDisconnect:
             response = Response(status_code=_CLIENT_GONE)
         except asyncio.CancelledError:  # when the server's patience is at its end
-            response = _error_response(overloaded("the server is shutting down; try again"))
+            response = _error_response(shutting_down())
         except Exception as error:
             response = _error_response(api_error(error))
         self._service.metrics.requests.labels(response.status_code).inc()

@@ -220,11 +220,11 @@ def _options(fields: _Fields) -> dict[str, Any]:
 
 def _refuse_long(options: Mapping[str, Any]) -> None:
     """Raises ApiError for what would hold up everybody else."""
-    stops = options.get("stop", ())
-    if isinstance(stops, list) and len(stops) > _MOST_STOPS:
+    given = options.get("stop")
+    stops = given if isinstance(given, list) else [given]
+    if len(stops) > _MOST_STOPS:
         raise bad_request(f"stop has {len(stops)} strings, expected at most {_MOST_STOPS}", "stop")
-    longest = max((len(s) for s in stops if isinstance(s, str)), default=0)
-    if longest > _MOST_CHARACTERS or (isinstance(stops, str) and len(stops) > _MOST_CHARACTERS):
+    if any(isinstance(stop, str) and len(stop) > _MOST_CHARACTERS for stop in stops):
         raise bad_request(f"stop has more than {_MOST_CHARACTERS} characters", "stop")
     for name, value in options.items():
         if _entries(value) > _MOST_ENTRIES:

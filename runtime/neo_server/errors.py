@@ -9,7 +9,7 @@ from typing import Any
 from neo_runtime.errors import ContextLengthError, GenerationConfigError, RequestError
 from neo_runtime.options.generation_options import GenerationOptions
 
-__all__ = ["ApiError", "api_error", "bad_request", "overloaded"]
+__all__ = ["ApiError", "api_error", "bad_request", "overloaded", "shutting_down"]
 
 _LOG = logging.getLogger("neo_server")
 _LONGEST = 1000
@@ -62,6 +62,11 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
 def overloaded(message: str) -> ApiError:
     """No room now; clients may try again."""
     return ApiError(503, message, code="overloaded")
+
+
+def shutting_down() -> ApiError:
+    """What was begun is not finished any more."""
+    return overloaded("the server is shutting down; try again")
 
 
 def api_error(error: BaseException) -> ApiError:

@@ -14,7 +14,7 @@ from neo_runtime.errors import ContextLengthError, RequestError
 from neo_runtime.generation.prefix import behind
 
 from neo_server.answers import Echo, Frame, Usage
-from neo_server.errors import ApiError, bad_request, overloaded
+from neo_server.errors import ApiError, bad_request, overloaded, shutting_down
 from neo_server.metrics import Metrics
 from neo_server.scoring import PromptScorer
 
@@ -200,7 +200,7 @@ class Service(Closable):
         """In another thread: to check and to tokenize may take a while."""
         asked, scheduler = work.asked, self._scheduler
         if scheduler is None:
-            raise overloaded("the server is shutting down; try again")
+            raise shutting_down()
         chosen = self._options(asked)
         work.prompts = self._encoded(asked, chosen)
         work.usage.prompt_tokens = sum(map(len, work.prompts))
