@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from neo_runtime.command.command_line import OneLineParser, add_version, run_command
+from neo_runtime.command.loading import add_loading_flags, loading
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -77,23 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="sequences computed or waiting; more get status 503 (default: %(default)s)",
     )
-    work.add_argument(
-        "--max-cache-mb",
-        type=int,
-        metavar="MB",
-        help="limit of the key/value caches in 10^6 bytes (default: none)",
-    )
     machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--backend",
-        choices=("auto", "cpu", "cuda", "tensorrt"),
-        default="auto",
-        help="what runs the bundle (default: auto)",
-    )
-    machine.add_argument("--device", type=int, default=0, metavar="N", help="GPU (default: 0)")
-    machine.add_argument(
-        "--threads", type=int, metavar="N", help="threads per operator (default: physical cores)"
-    )
+    add_loading_flags(machine)
     machine.add_argument(
         "--grace",
         type=int,
@@ -123,16 +109,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         max_length=arguments.max_length,
         max_queue=arguments.max_queue,
     )
-    megabytes = arguments.max_cache_mb
     with (
         bound(arguments.host, arguments.port) as sock,
-        neo_runtime.load(
-            arguments.bundle,
-            backend=arguments.backend,
-            device=arguments.device,
-            threads=arguments.threads,
-            max_cache_bytes=None if megabytes is None else megabytes * 1_000_000,
-        ) as model,
+        neo_runtime.load(arguments.bundle, **loading(arguments)) as model,
         Service(model, arguments.name or model.name, limits) as service,
     ):
         app = application(service, _keys())

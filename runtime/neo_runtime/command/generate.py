@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from neo_runtime.command.batches import batches
 from neo_runtime.command.command_line import OneLineParser, add_version, run_command
+from neo_runtime.command.loading import add_loading_flags, loading
 from neo_runtime.command.options import add_option_flags, chosen_options
 from neo_runtime.command.output import print_lines, print_object, print_text, print_timings
 from neo_runtime.command.prompts import read_prompts, read_text
@@ -79,25 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         '"index" (from 0) and "id"',
     )
     parser.add_argument("--timings", action="store_true", help="print timings to stderr")
-    parser.add_argument(
-        "--backend",
-        choices=("auto", "cpu", "cuda", "tensorrt"),
-        default="auto",
-        help="what runs the bundle (default: auto, the GPU that it was exported for if that can be "
-        "used, else the CPU)",
-    )
-    parser.add_argument(
-        "--device", type=int, default=0, metavar="N", help="index of the GPU (default: 0)"
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads per operator (default: physical cores)"
-    )
-    parser.add_argument(
-        "--max-cache-mb",
-        type=int,
-        metavar="MB",
-        help="limit of the key/value cache in 10^6 bytes, for each model (default: none)",
-    )
+    add_loading_flags(parser)
     parser.add_argument(
         "--batch-size",
         type=int,
@@ -188,18 +171,11 @@ def _run(arguments: argparse.Namespace) -> int:
     started = perf_counter()
     from neo_runtime.loading import load
 
-    limit = arguments.max_cache_mb
-    loading = {
-        "backend": arguments.backend,
-        "device": arguments.device,
-        "threads": arguments.threads,
-        "max_cache_bytes": None if limit is None else limit * 10**6,
-        "verify": arguments.verify,
-    }
+    given = loading(arguments) | {"verify": arguments.verify}
     small = arguments.draft_model
     with (
-        load(arguments.bundle, **loading) as model,
-        nullcontext() if small is None else load(small, **loading) as draft_model,
+        load(arguments.bundle, **given) as model,
+        nullcontext() if small is None else load(small, **given) as draft_model,
     ):
         loaded = perf_counter() - started
         if model.backend_choice is not None and model.backend != "cpu":  # else it was logged

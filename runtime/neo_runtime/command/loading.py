@@ -1,0 +1,44 @@
+"""The flags of commands that load a bundle to generate from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["add_loading_flags", "loading"]
+
+
+def add_loading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the flags; see `loading`."""
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "cuda", "tensorrt"),
+        default="auto",
+        help="what runs the bundle (default: auto, the GPU that it was exported for if that can be "
+        "used, else the CPU)",
+    )
+    parser.add_argument(
+        "--device", type=int, default=0, metavar="N", help="index of the GPU (default: 0)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads per operator (default: physical cores)"
+    )
+    parser.add_argument(
+        "--max-cache-mb",
+        type=int,
+        metavar="MB",
+        help="limit of the key/value cache in 10^6 bytes, for each model (default: none)",
+    )
+
+
+def loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for `neo_runtime.load`."""
+    limit = arguments.max_cache_mb
+    return {
+        "backend": arguments.backend,
+        "device": arguments.device,
+        "threads": arguments.threads,
+        "max_cache_bytes": None if limit is None else limit * 10**6,
+    }
