@@ -10,6 +10,7 @@ import numpy as np
 from neo_runtime.backends.base import appended
 from neo_runtime.cache.kv_cache import KVCache, row_numbers
 from neo_runtime.cache.ledger import CacheLedger
+from neo_runtime.cache.prefix_cache import PrefixCache
 from neo_runtime.closable import Closable
 from neo_runtime.errors import ContextLengthError, NeoError, RequestError
 from neo_runtime.options.values import count
@@ -112,6 +113,16 @@ class CachedModel(Closable):
                 f"ask for at most {self.manifest.max_length}"
             )
         return KVCache(self._backend, self._ledger, batch, length)
+
+    def new_prefix_cache(self, size: int) -> PrefixCache:
+        """Allocate memory for what requests begin with, of at most `size` bytes.
+
+        Raises:
+            RequestError: the size is too small.
+            CacheLimitError: `max_cache_bytes` would be exceeded.
+        """
+        self._check_open()
+        return PrefixCache(self._backend, self._ledger, size, self.prefill_chunk)
 
     def owns(self, cache: KVCache) -> bool:
         """Whether a cache is this model's."""

@@ -10,6 +10,7 @@ import neo_runtime
 import numpy as np
 import pytest
 from helpers import faults
+from helpers.beginnings import assert_beginnings_hold
 from helpers.cropping import assert_crops_hold
 from helpers.guessing import assert_guesses_change_nothing
 from helpers.hf_reference import heldout_texts
@@ -120,11 +121,13 @@ def test_rows_join_and_begin_with_another_cache(model: Model, bundle: Path) -> N
     if model.manifest.precision not in ("int8", "int4"):
         assert_rows_join(model, limit)
         assert_prefixes_hold(model, limit)
+        assert_beginnings_hold(model, limit)
         assert_crops_hold(model, limit)
         return
     with neo_runtime.load(bundle, backend="cpu") as cpu:
         assert_rows_join(model, limit, cpu.logits)
         assert_prefixes_hold(model, limit, cpu.logits)
+        assert_beginnings_hold(model, limit, cpu.logits)
         assert_crops_hold(model, limit, cpu.logits)
 
 

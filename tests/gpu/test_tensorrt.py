@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.beginnings import assert_beginnings_hold
 from helpers.cropping import assert_crops_hold
 from helpers.guessing import assert_guesses_change_nothing
 from helpers.joining import assert_rows_join
@@ -104,6 +105,7 @@ def test_ragged_batches(model: Model, text: tuple[Any, Any]) -> None:
 def test_rows_join_and_begin_with_another_cache(model: Model) -> None:
     assert_rows_join(model, LIMIT)
     assert_prefixes_hold(model, LIMIT)
+    assert_beginnings_hold(model, LIMIT)
     assert_crops_hold(model, LIMIT)
 
 

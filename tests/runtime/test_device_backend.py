@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.beginnings import assert_beginnings_hold
 from helpers.cropping import assert_crops_hold
 from helpers.guessing import assert_guesses_change_nothing
 from helpers.host_device import HostDevice
@@ -183,6 +184,7 @@ def test_a_row_that_joins_is_clean(device_model: Model) -> None:
 
 def test_rows_begin_with_another_cache(device_model: Model) -> None:
     assert_prefixes_hold(device_model, TOLERANCES["fp16"].logits)
+    assert_beginnings_hold(device_model, TOLERANCES["fp16"].logits)
 
 
 def test_positions_are_taken_away(device_model: Model) -> None:
@@ -315,6 +317,44 @@ def test_a_cache_that_is_garbage_gives_its_memory_back(cuda_bundle: Path) -> Non
     del cache
     gc.collect()
     assert device.closed
+
+
+def test_a_prefix_cache_may_outlive_its_model(cuda_bundle: Path) -> None:
+    """And gives its memory back when it is closed, or garbage, once nobody uses the device."""
+    device = HostDevice()
+    model = open_model(cuda_bundle, device)
+    backend = model._backend
+    assert isinstance(backend, CudaBackend)
+    held, size = device.in_use, 10**6
+    forgotten, kept = model.new_prefix_cache(size), model.new_prefix_cache(size)
+    assert device.in_use == held + 2 * kept.nbytes
+    assert size // 2 < kept.nbytes <= size
+    with backend.lock:  # as in the middle of a step, when nothing may be freed
+        del forgotten
+        gc.collect()
+        assert device.in_use == held + 2 * kept.nbytes
+    model.new_cache(1, 16).close()
+    model.new_prefix_cache(size).close()
+    model.close()
+    assert not device.closed
+    kept.close()
+    assert device.closed
+    kept.close()
+
+
+def test_room_for_a_prefix_cache(cuda_bundle: Path) -> None:
+    """Idle slots make room; what does not fit even so leaves nothing behind."""
+    device = HostDevice()
+    with open_model(cuda_bundle, device) as model:
+        empty = device.in_use
+        model.generate("Once", max_new_tokens=300)
+        device.capacity = device.in_use + 1000
+        with model.new_prefix_cache(10**6):
+            assert device.in_use < device.capacity
+        assert device.in_use == empty
+        with pytest.raises(DeviceMemoryError):
+            model.new_prefix_cache(10**9)
+        assert (device.in_use, model.cache_bytes_in_use) == (empty, 0)
 
 
 def test_what_fails_for_want_of_memory_keeps_none(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.beginnings import assert_beginnings_hold
 from helpers.cropping import assert_crops_hold
 from helpers.held_out import held_out_ids, perplexity
 from helpers.int8_cache import calibrated
@@ -146,6 +147,7 @@ def test_rows_join_and_begin_with_another_cache(model: Model) -> None:
     limit = TOLERANCES["int8-cache"].logits
     assert_rows_join(model, limit, model.logits)
     assert_prefixes_hold(model, limit, model.logits)
+    assert_beginnings_hold(model, limit, model.logits)
     assert_crops_hold(model, limit, model.logits)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.beginnings import assert_beginnings_hold
 from helpers.cropping import assert_crops_hold
 from helpers.hf_reference import reference_logits, relative_error, varied_prompts
 from helpers.joining import assert_rows_join
@@ -169,14 +170,14 @@ def test_rows_that_are_none(model: Model, rows: Any, message: str) -> None:
 def test_finalizers_wait_for_no_lock() -> None:
     """They run at any moment, in a thread that holds the lock, too."""
     ledger, kept = CacheLedger(100), KeptBlock()
-    ledger.reserve(60, 1, 1)
+    ledger.reserve(60, "a cache")
     with ledger._lock, kept._lock:
         ledger.release(60)
         kept.keep(np.zeros(10, np.uint8))
-    ledger.reserve(100, 1, 1)
+    ledger.reserve(100, "a cache")
     assert ledger.in_use == 100
     with pytest.raises(CacheLimitError, match="100 of the limit of 100 bytes are in use"):
-        ledger.reserve(1, 1, 1)
+        ledger.reserve(1, "a cache")
 
 
 def test_a_limit_holds_for_all_caches_together(mini_bundle: Path) -> None:
@@ -226,7 +227,7 @@ def test_the_account_is_safe_for_threads() -> None:
     def work() -> None:
         for _ in range(2000):
             try:
-                ledger.reserve(300, 1, 1)
+                ledger.reserve(300, "a cache")
             except CacheLimitError:
                 refused.append(1)
             else:
@@ -281,6 +282,7 @@ def test_what_was_in_memory_before_means_nothing(
     with neo_runtime.load(portable_bundle, threads=1) as model:
         assert_rows_join(model, 1e-5)
         assert_prefixes_hold(model, 1e-5)
+        assert_beginnings_hold(model, 1e-5)
         assert_crops_hold(model, 1e-5)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.beginnings import assert_beginnings_hold
 from helpers.hf_reference import heldout_texts, reference_continuations, varied_prompts
 from helpers.kills import fork
 from helpers.prefixes import assert_prefixes_hold
@@ -41,6 +42,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[Model]:
 
 def test_every_row_is_what_it_is_without(model: Model) -> None:
     assert_prefixes_hold(model, 1e-5)
+    assert_beginnings_hold(model, 1e-5)
     assert model.cache_bytes_in_use == 0
 
 

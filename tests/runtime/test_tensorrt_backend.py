@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.beginnings import assert_beginnings_hold
 from helpers.cropping import assert_crops_hold
 from helpers.fake_engine import (
     GPU,
@@ -129,6 +130,7 @@ def test_a_row_that_joins_is_clean(model: Model) -> None:
 
 def test_rows_begin_with_another_cache(model: Model) -> None:
     assert_prefixes_hold(model, TOLERANCES["fp32"].logits)
+    assert_beginnings_hold(model, TOLERANCES["fp32"].logits)
 
 
 def test_positions_are_taken_away(model: Model) -> None:

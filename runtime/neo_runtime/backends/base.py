@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backend",
+    "BlockPool",
     "CacheStore",
     "appended",
     "layer_lengths",
+    "position_bytes",
     "slots_held",
     "spoil_views",
     "with_empty_rows",
@@ -30,6 +32,20 @@ def spoil_views(arrays: Iterable[NDArray[np.generic]]) -> None:
     """`CacheStore.spoil` where `contents` gives views: NaN, −1 in int8."""
     for array in arrays:
         array[...] = np.nan if array.dtype.kind == "f" else -1
+
+
+class BlockPool(ABC):
+    """Memory beside the caches, in slots: keys and values of `positions` positions in each.
+
+    For what sequences have in common (`neo_runtime.cache.prefix_cache`). What a slot holds does not
+    depend on the cache that it came from.
+    """
+
+    positions: int
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back."""
 
 
 class CacheStore(ABC):
@@ -117,6 +133,27 @@ class CacheStore(ABC):
             source: of the same engine; its row fits into this one.
         """
 
+    @abstractmethod
+    def save_block(self, row: int, start: int, pool: BlockPool, slot: int) -> None:
+        """Copy a row's positions from `start` on, `pool.positions` of them, into a slot.
+
+        Args:
+            row: of this store.
+            start: local layers still hold this position, see `slots_held`.
+            pool: of the same engine.
+            slot: what it held is lost.
+        """
+
+    @abstractmethod
+    def load_blocks(self, row: int, pool: BlockPool, slots: Sequence[int]) -> None:
+        """Make an empty row what slots of a pool hold, one behind the other.
+
+        Args:
+            row: of this store, with room for all of it.
+            pool: of the same engine.
+            slots: at least one.
+        """
+
     def contents(self) -> list[NDArray[np.generic]]:
         """What the cache holds now, as it lies: layer by layer, keys first.
 
@@ -177,6 +214,15 @@ class Backend(ABC):
     def open_cache(self, batch: int, length: int) -> CacheStore:
         """Allocate a store of `batch` rows of up to `length` positions, all empty."""
 
+    @abstractmethod
+    def open_pool(self, slots: int, positions: int) -> BlockPool:
+        """Allocate a pool of `slots` slots of `positions` positions: `position_bytes` each.
+
+        Raises:
+            DeviceMemoryError: there is no room on the device.
+            MemoryError: nor in the system.
+        """
+
     def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits at every position: ids int64 [n] → float32 [n, vocab]."""
         store = self.open_cache(1, len(ids))
@@ -219,6 +265,13 @@ def layer_lengths(manifest: Manifest, length: int) -> list[int]:
         return [length] * manifest.model.num_layers
     local = max(window, min(length, window + window // 4))
     return [local if kind == "local" else length for kind in manifest.model.attention_layers]
+
+
+def position_bytes(manifest: Manifest) -> int:
+    """Bytes of the keys and values of one position in all layers."""
+    model, dtype = manifest.model, manifest.cache.dtype
+    item = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+    return 2 * model.num_layers * model.num_heads * model.head_dim * item
 
 
 def slots_held(

@@ -49,7 +49,7 @@ class KVCache(Closable):
         self._nbytes = backend.cache_bytes(batch, length)
         if self._nbytes > sys.maxsize:
             raise _no_memory(batch, length, self._nbytes)
-        ledger.reserve(self._nbytes, batch, length)
+        ledger.reserve(self._nbytes, f"a cache of {batch} x {length} positions")
         try:
             self._open_store: CacheStore | None = backend.open_cache(batch, length)
         except BaseException as error:

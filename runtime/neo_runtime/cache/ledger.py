@@ -48,8 +48,12 @@ class CacheLedger:
         """Bytes that caches may still take; None without a limit."""
         return None if self._limit is None else max(0, self._limit - self.in_use)
 
-    def reserve(self, size: int, batch: int, length: int) -> None:
+    def reserve(self, size: int, what: str) -> None:
         """Take `size` bytes.
+
+        Args:
+            size: bytes.
+            what: needs them, for the message.
 
         Raises:
             CacheLimitError: the limit would be passed; nothing was taken.
@@ -60,7 +64,7 @@ class CacheLedger:
                 self._taken += size
                 return
         raise CacheLimitError(
-            f"a cache of {batch} x {length} positions needs {size} bytes; {in_use} of the limit of "
+            f"{what} needs {size} bytes; {in_use} of the limit of "
             f"{self._limit} bytes are in use (max_cache_bytes); ask for fewer or shorter sequences "
             "at once, close other requests, or raise the limit"
         )

@@ -147,8 +147,9 @@ def beam_completions(
             "no_repeat_ngram_size"
         )
     other_end: FinishReason = "cancelled" if search.ends_early else "length"
+    cached = len(prompt) - len(behind(prefix, prompt))
     return [
-        _beam_completion(model.tokenizer, prompt, options, result, watch, other_end)
+        _beam_completion(model.tokenizer, prompt, options, result, watch, cached, other_end)
         for result in results
     ]
 
@@ -175,6 +176,7 @@ def _beam_completion(
     options: GenerationOptions,
     result: BeamResult,
     watch: Stopwatch,
+    cached: int,
     other_end: FinishReason,
 ) -> Completion:
     matcher = StopMatcher(options.stop)
@@ -188,6 +190,6 @@ def _beam_completion(
         prompt_token_ids=tuple(prompt.tolist()),
         finish_reason="stop" if has_ended else other_end,
         stop=matcher.found,
-        timings=watch.timings(len(result.token_ids)),
+        timings=watch.timings(len(result.token_ids), cached=cached),
         score=result.score,
     )

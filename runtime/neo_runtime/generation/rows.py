@@ -6,7 +6,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from neo_runtime.generation.completion import Completion, Timings
-from neo_runtime.generation.prefix import behind
 from neo_runtime.generation.text_stream import Piece, StopMatcher, StreamDecoder
 from neo_runtime.sampling.row_sampler import RowSampler, row_generator
 
@@ -37,8 +36,10 @@ class Stopwatch:
         """Seconds since the start."""
         return perf_counter() - self._start
 
-    def timings(self, tokens: int, drafted: int = 0, accepted: int = 0) -> Timings:
-        """Summary for a completion of this many tokens, and of guesses for them."""
+    def timings(
+        self, tokens: int, *, drafted: int = 0, accepted: int = 0, cached: int = 0
+    ) -> Timings:
+        """Summary for a completion of this many tokens; the others as in `Timings`."""
         decode = self.last - self.first
         return Timings(
             prefill_seconds=self.prefill,
@@ -47,6 +48,7 @@ class Stopwatch:
             tokens_per_second=(tokens - 1) / decode if tokens > 1 and decode > 0 else 0.0,
             draft_tokens=drafted,
             accepted_draft_tokens=accepted,
+            cached_prompt_tokens=cached,
         )
 
 
@@ -80,6 +82,8 @@ class Row:
         self.choices: list[Choice] = []
         self.drafted = self.accepted = 0
         """Tokens that were guessed, and those of them that were right."""
+        self.cached = 0 if prefix is None else len(prefix.ids)
+        """Tokens of the prompt that are computed already."""
         self.finish_reason: FinishReason | None = None
         self._eos = options.active_eos
         self._keeps_logprobs = options.logprobs is not None
@@ -92,7 +96,7 @@ class Row:
     @property
     def unread_prompt(self) -> IntArray:
         """What of the prompt is still to be computed: int64 [m], m at least 1."""
-        return behind(self.prefix, self.prompt)
+        return self.prompt[self.cached :]
 
     def push(self, choice: Choice) -> Piece:
         """Take the next token.
@@ -139,7 +143,12 @@ class Row:
             prompt_token_ids=tuple(self.prompt.tolist()),
             finish_reason="stop" if self._matcher.found is not None else self.finish_reason,
             stop=self._matcher.found,
-            timings=self.watch.timings(len(self.choices), self.drafted, self.accepted),
+            timings=self.watch.timings(
+                len(self.choices),
+                drafted=self.drafted,
+                accepted=self.accepted,
+                cached=self.cached,
+            ),
             logprobs=tuple(self.choices) if self._keeps_logprobs else None,
         )
 

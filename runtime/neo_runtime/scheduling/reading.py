@@ -17,27 +17,32 @@ __all__ = ["Reading"]
 class Reading(Closable):
     """A request's prompt in a cache of its own."""
 
-    def __init__(self, model: CachedModel, request: Request) -> None:
+    def __init__(self, model: CachedModel, request: Request, chunk: int) -> None:
         """Allocate; nothing is read yet.
+
+        Args:
+            model: computes.
+            request: whose prompt is read.
+            chunk: tokens that are read at once.
 
         Raises:
             CacheLimitError: there is no room for another cache.
         """
         self.request = request
-        self._model = model
+        self._model, self._chunk = model, chunk
         self._unread = request.unread_prompt
         self.cache = model.new_cache(1, model.rounded_length(request.prompt_length))
         try:
-            request.fill(self.cache, [0])
+            request.fill(self.cache, 0)
         except BaseException:
             self.cache.close()
             raise
 
     def read_chunk(self) -> StepLogits | None:
         """Read on; the logits of the prompt's last token once that was read."""
-        chunk = self._model.prefill_chunk
-        logits = self._model.prefill_step(self.cache, [self._unread[:chunk]])
-        self._unread = self._unread[chunk:]
+        logits = self._model.prefill_step(self.cache, [self._unread[: self._chunk]])
+        self._unread = self._unread[self._chunk :]
+        self.request.leave(self.cache, 0)
         return None if len(self._unread) else logits
 
     def close(self) -> None:

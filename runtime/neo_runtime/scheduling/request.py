@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from neo_runtime.scheduling.pending import PendingCompletion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from neo_runtime.backends.step_logits import RowLogits
     from neo_runtime.cache.kv_cache import KVCache
+    from neo_runtime.cache.prefix_cache import CachedBeginning, PrefixCache
     from neo_runtime.generation.rows import Row
     from neo_runtime.generation.text_stream import Piece
 
@@ -33,6 +35,7 @@ class Request:
         self.watch = row.watch
         self._row = row
         self._should_stop = should_stop
+        self._beginning: CachedBeginning | None = None
         self._holds_prefix = row.prefix is not None
         if row.prefix is not None:
             row.prefix.hold()
@@ -41,6 +44,12 @@ class Request:
     def unread_prompt(self) -> NDArray[np.int64]:
         """What of the prompt is still to be computed: int64 [n]."""
         return self._row.unread_prompt
+
+    def look_up(self, prefixes: PrefixCache | None) -> None:
+        """See what of the prompt other requests have left; `fill` must come next, or another."""
+        if prefixes is not None and self._row.prefix is None:
+            self._beginning = prefixes.find(self._row.prompt)
+            self._row.cached = self._beginning.length
 
     @property
     def prompt_length(self) -> int:
@@ -52,11 +61,21 @@ class Request:
         """What to feed next."""
         return self._row.choices[-1].token
 
-    def fill(self, cache: KVCache, rows: Sequence[int]) -> None:
-        """Let an empty sequence begin with the prefix, if there is one."""
+    def fill(self, cache: KVCache, row: int) -> None:
+        """Let an empty sequence begin with what is computed of the prompt already."""
         if self._row.prefix is not None:
-            self._row.prefix.fill(cache, rows)
+            self._row.prefix.fill(cache, [row])
+        if self._beginning is not None:
+            self._beginning.load(cache, row)
         self._let_go()
+
+    def leave(self, cache: KVCache, row: int) -> None:
+        """Leave to other requests what a cache has of this one."""
+        length = int(cache.store.lengths[row])
+        if self._beginning is not None and self._beginning.has_more(length):
+            tokens = [choice.token for choice in self._row.choices]
+            ids = np.concatenate([self._row.prompt, np.array(tokens, np.int64)])
+            self._beginning.extend(ids[:length], cache, row)
 
     def push(self, logits: RowLogits) -> None:
         """Choose the next token."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.backends.step_logits import StepLogits
     from neo_runtime.cache.kv_cache import KVCache
+    from neo_runtime.cache.prefix_cache import PrefixCache
     from neo_runtime.cached_model import CachedModel
     from neo_runtime.scheduling.request import Request
 
@@ -42,18 +43,24 @@ _SWEEP_SHARE = 20
 class RunningBatch:
     """See the module. `put`, `end` and `cancel` hold no lock: signals and finalizers may call."""
 
-    def __init__(self, model: CachedModel, batch: int, length: int) -> None:
+    def __init__(
+        self, model: CachedModel, batch: int, length: int, prefixes: PrefixCache | None = None
+    ) -> None:
         """Allocate the cache and start the thread.
 
         Args:
             model: computes the logits.
             batch: sequences at once, at most.
             length: positions of each, at most.
+            prefixes: keeps what requests begin with; the thread closes it at its end.
 
         Raises:
             CacheLimitError: there is no room for the cache.
         """
         self._model, self._batch, self._length = model, batch, length
+        self._prefixes = prefixes
+        self._chunk = model.prefill_chunk if prefixes is None else prefixes.chunk
+        """Tokens of prompts between two steps."""
         self._inbox: SimpleQueue[Request | None] = SimpleQueue()
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []
@@ -122,6 +129,8 @@ class RunningBatch:
                     self._fail(error)
         finally:
             self._drop_caches()
+            if self._prefixes is not None:
+                self._prefixes.close()
             self._is_ending = self._has_stopped = True
             self._refuse_inbox()
 
@@ -165,7 +174,10 @@ class RunningBatch:
         self._drop_ended()
         if self._active:
             tokens = [request.last_token for request in self._active]
-            _push(self._active, self._model.decode_step(self._open_cache(), tokens))
+            cache = self._open_cache()
+            _push(self._active, self._model.decode_step(cache, tokens))
+            for row, request in enumerate(self._active):
+                request.leave(cache, row)
 
     def _look_around(self) -> None:
         """End what nobody wants: of those who wait now and then, and each when its turn comes."""
@@ -202,9 +214,11 @@ class RunningBatch:
             cache = self._open_cache()
             cache.extend(len(new))
             for row, request in zip(rows, new, strict=True):
-                request.fill(cache, [row])
+                request.fill(cache, row)
             prompts = [request.unread_prompt for request in new]
             self._first_tokens(new, self._model.prefill_step(cache, prompts, rows))
+            for row, request in zip(rows, new, strict=True):
+                request.leave(cache, row)
 
     def _next(self) -> list[Request]:
         """Requests that begin now: as many as have room, and at most a chunk, or one."""
@@ -214,8 +228,9 @@ class RunningBatch:
             request = self._waiting[0]
             request.end_if_unwanted(is_closing=False)
             if not request.has_ended:
+                request.look_up(self._prefixes)
                 tokens += len(request.unread_prompt)
-                if new and tokens > self._model.prefill_chunk:
+                if new and tokens > self._chunk:
                     break
                 if self._reading is not None and self._is_long(request):
                     break
@@ -224,12 +239,12 @@ class RunningBatch:
         return new
 
     def _is_long(self, request: Request) -> bool:
-        return len(request.unread_prompt) > self._model.prefill_chunk
+        return len(request.unread_prompt) > self._chunk
 
     def _start_reading(self, request: Request) -> bool:
         """Begin a long prompt; False where there is no room for another cache."""
         try:
-            self._reading = Reading(self._model, request)
+            self._reading = Reading(self._model, request, self._chunk)
         except MemoryError:  # CacheLimitError and DeviceMemoryError are such
             return False
         except BaseException as error:

@@ -63,7 +63,12 @@ class Scheduler(Closable):
     """
 
     def __init__(
-        self, model: Model, *, max_batch_size: int | None = None, max_length: int | None = None
+        self,
+        model: Model,
+        *,
+        max_batch_size: int | None = None,
+        max_length: int | None = None,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         """Load the graphs, allocate the cache and start the thread that computes.
 
@@ -75,10 +80,16 @@ class Scheduler(Closable):
             max_length: tokens of a prompt and its continuation together, at most; by default as
                 many as the model has positions. `model.cache_bytes(max_batch_size, max_length)` is
                 what the cache takes: all of it on a GPU; on a CPU as far as it was written.
+            prefix_cache_bytes: memory beside the cache for keys and values of what requests began
+                with; a request computes only what no other before it began with. What was used
+                longest ago makes room. 0: every prompt is computed whole. Texts may part at near
+                ties where activations are rounded (int8, int4, half precision), since what was
+                computed in other company is used.
 
         Raises:
-            CacheLimitError: there is no room for the cache.
-            RequestError: a size that is no integer of at least 1.
+            CacheLimitError: there is no room for the cache, or for the prefix cache.
+            RequestError: a size that is no integer of at least 1, or a prefix cache that is
+                smaller than a block of 32 tokens.
             ContextLengthError: `max_length` is more than the model has.
         """
         if not isinstance(model, CachedModel):
@@ -90,7 +101,15 @@ class Scheduler(Closable):
         self._model = model
         self._max_length: int = length or model.manifest.max_length
         model.prepare()
-        self._batch = RunningBatch(model, batch or self._default_batch(), self._max_length)
+        size = count(0)("prefix_cache_bytes", prefix_cache_bytes)
+        prefixes = model.new_prefix_cache(size) if size else None
+        try:
+            batch = batch or self._default_batch()
+            self._batch = RunningBatch(model, batch, self._max_length, prefixes)
+        except BaseException:
+            if prefixes is not None:
+                prefixes.close()
+            raise
         _running.add(self._batch)
         self._process = os.getpid()
         self._end = weakref.finalize(self, self._batch.end)

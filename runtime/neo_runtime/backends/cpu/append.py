@@ -17,14 +17,16 @@ import numpy as np
 
 from neo_runtime.backends.base import CacheStore, spoil_views, with_empty_rows
 from neo_runtime.backends.cpu.binding import BoundCall
+from neo_runtime.backends.cpu.blocks import HostBlocks
 from neo_runtime.backends.cpu.cache_memory import aligned_zeros
 from neo_runtime.backends.step_logits import StepLogits
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
+    from neo_runtime.backends.base import BlockPool
     from neo_runtime.backends.cpu.binding import Sessions
 
 __all__ = ["AppendStore"]
@@ -181,13 +183,31 @@ class AppendStore(CacheStore):
             buffer[batch:] = 0  # masked, and still multiplied by 0
 
     def fill(self, rows: NDArray[np.int64], source: CacheStore) -> None:
-        """See `CacheStore.fill`; the others move to the end of what is the longest row now."""
+        """See `CacheStore.fill`."""
         assert isinstance(source, AppendStore)
         used = int(source.lengths[0])
+        self._fill(rows, used, source._views(source._past, 1, used))
+
+    def save_block(self, row: int, start: int, pool: BlockPool, slot: int) -> None:
+        """See `CacheStore.save_block`."""
+        assert isinstance(pool, HostBlocks)
+        first = self._width - int(self.lengths[row]) + start
+        held = self._views(self._past, self.batch, self._width)
+        for block, tensor in zip(pool.arrays[slot], held, strict=True):
+            block[:] = tensor[row, :, first : first + pool.positions]
+
+    def load_blocks(self, row: int, pool: BlockPool, slots: Sequence[int]) -> None:
+        """See `CacheStore.load_blocks`."""
+        assert isinstance(pool, HostBlocks)
+        tensors = range(pool.arrays.shape[1])
+        joined = (np.concatenate([pool.arrays[s, t] for s in slots], axis=1) for t in tensors)
+        self._fill(np.array([row]), len(slots) * pool.positions, joined)
+
+    def _fill(self, rows: NDArray[np.int64], used: int, sources: Iterable[NDArray[Any]]) -> None:
+        """Put `used` positions into empty rows; the others move to the longest row's end."""
         width = max(self._width, used)
         before = self._views(self._past, self.batch, self._width)
         after = self._views(self._present, self.batch, width)
-        sources = source._views(source._past, 1, used)
         for past, present, filled in zip(before, after, sources, strict=True):
             present[:, :, : width - self._width] = 0
             present[:, :, width - self._width :] = past

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.base import Backend, CacheStore, layer_lengths
+from neo_runtime.backends.base import Backend, CacheStore, layer_lengths, position_bytes
 from neo_runtime.backends.cpu.append import AppendStore
+from neo_runtime.backends.cpu.blocks import HostBlocks
 from neo_runtime.backends.cpu.cache_memory import KeptBlock
 from neo_runtime.backends.cpu.heap import Heap, give_back, hold_within_calls
 from neo_runtime.backends.cpu.in_place import InPlaceStore
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from neo_runtime.backends.base import BlockPool
     from neo_runtime.bundle.folder import Bundle
 
 __all__ = ["OnnxRuntimeBackend"]
@@ -119,16 +121,19 @@ class OnnxRuntimeBackend(Backend):
 
     def cache_bytes(self, batch: int, length: int) -> int:
         """See `Backend.cache_bytes`."""
-        model, cache = self.manifest.model, self.manifest.cache
-        position = 2 * model.num_heads * model.head_dim * np.dtype(cache.dtype).itemsize
-        once = position * batch * sum(layer_lengths(self.manifest, length))
+        layer = position_bytes(self.manifest) // self.manifest.model.num_layers
+        once = layer * batch * sum(layer_lengths(self.manifest, length))
         # Appending writes the longer cache beside the shorter one that it reads.
-        return once if cache.layout == "in_place" else 2 * once
+        return once if self.manifest.cache.layout == "in_place" else 2 * once
 
     def open_cache(self, batch: int, length: int) -> CacheStore:
         """See `Backend.open_cache`."""
         kind = InPlaceStore if self.manifest.cache.layout == "in_place" else AppendStore
         return kind(self, batch, length)
+
+    def open_pool(self, slots: int, positions: int) -> BlockPool:
+        """See `Backend.open_pool`."""
+        return HostBlocks(self.manifest, slots, positions)
 
     def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Backend.score`."""

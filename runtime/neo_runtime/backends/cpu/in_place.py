@@ -18,8 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.base import CacheStore, layer_lengths, spoil_views, with_empty_rows
+from neo_runtime.backends.base import (
+    CacheStore,
+    layer_lengths,
+    slots_held,
+    spoil_views,
+    with_empty_rows,
+)
 from neo_runtime.backends.cpu.binding import BoundCall
+from neo_runtime.backends.cpu.blocks import HostBlocks
 from neo_runtime.backends.cpu.cache_memory import aligned_arrays, aligned_size
 from neo_runtime.backends.cpu.staged_cache import StagedCache
 from neo_runtime.backends.right_padded import RightPaddedStore
@@ -32,6 +39,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from neo_runtime.backends.base import BlockPool
     from neo_runtime.backends.cpu.binding import Sessions
     from neo_runtime.bundle.manifest import Manifest
 
@@ -217,6 +225,41 @@ class InPlaceStore(RightPaddedStore):
                     own[row, :, :held] = other[0, :, :held]
         self.lengths[rows] = used
         self._refresh_mask()
+
+    def save_block(self, row: int, start: int, pool: BlockPool, slot: int) -> None:
+        """See `CacheStore.save_block`."""
+        assert isinstance(pool, HostBlocks)
+        evicted = self._evicted(int(self.lengths[row]))
+        assert start >= evicted
+        with self._busy:
+            for growing, buffer, block in zip(
+                self._growing, self._buffers, pool.arrays[slot], strict=True
+            ):
+                first = start if growing else start - evicted
+                block[:] = buffer[row, :, first : first + pool.positions]
+
+    def load_blocks(self, row: int, pool: BlockPool, slots: Sequence[int]) -> None:
+        """See `CacheStore.load_blocks`."""
+        assert isinstance(pool, HostBlocks)
+        used = len(slots) * pool.positions
+        evicted = self._evicted(used)
+        with self._busy:
+            for index, slot in enumerate(slots):
+                start = index * pool.positions
+                for growing, buffer, block in zip(
+                    self._growing, self._buffers, pool.arrays[slot], strict=True
+                ):
+                    first = start if growing else start - evicted
+                    kept = block[:, max(-first, 0) :]
+                    first = max(first, 0)
+                    buffer[row, :, first : first + kept.shape[1]] = kept
+        self.lengths[row] = used
+        self._refresh_mask()
+
+    def _evicted(self, length: int) -> int:
+        """Positions that the local layers of a row of this length no longer hold."""
+        window = self._backend.manifest.cache.window
+        return length - int(slots_held(np.array([length]), window, self.local_slots)[0])
 
     def _refresh_mask(self) -> None:
         columns = np.arange(self._length)

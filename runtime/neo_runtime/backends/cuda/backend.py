@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.backends.base import Backend
+from neo_runtime.backends.base import Backend, position_bytes
 from neo_runtime.backends.cuda.one_thread import OneThread
 from neo_runtime.backends.cuda.sessions import CudaSessions
 from neo_runtime.backends.cuda.slots import (
@@ -22,7 +22,7 @@ from neo_runtime.backends.cuda.slots import (
     make_slot,
 )
 from neo_runtime.backends.cuda.store import DeviceStore
-from neo_runtime.backends.device.base import ITEM_SIZES
+from neo_runtime.backends.device.blocks import lend_blocks
 from neo_runtime.backends.device.idle_pool import IdlePool
 from neo_runtime.backends.device.leftovers import Leftovers
 from neo_runtime.backends.device.locks import alone, new_lock
@@ -32,7 +32,7 @@ from neo_runtime.machine.installation import require_onnxruntime
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from neo_runtime.backends.base import CacheStore
+    from neo_runtime.backends.base import BlockPool, CacheStore
     from neo_runtime.backends.cuda.slots import Tensors
     from neo_runtime.backends.device.base import Device
     from neo_runtime.bundle.folder import Bundle
@@ -186,14 +186,17 @@ class CudaBackend(Backend):
 
     def cache_bytes(self, batch: int, length: int) -> int:
         """See `Backend.cache_bytes`."""
-        model = self.manifest.model
-        position = 2 * model.num_layers * model.num_heads * model.head_dim
-        size = ITEM_SIZES[self.manifest.cache.dtype]
-        return position * size * batch * self._capacity(length)
+        return position_bytes(self.manifest) * batch * self._capacity(length)
 
     def open_cache(self, batch: int, length: int) -> CacheStore:
         """See `Backend.open_cache`."""
         return DeviceStore(self, batch, self._capacity(length))
+
+    def open_pool(self, slots: int, positions: int) -> BlockPool:
+        """See `Backend.open_pool`."""
+        return lend_blocks(
+            self.manifest, self.device, self.slots, self._leftovers, slots, positions
+        )
 
     @contextmanager
     def block(self, size: int) -> Iterator[int]:
@@ -212,8 +215,7 @@ class CudaBackend(Backend):
         Raises:
             DeviceMemoryError: the device has no room.
         """
-        with self.lock:
-            self._leftovers.clear()
+        with self._leftovers.cleared():
             return self.slots.take(batch, length)
 
     def give_back(self, slot: Slot) -> None:

@@ -6,15 +6,15 @@ captured CUDA graph can be replayed; a row that is not in use has one position.
 
 from __future__ import annotations
 
-import math
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from neo_runtime.backends.base import CacheStore, with_empty_rows
 from neo_runtime.backends.cuda.slots import ELEMENT_TYPES, Slot, Tensors
-from neo_runtime.backends.device.base import ITEM_SIZES, Layout, fill_rows, move_rows
+from neo_runtime.backends.device.base import ITEM_SIZES, Layout
+from neo_runtime.backends.device.rows import CacheTensors, DeviceRowsStore
 from neo_runtime.backends.right_padded import RightPaddedStore
 from neo_runtime.backends.step_logits import CandidateRows, StepLogits
 from neo_runtime.bundle.manifest import CANDIDATE_OUTPUTS
@@ -22,6 +22,7 @@ from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
     import threading
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -63,7 +64,7 @@ class Steps(Protocol):
         """Queue the decode step of a slot."""
 
 
-class DeviceStore(RightPaddedStore):
+class DeviceStore(DeviceRowsStore, RightPaddedStore):
     """See the module."""
 
     def __init__(self, backend: Steps, batch: int, length: int) -> None:
@@ -132,15 +133,15 @@ class DeviceStore(RightPaddedStore):
                 self._device.download(logits, block)
                 self._device.synchronize()
         self.lengths[0] += len(ids)
-        self._is_mask_stale = True
+        self._rows_changed()
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
         """See `CacheStore.crop`."""
         self.lengths = lengths
-        self._is_mask_stale = True
+        self._rows_changed()
 
     def _after_prefill(self) -> StepLogits:
-        self._is_mask_stale = True
+        self._rows_changed()
         with self._backend.lock:
             return self._step()
 
@@ -224,52 +225,22 @@ class DeviceStore(RightPaddedStore):
                 self._device.upload(address, filled)
                 self._device.synchronize()
 
-    def reorder(self, rows: NDArray[np.int64]) -> None:
-        """See `CacheStore.reorder`."""
-        moved = np.flatnonzero(rows != np.arange(len(rows)))
-        if len(moved):
-            sources = rows[moved]
-            _, heads, length, head_dim = next(iter(self.slot.cache.values()))[2]
-            item = ITEM_SIZES[self._backend.manifest.cache.dtype]
-            with self._backend.lock:
-                move_rows(
-                    self._device,
-                    self._backend.allocate,
-                    [address for address, _, _ in self.slot.cache.values()],
-                    (heads, length, head_dim * item),
-                    int(self.lengths[sources].max()),
-                    sources.tolist(),
-                    moved.tolist(),
-                )
-        self.lengths = self.lengths[rows]
-        self._is_mask_stale = True
-
-    def extend(self, count: int) -> None:
-        """See `CacheStore.extend`: with zeros, as `Slot.clear` says why."""
+    def _tensors(self) -> CacheTensors:
+        tensors = list(self.slot.cache.values())
+        _, heads, length, head_dim = tensors[0][2]
+        addresses = [address for address, _, _ in tensors]
         item = ITEM_SIZES[self._backend.manifest.cache.dtype]
-        with self._backend.lock:
-            for address, _, shape in _rows(self.slot.cache, self.batch, count).values():
-                self._device.zero(address, math.prod(shape) * item)
-        self.lengths = with_empty_rows(self.lengths, count)
-        self._is_mask_stale = True
+        return CacheTensors(
+            self._device, self._backend.allocate, addresses, heads, length, head_dim * item
+        )
 
-    def fill(self, rows: NDArray[np.int64], source: CacheStore) -> None:
-        """See `CacheStore.fill`."""
-        assert isinstance(source, DeviceStore)
-        item = ITEM_SIZES[self._backend.manifest.cache.dtype]
-        used, own, other = int(source.lengths[0]), self.slot.cache, source.slot.cache
-        _, heads, length, head_dim = next(iter(own.values()))[2]
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
         with self._backend.lock:
-            fill_rows(
-                self._device,
-                [(own[name][0], other[name][0]) for name in own],
-                (heads, length, head_dim * item),
-                source.slot.length,
-                used,
-                rows.tolist(),
-            )
+            yield
             self._device.synchronize()
-        self.lengths[rows] = used
+
+    def _rows_changed(self) -> None:
         self._is_mask_stale = True
 
     def close(self) -> None:

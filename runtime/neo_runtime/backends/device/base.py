@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-__all__ = ["ALIGNMENT", "ITEM_SIZES", "Device", "Layout", "fill_rows", "move_rows"]
+__all__ = ["ALIGNMENT", "ITEM_SIZES", "Device", "Layout"]
 
 ALIGNMENT = 256
 """Bytes: what cudaMalloc guarantees, and the most that a kernel wants."""
@@ -124,66 +124,3 @@ class Layout:
     def tensors(self, base: int) -> dict[str, tuple[int, Any, tuple[int, ...]]]:
         """Address, type and shape of each, for a block at the address `base`."""
         return {n: (base + at, dtype, shape) for n, (at, dtype, shape) in self._places.items()}
-
-
-def fill_rows(
-    device: Device,
-    tensors: Iterable[tuple[int, int]],
-    shape: tuple[int, int, int],
-    source_length: int,
-    used: int,
-    rows: Sequence[int],
-) -> None:
-    """Copy the first row of each tensor of one cache into rows of another. The caller synchronizes.
-
-    Args:
-        device: where both are.
-        tensors: addresses, the target's and the source's, [batch, heads, length, bytes of a
-            position] each.
-        shape: heads, the target's length, and the bytes of one position of one head.
-        source_length: the source's length.
-        used: positions that are copied.
-        rows: of the target.
-    """
-    heads, length, position = shape
-    pitch = length * position
-    for target, source in tensors:
-        for row in rows:
-            to = target + row * heads * pitch
-            device.copy_rows(to, pitch, source, source_length * position, used * position, heads)
-
-
-def move_rows(
-    device: Device,
-    allocate: Callable[[int], int],
-    tensors: Iterable[int],
-    shape: tuple[int, int, int],
-    used: int,
-    sources: Sequence[int],
-    targets: Sequence[int],
-) -> None:
-    """Copy rows of cache tensors inside the device; rows may trade places.
-
-    Args:
-        device: where they are.
-        allocate: gives device memory for one tensor's rows.
-        tensors: address of each, [batch, heads, length, bytes of a position].
-        shape: heads, length, and the bytes of one position of one head.
-        used: positions that are copied.
-        sources: rows to copy.
-        targets: where to, one for each source.
-    """
-    heads, length, position = shape
-    pitch, width = length * position, max(used, 1) * position
-    block = allocate(heads * width * len(sources))
-    try:
-        for tensor in tensors:
-            for index, source in enumerate(sources):
-                packed, row = block + index * heads * width, tensor + source * heads * pitch
-                device.copy_rows(packed, width, row, pitch, width, heads)
-            for index, target in enumerate(targets):
-                packed, row = block + index * heads * width, tensor + target * heads * pitch
-                device.copy_rows(row, pitch, packed, width, width, heads)
-        device.synchronize()
-    finally:
-        device.free(block)

@@ -49,6 +49,7 @@ class IdlePool(Generic[Item]):
         self._make, self._most_idle = make, most_idle
         self._idle: list[Item] = []
         self._taken: list[Item] = []
+        self._lent = 0
         self._at_end: Callable[[], None] | None = None
 
     def take(self, *key: int) -> Item:
@@ -97,6 +98,23 @@ class IdlePool(Generic[Item]):
                 raise
         return work()
 
+    def lend(self, make: Callable[[], Result]) -> Result:
+        """Make something of no size of this pool's, for which idle buffers make room.
+
+        Raises:
+            DeviceMemoryError: the device has no room, even without the idle ones.
+        """
+        made = self.with_room(make)
+        self._lent += 1
+        return made
+
+    def take_back(self, free: Callable[[], None]) -> None:
+        """Free what was lent."""
+        self._lent -= 1
+        free()
+        if self._at_end is not None:
+            self._end()
+
     def free_idle(self) -> bool:
         """Free the idle buffers; whether there were any."""
         found = bool(self._idle)
@@ -115,7 +133,7 @@ class IdlePool(Generic[Item]):
 
     def _end(self) -> None:
         self.free_idle()
-        if self._at_end is not None and not self._taken:
+        if self._at_end is not None and not self._taken and not self._lent:
             self._at_end()
 
     @property

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = ["Leftovers"]
 
@@ -66,6 +67,13 @@ class Leftovers:
                 self.clear()
             finally:
                 self._lock.release()
+
+    @contextmanager
+    def cleared(self) -> Iterator[None]:
+        """The device for oneself, once what waits is done: for who asks for memory."""
+        with self._lock:
+            self.clear()
+            yield
 
     def clear(self) -> None:
         """Do what waits. The caller holds the lock."""

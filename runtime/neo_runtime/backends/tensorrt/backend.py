@@ -14,8 +14,8 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.backends.base import Backend, CacheStore
-from neo_runtime.backends.device.base import ITEM_SIZES
+from neo_runtime.backends.base import Backend, CacheStore, position_bytes
+from neo_runtime.backends.device.blocks import lend_blocks
 from neo_runtime.backends.device.idle_pool import IdlePool
 from neo_runtime.backends.device.leftovers import Leftovers
 from neo_runtime.backends.device.locks import new_lock
@@ -26,6 +26,7 @@ from neo_runtime.bundle.engine_record import PREFILL_PROFILE
 from neo_runtime.errors import CacheLimitError
 
 if TYPE_CHECKING:
+    from neo_runtime.backends.base import BlockPool
     from neo_runtime.backends.device.base import Device
     from neo_runtime.backends.tensorrt.plan import Tensors
     from neo_runtime.bundle.engine_record import EngineRecord
@@ -84,9 +85,7 @@ class TensorRTBackend(Backend):
 
     def cache_bytes(self, batch: int, length: int) -> int:
         """See `Backend.cache_bytes`: a static cache is as long as the bundle allows."""
-        model = self.manifest.model
-        position = 2 * model.num_layers * model.num_heads * model.head_dim
-        return position * ITEM_SIZES[self.manifest.cache.dtype] * batch * self.manifest.max_length
+        return position_bytes(self.manifest) * batch * self.manifest.max_length
 
     def open_cache(self, batch: int, length: int) -> CacheStore:
         """See `Backend.open_cache`."""
@@ -103,15 +102,20 @@ class TensorRTBackend(Backend):
             )
         return TensorRTStore(self, batch)
 
+    def open_pool(self, slots: int, positions: int) -> BlockPool:
+        """See `Backend.open_pool`."""
+        return lend_blocks(
+            self.manifest, self.device, self._steps, self._leftovers, slots, positions
+        )
+
     def take_buffers(self, batch: int) -> StepBuffers:
         """Buffers for a store, all zeros.
 
         Raises:
             DeviceMemoryError: the device has no room.
         """
-        with self.lock:
+        with self._leftovers.cleared():
             self.plan.check_open()
-            self._leftovers.clear()
             return self._steps.take(batch)
 
     def give_back(self, buffers: StepBuffers) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from neo_runtime.backends.base import CacheStore, with_empty_rows
-from neo_runtime.backends.device.base import ITEM_SIZES, Layout, fill_rows, move_rows
+from neo_runtime.backends.device.base import ITEM_SIZES, Layout
+from neo_runtime.backends.device.rows import CacheTensors, DeviceRowsStore
 from neo_runtime.backends.step_logits import StepLogits
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -49,7 +49,7 @@ class PlanSteps(Protocol):
         """Queue the plan's prefill profile."""
 
 
-class TensorRTStore(CacheStore):
+class TensorRTStore(DeviceRowsStore):
     """See the module."""
 
     def __init__(self, backend: PlanSteps, batch: int) -> None:
@@ -184,51 +184,19 @@ class TensorRTStore(CacheStore):
         """See `CacheStore.crop`."""
         self.lengths = lengths
 
-    def reorder(self, rows: NDArray[np.int64]) -> None:
-        """See `CacheStore.reorder`."""
-        moved = np.flatnonzero(rows != np.arange(len(rows)))
-        if len(moved):
-            sources = rows[moved]
-            heads, length, head_dim = self._row_shape
-            with self._backend.lock:
-                self._backend.plan.check_open()
-                move_rows(
-                    self._device,
-                    self._backend.allocate,
-                    [address for address, _ in self._buffers.cache.values()],
-                    (heads, length, head_dim * self._item),
-                    int(self.lengths[sources].max()),
-                    sources.tolist(),
-                    moved.tolist(),
-                )
-        self.lengths = self.lengths[rows]
-
-    def extend(self, count: int) -> None:
-        """See `CacheStore.extend`: with zeros, as `StepBuffers.clear` says why."""
-        stride = self._item * math.prod(self._row_shape)
-        with self._backend.lock:
-            self._backend.plan.check_open()
-            for address, _ in self._buffers.cache.values():
-                self._device.zero(address + self.batch * stride, count * stride)
-        self.lengths = with_empty_rows(self.lengths, count)
-
-    def fill(self, rows: NDArray[np.int64], source: CacheStore) -> None:
-        """See `CacheStore.fill`."""
-        assert isinstance(source, TensorRTStore)
+    def _tensors(self) -> CacheTensors:
         heads, length, head_dim = self._row_shape
-        own, other, used = self._buffers.cache, source._buffers.cache, int(source.lengths[0])
+        addresses = [address for address, _ in self._buffers.cache.values()]
+        return CacheTensors(
+            self._device, self._backend.allocate, addresses, heads, length, head_dim * self._item
+        )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
         with self._backend.lock:
             self._backend.plan.check_open()
-            fill_rows(
-                self._device,
-                [(own[name][0], other[name][0]) for name in own],
-                (heads, length, head_dim * self._item),
-                length,
-                used,
-                rows.tolist(),
-            )
+            yield
             self._device.synchronize()
-        self.lengths[rows] = used
 
     def close(self) -> None:
         """See `CacheStore.close`."""

@@ -1,0 +1,71 @@
+"""A pool of slots in device memory; see `BlockPool`."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.backends.base import BlockPool, position_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from neo_runtime.backends.device.base import Device
+    from neo_runtime.backends.device.idle_pool import IdlePool
+    from neo_runtime.backends.device.leftovers import Leftovers
+    from neo_runtime.bundle.manifest import Manifest
+
+__all__ = ["DeviceBlocks", "lend_blocks"]
+
+
+class DeviceBlocks(BlockPool):
+    """Slots one behind the other, each [tensors, heads, positions, bytes of a position]."""
+
+    def __init__(
+        self, address: int, manifest: Manifest, positions: int, give_back: Callable[[], None]
+    ) -> None:
+        """Cut up memory that was allocated.
+
+        Args:
+            address: of the first slot.
+            manifest: of the bundle whose keys and values these are.
+            positions: of a slot.
+            give_back: frees the memory; called once, at `close` or for a pool that is garbage.
+        """
+        self.positions = positions
+        self._address = address
+        self._slot_size = positions * position_bytes(manifest)
+        self._tensor_size = self._slot_size // (2 * manifest.model.num_layers)
+        self._give_back = weakref.finalize(self, give_back)
+        self._give_back.atexit = False  # the system takes everything then
+
+    def addresses(self, slot: int) -> list[int]:
+        """Of the tensors of a slot: layer by layer, keys first."""
+        first = self._address + slot * self._slot_size
+        return list(range(first, first + self._slot_size, self._tensor_size))
+
+    def close(self) -> None:
+        """See `BlockPool.close`."""
+        self._give_back()
+
+
+def lend_blocks(
+    manifest: Manifest,
+    device: Device,
+    idle: IdlePool[Any],
+    leftovers: Leftovers,
+    slots: int,
+    positions: int,
+) -> DeviceBlocks:
+    """Allocate a pool, for which idle buffers make room.
+
+    Raises:
+        DeviceMemoryError: the device has no room.
+    """
+    size = slots * positions * position_bytes(manifest)
+    with leftovers.cleared():
+        address = idle.lend(partial(device.allocate, size))
+    # Nothing of the backend: a pool must not keep it from being garbage.
+    give_back = partial(leftovers.leave, partial(idle.take_back, partial(device.free, address)))
+    return DeviceBlocks(address, manifest, positions, give_back)

@@ -1,0 +1,157 @@
+"""Rows of a cache in device memory: moved, begun anew, copied to and from a pool of blocks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neo_runtime.backends.base import CacheStore, with_empty_rows
+from neo_runtime.backends.device.blocks import DeviceBlocks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from numpy.typing import NDArray
+
+    from neo_runtime.backends.base import BlockPool
+    from neo_runtime.backends.device.base import Device
+
+__all__ = ["CacheTensors", "DeviceRowsStore"]
+
+
+@dataclass(frozen=True)
+class CacheTensors:
+    """Where a cache lies. Everything is queued: the caller has the lock, and synchronizes."""
+
+    device: Device
+    allocate: Callable[[int], int]
+    """Gives device memory for the time of a call."""
+    addresses: Sequence[int]
+    """Of each tensor, [batch, heads, length, bytes of a position]."""
+    heads: int
+    length: int
+    position: int
+    """Bytes of one position of one head."""
+
+    @property
+    def _pitch(self) -> int:
+        return self.length * self.position
+
+    def clear(self, row: int, count: int) -> None:
+        """Write zeros to `count` rows."""
+        stride = self.heads * self._pitch
+        for address in self.addresses:
+            self.device.zero(address + row * stride, count * stride)
+
+    def fill(self, rows: Sequence[int], source: CacheTensors, used: int) -> None:
+        """Copy `used` positions of the first row of another cache into some rows."""
+        for target, other in zip(self.addresses, source.addresses, strict=True):
+            for row in rows:
+                to = target + row * self.heads * self._pitch
+                width = used * self.position
+                self.device.copy_rows(to, self._pitch, other, source._pitch, width, self.heads)
+
+    def move(self, sources: Sequence[int], targets: Sequence[int], used: int) -> None:
+        """Copy `used` positions of rows to others, one for each; rows may trade places."""
+        heads, pitch, width = self.heads, self._pitch, max(used, 1) * self.position
+        block = self.allocate(heads * width * len(sources))
+        try:
+            for tensor in self.addresses:
+                for index, source in enumerate(sources):
+                    packed, row = block + index * heads * width, tensor + source * heads * pitch
+                    self.device.copy_rows(packed, width, row, pitch, width, heads)
+                for index, target in enumerate(targets):
+                    packed, row = block + index * heads * width, tensor + target * heads * pitch
+                    self.device.copy_rows(row, pitch, packed, width, width, heads)
+            self.device.synchronize()
+        finally:
+            self.device.free(block)
+
+    def save(self, row: int, start: int, pool: DeviceBlocks, slot: int) -> None:
+        """Copy positions from `start` on into a slot."""
+        for inside, outside, width in self._places(row, start, pool, slot):
+            self.device.copy_rows(outside, width, inside, self._pitch, width, self.heads)
+
+    def load(self, row: int, pool: DeviceBlocks, slots: Sequence[int]) -> None:
+        """Copy slots to the beginning of a row, one behind the other."""
+        for index, slot in enumerate(slots):
+            start = index * pool.positions
+            for inside, outside, width in self._places(row, start, pool, slot):
+                self.device.copy_rows(inside, self._pitch, outside, width, width, self.heads)
+
+    def _places(
+        self, row: int, start: int, pool: DeviceBlocks, slot: int
+    ) -> Iterator[tuple[int, int, int]]:
+        """By tensor: address in the cache, address in the slot, bytes of a head in the slot."""
+        offset = row * self.heads * self._pitch + start * self.position
+        for tensor, outside in zip(self.addresses, pool.addresses(slot), strict=True):
+            yield tensor + offset, outside, pool.positions * self.position
+
+
+class DeviceRowsStore(CacheStore):
+    """What stores in device memory do with rows."""
+
+    @abstractmethod
+    def _tensors(self) -> CacheTensors:
+        """Where the cache lies.
+
+        Raises:
+            NeoError: it is closed.
+        """
+
+    @abstractmethod
+    def _alone(self) -> AbstractContextManager[None]:
+        """The device for oneself, until what is queued is done.
+
+        Raises:
+            NeoError: it is closed.
+        """
+
+    def _rows_changed(self) -> None:
+        """Called behind each change of the lengths."""
+        return
+
+    def reorder(self, rows: NDArray[np.int64]) -> None:
+        """See `CacheStore.reorder`."""
+        moved = np.flatnonzero(rows != np.arange(len(rows)))
+        if len(moved):
+            sources = rows[moved]
+            with self._alone():
+                used = int(self.lengths[sources].max())
+                self._tensors().move(sources.tolist(), moved.tolist(), used)
+        self.lengths = self.lengths[rows]
+        self._rows_changed()
+
+    def extend(self, count: int) -> None:
+        """See `CacheStore.extend`: with zeros, as what is masked may still be multiplied."""
+        with self._alone():
+            self._tensors().clear(self.batch, count)
+        self.lengths = with_empty_rows(self.lengths, count)
+        self._rows_changed()
+
+    def fill(self, rows: NDArray[np.int64], source: CacheStore) -> None:
+        """See `CacheStore.fill`."""
+        assert isinstance(source, DeviceRowsStore)
+        used = int(source.lengths[0])
+        with self._alone():
+            self._tensors().fill(rows.tolist(), source._tensors(), used)
+        self.lengths[rows] = used
+        self._rows_changed()
+
+    def save_block(self, row: int, start: int, pool: BlockPool, slot: int) -> None:
+        """See `CacheStore.save_block`."""
+        assert isinstance(pool, DeviceBlocks)
+        with self._alone():
+            self._tensors().save(row, start, pool, slot)
+
+    def load_blocks(self, row: int, pool: BlockPool, slots: Sequence[int]) -> None:
+        """See `CacheStore.load_blocks`."""
+        assert isinstance(pool, DeviceBlocks)
+        with self._alone():
+            self._tensors().load(row, pool, slots)
+        self.lengths[row] = len(slots) * pool.positions
+        self._rows_changed()

@@ -1,0 +1,259 @@
+"""A scheduler that keeps what requests begin with: the same results, and less to compute."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import TYPE_CHECKING, Any
+
+import neo_runtime
+import numpy as np
+import pytest
+from helpers.hf_reference import heldout_texts, reference_continuations, varied_prompts
+from helpers.models import DEMO
+from neo_export.command.cli import main as export
+from neo_runtime import Scheduler
+from neo_runtime.backends.base import position_bytes
+from neo_runtime.backends.cpu import blocks
+from neo_runtime.backends.cpu.in_place import InPlaceStore
+from neo_runtime.cached_model import CachedModel
+from neo_runtime.errors import CacheLimitError, NeoError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from neo_runtime.cache.kv_cache import KVCache
+    from neo_runtime.generation.completion import Completion
+    from neo_runtime.model import Model
+
+ROOM = 30 * 10**6
+"""Bytes: more than any of these tests writes."""
+EXACT: dict[str, Any] = {"ignore_eos": True, "logprobs": 0}
+
+
+@pytest.fixture(scope="module")
+def model(mini_bundle: Path) -> Iterator[Model]:
+    with neo_runtime.load(mini_bundle, threads=1) as loaded:
+        yield loaded
+
+
+def block_bytes(model: Model) -> int:
+    return 32 * position_bytes(model.manifest)
+
+
+def logprobs(completion: Completion) -> list[float | None]:
+    return [choice.logprob for choice in completion.logprobs or ()]
+
+
+def ask(scheduler: Scheduler, ids: list[int], **options: Any) -> Completion:
+    return scheduler.submit(ids, **EXACT | options).result(timeout=120)
+
+
+def requests_that_share(count: int) -> list[tuple[list[int], dict[str, Any]]]:
+    """Prompts of up to 350 tokens, of three texts, that part at any place."""
+    rng = np.random.default_rng(3)
+    texts = [[token for prompt in varied_prompts(9)[n::3] for token in prompt] for n in range(3)]
+    work = []
+    for index in range(count):
+        text = texts[int(rng.integers(3))]
+        own = rng.integers(0, 1000, rng.integers(1, 60)).tolist()
+        prompt = text[: int(rng.integers(1, 290))] + own
+        options: dict[str, Any] = {"max_new_tokens": int(rng.integers(1, 70))}
+        if index % 3 == 1:
+            options |= {"do_sample": True, "seed": index, "repetition_penalty": 1.2}
+        work.append((prompt, options))
+    return work
+
+
+@pytest.mark.parametrize("bundle", ["mini_bundle", "portable_bundle", "cuda_bundle"])
+@pytest.mark.parametrize("kept", [3, 25, 500])
+def test_each_gets_what_it_gets_alone(
+    bundle: str, kept: int, request: pytest.FixtureRequest
+) -> None:
+    """With room for few blocks, so that they are evicted all the time, and with enough."""
+    work = requests_that_share(24)
+    with neo_runtime.load(request.getfixturevalue(bundle), backend="cpu", threads=2) as model:
+        alone = [model.generate(ids, **EXACT | options) for ids, options in work]
+        room = kept * block_bytes(model)
+        found: list[Any] = [None] * len(work)
+        with Scheduler(model, max_batch_size=4, prefix_cache_bytes=room) as scheduler:
+
+            def client(first: int) -> None:
+                for index in range(first, len(work), 3):
+                    ids, options = work[index]
+                    found[index] = ask(scheduler, ids, **options)
+
+            clients = [threading.Thread(target=client, args=(first,)) for first in range(3)]
+            for thread in clients:
+                thread.start()
+            for thread in clients:
+                thread.join()
+        assert model.cache_bytes_in_use == 0
+    assert [one.token_ids for one in found] == [one.token_ids for one in alone]
+    for one, other in zip(found, alone, strict=True):
+        assert logprobs(one) == pytest.approx(logprobs(other), abs=1e-3)
+    cached = [one.timings.cached_prompt_tokens for one in found]
+    assert all(0 <= n < len(ids) for n, (ids, _) in zip(cached, work, strict=True))
+    assert sum(cached) > (0 if kept < 25 else 800)
+
+
+def test_the_texts_of_transformers(model: Model) -> None:
+    text = [token for prompt in varied_prompts(6) for token in prompt]
+    prompts = [text[:n] + text[300 : 300 + n % 8] for n in (150, 97, 150, 64, 200, 33, 201)]
+    options = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20}
+    expected = reference_continuations(prompts, **options)
+    with Scheduler(model, max_batch_size=2, prefix_cache_bytes=ROOM) as scheduler:
+        found = [scheduler.submit(ids, **options).result(timeout=120) for ids in prompts]
+    assert [[one.token_ids] for one in found] == expected
+    cached = [one.timings.cached_prompt_tokens for one in found]
+    # Whole blocks of 32 that are shared, and always a token less than the prompt.
+    assert cached == [0, 96, 128, 32, 128, 32, 192]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_the_same_bits_where_the_same_chunks_are_computed(precision: str, tmp_path: Path) -> None:
+    """Rounding of activations turns the last digits into more: nothing else may differ."""
+    assert export([str(DEMO), "-o", str(tmp_path / "bundle"), f"--{precision}"]) == 0
+    text = [token for prompt in varied_prompts(6) for token in prompt]
+    first, second = [*text[:192], 5, 6, 7], text[:192] + text[400:440]
+    with neo_runtime.load(tmp_path / "bundle", threads=1, prefill_chunk=64) as model:
+        alone = [model.generate(ids, max_new_tokens=40, **EXACT) for ids in (first, second)]
+        with Scheduler(model, max_batch_size=1, prefix_cache_bytes=ROOM) as scheduler:
+            found = [ask(scheduler, ids, max_new_tokens=40) for ids in (first, second)]
+    assert [one.timings.cached_prompt_tokens for one in found] == [0, 192]
+    assert [one.token_ids for one in found] == [one.token_ids for one in alone]
+    assert [logprobs(one) for one in found] == [logprobs(one) for one in alone]
+
+
+def test_only_the_rest_is_computed(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an answer is what the next prompt of a conversation begins with."""
+    computed: list[int] = []
+    prefill = CachedModel.prefill_step
+
+    def prefill_step(model: CachedModel, cache: KVCache, prompts: Any, rows: Any = None) -> Any:
+        computed.append(sum(map(len, prompts)))
+        return prefill(model, cache, prompts, rows)
+
+    monkeypatch.setattr(CachedModel, "prefill_step", prefill_step)
+    ids = [token for prompt in varied_prompts(3) for token in prompt][:50]
+    with Scheduler(model, max_batch_size=2, prefix_cache_bytes=ROOM) as scheduler:
+        first = ask(scheduler, ids, max_new_tokens=100)
+        turn = [*ids, *first.token_ids, *ids[:40]]
+        second = ask(scheduler, turn, max_new_tokens=2)
+        again = ask(scheduler, turn, max_new_tokens=2)
+    # The last token of an answer is never fed: of 149 positions 128 are whole blocks, of 191 160.
+    assert second.timings.cached_prompt_tokens == 128
+    assert again.timings.cached_prompt_tokens == 160
+    assert computed == [50, 190 - 128, 190 - 160]
+
+
+def test_a_prefix_of_ones_own_is_left_alone(model: Model) -> None:
+    """It is neither looked for nor kept: its caller holds it."""
+    ids = [token for prompt in varied_prompts(3) for token in prompt][:120]
+    with (
+        model.prefix(ids[:100]) as prefix,
+        Scheduler(model, max_batch_size=2, prefix_cache_bytes=ROOM) as scheduler,
+    ):
+        with_prefix = scheduler.submit(ids[100:], prefix=prefix, max_new_tokens=5, **EXACT)
+        assert with_prefix.result(timeout=60).timings.cached_prompt_tokens == 100
+        alone = ask(scheduler, ids, max_new_tokens=5)
+        assert alone.timings.cached_prompt_tokens == 0
+        again = scheduler.submit(ids[100:], prefix=prefix, max_new_tokens=5, **EXACT)
+        assert again.result(timeout=60).token_ids == alone.token_ids
+
+
+def test_without_one_nothing_is_kept(model: Model) -> None:
+    ids = list(range(100))
+    with Scheduler(model, max_batch_size=1) as scheduler:
+        for _ in range(2):
+            assert ask(scheduler, ids, max_new_tokens=2).timings.cached_prompt_tokens == 0
+
+
+def test_memory_is_counted_and_freed(mini_bundle: Path) -> None:
+    with neo_runtime.load(mini_bundle, threads=1, max_cache_bytes=10**7) as model:
+        block = block_bytes(model)
+        cache = model.cache_bytes(2, 100)
+        sizes: dict[str, Any] = {"max_batch_size": 2, "max_length": 100}
+        with Scheduler(model, **sizes, prefix_cache_bytes=3 * block + 5):
+            assert model.cache_bytes_in_use == cache + 3 * block
+        assert model.cache_bytes_in_use == 0
+        with pytest.raises(CacheLimitError, match=r"the prefix cache needs \d+ bytes.*limit of"):
+            Scheduler(model, **sizes, prefix_cache_bytes=10**7 + block)
+        with pytest.raises(CacheLimitError, match="a cache of 2 x 100 positions"):
+            Scheduler(model, **sizes, prefix_cache_bytes=10**7)
+        assert model.cache_bytes_in_use == 0
+        # The batch that is chosen is what fits beside it.
+        with Scheduler(model, max_length=100, prefix_cache_bytes=10**7 - cache) as scheduler:
+            assert model.cache_bytes_in_use <= 10**7
+            ask(scheduler, [1, 2], max_new_tokens=2)
+        forgotten = model.new_prefix_cache(block)
+        assert model.cache_bytes_in_use == block
+        del forgotten
+        gc.collect()
+        assert model.cache_bytes_in_use == 0
+
+
+def test_sizes_that_cannot_be(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in (-1, 1.5, "1 GB", True, None):
+        with pytest.raises(RequestError, match="prefix_cache_bytes"):
+            Scheduler(model, prefix_cache_bytes=wrong)  # type: ignore[arg-type]
+    least = block_bytes(model)
+    with pytest.raises(RequestError, match=f"at least {least}: what a block of 32 tokens takes"):
+        Scheduler(model, prefix_cache_bytes=least - 1)
+    with pytest.raises(CacheLimitError, match="more than the system has; ask for a smaller one"):
+        Scheduler(model, prefix_cache_bytes=10**25)
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(blocks.np, "zeros", no_memory)
+    with pytest.raises(CacheLimitError, match="more than the system has"):
+        model.new_prefix_cache(ROOM)
+    assert model.cache_bytes_in_use == 0
+
+
+def test_a_block_that_cannot_be_saved(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends the step as any other failure does, and leaves no block that holds nothing."""
+    save, fails = InPlaceStore.save_block, iter([False, True])
+
+    def save_block(store: InPlaceStore, row: int, start: int, pool: Any, slot: int) -> None:
+        if next(fails, False):
+            raise NeoError("the device is gone")
+        save(store, row, start, pool, slot)
+
+    ids = [token for prompt in varied_prompts(3) for token in prompt][:120]
+    expected = model.generate(ids, max_new_tokens=5, **EXACT)
+    monkeypatch.setattr(InPlaceStore, "save_block", save_block)
+    with Scheduler(model, max_batch_size=2, prefix_cache_bytes=ROOM) as scheduler:
+        with pytest.raises(NeoError, match="the device is gone"):
+            ask(scheduler, ids, max_new_tokens=5)
+        for cached in (32, 96):
+            found = ask(scheduler, ids, max_new_tokens=5)
+            assert found.timings.cached_prompt_tokens == cached
+            assert found.token_ids == expected.token_ids
+
+
+def test_a_long_prompt_without_a_cache_of_its_own(
+    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read at once, local layers evict in between, and what is left of it can be used."""
+    ids = [token for prompt in varied_prompts(9) for token in prompt][:300]
+    with neo_runtime.load(mini_bundle, threads=1) as loaded:
+        expected = loaded.generate(ids, max_new_tokens=5, **EXACT)
+        room = loaded.cache_bytes(1, 400) + 30 * block_bytes(loaded)
+    with neo_runtime.load(mini_bundle, threads=1, max_cache_bytes=room) as model:
+        sizes: dict[str, Any] = {"max_batch_size": 1, "max_length": 400}
+        with Scheduler(model, **sizes, prefix_cache_bytes=30 * block_bytes(model)) as scheduler:
+            found = [ask(scheduler, ids, max_new_tokens=5) for _ in range(2)]
+    assert [one.token_ids for one in found] == [expected.token_ids] * 2
+    assert [one.timings.cached_prompt_tokens for one in found] == [0, 0]
+
+
+def test_what_a_prefix_took_is_told_elsewhere_too(model: Model) -> None:
+    ids = model.encode_prompts([heldout_texts()[0]])[0][:60]
+    with model.prefix(ids[:40]) as prefix:
+        for options in ({}, {"num_beams": 2}):
+            found = model.generate(ids[40:], prefix=prefix, max_new_tokens=2, **options)
+            assert found.timings.cached_prompt_tokens == 40
+    assert model.generate(ids, max_new_tokens=2).timings.cached_prompt_tokens == 0
