@@ -40,15 +40,20 @@ class Usage:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int | None = None
+    """Of the prompts' tokens those that the prefix cache had; None where there is none."""
 
     @property
     def json(self) -> _Json:
         """As the interface has it."""
-        return {
+        told: _Json = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
+        if self.cached_tokens is not None:
+            told["prompt_tokens_details"] = {"cached_tokens": self.cached_tokens}
+        return told
 
 
 @dataclass(frozen=True)

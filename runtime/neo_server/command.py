@@ -78,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="sequences computed or waiting; more get status 503 (default: %(default)s)",
     )
+    work.add_argument(
+        "--prefix-cache-mb",
+        type=int,
+        default=0,
+        metavar="MB",
+        help="memory in 10^6 bytes for what requests begin with; others that begin alike compute "
+        "only the rest (default: %(default)s, none)",
+    )
     machine = parser.add_argument_group("machine")
     add_loading_flags(machine)
     machine.add_argument(
@@ -108,6 +116,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         max_batch_size=arguments.max_batch_size,
         max_length=arguments.max_length,
         max_queue=arguments.max_queue,
+        prefix_cache_bytes=count(0)("prefix-cache-mb", arguments.prefix_cache_mb) * 10**6,
     )
     with (
         bound(arguments.host, arguments.port) as sock,

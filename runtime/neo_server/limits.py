@@ -19,6 +19,8 @@ class Limits:
     """Tokens of a prompt and its continuation; None: the model's positions."""
     max_queue: int = 256
     """Sequences that are in the house, computed or waiting; more are refused with status 503."""
+    prefix_cache_bytes: int = 0
+    """Memory for what requests began with, so that others compute only the rest."""
     max_body_bytes: int = 4 * 2**20
     """Of a request."""
 
@@ -26,5 +28,6 @@ class Limits:
         """Refuse what is no size."""
         for name in ("max_batch_size", "max_length"):
             count(1, optional=True)(name, getattr(self, name))
+        count(0)("prefix_cache_bytes", self.prefix_cache_bytes)
         for name in ("max_queue", "max_body_bytes"):
             count(1)(name, getattr(self, name))

@@ -30,6 +30,11 @@ class Metrics:
             registry=registry,
         )
         self._prompt = Counter("neo_prompt_tokens", "Tokens of prompts", registry=registry)
+        self._cached = Counter(
+            "neo_cached_prompt_tokens",
+            "Tokens of prompts that the prefix cache had",
+            registry=registry,
+        )
         self._generated = Counter("neo_generated_tokens", "Tokens generated", registry=registry)
         self._ended = Counter(
             "neo_sequences",
@@ -57,6 +62,10 @@ class Metrics:
     def begun(self, prompt_tokens: int) -> None:
         """A prompt was taken."""
         self._prompt.inc(prompt_tokens)
+
+    def cached(self, prompt_tokens: int) -> None:
+        """So many of a prompt were not computed."""
+        self._cached.inc(prompt_tokens)
 
     def cancelled(self) -> None:
         """A sequence that nobody waits for any more."""

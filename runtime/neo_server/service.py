@@ -47,10 +47,10 @@ class Work:
     frame: Frame
     places: int
     """Sequences that are counted for it and that the scheduler does not count yet."""
+    usage: Usage
     prompts: list[NDArray[np.int64]] = field(default_factory=list)
     pending: list[PendingCompletion] = field(default_factory=list)
     """`best_of` for each prompt, those of a prompt together; none where no token is asked for."""
-    usage: Usage = field(default_factory=Usage)
     has_ended: bool = False
 
     def add(self, pending: PendingCompletion) -> None:
@@ -75,10 +75,14 @@ class Work:
         best_of = self.asked.best_of
         return self.pending[index * best_of : (index + 1) * best_of]
 
-    def finished(self, completion: Completion) -> None:
-        """Count it."""
+    def finished(self, place: int, completion: Completion) -> None:
+        """Count the one at a place of `pending`."""
         self.usage.completion_tokens += len(completion.token_ids)
         self.service.metrics.ended(completion)
+        # A prompt counts once, as its first continuation found it.
+        if self.usage.cached_tokens is not None and place % self.asked.best_of == 0:
+            self.usage.cached_tokens += completion.timings.cached_prompt_tokens
+            self.service.metrics.cached(completion.timings.cached_prompt_tokens)
 
 
 class Service(Closable):
@@ -125,6 +129,7 @@ class Service(Closable):
                 self.model,
                 max_batch_size=self.limits.max_batch_size,
                 max_length=self.limits.max_length,
+                prefix_cache_bytes=self.limits.prefix_cache_bytes,
             )
         self._cache_bytes = self.model.cache_bytes_in_use
         self._scorer = PromptScorer(self.model)
@@ -174,7 +179,8 @@ class Service(Closable):
                     f"for {sequences}; try again"
                 )
             self._entering += sequences
-        return Work(self, asked, Frame(self.name, self.fingerprint), sequences)
+        usage = Usage(cached_tokens=0 if self.limits.prefix_cache_bytes else None)
+        return Work(self, asked, Frame(self.name, self.fingerprint), sequences, usage)
 
     @property
     def inside(self) -> int:
@@ -250,13 +256,14 @@ class Service(Closable):
     def _shared(self, ids: NDArray[np.int64], asked: Asked) -> Iterator[Prefix | None]:
         """All of a prompt but its last token, computed once for several continuations.
 
-        One at a time, as it takes memory until the last of them has begun; others do without.
+        One at a time, as it takes memory until the last of them has begun; others do without. A
+        prefix cache does the same for all requests.
         """
         prefix = None
         is_worth_it = asked.best_of > 1 and len(ids) > _WORTH_SHARING
         # Where memory is limited, what is left is for the prompts that are scored.
-        has_room = self.model.cache_bytes_left is None
-        if is_worth_it and has_room and self._sharing.acquire(blocking=False):
+        may_share = self.model.cache_bytes_left is None and not self.limits.prefix_cache_bytes
+        if is_worth_it and may_share and self._sharing.acquire(blocking=False):
             try:
                 if self.model.cache_bytes_in_use <= self._cache_bytes:
                     with suppress(MemoryError):

@@ -35,8 +35,8 @@ async def whole_answer(work: Work) -> bytes:
     """Wait for all choices; the answer's JSON."""
     echoes = await work.service.echoes(work)
     completions = await asyncio.gather(*(asyncio.wrap_future(one) for one in work.pending))
-    for completion in completions:
-        work.finished(completion)
+    for place, completion in enumerate(completions):
+        work.finished(place, completion)
     return await asyncio.to_thread(_written, work, echoes, completions)
 
 
@@ -124,7 +124,7 @@ async def _sequence(
     async for piece in pending:
         yield writer.piece(piece)
     completion = pending.result()
-    work.finished(completion)
+    work.finished(index, completion)
     yield writer.end(completion)
 
 

@@ -234,6 +234,34 @@ def test_what_is_counted(model: Model) -> None:
     assert float(values["neo_cache_bytes"]) > 0
 
 
+def test_what_prompts_begin_with_is_computed_once(model: Model) -> None:
+    """And told: by prompt, as its first continuation found it."""
+    first, second = list(range(100, 200)), [*range(100, 170), *range(30)]
+    fields = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    with served(model, max_batch_size=2) as running:
+        plain = [running.answer({"prompt": ids} | fields)[1] for ids in (first, second)]
+    with served(model, max_batch_size=2, prefix_cache_bytes=10**7) as running:
+        found = [running.answer({"prompt": ids} | fields)[1] for ids in (first, second)]
+        both = running.answer({"prompt": [first, second], "n": 3} | fields | {"temperature": 1})[1]
+        with running.client() as client:
+            *_, last = client.completions.create(
+                model=NAME,
+                prompt=second,
+                max_tokens=1,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        text = running.get("/metrics")[1]
+    assert all("prompt_tokens_details" not in answer["usage"] for answer in plain)
+    texts = [[answer["choices"][0]["text"] for answer in answers] for answers in (plain, found)]
+    assert texts[0] == texts[1]
+    cached = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in (*found, both)]
+    assert cached == [0, 64, 96 + 96]
+    assert both["usage"]["prompt_tokens"] == 200
+    assert last.usage.prompt_tokens_details.cached_tokens == 96
+    assert "neo_cached_prompt_tokens_total 352.0" in text
+
+
 def test_times_of_a_sequence() -> None:
     timings = Timings(
         prefill_seconds=1, time_to_first_token=2, decode_seconds=6, tokens_per_second=0.5
@@ -383,6 +411,8 @@ def test_wrong_limits() -> None:
     for name in ("max_batch_size", "max_length", "max_queue", "max_body_bytes"):
         with pytest.raises(RequestError, match=f"{name} is 0, expected"):
             Limits(**{name: 0})
+    with pytest.raises(RequestError, match="prefix_cache_bytes is -1, expected"):
+        Limits(prefix_cache_bytes=-1)
 
 
 def test_any_asgi_server_may_run_it(model: Model) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import neo_runtime
 import pytest
 from neo_tools.clients.__main__ import main
-from neo_tools.clients.measure import WAYS, Load, Round, measure
+from neo_tools.clients.measure import PREFIXES, WAYS, Load, Round, measure
 from neo_tools.clients.report import markdown, summary
 
 if TYPE_CHECKING:
@@ -42,6 +42,22 @@ def test_every_way_answers_every_request(mini_bundle: Path) -> None:
         assert max(measured.answers) <= measured.seconds
     order = [line.split(":")[0] for line in said if "round" in line]
     assert order[:9] == [WAYS[(turn + place) % 3] for turn in range(3) for place in range(3)]
+
+
+def test_prompts_that_share_a_beginning(mini_bundle: Path) -> None:
+    """In each round another one, so that no round finds what the one before has left."""
+    load = Load(clients=2, requests=2, prompt=80, new_tokens=4, shared=70)
+    said: list[str] = []
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+        vocab_size = model.manifest.model.vocab_size
+        rounds = [load.prompts(index, vocab_size) for index in range(3)]
+        found = measure(model, load, 1, said.append)
+    assert list(found) == [*WAYS, PREFIXES]
+    for prompts in rounds:
+        assert [len(prompt) for prompt in prompts] == [80] * 4
+        assert len({tuple(prompt[:70]) for prompt in prompts}) == 1
+        assert len({tuple(prompt[70:]) for prompt in prompts}) == 4
+    assert len({tuple(prompts[0][:10]) for prompts in rounds}) == 3
 
 
 def _pairs(measured: Round) -> tuple[list[float], list[float]]:
@@ -84,5 +100,12 @@ def test_the_command(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "the longest request needs 560 positions, but the bundle has 512" in (
         capsys.readouterr().err
     )
+    assert main([str(mini_bundle), *small, "-s", "4"]) == 2
+    assert "4 shared tokens of prompts of 4; give --shared 0 to 3" in capsys.readouterr().err
+    shared = ["-p", "40", "-s", "33", "--http", "--json"]
+    assert main([str(mini_bundle), *small, *shared]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["way"] for each in found["served"]] == [*WAYS, "prefix cache", "neo-serve"]
+    assert found["load"]["shared"] == 33
     with pytest.raises(SystemExit):
         main([str(mini_bundle), "-c", "0"])

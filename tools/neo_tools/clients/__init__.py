@@ -6,5 +6,6 @@ ways to serve them take turns, in rounds, on one loaded model:
     one by one   a lock around `Model.generate`: what a service does that knows nothing better
     threads      `Model.generate` in each client's thread
     scheduler    `Scheduler.submit`: requests share decode steps
+    prefix cache (--shared) and what requests begin with is computed once
     neo-serve    (--http) the same behind HTTP, streamed, from another process
 """

@@ -43,13 +43,18 @@ def _run(arguments: argparse.Namespace) -> int:
         requests=arguments.requests,
         prompt=arguments.prompt,
         new_tokens=arguments.new_tokens,
+        shared=arguments.shared,
     )
     with neo_runtime.load(
         arguments.bundle, threads=arguments.threads, backend=arguments.backend
     ) as model:
         _check(load, model.manifest.max_length)
         running = server(
-            arguments.bundle, load, threads=arguments.threads, backend=arguments.backend
+            arguments.bundle,
+            load,
+            load.prefix_cache_bytes(model) if load.shared else 0,
+            threads=arguments.threads,
+            backend=arguments.backend,
         )
         with running if arguments.http else nullcontext() as over_http:
             rounds = measure(model, load, arguments.repetitions, _progress, over_http)
@@ -69,9 +74,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check(load: Load, max_length: int) -> None:
-    """Raises ContextLengthError for requests that the model has no positions for."""
-    from neo_runtime.errors import ContextLengthError
+    """Raises ContextLengthError for requests that the model has no positions for.
 
+    And RequestError for prompts that are shorter than what they share.
+    """
+    from neo_runtime.errors import ContextLengthError, RequestError
+
+    if not 0 <= load.shared < load.prompt:
+        raise RequestError(
+            f"{load.shared} shared tokens of prompts of {load.prompt}; give --shared 0 to "
+            f"{load.prompt - 1}"
+        )
     if load.length > max_length:
         raise ContextLengthError(
             f"the longest request needs {load.length} positions, but the bundle has {max_length}; "
@@ -96,6 +109,15 @@ def _parser() -> argparse.ArgumentParser:
         ("-p", "--prompt", 64, "tokens of each prompt"),
         ("-n", "--new-tokens", 32, "new tokens of a request, on average"),
         ("-r", "--repetitions", 3, "rounds"),
+    )
+    parser.add_argument(
+        "-s",
+        "--shared",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of each prompt with which all of a round begin; also measure a scheduler that "
+        "keeps them (default: %(default)s)",
     )
     parser.add_argument(
         "--http", action="store_true", help="also measure neo-serve, in a process of its own"

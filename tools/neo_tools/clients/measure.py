@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from neo_runtime.backends.base import position_bytes
 from neo_runtime.scheduling.scheduler import Scheduler
 
 from neo_tools.peers.worker_protocol import context_ids
@@ -15,11 +18,13 @@ from neo_tools.peers.worker_protocol import context_ids
 if TYPE_CHECKING:
     from neo_runtime.model import Model
 
-__all__ = ["HTTP", "WAYS", "Load", "Round", "measure"]
+__all__ = ["HTTP", "PREFIXES", "WAYS", "Load", "Round", "measure"]
 
 WAYS = ("one by one", "threads", "scheduler")
+PREFIXES = "prefix cache"
+"""One more way, where prompts share a beginning."""
 HTTP = "neo-serve"
-"""One more way, where it is asked for."""
+"""And one where it is asked for."""
 
 _Call = Callable[[Sequence[int], int], float]
 """(token ids, new tokens) → seconds from the first token to the last."""
@@ -36,7 +41,16 @@ class Load:
     """Tokens of each prompt."""
     new_tokens: int
     """On average: request r of a client asks for between half of it and one and a half."""
+    shared: int = 0
+    """Tokens at the beginning of all prompts of a round that are the same."""
     seed: int = 1
+
+    def prompts(self, index: int, vocab_size: int) -> list[list[int]]:
+        """Of one round, those of a client together; no other round has any of them."""
+        found = context_ids(
+            self.prompt, self.clients * self.requests, self.seed + index, vocab_size
+        )
+        return [[*found[0][: self.shared], *prompt[self.shared :]] for prompt in found]
 
     def new_tokens_of(self, client: int, request: int) -> int:
         """What one request asks for; requests of one time end at different times."""
@@ -51,6 +65,10 @@ class Load:
             for client in range(self.clients)
             for request in range(self.requests)
         )
+
+    def prefix_cache_bytes(self, model: Model) -> int:
+        """Room for what the clients ask for at once."""
+        return self.clients * self.length * position_bytes(model.manifest)
 
     @property
     def length(self) -> int:
@@ -87,7 +105,9 @@ def measure(
         over_http: asks a running `neo-serve`, as the last way.
     """
     alone = threading.Lock()
-    with Scheduler(model, max_batch_size=load.clients, max_length=load.length) as scheduler:
+    sizes: dict[str, Any] = {"max_batch_size": load.clients, "max_length": load.length}
+    with ExitStack() as schedulers:
+        scheduler = schedulers.enter_context(Scheduler(model, **sizes))
 
         def one_by_one(ids: Sequence[int], new: int) -> float:
             with alone:
@@ -97,29 +117,35 @@ def measure(
             found = model.generate(ids, max_new_tokens=new, ignore_eos=True)
             return found.timings.decode_seconds
 
-        def scheduled(ids: Sequence[int], new: int) -> float:
-            pending = scheduler.submit(ids, max_new_tokens=new, ignore_eos=True)
-            return pending.result().timings.decode_seconds
-
-        calls: dict[str, _Call] = dict(zip(WAYS, (one_by_one, threads, scheduled), strict=True))
+        calls: dict[str, _Call] = dict(
+            zip(WAYS, (one_by_one, threads, partial(_scheduled, scheduler)), strict=True)
+        )
+        if load.shared:
+            room = load.prefix_cache_bytes(model)
+            keeping = schedulers.enter_context(Scheduler(model, **sizes, prefix_cache_bytes=room))
+            calls[PREFIXES] = partial(_scheduled, keeping)
         if over_http is not None:
             calls[HTTP] = over_http
-        ways = list(calls)
-        small = Load(clients=load.clients, requests=1, prompt=load.prompt, new_tokens=2)
+        ways, vocab_size = list(calls), model.manifest.model.vocab_size
+        small = replace(load, requests=1, new_tokens=2)
         for way in ways:
             progress(f"{way}: warming up")
-            _round(calls[way], small, model.manifest.model.vocab_size)
+            _round(calls[way], small, small.prompts(repetitions, vocab_size))
         found: dict[str, list[Round]] = {way: [] for way in ways}
         for index in range(repetitions):
             for place in range(len(ways)):
                 way = ways[(index + place) % len(ways)]
                 progress(f"{way}: round {index + 1}/{repetitions}")
-                found[way].append(_round(calls[way], load, model.manifest.model.vocab_size))
+                found[way].append(_round(calls[way], load, load.prompts(index, vocab_size)))
     return found
 
 
-def _round(call: _Call, load: Load, vocab_size: int) -> Round:
-    prompts = context_ids(load.prompt, load.clients * load.requests, load.seed, vocab_size)
+def _scheduled(scheduler: Scheduler, ids: Sequence[int], new: int) -> float:
+    pending = scheduler.submit(ids, max_new_tokens=new, ignore_eos=True)
+    return pending.result().timings.decode_seconds
+
+
+def _round(call: _Call, load: Load, prompts: Sequence[Sequence[int]]) -> Round:
     firsts: list[float] = []
     answers: list[float] = []
     errors: list[BaseException] = []

@@ -62,8 +62,9 @@ def markdown(served: list[Served], load: Load, facts: dict[str, Any]) -> str:
     """A table for a reader."""
     lines = [
         f"{facts['bundle']} ({facts['precision']}) on {facts['runs_on']}, {facts['machine']}: "
-        f"{load.clients} clients, {load.requests} requests each, prompts of {load.prompt} tokens, "
-        f"{load.new_tokens} new tokens on average; {facts['repetitions']} rounds",
+        f"{load.clients} clients, {load.requests} requests each, prompts of {load.prompt} tokens"
+        f"{f', the first {load.shared} the same' if load.shared else ''}, {load.new_tokens} new "
+        f"tokens on average; {facts['repetitions']} rounds",
         "",
         "| | tokens/s, all clients | × | first token, s (p95) | answer, s (p95) |",
         "|---|---|---|---|---|",
