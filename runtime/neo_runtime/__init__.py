@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from neo_runtime.loading import load
     from neo_runtime.model import Model
     from neo_runtime.options.generation_options import GenerationOptions
+    from neo_runtime.options.grammar import Grammar
     from neo_runtime.sampling.row_sampler import Choice
     from neo_runtime.scheduling.pending import PendingCompletion
     from neo_runtime.scheduling.scheduler import Scheduler
@@ -82,6 +83,7 @@ __all__ = [
     "EngineError",
     "GenerationConfigError",
     "GenerationOptions",
+    "Grammar",
     "KVCache",
     "Manifest",
     "Model",
@@ -105,6 +107,7 @@ _MODULES = {
     "DraftModel": "generation.draft_model",
     "Drafter": "generation.drafting",
     "GenerationOptions": "options.generation_options",
+    "Grammar": "options.grammar",
     "KVCache": "cache.kv_cache",
     "Manifest": "bundle.manifest",
     "Model": "model",

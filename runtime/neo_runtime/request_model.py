@@ -11,8 +11,10 @@ import numpy as np
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import RequestError
 from neo_runtime.generation.prefix import Prefix
+from neo_runtime.options.checks import check_vocabulary
 from neo_runtime.options.generation_config import GENERATION_CONFIG, file_error
 from neo_runtime.options.generation_options import GenerationOptions
+from neo_runtime.options.grammar import GrammarCompiler
 from neo_runtime.text.prompts import as_list, of_each, prompt_ids, with_bad_words
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from neo_runtime.options.grammar import Grammar
     from neo_runtime.text.prompts import Prompt
 
 __all__ = ["RequestModel"]
@@ -72,6 +75,40 @@ class RequestModel(CachedModel):
         config: dict[str, Any] = json.loads(text)
         return config
 
+    def grammar(
+        self,
+        *,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        lark: str | None = None,
+    ) -> Grammar:
+        """A form that continuations must have, for the option `grammar`; give one of these.
+
+        Args:
+            json_schema: a JSON schema, as an object or text. JSON is written as Python's `json`
+                does, without other spaces; `{"x-guidance": {"whitespace_flexible": true}}` in the
+                schema allows them.
+            regex: a regular expression (Rust's syntax) for the whole continuation.
+            choices: texts, one of which the continuation is.
+            lark: a context-free grammar in llguidance's variant of Lark, with the rule `start`.
+
+        Raises:
+            RequestError: it cannot be used (the message says why), or the bundle has no tokenizer.
+            DependencyError: llguidance is missing.
+        """
+        self._check_open()
+        return self._grammars.compile(
+            json_schema=json_schema, regex=regex, choices=choices, lark=lark
+        )
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        if self.tokenizer is None:
+            raise RequestError("the bundle has no tokenizer, so no text for a grammar")
+        spec = self.manifest.model
+        return GrammarCompiler(self.tokenizer.json, spec.vocab_size, spec.eos_token_id)
+
     def single_prompt(
         self,
         call: str,
@@ -115,9 +152,11 @@ class RequestModel(CachedModel):
         else:
             chosen = self.options(**overrides) if overrides else self.defaults
         chosen = with_bad_words(chosen, bad_words, self.tokenizer)
-        chosen.check_vocabulary(self.manifest.model.vocab_size)
+        check_vocabulary(chosen, self.manifest.model.vocab_size)
         if chosen.stop and self.tokenizer is None:
             raise RequestError(_NO_TEXT)
+        if chosen.grammar is not None:
+            chosen.grammar.check(self.__dict__.get("_grammars"))
         return chosen
 
     def encode_prompts(

@@ -8,6 +8,7 @@
 Its parts; each imports only itself and those above it:
 
 errors         what a client is told
+forms          the form that text must have
 asked          a request's JSON, read and checked
 logprobs       log probabilities as the interface writes them
 answers        completions as JSON: whole, and as events of a stream

@@ -1,7 +1,7 @@
 """The JSON of `POST /v1/completions`, read and checked.
 
 Names, meanings and defaults are OpenAI's; names that it lacks are those of `GenerationOptions`, and
-vLLM's `min_tokens`, `top_k=-1` and `return_tokens_as_token_ids`.
+vLLM's `min_tokens`, `top_k=-1`, `structured_outputs` and `return_tokens_as_token_ids`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neo_server.errors import bad_request
+from neo_server.forms import asked_form
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,6 +66,8 @@ class Asked:
     include_usage: bool
     as_token_ids: bool
     """Tokens are named "token_id:123" beside their log probabilities."""
+    form: Mapping[str, Any]
+    """Of `Model.grammar`; empty where any text will do."""
     options: Mapping[str, Any]
     """Of `Scheduler.submit`."""
 
@@ -136,6 +139,7 @@ def read_request(body: object) -> Asked:
         stream=fields.flag("stream"),
         include_usage=_include_usage(fields.get("stream_options", {})),
         as_token_ids=fields.flag("return_tokens_as_token_ids"),
+        form=asked_form(fields.get("structured_outputs"), fields.get("response_format")),
         options=_options(fields),
     )
     fields.get("user")

@@ -403,7 +403,9 @@ def test_every_option_has_a_flag() -> None:
     add_option_flags(parser)
     flags = {action.dest for action in parser._actions} - {"help"}
     options = {spec.name for spec in dataclasses.fields(GenerationOptions)}
-    assert flags == (options | {"bad_words"}) - {"logits_processor"}, "functions are Python's"
+    assert flags == (options | {"bad_words"}) - {"logits_processor", "grammar"}, (
+        "functions are Python's"
+    )
     line = (
         "--stop a --stop b --logit-bias 3=-1.5 --logit-bias 4=2 --sequence-bias 1,2=0.5 "
         "--bad-words-ids 7,8 --bad-words-ids 9 --eos-token-id 1,2 --early-stopping true "

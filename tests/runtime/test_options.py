@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from neo_runtime.errors import ContextLengthError, RequestError
+from neo_runtime.options.checks import check_vocabulary
 from neo_runtime.options.generation_options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions
 from transformers import GenerationConfig
 
@@ -333,9 +334,9 @@ def test_lengths() -> None:
 )
 def test_token_ids_outside_the_vocabulary_are_errors(name: str, value: Any) -> None:
     options = GenerationOptions(**{name: value})
-    options.check_vocabulary(12)
+    check_vocabulary(options, 12)
     with pytest.raises(RequestError, match=rf"{name} names token 11.*0 to 10"):
-        options.check_vocabulary(11)
+        check_vocabulary(options, 11)
 
 
 def test_ignore_eos() -> None:

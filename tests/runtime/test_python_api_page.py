@@ -29,10 +29,10 @@ def test_the_page(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_page_of_options(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_blocks("sampling.md", mini_bundle)[0] == 2
+    assert run_blocks("sampling.md", mini_bundle)[0] == 3
     assert capsys.readouterr().out.strip()
 
 
 def test_the_page_about_serving(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_blocks("serving.md", mini_bundle)[0] == 5
+    assert run_blocks("serving.md", mini_bundle)[0] == 6
     assert capsys.readouterr().out.strip()

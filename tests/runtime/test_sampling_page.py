@@ -73,6 +73,7 @@ def test_a_row_has_the_range(name: str) -> None:
             "(",
             "id →",
             "functions",
+            "`Model.grammar`",
         )
         assert text.startswith(words)
         assert accepts(name, True) == (text == "bool" or text.startswith("False, True"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from neo_runtime.command.batches import batches
 from neo_runtime.command.command_line import OneLineParser, add_version, run_command
+from neo_runtime.command.form import add_form_flags, given_form
 from neo_runtime.command.loading import add_loading_flags, loading
 from neo_runtime.command.options import add_option_flags, chosen_options
 from neo_runtime.command.output import print_lines, print_object, print_text, print_timings
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         help="take nothing from the bundle's generation_config.json",
     )
     add_option_flags(parser)
+    add_form_flags(parser)
     return parser
 
 
@@ -155,11 +157,17 @@ def _check(arguments: argparse.Namespace, options: Mapping[str, Any]) -> None:
         raise RequestError(f"--draft-tokens is {arguments.draft_tokens}, expected at least 1")
     if "logprobs" in options and not (arguments.json or arguments.json_lines):
         raise RequestError("--logprobs needs --json or --json-lines; add one of them")
-    is_read = arguments.prompt is None and arguments.prompts_file in (None, "-")
-    if arguments.prefix_file == "-" and is_read:
+    files = {
+        "the prefix": arguments.prefix_file,
+        "the JSON schema": arguments.json_schema,
+        "the grammar": arguments.lark,
+        "the prompts": (arguments.prompts_file or "-") if arguments.prompt is None else None,
+    }
+    from_input = [what for what, file in files.items() if file == "-"]
+    if len(from_input) > 1:
         raise RequestError(
-            "both the prefix and the prompts are to come from standard input; give one of them "
-            "another place"
+            f"{' and '.join(from_input)} are to come from standard input; give one of them another "
+            "place"
         )
 
 
@@ -167,6 +175,7 @@ def _run(arguments: argparse.Namespace) -> int:
     options = chosen_options(arguments)
     _check(arguments, options)
     prompts = read_prompts(arguments.prompt, arguments.prompts_file, ids=arguments.token_ids)
+    form = given_form(arguments)
     beginning = None if arguments.prefix_file is None else read_text(arguments.prefix_file)
     started = perf_counter()
     from neo_runtime.loading import load
@@ -181,6 +190,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if model.backend_choice is not None and model.backend != "cpu":  # else it was logged
             print(f"neo-generate: {model.backend_choice}", file=sys.stderr)
         bad_words = options.pop("bad_words", ())
+        options["grammar"] = model.grammar(**form) if form else None
         chosen = _chosen(model, options, reads_file=not arguments.no_generation_config)
         with nullcontext() if beginning is None else model.prefix(beginning) as prefix:
             drafter = _drafter(arguments, draft_model)

@@ -109,7 +109,8 @@ class Row:
             self.watch.first = self.watch.last
         self.choices.append(choice)
         piece = self._matcher.push(self._decoder.push(choice.token)) if self._decoder else ""
-        if choice.token in self._eos or self._matcher.found is not None:
+        has_ended = choice.token in self._eos or self._matcher.found is not None
+        if has_ended or self.sampler.is_complete:
             self.finish_reason = "stop"
         elif len(self.prompt) + len(self.choices) >= self.total:
             self.finish_reason = "length"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from neo_runtime.errors import ContextLengthError, RequestError
 from neo_runtime.options import values
+from neo_runtime.options.checks import check_vocabulary, refuse_contradictions
 from neo_runtime.options.generation_config import (
     checked_entries,
     file_error,
@@ -20,6 +21,7 @@ from neo_runtime.options.generation_config import (
     usable_entries,
     warn_once,
 )
+from neo_runtime.options.grammar import as_grammar
 from neo_runtime.options.names import ALIASES, named_changes
 from neo_runtime.options.values import option
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from dataclasses import Field
 
+    from neo_runtime.options.grammar import Grammar
     from neo_runtime.options.values import Processor
 
 __all__ = ["DEFAULT_MAX_NEW_TOKENS", "GenerationOptions"]
@@ -84,6 +87,8 @@ class GenerationOptions:
         logit_bias: OpenAI's: token id → number to add to its logit.
         logits_processor: functions (ids int64 [n], scores float32 [V]) → scores [V], applied in
             order: ids are prompt and continuation, -inf forbids a token.
+        grammar: a form that the continuation must have, by `Model.grammar`; generation ends where
+            nothing may come behind it.
         temperature: divide the logits by it.
         top_k: keep the k most probable tokens; 0 or None: all.
         top_p: keep the smallest set of most probable tokens whose probabilities sum to at least it.
@@ -133,6 +138,7 @@ class GenerationOptions:
         default_factory=dict, metadata={"check": values.token_bias, "needs": None}
     )
     logits_processor: tuple[Processor, ...] = option((), values.functions)
+    grammar: Grammar | None = field(default=None, metadata={"check": as_grammar, "needs": None})
 
     temperature: float = option(
         1.0,
@@ -154,44 +160,7 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         for spec in fields(self):
             object.__setattr__(self, spec.name, _checked(spec, getattr(self, spec.name)))
-        self._refuse_contradictions()
-
-    def _refuse_contradictions(self) -> None:
-        if self.num_beams > 1 and self.do_sample:
-            raise RequestError(
-                f"num_beams is {self.num_beams} and do_sample is True, but beam search here does "
-                "not sample; set do_sample=False or num_beams=1"
-            )
-        if self.num_beams > 1 and self.logprobs is not None:
-            raise RequestError(
-                f"logprobs is {self.logprobs} and num_beams is {self.num_beams}, but beam search "
-                "reports only one score per sequence; set logprobs=None or num_beams=1"
-            )
-        if self.num_beams == 1 and self.num_return_sequences > 1 and not self.do_sample:
-            raise RequestError(
-                f"num_return_sequences is {self.num_return_sequences}, but greedy decoding has "
-                "one result; set do_sample=True, or num_beams to at least that number"
-            )
-        if 1 < self.num_beams < self.num_return_sequences:
-            raise RequestError(
-                f"num_return_sequences is {self.num_return_sequences}, expected at most "
-                f"num_beams ({self.num_beams}); lower the one or raise the other"
-            )
-        for low, high in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
-            least, most = getattr(self, low), getattr(self, high)
-            overridden = low == "min_length" and (
-                self.min_new_tokens is not None or self.max_new_tokens is not None
-            )
-            if least is not None and most is not None and least > most and not overridden:
-                raise RequestError(
-                    f"{low} is {least} and {high} is {most}; set {low} to at most {most}"
-                )
-        forced = set(self.forced_eos_token_id)
-        if forced and forced <= set(self.suppress_tokens):
-            raise RequestError(
-                f"forced_eos_token_id {sorted(forced)} is suppressed by suppress_tokens, which "
-                "leaves no token for the last position; remove one of the two"
-            )
+        refuse_contradictions(self)
 
     @classmethod
     def from_generation_config(
@@ -256,7 +225,7 @@ class GenerationOptions:
         def made(values: Mapping[str, Any]) -> GenerationOptions:
             options = cls(**values)
             if vocab_size is not None:
-                options.check_vocabulary(vocab_size)
+                check_vocabulary(options, vocab_size)
             return options
 
         try:
@@ -353,29 +322,6 @@ class GenerationOptions:
         if self.min_new_tokens is not None:
             return prompt_length + self.min_new_tokens
         return self.min_length
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse token ids that the model does not have.
-
-        End-of-sequence ids are not checked: one that is never generated harms nothing.
-
-        Raises:
-            RequestError: names the option and the id.
-        """
-        used: dict[str, list[int]] = {
-            "logit_bias": list(self.logit_bias),
-            "bad_words_ids": [i for ids in self.bad_words_ids for i in ids],
-            "sequence_bias": [i for ids, _ in self.sequence_bias for i in ids],
-            "suppress_tokens": list(self.suppress_tokens),
-            "begin_suppress_tokens": list(self.begin_suppress_tokens),
-            "forced_eos_token_id": list(self.forced_eos_token_id),
-        }
-        for name, ids in used.items():
-            if ids and max(ids) >= vocab_size:
-                raise RequestError(
-                    f"{name} names token {max(ids)}, but the model has {vocab_size} tokens "
-                    f"(0 to {vocab_size - 1}); use ids of this model's tokenizer"
-                )
 
 
 def _checked(spec: Field[Any], value: Any) -> Any:

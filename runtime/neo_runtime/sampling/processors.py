@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from neo_runtime.errors import RequestError
 from neo_runtime.sampling.custom_processor import CustomProcessor
+from neo_runtime.sampling.grammar_rule import GrammarRule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -298,6 +299,8 @@ def build_processors(
     if options.logit_bias:
         rules.append(LogitBias(list(options.logit_bias), list(options.logit_bias.values())))
     rules += [CustomProcessor(function) for function in options.logits_processor]
+    if options.grammar is not None:
+        rules.append(GrammarRule(options.grammar, eos, prompt_length))
     return rules
 
 

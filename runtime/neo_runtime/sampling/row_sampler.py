@@ -14,6 +14,7 @@ import numpy as np
 
 from neo_runtime.errors import RequestError, VerificationError
 from neo_runtime.sampling.candidates import CandidatePicker
+from neo_runtime.sampling.grammar_rule import GrammarRule
 from neo_runtime.sampling.processors import (
     FloatArray,
     IntArray,
@@ -113,6 +114,8 @@ class RowSampler:
         self._logprobs = options.logprobs
         self._do_sample = options.do_sample
         self._processors = build_processors(options, self._prompt_length, max_length)
+        rules = [rule for rule in self._processors if isinstance(rule, GrammarRule)]
+        self._grammar = rules[0] if rules else None
         self._warpers = build_warpers(options)
         if options.renormalize_logits and options.do_sample:
             # Changes neither the largest score nor the distribution; kept for exactness.
@@ -128,6 +131,11 @@ class RowSampler:
     def generated(self) -> IntArray:
         """Only the continuation, int64 [n]: a view as well."""
         return self._history[self._prompt_length : self._length]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the grammar that was asked for lets nothing come behind the continuation."""
+        return self._grammar is not None and self._grammar.is_complete(self.ids)
 
     def pick(self, logits: FloatArray | RowLogits) -> Choice:
         """Choose the next token and append it to the history.
@@ -208,7 +216,7 @@ def usable_maximum(scores: FloatArray) -> float:
         )
     if top == -np.inf:
         raise RequestError(
-            "the options forbid every token here; relax bad_words_ids, suppress_tokens, "
+            "the options forbid every token here; relax grammar, bad_words_ids, suppress_tokens, "
             "logit_bias, logits_processor, no_repeat_ngram_size or min_new_tokens"
         )
     return top

@@ -50,6 +50,11 @@ class Tokenizer:
         """Tokens that the tokenizer knows, added ones included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def json(self) -> str:
+        """The whole tokenizer, as `tokenizer.json` has it."""
+        return str(self._tokenizer.to_str())
+
     @cached_property
     def longest_token(self) -> int:
         """Bytes of the longest token: a text of n of them has at least n tokens."""

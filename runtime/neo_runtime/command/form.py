@@ -1,0 +1,41 @@
+"""The flags of `neo-generate` for the form that its text must have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.command.prompts import read_text
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["add_form_flags", "given_form"]
+
+
+def add_form_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags; see `given_form`."""
+    titled = parser.add_argument_group("form of the text (extra grammar)")
+    group = titled.add_mutually_exclusive_group()
+    group.add_argument("--json-schema", metavar="FILE", help="JSON that a JSON schema allows")
+    group.add_argument("--regex", metavar="PATTERN", help="what a regular expression matches")
+    group.add_argument(
+        "--choice",
+        dest="choices",
+        action="append",
+        metavar="TEXT",
+        help="this text, or another choice; to be repeated",
+    )
+    group.add_argument("--lark", metavar="FILE", help="what a grammar in llguidance's Lark allows")
+
+
+def given_form(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for `Model.grammar`, with what files hold; nothing if no form was asked for.
+
+    Raises:
+        RequestError: a file cannot be read.
+    """
+    form: dict[str, Any] = {"regex": arguments.regex, "choices": arguments.choices}
+    for name in ("json_schema", "lark"):
+        path = getattr(arguments, name)
+        form[name] = None if path is None else read_text(path)
+    return {name: value for name, value in form.items() if value is not None}

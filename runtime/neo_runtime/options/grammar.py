@@ -1,0 +1,171 @@
+"""Forms that text must have: JSON schemas, regular expressions, choices, grammars.
+
+Compiled and followed by llguidance, which the extra `grammar` installs.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.errors import DependencyError, RequestError
+from neo_runtime.forks import in_every_child
+from neo_runtime.options.values import strings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Grammar", "GrammarCompiler", "as_grammar", "why"]
+
+_SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+"""How JSON is written where the schema does not say: a model that may write spaces without end
+does. `x-guidance` of the schema takes precedence."""
+_MOST_CHARACTERS = 100_000
+"""Of a source."""
+_SAID = 200
+"""Characters of the library's words, from their beginning and from their end."""
+
+_all: weakref.WeakSet[Grammar] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    for grammar in list(_all):
+        grammar.free_lock()
+
+
+in_every_child(_free_locks)
+
+
+class Grammar:
+    """A form that continuations must have: the option `grammar`. Threads may share it.
+
+    Made by `Model.grammar`.
+    """
+
+    def __init__(self, compiler: GrammarCompiler, matcher: Any) -> None:
+        """Take what was compiled; nothing of it was matched yet."""
+        self._compiler = compiler
+        self._matcher = matcher
+        self.free_lock()
+        _all.add(self)
+
+    def free_lock(self) -> None:
+        """In a child, whose parent's threads are not there to do it."""
+        self._lock = threading.Lock()
+
+    def check(self, compiler: GrammarCompiler | None) -> None:
+        """Refuse what another model's tokenizer has compiled.
+
+        Raises:
+            RequestError: it has.
+        """
+        if compiler is not self._compiler:
+            raise RequestError("the grammar is another model's; make one with this one's grammar")
+
+    def matcher(self) -> Any:
+        """An `LLMatcher` for one sequence, of which nothing was written yet."""
+        with self._lock:
+            return self._matcher.deep_copy()
+
+    @property
+    def eos(self) -> int:
+        """The token that stands for the end in what the matcher allows."""
+        return self._compiler.eos
+
+
+class GrammarCompiler:
+    """Compiles grammars for the tokens of one model."""
+
+    def __init__(self, tokenizer: str, vocab_size: int, eos: Sequence[int]) -> None:
+        """Prepare; a tokenizer of 50,000 tokens takes a quarter of a second.
+
+        Args:
+            tokenizer: of the model, as `tokenizer.json` has it.
+            vocab_size: tokens that the model has.
+            eos: its end-of-sequence ids; may be none.
+
+        Raises:
+            DependencyError: llguidance is missing.
+        """
+        try:
+            import llguidance
+        except ImportError as error:
+            raise DependencyError(
+                "grammars need the package llguidance; install neo-onnx with its extra grammar, or "
+                "pip install llguidance"
+            ) from error
+        self._library: Any = llguidance
+        inside = [token for token in eos if 0 <= token < vocab_size]
+        self._tokenizer = llguidance.LLTokenizer(
+            tokenizer, n_vocab=vocab_size, eos_token=inside[0] if inside else None
+        )
+        self.eos: int = self._tokenizer.eos_token
+        """The one that stands for the end in what the library allows."""
+        self._limits = llguidance.LLParserLimits(verbose_errors=False)
+
+    def compile(self, **given: Any) -> Grammar:
+        """See `Model.grammar`; all but one of its arguments are None."""
+        named = {name: value for name, value in given.items() if value is not None}
+        if len(named) != 1:
+            raise RequestError(
+                f"a grammar of {', '.join(named) or 'nothing'}; give one of {', '.join(given)}"
+            )
+        [(name, value)] = named.items()
+        try:
+            source = self._source(name, value)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{name} cannot be used: {error}") from error
+        matcher = self._library.LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
+        if matcher.is_error():
+            raise RequestError(f"{name} cannot be used: {why(matcher)}")
+        return Grammar(self, matcher)
+
+    def _source(self, name: str, value: Any) -> str:
+        """What the library compiles."""
+        make = self._library.LLMatcher
+        if name == "choices":
+            quoted = [json.dumps(text) for text in _checked(name, strings(name, value))]
+            if not quoted:
+                raise ValueError("there are none")
+            # A terminal (in capitals): a rule may have 2000 alternatives.
+            return str(make.grammar_from_lark("start: TEXT\nTEXT: " + " | ".join(quoted)))
+        if name == "json_schema":
+            text = value if isinstance(value, str) else _as_json(value)
+            schema = json.loads(_checked(name, (text,))[0])
+            if not isinstance(schema, dict):
+                raise ValueError("expected an object")
+            return str(make.grammar_from_json_schema(json.dumps(schema), defaults=_SEPARATORS))
+        if not isinstance(value, str):
+            raise ValueError(f"expected text, found {type(value).__name__}")
+        compiled = make.grammar_from_regex if name == "regex" else make.grammar_from_lark
+        return str(compiled(*_checked(name, (value,))))
+
+
+def why(matcher: Any) -> str:
+    """What went wrong with an `LLMatcher`, in one line, without all of the source."""
+    said = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
+    return said if len(said) <= 2 * _SAID else f"{said[:_SAID]} … {said[-_SAID:]}"
+
+
+def as_grammar(name: str, value: Any) -> Grammar | None:
+    """None, or what `Model.grammar` gave."""
+    if value is None or isinstance(value, Grammar):
+        return value
+    raise RequestError(f"{name} is {value!r}, expected what Model.grammar(…) gives")
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except TypeError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+
+
+def _checked(name: str, texts: Sequence[str]) -> Sequence[str]:
+    """Raises RequestError for a source that is too long."""
+    size = sum(map(len, texts))
+    if size > _MOST_CHARACTERS:
+        raise RequestError(f"{name} has {size} characters, expected at most {_MOST_CHARACTERS}")
+    return texts
