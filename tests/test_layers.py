@@ -24,6 +24,7 @@ ALLOWED = {
     "runtime/neo_server": ("neo_server", "neo_runtime"),
     "export/neo_export": (
         "neo_export",
+        "neo_runtime.closable",
         "neo_runtime.command.command_line",
         "neo_runtime.machine.cores",
         "neo_runtime.bundle.engine_record",

@@ -169,12 +169,6 @@ def test_what_gpt_neo_cannot_be(change: dict[str, Any], words: str) -> None:
         _parse(**change)
 
 
-def test_an_adapter_without_its_base(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
-    with pytest.raises(CheckpointError, match=r"LoRA adapter for owner/base .*merge_and_unload"):
-        read_config(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [

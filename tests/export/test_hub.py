@@ -129,7 +129,7 @@ SMALL_WANTED = {"config.json", "tokenizer.json"}
         ("owner/shards", SMALL_WANTED | SHARDS.keys()),
         ("owner/bin", SMALL_WANTED | BIN.keys()),
         ("owner/bin-shards", SMALL_WANTED | BIN_SHARDS.keys()),
-        ("owner/adapter", {"adapter_config.json"}),
+        ("owner/adapter", {"adapter_config.json", "adapter_model.safetensors"}),
         ("owner/all@v1", SMALL_WANTED | ONE.keys()),
         (f"owner/all@{COMMIT}", SMALL_WANTED | ONE.keys()),
     ],

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["CONFIG_NAME", "GELU_TANH_NAMES", "parse_config", "read_config", "read_json_object"]
 
 CONFIG_NAME = "config.json"
-_ADAPTER_NAME = "adapter_config.json"
 
 GELU_TANH_NAMES = frozenset(
     {"gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"}
@@ -56,27 +55,15 @@ def read_config(folder: Path) -> ModelSpec:
 
     Raises:
         CheckpointError: there is no configuration, it is of another architecture, is quantized,
-            is a LoRA adapter without its base model, or a value is not one GPT-Neo can have.
+            or a value is not one GPT-Neo can have.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        if (folder / _ADAPTER_NAME).is_file():
-            raise _adapter_error(folder)
         raise CheckpointError(
             f"{folder} has no {CONFIG_NAME}; expected a Hugging Face model folder with "
             f"{CONFIG_NAME} and weights (model.safetensors or pytorch_model.bin)"
         )
     return parse_config(read_json_object(path), str(path))
-
-
-def _adapter_error(folder: Path) -> CheckpointError:
-    base = read_json_object(folder / _ADAPTER_NAME).get("base_model_name_or_path")
-    named = f" for {base}" if isinstance(base, str) and base else ""
-    return CheckpointError(
-        f"{folder} is a LoRA adapter{named} ({_ADAPTER_NAME}) without its base model; merge it "
-        "first with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
-        ".save_pretrained(folder), then export that folder"
-    )
 
 
 def parse_config(raw: dict[str, Any], source: str = CONFIG_NAME) -> ModelSpec:

@@ -10,21 +10,25 @@ Tensors are known by the names of `GPTNeoForCausalLM`, whatever class wrote the 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.errors import CheckpointError
+from neo_runtime.closable import Closable
+from neo_runtime.errors import CheckpointError, NeoError
 
+from neo_export.checkpoint.adapter import Adapter
+from neo_export.checkpoint.adapter_config import ADAPTER_CONFIG_NAME
 from neo_export.checkpoint.config import CONFIG_NAME, read_config, read_json_object
+from neo_export.checkpoint.hub import resolve_model
 from neo_export.checkpoint.lazy_tensor import FLOAT_DTYPES, LazyTensor
 from neo_export.checkpoint.tokenizer_files import find_tokenizer_files, read_tokenizer_json
-from neo_export.checkpoint.weight_files import WeightFiles
+from neo_export.checkpoint.weight_files import WEIGHT_FILES, WeightFiles
 from neo_export.gpt_neo.parameters import EMBEDDING, HEAD, expected_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import TracebackType
 
     from neo_runtime.bundle.manifest import ModelSpec
 
@@ -40,7 +44,7 @@ _QUANTIZED_MARKS = (".SCB", ".absmax", ".quant_state", ".qweight", ".qzeros", ".
 
 
 @dataclass(frozen=True, eq=False)
-class Checkpoint:
+class Checkpoint(Closable):
     """An open checkpoint: everything is known and checked but the values of the tensors."""
 
     folder: Path
@@ -55,8 +59,10 @@ class Checkpoint:
     """`generation_config.json` as it stands, None where there is none."""
     tokenizer_files: tuple[Path, ...]
     """The tokenizer's files that exist."""
-    files: WeightFiles
-    """Owner of the mapped files."""
+    tokenizer_folder: Path
+    """Where the tokenizer's files are."""
+    files: tuple[Closable, ...]
+    """Owners of the mapped files."""
 
     def tokenizer_json(self) -> bytes | None:
         """Contents of a `tokenizer.json`, built from `vocab.json` and `merges.txt` where only
@@ -65,22 +71,12 @@ class Checkpoint:
         Raises:
             CheckpointError: the tokenizer's files cannot be used.
         """  # noqa: D205
-        return read_tokenizer_json(self.folder)
+        return read_tokenizer_json(self.tokenizer_folder)
 
     def close(self) -> None:
         """Let go of the files. Arrays that were read stay valid."""
-        self.files.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        for file in self.files:
+            file.close()
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:
@@ -88,15 +84,69 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
 
     Args:
         folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin`, one file or
-            shards, with or without the `transformer.` prefix.
+            shards, with or without the `transformer.` prefix; or a LoRA adapter as peft writes it,
+            whose base model is opened with it.
 
     Raises:
         CheckpointError: the folder holds no GPT-Neo language model that can be exported.
         DependencyError: torch is needed and not installed.
+        HubError: the base model of an adapter cannot be downloaded.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected a Hugging Face model folder")
+    is_whole = any((folder / name).is_file() for name in WEIGHT_FILES)
+    if not is_whole and (folder / ADAPTER_CONFIG_NAME).is_file():
+        return _open_adapter(folder)
+    return _open_whole(folder)
+
+
+def _open_adapter(folder: Path) -> Checkpoint:
+    """The base model with the adapter merged into it."""
+    with ExitStack() as opened:
+        adapter = opened.enter_context(Adapter(folder))
+        try:
+            base = opened.enter_context(_open_whole(resolve_model(adapter.config.base)))
+        except NeoError as error:
+            raise type(error)(
+                f"{folder} is a LoRA adapter of {adapter.config.base}, which cannot be used "
+                f"({error}); {ADAPTER_CONFIG_NAME} says where it is (base_model_name_or_path)"
+            ) from error
+        checkpoint = _adapted(base, adapter)
+        opened.pop_all()
+    return checkpoint
+
+
+def _adapted(base: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """A table that is also the head stays so only where the adapter changes both alike."""
+    folder, spec = adapter.folder, base.spec
+    tensors = dict(base.tensors)
+    changed = adapter.merged({HEAD: tensors[EMBEDDING], **tensors})
+    tables = changed.keys() & {EMBEDDING, HEAD}
+    is_tied = spec.tie_word_embeddings and (
+        not tables or (len(tables) == 2 and changed[HEAD].same_values(changed[EMBEDDING]))
+    )
+    if spec.tie_word_embeddings and not is_tied:
+        tensors[HEAD] = tensors[EMBEDDING]
+    if is_tied:
+        changed.pop(HEAD, None)
+    rows = changed.get(EMBEDDING, tensors[EMBEDDING]).shape[0]
+    adapted = replace(spec, tie_word_embeddings=is_tied, vocab_size=rows)
+    facts = {"tie_word_embeddings": is_tied, "vocab_size": rows} if adapted != spec else {}
+    tokenizer_files = find_tokenizer_files(folder)
+    return replace(
+        base,
+        folder=folder,
+        spec=adapted,
+        tensors=_match(tensors | changed, adapted, folder),
+        config_json=base.config_json | facts,
+        tokenizer_files=tokenizer_files or base.tokenizer_files,
+        tokenizer_folder=folder if tokenizer_files else base.tokenizer_folder,
+        files=(*base.files, adapter),
+    )
+
+
+def _open_whole(folder: Path) -> Checkpoint:
     spec = read_config(folder)
     generation = folder / GENERATION_CONFIG_NAME
     generation_config = read_json_object(generation) if generation.is_file() else None
@@ -113,7 +163,8 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         config_json=read_json_object(folder / CONFIG_NAME),
         generation_config=generation_config,
         tokenizer_files=find_tokenizer_files(folder),
-        files=files,
+        tokenizer_folder=folder,
+        files=(files,),
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.errors import CheckpointError, DependencyError, HubError, OutputError
 
+from neo_export.checkpoint.adapter import ADAPTER_FILES
 from neo_export.checkpoint.tokenizer_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _WEIGHT_PATTERNS = (
     ("model.safetensors.index.json", "model-*.safetensors"),
     ("pytorch_model.bin",),
     ("pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+    *((name,) for name in ADAPTER_FILES),
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
+from neo_runtime.closable import Closable
 from neo_runtime.errors import CheckpointError
 
 from neo_export.checkpoint.config import read_json_object
@@ -18,6 +19,8 @@ from neo_export.checkpoint.safetensors_file import SafetensorsFile
 from neo_export.checkpoint.torch_file import TorchFile
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from neo_export.checkpoint.lazy_tensor import LazyTensor
 
 __all__ = ["WEIGHT_FILES", "WeightFiles"]
@@ -31,15 +34,19 @@ WEIGHT_FILES = (
 """Where weights may be, the preferred first (the order of transformers)."""
 
 
-class WeightFiles:
+class WeightFiles(Closable):
     """All weight files of one folder, opened.
 
     Attributes:
         tensors: every tensor, by the name in its file.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Sequence[str] = WEIGHT_FILES) -> None:
         """Find and open the files.
+
+        Args:
+            folder: where they are.
+            names: of a file, or of an index of several; the first that is there is read.
 
         Raises:
             CheckpointError: no weights, an index that cannot be followed, or a damaged file.
@@ -47,9 +54,9 @@ class WeightFiles:
         """
         self._files: list[SafetensorsFile | TorchFile] = []
         self.tensors: dict[str, LazyTensor] = {}
-        source = next((folder / n for n in WEIGHT_FILES if (folder / n).is_file()), None)
+        source = next((folder / n for n in names if (folder / n).is_file()), None)
         if source is None:
-            raise _no_weights(folder)
+            raise _no_weights(folder, names)
         try:
             if source.name.endswith(".index.json"):
                 self._open_shards(folder, source)
@@ -94,7 +101,7 @@ class WeightFiles:
                 )
 
 
-def _no_weights(folder: Path) -> CheckpointError:
+def _no_weights(folder: Path, names: Sequence[str]) -> CheckpointError:
     others = sorted(
         path.name
         for path in folder.iterdir()
@@ -103,12 +110,12 @@ def _no_weights(folder: Path) -> CheckpointError:
     found = f"found {', '.join(others[:5])}" if others else "found none"
     if any(name.startswith("adapter_model") for name in others):
         return CheckpointError(
-            f"{folder} holds a LoRA adapter ({found}) without its base model's weights; merge it "
-            "first with peft's merge_and_unload() and export the merged model"
+            f"{folder} holds a LoRA adapter ({found}) and no adapter_config.json, which says what "
+            "model it belongs to; copy that file as well"
         )
     return CheckpointError(
         f"{folder} has no weights that can be read: {found}, expected one of "
-        f"{', '.join(WEIGHT_FILES)}; save the model with save_pretrained"
+        f"{', '.join(names)}; save the model with save_pretrained"
     )
 
 

@@ -1,0 +1,159 @@
+"""A LoRA adapter, merged into the tensors of its base model as they are read."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from neo_runtime.closable import Closable
+from neo_runtime.errors import CheckpointError
+
+from neo_export.checkpoint.adapter_config import MERGE_WITH_PEFT, read_adapter_config
+from neo_export.checkpoint.lazy_tensor import FLOAT_DTYPES, LazyTensor
+from neo_export.checkpoint.weight_files import WeightFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+__all__ = ["ADAPTER_FILES", "Adapter"]
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+_PREFIX = "base_model.model."
+_PART = re.compile(
+    r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
+    r"(\.(?P<kind>weight|bias))?"
+)
+
+
+@dataclass(frozen=True)
+class _Lora:
+    """What the adapter has of one module."""
+
+    down: LazyTensor
+    """A, [rank, in]."""
+    up: LazyTensor
+    """B, [out, rank]."""
+    scale: float
+    magnitudes: LazyTensor | None
+    """DoRA's, [out]."""
+    is_table: bool
+    """The module is an embedding, whose matrix is transposed."""
+
+    def merged(self, base: LazyTensor) -> NDArray[np.float32]:
+        """The module's matrix, float32."""
+        product = self.scale * (self.up.read() @ self.down.read())
+        whole: NDArray[np.float32] = base.read() + (product.T if self.is_table else product)
+        if self.magnitudes is not None:
+            axis = 0 if self.is_table else 1
+            lengths = np.linalg.norm(whole, axis=axis, keepdims=True)
+            whole *= self.magnitudes.read().reshape(lengths.shape) / lengths
+        return np.ascontiguousarray(whole, np.float32)
+
+
+class Adapter(Closable):
+    """An open adapter: its configuration, and what it changes."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the files.
+
+        Raises:
+            CheckpointError: it is not a LoRA adapter that can be merged, or is damaged.
+            DependencyError: torch is needed and not installed.
+        """
+        self.folder = folder
+        self.config = read_adapter_config(folder)
+        self._files = WeightFiles(folder, ADAPTER_FILES)
+
+    def merged(self, base: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """The tensors that the adapter changes or replaces, by the base model's names.
+
+        Args:
+            base: all tensors of the base model, by the names of `GPTNeoForCausalLM`; those of a
+                module that has two names may stand under both.
+
+        Raises:
+            CheckpointError: they do not belong to one another.
+        """
+        parts, found = self._sorted()
+        for module, own in parts.items():
+            weight = f"{module}.weight"
+            if weight not in base:
+                raise self._error(f"has matrices for {module!r}, which the base model has not")
+            lora = self._lora(module, own, base[weight])
+            found[weight] = LazyTensor(
+                weight, base[weight].shape, "float32", _reader(lora, base[weight])
+            )
+            if (bias := own.get("B.bias")) is not None:
+                name = f"{module}.bias"
+                scale = lora.scale
+                if name not in base:
+                    raise self._error(f"has a bias for {module!r}, which the base model has not")
+                before = found.get(name, base[name])
+                found[name] = LazyTensor(name, before.shape, "float32", _sum(before, bias, scale))
+        return found
+
+    def _sorted(self) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
+        """Parts of modules, by module and part; and tensors that replace the base model's."""
+        parts: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
+        whole: dict[str, LazyTensor] = {}
+        for name, tensor in self._files.tensors.items():
+            plain = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+            if not plain.startswith(("transformer.", "lm_head.")):
+                plain = f"transformer.{plain}"
+            if tensor.dtype not in FLOAT_DTYPES:
+                raise self._error(f"has tensor {name!r} of type {tensor.dtype}")
+            match = _PART.fullmatch(plain)
+            if match is None:
+                whole[plain] = LazyTensor(plain, tensor.shape, tensor.dtype, tensor.load)
+            else:
+                suffix = ".bias" if match["kind"] == "bias" else ""
+                parts[match["module"]][match["part"] + suffix] = tensor
+        if not parts and not whole:
+            raise self._error("is empty")
+        return parts, whole
+
+    def _lora(self, module: str, own: Mapping[str, LazyTensor], base: LazyTensor) -> _Lora:
+        """The module's parts, checked."""
+        prefix = "embedding_" if "embedding_A" in own else ""
+        known = {f"{prefix}A", f"{prefix}B"}
+        known |= {"magnitude_vector"} if self.config.has_magnitudes else {"B.bias"}
+        if not {f"{prefix}A", f"{prefix}B"} <= own.keys() <= known:
+            raise self._error(f"has {', '.join(sorted(own))} of {module!r}, expected A and B")
+        down, up = own[f"{prefix}A"], own[f"{prefix}B"]
+        rank, shape = self.config.rank_of(module), base.shape[::-1] if prefix else base.shape
+        expected = (rank, shape[1]), (shape[0], rank)
+        if (down.shape, up.shape) != expected:
+            raise self._error(
+                f"has matrices of shapes {list(down.shape)} and {list(up.shape)} for {module!r}, "
+                f"expected {list(expected[0])} and {list(expected[1])}: rank {rank}, and a base "
+                f"model whose matrix is {list(base.shape)}"
+            )
+        magnitudes = own.get("magnitude_vector")
+        if self.config.has_magnitudes and (magnitudes is None or magnitudes.size != shape[0]):
+            raise self._error(f"lacks the magnitudes of {module!r} (use_dora), {shape[0]} of them")
+        return _Lora(down, up, self.config.scale_of(module), magnitudes, bool(prefix))
+
+    def _error(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder}: the adapter {what}; is it an adapter of {self.config.base}? If so, "
+            f"{MERGE_WITH_PEFT}"
+        )
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._files.close()
+
+
+def _reader(lora: _Lora, base: LazyTensor) -> Any:
+    return lambda: lora.merged(base)
+
+
+def _sum(base: LazyTensor, more: LazyTensor, scale: float) -> Any:
+    return lambda: np.asarray(base.read() + scale * more.read(), np.float32)

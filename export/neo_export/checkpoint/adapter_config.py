@@ -1,0 +1,152 @@
+"""`adapter_config.json` of a LoRA adapter, as peft writes it → what merging needs to know."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.errors import CheckpointError
+
+from neo_export.checkpoint.config import read_json_object
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+__all__ = ["ADAPTER_CONFIG_NAME", "MERGE_WITH_PEFT", "LoraConfig", "read_adapter_config"]
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+MERGE_WITH_PEFT = (
+    "merge it first with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
+    ".save_pretrained(folder), then export that folder"
+)
+
+_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` that leave the base model's weights as they are."""
+_OF_TRAINING = frozenset(
+    {
+        "auto_mapping",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_bias",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_version",
+        "qalora_group_size",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+    }
+)
+"""Entries that say what was trained, and how: what came of it is in the weights."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """How the two matrices of a module are added to the one that it has.
+
+    W' = W + s · B A, with s = alpha / r, or alpha / √r for rank-stabilized LoRA (arXiv 2106.09685,
+    2312.03732). DoRA (arXiv 2402.09353) then gives each row of W' the length that it has learnt.
+    """
+
+    base: str
+    """The base model: a folder, or a hub id with its revision."""
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    is_rank_stabilized: bool
+    has_magnitudes: bool
+    """DoRA."""
+
+    def rank_of(self, module: str) -> int:
+        """Rank of a module's matrices."""
+        return int(_by_pattern(self.rank_pattern, module, self.rank))
+
+    def scale_of(self, module: str) -> float:
+        """What the product of a module's matrices is multiplied by."""
+        rank = self.rank_of(module)
+        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str, otherwise: float) -> float:
+    """The first whose key is the end of the module's name, as a regular expression."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return otherwise
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """Read the configuration of the adapter in `folder`.
+
+    Raises:
+        CheckpointError: it is no LoRA adapter, names no base model, or has what cannot be merged.
+    """
+    path = folder / ADAPTER_CONFIG_NAME
+    raw = read_json_object(path)
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{path}: peft_type is {raw.get('peft_type')!r}, expected 'LORA': only such adapters "
+            "can be merged into the model's own matrices"
+        )
+    _refuse_others(raw, path)
+    try:
+        config = LoraConfig(
+            base=_base(raw),
+            rank=_count(raw["r"]),
+            alpha=float(raw["lora_alpha"]),
+            rank_pattern={key: _count(n) for key, n in (raw.get("rank_pattern") or {}).items()},
+            alpha_pattern={key: float(n) for key, n in (raw.get("alpha_pattern") or {}).items()},
+            is_rank_stabilized=bool(raw.get("use_rslora")),
+            has_magnitudes=bool(raw.get("use_dora")),
+        )
+        config.scale_of("a.b")  # compiles the patterns
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise CheckpointError(
+            f"{path} is not what peft writes ({type(error).__name__}: {error}); save the adapter "
+            "again"
+        ) from error
+    return config
+
+
+def _refuse_others(raw: dict[str, Any], path: Path) -> None:
+    init = raw.get("init_lora_weights")
+    if init not in _KEEP_THE_BASE:
+        raise CheckpointError(
+            f"{path}: init_lora_weights is {init!r}, which changes the base model as well; "
+            f"{MERGE_WITH_PEFT}"
+        )
+    read = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora"}
+    read |= {"use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+    for name, value in raw.items():
+        if value and name not in read | _OF_TRAINING:
+            raise CheckpointError(
+                f"{path}: {name} is {value!r}, which cannot be merged here; {MERGE_WITH_PEFT}"
+            )
+
+
+def _base(raw: dict[str, Any]) -> str:
+    base, revision = raw.get("base_model_name_or_path"), raw.get("revision")
+    if not isinstance(base, str) or not base:
+        raise ValueError("base_model_name_or_path names no model")
+    return f"{base}@{revision}" if isinstance(revision, str) and revision else base
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"a rank is {value!r}")
+    return value

@@ -1,0 +1,272 @@
+"""LoRA adapters, merged at export: against peft's own model, which computes them apart."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import neo_runtime
+import numpy as np
+import pytest
+from helpers.models import DEMO, TinyConfig, make_checkpoint, random_ids
+from neo_export.checkpoint.folder import open_checkpoint
+from neo_export.command.cli import main as export
+from neo_export.tolerances import TOLERANCES
+from neo_runtime.errors import CheckpointError, NeoError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+peft = pytest.importorskip("peft", reason="peft is not installed: pip install '.[test]'")
+
+# peft's own use of transformers, and its words about tied tables, which the tests are about.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
+LIMIT = TOLERANCES["fp32"].logits
+ALL = ["q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"]
+CONFIG = TinyConfig(attention_layers=("global", "local", "global"))
+UNTIED = TinyConfig(tie_word_embeddings=False)
+
+
+def make_adapter(
+    folder: Path, base: Path, *, vocab_size: int | None = None, safe: bool = True, **lora: Any
+) -> Any:
+    """Save a random adapter; peft's model, ready to run.
+
+    All that would be trained is noise of the size of the weights: an adapter that changes much.
+    """
+    import torch
+    from transformers import GPTNeoForCausalLM
+
+    model = GPTNeoForCausalLM.from_pretrained(base, attn_implementation="eager")
+    if vocab_size is not None:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 6, **lora})
+    adapted = peft.get_peft_model(model, config).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                is_length = "magnitude" in name or ".ln_" in name
+                parameter.add_(0.2 * noise) if is_length else parameter.copy_(0.2 * noise)
+    adapted.save_pretrained(folder, safe_serialization=safe)
+    said = folder / "adapter_config.json"
+    assert json.loads(said.read_text())["base_model_name_or_path"] == str(base)
+    return adapted
+
+
+def logits_of(model: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    import torch
+
+    with torch.inference_mode():
+        found: NDArray[np.float32] = model(input_ids=torch.tensor(ids[None])).logits[0].numpy()
+    return found
+
+
+CASES: dict[str, tuple[TinyConfig, dict[str, Any]]] = {
+    "plain": (CONFIG, {"target_modules": ["q_proj", "v_proj"]}),
+    "all_linear": (CONFIG, {"target_modules": ALL, "bias": "all"}),
+    "lora_only_biases": (CONFIG, {"target_modules": ["c_fc", "out_proj"], "bias": "lora_only"}),
+    "patterns": (
+        CONFIG,
+        {
+            "target_modules": ALL,
+            "rank_pattern": {"c_fc": 7, r"h\.1\.attn\.attention\.q_proj": 2},
+            "alpha_pattern": {"q_proj": 1.5, r"transformer\.h\.2\.mlp\.c_fc": 11},
+        },
+    ),
+    "rank_stabilized": (CONFIG, {"target_modules": ALL, "use_rslora": True}),
+    "dora": (CONFIG, {"target_modules": ALL, "use_dora": True}),
+    "biases_of_its_own": (CONFIG, {"target_modules": ["c_fc", "c_proj"], "lora_bias": True}),
+    "some_layers": (CONFIG, {"target_modules": ALL, "layers_to_transform": [1]}),
+    "norms": (CONFIG, {"target_modules": ["q_proj"], "modules_to_save": ["ln_f", "ln_1"]}),
+    "table_of_a_tied_model": (CONFIG, {"target_modules": ["wte", "q_proj"]}),
+    "table": (UNTIED, {"target_modules": ["wte", "wpe", "q_proj"]}),
+    "table_with_magnitudes": (UNTIED, {"target_modules": ["wte"], "use_dora": True}),
+    "head_of_a_tied_model": (CONFIG, {"target_modules": ["lm_head", "q_proj"]}),
+    "head": (UNTIED, {"target_modules": ["lm_head"]}),
+    "a_head_of_its_own": (CONFIG, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "a_table_of_its_own": (UNTIED, {"target_modules": ["q_proj"], "modules_to_save": ["wte"]}),
+    "a_pickle": (CONFIG, {"target_modules": ALL, "safe": False}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_logits_of_peft(name: str, tmp_path: Path) -> None:
+    config, lora = CASES[name]
+    base = make_checkpoint(tmp_path / "base", config)
+    model = make_adapter(tmp_path / "adapter", base, **lora)
+    ids = random_ids(config, config.max_position_embeddings)
+    expected = logits_of(model, ids)
+    assert export([str(tmp_path / "adapter"), "-o", str(tmp_path / "bundle"), "--verify"]) == 0
+    with neo_runtime.load(tmp_path / "bundle", threads=1) as loaded:
+        found = loaded.logits(ids)
+        with loaded.new_cache(1, len(ids)) as cache:
+            step = loaded.prefill(cache, [ids[:9]])
+            assert _far(step, expected[8:9]) < LIMIT
+            step = loaded.decode(cache, ids[9:10])
+            assert _far(step, expected[9:10]) < LIMIT
+    assert _far(found, expected) < LIMIT
+    with model.disable_adapter():
+        assert _far(found, logits_of(model, ids)) > 100 * LIMIT, "it changes much"
+
+
+def _far(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    return float(error.max())
+
+
+@pytest.mark.parametrize("name", ["all_linear", "patterns", "rank_stabilized", "dora", "head"])
+def test_the_matrices_of_peft(name: str, tmp_path: Path) -> None:
+    config, lora = CASES[name]
+    base = make_checkpoint(tmp_path / "base", config)
+    merged = make_adapter(tmp_path / "adapter", base, **lora).merge_and_unload().state_dict()
+    with open_checkpoint(tmp_path / "adapter") as checkpoint:
+        assert checkpoint.spec.tie_word_embeddings == config.tie_word_embeddings
+        for tensor_name, tensor in checkpoint.tensors.items():
+            np.testing.assert_allclose(
+                tensor.read(), merged[tensor_name].numpy(), rtol=1e-5, atol=1e-6
+            )
+
+
+def test_more_tokens_than_the_base_model_has(tmp_path: Path) -> None:
+    """Tied tables of both, as peft saves them, stay one."""
+    base = make_checkpoint(tmp_path / "base", CONFIG)
+    model = make_adapter(
+        tmp_path / "adapter", base, vocab_size=CONFIG.vocab_size + 3, target_modules=["q_proj"]
+    )
+    ids = np.arange(CONFIG.vocab_size - 5, CONFIG.vocab_size + 3)
+    assert export([str(tmp_path / "adapter"), "-o", str(tmp_path / "bundle")]) == 0
+    with neo_runtime.load(tmp_path / "bundle", threads=1) as loaded:
+        assert loaded.manifest.model.vocab_size == CONFIG.vocab_size + 3
+        assert loaded.manifest.model.tie_word_embeddings
+        assert _far(loaded.logits(ids), logits_of(model, ids)) < LIMIT
+
+
+def test_a_half_precision_base_and_its_own_tokenizer(tmp_path: Path) -> None:
+    """Merged in float32, where peft rounds the sum to the base model's type."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = make_checkpoint(tmp_path / "base", CONFIG)
+    weights = base / "model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(weights).items()}
+    save_file(half, weights, {"format": "pt"})
+    make_adapter(tmp_path / "adapter", base, target_modules=ALL)
+    down, up = (
+        load_file(tmp_path / "adapter" / "adapter_model.safetensors")[
+            f"base_model.model.transformer.h.0.mlp.c_fc.lora_{part}.weight"
+        ]
+        for part in "AB"
+    )
+    name = "transformer.h.0.mlp.c_fc.weight"
+    expected = half[name].float() + torch.tensor(6 / 4) * (up @ down)
+    (tmp_path / "adapter" / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "adapter" / "merges.txt").write_text("#version: 0.2\n")
+    with open_checkpoint(tmp_path / "adapter") as checkpoint:
+        assert [path.parent.name for path in checkpoint.tokenizer_files] == ["adapter"] * 2
+        assert checkpoint.tokenizer_json() is not None
+        assert checkpoint.tensors["transformer.h.1.ln_1.weight"].dtype == "float16"
+        merged = checkpoint.tensors[name]
+        assert merged.dtype == "float32"
+        np.testing.assert_allclose(merged.read(), expected.numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_base_model_without_its_head(tmp_path: Path) -> None:
+    """As adapters of `GPTNeoModel` name what they change."""
+    from safetensors.numpy import load_file, save_file
+
+    base = make_checkpoint(tmp_path / "base", CONFIG)
+    make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    with open_checkpoint(tmp_path / "adapter") as checkpoint:
+        name = "transformer.h.0.attn.attention.q_proj.weight"
+        expected = checkpoint.tensors[name].read()
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({n.replace(".transformer.", "."): t for n, t in load_file(weights).items()}, weights)
+    with open_checkpoint(tmp_path / "adapter") as checkpoint:
+        np.testing.assert_array_equal(checkpoint.tensors[name].read(), expected)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    base = make_checkpoint(tmp_path / "base", CONFIG)
+    make_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "c_fc"])
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path names no model"),
+        ({"base_model_name_or_path": "/nowhere"}, "LoRA adapter of /nowhere, which cannot be used"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa.*changes the base model as well; merge it"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is .*cannot be merged here; merge it"),
+        ({"something_new": 3}, "something_new is 3, which cannot be merged here"),
+        ({"r": "four"}, "is not what peft writes .*a rank is 'four'"),
+        ({"r": 3}, r"matrices of shapes \[4, 32\] and \[\d+, 4\] .*expected \[3, 32\].* rank 3"),
+        ({"lora_alpha": None}, "is not what peft writes"),
+        ({"rank_pattern": {"(": 2}}, "is not what peft writes"),
+        ({"use_dora": True}, "lacks the magnitudes of"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_merged(adapter: Path, change: dict[str, Any], message: str) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(NeoError, match=message):
+        open_checkpoint(adapter)
+
+
+def test_files_that_do_not_belong_together(adapter: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    weights = adapter / "adapter_model.safetensors"
+    whole = load_file(weights)
+
+    def refused(tensors: dict[str, NDArray[Any]], message: str) -> None:
+        save_file(tensors, weights)
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(adapter)
+
+    first = next(iter(whole))
+    refused({n: t for n, t in whole.items() if n != first}, "expected A and B; is it an adapter of")
+    refused({n.replace("h.0", "h.9"): t for n, t in whole.items()}, "h.9.*the base model has not")
+    refused({n: t.astype(np.int8) for n, t in whole.items()}, "of type int8")
+    refused(whole | {"base_model.model.score.weight": np.ones((2, 32), np.float32)}, "score.weight")
+    refused({}, "is empty")
+    other = make_checkpoint(tmp_path / "other", TinyConfig(head_dim=8))
+    save_file(whole, weights)
+    path = adapter / "adapter_config.json"
+    said = json.loads(path.read_text()) | {"base_model_name_or_path": str(other)}
+    path.write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="a base model whose matrix is"):
+        open_checkpoint(adapter)
+    path.write_text(json.dumps(said | {"base_model_name_or_path": str(adapter)}))
+    with pytest.raises(CheckpointError, match=r"which cannot be used .*has no config\.json"):
+        open_checkpoint(adapter)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"expected one of adapter_model\.safetensors"):
+        open_checkpoint(adapter)
+    path.unlink()
+    save_file(whole, weights)
+    (adapter / "config.json").write_text((other / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=r"LoRA adapter .*and no adapter_config\.json"):
+        open_checkpoint(adapter)
+
+
+def test_comparisons_are_with_the_adapted_model(tmp_path: Path) -> None:
+    """neo-diff takes the adapter's folder as it takes a model's; the tokenizer is the base's."""
+    from neo_tools.diff.cli import main as diff
+
+    make_adapter(tmp_path / "adapter", DEMO, target_modules=["c_fc"], lora_alpha=1)
+    assert export([str(tmp_path / "adapter"), "-o", str(tmp_path / "bundle")]) == 0
+    flags = ["--tokens", "300", "--decode-positions", "3", "--continuations", "1"]
+    for reference, status in ((tmp_path / "adapter", 0), (DEMO, 1)):
+        assert diff([str(tmp_path / "bundle"), "--reference", str(reference), *flags]) == status
