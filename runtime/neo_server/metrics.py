@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from neo_runtime.generation.completion import Completion
 
@@ -15,6 +17,17 @@ __all__ = ["Metrics"]
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+class _Total(Collector):
+    """A counter that somebody else counts."""
+
+    def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
+        self._name, self._text, self._value = name, text, value
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        """See the base class."""
+        yield CounterMetricFamily(self._name, self._text, value=self._value())
 
 
 class Metrics:
@@ -30,11 +43,6 @@ class Metrics:
             registry=registry,
         )
         self._prompt = Counter("neo_prompt_tokens", "Tokens of prompts", registry=registry)
-        self._cached = Counter(
-            "neo_cached_prompt_tokens",
-            "Tokens of prompts that the prefix cache had",
-            registry=registry,
-        )
         self._generated = Counter("neo_generated_tokens", "Tokens generated", registry=registry)
         self._ended = Counter(
             "neo_sequences",
@@ -59,13 +67,13 @@ class Metrics:
         """Report what a function says when asked."""
         Gauge(name, text, registry=self._registry).set_function(value)
 
+    def watch_total(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """The same of what only grows."""
+        self._registry.register(_Total(name, text, value))
+
     def begun(self, prompt_tokens: int) -> None:
         """A prompt was taken."""
         self._prompt.inc(prompt_tokens)
-
-    def cached(self, prompt_tokens: int) -> None:
-        """So many of a prompt were not computed."""
-        self._cached.inc(prompt_tokens)
 
     def cancelled(self) -> None:
         """A sequence that nobody waits for any more."""

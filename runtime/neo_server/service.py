@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime import Scheduler
+from neo_runtime.backends.base import position_bytes
 from neo_runtime.closable import Closable
 from neo_runtime.errors import ContextLengthError, RequestError
 from neo_runtime.generation.prefix import behind
@@ -47,10 +49,10 @@ class Work:
     frame: Frame
     places: int
     """Sequences that are counted for it and that the scheduler does not count yet."""
-    usage: Usage
     prompts: list[NDArray[np.int64]] = field(default_factory=list)
     pending: list[PendingCompletion] = field(default_factory=list)
     """`best_of` for each prompt, those of a prompt together; none where no token is asked for."""
+    usage: Usage = field(default_factory=Usage)
     has_ended: bool = False
 
     def add(self, pending: PendingCompletion) -> None:
@@ -75,14 +77,17 @@ class Work:
         best_of = self.asked.best_of
         return self.pending[index * best_of : (index + 1) * best_of]
 
-    def finished(self, place: int, completion: Completion) -> None:
-        """Count the one at a place of `pending`."""
+    def finished(self, completion: Completion) -> None:
+        """Count it."""
         self.usage.completion_tokens += len(completion.token_ids)
         self.service.metrics.ended(completion)
-        # A prompt counts once, as its first continuation found it.
-        if self.usage.cached_tokens is not None and place % self.asked.best_of == 0:
-            self.usage.cached_tokens += completion.timings.cached_prompt_tokens
-            self.service.metrics.cached(completion.timings.cached_prompt_tokens)
+
+    def whole_usage(self) -> dict[str, Any]:
+        """What was used, once all continuations are done; each prompt as its first one found it."""
+        if self.service.limits.prefix_cache_bytes:
+            first = [one.result() for one in self.pending[:: self.asked.best_of]]
+            self.usage.cached_tokens = sum(one.timings.cached_prompt_tokens for one in first)
+        return self.usage.json
 
 
 class Service(Closable):
@@ -107,6 +112,12 @@ class Service(Closable):
         self.metrics = Metrics()
         self.metrics.watch("neo_sequences_waiting", "Sequences that wait", lambda: self._waiting)
         self.metrics.watch("neo_sequences_active", "Sequences being computed", lambda: self._active)
+        for name, text in (
+            ("queries", "Tokens of prompts that were begun with a prefix cache"),
+            ("hits", "Those of them that were in the cache"),
+        ):
+            total = partial(self._prefix_cache, name)
+            self.metrics.watch_total(f"neo_prefix_cache_{name}", text, total)
         self.metrics.watch(
             "neo_cache_bytes", "Bytes of key/value caches", lambda: model.cache_bytes_in_use
         )
@@ -179,8 +190,7 @@ class Service(Closable):
                     f"for {sequences}; try again"
                 )
             self._entering += sequences
-        usage = Usage(cached_tokens=0 if self.limits.prefix_cache_bytes else None)
-        return Work(self, asked, Frame(self.name, self.fingerprint), sequences, usage)
+        return Work(self, asked, Frame(self.name, self.fingerprint), sequences)
 
     @property
     def inside(self) -> int:
@@ -258,13 +268,14 @@ class Service(Closable):
         """All of a prompt but its last token, computed once for several continuations.
 
         One at a time, as it takes memory until the last of them has begun; others do without. A
-        prefix cache does the same for all requests.
+        prefix cache that has room for the prompt does the same.
         """
         prefix = None
         is_worth_it = asked.best_of > 1 and len(ids) > _WORTH_SHARING
         # Where memory is limited, what is left is for the prompts that are scored.
-        may_share = self.model.cache_bytes_left is None and not self.limits.prefix_cache_bytes
-        if is_worth_it and may_share and self._sharing.acquire(blocking=False):
+        has_room = self.model.cache_bytes_left is None
+        is_kept = len(ids) * position_bytes(self.model.manifest) <= self.limits.prefix_cache_bytes
+        if is_worth_it and has_room and not is_kept and self._sharing.acquire(blocking=False):
             try:
                 if self.model.cache_bytes_in_use <= self._cache_bytes:
                     with suppress(MemoryError):
@@ -291,6 +302,9 @@ class Service(Closable):
                 scores = await self._scorer.scores(ids, asked.logprobs)
             found.append(Echo(text, int(ids[0]), scores))
         return found
+
+    def _prefix_cache(self, name: str) -> int:
+        return getattr(self._scheduler, f"prefix_cache_{name}", 0)
 
     @property
     def _waiting(self) -> int:

@@ -35,8 +35,8 @@ async def whole_answer(work: Work) -> bytes:
     """Wait for all choices; the answer's JSON."""
     echoes = await work.service.echoes(work)
     completions = await asyncio.gather(*(asyncio.wrap_future(one) for one in work.pending))
-    for place, completion in enumerate(completions):
-        work.finished(place, completion)
+    for completion in completions:
+        work.finished(completion)
     return await asyncio.to_thread(_written, work, echoes, completions)
 
 
@@ -50,7 +50,7 @@ def _written(work: Work, echoes: Sequence[Echo | None], completions: Sequence[Co
         for chosen in _best(of_prompt, asked.n) or nothing:
             writer = ChoiceWriter(len(choices), asked, work.service.tokenizer)
             choices.append(writer.whole(echo, chosen))
-    return json.dumps(work.frame.around(choices, usage=work.usage.json)).encode()
+    return json.dumps(work.frame.around(choices, usage=work.whole_usage())).encode()
 
 
 def _best(completions: Sequence[Completion], n: int) -> list[Completion]:
@@ -105,7 +105,7 @@ async def _events(work: Work) -> AsyncGenerator[str]:
         async for choice in _merged(sequences):
             yield event(frame.around([choice], **usage))
         if asked.include_usage:
-            yield event(frame.around([], usage=work.usage.json))
+            yield event(frame.around([], usage=work.whole_usage()))
         yield DONE
     except Exception as error:
         # The status has been sent; clients take this as an error.
@@ -124,7 +124,7 @@ async def _sequence(
     async for piece in pending:
         yield writer.piece(piece)
     completion = pending.result()
-    work.finished(index, completion)
+    work.finished(completion)
     yield writer.end(completion)
 
 

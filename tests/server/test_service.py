@@ -259,7 +259,32 @@ def test_what_prompts_begin_with_is_computed_once(model: Model) -> None:
     assert cached == [0, 64, 96 + 96]
     assert both["usage"]["prompt_tokens"] == 200
     assert last.usage.prompt_tokens_details.cached_tokens == 96
-    assert "neo_cached_prompt_tokens_total 352.0" in text
+    # Each continuation by itself, as each is begun by itself.
+    assert "neo_prefix_cache_queries_total 900.0" in text
+    assert "neo_prefix_cache_hits_total 736.0" in text
+
+
+@pytest.mark.parametrize("room", [0, 10**6, 30 * 10**6])
+def test_several_continuations_of_a_prompt(
+    mini_bundle: Path, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prompt is computed once, or nearly: also where a prefix cache has no room for it."""
+    import neo_runtime
+    from neo_runtime.cached_model import CachedModel
+
+    computed: list[int] = []
+    prefill = CachedModel.prefill_step
+
+    def prefill_step(model: Any, cache: Any, prompts: Any, rows: Any = None) -> Any:
+        computed.append(sum(map(len, prompts)))
+        return prefill(model, cache, prompts, rows)
+
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+        monkeypatch.setattr(CachedModel, "prefill_step", prefill_step)
+        with served(model, max_batch_size=8, prefix_cache_bytes=room) as running:
+            body = {"prompt": list(range(5, 405)), "n": 8, "max_tokens": 3, "ignore_eos": True}
+            assert running.answer(body)[0] == 200
+    assert 400 <= sum(computed) <= 400 + 8 * 32
 
 
 def test_times_of_a_sequence() -> None:

@@ -133,13 +133,17 @@ class CacheStore(ABC):
             source: of the same engine; its row fits into this one.
         """
 
+    def first_held(self, row: int) -> int:
+        """The first position of a row that local layers still hold: 0 where nothing is evicted."""
+        return 0
+
     @abstractmethod
     def save_block(self, row: int, start: int, pool: BlockPool, slot: int) -> None:
         """Copy a row's positions from `start` on, `pool.positions` of them, into a slot.
 
         Args:
             row: of this store.
-            start: local layers still hold this position, see `slots_held`.
+            start: at least `first_held`.
             pool: of the same engine.
             slot: what it held is lost.
         """

@@ -11,6 +11,8 @@ from neo_runtime.forks import in_every_child
 
 __all__ = ["CacheLedger"]
 
+_ASK = "ask for fewer or shorter sequences at once"
+
 _ledgers: weakref.WeakSet[CacheLedger] = weakref.WeakSet()
 
 
@@ -48,12 +50,13 @@ class CacheLedger:
         """Bytes that caches may still take; None without a limit."""
         return None if self._limit is None else max(0, self._limit - self.in_use)
 
-    def reserve(self, size: int, what: str) -> None:
+    def reserve(self, size: int, what: str, ask: str = _ASK) -> None:
         """Take `size` bytes.
 
         Args:
             size: bytes.
             what: needs them, for the message.
+            ask: for less, as the message advises.
 
         Raises:
             CacheLimitError: the limit would be passed; nothing was taken.
@@ -64,9 +67,8 @@ class CacheLedger:
                 self._taken += size
                 return
         raise CacheLimitError(
-            f"{what} needs {size} bytes; {in_use} of the limit of "
-            f"{self._limit} bytes are in use (max_cache_bytes); ask for fewer or shorter sequences "
-            "at once, close other requests, or raise the limit"
+            f"{what} needs {size} bytes; {in_use} of the limit of {self._limit} bytes are in use "
+            f"(max_cache_bytes); {ask}, close other requests, or raise the limit"
         )
 
     def release(self, size: int) -> None:

@@ -6,7 +6,7 @@ import sys
 import weakref
 from typing import TYPE_CHECKING
 
-from neo_runtime.backends.base import position_bytes, slots_held
+from neo_runtime.backends.base import position_bytes
 from neo_runtime.cache.prefix_tree import PrefixTree
 from neo_runtime.closable import Closable
 from neo_runtime.errors import CacheLimitError, NeoError, RequestError
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CachedBeginning", "PrefixCache"]
 
-_BLOCK = 32
-"""Tokens of a block: beginnings are found up to a multiple of it."""
+_MOST_POSITIONS = 32
+"""Of a block; fewer where less is read at once."""
 
 
 class PrefixCache(Closable):
@@ -31,7 +31,7 @@ class PrefixCache(Closable):
 
     Local layers of a cache hold little more than a window, but a text may go on from any block, so
     every block holds its positions in all layers. They are copied while the cache still has them:
-    a prompt is to be read at most `chunk` tokens at once.
+    a prompt is to be read at most `piece` tokens at once.
     """
 
     def __init__(self, backend: Backend, ledger: CacheLedger, size: int, chunk: int) -> None:
@@ -47,22 +47,24 @@ class PrefixCache(Closable):
             RequestError: the size is less than a block's.
             CacheLimitError: the ledger, the device or the system has no room.
         """
-        self._window = backend.manifest.cache.window
-        at_once = min(chunk, self._window or chunk)
-        self.positions = min(_BLOCK, at_once)
+        at_once = min(chunk, backend.manifest.cache.window or chunk)
+        self.positions = min(_MOST_POSITIONS, at_once)
         """Of a block."""
-        self.chunk = at_once // self.positions * self.positions
+        self.piece = at_once // self.positions * self.positions
         """Tokens of a prompt that may be read at once."""
+        self.queries = self.hits = 0
+        """Tokens of prompts that were begun, and those of them that were here."""
         block = self.positions * position_bytes(backend.manifest)
         if size < block:
             raise RequestError(
-                f"a prefix cache of {size} bytes, expected at least {block}: what a block of "
+                f"prefix_cache_bytes is {size}, expected at least {block}: what a block of "
                 f"{self.positions} tokens takes"
             )
         slots = size // block
         self.nbytes = slots * block
         """Bytes of keys and values."""
-        ledger.reserve(self.nbytes, "the prefix cache")
+        smaller = "ask for a smaller one (prefix_cache_bytes)"
+        ledger.reserve(self.nbytes, "the prefix cache", smaller)
         try:
             if self.nbytes > sys.maxsize:
                 raise MemoryError
@@ -71,8 +73,8 @@ class PrefixCache(Closable):
             ledger.release(self.nbytes)
             if isinstance(error, MemoryError) and not isinstance(error, NeoError):
                 raise CacheLimitError(
-                    f"a prefix cache of {self.nbytes} bytes is more than the system has; ask for "
-                    "a smaller one"
+                    f"the prefix cache needs {self.nbytes} bytes, more than the system has; "
+                    f"{smaller}"
                 ) from error
             raise
         self._release = weakref.finalize(self, ledger.release, self.nbytes)
@@ -81,21 +83,20 @@ class PrefixCache(Closable):
 
     def find(self, ids: NDArray[np.int64]) -> CachedBeginning:
         """What is there of a prompt, int64 [n]: never all of it, as its last token gives logits."""
-        count = (len(ids) - 1) // self.positions
-        blocks = [self._tokens(ids, index) for index in range(count)]
-        found = self._tree.find(blocks)
-        return CachedBeginning(self, found, found[-1] if found else self._tree.root)
+        whole = (len(ids) - 1) // self.positions
+        found = self._tree.find([self.key(ids, index) for index in range(whole)])
+        return CachedBeginning(self, ids, found, found[-1] if found else self._tree.root)
 
-    def _tokens(self, ids: NDArray[np.int64], index: int) -> bytes:
+    def key(self, ids: NDArray[np.int64], index: int) -> bytes:
+        """What block `index` of a text, int64 [n], is known by."""
         return ids[index * self.positions : (index + 1) * self.positions].tobytes()
 
     def load(self, blocks: list[Block], cache: KVCache, row: int) -> None:
         """Make an empty row of a cache what some blocks hold, one behind the other."""
-        slots = [block.slot for block in blocks if block.slot is not None]
-        assert len(slots) == len(blocks), "blocks are looked for right before they are read"
-        if slots:
+        assert all(block.is_kept for block in blocks), "they are read right after they were found"
+        if blocks:
             with cache.changing() as store:
-                store.load_blocks(row, self._pool, slots)
+                store.load_blocks(row, self._pool, [block.slot for block in blocks])
 
     def save(
         self, parent: Block, index: int, ids: NDArray[np.int64], cache: KVCache, row: int
@@ -112,25 +113,21 @@ class PrefixCache(Closable):
         Returns:
             The block; None where it cannot be kept.
         """
-        if parent.slot is None and parent is not self._tree.root:
-            return None  # it has made room
-        tokens = self._tokens(ids, index)
-        there = parent.children.get(tokens)
-        if there is not None:
-            return there
-        start = index * self.positions
+        tokens, start = self.key(ids, index), index * self.positions
+        if not parent.is_kept:
+            return None
+        if tokens in parent.children:
+            return parent.children[tokens]
         with cache.reading() as store:
-            lengths = store.lengths[row : row + 1]
-            if start < int((lengths - slots_held(lengths, self._window, store.local_slots))[0]):
-                return None  # local layers have evicted a part of it
-            block = self._tree.add(parent, tokens)
-            if block is None or block.slot is None:
+            if start < store.first_held(row):
                 return None
-            try:
-                store.save_block(row, start, self._pool, block.slot)
-            except BaseException:
-                self._tree.remove(block)
-                raise
+            block = self._tree.add(parent, tokens)
+            if block is not None:
+                try:
+                    store.save_block(row, start, self._pool, block.slot)
+                except BaseException:
+                    self._tree.remove(block)
+                    raise
         return block
 
     def close(self) -> None:
@@ -142,19 +139,39 @@ class PrefixCache(Closable):
 class CachedBeginning:
     """What a prefix cache has of one text. More is added as the text is computed."""
 
-    def __init__(self, cache: PrefixCache, found: list[Block], last: Block) -> None:
-        self._cache = cache
-        self._found = found
-        self.length = len(found) * cache.positions
-        """Tokens that were found."""
+    def __init__(
+        self, cache: PrefixCache, prompt: NDArray[np.int64], found: list[Block], last: Block
+    ) -> None:
+        """Hold what was found.
+
+        Args:
+            cache: where.
+            prompt: the text as far as it is known, int64 [n].
+            found: the blocks, from the first on.
+            last: the last of them, or the root.
+        """
+        self._cache, self._prompt, self._found = cache, prompt, found
         self._last: Block | None = last
         """None where the text's next block cannot be kept, and so no other behind it."""
         self._count = len(found)
 
+    @property
+    def length(self) -> int:
+        """Tokens that were found."""
+        return len(self._found) * self._cache.positions
+
+    @property
+    def ahead(self) -> tuple[Block, bytes] | None:
+        """The block that this text adds next, if others could use it before their last token."""
+        if self._last is None or (self._count + 1) * self._cache.positions >= len(self._prompt):
+            return None
+        return self._last, self._cache.key(self._prompt, self._count)
+
     def load(self, cache: KVCache, row: int) -> None:
         """Let an empty row begin with what was found; right behind `PrefixCache.find`."""
         self._cache.load(self._found, cache, row)
-        self._found = []
+        self._cache.queries += len(self._prompt)
+        self._cache.hits += self.length
 
     def has_more(self, length: int) -> bool:
         """Whether a text of `length` tokens has blocks that are not here yet."""
@@ -162,6 +179,9 @@ class CachedBeginning:
 
     def extend(self, ids: NDArray[np.int64], cache: KVCache, row: int) -> None:
         """Keep the whole blocks of a text, int64 [n], of which a row of a cache has all."""
-        while self._last is not None and self.has_more(len(ids)):
-            self._last = self._cache.save(self._last, self._count, ids, cache, row)
+        last, whole = self._last, len(ids) // self._cache.positions
+        self._last = None  # for good, if a copy fails
+        while last is not None and self._count < whole:
+            last = self._cache.save(last, self._count, ids, cache, row)
             self._count += 1
+        self._last = last

@@ -18,13 +18,15 @@ __all__ = ["Block", "PrefixTree"]
 class Block:
     """Some tokens behind others, and where their keys and values are."""
 
-    __slots__ = ("children", "parent", "slot", "tokens")
+    __slots__ = ("children", "is_kept", "parent", "slot", "tokens")
 
-    def __init__(self, tokens: bytes, parent: Block | None, slot: int | None) -> None:
+    def __init__(self, tokens: bytes, parent: Block | None, slot: int) -> None:
         self.tokens = tokens
         self.parent = parent
+        """None for the root."""
         self.slot = slot
-        """None for the root, and once the block has made room for another."""
+        self.is_kept = True
+        """Until the block has made room for another."""
         self.children: dict[bytes, Block] = {}
 
 
@@ -37,7 +39,7 @@ class PrefixTree:
         Args:
             slots: how many blocks can be kept.
         """
-        self.root = Block(b"", None, None)
+        self.root = Block(b"", None, -1)
         self._free = list(range(slots))[::-1]
         self._by_use: OrderedDict[Block, None] = OrderedDict()
         """Those used longest ago first."""
@@ -65,7 +67,7 @@ class PrefixTree:
             A new block, whose slot the caller fills; None where every slot is part of what the
             block follows.
         """
-        assert parent is self.root or parent.slot is not None
+        assert parent.is_kept
         assert tokens not in parent.children
         self._use(parent)
         slot = self._free.pop() if self._free else self._evict(parent)
@@ -78,12 +80,11 @@ class PrefixTree:
 
     def remove(self, block: Block) -> None:
         """Forget a leaf."""
-        assert not block.children
         assert block.parent is not None
-        assert block.slot is not None
+        assert not block.children
         del self._by_use[block], block.parent.children[block.tokens]
         self._free.append(block.slot)
-        block.slot = None
+        block.is_kept = False
 
     def _evict(self, parent: Block) -> int | None:
         oldest = next(iter(self._by_use), None)

@@ -17,19 +17,19 @@ __all__ = ["Reading"]
 class Reading(Closable):
     """A request's prompt in a cache of its own."""
 
-    def __init__(self, model: CachedModel, request: Request, chunk: int) -> None:
+    def __init__(self, model: CachedModel, request: Request, piece: int) -> None:
         """Allocate; nothing is read yet.
 
         Args:
             model: computes.
             request: whose prompt is read.
-            chunk: tokens that are read at once.
+            piece: tokens that are read at once.
 
         Raises:
             CacheLimitError: there is no room for another cache.
         """
         self.request = request
-        self._model, self._chunk = model, chunk
+        self._model, self._piece = model, piece
         self._unread = request.unread_prompt
         self.cache = model.new_cache(1, model.rounded_length(request.prompt_length))
         try:
@@ -39,10 +39,14 @@ class Reading(Closable):
             raise
 
     def read_chunk(self) -> StepLogits | None:
-        """Read on; the logits of the prompt's last token once that was read."""
-        logits = self._model.prefill_step(self.cache, [self._unread[: self._chunk]])
-        self._unread = self._unread[self._chunk :]
-        self.request.leave(self.cache, 0)
+        """Read a chunk of the model; the logits of the prompt's last token once that was read."""
+        logits = None
+        for _ in range(0, self._model.prefill_chunk, self._piece):
+            if not len(self._unread):
+                break
+            logits = self._model.prefill_step(self.cache, [self._unread[: self._piece]])
+            self._unread = self._unread[self._piece :]
+            self.request.keep(self.cache, 0)
         return None if len(self._unread) else logits
 
     def close(self) -> None:

@@ -43,13 +43,24 @@ class Request:
     @property
     def unread_prompt(self) -> NDArray[np.int64]:
         """What of the prompt is still to be computed: int64 [n]."""
+        if self._beginning is not None:
+            return self._row.prompt[self._beginning.length :]
         return self._row.unread_prompt
 
-    def look_up(self, prefixes: PrefixCache | None) -> None:
-        """See what of the prompt other requests have left; `fill` must come next, or another."""
-        if prefixes is not None and self._row.prefix is None:
-            self._beginning = prefixes.find(self._row.prompt)
-            self._row.cached = self._beginning.length
+    def look_up(self, prefixes: PrefixCache) -> None:
+        """See what of the prompt a cache has; `fill` must come next, or this again."""
+        if self._row.prefix is None:
+            try:
+                self._beginning = prefixes.find(self._row.prompt)
+            except BaseException as error:
+                self.fail(error)
+
+    def repeats(self, other: Request) -> bool:
+        """Whether it would compute what another is about to leave in the prefix cache."""
+        if self._beginning is None or other._beginning is None:
+            return False
+        ahead = self._beginning.ahead
+        return ahead is not None and ahead == other._beginning.ahead
 
     @property
     def prompt_length(self) -> int:
@@ -67,15 +78,19 @@ class Request:
             self._row.prefix.fill(cache, [row])
         if self._beginning is not None:
             self._beginning.load(cache, row)
+            self._row.cached = self._beginning.length
         self._let_go()
 
-    def leave(self, cache: KVCache, row: int) -> None:
-        """Leave to other requests what a cache has of this one."""
+    def keep(self, cache: KVCache, row: int) -> None:
+        """Keep for other requests what a row has of this one. Nobody fails for a copy that does."""
         length = int(cache.store.lengths[row])
         if self._beginning is not None and self._beginning.has_more(length):
             tokens = [choice.token for choice in self._row.choices]
             ids = np.concatenate([self._row.prompt, np.array(tokens, np.int64)])
-            self._beginning.extend(ids[:length], cache, row)
+            try:
+                self._beginning.extend(ids[:length], cache, row)
+            except Exception as error:
+                _LOG.warning("a beginning was not kept for other requests: %s", error)
 
     def push(self, logits: RowLogits) -> None:
         """Choose the next token."""

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections import deque
 from queue import Empty, SimpleQueue
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from neo_runtime.errors import NeoError
 from neo_runtime.generation.generator import fill_holes
 from neo_runtime.scheduling.reading import Reading
+from neo_runtime.scheduling.waiting_line import WaitingLine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,10 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["RunningBatch"]
 
 _CLOSED = "the scheduler is closed; make another one"
-_SWEEP = 0.05
-"""Seconds between two looks at all who wait: whether anybody still wants them."""
-_SWEEP_SHARE = 20
-"""And so many times as long as one look takes: for thousands who wait."""
 
 
 class RunningBatch:
@@ -59,14 +54,11 @@ class RunningBatch:
         """
         self._model, self._batch, self._length = model, batch, length
         self._prefixes = prefixes
-        self._chunk = model.prefill_chunk if prefixes is None else prefixes.chunk
-        """Tokens of prompts between two steps."""
         self._inbox: SimpleQueue[Request | None] = SimpleQueue()
-        self._waiting: deque[Request] = deque()
+        self._waiting = WaitingLine(model.prefill_chunk, prefixes)
         self._active: list[Request] = []
         """By row of the cache."""
         self._reading: Reading | None = None
-        self._next_sweep = 0.0
         self._is_ending = self._is_cancelled = self._has_stopped = False
         self._cache: KVCache | None = self._new_cache()
         # A daemon: a thread that waits for work does not hold up the process's end.
@@ -177,7 +169,7 @@ class RunningBatch:
             cache = self._open_cache()
             _push(self._active, self._model.decode_step(cache, tokens))
             for row, request in enumerate(self._active):
-                request.leave(cache, row)
+                request.keep(cache, row)
 
     def _look_around(self) -> None:
         """End what nobody wants: of those who wait now and then, and each when its turn comes."""
@@ -188,13 +180,7 @@ class RunningBatch:
             if self._reading.request.has_ended:
                 self._reading.close()
                 self._reading = None
-        started = monotonic()
-        if started >= self._next_sweep or self._is_cancelled:
-            for request in self._waiting:
-                request.end_if_unwanted(is_closing=self._is_cancelled)
-            self._waiting = deque(request for request in self._waiting if not request.has_ended)
-            now = monotonic()
-            self._next_sweep = now + max(_SWEEP, _SWEEP_SHARE * (now - started))
+        self._waiting.sweep(is_closing=self._is_cancelled)
 
     def _drop_ended(self) -> None:
         kept = [row for row, request in enumerate(self._active) if not request.has_ended]
@@ -205,8 +191,9 @@ class RunningBatch:
 
     def _begin(self) -> None:
         """Compute the prompts of requests that have waited, those that came first."""
-        new = self._next()
-        if len(new) == 1 and self._is_long(new[0]) and self._start_reading(new[0]):
+        reading = None if self._reading is None else self._reading.request
+        new = self._waiting.next(self._batch - self.active, reading)
+        if len(new) == 1 and self._waiting.is_long(new[0]) and self._start_reading(new[0]):
             return
         if new:
             rows = range(len(self._active), len(self._active) + len(new))
@@ -216,35 +203,18 @@ class RunningBatch:
             for row, request in zip(rows, new, strict=True):
                 request.fill(cache, row)
             prompts = [request.unread_prompt for request in new]
-            self._first_tokens(new, self._model.prefill_step(cache, prompts, rows))
-            for row, request in zip(rows, new, strict=True):
-                request.leave(cache, row)
-
-    def _next(self) -> list[Request]:
-        """Requests that begin now: as many as have room, and at most a chunk, or one."""
-        new: list[Request] = []
-        tokens, room = 0, self._batch - self.active
-        while self._waiting and len(new) < room:
-            request = self._waiting[0]
-            request.end_if_unwanted(is_closing=False)
-            if not request.has_ended:
-                request.look_up(self._prefixes)
-                tokens += len(request.unread_prompt)
-                if new and tokens > self._chunk:
-                    break
-                if self._reading is not None and self._is_long(request):
-                    break
-                new.append(request)
-            self._waiting.popleft()
-        return new
-
-    def _is_long(self, request: Request) -> bool:
-        return len(request.unread_prompt) > self._chunk
+            piece = self._waiting.piece
+            for start in range(0, len(prompts[0]), piece):  # of several each is one
+                pieces = [prompt[start : start + piece] for prompt in prompts]
+                logits = self._model.prefill_step(cache, pieces, rows)
+                for row, request in zip(rows, new, strict=True):
+                    request.keep(cache, row)
+            self._first_tokens(new, logits)
 
     def _start_reading(self, request: Request) -> bool:
         """Begin a long prompt; False where there is no room for another cache."""
         try:
-            self._reading = Reading(self._model, request, self._chunk)
+            self._reading = Reading(self._model, request, self._waiting.piece)
         except MemoryError:  # CacheLimitError and DeviceMemoryError are such
             return False
         except BaseException as error:

@@ -88,8 +88,8 @@ class Scheduler(Closable):
 
         Raises:
             CacheLimitError: there is no room for the cache, or for the prefix cache.
-            RequestError: a size that is no integer of at least 1, or a prefix cache that is
-                smaller than a block of 32 tokens.
+            RequestError: a size that is no integer of at least 1, or a prefix cache that has no
+                room for a block of 32 tokens.
             ContextLengthError: `max_length` is more than the model has.
         """
         if not isinstance(model, CachedModel):
@@ -98,13 +98,13 @@ class Scheduler(Closable):
             )
         batch = count(1, optional=True)("max_batch_size", max_batch_size)
         length = count(1, optional=True)("max_length", max_length)
+        size = count(0)("prefix_cache_bytes", prefix_cache_bytes)
         self._model = model
         self._max_length: int = length or model.manifest.max_length
         model.prepare()
-        size = count(0)("prefix_cache_bytes", prefix_cache_bytes)
-        prefixes = model.new_prefix_cache(size) if size else None
+        prefixes = self._prefixes = model.new_prefix_cache(size) if size else None
         try:
-            batch = batch or self._default_batch()
+            batch = batch or self._default_batch(spare=prefixes is not None)
             self._batch = RunningBatch(model, batch, self._max_length, prefixes)
         except BaseException:
             if prefixes is not None:
@@ -173,6 +173,16 @@ class Scheduler(Closable):
         """Requests that are being computed."""
         return self._batch.active
 
+    @property
+    def prefix_cache_queries(self) -> int:
+        """Tokens of prompts that were begun with a prefix cache."""
+        return self._prefixes.queries if self._prefixes is not None else 0
+
+    @property
+    def prefix_cache_hits(self) -> int:
+        """Those of them that were in the cache."""
+        return self._prefixes.hits if self._prefixes is not None else 0
+
     def close(self, *, cancel: bool = False) -> None:
         """Take no more requests, finish those that were taken, and free the cache.
 
@@ -195,8 +205,11 @@ class Scheduler(Closable):
         """Close; after an error, such as Ctrl-C, without finishing."""
         self.close(cancel=kind is not None)
 
-    def _default_batch(self) -> int:
+    def _default_batch(self, *, spare: bool) -> int:
+        """As many as there is room for; with a spare one, as most prompts are read in their own."""
         size, room = self._model.default_batch, self._model.cache_bytes_left
+        if room is not None and spare:
+            room -= self._model.cache_bytes(1, self._max_length)
         while size > 1 and room is not None:
             if self._model.cache_bytes(size, self._max_length) <= room:
                 break

@@ -226,10 +226,14 @@ class InPlaceStore(RightPaddedStore):
         self.lengths[rows] = used
         self._refresh_mask()
 
+    def first_held(self, row: int) -> int:
+        """See `CacheStore.first_held`."""
+        return self._evicted(int(self.lengths[row]))
+
     def save_block(self, row: int, start: int, pool: BlockPool, slot: int) -> None:
         """See `CacheStore.save_block`."""
         assert isinstance(pool, HostBlocks)
-        evicted = self._evicted(int(self.lengths[row]))
+        evicted = self.first_held(row)
         assert start >= evicted
         with self._busy:
             for growing, buffer, block in zip(

@@ -22,7 +22,7 @@ from neo_runtime.backends.cuda.slots import (
     make_slot,
 )
 from neo_runtime.backends.cuda.store import DeviceStore
-from neo_runtime.backends.device.blocks import lend_blocks
+from neo_runtime.backends.device.blocks import new_blocks
 from neo_runtime.backends.device.idle_pool import IdlePool
 from neo_runtime.backends.device.leftovers import Leftovers
 from neo_runtime.backends.device.locks import alone, new_lock
@@ -194,9 +194,7 @@ class CudaBackend(Backend):
 
     def open_pool(self, slots: int, positions: int) -> BlockPool:
         """See `Backend.open_pool`."""
-        return lend_blocks(
-            self.manifest, self.device, self.slots, self._leftovers, slots, positions
-        )
+        return new_blocks(self.manifest, self.device, self.slots, self._leftovers, slots, positions)
 
     @contextmanager
     def block(self, size: int) -> Iterator[int]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from neo_runtime.backends.device.leftovers import Leftovers
     from neo_runtime.bundle.manifest import Manifest
 
-__all__ = ["DeviceBlocks", "lend_blocks"]
+__all__ = ["DeviceBlocks", "new_blocks"]
 
 
 class DeviceBlocks(BlockPool):
@@ -50,7 +50,7 @@ class DeviceBlocks(BlockPool):
         self._give_back()
 
 
-def lend_blocks(
+def new_blocks(
     manifest: Manifest,
     device: Device,
     idle: IdlePool[Any],
@@ -65,7 +65,7 @@ def lend_blocks(
     """
     size = slots * positions * position_bytes(manifest)
     with leftovers.cleared():
-        address = idle.lend(partial(device.allocate, size))
+        address = idle.take_other(partial(device.allocate, size))
     # Nothing of the backend: a pool must not keep it from being garbage.
-    give_back = partial(leftovers.leave, partial(idle.take_back, partial(device.free, address)))
+    give_back = partial(leftovers.leave, partial(idle.give_other, partial(device.free, address)))
     return DeviceBlocks(address, manifest, positions, give_back)

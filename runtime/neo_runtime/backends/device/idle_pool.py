@@ -49,7 +49,7 @@ class IdlePool(Generic[Item]):
         self._make, self._most_idle = make, most_idle
         self._idle: list[Item] = []
         self._taken: list[Item] = []
-        self._lent = 0
+        self._others = 0
         self._at_end: Callable[[], None] | None = None
 
     def take(self, *key: int) -> Item:
@@ -98,19 +98,19 @@ class IdlePool(Generic[Item]):
                 raise
         return work()
 
-    def lend(self, make: Callable[[], Result]) -> Result:
-        """Make something of no size of this pool's, for which idle buffers make room.
+    def take_other(self, make: Callable[[], Result]) -> Result:
+        """Make what is no buffer of this pool, for which idle ones make room; the end waits for it.
 
         Raises:
             DeviceMemoryError: the device has no room, even without the idle ones.
         """
         made = self.with_room(make)
-        self._lent += 1
+        self._others += 1
         return made
 
-    def take_back(self, free: Callable[[], None]) -> None:
-        """Free what was lent."""
-        self._lent -= 1
+    def give_other(self, free: Callable[[], None]) -> None:
+        """Free what `take_other` gave."""
+        self._others -= 1
         free()
         if self._at_end is not None:
             self._end()
@@ -133,7 +133,7 @@ class IdlePool(Generic[Item]):
 
     def _end(self) -> None:
         self.free_idle()
-        if self._at_end is not None and not self._taken and not self._lent:
+        if self._at_end is not None and not self._taken and not self._others:
             self._at_end()
 
     @property

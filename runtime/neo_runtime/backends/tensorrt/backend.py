@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.backends.base import Backend, CacheStore, position_bytes
-from neo_runtime.backends.device.blocks import lend_blocks
+from neo_runtime.backends.device.blocks import new_blocks
 from neo_runtime.backends.device.idle_pool import IdlePool
 from neo_runtime.backends.device.leftovers import Leftovers
 from neo_runtime.backends.device.locks import new_lock
@@ -104,7 +104,7 @@ class TensorRTBackend(Backend):
 
     def open_pool(self, slots: int, positions: int) -> BlockPool:
         """See `Backend.open_pool`."""
-        return lend_blocks(
+        return new_blocks(
             self.manifest, self.device, self._steps, self._leftovers, slots, positions
         )
 

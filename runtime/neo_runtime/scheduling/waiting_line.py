@@ -1,0 +1,90 @@
+"""Requests that have not begun, in the order in which they came, and which of them begin next."""
+
+from __future__ import annotations
+
+from collections import deque
+from time import monotonic
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from neo_runtime.cache.prefix_cache import PrefixCache
+    from neo_runtime.scheduling.request import Request
+
+__all__ = ["WaitingLine"]
+
+_SWEEP = 0.05
+"""Seconds between two looks at all who wait: whether anybody still wants them."""
+_SWEEP_SHARE = 20
+"""And so many times as long as one look takes: for thousands who wait."""
+
+
+class WaitingLine:
+    """See the module."""
+
+    def __init__(self, chunk: int, prefixes: PrefixCache | None) -> None:
+        """Begin with nobody.
+
+        Args:
+            chunk: tokens of prompts that may hold up a running batch at once.
+            prefixes: what requests may begin with.
+        """
+        self.piece = chunk if prefixes is None else prefixes.piece
+        """Tokens of a prompt that are read at once; a prompt of more is a long one."""
+        self._chunk, self._prefixes = chunk, prefixes
+        self._requests: deque[Request] = deque()
+        self._next_sweep = 0.0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def append(self, request: Request) -> None:
+        """Let a request wait."""
+        self._requests.append(request)
+
+    def sweep(self, *, is_closing: bool) -> None:
+        """End, now and then, what nobody wants; each is looked at when its turn comes as well."""
+        started = monotonic()
+        if started >= self._next_sweep or is_closing:
+            for request in self._requests:
+                request.end_if_unwanted(is_closing=is_closing)
+            self._requests = deque(one for one in self._requests if not one.has_ended)
+            now = monotonic()
+            self._next_sweep = now + max(_SWEEP, _SWEEP_SHARE * (now - started))
+
+    def next(self, room: int, reading: Request | None) -> list[Request]:
+        """Take those who begin now: at most `room`, and at most a chunk, or a long one.
+
+        Args:
+            room: sequences that the batch has room for.
+            reading: whose long prompt is being read.
+        """
+        new: list[Request] = []
+        while self._requests and len(new) < room:
+            request = self._requests[0]
+            request.end_if_unwanted(is_closing=False)
+            if self._prefixes is not None and not request.has_ended:
+                request.look_up(self._prefixes)
+            if not request.has_ended:
+                if not self._fits(request, new, reading):
+                    break
+                new.append(request)
+            self._requests.popleft()
+        return new
+
+    def _fits(self, request: Request, new: Sequence[Request], reading: Request | None) -> bool:
+        """Whether a request begins with some others, beside the one whose prompt is being read."""
+        others = [*new, *([] if reading is None else [reading])]
+        if any(request.repeats(other) for other in others):
+            return False  # it finds at the next step what they leave
+        if self.is_long(request):
+            return not others
+        if not new:
+            return True
+        tokens = sum(len(other.unread_prompt) for other in (*new, request))
+        return tokens <= self._chunk and not self.is_long(new[0])
+
+    def is_long(self, request: Request) -> bool:
+        """Whether a prompt is read in a cache of its own."""
+        return len(request.unread_prompt) > self.piece
