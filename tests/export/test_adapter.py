@@ -25,6 +25,7 @@ peft = pytest.importorskip("peft", reason="peft is not installed: pip install '.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning"),
 ]
 
 LIMIT = TOLERANCES["fp32"].logits
@@ -135,17 +136,60 @@ def test_the_matrices_of_peft(name: str, tmp_path: Path) -> None:
             )
 
 
-def test_more_tokens_than_the_base_model_has(tmp_path: Path) -> None:
-    """Tied tables of both, as peft saves them, stay one."""
-    base = make_checkpoint(tmp_path / "base", CONFIG)
-    model = make_adapter(
-        tmp_path / "adapter", base, vocab_size=CONFIG.vocab_size + 3, target_modules=["q_proj"]
-    )
-    ids = np.arange(CONFIG.vocab_size - 5, CONFIG.vocab_size + 3)
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "wte"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["wte", "lm_head"]},
+    ],
+    ids=str,
+)
+def test_more_tokens_than_the_base_model_has(
+    lora: dict[str, Any], is_tied: bool, tmp_path: Path
+) -> None:
+    """Tables as peft saves them, beside what lies over them."""
+    config = TinyConfig(tie_word_embeddings=is_tied)
+    base = make_checkpoint(tmp_path / "base", config)
+    more = config.vocab_size + 3
+    model = make_adapter(tmp_path / "adapter", base, vocab_size=more, **lora)
+    ids = np.arange(more - 8, more)
+    if lora["target_modules"][-1] == "lm_head" and not is_tied:
+        return  # peft does not store the other table, and makes its new rows up
     assert export([str(tmp_path / "adapter"), "-o", str(tmp_path / "bundle")]) == 0
     with neo_runtime.load(tmp_path / "bundle", threads=1) as loaded:
-        assert loaded.manifest.model.vocab_size == CONFIG.vocab_size + 3
-        assert loaded.manifest.model.tie_word_embeddings
+        assert loaded.manifest.model.vocab_size == more
+        stays_tied = is_tied and lora == {"target_modules": ["q_proj"]}
+        assert loaded.manifest.model.tie_word_embeddings == stays_tied
+        assert _far(loaded.logits(ids), logits_of(model, ids)) < LIMIT
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("target", ["wte", "lm_head"])
+def test_a_table_that_lies_under_an_adapter(
+    target: str, config: TinyConfig, tmp_path: Path
+) -> None:
+    """peft may save it with the adapter, and it need not be the base model's."""
+    import torch
+    from transformers import GPTNeoForCausalLM
+
+    base = make_checkpoint(tmp_path / "base", config)
+    model = GPTNeoForCausalLM.from_pretrained(base, attn_implementation="eager")
+    table = model.lm_head if target == "lm_head" else model.transformer.wte
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", target])
+    with torch.no_grad():
+        table.weight.mul_(-1.5)
+    model = peft.get_peft_model(model, lora).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    ids = random_ids(config, 20)
+    assert export([str(tmp_path / "adapter"), "-o", str(tmp_path / "bundle")]) == 0
+    with neo_runtime.load(tmp_path / "bundle", threads=1) as loaded:
         assert _far(loaded.logits(ids), logits_of(model, ids)) < LIMIT
 
 
@@ -179,18 +223,46 @@ def test_a_half_precision_base_and_its_own_tokenizer(tmp_path: Path) -> None:
 
 
 def test_a_base_model_without_its_head(tmp_path: Path) -> None:
-    """As adapters of `GPTNeoModel` name what they change."""
-    from safetensors.numpy import load_file, save_file
+    """Adapters of `GPTNeoModel` name modules in their own way, in patterns as well."""
+    import torch
+    from transformers import GPTNeoModel
 
     base = make_checkpoint(tmp_path / "base", CONFIG)
+    config = peft.LoraConfig(
+        task_type="FEATURE_EXTRACTION",
+        r=4,
+        target_modules=["q_proj", "c_fc"],
+        alpha_pattern={r"^h.1.*": 50, r"transformer\.h\.0\.mlp\.c_fc": 80},
+        rank_pattern={"^h.2.mlp.c_fc": 2},
+    )
+    model = peft.get_peft_model(GPTNeoModel.from_pretrained(base), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload().state_dict()
+    with open_checkpoint(tmp_path / "adapter") as checkpoint:
+        for name, tensor in checkpoint.tensors.items():
+            expected = merged[name.removeprefix("transformer.")].numpy()
+            np.testing.assert_allclose(tensor.read(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_else_is_in_the_folder(tmp_path: Path) -> None:
+    """The adapter's own generation_config.json, and its tokenizer if that is a whole one."""
+    base = make_checkpoint(tmp_path / "base", CONFIG)
+    (base / "tokenizer.json").write_text("{}")
     make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    (tmp_path / "adapter" / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "adapter" / "generation_config.json").write_text('{"eos_token_id": 5}')
     with open_checkpoint(tmp_path / "adapter") as checkpoint:
-        name = "transformer.h.0.attn.attention.q_proj.weight"
-        expected = checkpoint.tensors[name].read()
-    weights = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file({n.replace(".transformer.", "."): t for n, t in load_file(weights).items()}, weights)
-    with open_checkpoint(tmp_path / "adapter") as checkpoint:
-        np.testing.assert_array_equal(checkpoint.tensors[name].read(), expected)
+        assert checkpoint.generation_config == {"eos_token_id": 5}
+        assert checkpoint.tokenizer_files == (base / "tokenizer.json",)
+    for file in base.iterdir():
+        if file.suffix == ".safetensors":
+            (tmp_path / "adapter" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match="a whole model and a LoRA adapter"):
+        open_checkpoint(tmp_path / "adapter")
 
 
 @pytest.fixture
@@ -213,6 +285,8 @@ def adapter(tmp_path: Path) -> Path:
         ({"r": 3}, r"matrices of shapes \[4, 32\] and \[\d+, 4\] .*expected \[3, 32\].* rank 3"),
         ({"lora_alpha": None}, "is not what peft writes"),
         ({"rank_pattern": {"(": 2}}, "is not what peft writes"),
+        ({"lora_alpha": 10**400}, "is not what peft writes"),
+        ({"lora_alpha": float("inf")}, "is not what peft writes .*lora_alpha is inf"),
         ({"use_dora": True}, "lacks the magnitudes of"),
     ],
     ids=str,
@@ -222,6 +296,12 @@ def test_what_cannot_be_merged(adapter: Path, change: dict[str, Any], message: s
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(NeoError, match=message):
         open_checkpoint(adapter)
+
+
+def test_a_revision_is_of_hubs(adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "main"}))
+    open_checkpoint(adapter).close()
 
 
 def test_files_that_do_not_belong_together(adapter: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from neo_runtime.closable import Closable
@@ -14,9 +14,10 @@ from neo_runtime.errors import CheckpointError
 from neo_export.checkpoint.adapter_config import MERGE_WITH_PEFT, read_adapter_config
 from neo_export.checkpoint.lazy_tensor import FLOAT_DTYPES, LazyTensor
 from neo_export.checkpoint.weight_files import WeightFiles
+from neo_export.gpt_neo.parameters import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -26,6 +27,7 @@ __all__ = ["ADAPTER_FILES", "Adapter"]
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 _PREFIX = "base_model.model."
+_PARENTS = ("transformer.", "lm_head")
 _PART = re.compile(
     r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
     r"(\.(?P<kind>weight|bias))?"
@@ -71,46 +73,54 @@ class Adapter(Closable):
         self.config = read_adapter_config(folder)
         self._files = WeightFiles(folder, ADAPTER_FILES)
 
-    def merged(self, base: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    def merged(self, base: Mapping[str, LazyTensor], *, is_tied: bool) -> dict[str, LazyTensor]:
         """The tensors that the adapter changes or replaces, by the base model's names.
 
         Args:
-            base: all tensors of the base model, by the names of `GPTNeoForCausalLM`; those of a
-                module that has two names may stand under both.
+            base: all tensors of the base model, by the names of `GPTNeoForCausalLM`; a table that
+                is also the head under both names.
+            is_tied: it is.
 
         Raises:
             CheckpointError: they do not belong to one another.
         """
         parts, found = self._sorted()
+        for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)) if is_tied else ():
+            # What peft has stored of a shared table is both, but where a copy was trained.
+            if name in found and not self._is_copy(name):
+                found.setdefault(other, found[name])
         for module, own in parts.items():
-            weight = f"{module}.weight"
-            if weight not in base:
+            # Adapters of `GPTNeoModel` name modules without `transformer.`, patterns as well.
+            name = module if module.startswith(_PARENTS) else f"transformer.{module}"
+            weight, bias = f"{name}.weight", f"{name}.bias"
+            before = found.get(weight, base.get(weight))  # peft may store what lies under it
+            if before is None:
                 raise self._error(f"has matrices for {module!r}, which the base model has not")
-            lora = self._lora(module, own, base[weight])
-            found[weight] = LazyTensor(
-                weight, base[weight].shape, "float32", _reader(lora, base[weight])
-            )
-            if (bias := own.get("B.bias")) is not None:
-                name = f"{module}.bias"
-                scale = lora.scale
-                if name not in base:
+            lora = self._lora(module, own, before)
+            found[weight] = LazyTensor(weight, before.shape, "float32", _merger(lora, before))
+            if (more := own.get("B.bias")) is not None:
+                before = found.get(bias, base.get(bias))
+                if before is None:
                     raise self._error(f"has a bias for {module!r}, which the base model has not")
-                before = found.get(name, base[name])
-                found[name] = LazyTensor(name, before.shape, "float32", _sum(before, bias, scale))
+                added = _sum(before, more, lora.scale)
+                found[bias] = LazyTensor(bias, before.shape, "float32", added)
         return found
 
     def _sorted(self) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
-        """Parts of modules, by module and part; and tensors that replace the base model's."""
+        """Parts of modules, by the adapter's name and part; tensors that replace the base's."""
         parts: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
         whole: dict[str, LazyTensor] = {}
         for name, tensor in self._files.tensors.items():
-            plain = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
-            if not plain.startswith(("transformer.", "lm_head.")):
-                plain = f"transformer.{plain}"
+            if ".original_module." in name:
+                continue  # beside what was trained in its place
+            plain = name.removeprefix(_PREFIX)
+            for wrapped in (".base_layer.", ".modules_to_save."):
+                plain = plain.replace(wrapped, ".")
             if tensor.dtype not in FLOAT_DTYPES:
                 raise self._error(f"has tensor {name!r} of type {tensor.dtype}")
             match = _PART.fullmatch(plain)
             if match is None:
+                plain = plain if plain.startswith(_PARENTS) else f"transformer.{plain}"
                 whole[plain] = LazyTensor(plain, tensor.shape, tensor.dtype, tensor.load)
             else:
                 suffix = ".bias" if match["kind"] == "bias" else ""
@@ -118,6 +128,9 @@ class Adapter(Closable):
         if not parts and not whole:
             raise self._error("is empty")
         return parts, whole
+
+    def _is_copy(self, weight: str) -> bool:
+        return weight.split(".")[-2] in self.config.modules_to_save
 
     def _lora(self, module: str, own: Mapping[str, LazyTensor], base: LazyTensor) -> _Lora:
         """The module's parts, checked."""
@@ -151,9 +164,9 @@ class Adapter(Closable):
         self._files.close()
 
 
-def _reader(lora: _Lora, base: LazyTensor) -> Any:
+def _merger(lora: _Lora, base: LazyTensor) -> Callable[[], NDArray[np.float32]]:
     return lambda: lora.merged(base)
 
 
-def _sum(base: LazyTensor, more: LazyTensor, scale: float) -> Any:
+def _sum(base: LazyTensor, more: LazyTensor, scale: float) -> Callable[[], NDArray[np.float32]]:
     return lambda: np.asarray(base.read() + scale * more.read(), np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import CheckpointError
@@ -13,7 +14,6 @@ from neo_export.checkpoint.config import read_json_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 __all__ = ["ADAPTER_CONFIG_NAME", "MERGE_WITH_PEFT", "LoraConfig", "read_adapter_config"]
 
@@ -42,7 +42,6 @@ _OF_TRAINING = frozenset(
         "lora_dropout",
         "lora_ga_config",
         "megatron_core",
-        "modules_to_save",
         "peft_version",
         "qalora_group_size",
         "runtime_config",
@@ -70,6 +69,8 @@ class LoraConfig:
     is_rank_stabilized: bool
     has_magnitudes: bool
     """DoRA."""
+    modules_to_save: frozenset[str]
+    """Last names of modules that were trained as a whole, as copies."""
 
     def rank_of(self, module: str) -> int:
         """Rank of a module's matrices."""
@@ -113,9 +114,11 @@ def read_adapter_config(folder: Path) -> LoraConfig:
             alpha_pattern={key: float(n) for key, n in (raw.get("alpha_pattern") or {}).items()},
             is_rank_stabilized=bool(raw.get("use_rslora")),
             has_magnitudes=bool(raw.get("use_dora")),
+            modules_to_save=frozenset(raw.get("modules_to_save") or ()),
         )
-        config.scale_of("a.b")  # compiles the patterns
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        if not math.isfinite(config.scale_of("a.b")):  # compiles the patterns
+            raise ValueError(f"lora_alpha is {config.alpha}")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
         raise CheckpointError(
             f"{path} is not what peft writes ({type(error).__name__}: {error}); save the adapter "
             "again"
@@ -131,7 +134,7 @@ def _refuse_others(raw: dict[str, Any], path: Path) -> None:
             f"{MERGE_WITH_PEFT}"
         )
     read = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora"}
-    read |= {"use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+    read |= {"use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights", "modules_to_save"}
     for name, value in raw.items():
         if value and name not in read | _OF_TRAINING:
             raise CheckpointError(
@@ -143,7 +146,8 @@ def _base(raw: dict[str, Any]) -> str:
     base, revision = raw.get("base_model_name_or_path"), raw.get("revision")
     if not isinstance(base, str) or not base:
         raise ValueError("base_model_name_or_path names no model")
-    return f"{base}@{revision}" if isinstance(revision, str) and revision else base
+    is_on_a_hub = isinstance(revision, str) and revision and not Path(base).exists()
+    return f"{base}@{revision}" if is_on_a_hub else base
 
 
 def _count(value: Any) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from neo_runtime.closable import Closable
 from neo_runtime.errors import CheckpointError, NeoError
 
-from neo_export.checkpoint.adapter import Adapter
+from neo_export.checkpoint.adapter import ADAPTER_FILES, Adapter
 from neo_export.checkpoint.adapter_config import ADAPTER_CONFIG_NAME
 from neo_export.checkpoint.config import CONFIG_NAME, read_config, read_json_object
 from neo_export.checkpoint.hub import resolve_model
@@ -80,7 +80,7 @@ class Checkpoint(Closable):
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:
-    """Open and check a checkpoint folder; no tensor is read but to compare a stored tied head.
+    """Open and check a checkpoint folder; no tensor is read but to compare tables that are tied.
 
     Args:
         folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin`, one file or
@@ -95,10 +95,16 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected a Hugging Face model folder")
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        return _open_whole(folder)
     is_whole = any((folder / name).is_file() for name in WEIGHT_FILES)
-    if not is_whole and (folder / ADAPTER_CONFIG_NAME).is_file():
-        return _open_adapter(folder)
-    return _open_whole(folder)
+    has_adapter = any((folder / name).is_file() for name in ADAPTER_FILES)
+    if is_whole and has_adapter:
+        raise CheckpointError(
+            f"{folder} holds a whole model and a LoRA adapter, and which is meant is not known; "
+            "move one of them to a folder of its own"
+        )
+    return _open_whole(folder) if is_whole else _open_adapter(folder)
 
 
 def _open_adapter(folder: Path) -> Checkpoint:
@@ -118,10 +124,14 @@ def _open_adapter(folder: Path) -> Checkpoint:
 
 
 def _adapted(base: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """A table that is also the head stays so only where the adapter changes both alike."""
+    """The base model with other tensors, and what else the adapter's folder has.
+
+    A table that is also the head stays so only where the adapter changes both alike.
+    """
     folder, spec = adapter.folder, base.spec
     tensors = dict(base.tensors)
-    changed = adapter.merged({HEAD: tensors[EMBEDDING], **tensors})
+    shared = {HEAD: tensors[EMBEDDING]} if spec.tie_word_embeddings else {}
+    changed = adapter.merged(shared | tensors, is_tied=spec.tie_word_embeddings)
     tables = changed.keys() & {EMBEDDING, HEAD}
     is_tied = spec.tie_word_embeddings and (
         not tables or (len(tables) == 2 and changed[HEAD].same_values(changed[EMBEDDING]))
@@ -133,23 +143,24 @@ def _adapted(base: Checkpoint, adapter: Adapter) -> Checkpoint:
     rows = changed.get(EMBEDDING, tensors[EMBEDDING]).shape[0]
     adapted = replace(spec, tie_word_embeddings=is_tied, vocab_size=rows)
     facts = {"tie_word_embeddings": is_tied, "vocab_size": rows} if adapted != spec else {}
-    tokenizer_files = find_tokenizer_files(folder)
+    names = {path.name for path in find_tokenizer_files(folder)}
+    has_tokenizer = "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
+    tokenizer_folder = folder if has_tokenizer else base.tokenizer_folder
     return replace(
         base,
         folder=folder,
         spec=adapted,
         tensors=_match(tensors | changed, adapted, folder),
         config_json=base.config_json | facts,
-        tokenizer_files=tokenizer_files or base.tokenizer_files,
-        tokenizer_folder=folder if tokenizer_files else base.tokenizer_folder,
+        generation_config=_generation_config(folder) or base.generation_config,
+        tokenizer_files=find_tokenizer_files(tokenizer_folder),
+        tokenizer_folder=tokenizer_folder,
         files=(*base.files, adapter),
     )
 
 
 def _open_whole(folder: Path) -> Checkpoint:
     spec = read_config(folder)
-    generation = folder / GENERATION_CONFIG_NAME
-    generation_config = read_json_object(generation) if generation.is_file() else None
     files = WeightFiles(folder)
     try:
         tensors = _match(files.tensors, spec, folder)
@@ -161,11 +172,16 @@ def _open_whole(folder: Path) -> Checkpoint:
         spec=spec,
         tensors=tensors,
         config_json=read_json_object(folder / CONFIG_NAME),
-        generation_config=generation_config,
+        generation_config=_generation_config(folder),
         tokenizer_files=find_tokenizer_files(folder),
         tokenizer_folder=folder,
         files=(files,),
     )
+
+
+def _generation_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / GENERATION_CONFIG_NAME
+    return read_json_object(path) if path.is_file() else None
 
 
 def _match(found: dict[str, LazyTensor], spec: ModelSpec, folder: Path) -> dict[str, LazyTensor]:
