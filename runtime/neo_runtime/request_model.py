@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["RequestModel"]
 
 _NO_TEXT = "the bundle has no tokenizer, so no text to find stop strings in"
+_COMPILER = "_compiler"
+"""Where a model keeps its `GrammarCompiler`, once it has one."""
 
 
 class RequestModel(CachedModel):
@@ -102,12 +104,17 @@ class RequestModel(CachedModel):
             json_schema=json_schema, regex=regex, choices=choices, lark=lark
         )
 
-    @cached_property
+    @property
     def _grammars(self) -> GrammarCompiler:
+        found: GrammarCompiler | None = self.__dict__.get(_COMPILER)
+        if found is not None:
+            return found
         if self.tokenizer is None:
             raise RequestError("the bundle has no tokenizer, so no text for a grammar")
-        spec = self.manifest.model
-        return GrammarCompiler(self.tokenizer.json, spec.vocab_size, spec.eos_token_id)
+        new = GrammarCompiler(self.tokenizer.json, self.manifest.model.vocab_size)
+        # Threads that come at once all take the first, without a lock that a fork could leave held.
+        first: GrammarCompiler = self.__dict__.setdefault(_COMPILER, new)
+        return first
 
     def single_prompt(
         self,
@@ -156,7 +163,7 @@ class RequestModel(CachedModel):
         if chosen.stop and self.tokenizer is None:
             raise RequestError(_NO_TEXT)
         if chosen.grammar is not None:
-            chosen.grammar.check(self.__dict__.get("_grammars"))
+            chosen.grammar.check(self.__dict__.get(_COMPILER))
         return chosen
 
     def encode_prompts(

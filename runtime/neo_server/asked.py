@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neo_server.errors import bad_request
-from neo_server.forms import asked_form
+from neo_server.forms import Form, asked_form
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,8 +66,8 @@ class Asked:
     include_usage: bool
     as_token_ids: bool
     """Tokens are named "token_id:123" beside their log probabilities."""
-    form: Mapping[str, Any]
-    """Of `Model.grammar`; empty where any text will do."""
+    form: Form | None
+    """None where any text will do."""
     options: Mapping[str, Any]
     """Of `Scheduler.submit`."""
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from neo_server.errors import bad_request
 
-__all__ = ["asked_form"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Form", "asked_form"]
 
 _STRUCTURED = "structured_outputs"
 _FORMAT = "response_format"
@@ -15,8 +19,17 @@ _NAMES = {"json": "json_schema", "regex": "regex", "choice": "choices", "grammar
 _ANY_OBJECT = {"type": "object"}
 
 
-def asked_form(structured: object, response_format: object) -> dict[str, Any]:
-    """Arguments for `Model.grammar`; none where any text will do.
+@dataclass(frozen=True)
+class Form:
+    """What was asked for, and where."""
+
+    field: str
+    sources: Mapping[str, Any]
+    """Arguments of `Model.grammar`."""
+
+
+def asked_form(structured: object, response_format: object) -> Form | None:
+    """The form that a request asks for.
 
     Args:
         structured: the field `structured_outputs`, None if absent.
@@ -25,43 +38,42 @@ def asked_form(structured: object, response_format: object) -> dict[str, Any]:
     Raises:
         ApiError: one of them has a form that is not known, or both ask for one.
     """
-    forms = [_structured(structured), _formatted(response_format)]
-    asked = [form for form in forms if form]
-    if len(asked) > 1:
+    one, other = _structured(structured), _formatted(response_format)
+    if one is not None and other is not None:
         raise bad_request(f"{_STRUCTURED} and {_FORMAT} both ask for a form; give one", _FORMAT)
-    return asked[0] if asked else {}
+    return one or other
 
 
-def _structured(given: object) -> dict[str, Any]:
+def _structured(given: object) -> Form | None:
     if given is None:
-        return {}
+        return None
     known = _NAMES.keys() | {"json_object"}
     if isinstance(given, dict):
         named = {name: value for name, value in given.items() if value is not None}
         if len(named) == 1 and named.keys() <= known:
             [(name, value)] = named.items()
             if name != "json_object":
-                return {_NAMES[name]: value}
+                return Form(_STRUCTURED, {_NAMES[name]: value})
             if value is True:
-                return {"json_schema": _ANY_OBJECT}
+                return Form(_STRUCTURED, {"json_schema": _ANY_OBJECT})
     names = ", ".join(sorted(known))
     raise bad_request(
         f"{_STRUCTURED} is {given!r:.200}, expected an object with one of {names}", _STRUCTURED
     )
 
 
-def _formatted(given: object) -> dict[str, Any]:
+def _formatted(given: object) -> Form | None:
     if given is None:
-        return {}
+        return None
     if isinstance(given, dict):
         kind = given.get("type")
         if kind == "text":
-            return {}
+            return None
         if kind == "json_object":
-            return {"json_schema": _ANY_OBJECT}
+            return Form(_FORMAT, {"json_schema": _ANY_OBJECT})
         named = given.get("json_schema")
-        if kind == "json_schema" and isinstance(named, dict) and "schema" in named:
-            return {"json_schema": named["schema"]}
+        if kind == "json_schema" and isinstance(named, dict) and named.get("schema") is not None:
+            return Form(_FORMAT, {"json_schema": named["schema"]})
     raise bad_request(
         f"{_FORMAT} is {given!r:.200}, expected the type text, json_object, or json_schema with "
         '{"json_schema": {"schema": …}}',

@@ -236,7 +236,11 @@ class Service(Closable):
         options["logprobs"] = asked.logprobs
         if asked.best_of > asked.n and asked.logprobs is None:
             options["logprobs"] = 0  # by which the best are chosen
-        options["grammar"] = self.model.grammar(**asked.form) if asked.form else None
+        if asked.form is not None:
+            try:
+                options["grammar"] = self.model.grammar(**asked.form.sources)
+            except RequestError as error:
+                raise bad_request(str(error), asked.form.field) from error
         return self.model.request_options(None, options, bad_words)
 
     def _encoded(self, asked: Asked, chosen: GenerationOptions) -> list[NDArray[np.int64]]:

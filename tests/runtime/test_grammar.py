@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
+import pickle
 import re
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,9 +19,11 @@ import numpy as np
 import pytest
 from helpers.hf_reference import heldout_texts, reference_continuations, varied_prompts
 from helpers.kills import fork
+from neo_runtime import request_model
 from neo_runtime.command.generate import main
 from neo_runtime.errors import DependencyError, RequestError
 from neo_runtime.options.generation_options import GenerationOptions
+from neo_runtime.options.grammar import GrammarCompiler
 from neo_runtime.sampling.grammar_rule import GrammarRule
 
 if TYPE_CHECKING:
@@ -225,6 +231,119 @@ def test_where_it_ends(model: Model) -> None:
     assert (stopped.text, stopped.stop) == ("The ", "do")
 
 
+def test_the_end_is_no_text(model: Model) -> None:
+    """A token that ends a text ends no half of one; it may be missed, too."""
+    [newline] = model.encode_prompts(["\n"])[0].tolist()
+    grammar = model.grammar(choices=["a\nb", "a b"])
+    for options in ({}, {"num_beams": 3}, {"do_sample": True, "seed": 1}):
+        found = model.generate("x", grammar=grammar, eos_token_id=[0, newline], **options)
+        assert (found.text or "").removesuffix("\n") == "a b", "beams end with one"
+        assert found.finish_reason == "stop"
+    with pytest.raises(RequestError, match="forbid every token here; relax grammar"):
+        model.generate("x", grammar=model.grammar(choices=["a\nb"]), eos_token_id=newline)
+
+
+def test_special_tokens_are_no_text(model: Model) -> None:
+    """Text that looks like one is written with other tokens."""
+    [eos] = model.manifest.model.eos_token_id
+    for form in (
+        {"choices": ["The <|endoftext|> b"]},
+        {"regex": r"The <\|endoftext\|> [b]"},
+        {"lark": 'start: "The " "<|endoftext|>" " b"'},
+    ):
+        for prompt in ("a", "Once"):
+            found = model.generate(prompt, grammar=model.grammar(**form), max_new_tokens=60)
+            assert (found.text, found.finish_reason) == ("The <|endoftext|> b", "stop")
+            assert eos not in found.token_ids
+    bias = {eos: 99.0}
+    found = model.generate("a", grammar=model.grammar(regex=".{9}"), logit_bias=bias)
+    assert len(found.text or "") == 9
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_tokens_that_were_added(model: Model, is_special: bool) -> None:
+    """More than the model has; what they look like is text as well."""
+    assert model.tokenizer is not None
+    contents = json.loads(model.tokenizer.json)
+    like = contents["added_tokens"][0]
+    contents["added_tokens"] += [
+        like | {"id": 4096 + n, "content": f"<tag{n}>", "special": is_special} for n in range(40)
+    ]
+    compiler = GrammarCompiler(json.dumps(contents), 4096)
+    rule = GrammarRule(compiler.compile(choices=["a <tag3> b"]), (), prompt_length=0)
+    said: list[int] = []
+    while not rule.is_complete(np.array(said, np.int64)):
+        scores = rule(np.array(said, np.int64), np.zeros(4096, np.float32))
+        said.append(int(scores.argmax()))
+    assert model.tokenizer.decode(said) == "a <tag3> b"
+
+
+def test_a_limit_that_is_the_end(model: Model) -> None:
+    grammar = model.grammar(choices=["The dog"])
+    for options in ({}, {"num_beams": 2}):
+        found = model.generate("Once", grammar=grammar, max_new_tokens=2, **options)
+        assert (found.text, found.finish_reason) == ("The dog", "stop")
+
+
+def test_options_with_one_are_copied(model: Model) -> None:
+    grammar = model.grammar(choices=["The dog"])
+    options = model.options(grammar=grammar)
+    assert copy.deepcopy(options) == options
+    assert dataclasses.asdict(options)["grammar"] is grammar
+    with pytest.raises(TypeError, match="a Grammar belongs to a loaded model"):
+        pickle.dumps(options)
+
+
+def test_threads_that_make_the_first_at_once(
+    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_begin = threading.Barrier(3)
+
+    class Slow(GrammarCompiler):
+        def __init__(self, *arguments: Any) -> None:
+            all_begin.wait(timeout=60)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(request_model, "GrammarCompiler", Slow)
+    with neo_runtime.load(mini_bundle, threads=1) as other, ThreadPoolExecutor(3) as threads:
+
+        def ask(text: str) -> str | None:
+            return other.generate("a", grammar=other.grammar(choices=[text])).text
+
+        assert list(threads.map(ask, ["x", "y", "z"])) == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"lark": "start: " + " ".join("x?" for _ in range(25_000)) + ' "b"\nx: "a"'},
+        {"lark": "start: " + " ".join("x?" for _ in range(2_000)) + ' "b"\nx: "a"'},
+        {"lark": "start: a\na: " + " | ".join(f"/.{{1,{n}}}/ a" for n in range(1, 400)) + ' | "z"'},
+        {"regex": "(a{1000}){1000}"},
+    ],
+    ids=["nullable", "less", "overlapping", "large"],
+)
+def test_one_that_would_hold_up_others(model: Model, form: dict[str, str]) -> None:
+    """Is refused, or ends its request at the first token: without limits it takes seconds."""
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": True, "seed": 1}
+    with pytest.raises(RequestError, match=r"cannot be (used|followed)"):
+        model.generate("a", grammar=model.grammar(**form), **options)
+
+
+def test_large_schemas_are_within_the_limits(model: Model) -> None:
+    inner = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(10)}}
+    inner |= {"required": [*inner["properties"]], "additionalProperties": False}
+    for schema in (
+        {"type": "object", "properties": {f"f{n}": inner for n in range(60)}},
+        {"type": "object", "properties": {f"f{n}": {"type": "string"} for n in range(200)}},
+        {"enum": [f"word number {n}" for n in range(5000)]},
+        {"type": "array", "items": {"type": "number"}, "maxItems": 1000},
+    ):
+        grammar = model.grammar(json_schema=schema)
+        options: dict[str, Any] = {"do_sample": True, "temperature": 1.3, "seed": 2}
+        model.generate("a", grammar=grammar, max_new_tokens=60, **options)
+
+
 def test_threads_share_one(model: Model) -> None:
     grammar = model.grammar(json_schema=PERSON)
     alone = [model.generate("a", grammar=grammar, do_sample=True, seed=s).text for s in range(8)]
@@ -289,6 +408,8 @@ def test_what_does_not_go_together(model: Model, mini_bundle: Path) -> None:
             with pytest.raises(RequestError, match="the grammar is another model's"):
                 other.generate("a", grammar=grammar)
             other.grammar(choices=["a"])
+    with pytest.raises(RequestError, match="forced_eos_token_id would cut a text"):
+        model.generate("a", grammar=grammar, forced_eos_token_id=0)
     with pytest.raises(RequestError, match="grammar"):
         GenerationOptions.from_generation_config({"grammar": "x"})
 

@@ -87,6 +87,10 @@ def test_any_object(server: Served) -> None:
         ({"structured_outputs": {"regex": 1}}, "regex cannot be used: expected text"),
         ({"structured_outputs": {"choice": []}}, "choices cannot be used: there are none"),
         ({"structured_outputs": {"json": {"not": {}}}}, "json_schema cannot be used: .*not"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": None}}},
+            "response_format is .*expected the type",
+        ),
         ({"response_format": {"type": "xml"}}, "response_format is .*expected the type text"),
         ({"response_format": {"type": "json_schema"}}, "response_format is .*expected the type"),
         (
@@ -103,6 +107,7 @@ def test_what_cannot_be_honoured(server: Served, asked: dict[str, Any], message:
     status, answer, _ = server.answer({"prompt": "a", **asked})
     assert status == 400
     assert re.search(message, answer["error"]["message"])
+    assert answer["error"]["param"] in asked
     server.wait_until_idle()
 
 

@@ -12,6 +12,7 @@ from neo_runtime.generation.prefix import behind
 from neo_runtime.generation.rows import Stopwatch
 from neo_runtime.generation.text_stream import StopMatcher
 from neo_runtime.sampling.beam_search import BeamSearch
+from neo_runtime.sampling.grammar_rule import GrammarRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -184,6 +185,9 @@ def _beam_completion(
     if tokenizer is not None:
         text = matcher.push(tokenizer.decode(result.token_ids)) + matcher.finish()
     has_ended = matcher.found is not None or result.token_ids[-1] in options.active_eos
+    if options.grammar is not None and not has_ended:  # at a limit, where it may be a whole text
+        rule = GrammarRule(options.grammar, (), prompt_length=0)
+        has_ended = rule.is_complete(np.array(result.token_ids))
     return Completion(
         text=text,
         token_ids=result.token_ids,

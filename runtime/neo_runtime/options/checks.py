@@ -53,6 +53,11 @@ def refuse_contradictions(options: GenerationOptions) -> None:
             f"forced_eos_token_id {sorted(forced)} is suppressed by suppress_tokens, which "
             "leaves no token for the last position; remove one of the two"
         )
+    if options.grammar is not None and options.forced_eos_token_id:
+        raise RequestError(
+            "forced_eos_token_id would cut a text that has not the form of the grammar; leave one "
+            "of them out"
+        )
     if options.grammar is not None and options.num_beams > 1 and not options.active_eos:
         raise RequestError(
             "beam search ends a text with a grammar by end of sequence, and there is no "

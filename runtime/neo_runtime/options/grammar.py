@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from neo_runtime.errors import DependencyError, RequestError
 from neo_runtime.forks import in_every_child
@@ -16,6 +16,7 @@ from neo_runtime.options.values import strings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Self
 
 __all__ = ["Grammar", "GrammarCompiler", "as_grammar", "why"]
 
@@ -24,8 +25,28 @@ _SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexib
 does. `x-guidance` of the schema takes precedence."""
 _MOST_CHARACTERS = 100_000
 """Of a source."""
+_LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 200_000,
+    "max_grammar_size": 20_000,
+    "max_lexer_states": 10_000,
+    "step_lexer_fuel": 20_000,
+    "step_max_items": 5_000,
+    "verbose_errors": False,
+}
+"""A tenth of the library's own, or less: a step must not hold up everybody else. Enough for schemas
+of hundreds of properties and thousands of values."""
 _SAID = 200
 """Characters of the library's words, from their beginning and from their end."""
+
+_END: dict[str, Any] = {
+    "content": "\ue000end\ue000",
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": True,
+}
+"""What stands for the end of a text in a `tokenizer.json`."""
 
 _all: weakref.WeakSet[Grammar] = weakref.WeakSet()
 
@@ -56,7 +77,7 @@ class Grammar:
         self._lock = threading.Lock()
 
     def check(self, compiler: GrammarCompiler | None) -> None:
-        """Refuse what another model's tokenizer has compiled.
+        """Refuse what another model's compiler has made.
 
         Raises:
             RequestError: it has.
@@ -70,21 +91,28 @@ class Grammar:
             return self._matcher.deep_copy()
 
     @property
-    def eos(self) -> int:
-        """The token that stands for the end in what the matcher allows."""
-        return self._compiler.eos
+    def special_tokens(self) -> tuple[int, ...]:
+        """Tokens that are no text, whatever a form allows."""
+        return self._compiler.special_tokens
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Self:
+        """Itself: nothing of it changes."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled."""
+        raise TypeError("a Grammar belongs to a loaded model; make it with Model.grammar there")
 
 
 class GrammarCompiler:
     """Compiles grammars for the tokens of one model."""
 
-    def __init__(self, tokenizer: str, vocab_size: int, eos: Sequence[int]) -> None:
+    def __init__(self, tokenizer: str, vocab_size: int) -> None:
         """Prepare; a tokenizer of 50,000 tokens takes a quarter of a second.
 
         Args:
             tokenizer: of the model, as `tokenizer.json` has it.
             vocab_size: tokens that the model has.
-            eos: its end-of-sequence ids; may be none.
 
         Raises:
             DependencyError: llguidance is missing.
@@ -97,13 +125,17 @@ class GrammarCompiler:
                 "pip install llguidance"
             ) from error
         self._library: Any = llguidance
-        inside = [token for token in eos if 0 <= token < vocab_size]
+        contents = json.loads(tokenizer)
+        end = 1 + max(contents["model"]["vocab"].values())
+        # Text is text: what looks like a special token is written with other tokens. And the end
+        # is a token of its own here, as a request may end with any.
+        added = contents.get("added_tokens") or []
+        self.special_tokens = (end, *(each["id"] for each in added if each["special"]))
+        contents["added_tokens"] = [_END | {"id": end}]
         self._tokenizer = llguidance.LLTokenizer(
-            tokenizer, n_vocab=vocab_size, eos_token=inside[0] if inside else None
+            json.dumps(contents), n_vocab=max(vocab_size, end + 1), eos_token=end
         )
-        self.eos: int = self._tokenizer.eos_token
-        """The one that stands for the end in what the library allows."""
-        self._limits = llguidance.LLParserLimits(verbose_errors=False)
+        self._limits = llguidance.LLParserLimits(**_LIMITS)
 
     def compile(self, **given: Any) -> Grammar:
         """See `Model.grammar`; all but one of its arguments are None."""
@@ -118,6 +150,8 @@ class GrammarCompiler:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{name} cannot be used: {error}") from error
         matcher = self._library.LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # the dearest one of a grammar that is too much
         if matcher.is_error():
             raise RequestError(f"{name} cannot be used: {why(matcher)}")
         return Grammar(self, matcher)

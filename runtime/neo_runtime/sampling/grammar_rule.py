@@ -30,8 +30,9 @@ class GrammarRule:
             eos: end-of-sequence ids, allowed where the text is a whole one.
             prompt_length: tokens that are not part of the text.
         """
-        self._matcher, self._own_eos = grammar.matcher(), grammar.eos
-        self._eos, self._prompt_length = np.array(eos, np.int64), prompt_length
+        self._matcher, self._prompt_length = grammar.matcher(), prompt_length
+        self._eos = np.array(eos, np.int64)
+        self._no_text = np.array([*grammar.special_tokens, *eos], np.int64)
         self._read: list[int] = []
         """Tokens that the matcher has."""
 
@@ -45,7 +46,7 @@ class GrammarRule:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         allowed = np.unpackbits(bits, bitorder="little")[: scores.size].view(np.bool_)
-        allowed[self._own_eos] = False
+        allowed[self._no_text[self._no_text < scores.size]] = False
         if self._matcher.is_accepting():
             allowed[self._eos[self._eos < scores.size]] = True
         scores[~allowed] = -np.inf
@@ -58,7 +59,9 @@ class GrammarRule:
 
     def _follow(self, ids: NDArray[np.int64]) -> None:
         """Bring the matcher to the end of a text: most often what it has, and one token more."""
-        tokens: list[int] = ids[self._prompt_length :].tolist()
+        written = ids[self._prompt_length :]
+        ends = np.flatnonzero(np.isin(written, self._eos))  # of a beam that is out
+        tokens: list[int] = written[: ends[0] if ends.size else None].tolist()
         same = len(self._read)
         if tokens[:same] != self._read:
             pairs = zip(tokens, self._read, strict=False)
