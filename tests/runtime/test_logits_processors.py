@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers.reference_processors import reference_processors, reference_scores
 from neo_runtime.options.generation_options import GenerationOptions
-from neo_runtime.sampling.processors import Renormalize, build_processors
+from neo_runtime.sampling.processors import Renormalize
+from neo_runtime.sampling.rules import build_processors
 from neo_runtime.sampling.warpers import build_warpers
 from numpy.typing import NDArray
 

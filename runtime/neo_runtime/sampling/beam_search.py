@@ -17,10 +17,10 @@ from neo_runtime.sampling.processors import (
     FloatArray,
     IntArray,
     Renormalize,
-    build_processors,
     log_softmax,
 )
 from neo_runtime.sampling.row_sampler import usable_maximum
+from neo_runtime.sampling.rules import build_processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,16 +1,11 @@
-"""The rules that change logits before a token is picked, in the order of Hugging Face `generate`.
+"""The rules that change logits before a token is picked.
 
 Each rule is a small class called with one row:
 
     ids     int64 [n]      the prompt and what was generated after it
     scores  float32 [V]    changed in place where that is possible; the result is returned
 
-Order (`GenerationMixin._get_logits_processor`, transformers 5): sequence_bias,
-repetition_penalty, no_repeat_ngram_size, bad_words_ids, min_length / min_new_tokens,
-forced_eos_token_id, remove_invalid_values, exponential_decay_length_penalty, suppress_tokens,
-begin_suppress_tokens; then what `generate` does not know, where it puts the processors that its
-caller adds: presence and frequency penalty, logit_bias; then `warpers`; then
-renormalize_logits.
+`rules` says which of them options ask for.
 """
 
 from __future__ import annotations
@@ -20,20 +15,13 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from neo_runtime.errors import RequestError
-from neo_runtime.sampling.custom_processor import CustomProcessor
-from neo_runtime.sampling.grammar_rule import GrammarRule
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from neo_runtime.options.generation_options import GenerationOptions
 
 __all__ = [
     "FloatArray",
     "IntArray",
     "LogitsProcessor",
-    "build_processors",
     "log_softmax",
     "raised_tokens",
 ]
@@ -260,69 +248,6 @@ class Renormalize:
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         return log_softmax(scores)
-
-
-def build_processors(
-    options: GenerationOptions, prompt_length: int, max_length: int | None = None
-) -> list[LogitsProcessor]:
-    """The rules that `options` ask for, in order, without the warpers and the renormalization.
-
-    Args:
-        options: what was asked for; its `active_eos` are the end-of-sequence ids.
-        prompt_length: tokens of the prompt.
-        max_length: tokens of prompt and continuation together, at most; read by
-            `forced_eos_token_id` only.
-
-    Raises:
-        RequestError: `forced_eos_token_id` without a `max_length`.
-    """
-    eos = options.active_eos
-    rules: list[LogitsProcessor] = []
-    if options.sequence_bias:
-        rules.append(SequenceBias(options.sequence_bias))
-    if options.repetition_penalty != 1.0:
-        rules.append(RepetitionPenalty(options.repetition_penalty))
-    if options.no_repeat_ngram_size > 0:
-        rules.append(NoRepeatNGram(options.no_repeat_ngram_size))
-    # As in `generate`: a bad word that is end-of-sequence itself is ignored.
-    bad_words = [ids for ids in options.bad_words_ids if len(ids) > 1 or ids[0] not in eos]
-    if bad_words:
-        rules.append(SequenceBias([(ids, -np.inf) for ids in dict.fromkeys(bad_words)]))
-    minimum = options.minimum_length(prompt_length)
-    if eos and minimum > prompt_length:
-        rules.append(MinLength(minimum, eos))
-    rules += _late_processors(options, prompt_length, max_length)
-    if options.presence_penalty or options.frequency_penalty:
-        rules.append(
-            CountPenalty(options.presence_penalty, options.frequency_penalty, prompt_length)
-        )
-    if options.logit_bias:
-        rules.append(LogitBias(list(options.logit_bias), list(options.logit_bias.values())))
-    rules += [CustomProcessor(function) for function in options.logits_processor]
-    if options.grammar is not None:
-        rules.append(GrammarRule(options.grammar, eos, prompt_length))
-    return rules
-
-
-def _late_processors(
-    options: GenerationOptions, prompt_length: int, max_length: int | None
-) -> list[LogitsProcessor]:
-    """From forced_eos_token_id to begin_suppress_tokens."""
-    rules: list[LogitsProcessor] = []
-    if options.forced_eos_token_id:
-        if max_length is None:
-            raise RequestError("forced_eos_token_id needs a length limit; set max_new_tokens")
-        rules.append(ForcedEos(max_length, options.forced_eos_token_id))
-    if options.remove_invalid_values:
-        rules.append(RemoveInvalidValues())
-    if options.exponential_decay_length_penalty is not None and options.active_eos:
-        start, factor = options.exponential_decay_length_penalty
-        rules.append(ExponentialDecay(start, factor, options.active_eos, prompt_length))
-    if options.suppress_tokens:
-        rules.append(SuppressTokens(options.suppress_tokens))
-    if options.begin_suppress_tokens:
-        rules.append(SuppressTokens(options.begin_suppress_tokens, at=prompt_length))
-    return rules
 
 
 def _inside(tokens: IntArray, scores: FloatArray) -> IntArray:

@@ -19,8 +19,8 @@ from neo_runtime.sampling.processors import (
     FloatArray,
     IntArray,
     Renormalize,
-    build_processors,
 )
+from neo_runtime.sampling.rules import build_processors
 from neo_runtime.sampling.warpers import build_warpers
 
 if TYPE_CHECKING:
