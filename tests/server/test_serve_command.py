@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from contextlib import closing, contextmanager
+from functools import partial
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,7 +34,12 @@ class Running(NamedTuple):
 def running(bundle: Path, *options: str) -> Iterator[Running]:
     command = [sys.executable, "-m", "neo_server.command", str(bundle), "--port", "0", *options]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell without job control lets what runs in its background ignore Ctrl-C.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             assert process.stderr is not None
