@@ -294,6 +294,14 @@ def test_options_with_one_are_copied(model: Model) -> None:
         pickle.dumps(options)
 
 
+def test_a_tokenizer_of_another_kind(model: Model) -> None:
+    assert model.tokenizer is not None
+    contents = json.loads(model.tokenizer.json)
+    contents["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]]}
+    with pytest.raises(RequestError, match="cannot be used with the bundle's tokenizer"):
+        GrammarCompiler(json.dumps(contents), 4096)
+
+
 def test_threads_that_make_the_first_at_once(
     mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,8 +368,7 @@ def test_a_forked_child_may_use_it(model: Model) -> None:
     def child() -> None:
         assert model.generate("a", grammar=grammar).text in ("yes", "no")
 
-    with grammar._lock:  # as if another thread were in the middle of it
-        pid = fork(child)
+    pid = fork(child)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 

@@ -6,12 +6,9 @@ Compiled and followed by llguidance, which the extra `grammar` installs.
 from __future__ import annotations
 
 import json
-import threading
-import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from neo_runtime.errors import DependencyError, RequestError
-from neo_runtime.forks import in_every_child
 from neo_runtime.options.values import strings
 
 if TYPE_CHECKING:
@@ -48,16 +45,6 @@ _END: dict[str, Any] = {
 }
 """What stands for the end of a text in a `tokenizer.json`."""
 
-_all: weakref.WeakSet[Grammar] = weakref.WeakSet()
-
-
-def _free_locks() -> None:
-    for grammar in list(_all):
-        grammar.free_lock()
-
-
-in_every_child(_free_locks)
-
 
 class Grammar:
     """A form that continuations must have: the option `grammar`. Threads may share it.
@@ -66,15 +53,9 @@ class Grammar:
     """
 
     def __init__(self, compiler: GrammarCompiler, matcher: Any) -> None:
-        """Take what was compiled; nothing of it was matched yet."""
+        """Take what was compiled; it is only copied from now on."""
         self._compiler = compiler
         self._matcher = matcher
-        self.free_lock()
-        _all.add(self)
-
-    def free_lock(self) -> None:
-        """In a child, whose parent's threads are not there to do it."""
-        self._lock = threading.Lock()
 
     def check(self, compiler: GrammarCompiler | None) -> None:
         """Refuse what another model's compiler has made.
@@ -87,8 +68,7 @@ class Grammar:
 
     def matcher(self) -> Any:
         """An `LLMatcher` for one sequence, of which nothing was written yet."""
-        with self._lock:
-            return self._matcher.deep_copy()
+        return self._matcher.deep_copy()
 
     @property
     def special_tokens(self) -> tuple[int, ...]:
@@ -116,6 +96,7 @@ class GrammarCompiler:
 
         Raises:
             DependencyError: llguidance is missing.
+            RequestError: it is a tokenizer of another kind.
         """
         try:
             import llguidance
@@ -125,17 +106,24 @@ class GrammarCompiler:
                 "pip install llguidance"
             ) from error
         self._library: Any = llguidance
-        contents = json.loads(tokenizer)
-        end = 1 + max(contents["model"]["vocab"].values())
+        self._limits = llguidance.LLParserLimits(**_LIMITS)
+        try:
+            self._read(json.loads(tokenizer), vocab_size)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RequestError(
+                f"grammars cannot be used with the bundle's tokenizer ({error}); byte-level BPE, "
+                "as GPT-Neo has it, is expected"
+            ) from error
+
+    def _read(self, tokenizer: dict[str, Any], vocab_size: int) -> None:
+        end = 1 + max(tokenizer["model"]["vocab"].values())
         # Text is text: what looks like a special token is written with other tokens. And the end
         # is a token of its own here, as a request may end with any.
-        added = contents.get("added_tokens") or []
+        added = tokenizer.get("added_tokens") or []
         self.special_tokens = (end, *(each["id"] for each in added if each["special"]))
-        contents["added_tokens"] = [_END | {"id": end}]
-        self._tokenizer = llguidance.LLTokenizer(
-            json.dumps(contents), n_vocab=max(vocab_size, end + 1), eos_token=end
-        )
-        self._limits = llguidance.LLParserLimits(**_LIMITS)
+        text = json.dumps(tokenizer | {"added_tokens": [_END | {"id": end}]})
+        size = max(vocab_size, end + 1)
+        self._tokenizer = self._library.LLTokenizer(text, n_vocab=size, eos_token=end)
 
     def compile(self, **given: Any) -> Grammar:
         """See `Model.grammar`; all but one of its arguments are None."""
