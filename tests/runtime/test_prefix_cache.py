@@ -153,15 +153,27 @@ def test_equal_prompts_that_come_at_once(
         Scheduler(model, max_batch_size=6, prefix_cache_bytes=ROOM) as scheduler,
     ):
         for ids, cached in ((short, 96), (long, 320)):
-            del computed[:]
-            pending = [scheduler.submit(ids, max_new_tokens=3, **EXACT) for _ in range(5)]
             # One that has nothing in common waits as well: requests begin in order.
-            pending.append(scheduler.submit(text[450:480], max_new_tokens=3, **EXACT))
-            found = [one.result(timeout=60) for one in pending]
+            prompts = [*[ids] * 5, text[450:480]]
+            del computed[:]
+            found = at_once(scheduler, prompts)
             told = [one.timings.cached_prompt_tokens for one in found]
             assert told == [0, *[cached] * 4, 0]
-            assert sum(computed) == len(ids) + 4 * (len(ids) - cached) + 30
+            assert sum(computed) == 1 + len(ids) + 4 * (len(ids) - cached) + 30
             assert len({one.token_ids for one in found[:5]}) == 1
+        del computed[:]
+        at_once(scheduler, [text[480:512]] * 2)  # the last token is computed by each: no waiting
+        assert computed in ([1, 64], [65])
+
+
+def at_once(scheduler: Scheduler, prompts: list[list[int]]) -> list[Completion]:
+    """Completions of requests that all wait when the first of them may begin."""
+    all_wait = threading.Event()
+    first = scheduler.submit([9], max_new_tokens=1, should_stop=lambda: not all_wait.wait(60))
+    pending = [scheduler.submit(ids, max_new_tokens=3, **EXACT) for ids in prompts]
+    all_wait.set()
+    first.result(timeout=60)
+    return [one.result(timeout=60) for one in pending]
 
 
 def test_short_prompts_begin_together(mini_bundle: Path, computed: list[int]) -> None:
@@ -238,6 +250,15 @@ def test_memory_is_counted_and_freed(mini_bundle: Path) -> None:
         del forgotten
         gc.collect()
         assert model.cache_bytes_in_use == 0
+
+
+def test_what_was_evicted_is_not_kept(model: Model) -> None:
+    """Of a text that was read at once local layers hold the end, which has nothing before it."""
+    ids = np.array([token for prompt in varied_prompts(9) for token in prompt][:200])
+    with model.new_prefix_cache(ROOM) as prefixes, model.new_cache(1, 208) as cache:
+        model.prefill(cache, [ids])
+        prefixes.find(ids).extend(ids, cache, 0)
+        assert prefixes.find(ids).length == 0
 
 
 def test_there_is_room_to_read(mini_bundle: Path) -> None:
@@ -326,13 +347,17 @@ def test_a_block_that_cannot_be_saved(model: Model, monkeypatch: pytest.MonkeyPa
         save(store, row, start, pool, slot)
 
     ids = [token for prompt in varied_prompts(3) for token in prompt][:120]
-    expected = model.generate(ids, max_new_tokens=5, **EXACT)
+    expected = model.generate(ids, max_new_tokens=50, **EXACT)
     monkeypatch.setattr(InPlaceStore, "save_block", save_block)
     with Scheduler(model, max_batch_size=2, prefix_cache_bytes=ROOM) as scheduler:
         for cached in (0, 32, 96):
-            found = ask(scheduler, ids, max_new_tokens=5)
+            found = ask(scheduler, ids, max_new_tokens=50)
             assert found.timings.cached_prompt_tokens == cached
             assert found.token_ids == expected.token_ids
+            if not cached:  # nor is a later block kept as if it were the first
+                for start in (32, 64, 96):
+                    other = ask(scheduler, [*ids, *expected.token_ids][start:][:40])
+                    assert other.timings.cached_prompt_tokens == 0
 
 
 def test_a_long_prompt_without_a_cache_of_its_own(

@@ -69,6 +69,17 @@ def test_what_is_kept(slots: int, texts: list[list[bytes]]) -> None:
         assert sorted(taken) == sorted(set(taken) & set(range(slots)))
 
 
+def test_what_is_added_to_counts_as_used() -> None:
+    """A text that goes on after a while, as an answer does, keeps what it has."""
+    tree = PrefixTree(2)
+    first, other = tree.add(tree.root, b"a"), tree.add(tree.root, b"b")
+    assert first is not None
+    assert other is not None
+    assert tree.add(first, b"c") is not None
+    assert first.is_kept
+    assert not other.is_kept
+
+
 def test_a_block_that_could_not_be_filled() -> None:
     tree = PrefixTree(1)
     block = tree.add(tree.root, b"a")
