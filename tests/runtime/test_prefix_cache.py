@@ -147,12 +147,12 @@ def test_equal_prompts_that_come_at_once(
 ) -> None:
     """One is computed, short or long; the others wait for what it leaves."""
     text = [token for prompt in varied_prompts(9) for token in prompt]
-    short, long = text[:100], text[100:450]
+    short, long = text[:60], text[100:450]
     with (
-        neo_runtime.load(request.getfixturevalue(bundle), threads=1, prefill_chunk=200) as model,
+        neo_runtime.load(request.getfixturevalue(bundle), threads=1, prefill_chunk=512) as model,
         Scheduler(model, max_batch_size=6, prefix_cache_bytes=ROOM) as scheduler,
     ):
-        for ids, cached in ((short, 96), (long, 320)):
+        for ids, cached in ((short, 32), (long, 320)):
             # One that has nothing in common waits as well: requests begin in order.
             prompts = [*[ids] * 5, text[450:480]]
             del computed[:]
@@ -346,16 +346,16 @@ def test_a_block_that_cannot_be_saved(model: Model, monkeypatch: pytest.MonkeyPa
             raise NeoError("the device is gone")
         save(store, row, start, pool, slot)
 
-    ids = [token for prompt in varied_prompts(3) for token in prompt][:120]
+    ids = [token for prompt in varied_prompts(3) for token in prompt][:70]
     expected = model.generate(ids, max_new_tokens=50, **EXACT)
     monkeypatch.setattr(InPlaceStore, "save_block", save_block)
     with Scheduler(model, max_batch_size=2, prefix_cache_bytes=ROOM) as scheduler:
-        for cached in (0, 32, 96):
+        for cached in (0, 32, 64):
             found = ask(scheduler, ids, max_new_tokens=50)
             assert found.timings.cached_prompt_tokens == cached
             assert found.token_ids == expected.token_ids
             if not cached:  # nor is a later block kept as if it were the first
-                for start in (32, 64, 96):
+                for start in (32, 64):
                     other = ask(scheduler, [*ids, *expected.token_ids][start:][:40])
                     assert other.timings.cached_prompt_tokens == 0
 
