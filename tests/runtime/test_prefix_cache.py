@@ -91,9 +91,17 @@ def test_each_gets_what_it_gets_alone(
             for thread in clients:
                 thread.join()
         assert model.cache_bytes_in_use == 0
-    assert [one.token_ids for one in found] == [one.token_ids for one in alone]
+    # How much was cached depends on which came first, and so do the last digits: a draw at a near
+    # tie may be another, hardly ever in float32, and now and then in half precision.
+    is_half = bundle == "cuda_bundle"
+    parted = 0
     for one, other in zip(found, alone, strict=True):
-        assert logprobs(one) == pytest.approx(logprobs(other), abs=1e-3)
+        pairs = zip(one.token_ids, other.token_ids, strict=True)
+        same = next((at for at, (new, old) in enumerate(pairs) if new != old), len(one.token_ids))
+        parted += same < len(one.token_ids)
+        close = pytest.approx(logprobs(other)[:same], abs=2e-2 if is_half else 1e-3)
+        assert logprobs(one)[:same] == close
+    assert parted <= (6 if is_half else 1)
     cached = [one.timings.cached_prompt_tokens for one in found]
     assert all(0 <= n < len(ids) for n, (ids, _) in zip(cached, work, strict=True))
     assert sum(cached) > (0 if kept < 500 else 800)

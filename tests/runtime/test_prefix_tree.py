@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from neo_runtime.cache.prefix_tree import Block, PrefixTree
 
@@ -42,7 +42,7 @@ class Plain:
 
 
 @given(st.integers(0, 6), st.lists(TEXTS, max_size=40))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_what_is_kept(slots: int, texts: list[list[bytes]]) -> None:
     tree, plain = PrefixTree(slots), Plain(slots)
     blocks: dict[tuple[bytes, ...], Block] = {}
