@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.computed_prompts import computed_prompts
 from helpers.hf_reference import heldout_texts, reference_continuations, varied_prompts
 from helpers.models import DEMO
 from neo_export.command.cli import main as export
@@ -17,14 +18,12 @@ from neo_runtime.backends.base import position_bytes
 from neo_runtime.backends.cpu import blocks
 from neo_runtime.backends.cpu.in_place import InPlaceStore
 from neo_runtime.cache.prefix_cache import PrefixCache
-from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import CacheLimitError, NeoError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.generation.completion import Completion
     from neo_runtime.model import Model
 
@@ -137,16 +136,7 @@ def test_the_same_bits_where_the_same_chunks_are_computed(precision: str, tmp_pa
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of prompts, call by call."""
-    tokens: list[int] = []
-    prefill = CachedModel.prefill_step
-
-    def prefill_step(model: CachedModel, cache: KVCache, prompts: Any, rows: Any = None) -> Any:
-        tokens.append(sum(map(len, prompts)))
-        return prefill(model, cache, prompts, rows)
-
-    monkeypatch.setattr(CachedModel, "prefill_step", prefill_step)
-    return tokens
+    return computed_prompts(monkeypatch)
 
 
 @pytest.mark.parametrize("bundle", ["mini_bundle", "portable_bundle"])

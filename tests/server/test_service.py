@@ -16,6 +16,7 @@ import numpy as np
 import openai
 import pytest
 from helpers import serving
+from helpers.computed_prompts import computed_prompts
 from helpers.serving import NAME, served
 from neo_runtime import Scheduler
 from neo_runtime.cached_model import CachedModel
@@ -270,17 +271,9 @@ def test_several_continuations_of_a_prompt(
 ) -> None:
     """Its prompt is computed once, or nearly: also where a prefix cache has no room for it."""
     import neo_runtime
-    from neo_runtime.cached_model import CachedModel
-
-    computed: list[int] = []
-    prefill = CachedModel.prefill_step
-
-    def prefill_step(model: Any, cache: Any, prompts: Any, rows: Any = None) -> Any:
-        computed.append(sum(map(len, prompts)))
-        return prefill(model, cache, prompts, rows)
 
     with neo_runtime.load(mini_bundle, threads=1) as model:
-        monkeypatch.setattr(CachedModel, "prefill_step", prefill_step)
+        computed = computed_prompts(monkeypatch)
         with served(model, max_batch_size=8, prefix_cache_bytes=room) as running:
             body = {"prompt": list(range(5, 405)), "n": 8, "max_tokens": 3, "ignore_eos": True}
             assert running.answer(body)[0] == 200

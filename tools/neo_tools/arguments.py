@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from neo_runtime.backends.choice import BACKENDS
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", "cpu", "cuda", "tensorrt"),
+        choices=BACKENDS,
         default="auto",
         help="what runs the bundle (default: auto)",
     )

@@ -14,7 +14,7 @@ from neo_runtime.errors import CheckpointError
 from neo_export.checkpoint.adapter_config import MERGE_WITH_PEFT, read_adapter_config
 from neo_export.checkpoint.lazy_tensor import FLOAT_DTYPES, LazyTensor
 from neo_export.checkpoint.weight_files import WeightFiles
-from neo_export.gpt_neo.parameters import EMBEDDING, HEAD
+from neo_export.gpt_neo.parameters import EMBEDDING, HEAD, full_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,7 +27,6 @@ __all__ = ["ADAPTER_FILES", "Adapter"]
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 _PREFIX = "base_model.model."
-_PARENTS = ("transformer.", "lm_head")
 _PART = re.compile(
     r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
     r"(\.(?P<kind>weight|bias))?"
@@ -91,8 +90,7 @@ class Adapter(Closable):
                 found.setdefault(other, found[name])
         for module, own in parts.items():
             # Adapters of `GPTNeoModel` name modules without `transformer.`, patterns as well.
-            name = module if module.startswith(_PARENTS) else f"transformer.{module}"
-            weight, bias = f"{name}.weight", f"{name}.bias"
+            weight, bias = full_name(f"{module}.weight"), full_name(f"{module}.bias")
             before = found.get(weight, base.get(weight))  # peft may store what lies under it
             if before is None:
                 raise self._error(f"has matrices for {module!r}, which the base model has not")
@@ -120,7 +118,7 @@ class Adapter(Closable):
                 raise self._error(f"has tensor {name!r} of type {tensor.dtype}")
             match = _PART.fullmatch(plain)
             if match is None:
-                plain = plain if plain.startswith(_PARENTS) else f"transformer.{plain}"
+                plain = full_name(plain)
                 whole[plain] = LazyTensor(plain, tensor.shape, tensor.dtype, tensor.load)
             else:
                 suffix = ".bias" if match["kind"] == "bias" else ""

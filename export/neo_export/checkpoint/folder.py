@@ -25,7 +25,7 @@ from neo_export.checkpoint.hub import resolve_model
 from neo_export.checkpoint.lazy_tensor import FLOAT_DTYPES, LazyTensor
 from neo_export.checkpoint.tokenizer_files import find_tokenizer_files, read_tokenizer_json
 from neo_export.checkpoint.weight_files import WEIGHT_FILES, WeightFiles
-from neo_export.gpt_neo.parameters import EMBEDDING, HEAD, expected_shapes
+from neo_export.gpt_neo.parameters import EMBEDDING, HEAD, expected_shapes, full_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -212,7 +212,7 @@ def _canonical(found: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     for name, tensor in found.items():
         if _OLD_BUFFER.fullmatch(name):
             continue
-        plain = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        plain = full_name(name)
         if plain in named:
             raise CheckpointError(
                 f"the checkpoint has both {plain!r} and {plain.removeprefix('transformer.')!r}; "

@@ -27,6 +27,7 @@ __all__ = [
     "LayerMatrix",
     "ReadParameter",
     "expected_shapes",
+    "full_name",
     "head_name",
     "input_place",
     "parts_of_packed",
@@ -37,6 +38,7 @@ __all__ = [
 EMBEDDING = "transformer.wte.weight"
 POSITIONS = "transformer.wpe.weight"
 HEAD = "lm_head.weight"
+_PARENTS = ("transformer.", "lm_head.")
 HEAD_INPUT = "transformer.final_norm"
 """The place that the head reads."""
 
@@ -80,6 +82,11 @@ LAYER_MATRICES = (
 
 LAYER_INPUTS = tuple(dict.fromkeys(matrix.reads for matrix in LAYER_MATRICES))
 """Places of a layer that matrices read, in the order of computation."""
+
+
+def full_name(name: str) -> str:
+    """The name in `GPTNeoForCausalLM` of a tensor of it, or of `GPTNeoModel` alone."""
+    return name if name.startswith(_PARENTS) else f"transformer.{name}"
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from neo_runtime.bundle.manifest import Manifest
 
 __all__ = [
+    "ITEM_SIZES",
     "Backend",
     "BlockPool",
     "CacheStore",
@@ -26,6 +27,10 @@ __all__ = [
     "spoil_views",
     "with_empty_rows",
 ]
+
+
+ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
+"""Bytes of one number of a cache, by `CacheSpec.dtype`."""
 
 
 def spoil_views(arrays: Iterable[NDArray[np.generic]]) -> None:
@@ -273,9 +278,9 @@ def layer_lengths(manifest: Manifest, length: int) -> list[int]:
 
 def position_bytes(manifest: Manifest) -> int:
     """Bytes of the keys and values of one position in all layers."""
-    model, dtype = manifest.model, manifest.cache.dtype
-    item = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-    return 2 * model.num_layers * model.num_heads * model.head_dim * item
+    model = manifest.model
+    numbers = 2 * model.num_layers * model.num_heads * model.head_dim
+    return numbers * ITEM_SIZES[manifest.cache.dtype]
 
 
 def slots_held(

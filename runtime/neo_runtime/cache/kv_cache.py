@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from neo_runtime.backends.base import slots_held
 from neo_runtime.closable import Closable
-from neo_runtime.errors import CacheLimitError, NeoError, RequestError
+from neo_runtime.errors import NeoError, RequestError
 from neo_runtime.options.values import count
 
 if TYPE_CHECKING:
@@ -47,17 +47,12 @@ class KVCache(Closable):
         """Held by the call that changes the cache, to its end."""
         self._length = length
         self._nbytes = backend.cache_bytes(batch, length)
-        if self._nbytes > sys.maxsize:
-            raise _no_memory(batch, length, self._nbytes)
-        ledger.reserve(self._nbytes, f"a cache of {batch} x {length} positions")
-        try:
-            self._open_store: CacheStore | None = backend.open_cache(batch, length)
-        except BaseException as error:
-            ledger.release(self._nbytes)
-            if isinstance(error, MemoryError) and not isinstance(error, NeoError):
-                raise _no_memory(batch, length, self._nbytes) from error
-            raise
-        self._release = weakref.finalize(self, ledger.release, self._nbytes)
+        what = f"a cache of {batch} x {length} positions"
+        self._open_store: CacheStore | None
+        self._open_store, release = ledger.allocate(
+            self._nbytes, what, partial(backend.open_cache, batch, length)
+        )
+        self._release = weakref.finalize(self, release)
         self._release.atexit = False
 
     def free_lock(self) -> None:
@@ -258,13 +253,6 @@ class KVCache(Closable):
                 self._release()
         finally:
             self._call.release()
-
-
-def _no_memory(batch: int, length: int, size: int) -> CacheLimitError:
-    return CacheLimitError(
-        f"a cache of {batch} x {length} positions needs {size} bytes, more than the system has; "
-        "ask for fewer or shorter sequences at once"
-    )
 
 
 def row_numbers(

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
-from neo_runtime.errors import CacheLimitError
+from neo_runtime.errors import CacheLimitError, NeoError
 from neo_runtime.forks import in_every_child
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["CacheLedger"]
+
+Memory = TypeVar("Memory")
 
 _ASK = "ask for fewer or shorter sequences at once"
 
@@ -70,6 +78,29 @@ class CacheLedger:
             f"{what} needs {size} bytes; {in_use} of the limit of {self._limit} bytes are in use "
             f"(max_cache_bytes); {ask}, close other requests, or raise the limit"
         )
+
+    def allocate(
+        self, size: int, what: str, make: Callable[[], Memory], ask: str = _ASK
+    ) -> tuple[Memory, Callable[[], object]]:
+        """Take `size` bytes and make what needs them.
+
+        Returns:
+            What was made, and what gives the bytes back.
+
+        Raises:
+            CacheLimitError: the limit would be passed, or the system has not so much.
+        """
+        too_much = f"{what} needs {size} bytes, more than the system has; {ask}"
+        if size > sys.maxsize:
+            raise CacheLimitError(too_much)
+        self.reserve(size, what, ask)
+        try:
+            return make(), partial(self.release, size)
+        except BaseException as error:
+            self.release(size)
+            if isinstance(error, MemoryError) and not isinstance(error, NeoError):
+                raise CacheLimitError(too_much) from error
+            raise
 
     def release(self, size: int) -> None:
         """Give `size` bytes back.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING
 
 from neo_runtime.backends.base import position_bytes
 from neo_runtime.cache.prefix_tree import PrefixTree
 from neo_runtime.closable import Closable
-from neo_runtime.errors import CacheLimitError, NeoError, RequestError
+from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,21 +63,13 @@ class PrefixCache(Closable):
         slots = size // block
         self.nbytes = slots * block
         """Bytes of keys and values."""
-        smaller = "ask for a smaller one (prefix_cache_bytes)"
-        ledger.reserve(self.nbytes, "the prefix cache", smaller)
-        try:
-            if self.nbytes > sys.maxsize:
-                raise MemoryError
-            self._pool = backend.open_pool(slots, self.positions)
-        except BaseException as error:
-            ledger.release(self.nbytes)
-            if isinstance(error, MemoryError) and not isinstance(error, NeoError):
-                raise CacheLimitError(
-                    f"the prefix cache needs {self.nbytes} bytes, more than the system has; "
-                    f"{smaller}"
-                ) from error
-            raise
-        self._release = weakref.finalize(self, ledger.release, self.nbytes)
+        self._pool, release = ledger.allocate(
+            self.nbytes,
+            "the prefix cache",
+            partial(backend.open_pool, slots, self.positions),
+            "ask for a smaller one (prefix_cache_bytes)",
+        )
+        self._release = weakref.finalize(self, release)
         self._release.atexit = False
         self._tree = PrefixTree(slots)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from neo_runtime.backends.choice import BACKENDS
+
 if TYPE_CHECKING:
     import argparse
 
@@ -14,7 +16,7 @@ def add_loading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup)
     """Add the flags; see `loading`."""
     parser.add_argument(
         "--backend",
-        choices=("auto", "cpu", "cuda", "tensorrt"),
+        choices=BACKENDS,
         default="auto",
         help="what runs the bundle (default: auto, the GPU that it was exported for if that can be "
         "used, else the CPU)",

@@ -8,7 +8,7 @@ import numpy as np
 
 from neo_runtime.errors import RequestError
 from neo_runtime.generation.completion import Completion
-from neo_runtime.generation.prefix import behind
+from neo_runtime.generation.prefix import behind, length_of
 from neo_runtime.generation.rows import Stopwatch
 from neo_runtime.generation.text_stream import StopMatcher
 from neo_runtime.sampling.beam_search import BeamSearch
@@ -148,7 +148,7 @@ def beam_completions(
             "no_repeat_ngram_size"
         )
     other_end: FinishReason = "cancelled" if search.ends_early else "length"
-    cached = len(prompt) - len(behind(prefix, prompt))
+    cached = length_of(prefix)
     return [
         _beam_completion(model.tokenizer, prompt, options, result, watch, cached, other_end)
         for result in results

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.cached_model import CachedModel
 
-__all__ = ["Prefix", "behind"]
+__all__ = ["Prefix", "behind", "length_of"]
 
 
 _all: weakref.WeakSet[Prefix] = weakref.WeakSet()
@@ -114,6 +114,11 @@ class Prefix(Closable):
             self._cache.close()
 
 
+def length_of(prefix: Prefix | None) -> int:
+    """Tokens of a prefix, if there is one."""
+    return 0 if prefix is None else len(prefix.ids)
+
+
 def behind(prefix: Prefix | None, prompt: NDArray[np.int64]) -> NDArray[np.int64]:
     """The ids of a prompt, int64 [n], without those of its prefix."""
-    return prompt if prefix is None else prompt[len(prefix.ids) :]
+    return prompt[length_of(prefix) :]

@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from neo_runtime.generation.completion import Completion, Timings
+from neo_runtime.generation.prefix import length_of
 from neo_runtime.generation.text_stream import Piece, StopMatcher, StreamDecoder
 from neo_runtime.sampling.row_sampler import RowSampler, row_generator
 
@@ -82,7 +83,7 @@ class Row:
         self.choices: list[Choice] = []
         self.drafted = self.accepted = 0
         """Tokens that were guessed, and those of them that were right."""
-        self.cached = 0 if prefix is None else len(prefix.ids)
+        self.cached = length_of(prefix)
         """Tokens of the prompt that are computed already."""
         self.finish_reason: FinishReason | None = None
         self._eos = options.active_eos

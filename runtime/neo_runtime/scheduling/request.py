@@ -83,8 +83,10 @@ class Request:
 
     def keep(self, cache: KVCache, row: int) -> None:
         """Keep for other requests what a row has of this one. Nobody fails for a copy that does."""
+        if self._beginning is None:
+            return
         length = int(cache.store.lengths[row])
-        if self._beginning is not None and self._beginning.has_more(length):
+        if self._beginning.has_more(length):
             tokens = [choice.token for choice in self._row.choices]
             ids = np.concatenate([self._row.prompt, np.array(tokens, np.int64)])
             try:

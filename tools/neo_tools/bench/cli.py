@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from neo_runtime.backends.choice import BACKENDS
 from neo_runtime.command.command_line import OneLineParser, add_version, run_command
 from neo_runtime.errors import RequestError
 from neo_runtime.machine.cores import physical_cores
@@ -247,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a roofline plot, .svg")
     parser.add_argument(
         "--backend",
-        choices=("auto", "cpu", "cuda", "tensorrt"),
+        choices=BACKENDS,
         default="auto",
         help="what runs the bundles (default: auto); with cuda or tensorrt the limit is the GPU's "
         "memory, and the peers are torch:fp16 and torch:fp16-compiled, in this environment",

@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from neo_runtime.backends.choice import BACKENDS
 from neo_runtime.command.command_line import OneLineParser, add_version
 
 from neo_tools.arguments import at_least
@@ -91,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", "cpu", "cuda", "tensorrt"),
+        choices=BACKENDS,
         default="auto",
         help="what runs the bundle (default: auto, the GPU that it was exported for, else the CPU; "
         "a TensorRT bundle whose plan cannot be run is compared by its graph)",

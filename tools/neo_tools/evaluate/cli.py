@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neo_runtime.backends.choice import BACKENDS
 from neo_runtime.command.command_line import OneLineParser, add_version, run_command
 
 from neo_tools.arguments import at_least, labels_of
@@ -131,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", "cpu", "cuda", "tensorrt"),
+        choices=BACKENDS,
         default="auto",
         help="what runs the bundles (default: auto)",
     )

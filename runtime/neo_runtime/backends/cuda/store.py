@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from neo_runtime.backends.base import ITEM_SIZES
 from neo_runtime.backends.cuda.slots import ELEMENT_TYPES, Slot, Tensors
-from neo_runtime.backends.device.base import ITEM_SIZES, Layout
+from neo_runtime.backends.device.base import Layout
 from neo_runtime.backends.device.rows import CacheTensors, DeviceRowsStore
 from neo_runtime.backends.right_padded import RightPaddedStore
 from neo_runtime.backends.step_logits import CandidateRows, StepLogits

@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["ALIGNMENT", "ITEM_SIZES", "Device", "Layout"]
+__all__ = ["ALIGNMENT", "Device", "Layout"]
 
 ALIGNMENT = 256
 """Bytes: what cudaMalloc guarantees, and the most that a kernel wants."""
-ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
-"""Bytes of one number of a cache, by `CacheSpec.dtype`."""
 
 
 class Device(ABC):

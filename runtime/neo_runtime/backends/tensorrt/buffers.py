@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.device.base import ITEM_SIZES, Layout
+from neo_runtime.backends.base import ITEM_SIZES
+from neo_runtime.backends.device.base import Layout
 from neo_runtime.bundle.engine_record import DECODE_PROFILE
 from neo_runtime.errors import DeviceError
 

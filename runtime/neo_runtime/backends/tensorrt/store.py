@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from neo_runtime.backends.device.base import ITEM_SIZES, Layout
+from neo_runtime.backends.base import ITEM_SIZES
+from neo_runtime.backends.device.base import Layout
 from neo_runtime.backends.device.rows import CacheTensors, DeviceRowsStore
 from neo_runtime.backends.step_logits import StepLogits
 

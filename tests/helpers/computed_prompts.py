@@ -1,0 +1,23 @@
+"""How many tokens of prompts are computed, call by call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.cached_model import CachedModel
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def computed_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that each call of `CachedModel.prefill_step` extends, until the test's end."""
+    tokens: list[int] = []
+    prefill = CachedModel.prefill_step
+
+    def prefill_step(model: CachedModel, cache: Any, prompts: Any, rows: Any = None) -> Any:
+        tokens.append(sum(map(len, prompts)))
+        return prefill(model, cache, prompts, rows)
+
+    monkeypatch.setattr(CachedModel, "prefill_step", prefill_step)
+    return tokens
