@@ -341,7 +341,7 @@ def test_one_that_would_hold_up_others(model: Model, form: dict[str, str]) -> No
 def test_its_first_step_is_tried_when_it_is_made(model: Model) -> None:
     """In the thread that asks for it, not in that of a scheduler."""
     many = "start: " + " ".join("x?" for _ in range(2_000)) + ' "b"\nx: "a"'
-    with pytest.raises(RequestError, match="lark cannot be used: .*Too many items"):
+    with pytest.raises(RequestError, match=r"lark cannot be used: .*Too many items"):
         model.grammar(lark=many)
 
 
