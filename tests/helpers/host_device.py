@@ -12,6 +12,7 @@ from neo_runtime.errors import DeviceMemoryError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from neo_runtime.backends.device.base import KernelCall
     from numpy.typing import NDArray
 
 
@@ -113,6 +114,15 @@ class HostDevice(Device):
 
     def discard(self, graph: Any) -> None:
         self.discards += 1
+
+    def load_kernel(self, image: bytes, name: str, shared_bytes: int) -> Any:
+        raise AssertionError("host memory runs no machine code")
+
+    def unload_kernel(self, kernel: Any) -> None:
+        raise AssertionError("no kernel was loaded")
+
+    def launch(self, kernel: Any, call: KernelCall) -> None:
+        raise AssertionError("no kernel was loaded")
 
     def close(self) -> None:
         assert not self.blocks, "memory was not given back"

@@ -163,13 +163,16 @@ def automatic_backend(bundle: Bundle, device: int) -> str:
 def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
     gpu = usable_gpu(bundle, "cuda", options.device)
     from neo_runtime.backends.cuda.backend import CudaBackend
+    from neo_runtime.backends.cuda.kernels import fitting_kernels
     from neo_runtime.backends.device.nvidia import CudaDevice
 
+    kernels = fitting_kernels(bundle, gpu.compute_capability)
     with closed_on_error(CudaDevice(options.device)) as device:
-        backend = CudaBackend(bundle, device, options.session_config)
+        backend = CudaBackend(bundle, device, options.session_config, kernels)
     with closed_on_error(backend):
         backend.prepare()  # shows whether CUDA's libraries are there, while "auto" can choose
-    backend.described = f"{gpu.name} (device {gpu.index})"
+    own = ", decode steps by the bundle's own kernels" if kernels is not None else ""
+    backend.described = f"{gpu.name} (device {gpu.index}){own}"
     return backend
 
 

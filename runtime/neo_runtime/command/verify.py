@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from neo_runtime.bundle.engine_record import ENGINES_FOLDER, read_records
 from neo_runtime.bundle.folder import check_installation, open_bundle
 from neo_runtime.bundle.manifest import MANIFEST_NAME
+from neo_runtime.bundle.step_kernels import find_kernels, read_kernels
 from neo_runtime.command.command_line import add_version, discard_stdout, run_command
 from neo_runtime.errors import BundleDamagedError, BundleError, EngineError, NeoError
 from neo_runtime.machine.installation import onnxruntime_is_installed
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
 
     from neo_runtime.bundle.engine_record import EngineRecord
     from neo_runtime.bundle.folder import Bundle
+    from neo_runtime.bundle.step_kernels import StepKernels
 
 __all__ = ["main"]
 
 _WHOLE, _DAMAGED, _UNUSABLE = 0, 1, 2
+_STRANGE = "built from ANOTHER bundle, will not run"
 _EPILOG = """exit status:
   0    intact, and this installation can run it (not checked without onnxruntime)
   1    damaged
@@ -57,7 +60,7 @@ def _run(folder: str, *, as_json: bool) -> int:
     report: dict[str, Any] = {"bundle": folder}
     try:
         bundle = open_bundle(folder, verify=True, progress=progress.update, check_runtime=False)
-        report |= _facts(bundle, _whole_plans(bundle))
+        report |= _facts(bundle, _whole_plans(bundle), _whole_kernels(bundle))
         if onnxruntime_is_installed():
             report["onnxruntime"] = check_installation(bundle.manifest, bundle.path)
         status, report["status"] = _WHOLE, "whole"
@@ -95,7 +98,23 @@ def _whole_plans(bundle: Bundle) -> list[EngineRecord]:
     return records
 
 
-def _facts(bundle: Bundle, plans: list[EngineRecord]) -> dict[str, Any]:
+def _whole_kernels(bundle: Bundle) -> dict[str, StepKernels]:
+    """The bundle's kernels by the names of their files, each with its checksum compared.
+
+    Raises:
+        EngineError: a file cannot be read, or is not what was written.
+        BundleUnsupportedError: it has another schema version.
+    """
+    found = {path.name: read_kernels(path) for path in find_kernels(bundle.path)}
+    for kernels in found.values():
+        for kernel in kernels.kernels:
+            kernel.binary()
+    return found
+
+
+def _facts(
+    bundle: Bundle, plans: list[EngineRecord], kernels: dict[str, StepKernels]
+) -> dict[str, Any]:
     manifest, model = bundle.manifest, bundle.manifest.model
     present = {
         Path(parent, name).relative_to(bundle.path).as_posix()
@@ -106,6 +125,7 @@ def _facts(bundle: Bundle, plans: list[EngineRecord]) -> dict[str, Any]:
     for plan in plans:
         name = f"{ENGINES_FOLDER}/{plan.file}"
         known |= {name, Path(name).with_suffix(".json").as_posix()}
+    known |= {f"{ENGINES_FOLDER}/{name}" for name in kernels}
     return {
         "model": f"GPT-Neo, {model.num_layers} layers, width {model.hidden_size}, "
         f"vocabulary {model.vocab_size}",
@@ -117,6 +137,7 @@ def _facts(bundle: Bundle, plans: list[EngineRecord]) -> dict[str, Any]:
         "bytes": sum(record.size for record in manifest.files.values()),
         "not_listed": sorted(present - known),
         "plans": {plan.file: _plan_facts(plan, manifest.digest) for plan in plans},
+        "kernels": {name: _kernel_facts(one, manifest.digest) for name, one in kernels.items()},
         "digest": manifest.digest,
         "minimum_onnxruntime": manifest.minimum_onnxruntime,
         "onnxruntime": None,
@@ -133,13 +154,30 @@ def _plan_facts(plan: EngineRecord, digest: str) -> dict[str, Any]:
     }
 
 
+def _kernel_facts(kernels: StepKernels, digest: str) -> dict[str, Any]:
+    return {
+        "compute_capability": kernels.compute_capability,
+        "compiler": kernels.compiler,
+        "of_this_bundle": kernels.bundle_digest == digest,
+    }
+
+
+def _kernels_line(name: str, kernels: dict[str, Any]) -> str:
+    """One file of kernels, for a reader."""
+    line = (
+        f"  kernels {name}: compute capability {kernels['compute_capability']}, "
+        f"{kernels['compiler']}"
+    )
+    return line if kernels["of_this_bundle"] else f"{line}; {_STRANGE}"
+
+
 def _plan_line(name: str, plan: dict[str, Any]) -> str:
     """One plan, for a reader."""
     line = (
         f"  plan {name}: {plan['size']:,} bytes, {plan['flavour']} {plan['version']}, compute "
         f"capability {plan['compute_capability']}"
     )
-    return line if plan["of_this_bundle"] else f"{line}; built from ANOTHER bundle, will not run"
+    return line if plan["of_this_bundle"] else f"{line}; {_STRANGE}"
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -154,6 +192,7 @@ def _text(report: dict[str, Any]) -> str:
         *(f"  {size:>{width},}  {name}" for name, size in report["files"].items()),
         f"  {report['bytes']:>{width},}  bytes in {len(report['files'])} files",
         *(_plan_line(name, plan) for name, plan in report["plans"].items()),
+        *(_kernels_line(name, kernels) for name, kernels in report["kernels"].items()),
         *(f"  not listed in {MANIFEST_NAME}, not checked: {n}" for n in report["not_listed"]),
         f"  digest {report['digest']}",
         f"  onnxruntime {report['onnxruntime'] or 'is not installed or cannot be used'}, "

@@ -16,7 +16,14 @@ from neo_runtime.machine.installation import require_onnxruntime, version_number
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["CUDA_PROVIDER", "GpuFacts", "cuda_runtime", "require_cuda_provider", "require_gpu"]
+__all__ = [
+    "CUDA_PROVIDER",
+    "GpuFacts",
+    "cuda_driver",
+    "cuda_runtime",
+    "require_cuda_provider",
+    "require_gpu",
+]
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 _NO_DRIVER = (
@@ -55,6 +62,12 @@ def cuda_runtime() -> ModuleType:
             f"cuda-bindings is missing or cannot be loaded ({error}); it comes with "
             f"pip install 'neo-onnx[gpu]' (or 'neo-onnx[tensorrt]'){_beside_the_wheel_for_cpus()}"
         ) from error
+
+
+def cuda_driver() -> ModuleType:
+    """The module `cuda.bindings.driver`, of the same package as `cuda_runtime`."""
+    cuda_runtime()
+    return importlib.import_module("cuda.bindings.driver")
 
 
 def _beside_the_wheel_for_cpus() -> str:

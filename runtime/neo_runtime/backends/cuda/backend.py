@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.backends.base import Backend, position_bytes
+from neo_runtime.backends.cuda.kernels import LoadedKernels
 from neo_runtime.backends.cuda.one_thread import OneThread
 from neo_runtime.backends.cuda.sessions import CudaSessions
 from neo_runtime.backends.cuda.slots import (
@@ -26,6 +27,7 @@ from neo_runtime.backends.device.blocks import new_blocks
 from neo_runtime.backends.device.idle_pool import IdlePool
 from neo_runtime.backends.device.leftovers import Leftovers
 from neo_runtime.backends.device.locks import alone, new_lock
+from neo_runtime.closable import closed_on_error
 from neo_runtime.errors import BundleUnsupportedError
 from neo_runtime.machine.installation import require_onnxruntime
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from neo_runtime.backends.device.base import Device
     from neo_runtime.bundle.folder import Bundle
     from neo_runtime.bundle.manifest import Manifest
+    from neo_runtime.bundle.step_kernels import StepKernels
 
 __all__ = ["CudaBackend", "why_not_cuda"]
 
@@ -69,7 +72,11 @@ class CudaBackend(Backend):
     """Whether a decode step is recorded in a CUDA graph and replayed."""
 
     def __init__(
-        self, bundle: Bundle, device: Device, session_config: Mapping[str, str] | None = None
+        self,
+        bundle: Bundle,
+        device: Device,
+        session_config: Mapping[str, str] | None = None,
+        kernels: StepKernels | None = None,
     ) -> None:
         """Copy the weights to the device.
 
@@ -77,9 +84,12 @@ class CudaBackend(Backend):
             bundle: an opened bundle of the target `cuda`.
             device: where to run; `close` closes it, too.
             session_config: more session configuration entries.
+            kernels: which fit the bundle and the device: they compute decode steps of the batches
+                that they take, in place of the decode graph.
 
         Raises:
             BundleUnsupportedError: the bundle is for another backend.
+            EngineError: a kernel is damaged.
             DeviceMemoryError: the weights do not fit.
         """
         reason = why_not_cuda(bundle.manifest)
@@ -105,7 +115,13 @@ class CudaBackend(Backend):
         self._captured_by_session = 0
         self._session_number = 0
         self._leftovers = Leftovers(self.lock)
-        everything = partial(_let_go, self._sessions, self.slots, self._thread, device)
+        self._kernels: LoadedKernels | None = None
+        if kernels is not None:
+            with closed_on_error(self._sessions), self.lock:
+                self._kernels = LoadedKernels(kernels, device, self.allocate)
+        everything = partial(
+            _let_go, self._sessions, self.slots, self._thread, self._kernels, device
+        )
         self._end = weakref.finalize(self, self._leftovers.leave_last, everything)
         self._end.atexit = False  # the system takes everything then
 
@@ -123,6 +139,8 @@ class CudaBackend(Backend):
         """See `Backend.prepare`."""
         with self.lock:
             for graph in graphs:
+                if graph == "decode" and self._kernels is not None:
+                    continue  # only for batches that they do not take
                 self.slots.with_room(partial(self._sessions.get, graph))
 
     def allocate(self, size: int) -> int:
@@ -142,6 +160,10 @@ class CudaBackend(Backend):
 
     def decode(self, slot: Slot) -> None:
         """Queue one decode step over the buffers of a slot. The caller holds the lock."""
+        if self._kernels is not None and self._kernels.takes(slot.batch):
+            weights = self._sessions.weights.address
+            self.slots.with_room(partial(self._kernels.decode, slot, weights))
+            return
         if not self.captures:
             self.run("decode", slot.inputs | slot.cache, slot.logits | slot.small)
             return
@@ -228,16 +250,22 @@ class CudaBackend(Backend):
                 return
             self._leftovers.clear()
             self._end.detach()
-            _let_go(self._sessions, self.slots, self._thread, self.device)
+            _let_go(self._sessions, self.slots, self._thread, self._kernels, self.device)
         self._leftovers.settle()  # of a cache that was closed meanwhile
 
 
 def _let_go(
-    sessions: CudaSessions, slots: IdlePool[Slot], thread: OneThread, device: Device
+    sessions: CudaSessions,
+    slots: IdlePool[Slot],
+    thread: OneThread,
+    kernels: LoadedKernels | None,
+    device: Device,
 ) -> None:
     """Give everything back but the slots that stores have; nobody uses the device."""
     for slot in slots.items:
-        slot.binding = slot.captured = None
+        slot.release()
+    if kernels is not None:
+        kernels.close()
     thread.close()
     sessions.close()
     slots.close(device.close)

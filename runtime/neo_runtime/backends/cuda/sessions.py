@@ -56,6 +56,17 @@ class CudaSessions:
         return self._weights.nbytes if self._weights is not None else 0
 
     @property
+    def weights(self) -> DeviceWeights:
+        """The weights on the device.
+
+        Raises:
+            NeoError: the sessions are closed.
+        """
+        if self._weights is None:
+            raise NeoError("the model is closed; call neo_runtime.load again")
+        return self._weights
+
+    @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
         return self._weights is None
@@ -67,10 +78,9 @@ class CudaSessions:
             DeviceError: onnxruntime could not start its CUDA provider.
             NeoError: the sessions are closed, or the graph cannot be loaded.
         """
-        if self._weights is None:
-            raise NeoError("the model is closed; call neo_runtime.load again")
+        weights = self.weights
         if graph not in self._open:
-            values = self._weights.initializers(graph)
+            values = weights.initializers(graph)
             self._open[graph] = (self._make(graph, values), values)
         return self._open[graph][0]
 

@@ -80,7 +80,9 @@ class Slot:
     binding: Any = None
     """Of the decode graph, made when it first runs. It holds its session."""
     captured: CapturedStep | None = None
-    """Its CUDA graph, once captured."""
+    """Its CUDA graph, once onnxruntime captured it."""
+    step: Any = None
+    """The CUDA graph of a bundle's own kernels, once captured."""
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -95,9 +97,16 @@ class Slot:
         """
         self.device.zero(self.addresses[0], self.cache_size)
 
+    def release(self) -> None:
+        """Let go of what is a session's or a kernel's."""
+        self.binding = self.captured = None
+        if self.step is not None:
+            self.device.discard(self.step)
+            self.step = None
+
     def free(self) -> None:
         """See `Pooled`."""
-        self.binding = None
+        self.release()
         for address in self.addresses:
             self.device.free(address)
         for array in (self.host_mask, self.host_ids, self.host_small):

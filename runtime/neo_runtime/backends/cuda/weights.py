@@ -55,6 +55,11 @@ class DeviceWeights:
             device.free(self._address)
             raise
 
+    @property
+    def address(self) -> int:
+        """Of the device's copy of the file."""
+        return self._address
+
     def initializers(self, graph: str) -> dict[str, Any]:
         """An `OrtValue` over the device's copy for each tensor that the graph reads from the file.
 

@@ -7,6 +7,7 @@ the device's stream, and is complete once `synchronize` returns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +17,26 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["ALIGNMENT", "Device", "Layout"]
+__all__ = ["ALIGNMENT", "Device", "KernelCall", "Layout"]
 
 ALIGNMENT = 256
 """Bytes: what cudaMalloc guarantees, and the most that a kernel wants."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelCall:
+    """One launch."""
+
+    grid: tuple[int, int, int]
+    """Blocks."""
+    threads: int
+    """Of a block."""
+    shared_bytes: int
+    """Of a block."""
+    arguments: tuple[tuple[int, int], ...]
+    """Integers, each with its bytes: 4 or 8."""
+    overlap: bool
+    """The kernel may begin before the one before it has ended, for which it waits by itself."""
 
 
 class Device(ABC):
@@ -96,6 +113,27 @@ class Device(ABC):
     @abstractmethod
     def discard(self, graph: Any) -> None:
         """Give a captured graph back."""
+
+    @abstractmethod
+    def load_kernel(self, image: bytes, name: str, shared_bytes: int) -> Any:
+        """A kernel of machine code.
+
+        Args:
+            image: a CUDA binary.
+            name: of the kernel in it.
+            shared_bytes: shared memory that a block of it takes.
+
+        Raises:
+            DeviceError: the device does not run it.
+        """
+
+    @abstractmethod
+    def unload_kernel(self, kernel: Any) -> None:
+        """Give a kernel back; nothing that is captured may launch it any more."""
+
+    @abstractmethod
+    def launch(self, kernel: Any, call: KernelCall) -> None:
+        """Queue a kernel of `load_kernel`."""
 
     @abstractmethod
     def close(self) -> None:

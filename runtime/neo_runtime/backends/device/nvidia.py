@@ -9,14 +9,21 @@ import numpy as np
 
 from neo_runtime.backends.device.base import Device
 from neo_runtime.errors import DeviceError, DeviceMemoryError
-from neo_runtime.machine.gpu import cuda_runtime
+from neo_runtime.machine.gpu import cuda_driver, cuda_runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
+    from neo_runtime.backends.device.base import KernelCall
+
 __all__ = ["CudaDevice", "checked"]
+
+_SHARED_WITHOUT_ASKING = 48 << 10
+"""Bytes of shared memory that every kernel may take (CUDA C++ Programming Guide, compute
+capabilities)."""
+_ARGUMENT_TYPES = {4: ctypes.c_int32, 8: ctypes.c_void_p}
 
 
 def checked(results: tuple[Any, ...], what: str) -> Any:
@@ -34,7 +41,7 @@ def checked(results: tuple[Any, ...], what: str) -> Any:
     if int(code) == 0:
         return values[0] if len(values) == 1 else tuple(values)
     name = getattr(code, "name", str(code))
-    if name == "cudaErrorMemoryAllocation":
+    if name in ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY"):
         raise DeviceMemoryError(
             f"the GPU's memory is full: CUDA failed to {what}; close other programs on it, ask for "
             "fewer or shorter sequences at once (max_cache_bytes), or export with --int4"
@@ -165,6 +172,44 @@ class CudaDevice(Device):
     def discard(self, graph: Any) -> None:
         """See `Device.discard`."""
         checked(self._cuda.cudaGraphExecDestroy(graph), "destroy a graph")
+
+    def load_kernel(self, image: bytes, name: str, shared_bytes: int) -> Any:
+        """See `Device.load_kernel`: the module, and the function in it."""
+        self._select()
+        driver = cuda_driver()
+        module = checked(driver.cuModuleLoadData(image), f"load the kernel {name}")
+        function = checked(
+            driver.cuModuleGetFunction(module, name.encode()), f"find the kernel {name}"
+        )
+        if shared_bytes > _SHARED_WITHOUT_ASKING:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            result = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
+            checked(result, f"give {shared_bytes} bytes of shared memory to {name}")
+        return module, function
+
+    def unload_kernel(self, kernel: Any) -> None:
+        """See `Device.unload_kernel`."""
+        self._select()
+        checked(cuda_driver().cuModuleUnload(kernel[0]), "unload a kernel")
+
+    def launch(self, kernel: Any, call: KernelCall) -> None:
+        """See `Device.launch`."""
+        driver = cuda_driver()
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = call.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = call.threads, 1, 1
+        config.sharedMemBytes = call.shared_bytes
+        config.hStream = driver.CUstream(int(self.stream))
+        if call.overlap:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = (
+                driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            )
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        numbers = tuple(number for number, _ in call.arguments)
+        types = tuple(_ARGUMENT_TYPES[size] for _, size in call.arguments)
+        checked(driver.cuLaunchKernelEx(config, kernel[1], (numbers, types), 0), "launch a kernel")
 
     def close(self) -> None:
         """See `Device.close`."""
