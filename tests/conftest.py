@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 # of their time waiting for one another. And sums come in one order, whatever the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Kernels are interpreted; those that are compiled are compiled in processes of their own.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from helpers.models import DEMO, Reference

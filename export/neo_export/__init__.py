@@ -16,6 +16,7 @@ bundle       what is written, and how it is put in place
 comparison   a bundle beside PyTorch
 exporter     a checkpoint becomes a bundle: the order of things
 engine       TensorRT plans of a bundle, and `neo-engine`
+kernels      a decode step of a bundle as kernels of its own, and `neo-kernels`
 command      `neo-export`
 entry        where both commands begin
 """

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -54,14 +57,29 @@ def require_cuda(gpu: GpuFacts) -> None:
         pytest.skip(f"no CUDA provider: {error}")
 
 
-@pytest.fixture(scope="module", params=["fp16", "bf16", "int8", "int4"])
+PRECISIONS = ("fp16", "bf16", "int8", "int4")
+
+
+@pytest.fixture(scope="module", params=[*PRECISIONS, *(f"{name} kernels" for name in PRECISIONS)])
 def bundle(
     request: pytest.FixtureRequest, gpu: GpuFacts, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
+    """The demo model, with and without kernels of its own for decode steps."""
     require_cuda(gpu)
-    folder = tmp_path_factory.mktemp("cuda") / request.param
-    export_bundle(str(DEMO), folder, ExportOptions(target="cuda", precision=request.param))
+    precision, *kernels = request.param.split()
+    folder = tmp_path_factory.mktemp("cuda") / precision
+    export_bundle(str(DEMO), folder, ExportOptions(target="cuda", precision=precision))
+    if kernels:
+        add_kernels(folder)
     return folder
+
+
+def add_kernels(folder: Path) -> None:
+    """`neo-kernels` in a process that compiles: this one interprets."""
+    pytest.importorskip("triton", reason="Triton is not installed: neo-onnx[kernels]")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "neo_export.kernels.cli", str(folder)]
+    subprocess.run(command, check=True, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -177,13 +195,18 @@ def test_candidates_give_the_text_of_full_logits(
         assert [c.text for c in found] == [c.text for c in full]
 
 
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_checkpoints_that_stand_out(name: str, gpu: GpuFacts, tmp_path: Path) -> None:
+def test_checkpoints_that_stand_out(
+    name: str, kernels: bool, gpu: GpuFacts, tmp_path: Path
+) -> None:
     """Windows, heads, layers and vocabularies of all kinds, by every way that a service calls."""
     require_cuda(gpu)
     config = ODD_CONFIGS[name]
     source = make_checkpoint(tmp_path / "model", config)
     export_bundle(str(source), tmp_path / "b", ExportOptions(target="cuda", precision="fp16"))
+    if kernels:
+        add_kernels(tmp_path / "b")
     with neo_runtime.load(tmp_path / "b", backend="cuda") as model:
         assert_parity(model, Reference(source), config, LIMIT)
 
@@ -201,10 +224,9 @@ def _memory_of_more_sessions(bundle: Path) -> tuple[int, int]:
     with neo_runtime.load(bundle, backend="cuda") as model:
         backend = model._backend
         assert isinstance(backend, CudaBackend)
-        backend.session("decode")
+        backend.prepare(("decode",))
         before = free()
-        backend.session("prefill")
-        backend.session("score")
+        backend.prepare(("prefill", "score"))
         return before - free(), backend.weight_bytes
 
 

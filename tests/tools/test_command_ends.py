@@ -20,6 +20,7 @@ RESUMES = "interrupted; the same command continues after the last finished layer
 COMMANDS = [
     ("neo_export.command.cli", "_run", ["-o", "b"], "neo-export", NOTHING),
     ("neo_export.engine.cli", "_build", ["b"], "neo-engine", NOTHING),
+    ("neo_export.kernels.cli", "_build", ["b"], "neo-kernels", NOTHING),
     ("neo_calibration.cli", "_run", ["m", "--text", "t", "-o", "s"], "neo-calibrate", RESUMES),
     (
         "neo_calibration.auto.__main__",

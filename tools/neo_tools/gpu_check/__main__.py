@@ -72,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="rounds of each measurement (default: 5)",
     )
     parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="measure the backend cuda with kernels of its own for decode steps (neo-kernels)",
+    )
+    parser.add_argument(
         "--no-tests",
         action="store_true",
         help="skip the tests; the report says so",
@@ -144,7 +149,7 @@ def _measure(arguments: argparse.Namespace, backend: str, folder: Path) -> Itera
 
     from neo_tools.bench.run import run
     from neo_tools.gpu_check.report import BackendRun
-    from neo_tools.gpu_check.targets import judge
+    from neo_tools.gpu_check.targets import MANY, judge
 
     model = Path(arguments.model or DEMO)
     bundles = {}
@@ -154,7 +159,10 @@ def _measure(arguments: argparse.Namespace, backend: str, folder: Path) -> Itera
             str(model), bundles[precision], ExportOptions(target=backend, precision=precision)
         )
         if backend == "tensorrt":
-            _build_plan(bundles[precision], arguments.device)
+            many = ("--max-batch", str(MANY))
+            _build("neo_export.engine.cli", bundles[precision], arguments.device, *many)
+        elif arguments.kernels:
+            _build("neo_export.kernels.cli", bundles[precision], arguments.device)
     parts = dict(_parts(arguments, backend, model, bundles))
     found = BackendRun(planned=tuple(parts))
     yield found
@@ -209,14 +217,11 @@ def _only_gpu(device: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": seen}
 
 
-def _build_plan(bundle: Path, device: int) -> None:
-    """A plan for the large batch, with `neo-engine` in a process of its own."""
-    from neo_tools.gpu_check.targets import MANY
-
-    command = [sys.executable, "-m", "neo_export.engine.cli", str(bundle), "--max-batch", str(MANY)]
-    environment = os.environ | _only_gpu(device)
-    if subprocess.run(command, stdout=sys.stderr, env=environment).returncode:
-        raise NeoError(f"neo-engine could not build a plan of {bundle}; its output is above")
+def _build(command: str, bundle: Path, device: int, *options: str) -> None:
+    """A plan or kernels for the GPU, by a command's module in a process of its own."""
+    words = [sys.executable, "-m", command, str(bundle), *options]
+    if subprocess.run(words, stdout=sys.stderr, env=os.environ | _only_gpu(device)).returncode:
+        raise NeoError(f"{command} could not build for {bundle}; its output is above")
 
 
 if __name__ == "__main__":

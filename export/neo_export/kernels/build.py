@@ -1,0 +1,140 @@
+"""A file of kernels for a bundle."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx
+from neo_runtime.bundle.engine_record import ENGINES_FOLDER
+from neo_runtime.bundle.folder import open_bundle
+from neo_runtime.bundle.step_kernels import Argument, Launch, Step, StepKernels, kernels_path
+from neo_runtime.errors import BundleUnsupportedError, OutputError
+
+from neo_export.files.replace import replace_file
+from neo_export.kernels.compiler import SCRATCH_TYPES, compile_variant, compiler_name
+from neo_export.kernels.graph import read_graph
+from neo_export.kernels.launches import ROW_SIZES, plan_step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from neo_runtime.bundle.folder import Bundle
+    from neo_runtime.bundle.step_kernels import Kernel
+
+    from neo_export.kernels.plan import Planned, PlannedStep, Variant
+
+__all__ = ["BuiltKernels", "build_kernels", "kernels_for", "planned_steps"]
+
+
+@dataclass(frozen=True)
+class BuiltKernels:
+    """Kernels that were built and written."""
+
+    path: Path
+    kernels: StepKernels
+    size: int
+    """Bytes of the file."""
+    seconds: float
+
+
+def build_kernels(
+    folder: Path,
+    capability: str,
+    *,
+    overlap: bool,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> BuiltKernels:
+    """Compile the decode step of a bundle and put it into the bundle's `engines/`.
+
+    Args:
+        folder: written by `neo-export --target cuda`.
+        capability: of the GPUs that it is for, such as "9.0".
+        overlap: let launches begin early (compute capability 9.0 or newer).
+        progress: called with a phase, kernels done and kernels.
+
+    Raises:
+        NeoError: the bundle or Triton cannot be used, or the graph has no kernels; an earlier file
+            stays.
+    """
+    started = time.monotonic()
+    bundle = open_bundle(folder, check_runtime=False)
+    compiler_name()  # before seconds of work
+    steps = planned_steps(bundle, overlap=overlap)
+    kernels = kernels_for(
+        bundle,
+        capability,
+        steps,
+        overlap=overlap,
+        compiler=compile_variant,
+        progress=progress,
+    )
+    path, text = kernels_path(folder, capability), kernels.to_json().encode()
+    try:
+        (folder / ENGINES_FOLDER).mkdir(exist_ok=True)
+        replace_file(path, text)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror}); make room or permit it"
+        ) from error
+    return BuiltKernels(path, kernels, len(text), round(time.monotonic() - started, 3))
+
+
+def planned_steps(bundle: Bundle, *, overlap: bool) -> list[PlannedStep]:
+    """The steps of all sizes.
+
+    Raises:
+        BundleUnsupportedError: the bundle is for another backend.
+        EngineError: its decode graph has no kernels.
+    """
+    manifest = bundle.manifest
+    if manifest.target != "cuda" or manifest.cache.layout != "in_place":
+        raise BundleUnsupportedError(
+            f"{bundle.path} was exported for {manifest.target}; kernels are for bundles of "
+            "neo-export --target cuda"
+        )
+    model = onnx.load(bundle.graph("decode"), load_external_data=False)
+    graph = read_graph(model, manifest.model.vocab_size)
+    return [plan_step(graph, manifest, rows, overlap=overlap) for rows in ROW_SIZES]
+
+
+def kernels_for(
+    bundle: Bundle,
+    capability: str,
+    steps: Sequence[PlannedStep],
+    *,
+    overlap: bool,
+    compiler: Callable[[Variant, str], Kernel],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> StepKernels:
+    """What `steps` launch, each variant compiled once."""
+    variants = list(dict.fromkeys(one.variant for step in steps for one in step.launches))
+    kernels = []
+    for done, variant in enumerate(variants):
+        if progress is not None:
+            progress("compiling", done, len(variants))
+        kernels.append(compiler(variant, capability))
+    numbers = {variant: number for number, variant in enumerate(variants)}
+    return StepKernels(
+        bundle_digest=bundle.manifest.digest,
+        compute_capability=capability,
+        compiler=compiler_name(),
+        memory_bytes=max(step.memory_bytes for step in steps),
+        overlap=overlap,
+        kernels=tuple(kernels),
+        steps=tuple(
+            Step(
+                max_rows=step.rows,
+                launches=tuple(_launch(one, numbers) for one in step.launches),
+            )
+            for step in steps
+        ),
+    )
+
+
+def _launch(planned: Planned, numbers: dict[Variant, int]) -> Launch:
+    unused = [Argument(kind="none") for _ in SCRATCH_TYPES]
+    arguments = (*planned.arguments, *unused)
+    return Launch(kernel=numbers[planned.variant], grid=planned.grid, arguments=arguments)

@@ -1,0 +1,141 @@
+"""`neo-kernels BUNDLE`: compile a bundle's decode step for one kind of NVIDIA GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neo_runtime.command.command_line import add_version, run_command
+from neo_runtime.errors import DeviceError, NeoError, RequestError
+
+from neo_export.reports.stages import StageLine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from neo_export.kernels.build import BuiltKernels
+
+__all__ = ["main"]
+
+_EPILOG = """\
+BUNDLE was written by neo-export --target cuda. The kernels compute decode steps of up to 32
+sequences in place of the decode graph, over the same weights; prompts stay with onnxruntime. They
+are written to BUNDLE/engines, are found there by neo_runtime.load on GPUs of their kind, and are
+gone when the file is deleted. They have not run on a GPU yet: compare them with neo-diff --backend
+cuda before use. Progress goes to stderr, the summary to stdout. Exit status: 0 built, 2 not built,
+130 interrupted.
+"""
+_OLDEST, _OVERLAPS = (8, 0), (9, 0)
+"""The first compute capabilities that Triton compiles for, and that have dependent launches."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="neo-kernels",
+        description="Compile a bundle's decode step for one kind of NVIDIA GPU.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_version(parser)
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder with neo.json")
+    parser.add_argument(
+        "--compute-capability",
+        metavar="X.Y",
+        help="of the GPUs, such as 9.0 for an H100 (default: this machine's)",
+    )
+    parser.add_argument(
+        "--no-overlap",
+        action="store_true",
+        help="do not begin a kernel before the one before it has ended (default: from 9.0 on, "
+        "kernels begin early and load weights while they wait)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    return run_command(
+        "neo-kernels",
+        lambda: _build(arguments),
+        extras="export,kernels",
+        interrupted="interrupted, nothing was written",
+    )
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from neo_export.kernels.build import build_kernels
+
+    capability = _capability(arguments.compute_capability)
+    overlap = _numbers(capability) >= _OVERLAPS and not arguments.no_overlap
+    with StageLine("neo-kernels") as bar:
+        built = build_kernels(arguments.bundle, capability, overlap=overlap, progress=bar.show)
+    print(json.dumps(_facts(built), indent=1) if arguments.json else _report(built))
+    return 0
+
+
+def _capability(asked: str | None) -> str:
+    if asked is None:
+        from neo_runtime.machine.gpu import require_gpu
+
+        try:
+            asked = require_gpu().compute_capability
+        except NeoError as error:
+            raise DeviceError(
+                f"{error}; or name the GPUs that the kernels are for, such as "
+                "--compute-capability 9.0"
+            ) from error
+    if not re.fullmatch(r"\d{1,2}\.\d", asked):
+        raise RequestError(f"--compute-capability is {asked!r}, expected for example 9.0")
+    if _numbers(asked) < _OLDEST:
+        raise RequestError(
+            f"--compute-capability is {asked}, expected 8.0 or newer: older GPUs have no kernels"
+        )
+    return asked
+
+
+def _numbers(capability: str) -> tuple[int, int]:
+    major, minor = capability.split(".")
+    return int(major), int(minor)
+
+
+def _facts(built: BuiltKernels) -> dict[str, object]:
+    kernels = built.kernels
+    return {
+        "path": str(built.path),
+        "compute_capability": kernels.compute_capability,
+        "compiler": kernels.compiler,
+        "overlap": kernels.overlap,
+        "kernels": len(kernels.kernels),
+        "launches": {str(step.max_rows): len(step.launches) for step in kernels.steps},
+        "memory_bytes": kernels.memory_bytes,
+        "size": built.size,
+        "seconds": built.seconds,
+    }
+
+
+def _report(built: BuiltKernels) -> str:
+    kernels = built.kernels
+    launches = ", ".join(
+        f"{len(step.launches)} up to batch {step.max_rows}" for step in kernels.steps
+    )
+    early = "; each may begin before the one before it has ended" if kernels.overlap else ""
+    return "\n".join(
+        [
+            f"kernels     {built.path}",
+            f"for         compute capability {kernels.compute_capability}; {kernels.compiler}",
+            f"launches    {launches}{early}",
+            f"memory      {kernels.memory_bytes / 1e6:,.1f} MB on the GPU, beside the weights",
+            f"size        {built.size / 1e6:,.1f} MB, {len(kernels.kernels)} kernels",
+            f"time        {built.seconds:.1f} s",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Triton programs to machine code, on a machine with or without a GPU."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.bundle.step_kernels import Kernel
+from neo_runtime.errors import DependencyError, EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from neo_export.kernels.plan import Variant
+
+__all__ = ["SCRATCH_TYPES", "compile_variant", "compiler_name", "signature"]
+
+SCRATCH_TYPES = ("*i8", "*i8")
+"""Two pointers that Triton gives its kernels behind the arguments; these leave them unused."""
+_MISSING = "Triton cannot be imported; pip install 'neo-onnx[kernels]' brings it (Linux)"
+_ALIGNED = [["tt.divisibility", 16]]
+
+
+def compiler_name() -> str:
+    """The compiler and its version.
+
+    Raises:
+        DependencyError: Triton is not installed.
+    """
+    try:
+        return f"triton {version('triton')}"
+    except PackageNotFoundError as error:
+        raise DependencyError(_MISSING) from error
+
+
+def _triton() -> Any:
+    # A contraction of products and sums is what GPUs are for; newer versions want it said.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    try:
+        import triton
+    except ImportError as error:
+        raise DependencyError(f"{_MISSING} ({error})") from error
+    if triton.knobs.runtime.interpret:
+        raise DependencyError("TRITON_INTERPRET is set, so that Triton does not compile; unset it")
+    return triton
+
+
+def compile_variant(variant: Variant, capability: str) -> Kernel:
+    """Compile a program for GPUs of a compute capability, such as "9.0".
+
+    Raises:
+        DependencyError: Triton is not installed.
+        EngineError: it cannot compile the program for such a GPU.
+    """
+    triton = _triton()
+    from neo_export.kernels import programs
+
+    function = getattr(programs, variant.program)
+    constants = dict(variant.constants)
+    source = triton.compiler.ASTSource(
+        fn=function,
+        signature=signature(function.arg_names, variant),
+        constexprs={(function.arg_names.index(name),): constants[name] for name in constants},
+        attrs={(i,): _ALIGNED for i, kind in enumerate(variant.types) if kind.startswith("*")},
+    )
+    major, minor = capability.split(".")
+    target = triton.backends.compiler.GPUTarget("cuda", 10 * int(major) + int(minor), 32)
+    options = {"num_warps": variant.warps, "launch_pdl": bool(constants["PDL"])}
+    try:
+        made = triton.compile(source, target=target, options=options)
+    except Exception as error:
+        raise EngineError(
+            f"Triton {version('triton')} cannot compile {variant.program} for compute capability "
+            f"{capability}: {error}"
+        ) from error
+    metadata = made.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
+        raise EngineError(f"{variant.program} was compiled to a form that is not launched here")
+    image = made.asm["cubin"]
+    return Kernel(
+        name=metadata.name,
+        program=variant.program,
+        constants=constants,
+        types=(*variant.types, *SCRATCH_TYPES),
+        image=base64.b64encode(image).decode("ascii"),
+        sha256=hashlib.sha256(image).hexdigest(),
+        threads=32 * metadata.num_warps,
+        shared_bytes=metadata.shared,
+    )
+
+
+def signature(names: list[str], variant: Variant) -> Mapping[str, str]:
+    """Types by argument, as Triton takes them."""
+    constants = dict(variant.constants)
+    given = [name for name in names if name not in constants]
+    types = dict(zip(given, variant.types, strict=True))
+    return {name: types.get(name, "constexpr") for name in names}

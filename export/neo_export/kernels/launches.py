@@ -1,0 +1,320 @@
+"""Which programs compute a decode graph, over which memory, in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from neo_runtime.bundle.step_kernels import Argument, Extent
+from neo_runtime.errors import EngineError
+from onnx import TensorProto
+
+from neo_export.kernels.plan import Constant, Planned, PlannedStep, Variant
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from neo_runtime.bundle.manifest import Manifest
+
+    from neo_export.kernels.graph import DecodeGraph, Layer, Matrix, Norm, Stored
+
+__all__ = ["ROW_SIZES", "plan_step"]
+
+ROW_SIZES = (1, 16, 32)
+"""Batches that products are compiled for; a batch takes the next."""
+_PROGRAMS = 264
+"""Programs that share a product: two for each of the 132 processors of an H100."""
+_MOST_SPLITS = 8
+_CHUNK = 64
+"""Positions that one program of the attention reads."""
+_VOCAB_BLOCK = 2048
+_ALIGNMENT = 256
+_TYPES: dict[int, str] = {
+    TensorProto.FLOAT16: "*fp16",
+    TensorProto.BFLOAT16: "*bf16",
+    TensorProto.UINT8: "*u8",
+}
+
+
+@dataclass
+class _Memory:
+    """Places in the kernels' own memory, for the most rows of a step."""
+
+    size: int = 0
+    places: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def add(self, name: str, kind: str, count: int) -> None:
+        """A tensor of `count` numbers of a Triton pointer type."""
+        self.places[name] = (self.size, kind)
+        size = count * {"*i32": 4, "*fp32": 4, "*i64": 8, "*fp64": 8}.get(kind, 2)
+        self.size += -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass(frozen=True)
+class _Value:
+    """An argument and its type."""
+
+    argument: Argument
+    type: str
+
+
+def plan_step(graph: DecodeGraph, manifest: Manifest, rows: int, *, overlap: bool) -> PlannedStep:
+    """The launches of one step of up to `rows` sequences.
+
+    Args:
+        graph: of `read_graph`.
+        manifest: of the bundle.
+        rows: of `ROW_SIZES`.
+        overlap: compile for programmatic dependent launch.
+
+    Raises:
+        EngineError: the model has sizes that no program is made for.
+    """
+    return _Planner(graph, manifest, rows, overlap=overlap).plan()
+
+
+class _Planner:
+    def __init__(self, graph: DecodeGraph, manifest: Manifest, rows: int, *, overlap: bool) -> None:
+        self._graph, self._model, self._rows = graph, manifest.model, rows
+        self._overlap = overlap
+        self._half = _TYPES[graph.positions.element_type]
+        outputs = {tensor.name: tensor for tensor in manifest.graphs["decode"].outputs}
+        self._count = int(outputs["top_values"].shape[-1])
+        self._planned: list[Planned] = []
+        self._memory = self._allocate(manifest.max_length)
+
+    def _allocate(self, max_length: int) -> _Memory:
+        model, rows, memory = self._model, self._rows, _Memory()
+        matrices = [m for layer in self._graph.layers for m in _matrices(layer)]
+        matrices.append(self._graph.head)
+        columns = max(-(-m.outputs // self._blocks(m)[0]) for m in matrices)
+        memory.add("counters", "*i32", max(columns, rows * model.num_heads))
+        splits = -(-max_length // _CHUNK)
+        width = _power(model.head_dim) + 2
+        parts = max(_parts(m, self._blocks(m), rows) for m in matrices)
+        memory.add("parts", "*fp32", max(parts, rows * model.num_heads * splits * width))
+        memory.add("residual", "*fp32", rows * model.hidden_size)
+        memory.add("queries", "*fp32", rows * model.hidden_size)
+        memory.add("normal", self._half, rows * model.hidden_size)
+        memory.add("attended", self._half, rows * model.hidden_size)
+        memory.add("inner", self._half, rows * model.intermediate_size)
+        blocks = -(-model.vocab_size // _VOCAB_BLOCK)
+        memory.add("best", "*i64", rows * blocks * _power(self._count))
+        memory.add("masses", "*fp64", rows * blocks * 2)
+        return memory
+
+    def plan(self) -> PlannedStep:
+        self._embed()
+        for layer in self._graph.layers:
+            self._layer(layer)
+        self._project(
+            self._graph.head, "logits", _tensor("logits", "*fp32"), self._graph.final_norm
+        )
+        self._candidates()
+        return PlannedStep(self._rows, tuple(self._planned), self._memory.size)
+
+    def _own(self, name: str) -> _Value:
+        offset, kind = self._memory.places[name]
+        return _Value(Argument(kind="memory", offset=offset), kind)
+
+    def _launch(
+        self,
+        program: str,
+        values: list[_Value],
+        constants: Mapping[str, Constant],
+        *grid: Extent,
+        warps: int = 4,
+    ) -> None:
+        constants = {**constants, "PDL": self._overlap}
+        variant = Variant(
+            program, tuple(constants.items()), tuple(value.type for value in values), warps
+        )
+        sizes = (*grid, Extent(), Extent())
+        arguments = tuple(value.argument for value in values)
+        self._planned.append(Planned(variant, (sizes[0], sizes[1], sizes[2]), arguments))
+
+    def _embed(self) -> None:
+        tokens, width = self._graph.tokens, self._model.hidden_size
+        if tokens.inputs != width:
+            raise EngineError(f"a table of {tokens.inputs} columns has no kernel, expected {width}")
+        values = [
+            _tensor("input_ids", "*i64"),
+            _tensor("position_ids", "*i64"),
+            _weights(tokens.stored),
+            _weights(tokens.scales or self._graph.positions),
+            _weights(self._graph.positions),
+            self._own("residual"),
+        ]
+        constants: dict[str, Constant] = {
+            "WIDTH": width,
+            "BLOCK": _power(width),
+            "BITS": tokens.bits,
+            "GROUP": tokens.group or 1,
+        }
+        self._launch("embed", values, constants, Extent(per_row=True))
+
+    def _layer(self, layer: Layer) -> None:
+        self._project(layer.qkv, "qkv", self._own("queries"), layer.norm_1, layer=layer.number)
+        self._attend(layer)
+        residual = self._own("residual")
+        attended, inner = self._own("attended"), self._own("inner")
+        self._project(layer.out_proj, "residual", residual, x=attended, bias=layer.out_bias)
+        self._project(layer.c_fc, "gelu", inner, layer.norm_2, bias=layer.fc_bias)
+        self._project(layer.c_proj, "residual", residual, x=inner, bias=layer.proj_bias)
+
+    def _project(
+        self,
+        matrix: Matrix,
+        end: str,
+        out: _Value,
+        norm: Norm | None = None,
+        *,
+        x: _Value | None = None,
+        bias: Stored | None = None,
+        layer: int | None = None,
+    ) -> None:
+        """A linear layer; without `x` its input is the norm of the residual stream."""
+        fused = norm is not None and self._rows == 1
+        if norm is not None and not fused:
+            self._normalize(norm)
+        x = x or self._own("residual" if fused else "normal")
+        unused = _weights(matrix.stored)
+        past = f"past_key_values.{layer}."
+        values = [
+            x,
+            unused,
+            _weights(matrix.scales) if matrix.scales else unused,
+            _weights(norm.gamma) if norm and fused else unused,
+            _weights(norm.beta) if norm and fused else unused,
+            _weights(bias) if bias else unused,
+            out,
+            unused if layer is None else _tensor(past + "key", self._half),
+            unused if layer is None else _tensor(past + "value", self._half),
+            _tensor("position_ids", "*i64"),
+            self._own("parts"),
+            self._own("counters"),
+            _Value(Argument(kind="rows"), "i32"),
+            _Value(Argument(kind="length"), "i32"),
+        ]
+        block_n, block_k, splits = self._blocks(matrix)
+        constants: dict[str, Constant] = {
+            "N": matrix.outputs,
+            "K": matrix.inputs,
+            "BITS": matrix.bits,
+            "GROUP": matrix.group or 1,
+            "BY_INPUT": matrix.by_input,
+            "NORM": fused,
+            "EPSILON": norm.epsilon if norm and fused else 0.0,
+            "END": end,
+            "HEAD_DIM": self._model.head_dim,
+            "ROWS": self._rows,
+            "WIDTH_BLOCK": _power(matrix.inputs) if fused else 1,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+            "SPLITS": splits,
+        }
+        columns = -(-matrix.outputs // block_n)
+        self._launch("project", values, constants, Extent(times=columns), Extent(times=splits))
+
+    def _blocks(self, matrix: Matrix) -> tuple[int, int, int]:
+        """Outputs and inputs of a tile, and programs that share a sum.
+
+        A tile's rows are long enough for whole cache lines, and all tiles of a product are in
+        flight at once.
+        """
+        if self._rows > 1:
+            block_n, block_k = 64, 128 if matrix.bits == 4 else 64
+        elif matrix.by_input:
+            block_n, block_k = 64, 64
+        else:
+            block_n, block_k = 16, 512 if matrix.bits == 4 else 256
+        block_k = max(block_k, matrix.group)
+        columns = -(-matrix.outputs // block_n)
+        splits = min(max(1, round(_PROGRAMS / columns)), -(-matrix.inputs // block_k), _MOST_SPLITS)
+        return block_n, block_k, splits
+
+    def _normalize(self, norm: Norm) -> None:
+        width = self._model.hidden_size
+        values = [
+            self._own("residual"),
+            _weights(norm.gamma),
+            _weights(norm.beta),
+            self._own("normal"),
+        ]
+        constants: dict[str, Constant] = {
+            "WIDTH": width,
+            "BLOCK": _power(width),
+            "EPSILON": norm.epsilon,
+        }
+        self._launch("normalize", values, constants, Extent(per_row=True))
+
+    def _attend(self, layer: Layer) -> None:
+        heads, head_dim = self._model.num_heads, self._model.head_dim
+        values = [
+            self._own("queries"),
+            _tensor(f"past_key_values.{layer.number}.key", self._half),
+            _tensor(f"past_key_values.{layer.number}.value", self._half),
+            _tensor("position_ids", "*i64"),
+            self._own("attended"),
+            self._own("parts"),
+            self._own("counters"),
+            _Value(Argument(kind="length"), "i32"),
+        ]
+        constants: dict[str, Constant] = {
+            "HEADS": heads,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": _power(head_dim),
+            "WINDOW": layer.window,
+            "SCALE": layer.scale,
+            "CHUNK": _CHUNK,
+        }
+        pieces = Extent(chunk=_CHUNK, most=layer.window)
+        self._launch("attend", values, constants, Extent(times=heads, per_row=True), pieces)
+
+    def _candidates(self) -> None:
+        vocab = self._model.vocab_size
+        blocks = -(-vocab // _VOCAB_BLOCK)
+        logits = _tensor("logits", "*fp32")
+        best, masses = self._own("best"), self._own("masses")
+        self._launch(
+            "best_of_block",
+            [logits, best, masses],
+            {"VOCAB": vocab, "BLOCK": _VOCAB_BLOCK, "COUNT_BLOCK": _power(self._count)},
+            Extent(times=blocks),
+            Extent(per_row=True),
+        )
+        outputs = [
+            _tensor("top_values", "*fp32"),
+            _tensor("top_ids", "*i64"),
+            _tensor("exp_sum", "*fp64"),
+        ]
+        self._launch(
+            "best_of_all",
+            [best, masses, logits, *outputs],
+            {"VOCAB": vocab, "BLOCKS": blocks, "BLOCKS_BLOCK": _power(blocks)}
+            | {"COUNT": self._count, "COUNT_BLOCK": _power(self._count)},
+            Extent(per_row=True),
+            warps=16,
+        )
+
+
+def _matrices(layer: Layer) -> tuple[Matrix, ...]:
+    return layer.qkv, layer.out_proj, layer.c_fc, layer.c_proj
+
+
+def _parts(matrix: Matrix, blocks: tuple[int, int, int], rows: int) -> int:
+    block_n, _, splits = blocks
+    return -(-matrix.outputs // block_n) * splits * rows * block_n
+
+
+def _weights(stored: Stored) -> _Value:
+    return _Value(Argument(kind="weights", offset=stored.offset), _TYPES[stored.element_type])
+
+
+def _tensor(name: str, kind: str) -> _Value:
+    return _Value(Argument(kind="tensor", name=name), kind)
+
+
+def _power(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
