@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +28,10 @@ gone when the file is deleted. They have not run on a GPU yet: compare them with
 cuda before use. Progress goes to stderr, the summary to stdout. Exit status: 0 built, 2 not built,
 130 interrupted.
 """
-_OLDEST, _OVERLAPS = (8, 0), (9, 0)
-"""The first compute capabilities that Triton compiles for, and that have dependent launches."""
+_KNOWN = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
+"""Compute capabilities of NVIDIA's GPUs from Ampere on (CUDA GPU Compute Capability, NVIDIA)."""
+_OVERLAPS = 9
+"""The first major compute capability that has programmatic dependent launch."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +73,7 @@ def _build(arguments: argparse.Namespace) -> int:
     from neo_export.kernels.build import build_kernels
 
     capability = _capability(arguments.compute_capability)
-    overlap = _numbers(capability) >= _OVERLAPS and not arguments.no_overlap
+    overlap = int(capability.split(".")[0]) >= _OVERLAPS and not arguments.no_overlap
     with StageLine("neo-kernels") as bar:
         built = build_kernels(arguments.bundle, capability, overlap=overlap, progress=bar.show)
     print(json.dumps(_facts(built), indent=1) if arguments.json else _report(built))
@@ -90,18 +91,12 @@ def _capability(asked: str | None) -> str:
                 f"{error}; or name the GPUs that the kernels are for, such as "
                 "--compute-capability 9.0"
             ) from error
-    if not re.fullmatch(r"\d{1,2}\.\d", asked):
-        raise RequestError(f"--compute-capability is {asked!r}, expected for example 9.0")
-    if _numbers(asked) < _OLDEST:
+    if asked not in _KNOWN:
         raise RequestError(
-            f"--compute-capability is {asked}, expected 8.0 or newer: older GPUs have no kernels"
+            f"the compute capability is {asked!r}, expected one of {', '.join(_KNOWN)}; other GPUs "
+            "have no kernels"
         )
     return asked
-
-
-def _numbers(capability: str) -> tuple[int, int]:
-    major, minor = capability.split(".")
-    return int(major), int(minor)
 
 
 def _facts(built: BuiltKernels) -> dict[str, object]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import os
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.bundle.step_kernels import Kernel
 from neo_runtime.errors import DependencyError, EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from neo_export.kernels.plan import Variant
 
@@ -70,7 +73,8 @@ def compile_variant(variant: Variant, capability: str) -> Kernel:
     target = triton.backends.compiler.GPUTarget("cuda", 10 * int(major) + int(minor), 32)
     options = {"num_warps": variant.warps, "launch_pdl": bool(constants["PDL"])}
     try:
-        made = triton.compile(source, target=target, options=options)
+        with _hermetic(triton):
+            made = triton.compile(source, target=target, options=options)
     except Exception as error:
         raise EngineError(
             f"Triton {version('triton')} cannot compile {variant.program} for compute capability "
@@ -90,6 +94,24 @@ def compile_variant(variant: Variant, capability: str) -> Kernel:
         threads=32 * metadata.num_warps,
         shared_bytes=metadata.shared,
     )
+
+
+@contextmanager
+def _hermetic(triton: Any) -> Iterator[None]:
+    """The same machine code wherever it is compiled: no paths in it, and nobody's cache.
+
+    Triton prints what it failed to compile to stdout, which is for results.
+    """
+    knobs = triton.knobs
+    with (
+        TemporaryDirectory() as folder,
+        knobs.compilation.scope(),
+        knobs.cache.scope(),
+        redirect_stdout(io.StringIO()),
+    ):
+        knobs.compilation.disable_line_info = True
+        knobs.cache.dir = folder
+        yield
 
 
 def signature(names: list[str], variant: Variant) -> Mapping[str, str]:
