@@ -18,6 +18,7 @@ import torch
 from helpers.host_device import HostDevice
 from neo_export.kernels.build import kernels_for, planned_steps
 from neo_export.kernels.compiler import SCRATCH_TYPES
+from neo_export.kernels.plan import POINTER_ALIGNMENT
 from neo_runtime.backends.choice import Chosen
 from neo_runtime.backends.cuda.backend import CudaBackend
 from neo_runtime.bundle.folder import open_bundle
@@ -95,6 +96,8 @@ class InterpretingDevice(HostDevice):
         program, constants, types = kernel
         self.launches.append(program)
         numbers = [number for number, _ in call.arguments][: len(types)]
+        pointers = [n for n, kind in zip(numbers, types, strict=True) if kind.startswith("*")]
+        assert not any(n % POINTER_ALIGNMENT for n in pointers)
         given = [_argument(n, kind) for n, kind in zip(numbers, types, strict=True)]
         with pytest.MonkeyPatch.context() as patched:
             checked = _Checked(interpreter._interpreter, self)

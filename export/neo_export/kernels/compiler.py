@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from neo_runtime.bundle.step_kernels import Kernel
 from neo_runtime.errors import DependencyError, EngineError
 
+from neo_export.kernels.plan import POINTER_ALIGNMENT
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -24,7 +26,7 @@ __all__ = ["SCRATCH_TYPES", "compile_variant", "compiler_name", "signature"]
 SCRATCH_TYPES = ("*i8", "*i8")
 """Two pointers that Triton gives its kernels behind the arguments; these leave them unused."""
 _MISSING = "Triton cannot be imported; pip install 'neo-onnx[kernels]' brings it (Linux)"
-_ALIGNED = [["tt.divisibility", 16]]
+_ALIGNED = [["tt.divisibility", POINTER_ALIGNMENT]]
 
 
 def compiler_name() -> str:

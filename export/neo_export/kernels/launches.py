@@ -9,7 +9,7 @@ from neo_runtime.bundle.step_kernels import Argument, Extent
 from neo_runtime.errors import EngineError
 from onnx import TensorProto
 
-from neo_export.kernels.plan import Constant, Planned, PlannedStep, Variant
+from neo_export.kernels.plan import POINTER_ALIGNMENT, Constant, Planned, PlannedStep, Variant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -308,6 +308,11 @@ def _parts(matrix: Matrix, blocks: tuple[int, int, int], rows: int) -> int:
 
 
 def _weights(stored: Stored) -> _Value:
+    if stored.offset % POINTER_ALIGNMENT:
+        raise EngineError(
+            f"{stored.name} lies at byte {stored.offset} of the weights, expected a multiple of "
+            f"{POINTER_ALIGNMENT}, which kernels read at once; export the bundle again"
+        )
     return _Value(Argument(kind="weights", offset=stored.offset), _TYPES[stored.element_type])
 
 

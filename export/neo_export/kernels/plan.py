@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from neo_runtime.bundle.step_kernels import Argument, Extent
 
-__all__ = ["Constant", "Planned", "PlannedStep", "Variant"]
+__all__ = ["POINTER_ALIGNMENT", "Constant", "Planned", "PlannedStep", "Variant"]
 
 Constant = int | float | bool | str
+POINTER_ALIGNMENT = 16
+"""Bytes, of every address that a kernel is given: what it loads at once."""
 
 
 @dataclass(frozen=True)
