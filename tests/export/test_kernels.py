@@ -85,6 +85,20 @@ def test_the_step_is_the_decode_graphs(
         assert ("normalize" in device.launches) == (rows > 1)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_farther_from_pytorch_than_the_graph(rows: int, wide: Path, tmp_path: Path) -> None:
+    """Roundings alone are left: a constant that is wrong in its second digit shows."""
+    bundle = wide_bundle(wide, tmp_path, "fp16")
+    ids = np.random.default_rng(rows).integers(0, WIDE.vocab_size, (rows, 12))
+    expected = Reference(wide).logits(ids)[:, 10]
+    with neo_runtime.load(bundle, backend="cpu") as graph:
+        (by_graph,) = steps_of(graph, list(ids[:, :10]), [ids[:, 10]])
+    with open_interpreted(bundle, InterpretingDevice()) as own:
+        (by_kernels,) = steps_of(own, list(ids[:, :10]), [ids[:, 10]])
+    errors = [relative_l2(found, expected).max() for found in (by_kernels, by_graph)]
+    assert errors[0] <= 1.5 * errors[1]
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_bfloat16_step_by_step_from_nothing(rows: int, tmp_path: Path) -> None:
     """No graph of bfloat16 runs on a CPU, so the kernels read the whole text themselves."""
