@@ -99,6 +99,22 @@ def test_no_farther_from_pytorch_than_the_graph(rows: int, wide: Path, tmp_path:
     assert errors[0] <= 1.5 * errors[1]
 
 
+def test_long_caches_of_a_small_model(tmp_path: Path) -> None:
+    """Attention in many pieces, which take more memory than any product's sums."""
+    config = TinyConfig(max_position_embeddings=1500)
+    source = make_checkpoint(tmp_path / "model", config)
+    export_bundle(str(source), tmp_path / "b", ExportOptions(target="cuda", precision="fp16"))
+    ids = np.random.default_rng(5).integers(0, config.vocab_size, (1, 1402))
+    expected = Reference(source).logits(ids)[0, 1400:]
+    with (
+        open_interpreted(tmp_path / "b", InterpretingDevice()) as model,
+        model.new_cache(1, 1500) as cache,
+    ):
+        model.prefill(cache, [ids[0, :1400]])
+        found = [model.decode(cache, [token])[0].copy() for token in ids[0, 1400:]]
+    assert relative_l2(np.stack(found), expected).max() <= TOLERANCES["fp16"].logits
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_bfloat16_step_by_step_from_nothing(rows: int, tmp_path: Path) -> None:
     """No graph of bfloat16 runs on a CPU, so the kernels read the whole text themselves."""
