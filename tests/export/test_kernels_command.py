@@ -164,3 +164,20 @@ def test_attention_of_another_kind_is_refused(
             one.i = value
     with pytest.raises(EngineError, match=f"{operator} .* has no form that kernels are known for"):
         read_graph(graph, 4096)
+
+
+def test_another_residual_stream_is_refused(bundle: Path) -> None:
+    graph = onnx.load(bundle / "decode.onnx", load_external_data=False)
+    sums = [node for node in graph.graph.node if node.op_type == "SkipLayerNormalization"]
+    sums[2].input[1] = sums[0].output[3]
+    with pytest.raises(EngineError, match="the sum of a product and of the residual stream"):
+        read_graph(graph, 4096)
+
+
+def test_a_tensor_with_another_reader_is_refused(bundle: Path) -> None:
+    """What else is computed of it would be lost."""
+    graph = onnx.load(bundle / "decode.onnx", load_external_data=False)
+    node = next(node for node in graph.graph.node if node.op_type == "GroupQueryAttention")
+    graph.graph.node.append(onnx.helper.make_node("Neg", [node.output[0]], ["other"], "reader"))
+    with pytest.raises(EngineError, match="is read by .*Neg reader, expected one MatMul"):
+        read_graph(graph, 4096)
