@@ -179,5 +179,5 @@ def test_a_tensor_with_another_reader_is_refused(bundle: Path) -> None:
     graph = onnx.load(bundle / "decode.onnx", load_external_data=False)
     node = next(node for node in graph.graph.node if node.op_type == "GroupQueryAttention")
     graph.graph.node.append(onnx.helper.make_node("Neg", [node.output[0]], ["other"], "reader"))
-    with pytest.raises(EngineError, match="is read by .*Neg reader, expected one MatMul"):
+    with pytest.raises(EngineError, match=r"is read by .*Neg reader, expected one MatMul"):
         read_graph(graph, 4096)
