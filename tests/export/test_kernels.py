@@ -99,6 +99,21 @@ def test_no_farther_from_pytorch_than_the_graph(rows: int, wide: Path, tmp_path:
     assert errors[0] <= 1.5 * errors[1]
 
 
+def test_steps_of_all_sizes_share_their_memory(tmp_path: Path) -> None:
+    """What a step for 16 rows leaves must not be where one for 32 counts."""
+    config = TinyConfig(num_heads=16, head_dim=8, attention_layers=("global",))
+    source = make_checkpoint(tmp_path / "model", config)
+    export_bundle(str(source), tmp_path / "b", ExportOptions(target="cuda", precision="fp16"))
+    with open_interpreted(tmp_path / "b", InterpretingDevice()) as model:
+        for rows in (16, 24, 1):
+            ids = np.random.default_rng(rows).integers(0, config.vocab_size, (rows, 5))
+            expected = Reference(source).logits(ids)[:, 4]
+            with model.new_cache(rows, 16) as cache:
+                model.prefill(cache, list(ids[:, :4]))
+                found = model.decode(cache, ids[:, 4])
+            assert relative_l2(found, expected).max() <= TOLERANCES["fp16"].logits
+
+
 def test_long_caches_of_a_small_model(tmp_path: Path) -> None:
     """Attention in many pieces, which take more memory than any product's sums."""
     config = TinyConfig(max_position_embeddings=1500)

@@ -22,9 +22,11 @@ __all__ = ["ROW_SIZES", "plan_step"]
 
 ROW_SIZES = (1, 16, 32)
 """Batches that products are compiled for; a batch takes the next."""
-_PROGRAMS = 264
-"""Programs that share a product: two for each of the 132 processors of an H100."""
-_MOST_SPLITS = 8
+_PROGRAMS = 528
+"""Programs that share a product: four for each of the 132 processors of an H100."""
+_MOST_SPLITS = 16
+_SMALLEST_BLOCK = 16
+"""Outputs of a program, at least."""
 _CHUNK = 64
 """Positions that one program of the attention reads."""
 _VOCAB_BLOCK = 2048
@@ -87,8 +89,9 @@ class _Planner:
         model, rows, memory = self._model, self._rows, _Memory()
         matrices = [m for layer in self._graph.layers for m in _matrices(layer)]
         matrices.append(self._graph.head)
-        columns = max(-(-m.outputs // self._blocks(m)[0]) for m in matrices)
-        memory.add("counters", "*i32", max(columns, rows * model.num_heads))
+        columns = max(-(-m.outputs // _SMALLEST_BLOCK) for m in matrices)
+        # The same place in every step: what one leaves behind as zeros, another begins with.
+        memory.add("counters", "*i32", max(columns, ROW_SIZES[-1] * model.num_heads))
         splits = -(-max_length // _CHUNK)
         width = _power(model.head_dim) + 2
         parts = max(_parts(m, self._blocks(m), rows) for m in matrices)
@@ -227,7 +230,7 @@ class _Planner:
         elif matrix.by_input:
             block_n, block_k = 64, 64
         else:
-            block_n, block_k = 16, 512 if matrix.bits == 4 else 256
+            block_n, block_k = _SMALLEST_BLOCK, 512 if matrix.bits == 4 else 256
         block_k = max(block_k, matrix.group)
         columns = -(-matrix.outputs // block_n)
         splits = min(max(1, round(_PROGRAMS / columns)), -(-matrix.inputs // block_k), _MOST_SPLITS)

@@ -53,8 +53,11 @@ def _weighed(x, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.c
 @triton.jit
 def _inputs(x, r, k, rows, mean, spread, gamma, beta, K: tl.constexpr, NORM: tl.constexpr):
     """Inputs `k` of the rows `r`, float32 [r, k]; of one row normalized where `NORM` says so."""
-    inside = (r < rows)[:, None] & (k < K)[None, :]
-    found = tl.load(x + r[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
+    if r.shape[0] == 1:  # in one dimension: two would load it once for each output
+        found = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    else:
+        inside = (r < rows)[:, None] & (k < K)[None, :]
+        found = tl.load(x + r[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
     if NORM:
         scale = tl.load(gamma + k, mask=k < K, other=0.0).to(tl.float32)
         shift = tl.load(beta + k, mask=k < K, other=0.0).to(tl.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -161,8 +161,10 @@ class CudaBackend(Backend):
     def decode(self, slot: Slot) -> None:
         """Queue one decode step over the buffers of a slot. The caller holds the lock."""
         if self._kernels is not None and self._kernels.takes(slot.batch):
-            weights = self._sessions.weights.address
-            self.slots.with_room(partial(self._kernels.decode, slot, weights))
+            step = partial(self._kernels.decode, slot, self._sessions.weights.address)
+            # Garbage of another model, freed by this thread, would spoil a capture.
+            with alone(self.lock) if slot.step is None else nullcontext():
+                self.slots.with_room(step)
             return
         if not self.captures:
             self.run("decode", slot.inputs | slot.cache, slot.logits | slot.small)

@@ -126,6 +126,7 @@ class LoadedKernels:
 
     def close(self) -> None:
         """Give them and their memory back; captured steps must be gone."""
+        self._device.synchronize()  # an interrupted step may still run
         while self._loaded:
             self._device.unload_kernel(self._loaded.pop())
         if self._memory:

@@ -158,8 +158,12 @@ class CudaDevice(Device):
         checked(self._cuda.cudaStreamBeginCapture(self.stream, mode), "begin a capture")
         try:
             queue()
-        finally:
-            graph = checked(self._cuda.cudaStreamEndCapture(self.stream), "end a capture")
+        except BaseException:  # which is what went wrong, not that the capture is spoiled
+            code, begun = self._cuda.cudaStreamEndCapture(self.stream)
+            if int(code) == 0:
+                self._cuda.cudaGraphDestroy(begun)
+            raise
+        graph = checked(self._cuda.cudaStreamEndCapture(self.stream), "end a capture")
         try:
             return checked(self._cuda.cudaGraphInstantiate(graph, 0), "instantiate a graph")
         finally:
@@ -181,6 +185,8 @@ class CudaDevice(Device):
         function = checked(
             driver.cuModuleGetFunction(module, name.encode()), f"find the kernel {name}"
         )
+        # Now: loaded at its first launch, it would be in the middle of a capture.
+        checked(driver.cuFuncLoad(function), f"load the kernel {name}")
         if shared_bytes > _SHARED_WITHOUT_ASKING:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             result = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
