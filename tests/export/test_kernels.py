@@ -15,6 +15,7 @@ from helpers.running import relative_l2
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.tolerances import TOLERANCES
 from neo_runtime.backends.cuda.backend import CudaBackend
+from neo_runtime.backends.device.locks import new_lock
 from neo_runtime.bundle.folder import open_bundle
 
 if TYPE_CHECKING:
@@ -175,6 +176,22 @@ def test_one_capture_for_a_slot_and_nothing_is_left(wide: Path, tmp_path: Path) 
         assert device.captured.count(True) == 0, "onnxruntime made no session for decoding"
     assert (device.kernels, device.discards) == (0, 1)
     assert device.closed
+
+
+def test_a_capture_holds_the_locks_of_other_models(wide: Path, tmp_path: Path) -> None:
+    """What this thread frees of theirs meanwhile would spoil it."""
+    other = new_lock()
+    held = []
+
+    class Watching(InterpretingDevice):
+        def capture(self, queue: Any) -> Any:
+            held.append(other.locked())
+            return super().capture(queue)
+
+    with open_interpreted(wide_bundle(wide, tmp_path, "fp16"), Watching()) as model:
+        model.generate([1, 2, 3], max_new_tokens=2, ignore_eos=True)
+        assert held == [True]
+        assert not other.locked()
 
 
 def test_larger_batches_run_the_graph(wide: Path, tmp_path: Path) -> None:

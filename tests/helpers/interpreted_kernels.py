@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.host_device import HostDevice
-from neo_export.kernels.build import kernels_for, planned_steps
+from neo_export.kernels.build import kernels_for
 from neo_export.kernels.compiler import SCRATCH_TYPES
 from neo_export.kernels.plan import POINTER_ALIGNMENT
 from neo_runtime.backends.choice import Chosen
@@ -61,9 +61,7 @@ def uncompiled(variant: Variant, capability: str) -> Kernel:
 
 def kernels_of(bundle: Path) -> StepKernels:
     """Kernels of a bundle, to be interpreted."""
-    opened = open_bundle(bundle)
-    steps = planned_steps(opened, overlap=False)
-    return kernels_for(opened, "9.0", steps, overlap=False, compiler=uncompiled)
+    return kernels_for(open_bundle(bundle), "9.0", overlap=False, compiler=uncompiled)
 
 
 def open_interpreted(bundle: Path, device: HostDevice, **options: Any) -> Model:

@@ -18,7 +18,7 @@ from neo_export.kernels.graph import read_graph
 from neo_export.kernels.launches import ROW_SIZES, plan_step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from neo_runtime.bundle.folder import Bundle
@@ -62,14 +62,8 @@ def build_kernels(
     started = time.monotonic()
     bundle = open_bundle(folder, check_runtime=False)
     compiler_name()  # before seconds of work
-    steps = planned_steps(bundle, overlap=overlap)
     kernels = kernels_for(
-        bundle,
-        capability,
-        steps,
-        overlap=overlap,
-        compiler=compile_variant,
-        progress=progress,
+        bundle, capability, overlap=overlap, compiler=compile_variant, progress=progress
     )
     path, text = kernels_path(folder, capability), kernels.to_json().encode()
     try:
@@ -103,13 +97,17 @@ def planned_steps(bundle: Bundle, *, overlap: bool) -> list[PlannedStep]:
 def kernels_for(
     bundle: Bundle,
     capability: str,
-    steps: Sequence[PlannedStep],
     *,
     overlap: bool,
     compiler: Callable[[Variant, str], Kernel],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> StepKernels:
-    """What `steps` launch, each variant compiled once."""
+    """What the steps of all sizes launch, each variant compiled once.
+
+    Raises:
+        NeoError: as `planned_steps` and `compiler`.
+    """
+    steps = planned_steps(bundle, overlap=overlap)
     variants = list(dict.fromkeys(one.variant for step in steps for one in step.launches))
     kernels = []
     for done, variant in enumerate(variants):

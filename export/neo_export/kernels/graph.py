@@ -6,7 +6,7 @@ name, so that kernels never stand for a graph that computes something else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import EngineError
@@ -126,7 +126,7 @@ class _Reader:
             layer, norm_node = self._layer(len(layers), norm, norm_node, user)
             layers.append(layer)
         head = self._head(user, vocab_size)
-        tokens = self._table(token_node, head)
+        tokens = self._table(token_node)
         return DecodeGraph(tokens, self._tensor(position_node, 0), tuple(layers), norm, head)
 
     def _layer(
@@ -174,17 +174,9 @@ class _Reader:
         matrix = self._matrix(node)
         if matrix.outputs < vocab_size:
             raise _unknown(node, f"{vocab_size} logits")
-        return Matrix(
-            vocab_size,
-            matrix.inputs,
-            matrix.stored,
-            matrix.bits,
-            matrix.by_input,
-            matrix.scales,
-            matrix.group,
-        )
+        return replace(matrix, outputs=vocab_size)
 
-    def _table(self, node: NodeProto, head: Matrix) -> Matrix:
+    def _table(self, node: NodeProto) -> Matrix:
         """The table of token embeddings."""
         stored = self._tensor(node, 0)
         if node.op_type == "Gather":
