@@ -16,7 +16,7 @@ import neo_runtime
 import pytest
 from helpers.host_device import HostDevice
 from neo_runtime.backends import choice
-from neo_runtime.backends.device.nvidia import checked
+from neo_runtime.backends.device.nvidia import CudaDevice, checked
 from neo_runtime.backends.failures import translated
 from neo_runtime.errors import (
     BundleDamagedError,
@@ -379,3 +379,34 @@ def test_libraries_are_looked_for_once(
     assert calls == [1]
     assert sys.stdout is stdout
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("spoiled", [True, False])
+def test_an_error_in_a_capture_is_the_one_that_is_raised(
+    spoiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that the capture is spoiled by it; and what was captured until then is given back."""
+    destroyed: list[str] = []
+    ended = (Error.cudaErrorUnknown, None) if spoiled else (Error.cudaSuccess, "graph")
+
+    def destroy(graph: str) -> tuple[Error]:
+        destroyed.append(graph)
+        return (Error.cudaSuccess,)
+
+    fake = SimpleNamespace(
+        cudaStreamNonBlocking=1,
+        cudaStreamCaptureMode=SimpleNamespace(cudaStreamCaptureModeThreadLocal=1),
+        cudaSetDevice=lambda index: (Error.cudaSuccess,),
+        cudaStreamCreateWithFlags=lambda flags: (Error.cudaSuccess, 7),
+        cudaStreamBeginCapture=lambda stream, mode: (Error.cudaSuccess,),
+        cudaStreamEndCapture=lambda stream: ended,
+        cudaGraphDestroy=destroy,
+    )
+    monkeypatch.setattr("neo_runtime.backends.device.nvidia.cuda_runtime", lambda: fake)
+
+    def queue() -> None:
+        raise DeviceMemoryError("full")
+
+    with pytest.raises(DeviceMemoryError, match="full"):
+        CudaDevice().capture(queue)
+    assert destroyed == ([] if spoiled else ["graph"])
