@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers.beginnings import assert_beginnings_hold
 from helpers.hf_reference import heldout_texts, reference_continuations, varied_prompts
+from helpers.holding import holding
 from helpers.kills import fork
 from helpers.prefixes import assert_prefixes_hold
 from neo_runtime import Scheduler
@@ -122,23 +123,14 @@ def test_its_end(model: Model) -> None:
     with Scheduler(model, max_batch_size=1, max_length=64) as scheduler:
         held = model.cache_bytes_in_use
         expected = model.generate("Once upon a", max_new_tokens=5).text
-        inside, go_on = threading.Event(), threading.Event()
-
-        def hold() -> bool:
-            inside.set()
-            assert go_on.wait(timeout=60)
-            return False
-
-        first = scheduler.submit("Tom", max_new_tokens=20, should_stop=hold)
-        assert inside.wait(timeout=60)
-        with model.prefix("Once upon") as closing:
-            waiting = scheduler.submit(" a", max_new_tokens=5, prefix=closing)
-            gone = scheduler.submit(" a", max_new_tokens=5, prefix=closing)
-        assert model.cache_bytes_in_use > held, "a request still needs it"
-        with pytest.raises(NeoError, match="prefix is closed"):
-            scheduler.submit("b", prefix=closing)
-        assert gone.cancel()
-        go_on.set()
+        with holding(scheduler, "Tom", max_new_tokens=20) as first:
+            with model.prefix("Once upon") as closing:
+                waiting = scheduler.submit(" a", max_new_tokens=5, prefix=closing)
+                gone = scheduler.submit(" a", max_new_tokens=5, prefix=closing)
+            assert model.cache_bytes_in_use > held, "a request still needs it"
+            with pytest.raises(NeoError, match="prefix is closed"):
+                scheduler.submit("b", prefix=closing)
+            assert gone.cancel()
         assert waiting.result(timeout=60).text == expected
         assert first.result(timeout=60).text == model.generate("Tom", max_new_tokens=20).text
         scheduler.submit("a", max_new_tokens=1).result(timeout=60)
