@@ -6,7 +6,7 @@ import asyncio
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Lock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime import Scheduler
@@ -21,7 +21,7 @@ from neo_server.metrics import Metrics
 from neo_server.scoring import PromptScorer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import numpy as np
     from neo_runtime.generation.completion import Completion
@@ -55,21 +55,34 @@ class Work:
     usage: Usage = field(default_factory=Usage)
     has_ended: bool = False
 
-    def add(self, pending: PendingCompletion) -> None:
+    def add(self, submit: Callable[[], PendingCompletion]) -> None:
         """One more continuation; from a thread, beside which `end` may be called."""
-        self.pending.append(pending)
-        if self.has_ended:
-            pending.cancel()
-        self.service.leave(self, 1)
+        with self.service.counting:  # here or there, never both
+            pending = submit()
+            self.pending.append(pending)
+            is_late = self.has_ended
+            if not is_late:
+                self._leave(1)
+        if is_late:
+            self._cancel([pending])
 
     def end(self) -> None:
         """Cancel what is still computed, and make room."""
-        if self.has_ended:
-            return
-        self.has_ended = True
-        self.service.leave(self, self.places)
-        for pending in list(self.pending):
-            if pending.cancel():
+        with self.service.counting:
+            if self.has_ended:
+                return
+            self.has_ended = True
+            self._leave(self.places)
+            pending = list(self.pending)
+        self._cancel(pending)
+
+    def _leave(self, places: int) -> None:
+        self.places -= places
+        self.service.entering -= places
+
+    def _cancel(self, pending: Iterable[PendingCompletion]) -> None:
+        for one in pending:
+            if one.cancel():
                 self.service.metrics.cancelled()
 
     def of_prompt(self, index: int) -> list[PendingCompletion]:
@@ -122,8 +135,10 @@ class Service(Closable):
             "neo_cache_bytes", "Bytes of key/value caches", lambda: model.cache_bytes_in_use
         )
         self._scheduler: Scheduler | None = None
-        self._entering = 0
-        self._counting = Lock()
+        self.entering = 0
+        """Sequences that were let in and that the scheduler does not count yet."""
+        self.counting = RLock()
+        """Held where they change hands."""
         self._sharing = Lock()
         self._cache_bytes = 0
         self._scorer: PromptScorer | None = None
@@ -182,27 +197,21 @@ class Service(Closable):
                 f"the request asks for {sequences} sequences, and at most {most} are taken at "
                 "once; ask for fewer prompts or continuations at a time"
             )
-        with self._counting:
+        with self.counting:
             inside = self.inside
             if inside + sequences > most:
                 raise overloaded(
                     f"{inside} of at most {most} sequences are being served, and the request asks "
                     f"for {sequences}; try again"
                 )
-            self._entering += sequences
+            self.entering += sequences
         return Work(self, asked, Frame(self.name, self.fingerprint), sequences)
 
     @property
     def inside(self) -> int:
         """Sequences that are computed, wait, or are about to."""
-        return self._active + self._waiting + self._entering
-
-    def leave(self, work: Work, places: int) -> None:
-        """For `Work`: places that it needs no more, or that the scheduler counts now."""
-        with self._counting:
-            places = min(places, work.places)
-            work.places -= places
-            self._entering -= places
+        with self.counting:
+            return self.entering + int(getattr(self._scheduler, "unfinished", 0))
 
     async def begin(self, work: Work) -> None:
         """Start computing.
@@ -227,7 +236,9 @@ class Service(Closable):
                     if work.has_ended:
                         return
                     rest = behind(prefix, ids)
-                    work.add(scheduler.submit(rest, chosen, prefix=prefix, sequence_index=copy))
+                    work.add(
+                        partial(scheduler.submit, rest, chosen, prefix=prefix, sequence_index=copy)
+                    )
 
     def _options(self, asked: Asked) -> GenerationOptions:
         options: dict[str, Any] = dict(asked.options)

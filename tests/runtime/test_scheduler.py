@@ -18,6 +18,7 @@ import neo_runtime
 import numpy as np
 import pytest
 from helpers.hf_reference import heldout_texts, reference_continuations, varied_prompts
+from helpers.holding import holding
 from helpers.kills import fork
 from neo_runtime import Scheduler
 from neo_runtime.backends.cpu.binding import BoundCall
@@ -116,7 +117,7 @@ def test_each_gets_what_it_gets_alone(bundle: str, request: pytest.FixtureReques
                 thread.start()
             for thread in clients:
                 thread.join()
-            assert (scheduler.active, scheduler.waiting) == (0, 0)
+            assert (scheduler.active, scheduler.waiting, scheduler.unfinished) == (0, 0, 0)
         assert model.cache_bytes_in_use == 0
     assert found == expected
 
@@ -228,6 +229,35 @@ def test_nobody_waits_any_more(model: Model, steps: Steps) -> None:
         assert len(waiting[2].result(timeout=60).token_ids) == 2
         assert not waiting[2].cancel(), "it has ended"
     assert sum(steps.decoded) < 40, "who was cancelled left the batch"
+
+
+def test_unfinished_ones_are_counted_wherever_they_are(model: Model) -> None:
+    """Those who become active are neither missed nor counted twice, at any time."""
+    seen: set[int] = set()
+    with Scheduler(model, max_batch_size=2) as scheduler:
+
+        def look() -> bool:  # in the scheduler's thread, in the middle of all that it does
+            seen.add(scheduler.unfinished - sum(not one.done() for one in (first, *pending)))
+            return False
+
+        with holding(scheduler, "Tom", max_new_tokens=1) as first:
+            pending = [scheduler.submit("A", max_new_tokens=3, should_stop=look) for _ in range(4)]
+            assert scheduler.unfinished == 5
+        for one in (first, *pending):
+            one.result(timeout=60)
+        assert seen == {0}
+        with holding(scheduler, "Tom", max_new_tokens=3):
+            gone = scheduler.submit("B", max_new_tokens=3)
+            assert gone.cancel()
+            assert scheduler.unfinished == 2, "its sequence has not left"
+        wait_for(lambda: scheduler.unfinished == 0)
+        broken = scheduler.submit("The", should_stop=lambda: 1 / 0 > 0)
+        with pytest.raises(ZeroDivisionError):
+            broken.result(timeout=60)
+        assert scheduler.unfinished == 0
+    with pytest.raises(NeoError, match="scheduler is closed"):
+        scheduler.submit("The")
+    assert scheduler.unfinished == 0
 
 
 def test_text_that_was_held_back(model: Model) -> None:

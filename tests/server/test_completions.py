@@ -149,7 +149,13 @@ def test_a_stream_says_what_the_whole_answer_says(client: Any) -> None:
         assert found[-1].finish_reason == choice.finish_reason
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
             joined = [entry for part in found for entry in getattr(part.logprobs, name)]
-            assert joined == getattr(choice.logprobs, name), name
+            expected = getattr(choice.logprobs, name)
+            if name.endswith("logprobs"):  # the last digits depend on who else is in the batch
+                assert len(joined) == len(expected)
+                for one, other in zip(joined, expected, strict=True):
+                    assert one == pytest.approx(other, abs=1e-4), name
+            else:
+                assert joined == expected, name
 
 
 def test_parts_of_characters_have_names_of_their_own(client: Any, model: Model) -> None:

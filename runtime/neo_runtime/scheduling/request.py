@@ -32,6 +32,7 @@ class Request:
         """Hold the row's prefix until its prompt is read."""
         self.pending = PendingCompletion()
         self.has_ended = False
+        self._group: set[Request] = set()
         self.watch = row.watch
         self._row = row
         self._should_stop = should_stop
@@ -39,6 +40,11 @@ class Request:
         self._holds_prefix = row.prefix is not None
         if row.prefix is not None:
             row.prefix.hold()
+
+    def join(self, group: set[Request]) -> None:
+        """Be in a set until the end."""
+        self._group = group
+        group.add(self)
 
     @property
     def unread_prompt(self) -> NDArray[np.int64]:
@@ -137,6 +143,7 @@ class Request:
     def _resolve(self, settle: Callable[[], None]) -> None:
         """Readers first: callbacks of the future may read what is left, and may raise."""
         self.has_ended = True
+        self._group.discard(self)
         self._let_go()
         self.pending.give(None)
         try:

@@ -56,6 +56,7 @@ class RunningBatch:
         self._prefixes = prefixes
         self._inbox: SimpleQueue[Request | None] = SimpleQueue()
         self._waiting = WaitingLine(model.prefill_chunk, prefixes)
+        self._unfinished: set[Request] = set()
         self._active: list[Request] = []
         """By row of the cache."""
         self._reading: Reading | None = None
@@ -75,6 +76,7 @@ class RunningBatch:
             request.fail(NeoError(_CLOSED))
             raise NeoError(_CLOSED)
         request.pending.computed_by(self._thread.ident)
+        request.join(self._unfinished)
         self._inbox.put(request)
         if self._has_stopped:  # meanwhile
             self._refuse_inbox()
@@ -100,6 +102,11 @@ class RunningBatch:
             return True
         self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that have come and have not ended; none is missed, or counted twice."""
+        return len(self._unfinished)
 
     @property
     def waiting(self) -> int:

@@ -165,8 +165,17 @@ class Scheduler(Closable):
 
     @property
     def waiting(self) -> int:
-        """Requests that have not begun; a service that gets too many refuses more of them."""
+        """Requests that have not begun."""
         return self._batch.waiting
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or are computed; a service that has too many refuses more of them.
+
+        Exact at any time, from any thread, as `waiting` and `active` are not while one becomes the
+        other. A request that is cancelled counts until its sequence has left the batch.
+        """
+        return self._batch.unfinished
 
     @property
     def active(self) -> int:
