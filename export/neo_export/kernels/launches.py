@@ -29,6 +29,8 @@ _SMALLEST_BLOCK = 16
 """Outputs of a program, at least."""
 _CHUNK = 64
 """Positions that one program of the attention reads."""
+_MERGE = 8
+"""Pieces of an attention that the last program reads at once: 512 positions in a step."""
 _VOCAB_BLOCK = 2048
 _ALIGNMENT = 256
 _TYPES: dict[int, str] = {
@@ -93,7 +95,7 @@ class _Planner:
         # The same place in every step: what one leaves behind as zeros, another begins with.
         memory.add("counters", "*i32", max(columns, ROW_SIZES[-1] * model.num_heads))
         splits = -(-max_length // _CHUNK)
-        width = _power(model.head_dim) + 2
+        width = _power(model.head_dim) + 4
         parts = max(_parts(m, self._blocks(m), rows) for m in matrices)
         memory.add("parts", "*fp32", max(parts, rows * model.num_heads * splits * width))
         memory.add("residual", "*fp32", rows * model.hidden_size)
@@ -270,6 +272,7 @@ class _Planner:
             "WINDOW": layer.window,
             "SCALE": layer.scale,
             "CHUNK": _CHUNK,
+            "MERGE": _MERGE,
         }
         pieces = Extent(chunk=_CHUNK, most=layer.window)
         self._launch("attend", values, constants, Extent(times=heads, per_row=True), pieces)

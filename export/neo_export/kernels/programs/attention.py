@@ -28,6 +28,7 @@ def attend(
     WINDOW: tl.constexpr,
     SCALE: tl.constexpr,
     CHUNK: tl.constexpr,
+    MERGE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Attention of one new position, half [rows, HEADS * HEAD_DIM]. Grid: (rows * HEADS, splits).
@@ -35,7 +36,8 @@ def attend(
     queries     float32 [rows, HEADS * HEAD_DIM]
     keys        half [rows, HEADS, length, HEAD_DIM], the new position's among them; values, too
     WINDOW      positions that are seen, the new one included; 0: all
-    parts       float32 [rows * HEADS, splits, BLOCK_D + 2]: sum, largest score, sum of weights
+    parts       float32 [rows * HEADS, splits, BLOCK_D + 4]: sum, largest score, sum of weights,
+                and what makes a multiple of 16 bytes
     counters    int32 [rows * HEADS]
 
     Softmax over pieces as in FlashAttention-2 (Dao, 2023), section 3.1.
@@ -49,32 +51,51 @@ def attend(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(end - WINDOW, 0)
-    at = first + split * CHUNK + c
-    inside = (at < end)[:, None] & (d < HEAD_DIM)[None, :]
-    offset = (place.to(tl.int64) * length + at[:, None]) * HEAD_DIM + d[None, :]
-    query = tl.load(queries + place * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
-    key = tl.load(keys + offset, mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(values + offset, mask=inside, other=0.0).to(tl.float32)
-    score = tl.where(at < end, tl.sum(query[None, :] * key, 1) * SCALE, float("-inf"))
-    # A program behind the end has no position; -inf - -inf would be NaN.
-    largest = tl.maximum(tl.max(score, 0), -3.0e38)
-    weight = tl.exp(score - largest)
-    part = parts + (place * splits + split) * (BLOCK_D + 2)
-    tl.store(part + d, tl.sum(weight[:, None] * value, 0))
-    tl.store(part + BLOCK_D, largest)
-    tl.store(part + BLOCK_D + 1, tl.sum(weight, 0))
-    if arrived_last(counters + place, splits):
-        part = parts + place * splits * (BLOCK_D + 2)
-        top = -3.0e38
-        for other in range(splits):
-            found = tl.load(part + other * (BLOCK_D + 2) + BLOCK_D, cache_modifier=".cg")
-            top = tl.maximum(top, found)
-        total, mass = tl.zeros([BLOCK_D], tl.float32), 0.0
-        for other in range(splits):
-            one = part + other * (BLOCK_D + 2)
-            by = tl.exp(tl.load(one + BLOCK_D, cache_modifier=".cg") - top)
-            total += by * tl.load(one + d, cache_modifier=".cg")
-            mass += by * tl.load(one + BLOCK_D + 1, cache_modifier=".cg")
-        attended = (total / mass).to(out.dtype.element_ty)
-        tl.store(out + place * HEAD_DIM + d, attended, mask=d < HEAD_DIM)
-        tl.store(counters + place, 0)
+    # Slots are longer than texts: programs behind a text's end have nothing to do.
+    live = tl.cdiv(end - first, CHUNK)
+    if split < live:
+        at = first + split * CHUNK + c
+        inside = (at < end)[:, None] & (d < HEAD_DIM)[None, :]
+        offset = (place.to(tl.int64) * length + at[:, None]) * HEAD_DIM + d[None, :]
+        query = tl.load(queries + place * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
+        key = tl.load(keys + offset, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(values + offset, mask=inside, other=0.0).to(tl.float32)
+        score = tl.where(at < end, tl.sum(query[None, :] * key, 1) * SCALE, float("-inf"))
+        largest = tl.max(score, 0)
+        weight = tl.exp(score - largest)
+        first_part = parts + place * splits * (BLOCK_D + 4)
+        part = first_part + split * (BLOCK_D + 4)
+        tl.store(part + d, tl.sum(weight[:, None] * value, 0))
+        tl.store(part + BLOCK_D, largest)
+        tl.store(part + BLOCK_D + 1, tl.sum(weight, 0))
+        if arrived_last(counters + place, live):
+            attended = merged(first_part, live, BLOCK_D, MERGE)
+            tl.store(
+                out + place * HEAD_DIM + d, attended.to(out.dtype.element_ty), mask=d < HEAD_DIM
+            )
+            tl.store(counters + place, 0)
+
+
+@triton.jit
+def merged(parts, live, BLOCK_D: tl.constexpr, MERGE: tl.constexpr):
+    """The attention of all pieces, from those of `live` pieces: float32 [BLOCK_D].
+
+    MERGE       pieces that are read at once: each read waits for the memory of all processors
+    """
+    d = tl.arange(0, BLOCK_D)
+    top, mass, total = -3.0e38, 0.0, tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, live, MERGE):
+        piece = start + tl.arange(0, MERGE)
+        there = piece < live
+        part = parts + piece * (BLOCK_D + 4)
+        largest = tl.load(part + BLOCK_D, mask=there, other=-3.0e38, cache_modifier=".cg")
+        weights = tl.load(part + BLOCK_D + 1, mask=there, other=0.0, cache_modifier=".cg")
+        sums = tl.load(
+            part[:, None] + d[None, :], mask=there[:, None], other=0.0, cache_modifier=".cg"
+        )
+        higher = tl.maximum(top, tl.max(largest, 0))
+        by, before = tl.exp(largest - higher), tl.exp(top - higher)
+        total = total * before + tl.sum(by[:, None] * sums, 0)
+        mass = mass * before + tl.sum(by * weights, 0)
+        top = higher
+    return total / mass
