@@ -32,6 +32,7 @@ from helpers.prefixes import assert_prefixes_hold
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.tolerances import TOLERANCES
 from neo_runtime.backends.choice import Chosen
+from neo_runtime.backends.device.locks import new_lock
 from neo_runtime.backends.tensorrt import plan as tensorrt_plan
 from neo_runtime.backends.tensorrt.backend import TensorRTBackend
 from neo_runtime.backends.tensorrt.log import logger_of
@@ -228,6 +229,22 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(
     with open_model(bundle, Failing()) as (model, device):
         assert model.generate("Once", max_new_tokens=12).text == expected
     assert "without a CUDA graph: CUDA failed to end a capture" in caplog.text
+
+
+def test_a_capture_holds_the_locks_of_other_models(bundle: Path, tensorrt: FakeTensorRT) -> None:
+    """What this thread frees of theirs meanwhile would spoil it."""
+    other = new_lock()
+    held = []
+
+    class Watching(HostDevice):
+        def capture(self, queue: Callable[[], None]) -> Any:
+            held.append(other.locked())
+            return super().capture(queue)
+
+    with open_model(bundle, Watching()) as (model, _):
+        model.generate("Once", max_new_tokens=3)
+    assert held == [True]
+    assert not other.locked()
 
 
 def test_nothing_of_an_earlier_request_is_left(model: Model) -> None:

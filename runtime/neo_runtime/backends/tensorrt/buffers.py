@@ -15,10 +15,13 @@ import numpy as np
 
 from neo_runtime.backends.base import ITEM_SIZES
 from neo_runtime.backends.device.base import Layout
+from neo_runtime.backends.device.locks import alone
 from neo_runtime.bundle.engine_record import DECODE_PROFILE
 from neo_runtime.errors import DeviceError
 
 if TYPE_CHECKING:
+    from threading import Lock
+
     from neo_runtime.backends.device.base import Device
     from neo_runtime.backends.tensorrt.plan import LoadedPlan, Tensors
     from neo_runtime.bundle.manifest import Manifest
@@ -77,15 +80,16 @@ class StepBuffers:
             bound[f"past_key_values.{name}"] = bound[f"present.{name}"] = tensor
         return bound
 
-    def run(self) -> None:
-        """Queue the decode step. The caller holds the lock."""
+    def run(self, lock: Lock) -> None:
+        """Queue the decode step. The caller holds the backend's lock, which this is."""
         if self._graph is not None:
             self._device.replay(self._graph)
             return
         self._queue()  # once without: kernels are chosen and loaded
         if self._may_capture:
             self._device.synchronize()
-            self._may_capture = self._plan.can_capture(self._context) and self._capture()
+            with alone(lock):  # garbage of another model, freed by this thread, would spoil it
+                self._may_capture = self._plan.can_capture(self._context) and self._capture()
 
     def _queue(self) -> None:
         self._plan.queue(self._context, self.step | self.bound_cache())

@@ -171,7 +171,7 @@ class TensorRTStore(DeviceRowsStore):
             backend.plan.check_open()
             for index, name in enumerate(("input_ids", "position_ids")):
                 self._device.upload(step[name][0], ids[index])
-            self._buffers.run()
+            self._buffers.run(backend.lock)
             self._device.download(logits, step["logits"][0])
             self._device.synchronize()
         self.lengths += 1
