@@ -460,14 +460,30 @@ def test_a_process_may_end_with_one_running(mini_bundle: Path) -> None:
 
 def test_a_forked_child_makes_its_own(model: Model) -> None:
     with Scheduler(model, max_batch_size=1) as scheduler:
+        done = scheduler.submit("The", max_new_tokens=2)
+        done.result(timeout=60)
+        with holding(scheduler, "Tom") as held:
 
-        def child() -> None:
-            with pytest.raises(NeoError, match="made in another process"):
-                scheduler.submit("The")
-            scheduler.close()
+            async def stream() -> None:
+                async for _ in held:
+                    pass
 
-        pid = fork(child)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            def child() -> None:
+                with pytest.raises(NeoError, match="made in another process"):
+                    scheduler.submit("The")
+                for wait in (
+                    held.result,
+                    held.exception,
+                    lambda: list(held),
+                    lambda: asyncio.run(stream()),
+                ):
+                    with pytest.raises(NeoError, match="submitted in another process"):
+                        wait()
+                assert done.result().text == "".join(done)
+                scheduler.close()
+
+            pid = fork(child)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert scheduler.submit("The", max_new_tokens=2).result(timeout=60).text
 
 

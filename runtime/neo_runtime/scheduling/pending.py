@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
@@ -36,6 +37,7 @@ class PendingCompletion(Future[Completion], Iterator[Piece]):
         self._pieces: SimpleQueue[Piece | None] = SimpleQueue()
         self._wake: Callable[[], object] | None = None
         self._worker: int | None = None
+        self._process = os.getpid()
 
     def computed_by(self, worker: int | None) -> None:
         """For the scheduler: number of the thread that cannot wait for itself."""
@@ -83,6 +85,7 @@ class PendingCompletion(Future[Completion], Iterator[Piece]):
         """The pieces, without a thread that waits for them."""
         import asyncio
 
+        self._refuse_deadlock()
         loop, news = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(news.set)
         try:
@@ -107,6 +110,12 @@ class PendingCompletion(Future[Completion], Iterator[Piece]):
         self.result()
 
     def _refuse_deadlock(self) -> None:
+        """Where waiting would never end."""
+        if os.getpid() != self._process and not self.done():
+            raise NeoError(
+                "the request was submitted in another process, whose scheduler computes it; wait "
+                "for it there, or make a scheduler in each process"
+            )
         if get_ident() == self._worker and not self.done():
             raise NeoError(
                 "a callback in the scheduler's thread waits for a request that this thread has to "
