@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from neo_runtime.backends.choice import BackendOptions, open_backend
@@ -14,7 +15,6 @@ from neo_runtime.options.values import count
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
 
 __all__ = ["load"]
 
@@ -70,6 +70,10 @@ def load(
     for name, value in limits.items():
         count(1, optional=True)(name, value)
     count(0)("device", device)
+    if session_config is not None and not isinstance(session_config, Mapping):
+        raise RequestError(
+            f"session_config is {session_config!r}, expected a mapping of names to values"
+        )
     for key, entry in (session_config or {}).items():
         if not isinstance(key, str) or not isinstance(entry, str):
             raise RequestError(

@@ -14,7 +14,7 @@ from neo_runtime.generation.rows import cancelled_rows, make_rows
 from neo_runtime.generation.speculative import check_drafter, drafted_completions, drafted_steps
 from neo_runtime.generation.text_stream import TextStream
 from neo_runtime.generation.token_scores import scored_tokens
-from neo_runtime.options.values import count
+from neo_runtime.options.values import callback, count
 from neo_runtime.request_model import RequestModel
 from neo_runtime.text.prompts import as_list, of_each
 
@@ -128,6 +128,7 @@ class Model(RequestModel):
         """
         chosen = self.request_options(options, overrides, bad_words)
         count(1, optional=True)("batch_size", batch_size)
+        callback("should_stop", should_stop)
         given, is_single = as_list(prompt)
         prompts = self.encode_prompts(given, prefix)
         if drafter is not None:
@@ -178,6 +179,7 @@ class Model(RequestModel):
         Returns:
             An iterator and context manager; its `completion` is set when it has ended.
         """
+        callback("should_stop", should_stop)
         ids, chosen = self.single_prompt("stream", prompt, options, bad_words, prefix, overrides)
         if self.tokenizer is None:
             raise RequestError("the bundle has no tokenizer, so no text to stream; use generate")

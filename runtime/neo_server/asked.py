@@ -13,9 +13,9 @@ from neo_server.errors import bad_request
 from neo_server.forms import Form, asked_form
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["Asked", "read_request"]
+__all__ = ["Asked", "read_request", "refuse_alternatives"]
 
 _MOST_CONTINUATIONS = 128
 _MOST_LOGPROBS = 20
@@ -24,6 +24,8 @@ _MOST_POSITIONS = 2048
 """That any GPT-Neo has been published with; a request for more is refused elsewhere."""
 _MOST_STOPS, _MOST_CHARACTERS = 16, 1000
 _MOST_ENTRIES = 4096
+_DEEPEST = 8
+"""Lists in lists of an option: what is deeper is refused like what is too long."""
 """Of an option that is a list or an object, inner ones included: each costs time at every step."""
 _MOST_ALTERNATIVES = 500_000
 """Log probabilities of an answer: 10 MB of JSON."""
@@ -146,17 +148,18 @@ def read_request(body: object) -> Asked:
     if fields.get("suffix"):
         raise bad_request("GPT-Neo writes no text before a suffix; leave suffix out", "suffix")
     fields.refuse_rest()
-    _refuse_alternatives(asked)
+    # Texts are counted once they are tokenized; each has at least one.
+    refuse_alternatives(asked, [1 if isinstance(one, str) else len(one) for one in asked.prompts])
     if asked.stream and asked.best_of > asked.n:
         raise bad_request("best_of chooses among whole texts; leave it out or stream", "best_of")
     return asked
 
 
-def _refuse_alternatives(asked: Asked) -> None:
-    """Raises ApiError where log probabilities of all tokens together are too many."""
+def refuse_alternatives(asked: Asked, lengths: Sequence[int]) -> None:
+    """Raises ApiError where log probabilities of all tokens, prompts' too, are too many."""
     if asked.logprobs is None:
         return
-    prompts = sum(map(len, asked.prompts)) if asked.echo else 0  # or their characters: no fewer
+    prompts = sum(lengths) if asked.echo else 0
     tokens = asked.n * (prompts + len(asked.prompts) * min(asked.max_tokens, _MOST_POSITIONS))
     if tokens * (asked.logprobs + 1) > _MOST_ALTERNATIVES:
         raise bad_request(
@@ -203,6 +206,7 @@ def _include_usage(given: object) -> bool:
 def _options(fields: _Fields) -> dict[str, Any]:
     """OpenAI's defaults, whatever the bundle's generation_config.json says of these options."""
     options: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}
+    options |= {"stop": (), "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
     temperature = fields.get("temperature", 1)
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
     if not is_number or not temperature >= 0:  # nor NaN
@@ -235,13 +239,17 @@ def _refuse_long(options: Mapping[str, Any]) -> None:
             raise bad_request(f"{name} has more than {_MOST_ENTRIES} entries; give fewer", name)
 
 
-def _entries(value: object) -> int:
+def _entries(value: object, depth: int = 0) -> int:
     """Items of a list or an object, those of inner ones included; a text is one for each 100."""
     if isinstance(value, str):
         return 1 + len(value) // 100
     if isinstance(value, dict):
         value = list(value.values())
-    return sum(map(_entries, value)) if isinstance(value, list) else 1
+    if not isinstance(value, list):
+        return 1
+    if depth == _DEEPEST:
+        return _MOST_ENTRIES + 1
+    return sum(_entries(item, depth + 1) for item in value)
 
 
 def _given(fields: _Fields, names: tuple[str, ...]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from neo_runtime.errors import ContextLengthError, RequestError
 from neo_runtime.generation.prefix import behind
 
 from neo_server.answers import Echo, Frame, Usage
+from neo_server.asked import refuse_alternatives
 from neo_server.errors import ApiError, bad_request, overloaded, shutting_down
 from neo_server.metrics import Metrics
 from neo_server.scoring import PromptScorer
@@ -252,6 +253,8 @@ class Service(Closable):
                 options["grammar"] = self.model.grammar(**asked.form.sources)
             except RequestError as error:
                 raise bad_request(str(error), asked.form.field) from error
+            # The bundle's own would cut the form, and is nothing that the client asked for.
+            options.setdefault("forced_eos_token_id", ())
         return self.model.request_options(None, options, bad_words)
 
     def _encoded(self, asked: Asked, chosen: GenerationOptions) -> list[NDArray[np.int64]]:
@@ -268,6 +271,7 @@ class Service(Closable):
                     f"{self.max_length} tokens that this server takes; shorten it"
                 )
         prompts = self.model.encode_prompts(asked.prompts)
+        refuse_alternatives(asked, [len(ids) for ids in prompts])
         for ids in prompts:
             if asked.max_tokens:
                 chosen.total_length(len(ids), self.max_length, "the server")

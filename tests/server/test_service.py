@@ -417,6 +417,59 @@ def test_a_bundles_own_minimum_is_not_the_clients(
         assert running.answer({"prompt": "a", "max_tokens": 6})[0] == 200
 
 
+def test_a_bundles_own_options_are_not_the_clients(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"prompt": "Once upon a time", "max_tokens": 5, "temperature": 0}
+    with served(model, max_batch_size=1) as running:
+        expected = running.answer(asked)[1]["choices"][0]["text"]
+    file = {"stop_strings": [expected[2:5]], "forced_eos_token_id": 0}
+    monkeypatch.setattr(model, "_generation_config", file)
+    form = {"structured_outputs": {"choice": ["yes", "no"]}}
+    with served(model, max_batch_size=1) as running:
+        # The forced end is the file's to say: it is no field of OpenAI's.
+        found = running.answer(asked | {"forced_eos_token_id": []})[1]["choices"][0]["text"]
+        assert found == expected
+        status, answer, _ = running.answer(asked | form)
+        assert (status, answer["choices"][0]["text"] in ("yes", "no")) == (200, True)
+        status, answer, _ = running.answer(asked | form | {"forced_eos_token_id": 0})
+        assert status == 400
+        assert "forced_eos_token_id would cut" in answer["error"]["message"]
+
+
+def test_log_probabilities_are_counted_by_tokens(server: Served) -> None:
+    text = "The dog was very happy. " * 80
+    asked = {"prompt": [text] * 24, "echo": True, "logprobs": 10, "max_tokens": 0}
+    assert server.answer(asked)[0] == 200
+    tokens = len(server.service.tokenizer.encode(text))
+    assert tokens * 24 * 11 < 500_000 < tokens * 100 * 11
+    status, answer, _ = server.answer(asked | {"prompt": [text] * 100})
+    assert status == 400
+    assert answer["error"]["message"].startswith(f"up to {100 * tokens} tokens with 11 log")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+        ({"presence_penalty": -3e38, "frequency_penalty": -3e38}, None),
+        ({"temperature": 0, "logit_bias": {"5": 3e38}, "sequence_bias": [[[5], 3e38]]}, None),
+    ],
+)
+def test_numbers_that_are_too_large(
+    server: Served, fields: dict[str, Any], param: str | None
+) -> None:
+    status, answer, _ = server.answer({"prompt": "Once upon a time", "max_tokens": 8} | fields)
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("field", ["bad_words_ids", "prompt", "temperature", "stop", "x"])
+def test_nesting_of_any_depth(server: Served, field: str) -> None:
+    for depth in (3, 9, 100, *range(960, 1000, 2), 100_000):
+        nested = "[" * depth + "]" * depth
+        assert server.answer(f'{{"prompt": "a", "{field}": {nested}}}'.encode())[0] == 400
+
+
 def test_an_application_without_its_lifespan() -> None:
     service = object.__new__(Service)
     service._scorer = None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Check",
     "Processor",
+    "callback",
     "choice",
     "count",
     "exponential_decay",
@@ -193,6 +194,12 @@ def _token_sequence(name: str, value: Any) -> tuple[int, ...]:
     return ids
 
 
+def callback(name: str, value: object) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise RequestError(f"{name} is {value!r}, expected a function")
+
+
 def token_sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
     """Sequences of token ids, none empty."""
     expected = "a sequence of sequences of token ids, none of them empty"
@@ -206,7 +213,7 @@ def token_bias(name: str, value: Any) -> dict[int, float]:
         raise _refuse(name, value, expected)
     biases: dict[int, float] = {}
     for key, bias in value.items():
-        is_digits = isinstance(key, str) and key.isascii() and key.isdigit()
+        is_digits = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
         biases[_token_id(name, int(key) if is_digits else key, expected)] = _bias(name, bias)
     return biases
 

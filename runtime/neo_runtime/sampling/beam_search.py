@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from neo_runtime.errors import RequestError
+from neo_runtime.errors import RequestError, VerificationError
 from neo_runtime.sampling.processors import (
     FloatArray,
     IntArray,
     Renormalize,
     log_softmax,
 )
-from neo_runtime.sampling.row_sampler import usable_maximum
+from neo_runtime.sampling.row_sampler import overflowed, usable_maximum
 from neo_runtime.sampling.rules import build_processors
 
 if TYPE_CHECKING:
@@ -178,8 +178,9 @@ class BeamSearch:
         usable_maximum(logits)
         log_probs = log_softmax(logits.astype(np.float32, copy=False))
         for row, ids in enumerate(self._running[: len(log_probs), : self._length]):
-            for processor in self._processors:
-                log_probs[row] = processor(ids, log_probs[row])
+            with np.errstate(over="ignore", invalid="ignore"):  # told by `_candidates`
+                for processor in self._processors:
+                    log_probs[row] = processor(ids, log_probs[row])
         return log_probs
 
     def _candidates(self, log_probs: FloatArray) -> tuple[FloatArray, IntArray, IntArray]:
@@ -196,7 +197,10 @@ class BeamSearch:
                 f"beam search compares {count} continuations, but {self._num_beams} beams of "
                 f"{vocab_size} tokens have {total.size}; use fewer eos_token_id"
             )
-        usable_maximum(total)
+        try:
+            usable_maximum(total)
+        except VerificationError as error:  # the logits were finite
+            raise overflowed() from error
         rank = total.size - count
         edge = np.partition(total, rank)[rank]
         best = np.flatnonzero(total >= edge)

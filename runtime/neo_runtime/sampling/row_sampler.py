@@ -33,6 +33,7 @@ __all__ = [
     "Choice",
     "RowSampler",
     "TokenLogprob",
+    "overflowed",
     "row_generator",
     "usable_maximum",
     "with_logprobs",
@@ -146,7 +147,7 @@ class RowSampler:
 
         Raises:
             VerificationError: the logits hold NaN or +inf.
-            RequestError: the options forbid every token.
+            RequestError: the options forbid every token, or take scores out of float32.
         """
         if not isinstance(logits, np.ndarray):
             token = self._pick_candidate(logits)
@@ -157,9 +158,14 @@ class RowSampler:
         scores = logits
         if self._processors or self._warpers:
             scores = logits.astype(np.float32)
-            for processor in self._processors:
-                scores = processor(self.ids, scores)
-        token = self._draw(scores) if self._do_sample else _greedy(scores)
+            with np.errstate(over="ignore", invalid="ignore"):  # told below
+                for processor in self._processors:
+                    scores = processor(self.ids, scores)
+        try:
+            token = self._draw(scores) if self._do_sample else _greedy(scores)
+        except VerificationError as error:
+            usable_maximum(logits)  # whether it is the model's
+            raise overflowed() from error
         choice = Choice(token, None, None)
         if self._logprobs is not None:
             choice = with_logprobs(token, logits, self._logprobs)
@@ -220,6 +226,15 @@ def usable_maximum(scores: FloatArray) -> float:
             "logit_bias, logits_processor, no_repeat_ngram_size or min_new_tokens"
         )
     return top
+
+
+def overflowed() -> RequestError:
+    """For finite logits that the options' rules have made infinite, or NaN."""
+    return RequestError(
+        "the options take scores beyond float32; use smaller numbers for logit_bias, "
+        "sequence_bias, presence_penalty, frequency_penalty, repetition_penalty, "
+        "exponential_decay_length_penalty or temperature"
+    )
 
 
 def _greedy(scores: FloatArray) -> int:

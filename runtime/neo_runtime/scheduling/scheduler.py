@@ -14,7 +14,7 @@ from neo_runtime.errors import NeoError, RequestError
 from neo_runtime.forks import in_every_child
 from neo_runtime.generation.generator import never
 from neo_runtime.generation.rows import make_rows
-from neo_runtime.options.values import count
+from neo_runtime.options.values import callback, count
 from neo_runtime.scheduling.request import Request
 from neo_runtime.scheduling.running_batch import RunningBatch
 
@@ -106,6 +106,8 @@ class Scheduler(Closable):
         try:
             batch = batch or self._default_batch(spare=prefixes is not None)
             self._batch = RunningBatch(model, batch, self._max_length, prefixes)
+            self.max_batch_size = batch
+            """Sequences that are computed together, at most."""
         except BaseException:
             if prefixes is not None:
                 prefixes.close()
@@ -157,8 +159,7 @@ class Scheduler(Closable):
         copy = count(0)("sequence_index", sequence_index)
         [row] = make_rows(self._model, ids, chosen, total, 0, prefix, copy)
         self._check_process()
-        if not callable(should_stop):
-            raise RequestError(f"should_stop is {should_stop!r}, expected a function")
+        callback("should_stop", should_stop)
         request = Request(row, should_stop)
         self._batch.put(request)
         return request.pending

@@ -41,7 +41,8 @@ def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     given: Any = prompt
     if isinstance(given, str):
         return [given], True
-    if not hasattr(given, "__len__") or isinstance(given, bytes | dict | set):
+    is_row = hasattr(given, "__len__") and getattr(given, "ndim", 1) > 0
+    if not is_row or isinstance(given, bytes | dict | set | frozenset):
         raise RequestError(
             f"the prompt is of type {type(given).__name__}, expected text, token ids, or a list "
             "of these"
