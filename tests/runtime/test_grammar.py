@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from neo_runtime import request_model
 from neo_runtime.command.generate import main
 from neo_runtime.errors import DependencyError, RequestError
 from neo_runtime.options.generation_options import GenerationOptions
-from neo_runtime.options.grammar import GrammarCompiler
+from neo_runtime.options.grammar import _LIMITS, GrammarCompiler
 from neo_runtime.sampling.grammar_rule import GrammarRule
 
 if TYPE_CHECKING:
@@ -377,6 +378,47 @@ def test_a_forked_child_may_use_it(model: Model) -> None:
 
     pid = fork(child)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_child_that_was_forked_off_while_it_was_used(model: Model) -> None:
+    """Copies share a lock in the library, which nobody releases in the child."""
+    grammar = model.grammar(regex="[a-z ]{5,20}")
+    has_ended = threading.Event()
+
+    def use() -> None:
+        while not has_ended.is_set():
+            grammar.matcher().compute_bitmask()
+
+    def child() -> None:
+        signal.alarm(20)
+        for _ in range(3):
+            grammar.matcher().compute_bitmask()
+
+    users = [threading.Thread(target=use) for _ in range(2)]
+    for user in users:
+        user.start()
+    try:
+        statuses = [os.waitpid(fork(child), 0)[1] for _ in range(12)]
+    finally:
+        has_ended.set()
+        for user in users:
+            user.join()
+    assert statuses == [0] * 12
+
+
+def test_one_that_is_used_without_end(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts fill a table that copies share, up to a limit for each: they do not share the limit."""
+    compiler = model._grammars
+    assert compiler is not None
+    limits = {**_LIMITS, "max_lexer_states": 300}
+    monkeypatch.setattr(compiler, "_limits", compiler._library.LLParserLimits(**limits))
+    options: dict[str, Any] = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 40}
+    form = {"regex": "[ab]*a[ab]{16}c"}
+    grammar = model.grammar(**form)
+    texts = [model.generate("x", grammar=grammar, seed=n, **options).text for n in range(20)]
+    for n in (0, 5, 10, 15, 19):
+        alone = model.generate("x", grammar=model.grammar(**form), seed=n, **options).text
+        assert texts[n] == alone
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Compiled and followed by llguidance, which the extra `grammar` installs.
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from neo_runtime.errors import DependencyError, RequestError
@@ -35,6 +36,8 @@ of hundreds of properties and thousands of values."""
 _SAID = 200
 """Characters of the library's words, from their beginning and from their end."""
 
+_of_parents: list[Any] = []
+"""Matchers that a forked child must not free."""
 _END: dict[str, Any] = {
     "content": "\ue000end\ue000",
     "single_word": False,
@@ -52,10 +55,10 @@ class Grammar:
     Made by `Model.grammar`.
     """
 
-    def __init__(self, compiler: GrammarCompiler, matcher: Any) -> None:
-        """Take what was compiled; it is only copied from now on."""
-        self._compiler = compiler
-        self._matcher = matcher
+    def __init__(self, compiler: GrammarCompiler, source: str, matcher: Any) -> None:
+        """Take a source as the library compiles it, and what came of it, which is only copied."""
+        self._compiler, self._source = compiler, source
+        self._compiled = os.getpid(), matcher
 
     def check(self, compiler: GrammarCompiler | None) -> None:
         """Refuse what another model's compiler has made.
@@ -68,7 +71,27 @@ class Grammar:
 
     def matcher(self) -> Any:
         """An `LLMatcher` for one sequence, of which nothing was written yet."""
-        return self._matcher.deep_copy()
+        process, matcher = self._compiled
+        if process != os.getpid():
+            # Copies share a lock, which another thread may have held when this child was forked
+            # off; to free what it locks would wait for it as well.
+            _of_parents.append(matcher)
+            matcher = self._renewed()
+        return matcher.deep_copy()
+
+    def own_matcher(self) -> Any:
+        """One that shares nothing, for a text for which the others' table is full.
+
+        Copies share a table of states. It grows by the texts that are followed, up to a limit.
+        Later ones share another.
+        """
+        self._renewed()
+        return self._compiler.compiled(self._source)
+
+    def _renewed(self) -> Any:
+        matcher = self._compiler.compiled(self._source)
+        self._compiled = os.getpid(), matcher
+        return matcher
 
     @property
     def special_tokens(self) -> tuple[int, ...]:
@@ -137,12 +160,16 @@ class GrammarCompiler:
             source = self._source(name, value)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{name} cannot be used: {error}") from error
-        matcher = self._library.LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
+        matcher = self.compiled(source)
         if not matcher.is_error():
             matcher.compute_bitmask()  # the dearest one of a grammar that is too much
         if matcher.is_error():
             raise RequestError(f"{name} cannot be used: {why(matcher)}")
-        return Grammar(self, matcher)
+        return Grammar(self, source, matcher)
+
+    def compiled(self, source: str) -> Any:
+        """An `LLMatcher`, which may have an error."""
+        return self._library.LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
 
     def _source(self, name: str, value: Any) -> str:
         """What the library compiles."""

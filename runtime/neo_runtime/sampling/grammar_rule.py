@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from neo_runtime.errors import RequestError
 from neo_runtime.options.grammar import why
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -30,7 +30,8 @@ class GrammarRule:
             eos: end-of-sequence ids, allowed where the text is a whole one.
             prompt_length: tokens that are not part of the text.
         """
-        self._matcher, self._prompt_length = grammar.matcher(), prompt_length
+        self._grammar, self._prompt_length = grammar, prompt_length
+        self._matcher, self._is_own = grammar.matcher(), False
         self._eos = np.array(eos, np.int64)
         self._no_text = np.array([*grammar.special_tokens, *eos], np.int64)
         self._read: list[int] = []
@@ -42,9 +43,7 @@ class GrammarRule:
         Raises:
             RequestError: the grammar cannot be followed.
         """
-        self._follow(ids)
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()
+        bits = np.frombuffer(self._ask(ids, _bitmask), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: scores.size].view(np.bool_)
         allowed[self._no_text[self._no_text < scores.size]] = False
         if self._matcher.is_accepting():
@@ -54,8 +53,25 @@ class GrammarRule:
 
     def is_complete(self, ids: NDArray[np.int64]) -> bool:
         """Whether the text is a whole one, and nothing may come behind it."""
+        return bool(self._ask(ids, _is_complete))
+
+    def _ask(self, ids: NDArray[np.int64], question: Callable[[Any], Any]) -> Any:
+        """What a matcher says at the end of a text.
+
+        Raises:
+            RequestError: it cannot, though no other text has filled its states.
+        """
+        found = self._asked(ids, question)
+        if self._matcher.is_error() and not self._is_own:
+            self._matcher, self._is_own, self._read = self._grammar.own_matcher(), True, []
+            found = self._asked(ids, question)
+        if self._matcher.is_error():
+            raise RequestError(f"the grammar cannot be followed: {why(self._matcher)}")
+        return found
+
+    def _asked(self, ids: NDArray[np.int64], question: Callable[[Any], Any]) -> Any:
         self._follow(ids)
-        return bool(self._matcher.is_accepting() and self._matcher.is_stopped())
+        return None if self._matcher.is_error() else question(self._matcher)
 
     def _follow(self, ids: NDArray[np.int64]) -> None:
         """Bring the matcher to the end of a text: most often what it has, and one token more."""
@@ -70,8 +86,12 @@ class GrammarRule:
         if len(tokens) > same:
             self._matcher.consume_tokens(tokens[same:])
         self._read = tokens
-        self._check()
 
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            raise RequestError(f"the grammar cannot be followed: {why(self._matcher)}")
+
+def _bitmask(matcher: Any) -> bytes:
+    bits: bytes = matcher.compute_bitmask()
+    return bits
+
+
+def _is_complete(matcher: Any) -> bool:
+    return bool(matcher.is_accepting() and matcher.is_stopped())
