@@ -189,16 +189,16 @@ def test_a_line_of_json_may_hold_any_line_break_but_its_own(tmp_path: Path) -> N
 
 
 @pytest.fixture
-def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Prompts of each call of `Model.generate`."""
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sequences of each cache."""
     found: list[int] = []
-    generate = neo_runtime.Model.generate
+    new_cache = CachedModel.new_cache
 
-    def counted(model: Model, prompts: Any, *rest: Any, **options: Any) -> Any:
-        found.append(len(prompts))
-        return generate(model, prompts, *rest, **options)
+    def watched(model: CachedModel, batch: int, length: int) -> Any:
+        found.append(batch)
+        return new_cache(model, batch, length)
 
-    monkeypatch.setattr(neo_runtime.Model, "generate", counted)
+    monkeypatch.setattr(CachedModel, "new_cache", watched)
     return found
 
 
@@ -216,10 +216,12 @@ def many(tmp_path: Path) -> Path:
     ("flags", "sizes"),
     [
         ([], [10]),
-        (["--batch-size", "4"], [4, 4, 2]),
-        (["--do-sample", "--seed", "4", "--num-return-sequences", "3"], [5, 5]),
-        (["--num-beams", "2", "--num-return-sequences", "2"], [1] * 10),
+        (["--batch-size", "4"], [4]),
+        (["--do-sample", "--seed", "4", "--num-return-sequences", "3"], [16]),
+        (["--do-sample", "--seed", "4", "--num-return-sequences", "3", "--batch-size", "2"], [6]),
+        (["--num-beams", "2", "--num-return-sequences", "2"], [2] * 10),
         (["--logprobs", "1", "--bad-words", "girl"], [10]),
+        (["--prompt-lookup"], [1] * 10),
     ],
 )
 def test_json_lines(
@@ -227,17 +229,17 @@ def test_json_lines(
     sizes: list[int],
     mini_bundle: Path,
     many: Path,
-    batch_sizes: list[int],
+    caches: list[int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The same completions as with --json, each on a line with what finds it again."""
     command = [str(mini_bundle), "--prompts-file", str(many), "--max-new-tokens", "6", *flags]
     assert main([*command, "--json"]) == 0
     expected = json.loads(capsys.readouterr().out)["completions"]
-    batch_sizes.clear()
+    caches.clear()
     assert main([*command, "--json-lines", "--timings"]) == 0
     printed = capsys.readouterr()
-    assert batch_sizes == sizes
+    assert caches == sizes
     assert printed.err.count("prompt of") == len(expected)
     lines = [json.loads(line) for line in printed.out.splitlines()]
     copies = len(expected) // 10
@@ -252,37 +254,62 @@ def test_json_lines(
 
 
 def test_a_batch_of_json_lines_is_as_large_as_asked(
-    mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mini_bundle: Path, tmp_path: Path, caches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Larger than what is computed together by default, too."""
-    sizes: list[int] = []
-    new_cache = CachedModel.new_cache
-
-    def watched(model: CachedModel, batch: int, length: int) -> Any:
-        sizes.append(batch)
-        return new_cache(model, batch, length)
-
-    monkeypatch.setattr(CachedModel, "new_cache", watched)
+    """Larger than what is computed together by default, too; and as small as memory asks for."""
     path = tmp_path / "prompts.jsonl"
     path.write_text("[1]\n" * 45)
     command = [str(mini_bundle), "--prompts-file", str(path), "--json-lines"]
-    assert main([*command, "--max-new-tokens", "1", "--batch-size", "20"]) == 0
-    assert sizes == [20, 20, 5]
+    command += ["--max-new-tokens", "1"]
+    assert main([*command, "--batch-size", "20"]) == 0
+    assert caches == [20]
+    with neo_runtime.load(mini_bundle) as model:
+        one = model.cache_bytes(1, 300)
+        room = str(9 * one // 10**6)
+    caches.clear()
+    path.write_text(f"{[1] * 299}\n" * 45)
+    assert main([*command, "--max-cache-mb", room]) == 0
+    assert caches == [16, 8]
+    assert main([*command, "--max-cache-mb", room, "--batch-size", "20"]) == 2
+
+
+def test_places_are_taken_as_soon_as_they_are_free(
+    mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the next prompt, not by the next batch; lines come in the order of the prompts."""
+    rows: list[int] = []
+    decode = CachedModel.decode_step
+
+    def watched(model: CachedModel, cache: Any, tokens: Any) -> Any:
+        rows.append(len(tokens))
+        return decode(model, cache, tokens)
+
+    monkeypatch.setattr(CachedModel, "decode_step", watched)
+    lengths = [90, 30, 92, 91, 3, 93, 92]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f"{json.dumps([7] * n)}\n" for n in lengths))
+    command = [str(mini_bundle), "--prompts-file", str(path), "--json-lines", "--batch-size", "2"]
+    assert main([*command, "--max-length", "100", "--ignore-eos"]) == 0
+    left = sum(100 - n - 1 for n in lengths)
+    assert sum(rows) == left
+    # By batches it would be 9 + 7 + 6: the long ones would wait for each other.
+    assert rows.count(2) > 70
 
 
 def test_what_is_done_is_out_before_a_late_failure(mini_bundle: Path, many: Path) -> None:
-    """The lines of the first batch are in the file, though nobody flushes after the failure."""
+    """The lines of the first ones are in the file, though nobody flushes after the failure."""
     code = (
         "import os, sys\n"
         "import neo_runtime\n"
+        "from neo_runtime.command import output\n"
         "from neo_runtime.command.generate import main\n"
-        "generate, calls = neo_runtime.Model.generate, []\n"
-        "def twice(*arguments, **options):\n"
+        "as_text, calls = output.json_text, []\n"
+        "def fails(*arguments, **options):\n"
         "    calls.append(1)\n"
-        "    if len(calls) == 3:\n"
+        "    if len(calls) == 5:\n"
         "        os._exit(7)\n"
-        "    return generate(*arguments, **options)\n"
-        "neo_runtime.Model.generate = twice\n"
+        "    return as_text(*arguments, **options)\n"
+        "output.json_text = fails\n"
         "main(sys.argv[1:])\n"
     )
     flags = ["--prompts-file", str(many), "--json-lines", "--batch-size", "2"]
@@ -310,13 +337,13 @@ def test_json_lines_are_refused_before_any_work(
     message: str,
     mini_bundle: Path,
     many: Path,
-    batch_sizes: list[int],
+    caches: list[int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     many.write_text(f"{many.read_text()}\n{json.dumps(last)}\n")
     assert main([str(mini_bundle), "--prompts-file", str(many), "--json-lines", *flags]) == 2
     printed = capsys.readouterr()
-    assert (printed.out, batch_sizes) == ("", [])
+    assert (printed.out, caches) == ("", [])
     assert message in printed.err
 
 

@@ -16,8 +16,8 @@ from helpers.models import DEMO, TinyConfig, make_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_runtime import Drafter, DraftModel, PromptLookup
 from neo_runtime.backends.cpu.binding import BoundCall
-from neo_runtime.command.batches import batches
 from neo_runtime.command.generate import main
+from neo_runtime.command.many_prompts import completed
 from neo_runtime.errors import CacheLimitError, ContextLengthError, NeoError, RequestError
 
 if TYPE_CHECKING:
@@ -129,10 +129,14 @@ def test_each_prompt_has_its_seed(model: Model) -> None:
 
 
 def test_lines_are_printed_one_by_one(model: Model) -> None:
+    """Guesses are for one prompt at a time, and each is out before the next is computed."""
+    prompts = ["Tom", "The", "A"]
+    expected = [one.text for one in model.generate(prompts, max_new_tokens=3)]
     chosen = model.options(max_new_tokens=3)
-    for drafter, sizes in ((None, [3]), (PromptLookup(), [1, 1, 1])):
-        found = batches(model, ["Tom", "The", "A"], chosen, None, drafter=drafter)
-        assert [len(batch) for batch in found] == sizes
+    found = completed(model, prompts, chosen, None, drafter=PromptLookup())
+    assert next(found)[1].text == expected[0]
+    assert model.cache_bytes_in_use == 0
+    assert [(place, one.text) for place, one in found] == [(1, expected[1]), (2, expected[2])]
 
 
 def test_every_way_to_end(model: Model) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.command.batches import batches
 from neo_runtime.command.command_line import OneLineParser, add_version, run_command
 from neo_runtime.command.form import add_form_flags, given_form
 from neo_runtime.command.loading import add_loading_flags, loading
+from neo_runtime.command.many_prompts import completed
 from neo_runtime.command.options import add_option_flags, chosen_options
 from neo_runtime.command.output import print_lines, print_object, print_text, print_timings
 from neo_runtime.command.prompts import read_prompts, read_text
@@ -77,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument(
         "--json-lines",
         action="store_true",
-        help="print one JSON object per completion as soon as its batch is done, with the prompt's "
-        '"index" (from 0) and "id"',
+        help="print one JSON object per completion as soon as it and those before it are done, "
+        'with the prompt\'s "index" (from 0) and "id"',
     )
     parser.add_argument("--timings", action="store_true", help="print timings to stderr")
     add_loading_flags(parser)
@@ -235,7 +235,8 @@ def _complete(
     given, size = [prompt for prompt, _ in prompts], arguments.batch_size
     if arguments.json_lines:
         tags = [tag for _, tag in prompts]
-        return print_lines(model, tags, batches(model, given, chosen, size, **shared))
+        with closing(completed(model, given, chosen, size, **shared)) as done:
+            return print_lines(model, tags, done)
     first = given[0]
     if isinstance(first, str) and _can_stream(arguments, model, chosen):
         pieces = model.stream(first, chosen, **shared)

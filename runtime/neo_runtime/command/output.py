@@ -11,7 +11,6 @@ from neo_runtime.command.standard_streams import json_text
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from neo_runtime.command.batches import Batch
     from neo_runtime.generation.completion import Completion, Timings
     from neo_runtime.model import Model
     from neo_runtime.sampling.row_sampler import Choice
@@ -46,24 +45,22 @@ def print_object(
 
 
 def print_lines(
-    model: Model, tags: Sequence[dict[str, Any]], done: Iterable[Batch]
+    model: Model, tags: Sequence[dict[str, Any]], done: Iterable[tuple[int, Completion]]
 ) -> list[Completion]:
-    """A JSON object a completion, flushed batch by batch: what is there stays, whatever follows.
+    """A JSON object a completion, flushed each: what is there stays, whatever follows.
 
     Args:
         model: the model.
         tags: more entries for the objects of each prompt.
-        done: batches as they are computed.
+        done: places of the prompts, and completions, as they are computed.
 
     Returns:
         All completions.
     """
     printed = []
-    for batch in done:
-        for index, completion in batch:
-            print(json_text({"index": index} | tags[index] | _facts(model, completion)))
-            printed.append(completion)
-        sys.stdout.flush()
+    for index, completion in done:
+        print(json_text({"index": index} | tags[index] | _facts(model, completion)), flush=True)
+        printed.append(completion)
     return printed
 
 
