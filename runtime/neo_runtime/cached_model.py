@@ -165,7 +165,7 @@ class CachedModel(Closable):
         """As `prefill`, but logits are fetched from the device only when requested."""
         self._check_cache(cache)
         vocab_size = self.manifest.model.vocab_size
-        if not hasattr(prompts, "__len__"):
+        if not hasattr(prompts, "__len__") or getattr(prompts, "ndim", 1) == 0:
             raise RequestError(f"prompts is {prompts!r}, expected token ids for each sequence")
         arrays = of_each(prompts, lambda ids: token_array(ids, vocab_size))
         chosen = self._prompt_rows(cache, rows, len(arrays))

@@ -50,6 +50,15 @@ def test_a_prompt_is_text_or_ids(model: Model, wrong: Any) -> None:
         model.generate(wrong)
 
 
+@pytest.mark.parametrize("wrong", [3, np.array(3)])
+def test_prompts_are_one_for_each_sequence(model: Model, wrong: Any) -> None:
+    with (
+        model.new_cache(1, 8) as cache,
+        pytest.raises(RequestError, match="expected token ids for each sequence"),
+    ):
+        model.prefill(cache, wrong)
+
+
 @pytest.mark.parametrize("wrong", [-1, 2**40])
 def test_ids_that_are_none(model: Model, wrong: int) -> None:
     assert model.tokenizer is not None
