@@ -16,6 +16,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from neo_export.checkpoint.hub import resolve_model
+from neo_export.command.cli import main
 from neo_runtime.errors import CheckpointError, DependencyError, HubError, OutputError
 
 if TYPE_CHECKING:
@@ -312,3 +313,10 @@ def test_modelscope_fails(modelscope: ModelScope) -> None:
 def test_no_modelscope_id(name: str) -> None:
     with pytest.raises(CheckpointError, match="is not a ModelScope id; expected modelscope:owner"):
         resolve_model(f"modelscope:{name}")
+
+
+def test_an_empty_model_is_not_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a script whose variable is unset: the demo must not take a bundle's place."""
+    assert main(["", "-o", str(tmp_path / "bundle"), "--force"]) == 2
+    assert "'' does not exist; expected a Hugging Face model folder" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()

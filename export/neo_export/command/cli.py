@@ -75,7 +75,7 @@ def _export(
     from neo_export.exporter import ExportOptions, export_bundle
     from neo_export.files.termination import termination_raises
 
-    model = arguments.model or str(DEMO)
+    model = str(DEMO) if arguments.model is None else arguments.model
     precision, quantization = _quantization(arguments)
     search = search_arguments(arguments)
     text, statistics = arguments.calibrate_text, arguments.calibration
