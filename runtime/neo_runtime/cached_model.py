@@ -14,7 +14,7 @@ from neo_runtime.cache.prefix_cache import PrefixCache
 from neo_runtime.closable import Closable
 from neo_runtime.errors import ContextLengthError, NeoError, RequestError
 from neo_runtime.options.values import count
-from neo_runtime.text.prompts import of_each, prompt_ids, token_array
+from neo_runtime.text.prompts import has_parts, of_each, prompt_ids, token_array
 from neo_runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -81,6 +81,22 @@ class CachedModel(Closable):
     def default_batch(self) -> int:
         """Sequences that `generate` computes together where `batch_size` is left open."""
         return self._backend.default_batch
+
+    def fitting_batch(self, most: int, length: int, *, each: int = 1, spare: int = 0) -> int:
+        """`most`, halved until caches of so many have room; at least 1.
+
+        Args:
+            most: prompts at once.
+            length: positions of a sequence.
+            each: sequences of a prompt.
+            spare: more sequences that shall have room, too.
+        """
+        room = self.cache_bytes_left
+        if room is not None:
+            room -= self.cache_bytes(spare, length)
+            while most > 1 and self.cache_bytes(most * each, length) > room:
+                most //= 2
+        return most
 
     def prepare(self, *, scores: bool = False) -> None:
         """Load the graphs for prefill and decode now, instead of with the first request.
@@ -165,7 +181,7 @@ class CachedModel(Closable):
         """As `prefill`, but logits are fetched from the device only when requested."""
         self._check_cache(cache)
         vocab_size = self.manifest.model.vocab_size
-        if not hasattr(prompts, "__len__") or getattr(prompts, "ndim", 1) == 0:
+        if not has_parts(prompts):
             raise RequestError(f"prompts is {prompts!r}, expected token ids for each sequence")
         arrays = of_each(prompts, lambda ids: token_array(ids, vocab_size))
         chosen = self._prompt_rows(cache, rows, len(arrays))

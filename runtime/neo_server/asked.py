@@ -24,9 +24,9 @@ _MOST_POSITIONS = 2048
 """That any GPT-Neo has been published with; a request for more is refused elsewhere."""
 _MOST_STOPS, _MOST_CHARACTERS = 16, 1000
 _MOST_ENTRIES = 4096
+"""Of an option that is a list or an object, inner ones included: each costs time at every step."""
 _DEEPEST = 8
 """Lists in lists of an option: what is deeper is refused like what is too long."""
-"""Of an option that is a list or an object, inner ones included: each costs time at every step."""
 _MOST_ALTERNATIVES = 500_000
 """Log probabilities of an answer: 10 MB of JSON."""
 _SAMPLING = ("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from neo_runtime.model import Model
     from neo_runtime.options.generation_options import GenerationOptions
     from neo_runtime.scheduling.pending import PendingCompletion
-    from neo_runtime.scheduling.scheduler import Scheduler
     from neo_runtime.text.prompts import Prompt
 
 __all__ = ["completed"]
@@ -52,6 +51,7 @@ def completed(
     """
     # Only now what imports numpy: --help does without.
     from neo_runtime.options.values import count
+    from neo_runtime.scheduling.scheduler import Scheduler
     from neo_runtime.text.prompts import of_each, prompt_ids
 
     count(1, optional=True)("batch_size", size)
@@ -75,15 +75,18 @@ def completed(
                 yield place, completion
         return
     copies, one = chosen.num_return_sequences, chosen.merged(num_return_sequences=1)
-    places = None if size is None else size * copies
-    with _scheduler(model, len(rows) * copies, longest, places) as scheduler:
+    sequences = len(rows) * copies
+    if size is None:
+        batch = model.fitting_batch(min(sequences, model.default_batch), longest)
+    else:
+        batch = min(sequences, size * copies)
+    with Scheduler(model, max_batch_size=batch, max_length=longest) as scheduler:
 
         def submit(ids: list[int], copy: int) -> PendingCompletion:
             return scheduler.submit(
                 ids, one, bad_words=bad_words, prefix=prefix, sequence_index=copy
             )
 
-        batch = scheduler.max_batch_size
         work = ((place, ids, copy) for place, ids in enumerate(rows) for copy in range(copies))
         # A few wait for those who leave, so that no place is empty; more would only take memory.
         room = Semaphore(batch + batch // 4 + 1)
@@ -97,18 +100,3 @@ def completed(
                 yield done, first.result()
         for place, last in pending:
             yield place, last.result()
-
-
-def _scheduler(model: Model, sequences: int, length: int, places: int | None) -> Scheduler:
-    """With as many places as asked for; else as many as suit the machine, and have room."""
-    from neo_runtime.errors import CacheLimitError
-    from neo_runtime.scheduling.scheduler import Scheduler
-
-    batch = min(sequences, places or model.default_batch)
-    while True:
-        try:
-            return Scheduler(model, max_batch_size=batch, max_length=length)
-        except CacheLimitError:
-            if places is not None or batch == 1:
-                raise
-            batch //= 2

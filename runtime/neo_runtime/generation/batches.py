@@ -79,8 +79,5 @@ def sampled_completions(
 
 def _batch_size(model: CachedModel, prompts: int, copies: int, length: int) -> int:
     """Prompts of the next batch, where the caller leaves it open: batches of nearly one size."""
-    size = max(1, model.default_batch // copies)
-    room = model.cache_bytes_left
-    while size > 1 and room is not None and model.cache_bytes(size * copies, length) > room:
-        size //= 2
+    size = model.fitting_batch(max(1, model.default_batch // copies), length, each=copies)
     return -(-prompts // -(-prompts // size))

@@ -104,10 +104,11 @@ class Scheduler(Closable):
         model.prepare()
         prefixes = self._prefixes = model.new_prefix_cache(size) if size else None
         try:
-            batch = batch or self._default_batch(spare=prefixes is not None)
+            # With a prefix cache most prompts are read in a cache of their own.
+            batch = batch or model.fitting_batch(
+                model.default_batch, self._max_length, spare=int(prefixes is not None)
+            )
             self._batch = RunningBatch(model, batch, self._max_length, prefixes)
-            self.max_batch_size = batch
-            """Sequences that are computed together, at most."""
         except BaseException:
             if prefixes is not None:
                 prefixes.close()
@@ -214,17 +215,6 @@ class Scheduler(Closable):
     ) -> None:
         """Close; after an error, such as Ctrl-C, without finishing."""
         self.close(cancel=kind is not None)
-
-    def _default_batch(self, *, spare: bool) -> int:
-        """As many as there is room for; with a spare one, as most prompts are read in their own."""
-        size, room = self._model.default_batch, self._model.cache_bytes_left
-        if room is not None and spare:
-            room -= self._model.cache_bytes(1, self._max_length)
-        while size > 1 and room is not None:
-            if self._model.cache_bytes(size, self._max_length) <= room:
-                break
-            size //= 2
-        return size
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Prompt",
     "as_list",
+    "has_parts",
     "named_prompt",
     "of_each",
     "prompt_ids",
@@ -41,8 +42,7 @@ def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     given: Any = prompt
     if isinstance(given, str):
         return [given], True
-    is_row = hasattr(given, "__len__") and getattr(given, "ndim", 1) > 0
-    if not is_row or isinstance(given, bytes | dict | set | frozenset):
+    if not has_parts(given) or isinstance(given, bytes | dict | set | frozenset):
         raise RequestError(
             f"the prompt is of type {type(given).__name__}, expected text, token ids, or a list "
             "of these"
@@ -52,8 +52,12 @@ def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
 
 
 def _is_number(item: Any) -> bool:
-    has_parts = hasattr(item, "__len__") and getattr(item, "ndim", 1) > 0
-    return not (isinstance(item, str) or has_parts)
+    return not (isinstance(item, str) or has_parts(item))
+
+
+def has_parts(item: Any) -> bool:
+    """Whether it has a length, as an array without dimensions has not."""
+    return hasattr(item, "__len__") and getattr(item, "ndim", 1) > 0
 
 
 @contextmanager
