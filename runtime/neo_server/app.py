@@ -211,10 +211,7 @@ def _parsed(body: bytearray) -> Asked:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise bad_request(f"the request's body is not JSON: {error}") from error
-    try:
-        return read_request(content)
-    except RecursionError as error:  # of a message that says what was found
-        raise bad_request(f"the request's body cannot be used: {error}") from error
+    return read_request(content)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:

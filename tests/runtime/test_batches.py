@@ -83,6 +83,10 @@ def test_batches_fit_what_the_limit_leaves(mini_bundle: Path, batches: list[int]
         assert model.cache_bytes_left == 5 * one
         assert len(model.generate([[1]] * 9, max_new_tokens=3)) == 9
         assert batches == [3, 3, 3]
+        del batches[:]
+        copies: dict[str, Any] = {"do_sample": True, "num_return_sequences": 2}
+        assert len(model.generate([[1]] * 6, max_new_tokens=3, **copies)) == 12
+        assert batches == [4, 4, 4]
         with pytest.raises(CacheLimitError):
             model.generate([[1]] * 9, max_new_tokens=3, batch_size=9)
 

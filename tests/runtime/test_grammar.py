@@ -414,11 +414,24 @@ def test_one_that_is_used_without_end(model: Model, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compiler, "_limits", compiler._library.LLParserLimits(**limits))
     options: dict[str, Any] = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 40}
     form = {"regex": "[ab]*a[ab]{16}c"}
-    grammar = model.grammar(**form)
-    texts = [model.generate("x", grammar=grammar, seed=n, **options).text for n in range(20)]
-    for n in (0, 5, 10, 15, 19):
-        alone = model.generate("x", grammar=model.grammar(**form), seed=n, **options).text
-        assert texts[n] == alone
+    seeds = range(20)
+    alone = [
+        model.generate("x", grammar=model.grammar(**form), seed=n, **options).text for n in seeds
+    ]
+    grammar, compiled = model.grammar(**form), []
+    compile_source = GrammarCompiler.compiled
+
+    def counted(self: GrammarCompiler, source: str) -> Any:
+        compiled.append(source)
+        return compile_source(self, source)
+
+    monkeypatch.setattr(GrammarCompiler, "compiled", counted)
+    found = [model.generate("x", grammar=grammar, seed=n, **options).text for n in seeds]
+    assert found == alone
+    assert 2 <= len(compiled) < 16, "two now and then, not one for each text"
+    # Side by side they fill it in the middle of each other's texts.
+    together = model.generate(["x"] * 20, grammar=grammar, seed=tuple(seeds), **options)
+    assert [one.text for one in together] == alone
 
 
 @pytest.mark.parametrize(

@@ -423,7 +423,14 @@ def test_a_bundles_own_options_are_not_the_clients(
     asked = {"prompt": "Once upon a time", "max_tokens": 5, "temperature": 0}
     with served(model, max_batch_size=1) as running:
         expected = running.answer(asked)[1]["choices"][0]["text"]
-    file = {"stop_strings": [expected[2:5]], "forced_eos_token_id": 0}
+    first = model.tokenizer.encode(expected)[0] if model.tokenizer is not None else 0
+    file = {
+        "stop_strings": [expected[2:5]],
+        "forced_eos_token_id": 0,
+        "presence_penalty": -50.0,
+        "frequency_penalty": -50.0,
+        "logit_bias": {str(first): -100},
+    }
     monkeypatch.setattr(model, "_generation_config", file)
     form = {"structured_outputs": {"choice": ["yes", "no"]}}
     with served(model, max_batch_size=1) as running:
