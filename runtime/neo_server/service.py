@@ -6,7 +6,7 @@ import asyncio
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Lock, RLock
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime import Scheduler
@@ -22,7 +22,7 @@ from neo_server.metrics import Metrics
 from neo_server.scoring import PromptScorer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     import numpy as np
     from neo_runtime.generation.completion import Completion
@@ -49,23 +49,24 @@ class Work:
     asked: Asked
     frame: Frame
     places: int
-    """Sequences that are counted for it and that the scheduler does not count yet."""
+    """Sequences of it that are not among `pending`; each of those leaves by itself."""
     prompts: list[NDArray[np.int64]] = field(default_factory=list)
     pending: list[PendingCompletion] = field(default_factory=list)
     """`best_of` for each prompt, those of a prompt together; none where no token is asked for."""
     usage: Usage = field(default_factory=Usage)
     has_ended: bool = False
 
-    def add(self, submit: Callable[[], PendingCompletion]) -> None:
+    def add(self, pending: PendingCompletion) -> None:
         """One more continuation; from a thread, beside which `end` may be called."""
-        with self.service.counting:  # here or there, never both
-            pending = submit()
+        with self.service.counting:
             self.pending.append(pending)
             is_late = self.has_ended
             if not is_late:
-                self._leave(1)
+                self.places -= 1
         if is_late:
             self._cancel([pending])
+        else:
+            pending.add_done_callback(lambda _: self.service.leave(1))
 
     def end(self) -> None:
         """Cancel what is still computed, and make room."""
@@ -73,13 +74,9 @@ class Work:
             if self.has_ended:
                 return
             self.has_ended = True
-            self._leave(self.places)
             pending = list(self.pending)
+        self.service.leave(self.places)
         self._cancel(pending)
-
-    def _leave(self, places: int) -> None:
-        self.places -= places
-        self.service.entering -= places
 
     def _cancel(self, pending: Iterable[PendingCompletion]) -> None:
         for one in pending:
@@ -136,10 +133,10 @@ class Service(Closable):
             "neo_cache_bytes", "Bytes of key/value caches", lambda: model.cache_bytes_in_use
         )
         self._scheduler: Scheduler | None = None
-        self.entering = 0
-        """Sequences that were let in and that the scheduler does not count yet."""
-        self.counting = RLock()
-        """Held where they change hands."""
+        self._let_in = 0
+        """Sequences that have not ended."""
+        self.counting = Lock()
+        """Held for moments: the event loop takes it."""
         self._sharing = Lock()
         self._cache_bytes = 0
         self._scorer: PromptScorer | None = None
@@ -199,20 +196,30 @@ class Service(Closable):
                 "once; ask for fewer prompts or continuations at a time"
             )
         with self.counting:
-            inside = self.inside
+            inside = self._now_inside
             if inside + sequences > most:
                 raise overloaded(
                     f"{inside} of at most {most} sequences are being served, and the request asks "
                     f"for {sequences}; try again"
                 )
-            self.entering += sequences
+            self._let_in += sequences
         return Work(self, asked, Frame(self.name, self.fingerprint), sequences)
 
     @property
     def inside(self) -> int:
         """Sequences that are computed, wait, or are about to."""
         with self.counting:
-            return self.entering + int(getattr(self._scheduler, "unfinished", 0))
+            return self._now_inside
+
+    @property
+    def _now_inside(self) -> int:
+        """Those that were let in; or, if these are more, those with what was cancelled just now."""
+        return max(self._let_in, int(getattr(self._scheduler, "unfinished", 0)))
+
+    def leave(self, sequences: int) -> None:
+        """For `Work`: they have ended."""
+        with self.counting:
+            self._let_in -= sequences
 
     async def begin(self, work: Work) -> None:
         """Start computing.
@@ -237,9 +244,7 @@ class Service(Closable):
                     if work.has_ended:
                         return
                     rest = behind(prefix, ids)
-                    work.add(
-                        partial(scheduler.submit, rest, chosen, prefix=prefix, sequence_index=copy)
-                    )
+                    work.add(scheduler.submit(rest, chosen, prefix=prefix, sequence_index=copy))
 
     def _options(self, asked: Asked) -> GenerationOptions:
         options: dict[str, Any] = dict(asked.options)

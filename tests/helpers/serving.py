@@ -51,6 +51,7 @@ class Served:
         while not self.is_idle:
             assert time.monotonic() < end
             time.sleep(0.005)
+        assert self.service._let_in == 0, "each leaves once"
 
     def ended(self, reason: str) -> float:
         """Sequences that ended so."""

@@ -98,6 +98,7 @@ def test_a_client_that_goes_before_its_turn(server: Served, steps: SlowSteps) ->
         connection.close()
     while server.ended("cancelled") < before + 6:
         time.sleep(0.01)
+    assert server.service.inside == 12, "the scheduler still has them"
     steps.go_on.set()
     assert held[0].getresponse().status == 200
     held[0].close()
