@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from neo_export.statistics.header import FEWEST_POSITIONS
 from neo_runtime.errors import RequestError, StatisticsError
 from neo_runtime.text.documents import document_ids, read_documents
 from neo_runtime.text.tokenizer import Tokenizer
@@ -73,14 +74,14 @@ def read_text(
             f"--max-length is {length}, expected 1 to {spec.max_position_embeddings}: the "
             "checkpoint's position table has no more rows"
         )
-    if tokens < 1:
-        raise RequestError(f"--tokens is {tokens}, expected at least 1")
+    if tokens < FEWEST_POSITIONS:
+        raise RequestError(f"--tokens is {tokens}, expected at least {FEWEST_POSITIONS}")
     ids, digests = _token_ids(files, checkpoint, tokens)
-    if not ids:
+    if len(ids) < FEWEST_POSITIONS:
         names = ", ".join(map(str, files))
         raise StatisticsError(
-            f"{names} holds no text; expected text of the kind that the model will see, some "
-            "thousands of words of it"
+            f"{names} holds {'one token' if ids else 'no text'}; expected text of the kind that "
+            "the model will see, some thousands of words of it"
         )
     packed = np.array(ids, np.int64)
     contexts = tuple(packed[start : start + length] for start in range(0, len(packed), length))

@@ -118,6 +118,7 @@ def test_jsonl_and_text_give_the_same_tokens(tmp_path: Path) -> None:
     [
         ("empty.txt", b"", "holds no text"),
         ("blank.txt", b" \n\n", "holds no text"),
+        ("short.txt", b"the", "short.txt holds one token; expected text of the kind"),
         ("empty.jsonl", b"\n", "holds no text"),
         ("binary.txt", b"\xff\xfe\x00", "is not UTF-8 text"),
         ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl, line 2 is not JSON"),
@@ -143,7 +144,7 @@ def test_other_bad_input(text: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "absent.txt cannot be read" in absent
     flags = (str(DEMO), "--text", str(text), *output)
     assert "expected 1 to 512" in fails(capsys, *flags, "--max-length", "513")
-    assert "expected at least 1" in fails(capsys, *flags, "--tokens", "0")
+    assert "expected at least 2" in fails(capsys, *flags, "--tokens", "1")
     assert "does not exist" in fails(capsys, str(tmp_path / "nothing"), *flags[1:])
     tiny = make_checkpoint(tmp_path / "tiny", TinyConfig())
     assert "has no tokenizer" in fails(capsys, str(tiny), *flags[1:])
@@ -250,7 +251,7 @@ def test_an_untied_table_that_is_looked_up_needs_none() -> None:
     assert not uses_gptq(TARGETS["tensorrt"], WeightPlan.uniform("int8"), spec)
 
 
-@pytest.mark.parametrize("damage", ["absent", "truncated", "json", "version"])
+@pytest.mark.parametrize("damage", ["absent", "truncated", "json", "version", "one token"])
 def test_damaged_statistics(damage: str, made: Path, tmp_path: Path) -> None:
     stats = shutil.copytree(made, tmp_path / "stats")
     header = stats / "statistics.json"
@@ -261,6 +262,10 @@ def test_damaged_statistics(damage: str, made: Path, tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:-1])
     elif damage == "json":
         header.write_text(header.read_text()[:-20])
+    elif damage == "one token":
+        raw = json.loads(header.read_text())
+        raw["text"]["tokens"] = 1
+        header.write_text(json.dumps(raw))
     else:
         header.write_text(header.read_text().replace('"schema_version": 1', '"schema_version": 2'))
     with pytest.raises(StatisticsError, match=r"calibrate"):
@@ -313,6 +318,17 @@ def test_what_cannot_be_exported_is_told_before_hours_of_work(
     err = capfd.readouterr().err
     assert message in err
     assert err.count("\n") == 1, "nothing was begun"
+
+
+@pytest.mark.parametrize("precision", ["--int8", "--int4"])
+def test_two_tokens_are_text(
+    precision: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("the cat")
+    command = ["-o", str(tmp_path / "bundle"), precision, "--calibrate-text", str(short)]
+    assert export(command) == 0
+    assert "2 tokens are little text" in capfd.readouterr().err
 
 
 def test_export_says_when_calibration_fails(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from helpers.models import TinyConfig, make_checkpoint
+from helpers.int8_cache import calibrated
+from helpers.models import TinyConfig, make_checkpoint, random_ids
 from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.decisions.options import ExportOptions
 from neo_export.decisions.options_check import check_options
+from neo_export.exporter import export_bundle
 from neo_export.quantize.plan import Storage, WeightPlan
 from neo_export.targets import TARGETS, Quantization
+from neo_runtime import load
 from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -42,6 +46,37 @@ def test_int8_for_cuda_is_stored_in_blocks(tmp_path: Path) -> None:
         check(checkpoint.spec, "cpu", "int8")
         with pytest.raises(RequestError, match="divides all of the widths 40; export with --fp16"):
             check(checkpoint.spec, "cuda", "int8")
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        (TinyConfig(head_dim=8), "multiples of 16 where .* local layers, this one's heads have 8"),
+        (TinyConfig(head_dim=40), "heads have 40"),
+        (TinyConfig(head_dim=48), None),
+        (TinyConfig(head_dim=8, attention_layers=("global", "global")), None),
+        (TinyConfig(head_dim=8, attention_layers=("local", "local")), None),
+        (TinyConfig(head_dim=4), "attention that reads int8.* multiple of 8"),
+    ],
+)
+def test_head_sizes_of_an_int8_cache(
+    tmp_path: Path, config: TinyConfig, refused: str | None
+) -> None:
+    """What is taken runs; onnxruntime itself refuses the others, behind all the work."""
+    source = make_checkpoint(tmp_path / "model", config)
+    with open_checkpoint(source) as checkpoint:
+        model = checkpoint.spec
+    options = ExportOptions(kv_cache="int8")
+    if refused is not None:
+        with pytest.raises(RequestError, match=refused):
+            check_options(model, TARGETS["cpu"], options)
+        return
+    check_options(model, TARGETS["cpu"], options)
+    ids = random_ids(config, 1, config.max_position_embeddings)
+    options = replace(options, calibration=calibrated(source, ids, tmp_path / "statistics"))
+    export_bundle(str(source), tmp_path / "bundle", options)
+    with load(tmp_path / "bundle") as exported:
+        assert exported.generate(ids[0, :5], max_new_tokens=30)
 
 
 def test_what_fits(spec: ModelSpec) -> None:

@@ -56,7 +56,7 @@ def check_options(
                 f"--kv-cache int8 cannot be combined with target {target.name}; use --target cpu "
                 "with --fp32, --int8, --int4 or --plan, or leave it out"
             )
-        check_int8_cache(target.cache(spec, options.precision))
+        check_int8_cache(target.cache(spec, options.precision), spec)
 
 
 def _check_length(asked: int | None, spec: ModelSpec) -> None:

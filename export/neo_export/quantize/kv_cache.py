@@ -48,6 +48,9 @@ against the float cache's 11.0997, calibrated on this many tokens:
     8192 tokens  +2.61 %  -0.00 %  +0.02 %  -0.01 %  -0.01 %
 """
 
+_EVICTED_HEAD_SIZE_MULTIPLE = 16
+"""What onnxruntime's attention wants of integers in a cache that it evicts positions from."""
+
 
 @dataclass(frozen=True)
 class CacheSteps:
@@ -97,14 +100,15 @@ def steps_from_ranges(
     )
 
 
-def check_int8_cache(cache: CacheSpec) -> None:
+def check_int8_cache(cache: CacheSpec, spec: ModelSpec) -> None:
     """Refuse an int8 cache where there is none.
 
     Args:
         cache: how the target keeps keys and values otherwise.
+        spec: the model.
 
     Raises:
-        RequestError: this target or precision has no int8 cache.
+        RequestError: this target, precision or model has no int8 cache.
     """
     if cache.layout != "in_place":
         raise RequestError(
@@ -115,6 +119,13 @@ def check_int8_cache(cache: CacheSpec) -> None:
         raise RequestError(
             f"--kv-cache int8 goes with float32 activations, these are {cache.dtype}; "
             "use it with --fp32, --int8, --int4 or --plan"
+        )
+    evicts = cache.window is not None and "local" in spec.attention_layers
+    if evicts and spec.head_dim % _EVICTED_HEAD_SIZE_MULTIPLE:
+        raise RequestError(
+            f"--kv-cache int8 goes with head sizes that are multiples of "
+            f"{_EVICTED_HEAD_SIZE_MULTIPLE} where a model has local layers, this one's heads have "
+            f"{spec.head_dim}; leave it out"
         )
 
 

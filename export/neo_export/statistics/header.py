@@ -14,6 +14,7 @@ from neo_runtime.errors import StatisticsError
 from neo_export.gpt_neo.parameters import LAYER_INPUTS
 
 __all__ = [
+    "FEWEST_POSITIONS",
     "INPUT_PLACES",
     "LAYER_PLACES",
     "SCHEMA_VERSION",
@@ -24,6 +25,8 @@ __all__ = [
 
 STATISTICS_NAME = "statistics.json"
 SCHEMA_VERSION = 1
+FEWEST_POSITIONS = 2
+"""One to choose by, one to judge the choice by."""
 
 LAYER_PLACES = (
     "ln_1",
@@ -111,6 +114,11 @@ class StatisticsHeader:
                 )
                 for name, place in raw["places"].items()
             }
+            if raw["text"]["tokens"] < FEWEST_POSITIONS:
+                raise StatisticsError(
+                    f"{source} is of {raw['text']['tokens']} token, expected at least "
+                    f"{FEWEST_POSITIONS} and better some thousands; run neo-calibrate on more text"
+                )
             raw["score_max"] = {name: tuple(heads) for name, heads in raw["score_max"].items()}
             return cls(**raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
