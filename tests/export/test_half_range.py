@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import pytest
 from helpers.half_arithmetic import evaluate
 from helpers.models import Reference, TinyConfig, make_checkpoint, random_ids
 from helpers.overflow import (
+    Tensors,
     large_residual,
     large_scores,
     large_units,
@@ -105,16 +106,46 @@ def test_plain_float16_fails(name: str, cases: Callable[[str], Case], tmp_path: 
     assert is_garbage(case.reference.half_logits(case.ids), case.logits)
     options = ExportOptions(target="portable", precision="fp16")
     if name == "weight":
-        with pytest.raises(CheckpointError, match=r"c_fc.bias.*9e\+04|90000.*--calibrate-text"):
+        with pytest.raises(CheckpointError, match=r"c_fc.bias.*90000.*--fp16 --calibrate-text"):
             export_bundle(str(case.checkpoint), tmp_path / "plain", options)
         return
     try:
         export_bundle(str(case.checkpoint), tmp_path / "plain", options)
     except VerificationError as error:  # onnxruntime overflows already on one token
         assert "not finite" in str(error)  # noqa: PT017
+        assert "--fp16 --calibrate-text" in str(error)  # noqa: PT017
         return
     found = evaluate(tmp_path / "plain" / "score.onnx", case.ids)["logits"]
     assert is_garbage(found, case.logits)
+
+
+def test_quantized_weights_around_float16(tmp_path: Path) -> None:
+    """They keep no tensor in float32, so what is advised is the precision that does."""
+
+    def silent_unit(tensors: Tensors, _: dict[str, object]) -> None:
+        tensors["transformer.h.1.mlp.c_fc.bias"][0] = -9e4
+
+    source = make_checkpoint(tmp_path / "source", CONFIG)
+    checkpoint = overflowing(source, tmp_path / "checkpoint", silent_unit)
+    options = ExportOptions(target="cuda", precision="int8")
+    with pytest.raises(CheckpointError, match=r"c_fc.bias.*--fp16 --calibrate-text FILE.*--fp32"):
+        export_bundle(str(checkpoint), tmp_path / "plain", options)
+    options = replace(options, calibration=statistics_of(checkpoint, tmp_path / "stats", CONFIG))
+    with pytest.raises(StatisticsError, match=r"c_fc.*export with --fp16, which keeps such"):
+        export_bundle(str(checkpoint), tmp_path / "calibrated", options)
+    summary = export_bundle(str(checkpoint), tmp_path / "half", replace(options, precision="fp16"))
+    assert "transformer.h.1.mlp.c_fc.bias" in {tensor.name for tensor in summary.kept_wide}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_checkpoint_beyond_float32(precision: str, tmp_path: Path) -> None:
+    def last_norm(tensors: Tensors, _: dict[str, object]) -> None:
+        tensors["transformer.ln_f.weight"] *= np.float32(1e38)
+
+    source = make_checkpoint(tmp_path / "source", CONFIG)
+    checkpoint = overflowing(source, tmp_path / "checkpoint", last_norm)
+    with pytest.raises(VerificationError, match=r"not finite.* the checkpoint itself computes"):
+        export_bundle(str(checkpoint), tmp_path / "out", ExportOptions(precision=precision))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -249,7 +280,7 @@ def test_keys_that_do_not_fit_are_an_error(tmp_path: Path) -> None:
     checkpoint = overflowing(source, tmp_path / "checkpoint", enlarge)
     statistics = statistics_of(checkpoint, tmp_path / "statistics", CONFIG)
     options = ExportOptions(precision="fp16", calibration=statistics)
-    advice = r"transformer\.h\.1\.key reaches.*65504.*--fp32 \(or --bf16 for a GPU\)"
+    advice = r"transformer\.h\.1\.key reaches.*65504.*--bf16 for a GPU or with --target cpu --fp32"
     with pytest.raises(StatisticsError, match=advice):
         export_bundle(str(checkpoint), tmp_path / "bundle", options)
     assert not (tmp_path / "bundle").exists()

@@ -120,10 +120,22 @@ def _short_run(path: Path, name: str, graph: GraphSpec, manifest: Manifest) -> N
         _check_output(graph.file, tensor, outputs[tensor.name], sizes)
     if not np.isfinite(outputs["logits"]).all():
         raise VerificationError(
-            f"{graph.file} gives logits that are not finite for the token ids {ids[0].tolist()}; "
-            f"with precision {manifest.precision} that is an overflow: export with "
-            "--calibrate-text FILE, which keeps what overflows in float32, or with --fp32"
+            f"{graph.file} gives logits that are not finite for the token ids {ids[0].tolist()}: "
+            + _overflow(manifest.cache.dtype)
         )
+
+
+def _overflow(activations: str) -> str:
+    """What overflows, and what to do about it."""
+    if activations == "float16":
+        return (
+            "float16 ends at 65504; export with --fp16 --calibrate-text FILE, which keeps what "
+            "overflows in float32, or with --target cpu --fp32"
+        )
+    return (
+        "activations are float32, so the checkpoint itself computes numbers beyond it, or holds "
+        "some that are not finite; check how it was made"
+    )
 
 
 def _check_output(

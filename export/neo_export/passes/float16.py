@@ -46,8 +46,9 @@ def to_float16(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
     largest = max(float(values.max()), -float(values.min())) if values.size else 0.0
     if largest >= 65520.0:  # rounds to infinity from half a unit past 65504 on
         raise CheckpointError(
-            f"{name} holds ±{largest:.6g}, float16 ends at 65504; export with --fp32, or with "
-            "--calibrate-text FILE, which keeps it in float32"
+            f"{name} holds ±{largest:.6g}, float16 ends at 65504; export with --fp16 "
+            "--calibrate-text FILE, which keeps what float16 cannot hold in float32, or with "
+            "--target cpu --fp32"
         )
     return values.astype(np.float16)
 
@@ -63,7 +64,9 @@ def to_bfloat16(values: NDArray[np.float32], name: str) -> NDArray[Any]:
     with np.errstate(over="ignore"):
         halves: NDArray[Any] = values.astype(ml_dtypes.bfloat16)
     if np.isinf(halves.astype(np.float32)).any():
-        raise CheckpointError(f"{name} holds numbers beyond what bfloat16 has; export with --fp32")
+        raise CheckpointError(
+            f"{name} holds numbers beyond what bfloat16 has; export with --target cpu --fp32"
+        )
     return halves
 
 
