@@ -100,6 +100,32 @@ def test_a_limit_that_cannot_be_kept(
     assert not list(scratch.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("limit", "stories", "said"),
+    [
+        ("--max-size=1000", None, "--max-size 1000: at most 1,000 bytes"),
+        ("--max-kl=0.1", 2, "tokens: too few to measure on two parts of 4096; give more text"),
+    ],
+)
+def test_what_no_search_can_do_is_told_before_the_calibration(
+    limit: str,
+    stories: int | None,
+    said: str,
+    model: Path,
+    last_stories: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(last_stories.read_text().splitlines(keepends=True)[:stories]))
+    command = [str(model), "--auto", limit, "--calibrate-text", str(text)]
+    assert export([*command, "-o", str(tmp_path / "bundle")]) == 2
+    err = capfd.readouterr().err
+    assert said in err
+    assert "neo-calibrate" not in err
+    assert err.count("\n") == 2, "what the search said, and that it failed"
+
+
 def test_a_search_that_is_ended_leaves_nothing(
     command: list[str], tmp_path: Path, scratch: Path
 ) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neo_export.reports.stages import StageLine
 from neo_runtime.command.command_line import run_command
@@ -41,13 +41,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--statistics",
-        required=True,
         type=Path,
         metavar="STATS",
         help="what neo-calibrate wrote for this model, with second moments",
     )
+    parser.add_argument("-o", "--output", type=Path, metavar="PLAN.json", help="plan to write")
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="PLAN.json", help="plan to write"
+        "--check",
+        action="store_true",
+        help="only check the limit and the text, which needs neither --statistics nor --output",
     )
     limit = parser.add_mutually_exclusive_group(required=True)
     limit.add_argument(
@@ -100,7 +102,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not arguments.check and None in (arguments.statistics, arguments.output):
+        parser.error("the following arguments are required: --statistics, -o/--output")
     return run_command(
         "neo-auto",
         lambda: _run(arguments),
@@ -112,24 +117,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from neo_calibration.auto.run import AutoOptions, run_auto
 
+    given = {
+        "text": tuple(arguments.text),
+        "keep": tuple(arguments.keep_fp32),
+        "max_divergence": arguments.max_kl,
+        "max_size": arguments.max_size,
+        "tokens": arguments.tokens,
+        "report": arguments.report,
+    }
+    if arguments.check:
+        return _check(arguments.model, given)
+    options = AutoOptions(
+        statistics=arguments.statistics,
+        output=arguments.output,
+        kv_cache=arguments.kv_cache,
+        remembered=arguments.remembered,
+        **given,
+    )
     with StageLine("neo-auto") as bar:
-        summary = run_auto(
-            arguments.model,
-            AutoOptions(
-                text=tuple(arguments.text),
-                statistics=arguments.statistics,
-                output=arguments.output,
-                keep=tuple(arguments.keep_fp32),
-                kv_cache=arguments.kv_cache,
-                max_divergence=arguments.max_kl,
-                max_size=arguments.max_size,
-                tokens=arguments.tokens,
-                remembered=arguments.remembered,
-                report=arguments.report,
-            ),
-            bar.show,
-        )
+        summary = run_auto(arguments.model, options, bar.show)
     print(json.dumps(summary, indent=1))
+    return 0
+
+
+def _check(model: str, given: dict[str, Any]) -> int:
+    from neo_export.checkpoint.folder import open_checkpoint
+    from neo_export.checkpoint.hub import resolve_model
+
+    from neo_calibration.auto.inputs import SearchInputs
+
+    inputs = SearchInputs(**given)
+    inputs.check()
+    with open_checkpoint(resolve_model(model)) as checkpoint:
+        inputs.check_model(checkpoint)
     return 0
 
 

@@ -71,7 +71,7 @@ def _export(
 ) -> tuple[ExportSummary, Searched | None, BuiltEngine | None]:
     # Slow imports come only now, so that --help and wrong usage answer at once.
     from neo_export.bundle.staging import check_destination
-    from neo_export.command.run_calibration import calibration_folder, searched
+    from neo_export.command.run_calibration import calibration_folder, check_search, searched
     from neo_export.exporter import ExportOptions, export_bundle
     from neo_export.files.termination import termination_raises
 
@@ -99,6 +99,8 @@ def _export(
     with StageLine("neo-export") as bar:
         with termination_raises(), ExitStack() as stack:
             if text is not None and statistics is None:
+                if search is not None:
+                    check_search(model, text, search)
                 statistics = stack.enter_context(calibration_folder(model, text))
             if search is not None:
                 bar.end()

@@ -24,7 +24,7 @@ from neo_export.quantize.plan import WeightPlan
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Searched", "calibration_folder", "run_calibration", "searched"]
+__all__ = ["Searched", "calibration_folder", "check_search", "run_calibration", "searched"]
 
 _MODULE = "neo_calibration"
 
@@ -81,6 +81,22 @@ def run_calibration(model: str, text: Path, output: Path, *options: str) -> Path
     _require()
     _run(_MODULE, model, "--text", str(text), "-o", str(output), *options)
     return output
+
+
+def check_search(model: str, text: Path, options: tuple[str, ...]) -> None:
+    """Let the search refuse a limit or a text before statistics are made for it.
+
+    Args:
+        model: what the user called it.
+        text: the file to measure on.
+        options: the limit and so on, as the command takes them.
+
+    Raises:
+        DependencyError: the calibration, or what it needs, is not installed.
+        StatisticsError: it was refused; the search has said why.
+    """
+    _require()
+    _run(f"{_MODULE}.auto", model, "--text", str(text), "--check", *options)
 
 
 @contextmanager
