@@ -22,9 +22,9 @@ from neo_export.bundle.sidecars import write_sidecars
 from neo_export.bundle.staging import staged_folder
 from neo_export.bundle.weights import write_weights
 from neo_export.checkpoint.folder import open_checkpoint
-from neo_export.checkpoint.generation_defaults import check_generation_defaults
 from neo_export.checkpoint.hub import resolve_model
 from neo_export.decisions.options import ExportOptions
+from neo_export.decisions.options_check import check_export
 from neo_export.decisions.prepared import prepare
 from neo_export.reports.memory import PeakMemory
 from neo_export.targets import target_named
@@ -96,18 +96,13 @@ def export_bundle(
     say = progress or (lambda stage, done, total: None)
     started = time.monotonic()
     if options.verify:
-        _require_pytorch()
+        _check_verifiable(options.precision)
     with (
         PeakMemory() as memory,
         staged_folder(output, force=options.force) as folder,
         open_checkpoint(resolve_model(model)) as checkpoint,
     ):
-        if options.verify and options.precision == "bf16":
-            raise RequestError(
-                "--verify computes on the CPU, where onnxruntime has no kernels for bfloat16; "
-                "verify the same checkpoint with --fp16, and leave it out here"
-            )
-        check_generation_defaults(checkpoint, options.max_length)
+        check_export(checkpoint, target, options)
         prepared = prepare(checkpoint, target, options, say)
         say("building the graphs", 0, 0)
         models, summaries = build_graphs(prepared)
@@ -146,8 +141,13 @@ def export_bundle(
     )
 
 
-def _require_pytorch() -> None:
+def _check_verifiable(precision: str) -> None:
     """Before any work: the comparison comes last."""
+    if precision == "bf16":
+        raise RequestError(
+            "--verify computes on the CPU, where onnxruntime has no kernels for bfloat16; "
+            "verify the same checkpoint with --fp16, and leave it out here"
+        )
     for name in ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
             raise DependencyError(

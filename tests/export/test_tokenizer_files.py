@@ -9,8 +9,10 @@ from typing import Any
 import neo_export
 import neo_runtime
 import pytest
+from neo_export import exporter
 from neo_export.checkpoint.tokenizer_files import find_tokenizer_files, read_tokenizer_json
 from neo_export.command.cli import main
+from neo_export.exporter import export_bundle
 from neo_runtime.errors import CheckpointError, RequestError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer
@@ -263,3 +265,18 @@ def test_damaged_files(pair: Path, files: dict[str, str | None], words: str) -> 
             (pair / name).write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(CheckpointError, match=words):
         read_tokenizer_json(pair)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_a_damaged_tokenizer_is_told_before_the_weights_are_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*_: object) -> None:
+        raise AssertionError("the export goes on")
+
+    monkeypatch.setattr(exporter, "prepare", prepare)
+    folder = shutil.copytree(DEMO, tmp_path / "model")
+    (folder / name).write_text('{"half')
+    with pytest.raises(CheckpointError, match=name):
+        export_bundle(str(folder), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()

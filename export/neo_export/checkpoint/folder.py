@@ -9,6 +9,7 @@ Tensors are known by the names of `GPTNeoForCausalLM`, whatever class wrote the 
 
 from __future__ import annotations
 
+import functools
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -71,6 +72,11 @@ class Checkpoint(Closable):
         Raises:
             CheckpointError: the tokenizer's files cannot be used.
         """  # noqa: D205
+        return self._tokenizer_json
+
+    @functools.cached_property
+    def _tokenizer_json(self) -> bytes | None:
+        # Once: it warns of what it leaves out.
         return read_tokenizer_json(self.tokenizer_folder)
 
     def close(self) -> None:

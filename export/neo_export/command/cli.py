@@ -115,14 +115,12 @@ def _export(
 def _check_model(model: str, options: ExportOptions, *, searches: bool) -> None:
     """Refuse now what the export would refuse only after the calibration."""
     from neo_export.checkpoint.folder import open_checkpoint
-    from neo_export.checkpoint.generation_defaults import check_generation_defaults
     from neo_export.checkpoint.hub import resolve_model
-    from neo_export.decisions.options_check import check_options
+    from neo_export.decisions.options_check import check_export
     from neo_export.targets import target_named
 
     with open_checkpoint(resolve_model(model)) as checkpoint:
-        check_options(checkpoint.spec, target_named(options.target), options, searches=searches)
-        check_generation_defaults(checkpoint, options.max_length)
+        check_export(checkpoint, target_named(options.target), options, searches=searches)
 
 
 def _target(arguments: argparse.Namespace, precision: str) -> str:

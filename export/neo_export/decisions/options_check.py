@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.errors import RequestError
 
+from neo_export.checkpoint.generation_defaults import check_generation_defaults
 from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
 from neo_export.quantize.int4 import check_block_size, largest_block_size
@@ -19,10 +20,11 @@ from neo_export.quantize.plan import WeightPlan, check_patterns, is_planned
 if TYPE_CHECKING:
     from neo_runtime.bundle.manifest import ModelSpec
 
+    from neo_export.checkpoint.folder import Checkpoint
     from neo_export.decisions.options import ExportOptions
     from neo_export.targets import Target
 
-__all__ = ["check_options"]
+__all__ = ["check_export", "check_options"]
 
 
 def check_options(
@@ -57,6 +59,26 @@ def check_options(
                 "with --fp32, --int8, --int4 or --plan, or leave it out"
             )
         check_int8_cache(target.cache(spec, options.precision), spec)
+
+
+def check_export(
+    checkpoint: Checkpoint, target: Target, options: ExportOptions, *, searches: bool = False
+) -> None:
+    """`check_options`, and what would make the bundle's texts and defaults useless.
+
+    Args:
+        checkpoint: the model, opened.
+        target: the one that the options name.
+        options: what is asked for.
+        searches: the plan is yet to be found by --auto.
+
+    Raises:
+        RequestError: names the option that does not fit.
+        CheckpointError: names the file beside the weights that is damaged or wrong.
+    """
+    check_options(checkpoint.spec, target, options, searches=searches)
+    check_generation_defaults(checkpoint, options.max_length)
+    checkpoint.tokenizer_json()
 
 
 def _check_length(asked: int | None, spec: ModelSpec) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from neo_runtime.bundle.manifest import is_quantized
 
 from neo_export.decisions.calibrated import calibrated, open_statistics, uses_gptq
-from neo_export.decisions.options_check import check_options
 from neo_export.quantize.kv_cache import calibrated_steps
 from neo_export.quantize.read_back import ReadBack
 from neo_export.quantize.remembered import Remembered
@@ -102,14 +101,13 @@ def prepare(
     Args:
         checkpoint: an opened one.
         target: the one that the options name.
-        options: what to make of it.
+        options: what to make of it; `check_export` has taken them.
         say: called with a stage's name, done and total.
 
     Raises:
         NeoError: the options do not fit the checkpoint or the target, or the statistics either.
     """
     spec, precision = checkpoint.spec, options.precision
-    check_options(spec, target, options)
     max_length = options.max_length or spec.max_position_embeddings
 
     def read(name: str) -> NDArray[np.float32]:
