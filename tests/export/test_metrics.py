@@ -76,6 +76,16 @@ def test_best_tokens() -> None:
     assert top_k_overlap(one, two, 9).tolist() == [1.0, 1.0]
 
 
+def test_a_near_tie_has_two_best_tokens() -> None:
+    reference = np.array([[-8.0, 4.0, 3.999], [-2.0, 1.0, 0.999]], dtype=np.float32)
+    found = np.array([[-8.0, 3.9, 4.0], [-2.0, 1.0, 1.1]], dtype=np.float32)
+    assert top_1_agreement(reference, found).tolist() == [False, False]
+    assert top_1_agreement(reference, found, 2e-4).tolist() == [True, False]
+    assert top_1_agreement(reference, reference).all()
+    found[0, 0] = np.nan
+    assert not top_1_agreement(reference, found, 2e-4).any()
+
+
 def test_relative_l2() -> None:
     one, two = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[3.0, 4.5], [0.0, 0.0]])
     assert relative_l2(two, one) == pytest.approx([0.1, 0.0])

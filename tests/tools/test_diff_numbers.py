@@ -48,6 +48,18 @@ def test_positions_of_two_texts() -> None:
     assert by_region["past"].kl_max == pytest.approx(max(both.kl[64:96].max(), both.kl[160:].max()))
 
 
+def test_what_the_order_of_sums_decides_is_no_disagreement() -> None:
+    ids, _, reference = rows()
+    reference[:, 7] = np.delete(reference, 7, axis=1).max(axis=1)
+    found = reference.copy()
+    found[:, 7] += np.float32(1e-6) * np.abs(reference).max(axis=1)
+    found[::2, 7] -= np.float32(2e-6) * np.abs(reference[::2]).max(axis=1)
+    assert compare_rows(0, ids, np.arange(96), found, reference).top_1.all()
+    apart = reference.copy()
+    apart[:, 7] += np.float32(1e-4) * np.abs(reference).max(axis=1)
+    assert not compare_rows(0, ids, np.arange(96), reference, apart).top_1.all()
+
+
 def test_perplexity_and_its_interval() -> None:
     """Against the definition, and the interval against the normal one of block means."""
     ids, found, reference = rows(n=3201, noise=0.2)

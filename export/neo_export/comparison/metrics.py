@@ -81,11 +81,29 @@ def cross_entropy(logits: NDArray[Any], targets: NDArray[np.integer[Any]]) -> ND
     return _by_slices(of, logits, np.float64)
 
 
-def top_1_agreement(reference_logits: NDArray[Any], logits: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether each row's best token is the same; of equal logits the first token is the best."""
+def top_1_agreement(
+    reference_logits: NDArray[Any], logits: NDArray[Any], tie: float = 0.0
+) -> NDArray[np.bool_]:
+    """Whether each row's best token is as good as the reference's best.
+
+    Args:
+        reference_logits: [n, V], any floating type.
+        logits: [n, V].
+        tie: a share of the row's largest |reference logit|: tokens that the reference has no
+            further below its best are equally good.
+
+    Returns:
+        bool [n]; False where the found logits are not finite.
+    """
     _check_same_shape(reference_logits, logits)
-    agrees: NDArray[np.bool_] = reference_logits.argmax(axis=-1) == logits.argmax(axis=-1)
-    return agrees
+
+    def of(rows: slice) -> NDArray[np.bool_]:
+        wide, found = reference_logits[rows].astype(np.float64), logits[rows]
+        chosen = wide[np.arange(len(wide)), found.argmax(axis=-1)]
+        good: NDArray[np.bool_] = wide.max(axis=-1) - chosen <= tie * np.abs(wide).max(axis=-1)
+        return good & np.isfinite(found).all(axis=-1)
+
+    return _by_slices(of, reference_logits, np.bool_)
 
 
 def top_k_overlap(

@@ -9,12 +9,13 @@ QUALITY      logits against PyTorch on the checkpoint's own weights: may the bun
 from neo_export.tolerances.accumulated import ACCUMULATED, AccumulatedLimits, accumulated_name
 from neo_export.tolerances.local import HALVES, LOCAL, LocalLimits, limits_name
 from neo_export.tolerances.parity import TOLERANCES, Tolerance, tolerance_name
-from neo_export.tolerances.quality import QUALITY, Quality, quality_of
+from neo_export.tolerances.quality import NEAR_TIE, QUALITY, Quality, quality_of
 
 __all__ = [
     "ACCUMULATED",
     "HALVES",
     "LOCAL",
+    "NEAR_TIE",
     "QUALITY",
     "TOLERANCES",
     "AccumulatedLimits",

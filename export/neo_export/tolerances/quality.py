@@ -10,7 +10,7 @@ from neo_runtime.bundle.manifest import is_quantized
 if TYPE_CHECKING:
     from neo_runtime.bundle.manifest import Manifest
 
-__all__ = ["QUALITY", "Quality", "quality_of"]
+__all__ = ["NEAR_TIE", "QUALITY", "Quality", "quality_of"]
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,18 @@ class Quality:
     max_kl: float
     """Mean KL(reference ‖ bundle), nats."""
     min_top_1: float
-    """Share of positions whose best token is the same."""
+    """Share of positions whose best token is the same (`NEAR_TIE`)."""
     max_perplexity_increase: float
     """bundle / reference − 1."""
     max_logit_error: float
     """Median over positions of the relative L2 error of the logits."""
     reason: str
 
+
+NEAR_TIE = 1e-5
+"""Tokens whose logits, in PyTorch's float32, are this share of the position's largest |logit| apart
+are equally good: the order of sums decides which is the best. It moves logits by 1e-6 of a row on
+small checkpoints and by up to 2e-5 on the 1.3B shape."""
 
 QUALITY: dict[str, Quality] = {
     "fp32": Quality(

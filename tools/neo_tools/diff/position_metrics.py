@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from neo_export.comparison import metrics
 from neo_export.comparison.places import region_masks
+from neo_export.tolerances import NEAR_TIE
 
 from neo_tools.diff.results import GraphSummary, Perplexity
 
@@ -67,7 +68,7 @@ def compare_rows(
         position=positions,
         token=ids[positions],
         kl=metrics.kl_divergence(reference, found),
-        top_1=metrics.top_1_agreement(reference, found),
+        top_1=metrics.top_1_agreement(reference, found, NEAR_TIE),
         top_5=metrics.top_k_overlap(reference, found, 5),
         logit_error=np.concatenate(logit_error),
         nll_reference=np.where(follows, metrics.cross_entropy(reference, targets), np.nan),
