@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neo_export.reports.stages import StageLine
-from neo_runtime.command.command_line import add_version, run_command
+from neo_runtime.command.command_line import OneLineParser, add_version, run_command
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from neo_export.statistics.header import StatisticsHeader
@@ -31,11 +31,10 @@ _TOKENS = 16384
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="neo-calibrate",
         description="Run text through a GPT-Neo checkpoint and keep statistics for quantization.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version(parser)
     parser.add_argument("model", metavar="MODEL", help="the checkpoint")

@@ -69,6 +69,30 @@ def test_ends(
     assert set(extras) <= EXTRAS
 
 
+OTHERS = (
+    "neo_runtime.command.verify",
+    "neo_tools.bench.operators",
+    "neo_tools.clients.__main__",
+    "neo_tools.drafts.__main__",
+    "neo_tools.footprint",
+    "neo_tools.older_cpu.__main__",
+    "neo_tools.peers.__main__",
+)
+
+
+@pytest.mark.parametrize("module", [*(module for module, *_ in COMMANDS), *OTHERS])
+@pytest.mark.parametrize("option", ["--no-such-option", "--hel"])
+def test_wrong_usage_is_one_line_and_options_are_not_shortened(
+    module: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = next((arguments for name, _, arguments, *_ in COMMANDS if name == module), [])
+    with pytest.raises(SystemExit) as end:
+        import_module(module).main([*given, option])
+    out, err = capsys.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
+    assert err.endswith(" --help\n")
+
+
 def test_every_script_of_the_package_is_here() -> None:
     """But neo-verify: damage is its result, and its end is a report in any case."""
     found = [target.partition(":") for target in PROJECT["scripts"].values()]

@@ -6,7 +6,6 @@ brings), and how many bytes `pip install neo-onnx[cpu]` puts on the disk.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neo_runtime.command.command_line import OneLineParser
 from neo_runtime.errors import DependencyError, NeoError
 
 from neo_tools.installed_size import SIZE_LIMIT, InstalledSize, files_size, installed_size
@@ -195,7 +195,7 @@ def _measure_fresh(source: str, constraints: Path | None, runs: int) -> _Footpri
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 within the limits, 1 past one, 2 where it could not be measured."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m neo_tools.footprint",
         description="Measure the import time and the installed size of the runtime.",
         epilog="exit status: 0 within the limits, 1 past one, 2 could not be measured",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neo_export.reports.stages import StageLine
-from neo_runtime.command.command_line import run_command
+from neo_runtime.command.command_line import OneLineParser, run_command
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 __all__ = ["main"]
@@ -24,11 +24,10 @@ stderr, the summary to stdout. Exit status: 0 written; 2 bad input, or a limit t
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m neo_calibration.auto",
         description="Choose the precision of each matrix by measuring.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="the checkpoint")
     parser.add_argument(

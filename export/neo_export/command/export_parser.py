@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from neo_runtime.command.command_line import add_version
+from neo_runtime.command.command_line import OneLineParser, add_version
 
 from neo_export.command.search_options import add_search_options
 
@@ -22,13 +21,12 @@ check of the result failed; 2 bad input; 130 interrupted.
 """
 
 
-def export_parser() -> argparse.ArgumentParser:
+def export_parser() -> OneLineParser:
     """The parser of `neo-export`."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="neo-export",
         description="Turn a GPT-Neo checkpoint into a bundle of ONNX graphs over one weight file.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version(parser)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="the checkpoint (see below)")

@@ -101,7 +101,8 @@ def top_1_agreement(
         wide, found = reference_logits[rows].astype(np.float64), logits[rows]
         chosen = wide[np.arange(len(wide)), found.argmax(axis=-1)]
         good: NDArray[np.bool_] = wide.max(axis=-1) - chosen <= tie * np.abs(wide).max(axis=-1)
-        return good & np.isfinite(found).all(axis=-1)
+        good &= np.isfinite(found).all(axis=-1)
+        return good
 
     return _by_slices(of, reference_logits, np.bool_)
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.command.command_line import add_version, run_command
+from neo_runtime.command.command_line import OneLineParser, add_version, run_command
 from neo_runtime.errors import RequestError
 
 from neo_export.reports.stages import StageLine
@@ -32,11 +32,10 @@ _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="neo-engine",
         description="Build a TensorRT plan of a bundle.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version(parser)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder with neo.json")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.command.command_line import add_version, run_command
+from neo_runtime.command.command_line import OneLineParser, add_version, run_command
 from neo_runtime.errors import DeviceError, NeoError, RequestError
 
 from neo_export.reports.stages import StageLine
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from neo_export.kernels.build import BuiltKernels
@@ -35,11 +35,10 @@ _OVERLAPS = 9
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="neo-kernels",
         description="Compile a bundle's decode step for one kind of NVIDIA GPU.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version(parser)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder with neo.json")

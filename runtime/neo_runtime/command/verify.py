@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from neo_runtime.bundle.engine_record import ENGINES_FOLDER, read_records
 from neo_runtime.bundle.folder import check_installation, open_bundle
 from neo_runtime.bundle.manifest import MANIFEST_NAME
 from neo_runtime.bundle.step_kernels import find_kernels, read_kernels
-from neo_runtime.command.command_line import add_version, discard_stdout, run_command
+from neo_runtime.command.command_line import OneLineParser, add_version, discard_stdout, run_command
 from neo_runtime.errors import BundleDamagedError, BundleError, EngineError, NeoError
 from neo_runtime.machine.installation import onnxruntime_is_installed
 
@@ -40,12 +39,11 @@ _EPILOG = """exit status:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="neo-verify",
         description="Check every file of a bundle, and its TensorRT plans, against their recorded "
         "sizes and sha256.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version(parser)
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder written by neo-export")

@@ -7,13 +7,13 @@ is the median of the rounds, per matrix.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from neo_runtime.command.command_line import OneLineParser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -150,7 +150,7 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a Markdown table; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m neo_tools.bench.operators",
         description="Time the candidates for a quantized matrix product, side by side.",
     )

@@ -12,7 +12,7 @@ from neo_export.files.text_file import write_text_file
 from neo_export.reports.stages import StageLine
 from neo_runtime.command.command_line import run_command
 from neo_runtime.command.standard_streams import json_text
-from neo_runtime.errors import OutputError
+from neo_runtime.errors import OutputError, RequestError
 
 from neo_tools.diff.cli_options import make_parser
 
@@ -36,8 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    for path in (arguments.html, _json_file(arguments)):
+    files = [path for path in (arguments.html, _json_file(arguments)) if path is not None]
+    for path in files:
         _require_writable(path)
+    if len({path.resolve() for path in files}) < len(files):
+        raise RequestError(f"--html and --json both name {files[0]}; give them two files")
     results = _compare(arguments)
     _write(results, arguments)
     return 0 if results.passed or arguments.report_only else _PAST
@@ -109,10 +112,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _require_writable(path: Path | None) -> None:
+def _require_writable(path: Path) -> None:
     """Say so before minutes of work: raises OutputError."""
-    if path is None:
-        return
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise OutputError(f"cannot write {path}: its folder does not exist, or it is one itself")
 

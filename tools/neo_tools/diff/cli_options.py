@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from neo_runtime.backends.choice import BACKENDS
 from neo_runtime.command.command_line import OneLineParser, add_version
 
 from neo_tools.arguments import at_least
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["make_parser"]
 
@@ -41,14 +45,20 @@ def _positions(text: str) -> int | None:
     return number
 
 
-def _limit(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if math.isnan(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return number
+def _limit(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: numbers in a range, ends included."""
+    expected = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
+
+    def limit(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number {expected}")
+        return number
+
+    return limit
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -123,13 +133,16 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:
-    for option, text in (
-        ("--max-kl", "largest mean KL(reference ‖ bundle), nats"),
-        ("--min-top1", "smallest share of positions with the same best token"),
-        ("--max-ppl-increase", "largest increase of perplexity: bundle / reference − 1"),
-        ("--max-logit-error", "largest relative L2 error of the logits, median over positions"),
+    increase = "largest increase of perplexity: bundle / reference − 1"
+    median = "largest relative L2 error of the logits, median over positions"
+    for option, limit, text in (
+        ("--max-kl", _limit(0), "largest mean KL(reference ‖ bundle), nats"),
+        ("--min-top1", _limit(0, 1), "smallest share of positions with the same best token"),
+        # Below 0: the bundle has to be better.
+        ("--max-ppl-increase", _limit(-1), increase),
+        ("--max-logit-error", _limit(0), median),
     ):
-        group.add_argument(option, metavar="X", type=_limit, help=text)
+        group.add_argument(option, metavar="X", type=limit, help=text)
     group.add_argument("--report-only", action="store_true", help="exit with 0 even past a limit")
 
 

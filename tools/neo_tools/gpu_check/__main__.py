@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -11,10 +10,11 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.command.command_line import run_command
+from neo_runtime.command.command_line import OneLineParser, run_command
 from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator, Sequence
 
     from neo_tools.bench.cases import Settings
@@ -34,11 +34,10 @@ _TESTS = Path(__file__).parents[3] / "tests" / "gpu"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m neo_tools.gpu_check",
         description="Run everything that needs an NVIDIA GPU, and report.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "model",

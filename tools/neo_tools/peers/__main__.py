@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -10,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.command.command_line import run_command
+from neo_runtime.command.command_line import OneLineParser, run_command
 
 from neo_tools.peers import environments, exports, portable
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m neo_tools.peers", description="Set up the other engines and run them."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
