@@ -370,6 +370,13 @@ def test_no_weights(folder: Path) -> None:
     fails(folder, r"LoRA adapter .* and no adapter_config\.json")
 
 
+def test_weights_behind_a_broken_link(folder: Path) -> None:
+    """As a copied folder of the hub's cache has them."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/5f3a")
+    fails(folder, "model.safetensors is a link to ../../blobs/5f3a, which is not there")
+
+
 def test_no_folder(tmp_path: Path) -> None:
     fails(tmp_path / "nowhere", "is not a folder; expected a Hugging Face model folder")
 

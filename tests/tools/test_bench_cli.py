@@ -169,3 +169,11 @@ def test_a_bundle_that_no_cpu_runs(
         assert "(tensorrt, fp32) runs on a GPU alone: " in said
         assert reason in said
         assert said.count("\n") == 1
+
+
+def test_threads_that_no_machine_has(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([str(mini_bundle), "-t", "100000", "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"neo-bench: the bundle {mini_bundle.name} could not load: threads is ")
+    assert err.count("\n") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -359,7 +360,8 @@ def test_the_bandwidth_worker_says_why_it_cannot() -> None:
     if answer["ok"]:  # there is a GPU
         assert answer["rates"]["device copy"] > 0
     else:
-        assert "Error: " in answer["error"]
+        assert re.search("driver|cuda", answer["error"])
+        assert "Traceback" not in done.stderr
 
 
 def test_a_copy_counts_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:

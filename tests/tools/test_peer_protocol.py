@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from neo_runtime.errors import RequestError
 from neo_tools.peers import environments
 from neo_tools.peers import worker_protocol as protocol
 
@@ -104,6 +106,18 @@ def test_serve_answers_a_bad_request_and_goes_on(
     assert good["tokens"] == [2]
 
 
+def test_a_mistake_that_has_its_own_words_leaves_no_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Refusing(CountingEngine):
+        def load(self) -> dict[str, Any]:
+            raise RequestError("threads is 100, expected at most 32")
+
+    [answer] = converse(Refusing(), {"op": "load"})
+    assert answer == {"ok": False, "error": "threads is 100, expected at most 32"}
+    assert capsys.readouterr().err == ""
+
+
 def test_serve_refuses_a_step_past_the_last_position() -> None:
     *_, last, too_far = converse(
         CountingEngine(),
@@ -136,6 +150,15 @@ def test_memory_of_counts_private_bytes() -> None:
     assert after["rss_anon"] - before["rss_anon"] > 60 << 20
     assert after["rss"] >= after["rss_anon"]
     assert after["pss"] > 60 << 20
+
+
+def test_an_interrupt_ends_a_worker_without_a_traceback() -> None:
+    code = (
+        "import os, signal; from neo_tools.peers.worker_protocol import claim_stdout\n"
+        "claim_stdout(); os.kill(os.getpid(), signal.SIGINT)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_claimed_stdout_carries_answers_only() -> None:

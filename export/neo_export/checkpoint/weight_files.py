@@ -107,6 +107,12 @@ def _no_weights(folder: Path, names: Sequence[str]) -> CheckpointError:
         for path in folder.iterdir()
         if path.suffix in (".h5", ".msgpack", ".gguf", ".safetensors", ".bin", ".pt", ".pth")
     )
+    for name in names:
+        if (folder / name).is_symlink():
+            return CheckpointError(
+                f"{folder / name} is a link to {(folder / name).readlink()}, which is not there; "
+                "is the download complete? (Copy a hub's cache with its files: cp -L)"
+            )
     found = f"found {', '.join(others[:5])}" if others else "found none"
     if any(name.startswith("adapter_model") for name in others):
         return CheckpointError(

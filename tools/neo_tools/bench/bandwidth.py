@@ -25,7 +25,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from neo_tools.bench.machine import l3_bytes, memory_bytes
-from neo_tools.peers.worker_protocol import claim_stdout
+from neo_tools.peers.worker_protocol import claim_stdout, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -230,7 +230,7 @@ def main(argv: list[str]) -> None:
             measured = {"read": probe.read, "peak": probe.peak}[op]()
             answer: dict[str, Any] = {"ok": True, "rates": measured}
         except Exception as error:
-            answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            answer = refusal(error)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

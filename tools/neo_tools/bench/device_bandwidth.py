@@ -13,7 +13,7 @@ import sys
 from time import perf_counter
 from typing import Any
 
-from neo_tools.peers.worker_protocol import claim_stdout
+from neo_tools.peers.worker_protocol import claim_stdout, refusal
 
 __all__ = ["copy_rate", "main"]
 
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
             rates = {} if op == "peak" else {KERNEL: copy_rate(device, arguments.bytes)}
             answer: dict[str, Any] = {"ok": True, "rates": rates}
         except Exception as error:
-            answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            answer = refusal(error)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

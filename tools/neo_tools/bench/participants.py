@@ -36,6 +36,8 @@ class Overhead:
 class NeoWorker(Peer):
     """A bundle's process, `worker.py`."""
 
+    role = "the bundle"
+
     def __init__(
         self,
         label: str,
@@ -88,6 +90,8 @@ class NeoWorker(Peer):
 
 class BandwidthWorker(Peer):
     """The process that measures the machine, `bandwidth.py`."""
+
+    role = "the measurement of"
 
     def __init__(
         self,

@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import sys
-import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -23,7 +22,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from neo_tools.bench.device_memory import bus_id, process_device_bytes
-from neo_tools.peers.worker_protocol import claim_stdout, context_ids, serve
+from neo_tools.peers.worker_protocol import claim_stdout, context_ids, refusal, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -292,8 +291,7 @@ def _others(engine: NeoEngine, requests: TextIO, answers: TextIO) -> Iterator[st
         try:
             answer = {"ok": True, **handler(request)}
         except Exception as error:  # a worker outlives a request that fails
-            traceback.print_exc(file=sys.stderr)
-            answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            answer = refusal(error)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -150,7 +150,7 @@ def _measure(arguments: argparse.Namespace, backend: str, folder: Path) -> Itera
     from neo_tools.gpu_check.report import BackendRun
     from neo_tools.gpu_check.targets import MANY, judge
 
-    model = Path(arguments.model or DEMO)
+    model = DEMO if arguments.model is None else Path(arguments.model)
     bundles = {}
     for precision in ("fp16", "int4"):
         bundles[precision] = folder / f"{backend}-{precision}"

@@ -6,7 +6,6 @@ import contextlib
 import json
 import queue
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -88,6 +87,9 @@ class Peer:
         CheckpointError, RequestError, NeoError: (on entering) see `exports.ensure_export`.
     """
 
+    role = "the peer"
+    """What messages call it before its name."""
+
     def __init__(
         self,
         name: str,
@@ -128,7 +130,7 @@ class Peer:
             )
         except OSError as error:
             raise DependencyError(
-                f"the peer {self.name} does not start: {command[0]}: {error}; {self._advice()}"
+                f"{self.role} {self.name} does not start: {command[0]}: {error}; {self._advice()}"
             ) from error
         for target in (self._read_answers, self._read_stderr):
             reader = threading.Thread(target=target, args=(self._process,), daemon=True)
@@ -226,7 +228,7 @@ class Peer:
             process.kill()  # whatever it answers later would be taken for another answer
             self.close()
             raise NeoError(
-                f"the peer {self.name} did not answer {request['op']} in {self._timeout:.0f} s; "
+                f"{self.role} {self.name} did not answer {request['op']} in {self._timeout:.0f} s; "
                 "give it a longer timeout or a smaller request"
             ) from None
         if line is None:
@@ -235,16 +237,17 @@ class Peer:
             answer: dict[str, Any] = json.loads(line)
         except ValueError as error:
             raise NeoError(
-                f"the peer {self.name} answered {request['op']} with {line[:200]!r}, which is no "
-                "JSON; something in its process writes to its standard output"
+                f"{self.role} {self.name} answered {request['op']} with {line[:200]!r}, which is "
+                "no JSON; something in its process writes to its standard output"
             ) from error
         if not answer.get("ok"):
-            raise NeoError(f"the peer {self.name} could not {request['op']}: {answer.get('error')}")
+            why = answer.get("error")
+            raise NeoError(f"{self.role} {self.name} could not {request['op']}: {why}")
         return answer
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
-            raise NeoError(f"the peer {self.name} is not running; use it inside a `with` block")
+            raise NeoError(f"{self.role} {self.name} is not running; use it inside a `with` block")
         return self._process
 
     def _ended(self, request: dict[str, Any]) -> NeoError:
@@ -255,7 +258,7 @@ class Peer:
             reader.join(timeout=5)
         tail = "\n".join(self._stderr)
         return DependencyError(
-            f"the peer {self.name} ended (status {process.returncode}) instead of answering "
+            f"{self.role} {self.name} ended (status {process.returncode}) instead of answering "
             f"{request['op']}; {self._advice()}. Its last lines:\n{tail}"
         )
 
@@ -274,5 +277,3 @@ class Peer:
         assert process.stderr is not None
         for line in process.stderr:
             self._stderr.append(line.rstrip())
-            if "Traceback" in line:
-                print(f"{self.name}: {line.rstrip()}", file=sys.stderr)

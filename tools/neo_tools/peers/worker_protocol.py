@@ -19,6 +19,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -143,8 +144,10 @@ def versions_of(packages: Sequence[str]) -> dict[str, str]:
 def claim_stdout() -> TextIO:
     """Keep the real stdout for answers; send all that anyone else prints there to stderr.
 
-    On the level of file descriptors, because native libraries print without asking Python.
+    On the level of file descriptors, because native libraries print without asking Python. From now
+    on Ctrl-C, which a terminal sends to workers too, ends this process without a traceback.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     sys.stdout = sys.stderr
@@ -175,12 +178,19 @@ def serve(engine: Engine, requests: TextIO, answers: TextIO) -> None:
             request = json.loads(line)
             answer: dict[str, Any] = {"ok": True, **session.answer(request)}
         except Exception as error:  # a worker outlives a request that fails
-            traceback.print_exc(file=sys.stderr)
-            answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            answer = refusal(error)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
         if answer.get("bye"):
             return
+
+
+def refusal(error: Exception) -> dict[str, Any]:
+    """The answer to a request that failed; what was not expected leaves its traceback on stderr."""
+    if type(error).__module__ == "neo_runtime.errors":  # by name: peers do not have that package
+        return {"ok": False, "error": str(error)}
+    traceback.print_exception(error, file=sys.stderr)
+    return {"ok": False, "error": f"{type(error).__name__}: {error}"}
 
 
 class _Session:
