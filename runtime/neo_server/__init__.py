@@ -15,6 +15,7 @@ answers        completions as JSON: whole, and as events of a stream
 metrics        what is counted for Prometheus
 limits         how much is taken at once
 scoring        log probabilities of prompts
+work           who is let in, and one request while it is computed
 service        requests that share one scheduler
 streaming      events while they are computed
 app            paths, keys, and who has gone

@@ -1,10 +1,9 @@
-"""Requests that share one scheduler: who is let in, what is computed, and who is cancelled."""
+"""Requests that share one scheduler: what is computed for each."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -15,90 +14,29 @@ from neo_runtime.closable import Closable
 from neo_runtime.errors import ContextLengthError, RequestError
 from neo_runtime.generation.prefix import behind
 
-from neo_server.answers import Echo, Frame, Usage
+from neo_server.answers import Frame
 from neo_server.asked import refuse_alternatives
-from neo_server.errors import ApiError, bad_request, overloaded, shutting_down
+from neo_server.errors import ApiError, bad_request, shutting_down
 from neo_server.metrics import Metrics
 from neo_server.scoring import PromptScorer
+from neo_server.work import Room, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     import numpy as np
-    from neo_runtime.generation.completion import Completion
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.model import Model
     from neo_runtime.options.generation_options import GenerationOptions
-    from neo_runtime.scheduling.pending import PendingCompletion
     from numpy.typing import NDArray
 
     from neo_server.asked import Asked
     from neo_server.limits import Limits
 
-__all__ = ["Service", "Work"]
+__all__ = ["Service"]
 
 _WORTH_SHARING = 64
 """Tokens of a prompt from which on several continuations share what is computed of it."""
-
-
-@dataclass(eq=False)
-class Work:
-    """One request while it is computed; `end` must be called, however it ends."""
-
-    service: Service
-    asked: Asked
-    frame: Frame
-    places: int
-    """Sequences of it that are not among `pending`; each of those leaves by itself."""
-    prompts: list[NDArray[np.int64]] = field(default_factory=list)
-    pending: list[PendingCompletion] = field(default_factory=list)
-    """`best_of` for each prompt, those of a prompt together; none where no token is asked for."""
-    usage: Usage = field(default_factory=Usage)
-    has_ended: bool = False
-
-    def add(self, pending: PendingCompletion) -> None:
-        """One more continuation; from a thread, beside which `end` may be called."""
-        with self.service.counting:
-            self.pending.append(pending)
-            is_late = self.has_ended
-            if not is_late:
-                self.places -= 1
-        if is_late:
-            self._cancel([pending])
-        else:
-            pending.add_done_callback(lambda _: self.service.leave(1))
-
-    def end(self) -> None:
-        """Cancel what is still computed, and make room."""
-        with self.service.counting:
-            if self.has_ended:
-                return
-            self.has_ended = True
-            pending = list(self.pending)
-        self.service.leave(self.places)
-        self._cancel(pending)
-
-    def _cancel(self, pending: Iterable[PendingCompletion]) -> None:
-        for one in pending:
-            if one.cancel():
-                self.service.metrics.cancelled()
-
-    def of_prompt(self, index: int) -> list[PendingCompletion]:
-        """The continuations of one prompt."""
-        best_of = self.asked.best_of
-        return self.pending[index * best_of : (index + 1) * best_of]
-
-    def finished(self, completion: Completion) -> None:
-        """Count it."""
-        self.usage.completion_tokens += len(completion.token_ids)
-        self.service.metrics.ended(completion)
-
-    def whole_usage(self) -> dict[str, Any]:
-        """What was used, once all continuations are done; each prompt as its first one found it."""
-        if self.service.limits.prefix_cache_bytes:
-            first = [one.result() for one in self.pending[:: self.asked.best_of]]
-            self.usage.cached_tokens = sum(one.timings.cached_prompt_tokens for one in first)
-        return self.usage.json
 
 
 class Service(Closable):
@@ -133,10 +71,7 @@ class Service(Closable):
             "neo_cache_bytes", "Bytes of key/value caches", lambda: model.cache_bytes_in_use
         )
         self._scheduler: Scheduler | None = None
-        self._let_in = 0
-        """Sequences that have not ended."""
-        self.counting = Lock()
-        """Held for moments: the event loop takes it."""
+        self.room = Room(limits.max_queue, lambda: getattr(self._scheduler, "unfinished", 0))
         self._sharing = Lock()
         self._cache_bytes = 0
         self._scorer: PromptScorer | None = None
@@ -195,31 +130,17 @@ class Service(Closable):
                 f"the request asks for {sequences} sequences, and at most {most} are taken at "
                 "once; ask for fewer prompts or continuations at a time"
             )
-        with self.counting:
-            inside = self._now_inside
-            if inside + sequences > most:
-                raise overloaded(
-                    f"{inside} of at most {most} sequences are being served, and the request asks "
-                    f"for {sequences}; try again"
-                )
-            self._let_in += sequences
-        return Work(self, asked, Frame(self.name, self.fingerprint), sequences)
-
-    @property
-    def inside(self) -> int:
-        """Sequences that are computed, wait, or are about to."""
-        with self.counting:
-            return self._now_inside
-
-    @property
-    def _now_inside(self) -> int:
-        """Those that were let in; or, if these are more, those with what was cancelled just now."""
-        return max(self._let_in, int(getattr(self._scheduler, "unfinished", 0)))
-
-    def leave(self, sequences: int) -> None:
-        """For `Work`: they have ended."""
-        with self.counting:
-            self._let_in -= sequences
+        self.room.enter(sequences)
+        return Work(
+            asked=asked,
+            frame=Frame(self.name, self.fingerprint),
+            room=self.room,
+            metrics=self.metrics,
+            tokenizer=self.tokenizer,
+            scorer=self._scorer,
+            places=sequences,
+            tells_cached=self.limits.prefix_cache_bytes > 0,
+        )
 
     async def begin(self, work: Work) -> None:
         """Start computing.
@@ -308,24 +229,6 @@ class Service(Closable):
                 self._sharing.release()
         with prefix or nullcontext():
             yield prefix
-
-    async def echoes(self, work: Work) -> list[Echo | None]:
-        """What stands before the continuations of each prompt."""
-        asked = work.asked
-        if not asked.echo:
-            return [None] * len(work.prompts)
-        found: list[Echo | None] = []
-        for given, ids in zip(asked.prompts, work.prompts, strict=True):
-            if isinstance(given, str):
-                text = given
-            else:
-                text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-            scores = None
-            if asked.logprobs is not None:
-                assert self._scorer is not None
-                scores = await self._scorer.scores(ids, asked.logprobs)
-            found.append(Echo(text, int(ids[0]), scores))
-        return found
 
     def _prefix_cache(self, name: str) -> int:
         return getattr(self._scheduler, f"prefix_cache_{name}", 0)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from neo_server.answers import Echo
-    from neo_server.service import Work
+    from neo_server.work import Work
 
 __all__ = ["EventStream", "whole_answer"]
 
@@ -33,7 +33,7 @@ _WRITE_SECONDS = 60.0
 
 async def whole_answer(work: Work) -> bytes:
     """Wait for all choices; the answer's JSON."""
-    echoes = await work.service.echoes(work)
+    echoes = await work.echoes()
     completions = await asyncio.gather(*(asyncio.wrap_future(one) for one in work.pending))
     for completion in completions:
         work.finished(completion)
@@ -48,7 +48,7 @@ def _written(work: Work, echoes: Sequence[Echo | None], completions: Sequence[Co
         of_prompt = completions[index * asked.best_of : (index + 1) * asked.best_of]
         nothing: list[Completion | None] = [None] * asked.n
         for chosen in _best(of_prompt, asked.n) or nothing:
-            writer = ChoiceWriter(len(choices), asked, work.service.tokenizer)
+            writer = ChoiceWriter(len(choices), asked, work.tokenizer)
             choices.append(writer.whole(echo, chosen))
     return json.dumps(work.frame.around(choices, usage=work.whole_usage())).encode()
 
@@ -96,7 +96,7 @@ async def _events(work: Work) -> AsyncGenerator[str]:
     asked, frame = work.asked, work.frame
     usage = {"usage": None} if asked.include_usage else {}
     try:
-        echoes = await work.service.echoes(work)
+        echoes = await work.echoes()
         sequences = [
             _sequence(work, index * asked.n + copy, echo, one)
             for index, echo in enumerate(echoes)
@@ -115,7 +115,7 @@ async def _events(work: Work) -> AsyncGenerator[str]:
 async def _sequence(
     work: Work, index: int, echo: Echo | None, pending: PendingCompletion | None
 ) -> AsyncGenerator[dict[str, Any]]:
-    writer = ChoiceWriter(index, work.asked, work.service.tokenizer)
+    writer = ChoiceWriter(index, work.asked, work.tokenizer)
     if echo is not None:
         yield writer.begin(echo)
     if pending is None:

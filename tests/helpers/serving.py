@@ -44,14 +44,14 @@ class Served:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is computed and nobody waits."""
-        return self.service.inside == 0
+        return self.service.room.inside == 0
 
     def wait_until_idle(self) -> None:
         end = time.monotonic() + 60
         while not self.is_idle:
             assert time.monotonic() < end
             time.sleep(0.005)
-        assert self.service._let_in == 0, "each leaves once"
+        assert self.service.room.let_in == 0, "each leaves once"
 
     def ended(self, reason: str) -> float:
         """Sequences that ended so."""

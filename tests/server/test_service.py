@@ -92,13 +92,13 @@ def test_a_client_that_goes_before_its_turn(server: Served, steps: SlowSteps) ->
     while steps.count < 1:
         time.sleep(0.01)
     waiting = [server.send(LONG | {"stream": stream}) for stream in (False, True) * 3]
-    while server.service.inside < 12:
+    while server.service.room.inside < 12:
         time.sleep(0.01)
     for connection in waiting:
         connection.close()
     while server.ended("cancelled") < before + 6:
         time.sleep(0.01)
-    assert server.service.inside == 12, "the scheduler still has them"
+    assert server.service.room.inside == 12, "the scheduler still has them"
     steps.go_on.set()
     assert held[0].getresponse().status == 200
     held[0].close()
@@ -131,7 +131,7 @@ def test_a_crowd_is_refused_and_may_come_again(model: Model, steps: SlowSteps) -
     with served(model, max_batch_size=2, max_queue=3) as running:
         steps.go_on.clear()
         first = [running.send({"prompt": "a", "max_tokens": 3}) for _ in range(3)]
-        while running.service.inside < 3:
+        while running.service.room.inside < 3:
             time.sleep(0.01)
         status, answer, headers = running.answer({"prompt": "a"})
         assert (status, headers["retry-after"]) == (503, "1")

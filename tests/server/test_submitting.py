@@ -53,6 +53,6 @@ def test_one_that_is_cancelled_meanwhile(
         assert len(submitted) == when
         assert all(one.cancelled() for one in submitted)
         assert f'{{finish_reason="cancelled"}} {when}.0' in service.metrics.text().decode()
-        while service.inside:
+        while service.room.inside:
             time.sleep(0.01)  # the scheduler drops them before its next step
-        assert service._let_in == 0
+        assert service.room.let_in == 0
