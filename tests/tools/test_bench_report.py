@@ -12,7 +12,8 @@ import pytest
 from helpers.bench_samples import results, row
 from neo_runtime.errors import OutputError, RequestError
 from neo_tools.bench import plot
-from neo_tools.bench.report import CSV_COLUMNS, to_csv, to_json, to_markdown, write
+from neo_tools.bench.csv_report import CSV_COLUMNS, to_csv
+from neo_tools.bench.report import to_json, to_markdown, write
 
 if TYPE_CHECKING:
     from pathlib import Path

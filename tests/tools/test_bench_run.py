@@ -20,6 +20,7 @@ import pytest
 from neo_runtime.errors import CheckpointError, NeoError, RequestError
 from neo_tools.bench import participants as participants_module
 from neo_tools.bench.cases import Case, PeerChoice, Settings, make_cases
+from neo_tools.bench.native_time import native_seconds
 from neo_tools.bench.participants import (
     BandwidthWorker,
     NeoWorker,
@@ -31,7 +32,7 @@ from neo_tools.bench.rounds import measure_case
 from neo_tools.bench.rows import FLOAT32_DECODE
 from neo_tools.bench.run import run
 from neo_tools.bench.spread import spread
-from neo_tools.bench.worker import NeoEngine, native_seconds
+from neo_tools.bench.worker import NeoEngine
 from neo_tools.older_cpu import ENVIRONMENT_VARIABLE
 from neo_tools.peers import client
 from neo_tools.peers.client import DecodeResult, MemoryResult, Peer, PrefillResult

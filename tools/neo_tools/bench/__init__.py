@@ -1,6 +1,6 @@
 """`neo-bench`: how fast bundles are, beside what the machine could do and beside rivals.
 
-`cli` reads the command line into `cases`, `run` starts one process a bundle or peer
+`cli` reads the command line (`cli_options`) into `cases`, `run` starts one process a bundle or peer
 (`participants`, `worker`) and lets them take turns, `bandwidth` measures the machine, `traffic`
-counts bytes and operations, `report` and `plot` show the result.
+counts bytes and operations, `report`, `csv_report` and `plot` show the result.
 """

@@ -1,15 +1,14 @@
-"""Results as Markdown, JSON or CSV."""
+"""Results as Markdown or JSON, or in another form (`csv_report`)."""
 
 from __future__ import annotations
 
-import csv
-import io
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from neo_runtime.command.standard_streams import json_text
 
 from neo_tools.bench.cases import threads_text
+from neo_tools.bench.csv_report import to_csv
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,44 +17,7 @@ if TYPE_CHECKING:
     from neo_tools.bench.results import Limits, ParticipantFacts, Ratio, Results, Row
     from neo_tools.bench.spread import Spread
 
-__all__ = ["CSV_COLUMNS", "to_csv", "to_json", "to_markdown", "write"]
-
-CSV_COLUMNS = (
-    "label",
-    "kind",
-    "precision",
-    "threads",
-    "batch",
-    "test",
-    "prompt",
-    "new_tokens",
-    "depth",
-    "rounds",
-    "tokens_per_second",
-    "tokens_per_second_min",
-    "tokens_per_second_max",
-    "first_token_seconds",
-    "token_p50_seconds",
-    "token_p99_seconds",
-    "load_seconds",
-    "load_to_first_token_seconds",
-    "private_bytes",
-    "proportional_bytes",
-    "device_bytes",
-    "cache_bytes",
-    "bytes_per_token",
-    "bytes_are_nominal",
-    "read_rate",
-    "limit",
-    "limit_share",
-    "round_limit_share",
-    "round_limit_share_min",
-    "round_limit_share_max",
-    "python_seconds",
-    "generate_python_seconds",
-)
-"""Of the CSV, before three for each bundle that ratios were taken against (`ratio to NAME`,
-`… min`, `… max`). Seconds, bytes, bytes per second; empty where there is no such number."""
+__all__ = ["to_json", "to_markdown", "write"]
 
 
 def write(results: Results, form: Literal["md", "json", "csv"]) -> str:
@@ -66,47 +28,6 @@ def write(results: Results, form: Literal["md", "json", "csv"]) -> str:
 def to_json(results: Results) -> str:
     """Everything, the seconds of every round included."""
     return f"{json_text(results.to_dict(), indent=1)}\n"
-
-
-def to_csv(results: Results) -> str:
-    """A line a participant and case."""
-    bundles = sorted({ratio.bundle for ratio in results.ratios})
-    ratio_columns = [f"ratio to {b}{end}" for b in bundles for end in ("", " min", " max")]
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, (*CSV_COLUMNS, *ratio_columns), lineterminator="\n")
-    writer.writeheader()
-    for row in results.rows:
-        writer.writerow(_flat(results, row) | _flat_ratios(results, row))
-    return stream.getvalue()
-
-
-def _flat(results: Results, row: Row) -> dict[str, Any]:
-    facts = _facts_of(results, row)
-    [limits] = [limit for limit in results.limits if limit.threads == row.threads]
-    derived = {
-        "rounds": len(row.round_seconds),
-        **_flat_spread("tokens_per_second", row.tokens_per_second),
-        **_flat_spread("round_limit_share", row.round_limit_share),
-        "load_seconds": facts.load_seconds,
-        "load_to_first_token_seconds": facts.first_token_seconds,
-        "limit": limits.bandwidth,
-    }
-    return {name: derived[name] if name in derived else getattr(row, name) for name in CSV_COLUMNS}
-
-
-def _flat_spread(name: str, spread: Spread | None, joint: str = "_") -> dict[str, float | None]:
-    """A column for the median, and one each for the smallest and the largest."""
-    values = (None,) * 3 if spread is None else (spread.median, spread.min, spread.max)
-    return dict(zip((name, f"{name}{joint}min", f"{name}{joint}max"), values, strict=True))
-
-
-def _flat_ratios(results: Results, row: Row) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
-    case = (row.test, row.threads, row.batch, row.label)
-    for ratio in results.ratios:
-        if (ratio.test, ratio.threads, ratio.batch, ratio.other) == case:
-            found |= _flat_spread(f"ratio to {ratio.bundle}", ratio.spread, " ")
-    return found
 
 
 def to_markdown(results: Results) -> str:
@@ -241,17 +162,12 @@ _MEMORY_HEAD = (
 
 def _memory_cells(results: Results, row: Row) -> list[str]:
     sizes = (row.private_bytes, row.proportional_bytes, row.device_bytes, row.cache_bytes)
-    facts = _facts_of(results, row)
+    facts = results.facts_of(row)
     on_gpu = facts.details.get("backend") in ("cuda", "tensorrt")
     held, share = row.device_bytes if on_gpu else row.proportional_bytes, "–"
     if facts.weights_bytes is not None and row.cache_bytes is not None and held is not None:
         share = f"{held / (facts.weights_bytes + row.cache_bytes):.2f}"
     return [*_case_cells(row), *(_megabytes(size) for size in sizes), share]
-
-
-def _facts_of(results: Results, row: Row) -> ParticipantFacts:
-    [facts] = [p for p in results.participants if (p.label, p.threads) == (row.label, row.threads)]
-    return facts
 
 
 def _ratio_table(ratios: Sequence[Ratio]) -> str:

@@ -162,6 +162,11 @@ class Results:
     ratios: tuple[Ratio, ...]
     warnings: tuple[str, ...]
 
+    def facts_of(self, row: Row) -> ParticipantFacts:
+        """Of the participant that a row is of."""
+        [facts] = [p for p in self.participants if (p.label, p.threads) == (row.label, row.threads)]
+        return facts
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: fields as they are, and what follows from them."""
         found = {"schema": SCHEMA, **asdict(self)}

@@ -22,6 +22,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from neo_tools.bench.device_memory import bus_id, process_device_bytes
+from neo_tools.bench.native_time import native_seconds
 from neo_tools.peers.worker_protocol import claim_stdout, context_ids, refusal, serve
 
 if TYPE_CHECKING:
@@ -229,40 +230,6 @@ def _greedy(logits: Any) -> list[int]:
     """[batch, vocab] → each row's best token."""
     tokens: list[int] = logits.argmax(-1).tolist()
     return tokens
-
-
-@contextmanager
-def native_seconds() -> Iterator[list[float]]:
-    """Collect the seconds of every native run of onnxruntime, a number a call.
-
-    The wrapper sits below onnxruntime's own Python, on its extension class, so that all Python
-    counts as Python, whichever way the runtime calls a session.
-    """
-    from onnxruntime.capi import onnxruntime_pybind11_state
-
-    native = onnxruntime_pybind11_state.InferenceSession
-    spent: list[float] = []
-    kept = {
-        name: getattr(native, name) for name in ("run", "run_with_iobinding", "run_with_ort_values")
-    }
-
-    def timed(function: Any) -> Any:
-        def call(*arguments: Any, **more: Any) -> Any:
-            started = perf_counter()
-            try:
-                return function(*arguments, **more)
-            finally:
-                spent.append(perf_counter() - started)
-
-        return call
-
-    for name, function in kept.items():
-        setattr(native, name, timed(function))
-    try:
-        yield spent
-    finally:
-        for name, function in kept.items():
-            setattr(native, name, function)
 
 
 @contextmanager

@@ -1,0 +1,46 @@
+"""How long onnxruntime's own code runs, call by call: the rest of a step is Python."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["native_seconds"]
+
+
+@contextmanager
+def native_seconds() -> Iterator[list[float]]:
+    """Collect the seconds of every native run of onnxruntime, a number a call.
+
+    The wrapper sits below onnxruntime's own Python, on its extension class, so that all Python
+    counts as Python, whichever way the runtime calls a session.
+    """
+    from onnxruntime.capi import onnxruntime_pybind11_state
+
+    native = onnxruntime_pybind11_state.InferenceSession
+    spent: list[float] = []
+    kept = {
+        name: getattr(native, name) for name in ("run", "run_with_iobinding", "run_with_ort_values")
+    }
+
+    def timed(function: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            started = perf_counter()
+            try:
+                return function(*arguments, **more)
+            finally:
+                spent.append(perf_counter() - started)
+
+        return call
+
+    for name, function in kept.items():
+        setattr(native, name, timed(function))
+    try:
+        yield spent
+    finally:
+        for name, function in kept.items():
+            setattr(native, name, function)
