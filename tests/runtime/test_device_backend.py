@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import neo_runtime
@@ -19,6 +24,7 @@ from helpers.cropping import assert_crops_hold
 from helpers.guessing import assert_guesses_change_nothing
 from helpers.host_device import HostDevice
 from helpers.joining import assert_rows_join
+from helpers.kills import fork
 from helpers.models import ODD_CONFIGS, Reference, make_checkpoint
 from helpers.parity import assert_parity
 from helpers.prefixes import assert_prefixes_hold
@@ -34,7 +40,6 @@ from neo_runtime.model import Model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -442,3 +447,55 @@ def test_a_provider_that_did_not_start_is_an_error(cuda_bundle: Path) -> None:
     ):
         backend.prepare()
     backend.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_forked_child_leaves_the_device_alone(cuda_bundle: Path) -> None:
+    """It would wait for sessions' threads that are not there, and free what is not its own."""
+    device = HostDevice()
+    model, other = open_model(cuda_bundle, device), open_model(cuda_bundle, HostDevice())
+    expected = model.generate("Tom", max_new_tokens=3).text
+    caches = [model.new_cache(1, 8) for _ in range(2)]
+    held = dict(device.blocks)
+
+    def child() -> None:
+        nonlocal model
+        signal.alarm(60)
+        other.close()
+        caches[0].close()
+        with pytest.raises(NeoError, match="does not survive a fork"):
+            model.generate("Tom", max_new_tokens=3)
+        del model
+        caches.clear()
+        gc.collect()
+        assert device.blocks.keys() == held.keys()
+
+    pid = fork(child)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert model.generate("Tom", max_new_tokens=3).text == expected
+    for each in caches:
+        each.close()
+    model.close()
+    other.close()
+    assert device.closed
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_forked_child_ends(cuda_bundle: Path) -> None:
+    """As any program does: with all that its modules hold."""
+    script = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from runtime.test_device_backend import HostDevice, open_model
+model, closed = (open_model(sys.argv[1], HostDevice()) for _ in range(2))
+model.generate("Tom", max_new_tokens=3)
+cache, kept = model.new_cache(1, 8), closed.new_cache(1, 8)
+closed.close()
+if os.fork() == 0:
+    signal.alarm(60)
+    sys.exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    tests = Path(__file__).parents[1]
+    command = [sys.executable, "-W", "ignore", "-c", script, str(cuda_bundle), str(tests)]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 0

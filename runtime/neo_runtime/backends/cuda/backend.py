@@ -7,7 +7,6 @@ over host memory, which is how it is tested where there is no GPU.
 from __future__ import annotations
 
 import itertools
-import weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -122,8 +121,7 @@ class CudaBackend(Backend):
         everything = partial(
             _let_go, self._sessions, self.slots, self._thread, self._kernels, device
         )
-        self._end = weakref.finalize(self, self._leftovers.leave_last, everything)
-        self._end.atexit = False  # the system takes everything then
+        self._end = self._leftovers.at_end_of(self, everything)
 
     def _source(self) -> Callable[[str], str | bytes]:
         """A function that gives a graph's path, or serialized model; it holds no backend."""
@@ -247,6 +245,8 @@ class CudaBackend(Backend):
 
     def close(self) -> None:
         """See `Backend.close`. Caches that are open keep their memory until they are closed."""
+        if self._leftovers.is_abandoned:
+            return
         with self.lock:
             if self._sessions.is_closed:
                 return

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import weakref
 from collections import deque
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from neo_runtime.forks import in_every_child
 
 if TYPE_CHECKING:
     import threading
@@ -17,6 +21,22 @@ __all__ = ["Leftovers"]
 _LOG = logging.getLogger("neo_runtime")
 _orphans: deque[Leftovers] = deque()
 """Of devices that are garbage, while another model's capture holds their locks."""
+_live: weakref.WeakSet[Leftovers] = weakref.WeakSet()
+
+
+def _leave_to_the_parent() -> None:
+    """In a forked child: what is on a device is not the child's to give back.
+
+    The end of a session would wait for threads that are not there.
+    """
+    for leftovers in {*_live, *_orphans}:
+        leftovers.is_abandoned = True
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(leftovers))  # with all that it knows
+    _live.clear()
+    _orphans.clear()
+
+
+in_every_child(_leave_to_the_parent)
 
 
 class Leftovers:
@@ -34,16 +54,31 @@ class Leftovers:
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
         self._waiting: deque[Callable[[], None]] = deque()
+        self._last: Callable[[], None] | None = None
+        self.is_abandoned = False
+        """In a child of the process that the device was opened in, where nothing is done."""
+        _live.add(self)
 
     def leave(self, work: Callable[[], None]) -> None:
         """Do `work` now or later; never waits."""
         self._waiting.append(work)
         self.settle()
 
-    def leave_last(self, work: Callable[[], None]) -> None:
-        """As `leave`, on a device that nobody will use again: what waits is done for any other."""
-        self.leave(work)
-        if self._waiting:
+    def at_end_of(self, owner: Any, work: Callable[[], None]) -> weakref.finalize[[], Any]:
+        """Leave `work`, which holds all of a device, once `owner` is garbage.
+
+        Nobody uses the device then: what waits is done for any other. Not where the process ends:
+        the system takes everything then.
+        """
+        self._last = work
+        end = weakref.finalize(owner, self._leave_last)
+        end.atexit = False
+        return end
+
+    def _leave_last(self) -> None:
+        assert self._last is not None
+        self.leave(self._last)
+        if self._waiting and not self.is_abandoned:
             _orphans.append(self)
 
     def settle(self) -> None:
@@ -62,7 +97,7 @@ class Leftovers:
                 _orphans.append(orphan)
 
     def _settle(self) -> None:
-        while self._waiting and self._lock.acquire(blocking=False):
+        while self._waiting and not self.is_abandoned and self._lock.acquire(blocking=False):
             try:
                 self.clear()
             finally:

@@ -12,6 +12,8 @@ import weakref
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from neo_runtime.forks import in_every_child
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -23,6 +25,17 @@ _waiting: set[Any] = set()
 """Locks whose holders wait for another's capture to end."""
 _PATIENCE = 0.001
 """Seconds between looks at whether a holder has begun to wait."""
+
+
+def _forget() -> None:
+    """In a forked child: who held them is not there, and no device is the child's."""
+    global _capturing
+    _capturing = threading.Lock()
+    _locks.clear()
+    _waiting.clear()
+
+
+in_every_child(_forget)
 
 
 def new_lock() -> threading.Lock:

@@ -10,7 +10,6 @@ so rows of any lengths go through together, padded on the right.
 
 from __future__ import annotations
 
-import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +70,7 @@ class TensorRTBackend(Backend):
         make = partial(StepBuffers, self.plan, device, self.manifest)
         self._steps: IdlePool[StepBuffers] = IdlePool(make, most_idle=self.record.size)
         everything = partial(_let_go, self.plan, self._prefill, self._steps, device)
-        self._end = weakref.finalize(self, self._leftovers.leave_last, everything)
-        self._end.atexit = False  # the system takes everything then
+        self._end = self._leftovers.at_end_of(self, everything)
 
     def queue_prefill(self, tensors: Tensors) -> None:
         """Queue one chunk. The caller holds the lock."""
@@ -125,6 +123,8 @@ class TensorRTBackend(Backend):
 
     def close(self) -> None:
         """See `Backend.close`. Caches that are open keep their memory until they are closed."""
+        if self._leftovers.is_abandoned:
+            return
         with self.lock:
             if self.plan.is_closed:
                 return
