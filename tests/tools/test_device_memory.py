@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from neo_runtime.errors import DeviceError, RequestError
 from neo_tools.bench import device_memory, worker
-from neo_tools.bench.device_memory import bus_id, process_device_bytes
+from neo_tools.bench.device_memory import ProcessMemory, bus_id
 
 BUS = "0000:00:06.0"
 USED = {os.getpid(): 3_500_000_000, os.getpid() + 1: 9}
@@ -20,8 +20,17 @@ USED = {os.getpid(): 3_500_000_000, os.getpid() + 1: 9}
 class FakeNvml:
     """Answers in the layout of nvmlProcessInfo_t (nvml.h): 24 bytes a process."""
 
-    def __init__(self, used: dict[int, int], *, failing: str = "", lacking: str = "") -> None:
-        self.used, self.failing, self.lacking = used, failing, lacking
+    def __init__(
+        self,
+        used: dict[int, int],
+        *,
+        before: tuple[int, ...] = (),
+        failing: str = "",
+        lacking: str = "",
+    ) -> None:
+        self.later, self.failing, self.lacking = used, failing, lacking
+        self.used = dict.fromkeys(before, 7)
+        """Before this process has a context."""
         self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -38,6 +47,8 @@ class FakeNvml:
     def _answer(self, name: str, arguments: tuple[Any, ...]) -> int:
         if name == "nvmlDeviceGetHandleByPciBusId_v2":
             assert arguments[0] == BUS.encode()
+        if name == "nvmlDeviceGetCount_v2":
+            arguments[0]._obj.value = 1
         if name == "nvmlDeviceGetComputeRunningProcesses_v3":
             count, array = arguments[1]._obj, arguments[2]
             assert count.value == len(array)
@@ -51,44 +62,72 @@ class FakeNvml:
 
 
 def play(monkeypatch: pytest.MonkeyPatch, driver: FakeNvml) -> None:
+    def make_context(device: int) -> str:
+        driver.used = driver.later
+        return BUS
+
     monkeypatch.setattr(
         device_memory,
         "ctypes",
         SimpleNamespace(**vars(ctypes) | {"CDLL": lambda name: driver}),
     )
+    monkeypatch.setattr(device_memory, "bus_id", make_context)
 
 
 def test_the_bytes_of_this_process_and_of_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = FakeNvml(USED)
+    driver = FakeNvml(USED, before=(os.getpid() + 1,))
     play(monkeypatch, driver)
-    assert process_device_bytes(BUS) == 3_500_000_000
-    assert process_device_bytes(BUS, os.getpid() + 1) == 9
+    memory = ProcessMemory(0)
+    assert memory.bytes() == 3_500_000_000
+    driver.used = {**USED, os.getpid(): 11}
+    assert memory.bytes() == 11
     assert driver.calls[-1] == "nvmlShutdown"
+
+
+def test_a_process_that_has_another_number_outside_of_its_container(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is the one that has come with the context."""
+    driver = FakeNvml({4_000_001: 9, 4_000_002: 3_500_000_000}, before=(4_000_001,))
+    play(monkeypatch, driver)
+    memory = ProcessMemory(0)
+    assert memory.bytes() == 3_500_000_000
+    driver.used = {4_000_001: 9}
+    assert memory.bytes() is None
 
 
 @pytest.mark.parametrize(
     "driver",
     [
         FakeNvml({}),
+        FakeNvml({4_000_001: 8, 4_000_002: 9}),
         FakeNvml({os.getpid(): (1 << 64) - 1}),
         FakeNvml(USED, failing="nvmlInit_v2"),
         FakeNvml(USED, failing="nvmlDeviceGetHandleByPciBusId_v2"),
         FakeNvml(USED, failing="nvmlDeviceGetComputeRunningProcesses_v3"),
         FakeNvml(USED, lacking="nvmlDeviceGetComputeRunningProcesses_v3"),
     ],
-    ids=["another namespace", "not counted", "no driver", "no such device", "not supported", "old"],
+    ids=[
+        "no process",
+        "which of two",
+        "not counted",
+        "no driver",
+        "no such device",
+        "not supported",
+        "old",
+    ],
 )
 def test_no_figure_where_the_driver_gives_none(
     driver: FakeNvml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     play(monkeypatch, driver)
-    assert process_device_bytes(BUS) is None
+    assert ProcessMemory(0).bytes() is None
 
 
-def test_no_driver_at_all() -> None:
-    if Path("/proc/driver/nvidia").exists():
-        pytest.skip("there is a driver here")
-    assert process_device_bytes(BUS) is None
+def test_no_driver_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_memory, "_LIBRARY", "libno-such-nvml.so.1")
+    monkeypatch.setattr(device_memory, "bus_id", lambda device: BUS)
+    assert ProcessMemory(0).bytes() is None
 
 
 def test_a_gpu_is_named_by_where_it_sits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +147,8 @@ def test_a_gpu_is_named_by_where_it_sits(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_context_of_cuda_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was held before the model was loaded is no memory of the model."""
     held = iter([500_000_000, 3_300_000_000, None])
-    monkeypatch.setattr(worker, "bus_id", lambda device: BUS)
-    monkeypatch.setattr(worker, "process_device_bytes", lambda bus: next(held))
+    memory = SimpleNamespace(bytes=lambda: next(held))
+    monkeypatch.setattr(worker, "ProcessMemory", lambda device: memory)
 
     def load(*_: object, **__: object) -> None:
         raise RequestError("enough seen")

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["bus_id", "process_device_bytes"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["ProcessMemory", "bus_id"]
 
 _LIBRARY = "libnvidia-ml.so.1"
 _MOST_PROCESSES = 256
@@ -47,33 +50,68 @@ def bus_id(device: int) -> str:
     return name.split(b"\0")[0].decode()
 
 
-def process_device_bytes(bus_id: str, pid: int | None = None) -> int | None:
-    """Bytes that a process holds on a GPU; None where the driver does not say.
+class ProcessMemory:
+    """What this process holds of one GPU."""
 
-    It does not where process numbers differ between a container and the driver.
+    def __init__(self, device: int) -> None:
+        """Make CUDA's context of the device, the first of this process.
 
-    Args:
-        bus_id: of the GPU, as CUDA names it: "0000:00:06.0".
-        pid: the process; None for this one.
+        Its number may be another one for the driver, outside of a container. Then it is the process
+        that has come with the context: no other may begin to use a GPU meanwhile.
+
+        Raises:
+            DeviceError: there is no such device.
+        """
+        before = _used_bytes(None)
+        self._bus_id = bus_id(device)
+        now = _used_bytes(self._bus_id)
+        new = now.keys() - before.keys()
+        self._pid = os.getpid()
+        if self._pid not in now and len(new) == 1:
+            [self._pid] = new
+
+    def bytes(self) -> int | None:
+        """Held now; None where the driver does not say."""
+        return _used_bytes(self._bus_id).get(self._pid)
+
+
+def _used_bytes(bus_id: str | None) -> dict[int, int | None]:
+    """Process number → bytes on one GPU (such as "0000:00:06.0"), or on any; {} without a driver.
+
+    None for a process that the driver does not count.
     """
     try:
         nvml: Any = ctypes.CDLL(_LIBRARY)
     except OSError:
-        return None
-    device, count = ctypes.c_void_p(), ctypes.c_uint(_MOST_PROCESSES)
-    found = (_ProcessInfo * _MOST_PROCESSES)()
+        return {}
     if nvml.nvmlInit_v2():
-        return None
+        return {}
+    found: dict[int, int | None] = {}
     try:
-        failed = nvml.nvmlDeviceGetHandleByPciBusId_v2(
-            bus_id.encode(), ctypes.byref(device)
-        ) or nvml.nvmlDeviceGetComputeRunningProcesses_v3(device, ctypes.byref(count), found)
+        for device in _devices(nvml, bus_id):
+            count = ctypes.c_uint(_MOST_PROCESSES)
+            processes = (_ProcessInfo * _MOST_PROCESSES)()
+            if nvml.nvmlDeviceGetComputeRunningProcesses_v3(device, ctypes.byref(count), processes):
+                continue
+            for process in processes[: count.value]:
+                used = int(process.used)
+                found[int(process.pid)] = None if used == _NOT_AVAILABLE else used
     except AttributeError:  # a driver older than these functions
-        return None
+        return {}
     finally:
         nvml.nvmlShutdown()
-    if failed:
-        return None
-    wanted = os.getpid() if pid is None else pid
-    used = [int(process.used) for process in found[: count.value] if process.pid == wanted]
-    return used[0] if used and used[0] != _NOT_AVAILABLE else None
+    return found
+
+
+def _devices(nvml: Any, bus_id: str | None) -> Iterator[ctypes.c_void_p]:
+    device = ctypes.c_void_p()
+    if bus_id is not None:
+        if not nvml.nvmlDeviceGetHandleByPciBusId_v2(bus_id.encode(), ctypes.byref(device)):
+            yield device
+        return
+    count = ctypes.c_uint()
+    if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return
+    for index in range(count.value):
+        if not nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)):
+            yield device

@@ -21,7 +21,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from neo_tools.bench.device_memory import bus_id, process_device_bytes
+from neo_tools.bench.device_memory import ProcessMemory
 from neo_tools.bench.native_time import native_seconds
 from neo_tools.peers.worker_protocol import claim_stdout, context_ids, refusal, serve
 
@@ -61,6 +61,7 @@ class NeoEngine:
         self._opened: Model | None = None
         self._cache: KVCache | None = None
         self._length: int | None = None
+        self._device_memory: ProcessMemory | None = None
         self._context_bytes: int | None = None
 
     @property
@@ -86,7 +87,8 @@ class NeoEngine:
         import neo_runtime.loading
 
         if self._options["backend"] in ("cuda", "tensorrt"):
-            self._context_bytes = self._held_bytes()
+            self._device_memory = ProcessMemory(self._options["device"])
+            self._context_bytes = self._device_memory.bytes()
         imported = perf_counter()
         with _warnings() as warnings:
             self._opened = neo_runtime.load(self._bundle, **self._options)
@@ -128,7 +130,7 @@ class NeoEngine:
             "score": self._score,
             "overhead": self._overhead,
             "first_token": self._first_token,
-            "device_memory": self._device_memory,
+            "device_memory": self._held,
         }
 
     def _reserve(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -136,15 +138,11 @@ class NeoEngine:
         length = self._model.rounded_length(request["length"])
         return {"cache_bytes": self._model.cache_bytes(request["batch"], length)}
 
-    def _device_memory(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self._context_bytes is None:
+    def _held(self, request: dict[str, Any]) -> dict[str, Any]:
+        held = None if self._device_memory is None else self._device_memory.bytes()
+        if held is None or self._context_bytes is None:
             return {"bytes": None}
-        held = self._held_bytes()
-        return {"bytes": None if held is None else held - self._context_bytes}
-
-    def _held_bytes(self) -> int | None:
-        """Of the GPU by this process; makes CUDA's context, if there is none."""
-        return process_device_bytes(bus_id(self._options["device"]))
+        return {"bytes": held - self._context_bytes}
 
     def _score(self, request: dict[str, Any]) -> dict[str, Any]:
         [ids] = context_ids(request["length"], 1, 0, self.vocab_size)
