@@ -41,7 +41,7 @@ gpu-driver:
 
 $(GPU_VENV)/.ready: $(INPUTS) | gpu-driver
 	$(PYTHON) -m venv $(GPU_VENV)
-	$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[gpu-check]'
+	$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[gpu-check]'
 	touch $@
 
 $(BIN)/python:

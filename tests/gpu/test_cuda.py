@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import neo_runtime
@@ -26,9 +27,11 @@ from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
 from neo_export.tolerances import TOLERANCES
 from neo_runtime.backends.cuda.backend import CudaBackend
+from neo_runtime.backends.device.nvidia import CudaDevice, checked
+from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.bundle.manifest import Manifest
 from neo_runtime.errors import NeoError
-from neo_runtime.machine.gpu import require_cuda_provider
+from neo_runtime.machine.gpu import cuda_runtime, require_cuda_provider
 from neo_tools.diff.cli import main as diff_main
 
 if TYPE_CHECKING:
@@ -211,22 +214,16 @@ def test_checkpoints_that_stand_out(
         assert_parity(model, Reference(source), config, LIMIT)
 
 
-def _memory_of_more_sessions(bundle: Path) -> tuple[int, int]:
-    """Bytes on the device that prefill and score add to decode, and those of the weights."""
-    from neo_runtime.backends.device.nvidia import checked
-    from neo_runtime.machine.gpu import cuda_runtime
-
+def _memory_of_sessions(bundle: Path) -> tuple[int, int]:
+    """Bytes on the device that all three sessions take beside the weights, and those of these."""
     cuda = cuda_runtime()
 
     def free() -> int:
         return int(checked(cuda.cudaMemGetInfo(), "count memory")[0])
 
-    with neo_runtime.load(bundle, backend="cuda") as model:
-        backend = model._backend
-        assert isinstance(backend, CudaBackend)
-        backend.prepare(("decode",))
+    with closing(CudaBackend(open_bundle(bundle), CudaDevice())) as backend:
         before = free()
-        backend.prepare(("prefill", "score"))
+        backend.prepare(("prefill", "decode", "score"))
         return before - free(), backend.weight_bytes
 
 
@@ -245,8 +242,8 @@ def test_the_weights_are_on_the_device_once(bundle: Path, tmp_path: Path) -> Non
         large,
         ExportOptions(target="cuda", precision=precision),
     )
-    small_sessions, _ = _memory_of_more_sessions(bundle)
-    sessions, weights = _memory_of_more_sessions(large)
+    small_sessions, _ = _memory_of_sessions(bundle)
+    sessions, weights = _memory_of_sessions(large)
     assert weights > 150e6
     assert sessions - small_sessions < weights // 4
 

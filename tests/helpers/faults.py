@@ -18,6 +18,7 @@ from helpers.dequantized import get_attribute, set_attribute
 from helpers.models import TinyConfig
 from neo_export.exporter import ExportOptions
 from neo_export.targets import Quantization
+from neo_runtime.bundle.engine_record import ENGINES_FOLDER
 from neo_runtime.bundle.manifest import FileRecord, Manifest
 from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
@@ -67,7 +68,8 @@ def spoiled_checkpoint(source: Path, folder: Path, fault: Fault) -> Path:
 def spoiled_bundle(source: Path, folder: Path, fault: Fault) -> Path:
     """Copy a bundle with the fault's graphs, sealed again as if it had been exported so."""
     assert fault.graph is not None
-    shutil.copytree(source, folder)
+    # Plans and kernels belong to the bundle that they were built from.
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(ENGINES_FOLDER))
     manifest = Manifest.from_json((source / "neo.json").read_text(encoding="utf-8"))
     records = dict(manifest.files)
     for name in fault.graphs:

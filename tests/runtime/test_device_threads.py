@@ -394,8 +394,11 @@ def test_garbage_during_a_capture_is_given_back_afterwards() -> None:
     """Its lock is held by the model that captures, and nobody will ask for it again."""
     mine, garbage = new_lock(), new_lock()
     done: list[int] = []
+    owner = threading.Event()  # whose place any object may take
+    Leftovers(garbage).at_end_of(owner, lambda: done.append(1))
     with mine, alone(mine):
-        Leftovers(garbage).leave_last(lambda: done.append(1))
+        del owner
+        gc.collect()
         assert done == []
     Leftovers(mine).settle()
     assert done == [1]

@@ -421,3 +421,33 @@ def test_nothing_works_after_closing(model: Model) -> None:
             call()
     cache.close()
     assert device.closed
+
+
+def test_every_call_of_the_engine_is_for_its_device(
+    bundle: Path, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread's own device is the one that it used last, for another model."""
+    calls: list[str] = []
+
+    def noted(owner: Any, name: str) -> None:
+        kept = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            return kept(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    device = HostDevice()
+    monkeypatch.setattr(device, "select", lambda: calls.append("select"))
+    noted(tensorrt_plan.LoadedPlan, "_messages")  # the first thing when an engine is loaded
+    opened = open_bundle(bundle)
+    with Model(
+        opened, Chosen(TensorRTBackend(opened, device, GPU, PLATFORM), "tensorrt", None)
+    ) as model:
+        assert calls[:2] == ["select", "_messages"]
+        for name in ("new_context", "queue"):
+            calls.clear()
+            noted(tensorrt_plan.LoadedPlan, name)
+            assert model.generate("Tom", max_new_tokens=3).text
+            assert calls[calls.index(name) + 1] == "select"

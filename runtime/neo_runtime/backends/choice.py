@@ -7,6 +7,7 @@ took, and why, where there was something to choose.
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,10 @@ from neo_runtime.closable import closed_on_error
 from neo_runtime.errors import BundleUnsupportedError, NeoError, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from neo_runtime.backends.base import Backend
+    from neo_runtime.backends.device.base import Device
     from neo_runtime.bundle.folder import Bundle
     from neo_runtime.machine.gpu import GpuFacts
 
@@ -160,14 +162,29 @@ def automatic_backend(bundle: Bundle, device: int) -> str:
     return preferred
 
 
+@contextmanager
+def _device(index: int) -> Iterator[Device]:
+    """For a backend, which closes it; closed here where there will be none."""
+    from neo_runtime.backends.device.locks import between_captures
+    from neo_runtime.backends.device.nvidia import CudaDevice
+
+    with between_captures():
+        device = CudaDevice(index)
+    try:
+        yield device
+    except BaseException:
+        with between_captures():
+            device.close()
+        raise
+
+
 def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
     gpu = usable_gpu(bundle, "cuda", options.device)
     from neo_runtime.backends.cuda.backend import CudaBackend
     from neo_runtime.backends.cuda.kernels import fitting_kernels
-    from neo_runtime.backends.device.nvidia import CudaDevice
 
     kernels = fitting_kernels(bundle, gpu.compute_capability)
-    with closed_on_error(CudaDevice(options.device)) as device:
+    with _device(options.device) as device:
         backend = CudaBackend(bundle, device, options.session_config, kernels)
     with closed_on_error(backend):
         backend.prepare()  # shows whether CUDA's libraries are there, while "auto" can choose
@@ -178,10 +195,9 @@ def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
 
 def _open_tensorrt(bundle: Bundle, options: BackendOptions) -> Backend:
     gpu = usable_gpu(bundle, "tensorrt", options.device)
-    from neo_runtime.backends.device.nvidia import CudaDevice
     from neo_runtime.backends.tensorrt.backend import TensorRTBackend
 
-    with closed_on_error(CudaDevice(options.device)) as device:
+    with _device(options.device) as device:
         backend = TensorRTBackend(bundle, device, gpu, platform_name())
     backend.described = f"{backend.record.file} on {gpu.name} (device {gpu.index})"
     return backend

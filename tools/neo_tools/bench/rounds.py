@@ -106,7 +106,9 @@ def _prepare(
     if case.kind == "prefill":
         worker.prefill(ids)
     else:
-        worker.context(min(case.depth, _WARMUP_DEPTH), batch=case.batch, seed=settings.seed)
+        # On a GPU the whole depth costs little, and a compiler may want to see it.
+        depth = case.depth if settings.on_gpu else min(case.depth, _WARMUP_DEPTH)
+        worker.context(depth, batch=case.batch, seed=settings.seed)
         worker.decode(min(case.new_tokens, 2))
 
 

@@ -47,6 +47,10 @@ class Device(ABC):
     index: int
     """Which of them."""
 
+    def select(self) -> None:
+        """Make it the one that libraries use in this thread, which may have used another."""
+        return
+
     @abstractmethod
     def allocate(self, size: int) -> int:
         """Address of `size` new bytes, aligned to `ALIGNMENT`; their contents are undefined.

@@ -17,7 +17,7 @@ from neo_runtime.forks import in_every_child
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["alone", "new_lock"]
+__all__ = ["alone", "between_captures", "new_lock"]
 
 _capturing = threading.Lock()
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -44,6 +44,13 @@ def new_lock() -> threading.Lock:
     with _capturing:
         _locks.add(lock)
     return lock
+
+
+@contextmanager
+def between_captures() -> Iterator[None]:
+    """While nobody captures: for who uses a device without a lock of its own yet."""
+    with new_lock():
+        yield
 
 
 @contextmanager

@@ -62,27 +62,28 @@ class CudaDevice(Device):
         """
         self.index = index
         self._cuda: Any = cuda_runtime()
-        self._select()
+        self.select()
         flags = self._cuda.cudaStreamNonBlocking
         self.stream: Any = checked(self._cuda.cudaStreamCreateWithFlags(flags), "make a stream")
         self._pinned: set[int] = set()
 
-    def _select(self) -> None:
+    def select(self) -> None:
+        """See `Device.select`."""
         checked(self._cuda.cudaSetDevice(self.index), f"select device {self.index}")
 
     def allocate(self, size: int) -> int:
         """See `Device.allocate`."""
-        self._select()
+        self.select()
         return int(checked(self._cuda.cudaMalloc(max(size, 1)), f"allocate {size} bytes"))
 
     def free(self, address: int) -> None:
         """See `Device.free`."""
-        self._select()
+        self.select()
         checked(self._cuda.cudaFree(address), "free memory")
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
         """See `Device.pinned`."""
-        self._select()
+        self.select()
         flags = self._cuda.cudaHostAllocDefault
         code, address = self._cuda.cudaHostAlloc(max(size, 1), flags)
         if getattr(code, "name", "") == "cudaErrorMemoryAllocation":
@@ -96,13 +97,13 @@ class CudaDevice(Device):
 
     def unpin(self, array: NDArray[Any]) -> None:
         """See `Device.unpin`."""
-        self._select()
+        self.select()
         self._pinned.remove(array.ctypes.data)
         checked(self._cuda.cudaFreeHost(array.ctypes.data), "free host memory")
 
     def zero(self, address: int, size: int) -> None:
         """See `Device.zero`."""
-        self._select()
+        self.select()
         checked(self._cuda.cudaMemsetAsync(address, 0, size, self.stream), "clear memory")
 
     def upload(self, address: int, array: NDArray[Any]) -> None:
@@ -114,7 +115,7 @@ class CudaDevice(Device):
         self._copy(array.ctypes.data, address, array.nbytes, "cudaMemcpyDeviceToHost")
 
     def _copy(self, to: int, source: int, size: int, kind: str) -> None:
-        self._select()
+        self.select()
         direction = getattr(self._cuda.cudaMemcpyKind, kind)
         result = self._cuda.cudaMemcpyAsync(to, source, size, direction, self.stream)
         checked(result, "copy memory")
@@ -123,7 +124,7 @@ class CudaDevice(Device):
         self, to: int, to_pitch: int, source: int, pitch: int, width: int, rows: int
     ) -> None:
         """See `Device.copy_rows`."""
-        self._select()
+        self.select()
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         result = self._cuda.cudaMemcpy2DAsync(
             to, to_pitch, source, pitch, width, rows, kind, self.stream
@@ -132,6 +133,7 @@ class CudaDevice(Device):
 
     def synchronize(self) -> None:
         """See `Device.synchronize`."""
+        self.select()
         checked(self._cuda.cudaStreamSynchronize(self.stream), "compute")
 
     def providers(self, *, capture: bool) -> list[Any]:
@@ -152,11 +154,12 @@ class CudaDevice(Device):
 
     def capture(self, queue: Callable[[], None]) -> Any:
         """See `Device.capture`."""
-        self._select()
+        self.select()
         # Only this thread's calls count: others may allocate meanwhile.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        checked(self._cuda.cudaStreamBeginCapture(self.stream, mode), "begin a capture")
         try:
+            # Within, as Ctrl-C may come right behind it.
+            checked(self._cuda.cudaStreamBeginCapture(self.stream, mode), "begin a capture")
             queue()
         except BaseException:  # which is what went wrong, not that the capture is spoiled
             code, begun = self._cuda.cudaStreamEndCapture(self.stream)
@@ -171,15 +174,17 @@ class CudaDevice(Device):
 
     def replay(self, graph: Any) -> None:
         """See `Device.replay`."""
+        self.select()
         checked(self._cuda.cudaGraphLaunch(graph, self.stream), "launch a graph")
 
     def discard(self, graph: Any) -> None:
         """See `Device.discard`."""
+        self.select()
         checked(self._cuda.cudaGraphExecDestroy(graph), "destroy a graph")
 
     def load_kernel(self, image: bytes, name: str, shared_bytes: int) -> Any:
         """See `Device.load_kernel`: the module, and the function in it."""
-        self._select()
+        self.select()
         driver = cuda_driver()
         module = checked(driver.cuModuleLoadData(image), f"load the kernel {name}")
         function = checked(
@@ -195,11 +200,12 @@ class CudaDevice(Device):
 
     def unload_kernel(self, kernel: Any) -> None:
         """See `Device.unload_kernel`."""
-        self._select()
+        self.select()
         checked(cuda_driver().cuModuleUnload(kernel[0]), "unload a kernel")
 
     def launch(self, kernel: Any, call: KernelCall) -> None:
         """See `Device.launch`."""
+        self.select()
         driver = cuda_driver()
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = call.grid
@@ -219,7 +225,7 @@ class CudaDevice(Device):
 
     def close(self) -> None:
         """See `Device.close`."""
-        self._select()
+        self.select()
         self.synchronize()
         for address in self._pinned:
             checked(self._cuda.cudaFreeHost(address), "free host memory")

@@ -49,6 +49,8 @@ class CacheTensors:
 
     def fill(self, rows: Sequence[int], source: CacheTensors, used: int) -> None:
         """Copy `used` positions of the first row of another cache into some rows."""
+        if not used:
+            return
         for target, other in zip(self.addresses, source.addresses, strict=True):
             for row in rows:
                 to = target + row * self.heads * self._pitch

@@ -122,6 +122,7 @@ class LoadedPlan:
             raise EngineError(
                 f"{self.record.file} differs from its checksum; build it again with neo-engine"
             )
+        device.select()
         self._messages()  # of whatever ran before
         self._runtime: Any = self._trt.Runtime(logger_of(self._trt))
         if self.record.options.version_compatible:
@@ -180,6 +181,7 @@ class LoadedPlan:
             EngineError: the plan has no such profile.
         """
         self.check_open()
+        self._device.select()
         config = self._engine.create_runtime_config()
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         config.set_execution_context_allocation_strategy(strategy)
@@ -214,6 +216,7 @@ class LoadedPlan:
         Raises:
             NeoError: TensorRT refuses the shapes, or fails.
         """
+        self._device.select()
         for name, (address, shape) in tensors.items():
             is_input = not name.startswith(("logits", "present."))
             if is_input and not context.set_input_shape(name, shape):
