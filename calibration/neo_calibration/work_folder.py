@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["WorkFolder"]
 
 _REQUEST = "request.json"
+_ARRAYS = re.compile(r"transformer(\.\w+)*\.safetensors")
+_SHOWN = 5
 
 
 class WorkFolder:
@@ -166,3 +169,27 @@ def _check_target(target: Path, *, force: bool) -> None:
         raise OutputError(
             f"{target} holds no {STATISTICS_NAME}, refusing to replace it; choose another path"
         )
+    if foreign := _foreign_files(target):
+        shown = ", ".join(foreign[:_SHOWN]) + (", …" if len(foreign) > _SHOWN else "")
+        raise OutputError(
+            f"{target} holds files that are not of statistics and would be lost: {shown}; move "
+            "them out of it, or choose another path"
+        )
+
+
+def _foreign_files(target: Path) -> list[str]:
+    """What `WorkFolder` does not write, sorted; links are not followed."""
+    header = target / STATISTICS_NAME
+    found = [
+        path.relative_to(target).as_posix()
+        for path in target.rglob("*")
+        if (path.is_symlink() or not path.is_dir())
+        and path != header
+        and (path.parent != target or not _ARRAYS.fullmatch(path.name))
+    ]
+    # Damaged ones are replaced for being damaged; what was never of this kind is somebody's own.
+    with suppress(ValueError, RecursionError, OSError):
+        raw = json.loads(header.read_bytes())
+        if not (isinstance(raw, dict) and "schema_version" in raw) and header.is_file():
+            found.append(STATISTICS_NAME)
+    return sorted(found)

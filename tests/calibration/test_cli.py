@@ -99,6 +99,25 @@ def test_a_summary_on_stdout_and_progress_on_stderr(
     assert "statistics  " in capsys.readouterr().out
 
 
+def test_what_is_not_of_statistics_is_not_lost(
+    made: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = shutil.copytree(made, tmp_path / "stats")
+    command = [str(DEMO), "--text", str(text), "-o", str(stats), "--force", "--tokens", "100"]
+    (stats / "notes").mkdir()
+    (stats / "notes" / "evening.txt").write_text("work")
+    (stats / "mine.safetensors").write_text("work")
+    assert "lost: mine.safetensors, notes/evening.txt; move" in fails(capsys, *command)
+    (stats / "mine.safetensors").unlink()
+    shutil.rmtree(stats / "notes")
+    (stats / "transformer.h.1.safetensors").write_bytes(b"damaged")
+    (stats / "statistics.json").write_text('{"half')
+    assert main(command) == 0
+    capsys.readouterr()
+    (stats / "statistics.json").write_text('{"my": "own"}')
+    assert "lost: statistics.json; move" in fails(capsys, *command)
+
+
 def test_jsonl_and_text_give_the_same_tokens(tmp_path: Path) -> None:
     stories = [STORY, "It had a blue sail.\u2028And a name."]
     lines = [json.dumps(stories[0]), json.dumps({"text": stories[1]}, ensure_ascii=False)]

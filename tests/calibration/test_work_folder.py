@@ -35,7 +35,7 @@ def test_what_is_finished_is_kept_when_the_end_fails(
     with WorkFolder.acquire(target, {"a": 1}, force=False) as work:
         work.write_part("layer", [])
     target.mkdir()
-    (target / "statistics.json").write_text("{}")
+    (target / "statistics.json").write_text('{"schema_version": 1}')
     with (
         pytest.raises(OutputError, match="exists already"),
         WorkFolder.acquire(target, {"a": 1}, force=True) as work,

@@ -18,7 +18,7 @@ def test_every_file_but_the_manifest(tmp_path: Path) -> None:
     records = record_files(tmp_path / "bundle")
     assert records == manifest.files
     assert list(records) == sorted(records)
-    assert "engines/notes.txt" in records
+    assert "engines/old.plan" in records
 
 
 def test_known_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

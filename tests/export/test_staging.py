@@ -67,13 +67,13 @@ class TestWritten:
 
     def test_in_place_of_a_bundle(self, parent: Path, old: Path) -> None:
         before = snapshot(old)
-        (old / "engines" / "old.plan").write_text("goes with the bundle")
+        (old / "engines" / "older.plan").write_text("goes with the bundle")
         with staged_folder(old, force=True) as folder:
             fill(folder)
             assert snapshot(old).items() >= before.items()
         assert names(parent) == ["bundle"]
         assert (old / "weights.bin").read_bytes() == b"new" * 100
-        assert not (old / "engines" / "old.plan").exists()
+        assert not (old / "engines" / "older.plan").exists()
 
     @pytest.mark.parametrize("path", ["bundle", "./bundle", "../out/bundle"])
     def test_a_relative_path(
@@ -188,6 +188,17 @@ class TestRefused:
         (old / "neo.json").write_text("{")
         (old / "link").symlink_to("engines")
         self.refuse(old, r"would be lost: link;", force=True)
+
+    def test_notes_beside_plans(self, old: Path) -> None:
+        engines = old / "engines"
+        engines.mkdir(exist_ok=True)
+        for name in ("a.plan", "a.json", "cuda-sm90.kernels", "timing.cache", ".a.plan.4711"):
+            (engines / name).write_text("built")
+        check_destination(old, force=True)
+        (engines / "deep").mkdir()
+        for name in ("why.txt", "deep/er.plan"):
+            (engines / name).write_text("an evening's work")
+        self.refuse(old, r"would be lost: engines/deep/er\.plan, engines/why\.txt;", force=True)
 
     def test_a_folder_named_like_a_manifest(self, parent: Path) -> None:
         (parent / "home" / "neo.json").mkdir(parents=True)

@@ -110,7 +110,7 @@ def make_bundle(folder: Path, *, weights: bytes = bytes(range(64)), **changes: A
     (folder / "config.json").write_text('{"model_type": "gpt_neo"}\n')
     (folder / "tokenizer.json").write_text("{}\n")
     (folder / "engines").mkdir(exist_ok=True)
-    (folder / "engines" / "notes.txt").write_text("none\n")
+    (folder / "engines" / "old.plan").write_text("none\n")
     return rewrite_manifest(folder, **changes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,14 +16,17 @@ from neo_export.checkpoint.tokenizer_files import TOKENIZER_FILES
 __all__ = ["foreign_files"]
 
 _USUAL = ("weights.bin", "config.json", "generation_config.json", "genai_config.json")
+_BUILT = re.compile(r".+\.(plan|kernels|json)(\.\d+)?|\.?timing\.cache(\.\d+)?")
+"""What neo-engine and neo-kernels write; with a number while they do."""
 _LEFT_BY_THE_SYSTEM = {".DS_Store"}
 
 
 def foreign_files(bundle: Path) -> list[str]:
     """Paths inside `bundle` that its manifest does not list, sorted; links are not followed.
 
-    Plans are of the bundle: `engines/` is left out. So are empty folders. A damaged manifest counts
-    as listing what an export writes: a bundle is replaced for being damaged, too.
+    Plans and kernels in `engines/` are of the bundle, with their records and timings. Empty folders
+    do not count. A damaged manifest counts as listing what an export writes: a bundle is replaced
+    for being damaged, too.
 
     Raises:
         OSError: a folder cannot be read.
@@ -31,8 +35,8 @@ def foreign_files(bundle: Path) -> list[str]:
     found = []
     for parent, folders, names in os.walk(bundle, onerror=_raise):
         at = Path(parent)
-        if at == bundle:
-            folders[:] = [name for name in folders if name != ENGINES_FOLDER]
+        if at == bundle / ENGINES_FOLDER:
+            names = [name for name in names if not _BUILT.fullmatch(name)]
         links = [name for name in folders if (at / name).is_symlink()]
         for name in (*names, *links):
             path = (at / name).relative_to(bundle).as_posix()
