@@ -18,6 +18,7 @@ from neo_export.files.output_errors import as_output_error
 from neo_export.files.renames import exchange, rename_exclusive
 from neo_export.statistics.header import STATISTICS_NAME, PlaceSummary
 from neo_runtime.errors import OutputError
+from neo_runtime.json_input import parse_json
 
 from neo_calibration.arrays import write_arrays, write_whole
 
@@ -113,7 +114,7 @@ class WorkFolder:
 
     def read_part(self, name: str) -> tuple[dict[str, PlaceSummary], tuple[float, ...]]:
         """Summaries by place, and the largest score of each head (none where there are none)."""
-        raw = json.loads((self._parts / f"{name}.json").read_text(encoding="utf-8"))
+        raw = parse_json((self._parts / f"{name}.json").read_text(encoding="utf-8"))
         places = {
             place: PlaceSummary(**(s | {"outlier_channels": tuple(s["outlier_channels"])}))
             for place, s in raw["places"].items()
@@ -188,8 +189,8 @@ def _foreign_files(target: Path) -> list[str]:
         and (path.parent != target or not _ARRAYS.fullmatch(path.name))
     ]
     # Damaged ones are replaced for being damaged; what was never of this kind is somebody's own.
-    with suppress(ValueError, RecursionError, OSError):
-        raw = json.loads(header.read_bytes())
+    with suppress(ValueError, OSError):
+        raw = parse_json(header.read_bytes())
         if not (isinstance(raw, dict) and "schema_version" in raw) and header.is_file():
             found.append(STATISTICS_NAME)
     return sorted(found)

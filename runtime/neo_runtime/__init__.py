@@ -13,6 +13,7 @@ Its parts; each imports only itself and those above it:
 errors         everything that is raised on purpose
 closable       what ends with a `with` block
 forks          what a forked child does first
+json_input     JSON that somebody gave
 machine        processors, GPUs and installed packages
 bundle         a folder on disk: its manifest, and whether all of it is there
 options        names and values of generation options

@@ -9,6 +9,7 @@ import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from neo_runtime.json_input import parse_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -208,8 +209,8 @@ async def _read_body(request: Request, most: int) -> bytearray:
 
 def _parsed(body: bytearray) -> Asked:
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(body)
+    except ValueError as error:
         raise bad_request(f"the request's body is not JSON: {error}") from error
     return read_request(content)
 

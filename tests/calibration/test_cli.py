@@ -15,6 +15,7 @@ from helpers.models import DEMO, TinyConfig, make_checkpoint
 from neo_calibration.auto.__main__ import main as search
 from neo_calibration.cli import main
 from neo_export.checkpoint.folder import open_checkpoint
+from neo_export.checkpoint.safetensors_file import SafetensorsFile
 from neo_export.command.cli import main as export
 from neo_export.decisions.calibrated import uses_gptq
 from neo_export.quantize.plan import Storage, WeightPlan
@@ -270,7 +271,9 @@ def test_an_untied_table_that_is_looked_up_needs_none() -> None:
     assert not uses_gptq(TARGETS["tensorrt"], WeightPlan.uniform("int8"), spec)
 
 
-@pytest.mark.parametrize("damage", ["absent", "truncated", "json", "version", "one token"])
+@pytest.mark.parametrize(
+    "damage", ["absent", "truncated", "json", "nested", "version", "one token", "nan"]
+)
 def test_damaged_statistics(damage: str, made: Path, tmp_path: Path) -> None:
     stats = shutil.copytree(made, tmp_path / "stats")
     header = stats / "statistics.json"
@@ -281,6 +284,14 @@ def test_damaged_statistics(damage: str, made: Path, tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:-1])
     elif damage == "json":
         header.write_text(header.read_text()[:-20])
+    elif damage == "nested":
+        header.write_text("[" * 100_000)
+    elif damage == "nan":
+        tensor = SafetensorsFile(file).tensors["transformer.h.1.key.high"]
+        values, data = tensor.read(), bytearray(file.read_bytes())
+        at = data.find(values.tobytes())
+        data[at : at + 4] = b"\xff" * 4
+        file.write_bytes(data)
     elif damage == "one token":
         raw = json.loads(header.read_text())
         raw["text"]["tokens"] = 1

@@ -46,6 +46,7 @@ COMMANDS = {
     "no bundle": "NOWHERE --tasks last_word",
     "no checkpoint": "FP32 --tasks last_word --reference TASKS",
     "no id": "FP32 --tasks last_word --reference no/such/model",
+    "no baseline": "FP32 --tasks last_word --max-drop 0.1",
     "gate": "FP32 INT4 --tasks last_word --limit 4 --quiet --max-drop -0.001",
 }
 PROGRAM = """
@@ -87,6 +88,7 @@ def outcomes(
         cwd=tmp_path_factory.mktemp("nowhere"),
     )
     assert done.returncode == 0, done.stderr
+    assert "git" not in done.stderr
     return {name: Outcome(*found) for name, found in json.loads(done.stdout).items()}
 
 
@@ -131,6 +133,7 @@ def test_a_gate(outcomes: dict[str, Outcome], mini_bundle: Path) -> None:
     [
         ("no task", "there is no task no_such; `lm_eval ls tasks`"),
         ("no bundle", "NOWHERE"),
+        ("no baseline", "--max-drop compares with a baseline; name one"),
         ("no checkpoint", "cannot be loaded"),
         ("no id", "the reference no/such/model cannot be loaded"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING
 
 from neo_runtime.backends.choice import BACKENDS
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-__all__ = ["add_numbers", "add_running", "at_least", "labels_of"]
+__all__ = ["add_numbers", "add_running", "at_least", "labels_of", "number_from"]
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -22,6 +23,22 @@ def at_least(least: int) -> Callable[[str], int]:
         found = int(text)
         if found < least:
             raise argparse.ArgumentTypeError(f"{found} is too small; at least {least}")
+        return found
+
+    return number
+
+
+def number_from(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: numbers in a range, ends included."""
+    expected = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
+
+    def number(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not least <= found <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number {expected}")
         return found
 
     return number

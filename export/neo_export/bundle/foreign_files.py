@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from contextlib import suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from neo_runtime.bundle.engine_record import ENGINES_FOLDER
 from neo_runtime.bundle.manifest import MANIFEST_NAME
+from neo_runtime.json_input import parse_json
 
 from neo_export.checkpoint.tokenizer_files import TOKENIZER_FILES
 
@@ -48,8 +48,8 @@ def foreign_files(bundle: Path) -> list[str]:
 def _listed(bundle: Path) -> set[str]:
     """Names in the manifest of any schema, checked or not."""
     listed = {MANIFEST_NAME, *_USUAL, *TOKENIZER_FILES}
-    with suppress(ValueError, RecursionError, FileNotFoundError):
-        raw = json.loads((bundle / MANIFEST_NAME).read_bytes())
+    with suppress(ValueError, FileNotFoundError):
+        raw = parse_json((bundle / MANIFEST_NAME).read_bytes())
         if isinstance(raw, dict) and isinstance(raw.get("files"), dict):
             return {MANIFEST_NAME, *raw["files"]}
     return listed | {path.name for path in bundle.glob("*.onnx")}

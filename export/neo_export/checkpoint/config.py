@@ -6,12 +6,12 @@ here what it means there; what would change the result and is not supported is a
 
 from __future__ import annotations
 
-import json
 import math
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.bundle.manifest import ModelSpec
 from neo_runtime.errors import CheckpointError
+from neo_runtime.json_input import parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,10 +38,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is not UTF-8 JSON, or holds something else.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{path} is not valid JSON ({error}); is the download complete?"
         ) from error

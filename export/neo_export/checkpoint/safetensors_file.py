@@ -7,13 +7,13 @@ tensors cover without gap or overlap.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
 import numpy as np
 from neo_runtime.errors import CheckpointError
+from neo_runtime.json_input import parse_json
 
 from neo_export.checkpoint.lazy_tensor import LazyTensor, numpy_dtype
 
@@ -106,13 +106,13 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, _Reco
             f"{length}; download or save it again"
         )
     try:
-        header = json.loads(file.read(length).decode("utf-8"))
+        header = parse_json(file.read(length).decode("utf-8"))
         if not isinstance(header, dict):
             raise ValueError(f"it holds a {type(header).__name__}")
         header.pop("__metadata__", None)
         records = {name: _parse_record(name, entry) for name, entry in header.items()}
         _check_cover(records)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: the safetensors header is damaged ({error}); download or save it again"
         ) from error

@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import RequestError
+from neo_runtime.json_input import parse_json
 
 from neo_export.gpt_neo.parameters import POSITIONS, parts_of_packed
 from neo_export.quantize.int4 import BLOCK_SIZES
@@ -209,7 +210,7 @@ class WeightPlan:
             RequestError: it cannot be read, or is no plan.
         """
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+            raw = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
         except OSError as error:
             raise RequestError(f"the plan {path} cannot be read: {error.strerror}") from error
         except ValueError as error:

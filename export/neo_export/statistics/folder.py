@@ -194,6 +194,13 @@ class Statistics:
                 f"{self.folder} has no {kind} of {place}; run neo-calibrate again"
                 + (" with --second-moments full" if kind == "second_moment" else "")
             )
+        try:
+            tensor.check_finite()
+        except CheckpointError as error:
+            raise StatisticsError(
+                f"{self.folder / summary.file} is damaged: {place}.{kind} holds values that are "
+                "not finite; run neo-calibrate again"
+            ) from error
         return tensor.read()
 
     def _tensors(self, file: str) -> Mapping[str, LazyTensor]:

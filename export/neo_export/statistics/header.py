@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from neo_runtime.errors import StatisticsError
+from neo_runtime.json_input import parse_json
 
 from neo_export.gpt_neo.parameters import LAYER_INPUTS
 
@@ -101,7 +102,7 @@ class StatisticsHeader:
             StatisticsError: not what `to_json` writes, or a newer schema.
         """
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             version = raw["schema_version"]
             if version != SCHEMA_VERSION:
                 raise StatisticsError(

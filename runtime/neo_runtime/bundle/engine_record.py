@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from neo_runtime.bundle.manifest import parse_strictly
 from neo_runtime.errors import BundleDamagedError, BundleUnsupportedError, EngineError
+from neo_runtime.json_input import parse_json
 from neo_runtime.machine.installation import version_numbers
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class EngineRecord:
             BundleUnsupportedError: it is one of another schema version.
         """
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             version = raw.get("schema_version") if isinstance(raw, dict) else None
             if version != RECORD_SCHEMA_VERSION:
                 raise BundleUnsupportedError(

@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from neo_runtime.errors import BundleDamagedError, BundleUnsupportedError
+from neo_runtime.json_input import parse_json
 
 __all__ = [
     "CANDIDATE_OUTPUTS",
@@ -186,7 +187,7 @@ class Manifest:
             BundleUnsupportedError: a schema newer than this runtime knows.
         """
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
         except ValueError as error:
             raise BundleDamagedError(
                 f"{source} is not valid JSON ({error}); export the bundle again"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from neo_runtime.bundle.engine_record import ENGINES_FOLDER
 from neo_runtime.bundle.manifest import parse_strictly
 from neo_runtime.errors import BundleDamagedError, BundleUnsupportedError, EngineError
+from neo_runtime.json_input import parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -178,7 +179,7 @@ def read_kernels(path: Path) -> StepKernels:
     """
     again = "build the kernels again with neo-kernels"
     try:
-        raw = json.loads(path.read_bytes())
+        raw = parse_json(path.read_bytes())
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if version != _SCHEMA_VERSION:
             raise BundleUnsupportedError(
@@ -187,7 +188,7 @@ def read_kernels(path: Path) -> StepKernels:
         found: StepKernels = parse_strictly(StepKernels, raw, str(path))
     except OSError as error:
         raise EngineError(f"{path} cannot be read ({error.strerror}); {again}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise EngineError(f"{path} is not valid JSON ({error}); {again}") from error
     except BundleDamagedError as error:
         raise EngineError(f"{error} ({again})") from error

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from neo_runtime.errors import RequestError
+from neo_runtime.json_input import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -66,7 +66,7 @@ def json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[int, object]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             raise RequestError(f"{name}, line {number} is not JSON ({error})") from error
         yield number, value

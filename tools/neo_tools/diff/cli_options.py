@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from neo_runtime.backends.choice import BACKENDS
 from neo_runtime.command.command_line import OneLineParser, add_version
 
-from neo_tools.arguments import at_least
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from neo_tools.arguments import at_least, number_from
 
 __all__ = ["make_parser"]
 
@@ -43,22 +38,6 @@ def _positions(text: str) -> int | None:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 on nor `all`")
     return number
-
-
-def _limit(least: float, most: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: numbers in a range, ends included."""
-    expected = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
-
-    def limit(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number {expected}")
-        return number
-
-    return limit
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -136,11 +115,11 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     increase = "largest increase of perplexity: bundle / reference − 1"
     median = "largest relative L2 error of the logits, median over positions"
     for option, limit, text in (
-        ("--max-kl", _limit(0), "largest mean KL(reference ‖ bundle), nats"),
-        ("--min-top1", _limit(0, 1), "smallest share of positions with the same best token"),
+        ("--max-kl", number_from(0), "largest mean KL(reference ‖ bundle), nats"),
+        ("--min-top1", number_from(0, 1), "smallest share of positions with the same best token"),
         # Below 0: the bundle has to be better.
-        ("--max-ppl-increase", _limit(-1), increase),
-        ("--max-logit-error", _limit(0), median),
+        ("--max-ppl-increase", number_from(-1), increase),
+        ("--max-logit-error", number_from(0), median),
     ):
         group.add_argument(option, metavar="X", type=limit, help=text)
     group.add_argument("--report-only", action="store_true", help="exit with 0 even past a limit")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.backends.choice import BACKENDS
 from neo_runtime.command.command_line import OneLineParser, add_version, run_command
+from neo_runtime.errors import RequestError
 
-from neo_tools.arguments import at_least, labels_of
+from neo_tools.arguments import at_least, labels_of, number_from
 
 if TYPE_CHECKING:
     import argparse
@@ -48,6 +49,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     names = dict(zip(labels_of(arguments.bundles), arguments.bundles, strict=True))
+    if arguments.max_drop is not None and arguments.reference is None and len(names) < 2:
+        raise RequestError(
+            "--max-drop compares with a baseline; name one, a second bundle before this one or "
+            "--reference MODEL"
+        )
+    if arguments.include_path is not None and not arguments.include_path.is_dir():
+        raise RequestError(f"--include-path {arguments.include_path} is no folder")
     from neo_tools.evaluate.lm import NeoLM
     from neo_tools.evaluate.report import markdown, plain, tabulated, worst_drop
     from neo_tools.evaluate.run import reference_model
@@ -73,7 +81,8 @@ def _run(arguments: argparse.Namespace) -> int:
         print(json.dumps(plain(table, baseline), indent=1))
     else:
         sys.stdout.write(markdown(table, baseline))
-    return _WORSE if worst_drop(table) > arguments.max_drop else 0
+    is_worse = arguments.max_drop is not None and worst_drop(table) > arguments.max_drop
+    return _WORSE if is_worse else 0
 
 
 def _evaluated(model: LM, arguments: argparse.Namespace) -> Results:
@@ -126,8 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-drop",
         metavar="X",
-        type=float,
-        default=float("inf"),
+        type=number_from(-1),  # below 0: better by so much
         help="fail if a mean is lower than the baseline's by more than X (default: never)",
     )
     parser.add_argument(

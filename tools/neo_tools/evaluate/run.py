@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import lm_eval
+import lm_eval.evaluator
 from lm_eval.tasks import TaskManager
 from neo_runtime.errors import RequestError
 
@@ -59,19 +61,22 @@ def evaluated(
     manager = _manager(include_path)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
+        names = ", ".join(task or repr(task) for task in unknown)
         raise RequestError(
-            f"there is no task {', '.join(unknown)}; `lm_eval ls tasks` lists the harness's own, "
-            "and --include-path names a folder of your own"
+            f"there is no task {names}; `lm_eval ls tasks` lists the harness's own, and "
+            "--include-path names a folder of your own"
         )
-    found: dict[str, Any] | None = lm_eval.simple_evaluate(
-        model=model,
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        log_samples=True,
-        bootstrap_iters=0,
-    )
+    # The harness asks git about the current folder, which says on stderr where that is none of its.
+    with patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None):
+        found: dict[str, Any] | None = lm_eval.simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
+        )
     assert found is not None  # None is for the other ranks of a distributed run
     return found
 

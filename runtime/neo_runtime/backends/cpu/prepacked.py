@@ -30,6 +30,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from neo_runtime.errors import BundleDamagedError, BundleError
 from neo_runtime.forks import in_every_child
+from neo_runtime.json_input import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -203,7 +204,7 @@ def _record(folder: Path) -> None:
 def _is_whole(folder: Path) -> bool:
     """Whether a graph's folder holds what was written into it."""
     try:
-        files = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        files = parse_json((folder / _RECORD).read_text(encoding="utf-8"))
         return bool(files == {name: _describe(folder / name) for name in files} != {})
     except (OSError, ValueError, TypeError):
         return False
