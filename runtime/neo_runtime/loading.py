@@ -40,7 +40,8 @@ def load(
         device: which GPU, from 0.
         threads: threads per operator; by default one per physical core available to this process.
         max_cache_bytes: limit for the key/value caches of all requests together.
-        verify: also compare the weights with their checksum, which reads the whole file.
+        verify: also compare the weights with their checksum, and prepacked ones in the cache folder
+            (damaged ones are made again), which reads these files.
         prefill_chunk: prompt tokens per call of the graph, which bounds the memory for activations
             (with fused attention for all first prompts of a batch together, otherwise for each
             prompt); by default 256 on a CPU (512 with float weights), 2048 on the backend cuda, and
@@ -87,6 +88,7 @@ def load(
         session_config=session_config,
         keep_prepacked=keep_prepacked,
         device=device,
+        verify=verify,
     )
     chosen = open_backend(opened, backend, options)
     with closed_on_error(chosen.backend):

@@ -452,6 +452,46 @@ def test_damaged_files_are_built_again(
     assert not list(key_folder(cache).glob(".partial-*"))
 
 
+def test_verify_finds_weights_that_were_changed(
+    bundle: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sizes do not tell, and reading all of them at each load would undo the mapping."""
+    expected = answers(bundle)
+    weights = key_folder(cache) / "score" / "prepacked.bin"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[: len(kept) // 2] + bytes(len(kept) - len(kept) // 2))
+    with caplog.at_level(logging.WARNING, "neo_runtime"):
+        assert np.array_equal(answers(bundle, verify=True), expected)
+    assert "is damaged: prepacked weights are built again" in caplog.text
+    assert weights.read_bytes() == kept
+    caplog.clear()
+    assert np.array_equal(answers(bundle), expected)
+    assert np.array_equal(answers(bundle, verify=True), expected)
+    assert not caplog.records
+
+
+def test_what_cannot_be_loaded_is_built_again(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = answers(bundle)
+    before = inodes(cache)
+    open_session = sessions.SessionFactory._open
+    refused: list[Path] = []
+
+    def open_or_refuse(factory: Any, path: Path, options: Any) -> Any:
+        if path.is_relative_to(cache) and path.name == "score.onnx" and not refused:
+            refused.append(path)
+            raise BundleError("an offset behind the end")
+        return open_session(factory, path, options)
+
+    monkeypatch.setattr(sessions.SessionFactory, "_open", open_or_refuse)
+    with caplog.at_level(logging.WARNING, "neo_runtime"):
+        assert np.array_equal(answers(bundle), expected)
+    assert refused
+    assert "is damaged: prepacked weights are built again" in caplog.text
+    assert inodes(cache) != before
+
+
 def test_left_overs_of_a_killed_build_go(bundle: Path, cache: Path) -> None:
     answers(bundle)
     folder = key_folder(cache)

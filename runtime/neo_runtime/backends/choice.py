@@ -47,6 +47,7 @@ class BackendOptions:
     session_config: Mapping[str, str] | None = None
     keep_prepacked: bool | None = None
     device: int = 0
+    verify: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def _open_cpu(bundle: Bundle, options: BackendOptions, otherwise: str | None = N
         threads=options.threads,
         session_config=options.session_config,
         keep_prepacked=options.keep_prepacked,
+        verify=options.verify,
     )
 
 

@@ -59,6 +59,7 @@ class OnnxRuntimeBackend(Backend):
         threads: int,
         session_config: Mapping[str, str] | None = None,
         keep_prepacked: bool | None = None,
+        verify: bool = False,
     ) -> None:
         """Prepare; no graph is loaded yet.
 
@@ -69,9 +70,14 @@ class OnnxRuntimeBackend(Backend):
                 `{"session.intra_op.allow_spinning": "0"}`; they win over `session_settings`.
             keep_prepacked: store prepacked weights on disk, and map stored ones; None: only those
                 of quantized products.
+            verify: compare prepacked weights with their checksum before they are mapped.
         """
         self._factory = SessionFactory(
-            bundle, threads=threads, session_config=session_config, keep_prepacked=keep_prepacked
+            bundle,
+            threads=threads,
+            session_config=session_config,
+            keep_prepacked=keep_prepacked,
+            verify=verify,
         )
         self._closed = False
         self.manifest = bundle.manifest

@@ -83,13 +83,21 @@ def warn_of_copies(where: str, reason: str) -> None:
 class PrepackedCache:
     """The prepacked graphs of one bundle."""
 
-    def __init__(self, digest: str, onnxruntime_version: str, root: Path | None = None) -> None:
+    def __init__(
+        self,
+        digest: str,
+        onnxruntime_version: str,
+        root: Path | None = None,
+        *,
+        verify: bool = False,
+    ) -> None:
         """Name the folder; nothing is read or written yet.
 
         Args:
             digest: `Manifest.digest` of the bundle.
             onnxruntime_version: of the library that will read the files.
             root: in place of `cache_root()`.
+            verify: compare stored weights with their checksum, not only with their size.
 
         Raises:
             OSError: see `cache_root`.
@@ -97,15 +105,19 @@ class PrepackedCache:
         kind = "\n".join([_LAYOUT, digest, onnxruntime_version, cpu_kind()])
         key = hashlib.sha256(kind.encode()).hexdigest()[:24]
         self.folder = (root or cache_root()) / "prepacked" / key
+        self._verify = verify
         self._has_warned = False
 
-    def graph(self, name: str, build: Callable[[Path, dict[str, str]], None]) -> Path | None:
+    def graph(
+        self, name: str, build: Callable[[Path, dict[str, str]], None], *, anew: bool = False
+    ) -> Path | None:
         """The stored graph `name`, built now if it is not there.
 
         Args:
             name: "prefill", "decode" or "score".
             build: makes a session of the bundle's own graph that writes its optimized form to the
                 given path, with the given session configuration entries.
+            anew: what is there cannot be loaded.
 
         Returns:
             The graph's path; None where the cache cannot be used (logged as a warning): then
@@ -116,12 +128,12 @@ class PrepackedCache:
         """
         folder = self.folder / name
         path = folder / f"{name}.onnx"
-        if _is_whole(folder):
+        if not anew and _is_whole(folder, verify=self._verify):
             return path
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with _locked(self.folder / "lock"):
-                if not _is_whole(folder):
+                if anew or not _is_whole(folder, verify=self._verify):
                     self._discard(name)
                     self._build(name, build)
         except OSError as error:
@@ -197,25 +209,28 @@ class PrepackedCache:
 
 def _record(folder: Path) -> None:
     """Write down what lies in a graph's folder."""
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    files = {path.name: _describe(path, verify=True) for path in sorted(folder.iterdir())}
     (folder / _RECORD).write_text(json.dumps(files), encoding="utf-8")
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path, *, verify: bool = False) -> bool:
     """Whether a graph's folder holds what was written into it."""
     try:
         files = parse_json((folder / _RECORD).read_text(encoding="utf-8"))
-        return bool(files == {name: _describe(folder / name) for name in files} != {})
-    except (OSError, ValueError, TypeError):
+        if not verify:
+            files[WEIGHTS_FILE].pop("sha256", None)
+        return bool(files == {name: _describe(folder / name, verify=verify) for name in files})
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return False
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    """Size, and a checksum of all but the weights: reading those would undo the mapping."""
-    if path.name == WEIGHTS_FILE:
-        return {"size": path.stat().st_size}
-    data = path.read_bytes()
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def _describe(path: Path, *, verify: bool) -> dict[str, Any]:
+    """Size and checksum, of the weights only to verify: that reads what is mapped otherwise."""
+    found: dict[str, Any] = {"size": path.stat().st_size}
+    if verify or path.name != WEIGHTS_FILE:
+        with path.open("rb") as file:
+            found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 @contextmanager

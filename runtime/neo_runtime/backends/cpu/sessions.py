@@ -97,6 +97,7 @@ class SessionFactory:
         threads: int,
         session_config: abc.Mapping[str, str] | None = None,
         keep_prepacked: bool | None = None,
+        verify: bool = False,
     ) -> None:
         """Prepare; no graph is loaded yet.
 
@@ -106,6 +107,7 @@ class SessionFactory:
             session_config: more session configuration entries; they win over `session_settings`.
             keep_prepacked: store prepacked weights, and map stored ones; None: only those of
                 quantized products.
+            verify: compare prepacked weights with their checksum before they are mapped.
         """
         self._ort: Any = require_onnxruntime()
         self._library = Path(self._ort.capi.onnxruntime_pybind11_state.__file__)
@@ -122,7 +124,9 @@ class SessionFactory:
         wanted = keeps_prepacked(bundle.manifest) if keep_prepacked is None else keep_prepacked
         if wanted:
             try:
-                self.prepacked = PrepackedCache(bundle.manifest.digest, self._ort.__version__)
+                self.prepacked = PrepackedCache(
+                    bundle.manifest.digest, self._ort.__version__, verify=verify
+                )
             except OSError as error:
                 warn_of_copies("on disk", str(error))
 
@@ -137,13 +141,17 @@ class SessionFactory:
         path = self._bundle.graph(graph)
         stored = self._stored(graph, path)
         session = None if stored is None else self._open_stored(graph, stored)
+        if session is None and stored is not None and stored.exists():
+            # Nobody emptied the cache: it is damaged in a way that sizes do not show.
+            stored = self._stored(graph, path, anew=True)
+            session = None if stored is None else self._open_stored(graph, stored)
         if session is None:
             session = self._open_own(graph, path, self._options(graph))
             forget_pages(clean_mappings(self._library))
         return session
 
     def _open_stored(self, graph: str, stored: Path) -> Any:
-        """A session over prepacked weights; None where somebody emptied the cache meanwhile."""
+        """A session over prepacked weights; None where they cannot be loaded."""
         options = self._options(graph)
         # It was optimized when it was stored.
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -159,11 +167,11 @@ class SessionFactory:
             self.token_rows[graph] = _token_rows(stored, mappings, self._bundle.manifest)
         return session
 
-    def _stored(self, graph: str, path: Path) -> Path | None:
+    def _stored(self, graph: str, path: Path, *, anew: bool = False) -> Path | None:
         if self.prepacked is None:
             return None
         return self.prepacked.graph(
-            graph, lambda to, settings: self._store(graph, path, to, settings)
+            graph, lambda to, settings: self._store(graph, path, to, settings), anew=anew
         )
 
     def _store(self, graph: str, path: Path, to: Path, settings: dict[str, str]) -> None:
