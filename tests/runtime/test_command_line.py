@@ -40,7 +40,7 @@ def test_the_works_own_status(status: int, capsys: pytest.CaptureFixture[str]) -
         (RequestError("it failed:\n  once\n\n  twice\n"), 2, "it failed: once twice"),
         (VerificationError("layer 3 is off"), 2, "layer 3 is off"),
         (DependencyError("needs onnxruntime"), 2, "needs onnxruntime"),
-        (FULL, 2, str(FULL)),
+        (FULL, 2, "a file cannot be used: No space left on device"),
         (
             ModuleNotFoundError("No module named 'onnx'", name="onnx"),
             2,
@@ -70,6 +70,15 @@ def test_what_a_command_may_choose(capsys: pytest.CaptureFixture[str]) -> None:
     missing = raising(ModuleNotFoundError("no", name="onnx"))
     assert run_command("neo-x", missing, extras="x,y", unverified=1) == 2
     assert "its extras: pip install 'neo-onnx[x,y]'" in capsys.readouterr().err
+
+
+def test_what_the_system_says_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    work = raising(FileNotFoundError(2, "No such file or directory", "nowhere"))
+    assert run_command("neo-x", work, extras="x") == 2
+    said = capsys.readouterr().err
+    assert said == "neo-x: nowhere cannot be used: No such file or directory\n"
+    assert run_command("neo-x", raising(OSError("half a word")), extras="x") == 2
+    assert capsys.readouterr().err == "neo-x: half a word\n"
 
 
 def test_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:

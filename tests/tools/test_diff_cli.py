@@ -314,6 +314,18 @@ def test_json_and_html_files(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.json"]
 
 
+def test_a_file_that_cannot_be_written_costs_nothing_else(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--tokens", "100", "--threads", "1", "--continuations", "0", "--localize-tokens", "0"]
+    files = ["--json", tmp_path / "r.json", "--html", "/dev/full"]
+    status, out, err = run(capsys, mini_bundle, "--reference", DEMO, *short, *files)
+    assert status == 2
+    assert "/dev/full" in err
+    assert "within all limits" in out
+    assert json.loads((tmp_path / "r.json").read_text())["passed"] is True
+
+
 def test_help_needs_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['neo-diff', '--help']\n"

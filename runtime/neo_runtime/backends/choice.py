@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from neo_runtime.bundle.engine_record import platform_name
 from neo_runtime.bundle.folder import check_installation
 from neo_runtime.closable import closed_on_error
-from neo_runtime.errors import BundleUnsupportedError, NeoError, RequestError
+from neo_runtime.errors import BundleUnsupportedError, DeviceError, NeoError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -74,7 +74,7 @@ def open_backend(bundle: Bundle, name: str, options: BackendOptions) -> Chosen:
     if name not in BACKENDS:
         raise RequestError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
     if name != "auto":
-        return Chosen(_OPENERS[name](bundle, options), name, None)
+        return Chosen(_as_asked(bundle, name, options), name, None)
     preferred = bundle.manifest.target
     if preferred not in _GPU_TARGETS:
         return Chosen(_open_cpu(bundle, options), "cpu", None)
@@ -91,6 +91,16 @@ def open_backend(bundle: Bundle, name: str, options: BackendOptions) -> Chosen:
     reason = f"backend {preferred}: {backend.described}"
     _LOG.info("%s: %s", bundle.path, reason)
     return Chosen(backend, preferred, reason)
+
+
+def _as_asked(bundle: Bundle, name: str, options: BackendOptions) -> Backend:
+    try:
+        return _OPENERS[name](bundle, options)
+    except DeviceError as error:
+        cache = bundle.manifest.cache
+        if cache.layout == "static" or cache.dtype == "bfloat16":  # no CPU runs it
+            raise
+        raise type(error)(f"{error}; the backend cpu runs this bundle too, slowly") from error
 
 
 def _open_cpu(bundle: Bundle, options: BackendOptions, otherwise: str | None = None) -> Backend:

@@ -6,6 +6,7 @@ Imports nothing heavy, so that `--help` and wrong usage answer at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OneLineParser", "add_version", "discard_stdout", "one_line", "run_command"]
 
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG)
 _WRONG, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 
 
@@ -94,10 +96,13 @@ def run_command(
     except BrokenPipeError:
         discard_stdout()
         return _BROKEN_PIPE
-    except (NeoError, OSError) as error:
+    except NeoError as error:
         _give_up_full_stdout()
         wrong = unverified if isinstance(error, VerificationError) else _WRONG
         return _fail(program, wording(str(error)), wrong)
+    except OSError as error:
+        _give_up_full_stdout()
+        return _fail(program, one_line(_words_of(error)), _WRONG)
     except ImportError as error:
         from neo_runtime.machine.installation import install_command
 
@@ -118,6 +123,16 @@ def _give_up_full_stdout() -> None:
         sys.stdout.flush()
     except OSError:
         discard_stdout()
+
+
+def _words_of(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error)
+    if error.filename is not None:
+        return f"{error.filename} cannot be used: {error.strerror}"
+    if error.errno in _NO_ROOM:  # files are named by who writes them
+        return f"cannot write to standard output: {error.strerror}"
+    return error.strerror
 
 
 def discard_stdout() -> None:

@@ -28,8 +28,8 @@ __all__ = [
 CUDA_PROVIDER = "CUDAExecutionProvider"
 _NO_DRIVER = (
     "there is no NVIDIA driver on this machine, or its library is not where the system looks for "
-    "libraries (in a container: it is not passed in); install it, "
-    "start the container with --gpus all, or load with backend='cpu'"
+    "libraries (in a container: it is not passed in); install it, or start the container with "
+    "--gpus all"
 )
 _PRELOADING = threading.Lock()
 _preloaded: list[ModuleType] = []
@@ -114,10 +114,7 @@ def require_gpu(index: int = 0) -> GpuFacts:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         hint = f" (CUDA_VISIBLE_DEVICES is {visible!r})" if visible is not None else ""
         reason = "" if name in ("cudaSuccess", "cudaErrorNoDevice") else f": {name}"
-        raise DeviceError(
-            f"the driver shows no usable NVIDIA GPU{hint}{reason}; check nvidia-smi, or load with "
-            "backend='cpu'"
-        )
+        raise DeviceError(f"the driver shows no usable NVIDIA GPU{hint}{reason}; check nvidia-smi")
     if not 0 <= index < count:
         raise DeviceError(
             f"device {index} was asked for, but there are {count} (0 to {count - 1}); choose one "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,13 +93,15 @@ def _write(results: Results, arguments: argparse.Namespace) -> None:
     from neo_tools.diff.html import page
     from neo_tools.diff.report import report
 
-    if arguments.html is not None:
-        write_text_file(arguments.html, page(results))
     found = _finite(results.to_json())
-    if path := _json_file(arguments):
-        text = json.dumps(found, ensure_ascii=False, allow_nan=False)
-        write_text_file(path, f"{text}\n")
+    # First, and to stdout: minutes of work are not lost because a file cannot be written.
     sys.stdout.write(f"{json_text(found)}\n" if arguments.json == "-" else report(results))
+    with ExitStack() as files:  # each, whatever becomes of the other
+        if arguments.html is not None:
+            files.callback(write_text_file, arguments.html, page(results))
+        if path := _json_file(arguments):
+            text = json.dumps(found, ensure_ascii=False, allow_nan=False)
+            files.callback(write_text_file, path, f"{text}\n")
 
 
 def _finite(value: Any) -> Any:
