@@ -32,6 +32,7 @@ ALLOWED = {
         "neo_runtime.bundle.step_kernels",
         "neo_runtime.entry",
         "neo_runtime.errors",
+        "neo_runtime.json_input",
         "neo_runtime.machine.gpu",
         "neo_runtime.machine.installation",
         "neo_runtime.bundle.manifest",

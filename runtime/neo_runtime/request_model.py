@@ -136,6 +136,8 @@ class RequestModel(CachedModel):
                 "use generate"
             )
         given, is_single = as_list(prompt)
+        if not is_single and not given:
+            raise RequestError(f"{call} got an empty prompt; give text, or at least one token id")
         if not is_single:
             raise RequestError(f"{call} takes one prompt, not a list of them; use generate")
         [ids] = self.encode_prompts(given, prefix)

@@ -63,7 +63,7 @@ def create_app(
     Raises:
         RequestError: the bundle has no tokenizer, or its generation_config.json cannot be honoured.
     """
-    service = Service(model, name or model.name, limits or Limits())
+    service = Service(model, model.name if name is None else name, limits or Limits())
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

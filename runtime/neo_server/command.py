@@ -111,17 +111,17 @@ def _serve(arguments: argparse.Namespace) -> int:
     from neo_server.service import Service
 
     signal.signal(signal.SIGTERM, _end)
-    count(0)("grace", arguments.grace)
+    count(0)("--grace", arguments.grace)
     limits = Limits(
         max_batch_size=arguments.max_batch_size,
         max_length=arguments.max_length,
         max_queue=arguments.max_queue,
-        prefix_cache_bytes=count(0)("prefix-cache-mb", arguments.prefix_cache_mb) * 10**6,
+        prefix_cache_bytes=count(0)("--prefix-cache-mb", arguments.prefix_cache_mb) * 10**6,
     )
     with (
         bound(arguments.host, arguments.port) as sock,
         neo_runtime.load(arguments.bundle, **loading(arguments)) as model,
-        Service(model, arguments.name or model.name, limits) as service,
+        Service(model, model.name if arguments.name is None else arguments.name, limits) as service,
     ):
         app = application(service, _keys())
         service.start()

@@ -46,13 +46,15 @@ class Service(Closable):
         """Check what would fail at every request; nothing is allocated before `start`.
 
         Raises:
-            RequestError: the bundle has no tokenizer, or its generation_config.json cannot be
-                honoured.
+            RequestError: the bundle has no tokenizer, its generation_config.json cannot be
+                honoured, or the name is empty.
         """
         if model.tokenizer is None:
             raise RequestError(
                 "the bundle has no tokenizer, so no text to serve; export it from a folder with one"
             )
+        if not name:
+            raise RequestError("the model's name is empty; expected what clients are to call it")
         model.options()
         self.model, self.name, self.limits = model, name, limits
         self.max_length = limits.max_length or model.manifest.max_length

@@ -327,8 +327,8 @@ def test_what_is_done_is_out_before_a_late_failure(mini_bundle: Path, many: Path
     [
         ([], [4096 * 4], "prompts[10]: token id 16384"),
         ([], [1] * 600, "prompts[10]: "),
-        (["--batch-size", "0"], "Tom", "batch_size is 0"),
-        (["--batch-size", "-1"], "Tom", "batch_size is -1"),
+        (["--batch-size", "0"], "Tom", "--batch-size is 0"),
+        (["--batch-size", "-1"], "Tom", "--batch-size is -1"),
     ],
 )
 def test_json_lines_are_refused_before_any_work(
@@ -423,6 +423,30 @@ def test_token_ids(
         assert capsys.readouterr().out == f"5,6,7,{ids}\n"
     assert main([str(bare), PROMPT]) == 2
     assert "no tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["hi", "--batch-size", "0"], "--batch-size is 0, expected an integer of at least 1"),
+        (["hi", "--max-cache-mb", "0"], "--max-cache-mb is 0, expected an integer of at least 1"),
+        (["1,,2", "--token-ids"], "'1,,2' is not a list of ids such as 1,2,3"),
+        (["--prompts-file", "{prompts}"], "line 1 is not JSON (NaN is no number of JSON)"),
+    ],
+)
+def test_wrong_usage(
+    flags: list[str],
+    said: str,
+    mini_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a", "id": NaN}\n')
+    assert main([str(mini_bundle), *(flag.format(prompts=prompts) for flag in flags)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
 
 
 def test_every_option_has_a_flag() -> None:

@@ -69,3 +69,17 @@ def test_ids_that_are_none(model: Model, wrong: int) -> None:
 def test_a_session_config_is_a_mapping(mini_bundle: Path) -> None:
     with pytest.raises(RequestError, match="session_config is 5, expected a mapping"):
         neo_runtime.load(mini_bundle, session_config=5)  # type: ignore[arg-type]
+
+
+def test_one_prompt_that_is_empty(model: Model) -> None:
+    with pytest.raises(RequestError, match="stream got an empty prompt"):
+        model.stream([])
+    with neo_runtime.Scheduler(model) as scheduler, pytest.raises(RequestError, match="an empty"):
+        scheduler.submit([])
+
+
+def test_rows_of_a_cache_that_has_none_left(model: Model) -> None:
+    with model.new_cache(1, 8) as cache:
+        cache.reorder([])
+        with pytest.raises(RequestError, match="expected none, as the cache has no rows"):
+            cache.reorder([0])

@@ -283,5 +283,6 @@ def row_numbers(
         )
     chosen = found.astype(np.int64, copy=False)
     if chosen.min(initial=0) < 0 or chosen.max(initial=-1) >= batch:
-        raise RequestError(f"{call} got rows {chosen.tolist()}, expected 0 to {batch - 1}")
+        expected = f"0 to {batch - 1}" if batch else "none, as the cache has no rows"
+        raise RequestError(f"{call} got rows {chosen.tolist()}, expected {expected}")
     return chosen

@@ -15,6 +15,7 @@ from neo_runtime.command.options import add_option_flags, chosen_options
 from neo_runtime.command.output import print_lines, print_object, print_text, print_timings
 from neo_runtime.command.prompts import read_prompts, read_text
 from neo_runtime.errors import RequestError
+from neo_runtime.options.values import count
 
 if TYPE_CHECKING:
     import argparse
@@ -174,6 +175,7 @@ def _check(arguments: argparse.Namespace, options: Mapping[str, Any]) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     options = chosen_options(arguments)
     _check(arguments, options)
+    count(1, optional=True)("--batch-size", arguments.batch_size)
     prompts = read_prompts(arguments.prompt, arguments.prompts_file, ids=arguments.token_ids)
     form = given_form(arguments)
     beginning = None if arguments.prefix_file is None else read_text(arguments.prefix_file)

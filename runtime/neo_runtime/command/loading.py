@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.backends.choice import BACKENDS
+from neo_runtime.options.values import count
 
 if TYPE_CHECKING:
     import argparse
@@ -37,7 +38,7 @@ def add_loading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup)
 
 def loading(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `neo_runtime.load`."""
-    limit = arguments.max_cache_mb
+    limit = count(1, optional=True)("--max-cache-mb", arguments.max_cache_mb)
     return {
         "backend": arguments.backend,
         "device": arguments.device,

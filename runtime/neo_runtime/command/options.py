@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.options.generation_options import DEFAULT_MAX_NEW_TOKENS
@@ -15,7 +16,7 @@ __all__ = ["add_option_flags", "chosen_options", "token_ids"]
 
 def token_ids(text: str) -> list[int]:
     """Read a list such as `1,2,3`."""
-    return [int(part) for part in text.replace(",", " ").split()]
+    return [int(part) for part in re.split(r"\s*,\s*|\s+", text.strip())]
 
 
 def _early_stopping(text: str) -> bool | str:

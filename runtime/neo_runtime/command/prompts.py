@@ -49,7 +49,7 @@ def read_prompts(prompt: str | None, file: str | None, *, ids: bool) -> list[Giv
         return _of_lines(file)
     try:
         if prompt is None:
-            prompt = _stdin().read().removesuffix("\n")
+            prompt = _stdin().read().removesuffix("\n").removesuffix("\r")
         prompt.encode()  # a command line may carry bytes that are not text
     except UnicodeError as error:
         # A terminal's text is in the locale's encoding, as arguments are.

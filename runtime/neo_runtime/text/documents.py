@@ -66,10 +66,15 @@ def json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[int, object]]:
         if not line.strip():
             continue
         try:
-            value = parse_json(line)
+            value = parse_json(line, parse_constant=_refuse)
         except ValueError as error:
             raise RequestError(f"{name}, line {number} is not JSON ({error})") from error
         yield number, value
+
+
+def _refuse(constant: str) -> None:
+    """Python's parser takes NaN and infinities, and JSON has none."""
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def value_of(entry: object, keys: tuple[str, ...]) -> object:
