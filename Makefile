@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Modules are compiled as they are imported: most never are, and compiling all takes a minute.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt
 # onnxruntime's wheels report usage to their maker otherwise.
 export ORT_DISABLE_TELEMETRY := 1
@@ -49,13 +50,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(INPUTS) | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[cpu,export]'
+	$(PIP) --editable '.[cpu,export]'
 	touch $@
 
 # torch first and alone, pinned: a looser requirement could bring a CUDA build of several gigabytes.
 $(VENV)/.test: $(INPUTS) | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PIP) torch
+	$(PIP) --editable '.[test]'
 	touch $@ $(VENV)/.demo
 
 clean:
