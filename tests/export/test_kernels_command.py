@@ -127,8 +127,12 @@ def test_wrong_usage(
     assert out == ""
 
 
-def test_other_targets(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(mini_bundle), "--compute-capability", "9.0"]) == 2
+@pytest.mark.parametrize("words", [["--compute-capability", "9.0"], []])
+def test_other_targets(
+    words: list[str], mini_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told before a GPU is looked for."""
+    assert main([str(mini_bundle), *words]) == 2
     assert "was exported for cpu; kernels are for bundles of" in capsys.readouterr().err
     assert not find_kernels(mini_bundle)
 

@@ -63,6 +63,11 @@ def test_what_is_no_plan(change: dict[str, Any], message: str, tmp_path: Path) -
         WeightPlan.read(write(tmp_path / "plan.json", **change))
 
 
+def test_a_plan_may_have_a_default_alone(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"schema_version": 1, "default": "int8"}')
+    assert WeightPlan.read(tmp_path / "plan.json") == WeightPlan.uniform("int8")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -69,8 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from neo_export.kernels.build import build_kernels
+    from neo_runtime.bundle.folder import open_bundle
 
+    from neo_export.kernels.build import build_kernels, planned_steps
+
+    # Before a GPU is looked for: what no GPU has kernels for.
+    planned_steps(open_bundle(arguments.bundle, check_runtime=False), overlap=False)
     capability = _capability(arguments.compute_capability)
     overlap = int(capability.split(".")[0]) >= _OVERLAPS and not arguments.no_overlap
     with StageLine("neo-kernels") as bar:

@@ -215,16 +215,18 @@ class WeightPlan:
             raise RequestError(f"the plan {path} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise RequestError(f"the plan {path} is not valid JSON: {error}") from error
-        if not isinstance(raw, dict) or raw.keys() != {"schema_version", "default", "weights"}:
+        needed = {"schema_version", "default"}
+        if not isinstance(raw, dict) or raw.keys() - {"weights"} != needed:
             raise RequestError(
-                f"the plan {path} is no object with the keys schema_version, default and weights"
+                f"the plan {path} is no object with the keys schema_version, default and, for "
+                "weights that differ from the default, weights"
             )
         if raw["schema_version"] != PLAN_SCHEMA_VERSION:
             raise RequestError(
                 f"the plan {path} has schema version {raw['schema_version']!r}, this neo-export "
                 f"reads {PLAN_SCHEMA_VERSION}"
             )
-        weights = raw["weights"]
+        weights = raw.get("weights", {})
         texts = [raw["default"], *weights.values()] if isinstance(weights, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise RequestError(
