@@ -47,7 +47,7 @@ def test_a_whole_bundle_opens(folder: Path, verify: bool) -> None:
     bundle = open_bundle(str(folder), verify=verify)
     assert bundle.path == folder
     assert bundle.manifest.model == model_spec()
-    assert bundle.file("engines/notes.txt").read_text() == "none\n"
+    assert bundle.file("engines/old.plan").read_text() == "none\n"
     with pytest.raises(BundleError, match=r"has no file 'nothing'; it has config\.json, decode"):
         bundle.file("nothing")
 
@@ -105,7 +105,7 @@ def test_the_working_folder_may_change(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(folder.parent)
     bundle = open_bundle(folder.name)
     monkeypatch.chdir("/")
-    assert bundle.file("engines/notes.txt").read_text() == "none\n"
+    assert bundle.file("engines/old.plan").read_text() == "none\n"
     with pytest.raises(RequestError, match="the bundle is None, expected the path of a folder"):
         open_bundle(None)  # type: ignore[arg-type]
 
@@ -124,7 +124,7 @@ def test_progress_counts_every_byte(folder: Path) -> None:
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
 
 
-@pytest.mark.parametrize("name", [*SMALL_FILES, "engines/notes.txt"])
+@pytest.mark.parametrize("name", [*SMALL_FILES, "engines/old.plan"])
 def test_a_flipped_bit_is_found(folder: Path, name: str) -> None:
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -226,7 +226,7 @@ class TestNotABundle:
         "../outside",
         "engines/../../outside",
         "/etc/hostname",
-        "engines//notes.txt",
+        "engines//old.plan",
         "./config.json",
         "engines/",
         "",
@@ -259,7 +259,7 @@ class TestLinks:
     def test_that_leave_it_through_a_folder(self, folder: Path) -> None:
         (folder / "engines").rename(folder.parent / "engines")
         (folder / "engines").symlink_to(folder.parent / "engines")
-        with pytest.raises(BundleDamagedError, match=r"notes\.txt is a link that leaves"):
+        with pytest.raises(BundleDamagedError, match=r"old\.plan is a link that leaves"):
             open_bundle(folder)
 
     def test_that_leave_it_to_a_folder_with_a_longer_name(self, folder: Path) -> None:

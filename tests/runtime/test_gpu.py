@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shutil
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from neo_runtime.errors import (
     DependencyError,
     DeviceError,
     DeviceMemoryError,
+    EngineError,
     NeoError,
     RequestError,
 )
@@ -318,6 +320,22 @@ def test_auto_finds_out_whether_sessions_can_be_made(
         assert model.backend == "cpu"
         assert model.generate([1], max_new_tokens=1).token_ids
     assert "cuda cannot be used (CUDA's libraries are missing)" in caplog.text
+    assert device.closed
+
+
+def test_kernels_that_do_not_fit(
+    cuda_bundle: Path, tmp_path: Path, device: HostDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was asked for is refused; "auto" has the graph for the same steps, and says so."""
+    bundle = shutil.copytree(cuda_bundle, tmp_path / "bundle")
+    (bundle / "engines").mkdir(exist_ok=True)
+    (bundle / "engines" / "cuda-sm90.kernels").write_text("{}")
+    with pytest.raises(EngineError, match=r"cuda-sm90\.kernels"):
+        neo_runtime.load(bundle, backend="cuda")
+    with neo_runtime.load(bundle) as model:
+        assert model.backend == "cuda"
+        assert model.generate([1], max_new_tokens=3).token_ids
+    assert "decode steps run by the bundle's graph: " in caplog.text
     assert device.closed
 
 

@@ -337,8 +337,8 @@ def test_deleted_just_before_it_is_read(
     expected = answers(bundle)
     look = PrepackedCache.graph
 
-    def look_and_lose(self: PrepackedCache, name: str, build: Any) -> Path | None:
-        path = look(self, name, build)
+    def look_and_lose(self: PrepackedCache, name: str, build: Any, **options: Any) -> Path | None:
+        path = look(self, name, build, **options)
         shutil.rmtree(self.folder)
         return path
 

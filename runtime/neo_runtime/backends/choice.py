@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from neo_runtime.bundle.engine_record import platform_name
 from neo_runtime.bundle.folder import check_installation
 from neo_runtime.closable import closed_on_error
-from neo_runtime.errors import BundleUnsupportedError, DeviceError, NeoError, RequestError
+from neo_runtime.errors import (
+    BundleUnsupportedError,
+    DeviceError,
+    EngineError,
+    NeoError,
+    RequestError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -48,6 +54,8 @@ class BackendOptions:
     keep_prepacked: bool | None = None
     device: int = 0
     verify: bool = False
+    automatic: bool = False
+    """Kernels that do not fit are a warning: without them decode steps run all the same."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def open_backend(bundle: Bundle, name: str, options: BackendOptions) -> Chosen:
     if preferred not in _GPU_TARGETS:
         return Chosen(_open_cpu(bundle, options), "cpu", None)
     try:
-        backend = _OPENERS[preferred](bundle, options)
+        backend = _OPENERS[preferred](bundle, replace(options, automatic=True))
     except NeoError as error:
         why = str(error)
         backend = _open_cpu(bundle, options, why)
@@ -195,7 +203,13 @@ def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
     from neo_runtime.backends.cuda.backend import CudaBackend
     from neo_runtime.backends.cuda.kernels import fitting_kernels
 
-    kernels = fitting_kernels(bundle, gpu.compute_capability)
+    try:
+        kernels = fitting_kernels(bundle, gpu.compute_capability)
+    except EngineError as error:
+        if not options.automatic:
+            raise
+        _LOG.warning("decode steps run by the bundle's graph: %s", error)
+        kernels = None
     with _device(options.device) as device:
         backend = CudaBackend(bundle, device, options.session_config, kernels)
     with closed_on_error(backend):
