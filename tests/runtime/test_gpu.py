@@ -323,14 +323,20 @@ def test_auto_finds_out_whether_sessions_can_be_made(
     assert device.closed
 
 
+@pytest.mark.parametrize(("content", "error"), [("{", EngineError), ("{}", BundleUnsupportedError)])
 def test_kernels_that_do_not_fit(
-    cuda_bundle: Path, tmp_path: Path, device: HostDevice, caplog: pytest.LogCaptureFixture
+    content: str,
+    error: type[NeoError],
+    cuda_bundle: Path,
+    tmp_path: Path,
+    device: HostDevice,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """What was asked for is refused; "auto" has the graph for the same steps, and says so."""
     bundle = shutil.copytree(cuda_bundle, tmp_path / "bundle")
     (bundle / "engines").mkdir(exist_ok=True)
-    (bundle / "engines" / "cuda-sm90.kernels").write_text("{}")
-    with pytest.raises(EngineError, match=r"cuda-sm90\.kernels"):
+    (bundle / "engines" / "cuda-sm90.kernels").write_text(content)
+    with pytest.raises(error, match=r"cuda-sm90\.kernels"):
         neo_runtime.load(bundle, backend="cuda")
     with neo_runtime.load(bundle) as model:
         assert model.backend == "cuda"

@@ -205,7 +205,7 @@ def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
 
     try:
         kernels = fitting_kernels(bundle, gpu.compute_capability)
-    except EngineError as error:
+    except (EngineError, BundleUnsupportedError) as error:  # damaged, another bundle's, or older
         if not options.automatic:
             raise
         _LOG.warning("decode steps run by the bundle's graph: %s", error)
