@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from helpers.host_device import HostDevice
+from helpers.kills import fork
 from neo_runtime.backends.choice import Chosen
 from neo_runtime.backends.cuda import backend as cuda_backend
 from neo_runtime.backends.cuda.backend import CudaBackend
@@ -20,7 +23,7 @@ from neo_runtime.backends.cuda.one_thread import OneThread, _Job
 from neo_runtime.backends.cuda.sessions import CudaSessions
 from neo_runtime.backends.device import locks as device_locks
 from neo_runtime.backends.device.leftovers import Leftovers
-from neo_runtime.backends.device.locks import alone, new_lock
+from neo_runtime.backends.device.locks import alone, between_captures, new_lock
 from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import DeviceMemoryError, NeoError
 from neo_runtime.model import Model
@@ -402,3 +405,34 @@ def test_garbage_during_a_capture_is_given_back_afterwards() -> None:
         assert done == []
     Leftovers(mine).settle()
     assert done == [1]
+
+
+def test_a_device_is_not_opened_while_another_captures() -> None:
+    lock, order = new_lock(), list[str]()
+
+    def open_another() -> None:
+        with between_captures():
+            order.append("opened")
+
+    thread = threading.Thread(target=open_another)
+    with lock, alone(lock):
+        thread.start()
+        thread.join(timeout=0.2)
+        order.append("captured")
+    thread.join(timeout=60)
+    assert order == ["captured", "opened"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_forked_child_waits_for_no_capture_of_its_parent() -> None:
+    """Who holds the locks of all devices is not there."""
+    lock = new_lock()
+
+    def child() -> None:
+        signal.alarm(60)
+        with between_captures(), new_lock():
+            pass
+
+    with lock, alone(lock):
+        pid = fork(child)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

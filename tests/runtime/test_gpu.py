@@ -434,3 +434,40 @@ def test_an_error_in_a_capture_is_the_one_that_is_raised(
     with pytest.raises(DeviceMemoryError, match="full"):
         CudaDevice().capture(queue)
     assert destroyed == ([] if spoiled else ["graph"])
+
+
+def test_ctrl_c_right_behind_the_beginning_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream is not left capturing."""
+    calls: list[str] = []
+
+    def begin(stream: int, mode: int) -> tuple[Error]:
+        calls.append("begin")
+        raise KeyboardInterrupt
+
+    def end(stream: int) -> tuple[Error, str]:
+        calls.append("end")
+        return Error.cudaSuccess, "graph"
+
+    fake = SimpleNamespace(
+        cudaStreamNonBlocking=1,
+        cudaStreamCaptureMode=SimpleNamespace(cudaStreamCaptureModeThreadLocal=1),
+        cudaSetDevice=lambda index: (Error.cudaSuccess,),
+        cudaStreamCreateWithFlags=lambda flags: (Error.cudaSuccess, 7),
+        cudaStreamBeginCapture=begin,
+        cudaStreamEndCapture=end,
+        cudaGraphDestroy=lambda graph: (Error.cudaSuccess,),
+    )
+    monkeypatch.setattr("neo_runtime.backends.device.nvidia.cuda_runtime", lambda: fake)
+    with pytest.raises(KeyboardInterrupt):
+        CudaDevice().capture(lambda: None)
+    assert calls == ["begin", "end"]
+
+
+def test_advice_about_the_cpu_is_for_bundles_that_it_runs(
+    cuda_bundle: Path, tensorrt_bundle: Path, cuda: FakeCuda
+) -> None:
+    cuda.driver = 0
+    with pytest.raises(DeviceError, match="--gpus all; the backend cpu runs this bundle too"):
+        neo_runtime.load(cuda_bundle, backend="cuda")
+    with pytest.raises(DeviceError, match=r"--gpus all$"):
+        neo_runtime.load(tensorrt_bundle, backend="tensorrt")

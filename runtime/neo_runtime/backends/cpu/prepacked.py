@@ -188,40 +188,61 @@ class PrepackedCache:
                     ),
                 },
             )
-            self._share(partial / WEIGHTS_FILE)
-            _record(partial)
+            _record(partial, self._share(partial / WEIGHTS_FILE))
             for path in partial.iterdir():
                 _sync(path)
             partial.rename(self.folder / name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _share(self, weights: Path) -> None:
-        """Let an equal file of another graph stand for this one: one file, mapped once."""
+    def _share(self, weights: Path) -> Path | None:
+        """Let an equal file of another graph stand for this one: one file, mapped once.
+
+        Returns:
+            That graph's folder, or None.
+        """
         for other in self.folder.glob(f"*/{WEIGHTS_FILE}"):
             if other != weights and filecmp.cmp(other, weights, shallow=False):
                 link = weights.with_suffix(".link")
                 with contextlib.suppress(OSError):  # no hard links here: two files it is
                     os.link(other, link)
                     link.replace(weights)
-                return
+                return other.parent
+        return None
 
 
-def _record(folder: Path) -> None:
-    """Write down what lies in a graph's folder."""
-    files = {path.name: _describe(path, verify=True) for path in sorted(folder.iterdir())}
+def _record(folder: Path, equal: Path | None) -> None:
+    """Write down what lies in a graph's folder; `equal` is another one with the same weights."""
+    files = {path.name: _describe(path, verify=False) for path in sorted(folder.iterdir())}
+    known = _recorded(equal) if equal is not None else {}
+    if known.get(WEIGHTS_FILE, {}).keys() == {"size", "sha256"}:  # reading them takes seconds
+        files[WEIGHTS_FILE] = known[WEIGHTS_FILE]
+    elif WEIGHTS_FILE in files:  # tensors of a tiny model stay inside the graph
+        files[WEIGHTS_FILE] = _describe(folder / WEIGHTS_FILE, verify=True)
     (folder / _RECORD).write_text(json.dumps(files), encoding="utf-8")
 
 
 def _is_whole(folder: Path, *, verify: bool = False) -> bool:
     """Whether a graph's folder holds what was written into it."""
+    files = _recorded(folder)
+    if not verify and WEIGHTS_FILE in files:
+        files[WEIGHTS_FILE].pop("sha256", None)
     try:
-        files = parse_json((folder / _RECORD).read_text(encoding="utf-8"))
-        if not verify:
-            files[WEIGHTS_FILE].pop("sha256", None)
-        return bool(files == {name: _describe(folder / name, verify=verify) for name in files})
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return bool(
+            files == {name: _describe(folder / name, verify=verify) for name in files} != {}
+        )
+    except OSError:
         return False
+
+
+def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `_record` wrote; {} where that is not to be read."""
+    try:
+        found = parse_json((folder / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    is_record = isinstance(found, dict) and all(isinstance(v, dict) for v in found.values())
+    return found if is_record else {}
 
 
 def _describe(path: Path, *, verify: bool) -> dict[str, Any]:
