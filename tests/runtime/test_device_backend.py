@@ -449,6 +449,14 @@ def test_a_provider_that_did_not_start_is_an_error(cuda_bundle: Path) -> None:
     backend.close()
 
 
+def test_a_copy_of_nothing(device_model: Model) -> None:
+    """No bytes are copied: the device's library does not say what that means."""
+    with device_model.new_cache(1, 8) as source, device_model.new_cache(2, 8) as target:
+        target.copy_from(source, [0, 1])
+        logits = device_model.prefill(target, [[1, 2], [1, 2]])
+    assert np.array_equal(logits[0], logits[1])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_a_forked_child_leaves_the_device_alone(cuda_bundle: Path) -> None:
     """It would wait for sessions' threads that are not there, and free what is not its own."""

@@ -17,6 +17,7 @@ import neo_runtime
 import pytest
 from helpers.host_device import HostDevice
 from neo_runtime.backends import choice
+from neo_runtime.backends.device import locks as device_locks
 from neo_runtime.backends.device.nvidia import CudaDevice, checked
 from neo_runtime.backends.failures import translated
 from neo_runtime.errors import (
@@ -434,6 +435,33 @@ def test_an_error_in_a_capture_is_the_one_that_is_raised(
     with pytest.raises(DeviceMemoryError, match="full"):
         CudaDevice().capture(queue)
     assert destroyed == ([] if spoiled else ["graph"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_device_is_opened_and_closed_under_a_lock(
+    fails: bool, cuda_bundle: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its driver does then would spoil another model's capture."""
+    held: list[bool] = []
+
+    class Watched(HostDevice):
+        def close(self) -> None:
+            held.append(any(lock.locked() for lock in device_locks._locks))
+            super().close()
+
+    def make(index: int) -> HostDevice:
+        held.append(any(lock.locked() for lock in device_locks._locks))
+        return Watched(capacity=1000 if fails else None)
+
+    monkeypatch.setattr("neo_runtime.backends.device.nvidia.cuda_runtime", lambda: cuda)
+    monkeypatch.setattr("neo_runtime.backends.device.nvidia.CudaDevice", make)
+    monkeypatch.setattr("neo_runtime.machine.gpu.require_cuda_provider", lambda gpu: None)
+    if fails:
+        with pytest.raises(DeviceMemoryError):
+            neo_runtime.load(cuda_bundle, backend="cuda")
+    else:
+        neo_runtime.load(cuda_bundle, backend="cuda").close()
+    assert held == [True, True]
 
 
 def test_ctrl_c_right_behind_the_beginning_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:

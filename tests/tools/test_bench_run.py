@@ -13,12 +13,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from neo_runtime.errors import CheckpointError, NeoError, RequestError
 from neo_tools.bench import participants as participants_module
+from neo_tools.bench import rounds
 from neo_tools.bench.cases import Case, PeerChoice, Settings, make_cases
 from neo_tools.bench.native_time import native_seconds
 from neo_tools.bench.participants import (
@@ -392,6 +394,20 @@ def test_workers_end_when_the_bench_is_killed(tmp_path: Path) -> None:
     state = _state(pid)
     os.kill(pid, signal.SIGKILL)
     pytest.fail(f"the worker {pid} is still there, in state {state}")
+
+
+@pytest.mark.parametrize(("on_gpu", "depth"), [(False, 16), (True, 128)])
+def test_the_turn_that_does_not_count_is_as_deep_as_a_compiler_needs(
+    on_gpu: bool, depth: int
+) -> None:
+    asked: list[int] = []
+    worker: Any = SimpleNamespace(
+        context=lambda length, **_: asked.append(length), decode=lambda steps: None
+    )
+    case: Any = SimpleNamespace(kind="decode", depth=128, batch=1, new_tokens=32)
+    settings: Any = SimpleNamespace(warmup=True, seed=1, on_gpu=on_gpu)
+    rounds._prepare(case, worker, settings, [], rounds.Measured())
+    assert asked == [depth]
 
 
 def test_native_seconds_see_every_call_and_leave_no_trace(mini_bundle: Path) -> None:
