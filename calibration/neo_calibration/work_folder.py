@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from neo_export.files.lost_files import files_inside, refuse_to_lose
 from neo_export.files.mapped_memory import take_room
 from neo_export.files.output_errors import as_output_error
 from neo_export.files.renames import exchange, rename_exclusive
@@ -33,7 +34,6 @@ __all__ = ["WorkFolder"]
 
 _REQUEST = "request.json"
 _ARRAYS = re.compile(r"transformer(\.\w+)*\.safetensors")
-_SHOWN = 5
 
 
 class WorkFolder:
@@ -170,23 +170,16 @@ def _check_target(target: Path, *, force: bool) -> None:
         raise OutputError(
             f"{target} holds no {STATISTICS_NAME}, refusing to replace it; choose another path"
         )
-    if foreign := _foreign_files(target):
-        shown = ", ".join(foreign[:_SHOWN]) + (", …" if len(foreign) > _SHOWN else "")
-        raise OutputError(
-            f"{target} holds files that are not of statistics and would be lost: {shown}; move "
-            "them out of it, or choose another path"
-        )
+    refuse_to_lose(_foreign_files(target), target, "of statistics")
 
 
 def _foreign_files(target: Path) -> list[str]:
-    """What `WorkFolder` does not write, sorted; links are not followed."""
+    """What `WorkFolder` does not write, sorted."""
     header = target / STATISTICS_NAME
     found = [
-        path.relative_to(target).as_posix()
-        for path in target.rglob("*")
-        if (path.is_symlink() or not path.is_dir())
-        and path != header
-        and (path.parent != target or not _ARRAYS.fullmatch(path.name))
+        path
+        for path in files_inside(target)
+        if path != STATISTICS_NAME and not _ARRAYS.fullmatch(path)
     ]
     # Damaged ones are replaced for being damaged; what was never of this kind is somebody's own.
     with suppress(ValueError, OSError):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
 from contextlib import suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from neo_runtime.bundle.engine_record import ENGINES_FOLDER
 from neo_runtime.bundle.manifest import MANIFEST_NAME
 from neo_runtime.json_input import parse_json
 
 from neo_export.checkpoint.tokenizer_files import TOKENIZER_FILES
+from neo_export.files.lost_files import files_inside
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["foreign_files"]
 
 _USUAL = ("weights.bin", "config.json", "generation_config.json", "genai_config.json")
-_BUILT = re.compile(r".+\.(plan|kernels|json)(\.\d+)?|\.?timing\.cache(\.\d+)?")
+_BUILT = re.compile(
+    rf"{ENGINES_FOLDER}/([^/]+\.(plan|kernels|json)(\.\d+)?|\.?timing\.cache(\.\d+)?)"
+)
 """What neo-engine and neo-kernels write; with a number while they do."""
 _LEFT_BY_THE_SYSTEM = {".DS_Store"}
 
@@ -32,17 +37,13 @@ def foreign_files(bundle: Path) -> list[str]:
         OSError: a folder cannot be read.
     """
     listed = _listed(bundle)
-    found = []
-    for parent, folders, names in os.walk(bundle, onerror=_raise):
-        at = Path(parent)
-        if at == bundle / ENGINES_FOLDER:
-            names = [name for name in names if not _BUILT.fullmatch(name)]
-        links = [name for name in folders if (at / name).is_symlink()]
-        for name in (*names, *links):
-            path = (at / name).relative_to(bundle).as_posix()
-            if path not in listed and name not in _LEFT_BY_THE_SYSTEM:
-                found.append(path)
-    return sorted(found)
+    return sorted(
+        path
+        for path in files_inside(bundle)
+        if path not in listed
+        and not _BUILT.fullmatch(path)
+        and path.rpartition("/")[2] not in _LEFT_BY_THE_SYSTEM
+    )
 
 
 def _listed(bundle: Path) -> set[str]:
@@ -53,8 +54,3 @@ def _listed(bundle: Path) -> set[str]:
         if isinstance(raw, dict) and isinstance(raw.get("files"), dict):
             return {MANIFEST_NAME, *raw["files"]}
     return listed | {path.name for path in bundle.glob("*.onnx")}
-
-
-def _raise(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # what is gone by now cannot be lost
-        raise error

@@ -15,6 +15,7 @@ from neo_runtime.bundle.manifest import MANIFEST_NAME
 from neo_runtime.errors import OutputError
 
 from neo_export.bundle.foreign_files import foreign_files
+from neo_export.files.lost_files import refuse_to_lose
 from neo_export.files.output_errors import as_output_error, require_space
 from neo_export.files.private_folder import NEW, private_folder, swap_in, tidy_up
 from neo_export.files.renames import rename_exclusive
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["check_destination", "staged_folder"]
-
-_SHOWN = 5
 
 
 @contextmanager
@@ -112,16 +111,7 @@ def _refuse_unless_replaceable(target: Path, destination: Path) -> None:
 
 
 def _refuse_to_lose(target: Path, destination: Path) -> None:
-    """Whoever replaces a bundle means the bundle, not notes that were put beside its files."""
-    names = foreign_files(target)
-    if not names:
-        return
-    shown = ", ".join(names[:_SHOWN])
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    raise OutputError(
-        f"{destination} holds files that are not the bundle's and would be lost: {shown}{more}; "
-        "move them out of it, or choose another path"
-    )
+    refuse_to_lose(foreign_files(target), destination, "the bundle's")
 
 
 def _put_in_place(root: Path, target: Path, *, force: bool) -> None:

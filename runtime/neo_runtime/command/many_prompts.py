@@ -50,11 +50,9 @@ def completed(
         NeoError: see `Model.generate`.
     """
     # Only now what imports numpy: --help does without.
-    from neo_runtime.options.values import count
     from neo_runtime.scheduling.scheduler import Scheduler
     from neo_runtime.text.prompts import of_each, prompt_ids
 
-    count(1, optional=True)("batch_size", size)
     known = 0 if prefix is None else len(prefix.ids)
     longest = 0
 

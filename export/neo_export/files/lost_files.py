@@ -1,0 +1,55 @@
+"""What would go with a folder that is replaced although it is not of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neo_runtime.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["files_inside", "refuse_to_lose"]
+
+_SHOWN = 5
+
+
+def files_inside(folder: Path) -> Iterator[str]:
+    """Relative paths of all files and links inside, with "/"; links are not followed.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        at = Path(parent)
+        links = [name for name in folders if (at / name).is_symlink()]
+        for name in (*names, *links):
+            yield (at / name).relative_to(folder).as_posix()
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # what is gone by now cannot be lost
+        raise error
+
+
+def refuse_to_lose(names: Sequence[str], destination: Path, whose: str) -> None:
+    """Refuse to replace a folder: whoever does means what it is for, not notes put beside that.
+
+    Args:
+        names: of the files that would be lost.
+        destination: the folder, as the user called it.
+        whose: the others are, as in "files that are not …".
+
+    Raises:
+        OutputError: there are such files.
+    """
+    if not names:
+        return
+    shown = ", ".join(names[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    raise OutputError(
+        f"{destination} holds files that are not {whose} and would be lost: {shown}{more}; "
+        "move them out of it, or choose another path"
+    )
