@@ -16,6 +16,7 @@ import pytest
 from helpers import faults
 from helpers.beginnings import assert_beginnings_hold
 from helpers.cropping import assert_crops_hold
+from helpers.forced import assert_forced_tokens_fit
 from helpers.guessing import assert_guesses_change_nothing
 from helpers.hf_reference import heldout_texts
 from helpers.joining import assert_rows_join
@@ -154,6 +155,10 @@ def test_rows_join_and_begin_with_another_cache(model: Model, bundle: Path) -> N
 
 def test_guesses_change_nothing(model: Model) -> None:
     assert_guesses_change_nothing(model, 0.05)
+
+
+def test_forced_tokens_fit(model: Model) -> None:
+    assert_forced_tokens_fit(model, 0.05)
 
 
 def test_requests_that_share_steps(model: Model) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers.beginnings import assert_beginnings_hold
 from helpers.cropping import assert_crops_hold
+from helpers.forced import assert_forced_tokens_fit
 from helpers.guessing import assert_guesses_change_nothing
 from helpers.joining import assert_rows_join
 from helpers.models import DEMO, ODD_CONFIGS, Reference, make_checkpoint
@@ -116,3 +117,7 @@ def test_texts(model: Model) -> None:
 
 def test_guesses_change_nothing(model: Model) -> None:
     assert_guesses_change_nothing(model, 0.05)
+
+
+def test_forced_tokens_fit(model: Model) -> None:
+    assert_forced_tokens_fit(model, 0.05)

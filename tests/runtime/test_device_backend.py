@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from helpers.beginnings import assert_beginnings_hold
 from helpers.cropping import assert_crops_hold
+from helpers.forced import assert_forced_tokens_fit
 from helpers.guessing import assert_guesses_change_nothing
 from helpers.host_device import HostDevice
 from helpers.joining import assert_rows_join
@@ -198,6 +199,10 @@ def test_positions_are_taken_away(device_model: Model) -> None:
 
 def test_guesses_change_nothing(device_model: Model) -> None:
     assert_guesses_change_nothing(device_model, 0.01)
+
+
+def test_forced_tokens_fit(device_model: Model) -> None:
+    assert_forced_tokens_fit(device_model, 0.01)
 
 
 def test_scores(cpu: Model, device_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from helpers.fake_engine import (
     with_plan,
     write_record,
 )
+from helpers.forced import assert_forced_tokens_fit
 from helpers.guessing import assert_guesses_change_nothing
 from helpers.host_device import HostDevice
 from helpers.joining import assert_rows_join
@@ -140,6 +141,10 @@ def test_positions_are_taken_away(model: Model) -> None:
 
 def test_guesses_change_nothing(model: Model) -> None:
     assert_guesses_change_nothing(model, 1e-4)
+
+
+def test_forced_tokens_fit(model: Model) -> None:
+    assert_forced_tokens_fit(model, 1e-4)
 
 
 def test_chunks_turns_and_the_last_position(model: Model, cpu: Model) -> None:

@@ -72,15 +72,16 @@ def print_timings(completions: Sequence[Completion], loaded: float) -> None:
         print(
             f"prompt of {len(completion.prompt_token_ids)} tokens: prefill "
             f"{times.prefill_seconds:.3f} s; {len(completion.token_ids)} tokens, "
-            f"{times.tokens_per_second:.1f} a second{_guesses(times)}",
+            f"{times.tokens_per_second:.1f} a second{_without_a_step(times)}",
             file=sys.stderr,
         )
 
 
-def _guesses(times: Timings) -> str:
-    if not times.draft_tokens:
-        return ""
-    return f", {times.accepted_draft_tokens} of {times.draft_tokens} guesses right"
+def _without_a_step(times: Timings) -> str:
+    said = f", {times.forced_tokens} of them forced" if times.forced_tokens else ""
+    if times.draft_tokens:
+        said += f", {times.accepted_draft_tokens} of {times.draft_tokens} guesses right"
+    return said
 
 
 def _facts(model: Model, completion: Completion) -> dict[str, Any]:

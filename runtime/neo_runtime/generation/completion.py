@@ -29,6 +29,8 @@ class Timings:
     """Tokens that a drafter guessed."""
     accepted_draft_tokens: int = 0
     """Those of them that were right."""
+    forced_tokens: int = 0
+    """Tokens that a grammar left no choice of, taken without logits."""
     cached_prompt_tokens: int = 0
     """Tokens of the prompt that were not computed for it: a prefix, or what a `Scheduler` kept."""
 

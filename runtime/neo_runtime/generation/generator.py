@@ -8,6 +8,7 @@ import numpy as np
 
 from neo_runtime.errors import RequestError
 from neo_runtime.generation.completion import Completion
+from neo_runtime.generation.feeding import feed
 from neo_runtime.generation.prefix import behind, length_of
 from neo_runtime.generation.rows import Stopwatch
 from neo_runtime.generation.text_stream import StopMatcher
@@ -61,7 +62,7 @@ def steps(
         model.prepare()  # before the clocks start; decode is not needed for one token
     logits = read_prompts(model, cache, groups)
     while True:
-        yield [row.push(row.sampler.pick(scores)) for row, scores in zip(rows, logits, strict=True)]
+        yield [row.advance(scores) for row, scores in zip(rows, logits, strict=True)]
         active = [index for index, row in enumerate(rows) if row.finish_reason is None]
         if not active:
             return
@@ -72,7 +73,7 @@ def steps(
             active = fill_holes(active)
             cache.reorder(active)
             rows = [rows[index] for index in active]
-        logits = model.decode_step(cache, [row.choices[-1].token for row in rows])
+        logits = feed(model, cache, rows, model.prefill_chunk)
 
 
 def read_prompts(model: CachedModel, cache: KVCache, groups: Sequence[Sequence[Row]]) -> StepLogits:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from neo_runtime.backends.step_logits import RowLogits
     from neo_runtime.cached_model import CachedModel
     from neo_runtime.generation.completion import FinishReason
     from neo_runtime.generation.prefix import Prefix
@@ -38,7 +39,7 @@ class Stopwatch:
         return perf_counter() - self._start
 
     def timings(
-        self, tokens: int, *, drafted: int = 0, accepted: int = 0, cached: int = 0
+        self, tokens: int, *, drafted: int = 0, accepted: int = 0, forced: int = 0, cached: int = 0
     ) -> Timings:
         """Summary for a completion of this many tokens; the others as in `Timings`."""
         decode = self.last - self.first
@@ -49,6 +50,7 @@ class Stopwatch:
             tokens_per_second=(tokens - 1) / decode if tokens > 1 and decode > 0 else 0.0,
             draft_tokens=drafted,
             accepted_draft_tokens=accepted,
+            forced_tokens=forced,
             cached_prompt_tokens=cached,
         )
 
@@ -81,6 +83,10 @@ class Row:
         self.sampler = sampler
         self.watch = Stopwatch()
         self.choices: list[Choice] = []
+        self.unfed: list[int] = []
+        """Tokens of them, the last ones, that the model has still to compute."""
+        self.forced = 0
+        """Tokens that were taken without logits."""
         self.drafted = self.accepted = 0
         """Tokens that were guessed, and those of them that were right."""
         self.cached = length_of(prefix)
@@ -99,16 +105,40 @@ class Row:
         """What of the prompt is still to be computed: int64 [m], m at least 1."""
         return self.prompt[self.cached :]
 
-    def push(self, choice: Choice) -> Piece:
-        """Take the next token.
+    def advance(self, logits: RowLogits | NDArray[np.float32]) -> Piece:
+        """Choose the next token, and take those that a grammar lets follow it without a choice.
+
+        Args:
+            logits: those behind what was said; not read while some of that is `unfed`.
 
         Returns:
             The text that is now certain, often ""; all pieces together are the completion's text.
         """
+        if self.unfed:
+            return Piece("")
+        text = self._push(self.sampler.pick(logits))
+        for token in [] if self._has_ended else self.sampler.forced():
+            text += self._push(self.sampler.take(token))
+            self.forced += 1
+            if self._has_ended:
+                break
+        return self._given(text)
+
+    @property
+    def _has_ended(self) -> bool:
+        return self.finish_reason is not None
+
+    def next_tokens(self, most: int) -> list[int]:
+        """Take what is to be computed next: at most so many of the tokens that are `unfed`."""
+        tokens, self.unfed = self.unfed[:most], self.unfed[most:]
+        return tokens
+
+    def _push(self, choice: Choice) -> str:
         self.watch.last = self.watch.seconds()
         if not self.choices:
             self.watch.first = self.watch.last
         self.choices.append(choice)
+        self.unfed.append(choice.token)
         piece = self._matcher.push(self._decoder.push(choice.token)) if self._decoder else ""
         has_ended = choice.token in self._eos or self._matcher.found is not None
         if has_ended or self.sampler.is_complete:
@@ -117,7 +147,7 @@ class Row:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             piece += self._held_back()
-        return self._given(piece)
+        return piece
 
     def cancel(self) -> Piece:
         """End here, as the caller wants no more; the text that was held back."""
@@ -149,6 +179,7 @@ class Row:
                 len(self.choices),
                 drafted=self.drafted,
                 accepted=self.accepted,
+                forced=self.forced,
                 cached=self.cached,
             ),
             logprobs=tuple(self.choices) if self._keeps_logprobs else None,

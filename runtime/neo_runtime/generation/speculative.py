@@ -22,13 +22,14 @@ import numpy as np
 
 from neo_runtime.errors import RequestError
 from neo_runtime.generation.drafting import Drafter
+from neo_runtime.generation.feeding import feed
 from neo_runtime.generation.generator import read_prompts, steps
 from neo_runtime.generation.rows import cancelled_rows, make_rows
 from neo_runtime.sampling.row_sampler import row_generator
 from neo_runtime.text.prompts import named_prompt, of_each
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from numpy.typing import NDArray
 
@@ -70,37 +71,54 @@ def drafted_steps(
         return
     model.prepare(scores=True)  # before the clock starts
     with drafter.begin(model, row.total) as propose:
-        logits: Iterable[RowLogits | NDArray[np.float32]]
-        logits = read_prompts(model, cache, [[row]])
+        logits: Sequence[RowLogits | NDArray[np.float32]]
+        logits = list(read_prompts(model, cache, [[row]]))
         guess: list[int] = []
-        limit = _FIRST
+        limit, right = _FIRST, 0
         while True:
-            for index, scores in enumerate(logits):
-                piece = row.push(row.sampler.pick(scores))
-                is_right = index < len(guess) and row.choices[-1].token == guess[index]
-                row.accepted += is_right
-                yield [piece]
-                if row.finish_reason is not None:
-                    return
-                if should_stop():
-                    yield [row.cancel()]
-                    return
-                if not is_right:
-                    break
+            piece = row.advance(logits[right])
+            same = _same(row.unfed, guess[right:])
+            row.next_tokens(same)  # computed already
+            row.accepted += same
+            right += same
+            yield [piece]
+            if row.finish_reason is not None:
+                return
+            if should_stop():
+                yield [row.cancel()]
+                return
+            if not row.unfed:
+                continue
             if guess:
-                limit = max(limit, 2 * index) if index == len(guess) else index + 1
-            cache.crop(len(row.sampler.ids) - 1)
+                limit = max(limit, 2 * right) if right == len(guess) else right + 1
+            cache.crop(len(row.sampler.ids) - len(row.unfed))
             guess = _guess(model, cache, row, propose, limit)
-            tokens = [row.choices[-1].token, *guess]
             row.drafted += len(guess)
-            logits = model.logits(tokens, cache) if guess else model.decode_step(cache, tokens)
+            right, logits = 0, _scored(model, cache, row, guess)
+
+
+def _same(said: Sequence[int], guess: Sequence[int]) -> int:
+    """Tokens at the beginning of both."""
+    pairs = zip(said, guess, strict=False)
+    most = min(len(said), len(guess))
+    return next((at for at, (token, guessed) in enumerate(pairs) if token != guessed), most)
+
+
+def _scored(
+    model: CachedModel, cache: KVCache, row: Row, guess: list[int]
+) -> Sequence[RowLogits | NDArray[np.float32]]:
+    """The logits behind what was said, and behind each token of a guess."""
+    if not guess:
+        return list(feed(model, cache, [row], len(row.unfed)))
+    said = row.next_tokens(len(row.unfed))
+    return list(model.logits([*said, *guess], cache)[len(said) - 1 :])
 
 
 def _guess(model: CachedModel, cache: KVCache, row: Row, propose: Propose, limit: int) -> list[int]:
     """Tokens that may be fed behind the last one: as many as can be taken away again."""
     ids = row.sampler.ids.view()
     ids.flags.writeable = False
-    most = min(row.total - len(ids) - 1, cache.room_to_crop - 1, limit)
+    most = min(row.total - len(ids) - 1, cache.room_to_crop - len(row.unfed), limit)
     if most < 1:
         return []
     given, vocab_size = propose(ids, most), model.manifest.model.vocab_size

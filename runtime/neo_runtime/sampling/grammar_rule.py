@@ -55,6 +55,12 @@ class GrammarRule:
         """Whether the text is a whole one, and nothing may come behind it."""
         return bool(self._ask(ids, _is_complete))
 
+    def forced(self, ids: NDArray[np.int64]) -> list[int]:
+        """Tokens that come next in every text of the form; none where there is a choice."""
+        tokens: list[int] = self._ask(ids, _forced)
+        no_text = np.flatnonzero(np.isin(tokens, self._no_text))
+        return tokens[: no_text[0]] if no_text.size else tokens
+
     def _ask(self, ids: NDArray[np.int64], question: Callable[[Any], Any]) -> Any:
         """What a matcher says at the end of a text.
 
@@ -91,6 +97,11 @@ class GrammarRule:
 def _bitmask(matcher: Any) -> bytes:
     bits: bytes = matcher.compute_bitmask()
     return bits
+
+
+def _forced(matcher: Any) -> list[int]:
+    tokens: list[int] = matcher.compute_ff_tokens()
+    return tokens
 
 
 def _is_complete(matcher: Any) -> bool:

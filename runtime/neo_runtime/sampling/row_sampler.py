@@ -16,9 +16,12 @@ from neo_runtime.errors import RequestError, VerificationError
 from neo_runtime.sampling.candidates import CandidatePicker
 from neo_runtime.sampling.grammar_rule import GrammarRule
 from neo_runtime.sampling.processors import (
+    CountPenalty,
     FloatArray,
     IntArray,
+    MinLength,
     Renormalize,
+    RepetitionPenalty,
 )
 from neo_runtime.sampling.rules import build_processors
 from neo_runtime.sampling.warpers import build_warpers
@@ -38,6 +41,10 @@ __all__ = [
     "usable_maximum",
     "with_logprobs",
 ]
+
+
+_LEAVE_ONE_ALLOWED = (GrammarRule, CountPenalty, MinLength, RepetitionPenalty)
+"""Rules beside which the only text token that a grammar allows is what is chosen."""
 
 
 class TokenLogprob(NamedTuple):
@@ -117,6 +124,9 @@ class RowSampler:
         self._processors = build_processors(options, self._prompt_length, max_length)
         rules = [rule for rule in self._processors if isinstance(rule, GrammarRule)]
         self._grammar = rules[0] if rules else None
+        self._may_force = options.logprobs is None and all(
+            isinstance(rule, _LEAVE_ONE_ALLOWED) for rule in self._processors
+        )
         self._warpers = build_warpers(options)
         if options.renormalize_logits and options.do_sample:
             # Changes neither the largest score nor the distribution; kept for exactness.
@@ -137,6 +147,19 @@ class RowSampler:
     def is_complete(self) -> bool:
         """Whether the grammar that was asked for lets nothing come behind the continuation."""
         return self._grammar is not None and self._grammar.is_complete(self.ids)
+
+    def forced(self) -> list[int]:
+        """Tokens that `pick` would choose next whatever the logits are; may be none of them."""
+        if self._grammar is None or not self._may_force:
+            return []
+        return self._grammar.forced(self.ids)
+
+    def take(self, token: int) -> Choice:
+        """Append a token of `forced`, as `pick` would: with a draw for it, where it draws."""
+        if self._do_sample:
+            self._generator.random()
+        self._append(token)
+        return Choice(token, None, None)
 
     def pick(self, logits: FloatArray | RowLogits) -> Choice:
         """Choose the next token and append it to the history.

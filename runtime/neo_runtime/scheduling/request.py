@@ -34,7 +34,7 @@ class Request:
         self.has_ended = False
         self._group: set[Request] = set()
         self.watch = row.watch
-        self._row = row
+        self.row = row
         self._should_stop = should_stop
         self._beginning: CachedBeginning | None = None
         self._holds_prefix = row.prefix is not None
@@ -50,14 +50,14 @@ class Request:
     def unread_prompt(self) -> NDArray[np.int64]:
         """What of the prompt is still to be computed: int64 [n]."""
         if self._beginning is not None:
-            return self._row.prompt[self._beginning.length :]
-        return self._row.unread_prompt
+            return self.row.prompt[self._beginning.length :]
+        return self.row.unread_prompt
 
     def look_up(self, prefixes: PrefixCache) -> None:
         """See what of the prompt a cache has; `fill` must come next, or this again."""
-        if self._row.prefix is None:
+        if self.row.prefix is None:
             try:
-                self._beginning = prefixes.find(self._row.prompt)
+                self._beginning = prefixes.find(self.row.prompt)
             except BaseException as error:
                 self.fail(error)
 
@@ -71,20 +71,15 @@ class Request:
     @property
     def prompt_length(self) -> int:
         """Tokens of the whole prompt."""
-        return len(self._row.prompt)
-
-    @property
-    def last_token(self) -> int:
-        """What to feed next."""
-        return self._row.choices[-1].token
+        return len(self.row.prompt)
 
     def fill(self, cache: KVCache, row: int) -> None:
         """Let an empty sequence begin with what is computed of the prompt already."""
-        if self._row.prefix is not None:
-            self._row.prefix.fill(cache, [row])
+        if self.row.prefix is not None:
+            self.row.prefix.fill(cache, [row])
         if self._beginning is not None:
             self._beginning.load(cache, row)
-            self._row.cached = self._beginning.length
+            self.row.cached = self._beginning.length
         self._let_go()
 
     def keep(self, cache: KVCache, row: int) -> None:
@@ -93,22 +88,22 @@ class Request:
             return
         length = int(cache.store.lengths[row])
         if self._beginning.has_more(length):
-            tokens = [choice.token for choice in self._row.choices]
-            ids = np.concatenate([self._row.prompt, np.array(tokens, np.int64)])
+            tokens = [choice.token for choice in self.row.choices]
+            ids = np.concatenate([self.row.prompt, np.array(tokens, np.int64)])
             try:
                 self._beginning.extend(ids[:length], cache, row)
             except Exception as error:
                 _LOG.warning("a beginning was not kept for other requests: %s", error)
 
     def push(self, logits: RowLogits) -> None:
-        """Choose the next token."""
+        """Choose the next token, once all that was said is computed."""
         try:
-            piece = self._row.push(self._row.sampler.pick(logits))
+            piece = self.row.advance(logits)
         except BaseException as error:
             self.fail(error)
             return
         self._give(piece)
-        if self._row.finish_reason is not None:
+        if self.row.finish_reason is not None:
             self._complete()
 
     def end_if_unwanted(self, *, is_closing: bool) -> None:
@@ -124,7 +119,7 @@ class Request:
             self.fail(error)
             return
         if is_over:
-            self._give(self._row.cancel())
+            self._give(self.row.cancel())
             self._complete()
 
     def fail(self, error: BaseException) -> None:
@@ -137,7 +132,7 @@ class Request:
             self._resolve(lambda: self.pending.set_exception(error))
 
     def _complete(self) -> None:
-        completion = self._row.completion()
+        completion = self.row.completion()
         self._resolve(lambda: self.pending.set_result(completion))
 
     def _resolve(self, settle: Callable[[], None]) -> None:
@@ -157,6 +152,6 @@ class Request:
             self.pending.give(piece)
 
     def _let_go(self) -> None:
-        if self._holds_prefix and self._row.prefix is not None:
+        if self._holds_prefix and self.row.prefix is not None:
             self._holds_prefix = False
-            self._row.prefix.release()
+            self.row.prefix.release()

@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from neo_runtime.errors import NeoError
+from neo_runtime.generation.feeding import feed
 from neo_runtime.generation.generator import fill_holes
 from neo_runtime.scheduling.reading import Reading
 from neo_runtime.scheduling.waiting_line import WaitingLine
@@ -172,9 +173,9 @@ class RunningBatch:
         self._begin()
         self._drop_ended()
         if self._active:
-            tokens = [request.last_token for request in self._active]
+            rows = [request.row for request in self._active]
             cache = self._open_cache()
-            _push(self._active, self._model.decode_step(cache, tokens))
+            _push(self._active, feed(self._model, cache, rows, self._waiting.piece))
             for row, request in enumerate(self._active):
                 request.keep(cache, row)
 
