@@ -13,6 +13,7 @@
     ├── DeviceError            a GPU that was asked for cannot be used
     │   └── DeviceMemoryError        it has no memory left
     ├── EngineError            a TensorRT plan cannot be built, or none fits this machine
+    ├── HostMemoryError        the system gives no memory
     ├── DependencyError        a package is missing, or two packages exclude each other
     ├── OutputError            a result cannot be written where it was asked for
     ├── StatisticsError        calibration statistics, or the text for them, cannot be used
@@ -36,6 +37,7 @@ __all__ = [
     "DeviceMemoryError",
     "EngineError",
     "GenerationConfigError",
+    "HostMemoryError",
     "HubError",
     "NeoError",
     "OutputError",
@@ -88,6 +90,10 @@ class GenerationConfigError(RequestError):
 
 class CacheLimitError(NeoError, MemoryError):
     """The key/value cache would be larger than its limit."""
+
+
+class HostMemoryError(NeoError, MemoryError):
+    """The system gives no memory for weights, activations, or copies to a GPU."""
 
 
 class DependencyError(NeoError, ImportError):

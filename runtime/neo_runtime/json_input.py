@@ -12,7 +12,7 @@ def parse_json(text: str | bytes | bytearray, **options: Any) -> Any:
     """As `json.loads`, with one kind of error.
 
     Raises:
-        ValueError: it is not JSON, not UTF-8, or nested too deeply.
+        ValueError: it is not JSON, in no encoding of Unicode, or nested too deeply.
     """
     try:
         return json.loads(text, **options)

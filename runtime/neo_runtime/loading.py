@@ -11,7 +11,7 @@ from neo_runtime.closable import closed_on_error
 from neo_runtime.errors import RequestError
 from neo_runtime.machine.cores import chosen_threads
 from neo_runtime.model import Model
-from neo_runtime.options.values import count
+from neo_runtime.options.values import count, flag
 
 if TYPE_CHECKING:
     import os
@@ -71,6 +71,9 @@ def load(
     for name, value in limits.items():
         count(1, optional=True)(name, value)
     count(0)("device", device)
+    flag("verify", verify)
+    if keep_prepacked is not None:
+        flag("keep_prepacked", keep_prepacked)
     if session_config is not None and not isinstance(session_config, Mapping):
         raise RequestError(
             f"session_config is {session_config!r}, expected a mapping of names to values"

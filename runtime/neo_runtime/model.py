@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Any, overload
 
 from neo_runtime.errors import ContextLengthError, RequestError
 from neo_runtime.generation.batches import sampled_completions
-from neo_runtime.generation.generator import beam_completions, never, steps
-from neo_runtime.generation.prefix import Prefix
-from neo_runtime.generation.rows import cancelled_rows, make_rows
+from neo_runtime.generation.beams import searched_completions
+from neo_runtime.generation.generator import never, steps
+from neo_runtime.generation.prefix import Prefix, held
+from neo_runtime.generation.rows import make_rows
 from neo_runtime.generation.speculative import check_drafter, drafted_completions, drafted_steps
 from neo_runtime.generation.text_stream import TextStream
 from neo_runtime.generation.token_scores import scored_tokens
 from neo_runtime.options.values import callback, count
 from neo_runtime.request_model import RequestModel
-from neo_runtime.text.prompts import as_list, of_each
+from neo_runtime.sampling.row_sampler import check_seeds
+from neo_runtime.text.prompts import as_list
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
 
     from neo_runtime.generation.completion import Completion
     from neo_runtime.generation.drafting import Drafter
@@ -131,34 +130,18 @@ class Model(RequestModel):
         callback("should_stop", should_stop)
         given, is_single = as_list(prompt)
         prompts = self.encode_prompts(given, prefix)
+        check_seeds(chosen.seed, len(prompts))
         if drafter is not None:
             check_drafter(drafter, chosen)
-            completions = drafted_completions(self, prompts, chosen, drafter, should_stop, prefix)
-        elif chosen.num_beams > 1:
-            completions = self._search(prompts, chosen, should_stop, prefix)
-        else:
-            completions = sampled_completions(
-                self, prompts, chosen, batch_size, should_stop, prefix
-            )
-        is_one = is_single and "num_return_sequences" not in overrides
-        return completions[0] if is_one and chosen.num_return_sequences == 1 else completions
-
-    def _search(
-        self,
-        prompts: list[NDArray[np.int64]],
-        options: GenerationOptions,
-        should_stop: Callable[[], bool],
-        prefix: Prefix | None,
-    ) -> list[Completion]:
-        # Before any of them is computed:
-        of_each(prompts, lambda ids: options.total_length(len(ids), self.manifest.max_length))
-        found: list[Completion] = []
-        for ids in prompts:
-            if should_stop():
-                found += [row.completion() for row in cancelled_rows(self, ids, options)]
+        with held(prefix):
+            if drafter is not None:
+                found = drafted_completions(self, prompts, chosen, drafter, should_stop, prefix)
+            elif chosen.num_beams > 1:
+                found = searched_completions(self, prompts, chosen, should_stop, prefix)
             else:
-                found += beam_completions(self, ids, options, should_stop, prefix)
-        return found
+                found = sampled_completions(self, prompts, chosen, batch_size, should_stop, prefix)
+        is_one = is_single and "num_return_sequences" not in overrides
+        return found[0] if is_one and chosen.num_return_sequences == 1 else found
 
     def stream(
         self,
@@ -258,7 +241,7 @@ def _pieces(
     should_stop: Callable[[], bool],
     closed: threading.Event,
 ) -> Generator[Piece, None, Completion | None]:
-    with model.new_cache(1, model.rounded_length(row.total - 1)) as cache:
+    with held(row.prefix), model.new_cache(1, model.rounded_length(row.total - 1)) as cache:
         if drafter is None:
             found = steps(model, cache, [[row]], should_stop)
         else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from neo_runtime.options.checks import check_vocabulary
 from neo_runtime.options.generation_config import GENERATION_CONFIG, file_error
 from neo_runtime.options.generation_options import GenerationOptions
 from neo_runtime.options.grammar import GrammarCompiler
+from neo_runtime.sampling.row_sampler import check_seeds
 from neo_runtime.text.prompts import as_list, of_each, prompt_ids, with_bad_words
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RequestModel"]
 
+_LOG = logging.getLogger("neo_runtime")
 _NO_TEXT = "the bundle has no tokenizer, so no text to find stop strings in"
 _COMPILER = "_compiler"
 """Where a model keeps its `GrammarCompiler`, once it has one."""
@@ -63,11 +67,19 @@ class RequestModel(CachedModel):
             model_max_length=self.manifest.max_length,
             vocab_size=spec.vocab_size,
             overrides=overrides,
+            warn=self._warn_of_file,
         )
         given = {"stop", "stop_strings"} & overrides.keys()
         if options.stop and self.tokenizer is None and not given:
             raise file_error(_NO_TEXT, "stop=()")
         return options
+
+    def _warn_of_file(self, message: str) -> None:
+        """A warning in the log, the first time only: every request reads the same file."""
+        told: set[str] = self.__dict__.setdefault("_told_of_file", set())
+        if message not in told:
+            told.add(message)
+            _LOG.warning("%s: %s", self._bundle.path / GENERATION_CONFIG, message)
 
     @cached_property
     def _generation_config(self) -> dict[str, Any]:
@@ -141,6 +153,7 @@ class RequestModel(CachedModel):
         if not is_single:
             raise RequestError(f"{call} takes one prompt, not a list of them; use generate")
         [ids] = self.encode_prompts(given, prefix)
+        check_seeds(chosen.seed, 1)
         return ids, chosen
 
     def request_options(
@@ -160,6 +173,9 @@ class RequestModel(CachedModel):
             chosen = options.merged(**overrides)
         else:
             chosen = self.options(**overrides) if overrides else self.defaults
+        if chosen.eos_token_id is None:
+            own = tuple(token for token in self.manifest.model.eos_token_id if token >= 0)
+            chosen = replace(chosen, eos_token_id=own)
         chosen = with_bad_words(chosen, bad_words, self.tokenizer)
         check_vocabulary(chosen, self.manifest.model.vocab_size)
         if chosen.stop and self.tokenizer is None:

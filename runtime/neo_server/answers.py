@@ -137,11 +137,11 @@ class ChoiceWriter:
         return self._choice("", rest, completion.finish_reason)
 
     def _choice(
-        self, text: str, choices: tuple[Choice, ...], finish_reason: str | None = None
+        self, text: str, tokens: tuple[Choice, ...], finish_reason: str | None = None
     ) -> _Json:
         return {
             "index": self._index,
             "text": text,
-            "logprobs": None if self._writer is None else self._writer.tokens(choices),
+            "logprobs": None if self._writer is None else self._writer.tokens(tokens),
             "finish_reason": finish_reason,
         }

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from neo_server.asked import read_request
-from neo_server.errors import ApiError, api_error, bad_request, shutting_down
+from neo_server.errors import ApiError, api_error, bad_request, shutting_down, unknown_model
 from neo_server.limits import Limits
 from neo_server.service import Service
 from neo_server.streaming import EventStream, whole_answer
@@ -144,9 +144,7 @@ class _Handlers:
         """The one model, by its name."""
         name = request.path_params["name"]
         if name != self._service.name:
-            raise ApiError(
-                404, f"the model {name!r} is not here; this server has {self._service.name!r}"
-            )
+            raise unknown_model(name, self._service.name)
         return _json_response(self._model)
 
     async def unknown(self, request: Request) -> Response:

@@ -1,7 +1,8 @@
 """The JSON of `POST /v1/completions`, read and checked.
 
 Names, meanings and defaults are OpenAI's; names that it lacks are those of `GenerationOptions`, and
-vLLM's `min_tokens`, `top_k=-1`, `structured_outputs` and `return_tokens_as_token_ids`.
+vLLM's `min_tokens`, `top_k=-1`, `stop_token_ids`, `structured_outputs` and
+`return_tokens_as_token_ids`.
 """
 
 from __future__ import annotations
@@ -49,6 +50,14 @@ _PASSED = (
     "ignore_eos",
 )
 """Names that `Scheduler.submit` has as well."""
+_NEUTRAL = {
+    "add_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "use_beam_search": False,
+}
+"""Fields of vLLM's that only these values of mean what is done here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,8 @@ class Asked:
     """Tokens are named "token_id:123" beside their log probabilities."""
     form: Form | None
     """None where any text will do."""
+    stop_token_ids: tuple[int, ...]
+    """End the text beside those that do so anyhow."""
     options: Mapping[str, Any]
     """Of `Scheduler.submit`."""
 
@@ -142,9 +153,14 @@ def read_request(body: object) -> Asked:
         include_usage=_include_usage(fields.get("stream_options", {})),
         as_token_ids=fields.flag("return_tokens_as_token_ids"),
         form=asked_form(fields.get("structured_outputs"), fields.get("response_format")),
+        stop_token_ids=_stop_token_ids(fields.get("stop_token_ids", [])),
         options=_options(fields),
     )
     fields.get("user")
+    for name, value in _NEUTRAL.items():
+        if fields.get(name, value) is not value:
+            said = str(value).lower()
+            raise bad_request(f"{name} can only be {said} here; leave it out", name)
     if fields.get("suffix"):
         raise bad_request("GPT-Neo writes no text before a suffix; leave suffix out", "suffix")
     fields.refuse_rest()
@@ -188,6 +204,18 @@ def _prompts(given: object) -> tuple[str | list[int], ...]:
 
 def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _stop_token_ids(given: object) -> tuple[int, ...]:
+    if not isinstance(given, list) or not all(_is_id(item) and item >= 0 for item in given):
+        raise bad_request(
+            f"stop_token_ids is {given!r:.200}, expected a list of token ids", "stop_token_ids"
+        )
+    if len(given) > _MOST_ENTRIES:
+        raise bad_request(
+            f"stop_token_ids has more than {_MOST_ENTRIES} entries; give fewer", "stop_token_ids"
+        )
+    return tuple(given)
 
 
 def _include_usage(given: object) -> bool:

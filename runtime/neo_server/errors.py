@@ -9,14 +9,16 @@ from typing import Any
 from neo_runtime.errors import ContextLengthError, GenerationConfigError, RequestError
 from neo_runtime.options.generation_options import GenerationOptions
 
-__all__ = ["ApiError", "api_error", "bad_request", "overloaded", "shutting_down"]
+__all__ = ["ApiError", "api_error", "bad_request", "overloaded", "shutting_down", "unknown_model"]
 
 _LOG = logging.getLogger("neo_server")
 _LONGEST = 1000
 """Characters of a message, which may quote what a client sent."""
 _RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 """Options by the names that requests have for them."""
+_SAID = _RENAMED | {"set do_sample=False": "set temperature to 0"}
 _OPTIONS = {field.name for field in fields(GenerationOptions)} | set(_RENAMED.values())
+_OPTIONS |= {"bad_words"}
 
 
 class ApiError(Exception):
@@ -59,6 +61,12 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param=param)
 
 
+def unknown_model(asked: str, served: str) -> ApiError:
+    """Another model than the one that is here."""
+    message = f"the model {asked!r} is not here; this server has {served!r}"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
 def overloaded(message: str) -> ApiError:
     """No room now; clients may try again."""
     return ApiError(503, message, code="overloaded")
@@ -75,7 +83,7 @@ def api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, RequestError) and not isinstance(error, GenerationConfigError):
         message = str(error)
-        for ours, theirs in _RENAMED.items():
+        for ours, theirs in _SAID.items():
             message = message.replace(ours, theirs)
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
         param = message.partition(" ")[0].partition("=")[0]  # messages begin with an option's name

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from neo_runtime.errors import RequestError
+
 from neo_server.errors import bad_request
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from neo_runtime.model import Model
+    from neo_runtime.options.grammar import Grammar
 
 __all__ = ["Form", "asked_form"]
 
@@ -24,8 +27,23 @@ class Form:
     """What was asked for, and where."""
 
     field: str
-    sources: Mapping[str, Any]
-    """Arguments of `Model.grammar`."""
+    name: str
+    """Of it, within the field."""
+    source: tuple[str, Any]
+    """An argument of `Model.grammar`."""
+
+    def compiled(self, model: Model) -> Grammar:
+        """What `Model.grammar` makes of it.
+
+        Raises:
+            ApiError: it cannot be used.
+        """
+        argument, value = self.source
+        try:
+            return model.grammar(**{argument: value})
+        except RequestError as error:
+            said = str(error).removeprefix(argument)
+            raise bad_request(f"{self.field}.{self.name}{said}", self.field) from error
 
 
 def asked_form(structured: object, response_format: object) -> Form | None:
@@ -53,9 +71,9 @@ def _structured(given: object) -> Form | None:
         if len(named) == 1 and named.keys() <= known:
             [(name, value)] = named.items()
             if name != "json_object":
-                return Form(_STRUCTURED, {_NAMES[name]: value})
+                return Form(_STRUCTURED, name, (_NAMES[name], value))
             if value is True:
-                return Form(_STRUCTURED, {"json_schema": _ANY_OBJECT})
+                return Form(_STRUCTURED, name, ("json_schema", _ANY_OBJECT))
     names = ", ".join(sorted(known))
     raise bad_request(
         f"{_STRUCTURED} is {given!r:.200}, expected an object with one of {names}", _STRUCTURED
@@ -70,10 +88,10 @@ def _formatted(given: object) -> Form | None:
         if kind == "text":
             return None
         if kind == "json_object":
-            return Form(_FORMAT, {"json_schema": _ANY_OBJECT})
+            return Form(_FORMAT, "json_object", ("json_schema", _ANY_OBJECT))
         named = given.get("json_schema")
         if kind == "json_schema" and isinstance(named, dict) and named.get("schema") is not None:
-            return Form(_FORMAT, {"json_schema": named["schema"]})
+            return Form(_FORMAT, "json_schema", ("json_schema", named["schema"]))
     raise bad_request(
         f"{_FORMAT} is {given!r:.200}, expected the type text, json_object, or json_schema with "
         '{"json_schema": {"schema": …}}',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,8 @@ from neo_runtime.errors import ContextLengthError, RequestError
 from neo_runtime.generation.prefix import behind
 
 from neo_server.answers import Frame
-from neo_server.asked import refuse_alternatives
-from neo_server.errors import ApiError, bad_request, shutting_down
+from neo_server.asked import read_request, refuse_alternatives
+from neo_server.errors import ApiError, bad_request, shutting_down, unknown_model
 from neo_server.metrics import Metrics
 from neo_server.scoring import PromptScorer
 from neo_server.work import Room, Work
@@ -55,8 +56,9 @@ class Service(Closable):
             )
         if not name:
             raise RequestError("the model's name is empty; expected what clients are to call it")
-        model.options()
         self.model, self.name, self.limits = model, name, limits
+        for temperature in (0, 1):  # what requests use of the bundle's generation_config.json
+            self._options(read_request({"prompt": "x", "temperature": temperature}))
         self.max_length = limits.max_length or model.manifest.max_length
         self.tokenizer = model.tokenizer
         self.fingerprint = f"fp_{model.manifest.digest[:12]}"
@@ -120,12 +122,7 @@ class Service(Closable):
             ApiError: another model's, too many sequences, or no room for them now.
         """
         if asked.model is not None and asked.model != self.name:
-            raise ApiError(
-                404,
-                f"the model {asked.model!r} is not here; this server has {self.name!r}",
-                param="model",
-                code="model_not_found",
-            )
+            raise unknown_model(asked.model, self.name)
         most, sequences = self.limits.max_queue, asked.sequences
         if sequences > most:
             raise bad_request(
@@ -177,13 +174,14 @@ class Service(Closable):
         if asked.best_of > asked.n and asked.logprobs is None:
             options["logprobs"] = 0  # by which the best are chosen
         if asked.form is not None:
-            try:
-                options["grammar"] = self.model.grammar(**asked.form.sources)
-            except RequestError as error:
-                raise bad_request(str(error), asked.form.field) from error
+            options["grammar"] = asked.form.compiled(self.model)
             # The bundle's own would cut the form, and is nothing that the client asked for.
             options.setdefault("forced_eos_token_id", ())
-        return self.model.request_options(None, options, bad_words)
+        chosen = self.model.request_options(None, options, bad_words)
+        if not asked.stop_token_ids:
+            return chosen
+        ending = (*chosen.active_eos, *asked.stop_token_ids)
+        return replace(chosen, eos_token_id=ending, ignore_eos=False)
 
     def _encoded(self, asked: Asked, chosen: GenerationOptions) -> list[NDArray[np.int64]]:
         """Ids of all prompts, each of which leaves room for what is asked for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -37,3 +38,8 @@ def without_tokenizer(source: Path, folder: Path) -> Path:
     """The same bundle for token ids only."""
     files = {"tokenizer.json": None, "tokenizer_config.json": None}
     return derived_bundle(source, folder, files, has_tokenizer=False)
+
+
+def bundle_with(config: dict[str, Any], source: Path, folder: Path) -> Path:
+    """A copy with another generation_config.json."""
+    return derived_bundle(source, folder, {"generation_config.json": json.dumps(config)})

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from neo_runtime.generation.completion import Completion
     from neo_runtime.options.grammar import Grammar
 
-FORM = r"(The little dog barked at the [a-z]{3,9} and the [a-z]{3,9} (of|in) [a-z ]{3,9}\. ){3}The end\."
+_SENTENCE = r"The little dog barked at the [a-z]{3,9} and the [a-z]{3,9} (of|in) [a-z ]{3,9}\. "
+FORM = f"({_SENTENCE}){{3}}The end\\."
 
 
 def assert_forced_tokens_fit(model: Model, tolerance: float) -> None:

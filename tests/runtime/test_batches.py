@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
+import weakref
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import CacheLimitError, ContextLengthError, NeoError, RequestError
+from neo_runtime.generation.rows import make_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from neo_runtime.cache.kv_cache import KVCache
+    from neo_runtime.generation.rows import Row
     from neo_runtime.model import Model
 
 
@@ -71,9 +74,45 @@ def test_seeds_belong_to_prompts_in_whatever_batch(model: Model, batches: list[i
     apart = model.generate(prompts, **options, batch_size=1)
     assert [c.token_ids for c in together] == [c.token_ids for c in apart]
     del batches[:]
-    with pytest.raises(RequestError, match="seed has 4 entries, but there is a prompt number 5"):
-        model.generate([*prompts, [5] * 20], **options, batch_size=1)
+    for others in ([*prompts, [5] * 20], prompts[:3], prompts[:1]):
+        count = f"seed has 4 entries for {len(others)} prompt"
+        with pytest.raises(RequestError, match=count):
+            model.generate(others, **options, batch_size=1)
     assert batches == [], "before any work"
+    with pytest.raises(RequestError, match="seed has 4 entries for 1 prompt;"):
+        model.stream(prompts[0], **options)
+
+
+def test_rows_are_let_go_with_their_batch(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samplers may hold as much as a row of logits each."""
+    rows: weakref.WeakSet[Row] = weakref.WeakSet()
+    most = 0
+
+    def counted(*given: Any, **named: Any) -> list[Row]:
+        nonlocal most
+        made = make_rows(*given, **named)
+        rows.update(made)
+        most = max(most, len(rows))
+        return made
+
+    monkeypatch.setattr("neo_runtime.generation.batches.make_rows", counted)
+    found = model.generate([[5, n] for n in range(40)], max_new_tokens=3, batch_size=4)
+    assert len(found) == 40
+    assert most <= 8, "of a batch, and of the one before it"
+
+
+def test_an_error_names_its_prompt(model: Model) -> None:
+    def forbids(ids: Any, scores: Any) -> Any:
+        return scores - np.inf if ids[0] == 7 else scores
+
+    prompts = [[5, 6], [7, 6], [5, 8]]
+    for options in ({}, {"batch_size": 1}, {"drafter": neo_runtime.PromptLookup()}):
+        with pytest.raises(RequestError, match=r"^prompts\[1\]: the options forbid every token"):
+            model.generate(prompts, max_new_tokens=4, logits_processor=[forbids], **options)
+    with pytest.raises(RequestError, match=r"^the options forbid every token"):
+        model.generate(prompts[1], max_new_tokens=4, logits_processor=[forbids])
+    with pytest.raises(RequestError, match=r"^prompts\[1\]: the options forbid every"):
+        model.generate(prompts, max_new_tokens=4, num_beams=2, logits_processor=[forbids])
 
 
 def test_batches_fit_what_the_limit_leaves(mini_bundle: Path, batches: list[int]) -> None:

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import neo_runtime
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,9 @@ from neo_runtime.errors import RequestError, VerificationError
 from neo_runtime.options.generation_options import GenerationOptions
 from neo_runtime.sampling.beam_search import BeamResult, BeamSearch
 from transformers import GenerationConfig, GPTNeoForCausalLM
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VOCAB = 30
 PROMPT = [5, 1, 8, 2]
@@ -200,3 +204,28 @@ def test_too_many_eos_tokens_for_the_vocabulary_is_an_error() -> None:
     options = GenerationOptions(num_beams=2, eos_token_id=(0, 1, 2, 3))
     with pytest.raises(RequestError, match="fewer eos_token_id"):
         BeamSearch(options, np.array([0]), 4).step(np.zeros((1, 4), np.float32))
+
+
+def test_stop_strings_end_where_greedy_decoding_ends(mini_bundle: Path) -> None:
+    """Over a special token between their parts; not inside a character."""
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+        assert model.tokenizer is not None
+        [eos] = model.manifest.model.eos_token_id
+        [a], [b] = model.tokenizer.encode("a"), model.tokenizer.encode("b")
+        emoji = model.tokenizer.encode("\U0001f600")
+        assert len(emoji) > 1
+        for said, stop, ends in (([a, eos, b], "ab", True), (emoji, "\ufffd", False)):
+            texts = [*said, *[b] * 8]
+
+            def only(ids: Any, scores: Any, texts: list[int] = texts) -> Any:
+                forced = np.full_like(scores, -np.inf)
+                forced[texts[len(ids) - 2]] = 0
+                return forced
+
+            options: dict[str, Any] = {"stop": stop, "logits_processor": [only]}
+            options |= {"ignore_eos": True, "max_new_tokens": 7}
+            greedy = model.generate([5, 6], **options)
+            found = model.generate([5, 6], num_beams=2, **options)
+            assert (found.text, found.token_ids) == (greedy.text, greedy.token_ids)
+            assert (found.finish_reason, found.stop) == (greedy.finish_reason, greedy.stop)
+            assert (greedy.stop is not None) == ends

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import TYPE_CHECKING, Any
 
 import neo_runtime
 import pytest
 import torch
-from helpers.derived_bundles import derived_bundle, without_tokenizer
+from helpers.derived_bundles import bundle_with, without_tokenizer
 from helpers.hf_reference import demo_reference, varied_prompts
 from neo_runtime.command.generate import main
 from neo_runtime.errors import GenerationConfigError, RequestError
-from neo_runtime.options.generation_config import warn_once
 from neo_runtime.options.generation_options import GenerationOptions
 from transformers import GenerationConfig
 
@@ -21,10 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from neo_runtime.model import Model
-
-
-def bundle_with(config: dict[str, Any], source: Path, folder: Path) -> Path:
-    return derived_bundle(source, folder, {"generation_config.json": json.dumps(config)})
 
 
 def model_with(config: dict[str, Any], source: Path, folder: Path) -> Model:
@@ -60,7 +54,6 @@ def test_a_file_that_transformers_generates_with_gives_its_text(
 def test_what_is_left_out_is_said_once(
     mini_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    warn_once.cache_clear()
     config = {"temperature": 0.0, "top_h": 0.5, "eos_token_id": -1, "max_new_tokens": 5000}
     with (
         model_with(config, mini_bundle, tmp_path / "bundle") as model,
@@ -72,6 +65,7 @@ def test_what_is_left_out_is_said_once(
     assert (options.max_new_tokens, options.max_length) == (None, model.manifest.max_length)
     messages = [r.getMessage() for r in caplog.records]
     assert len(messages) == 4
+    assert all(message.startswith(str(tmp_path / "bundle")) for message in messages), "whose"
     for words in (
         "generation_config.json: temperature is 0.0, expected a number that float32 holds, above 0",
         "greedy decoding does not read it",
@@ -80,6 +74,15 @@ def test_what_is_left_out_is_said_once(
         "generation_config.json: max_new_tokens is 5000; the bundle has 512 positions",
     ):
         assert any(words in message for message in messages), words
+
+
+def test_each_bundle_says_it(
+    mini_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("one", "other"):
+        with model_with({"top_h": 0.5}, mini_bundle, tmp_path / name) as model:
+            assert model.defaults.do_sample is False
+    assert len(caplog.records) == 2
 
 
 def test_the_files_temperature_waits_for_sampling(mini_bundle: Path, tmp_path: Path) -> None:

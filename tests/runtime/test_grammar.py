@@ -13,6 +13,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import neo_runtime
@@ -284,6 +285,12 @@ def test_a_limit_that_is_the_end(model: Model) -> None:
     for options in ({}, {"num_beams": 2}):
         found = model.generate("Once", grammar=grammar, max_new_tokens=2, **options)
         assert (found.text, found.finish_reason) == ("The dog", "stop")
+
+
+def test_any_mapping_is_a_schema(model: Model) -> None:
+    inner = MappingProxyType({"enum": ["x"]})
+    schema = MappingProxyType({"type": "array", "items": inner, "minItems": 1, "maxItems": 1})
+    assert model.generate("a", grammar=model.grammar(json_schema=schema)).text == '["x"]'
 
 
 def test_options_with_one_are_copied(model: Model) -> None:

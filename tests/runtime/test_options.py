@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import neo_runtime
 import numpy as np
 import pytest
 from neo_runtime.errors import ContextLengthError, RequestError
 from neo_runtime.options.checks import check_vocabulary
 from neo_runtime.options.generation_options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions
 from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_defaults_are_those_of_transformers() -> None:
@@ -342,3 +346,33 @@ def test_token_ids_outside_the_vocabulary_are_errors(name: str, value: Any) -> N
 def test_ignore_eos() -> None:
     assert GenerationOptions(eos_token_id=(1,)).active_eos == (1,)
     assert GenerationOptions(eos_token_id=(1,), ignore_eos=True).active_eos == ()
+
+
+def test_a_models_own_end_of_sequence_holds(mini_bundle: Path) -> None:
+    """As in transformers, unless others are given: `ignore_eos` is for those who want none."""
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+        [eos] = model.manifest.model.eos_token_id
+        wanted: dict[str, Any] = {"logit_bias": {eos: 99.0}}
+        for options in (GenerationOptions(max_new_tokens=5), model.options(max_new_tokens=5)):
+            assert model.generate("a", options, **wanted).token_ids == (eos,)
+            assert model.generate("a", options, eos_token_id=None, **wanted).token_ids == (eos,)
+            assert len(model.generate("a", options, eos_token_id=(), **wanted).token_ids) == 5
+            assert len(model.generate("a", options, ignore_eos=True, **wanted).token_ids) == 5
+
+
+def test_names_of_transformers_that_stand_for_nothing_here() -> None:
+    options = GenerationOptions()
+    assert options.merged(num_beam_groups=1, max_time=None, guidance_scale=1.0) == options
+    with pytest.raises(RequestError, match="unknown generation option 'num_beam_groups'"):
+        options.merged(num_beam_groups=2)
+    with pytest.raises(RequestError, match="'pad_token_id'; nothing is padded"):
+        options.merged(pad_token_id=0)
+    with pytest.raises(RequestError, match="'use_cache'; there is always a cache"):
+        options.merged(use_cache=True)
+
+
+def test_flags_of_numpy() -> None:
+    assert GenerationOptions(do_sample=np.True_).do_sample is True  # type: ignore[arg-type]
+    for wrong in (1, "yes", np.array([True]), np.int64(1)):
+        with pytest.raises(RequestError, match="expected True or False"):
+            GenerationOptions(do_sample=wrong)  # type: ignore[arg-type]

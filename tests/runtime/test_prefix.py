@@ -117,6 +117,21 @@ def test_its_end(model: Model) -> None:
     for call in (model.generate, model.stream):
         with pytest.raises(NeoError, match=r"prefix is closed.*Model\.prefix"):
             call("The", prefix=prefix)
+    with model.prefix("Once") as short:
+        stream = model.stream(" upon", prefix=short)
+    with pytest.raises(NeoError, match="prefix is closed"):
+        next(stream)
+    with model.prefix("Once") as used:
+        asked = iter((True, False))
+
+        def close() -> bool:
+            if next(asked, False):
+                used.close()
+            return False
+
+        [one] = model.generate([" upon"], prefix=used, should_stop=close, max_new_tokens=4)
+        assert one.text == model.generate("Once upon", max_new_tokens=4).text
+    assert model.cache_bytes_in_use == 0
     model.prefix("Once")
     gc.collect()
     assert model.cache_bytes_in_use == 0

@@ -17,7 +17,7 @@ from neo_runtime.backends.cpu.in_place import InPlaceStore
 from neo_runtime.backends.cpu.sessions import session_settings
 from neo_runtime.backends.failures import translated
 from neo_runtime.bundle.folder import open_bundle
-from neo_runtime.errors import BundleError, NeoError
+from neo_runtime.errors import BundleError, HostMemoryError, NeoError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,7 +142,7 @@ def test_no_memory_is_no_fault_of_the_bundle(
 
     for on_gpu in (False, True):  # the GPU's own memory has other words
         with (
-            pytest.raises(NeoError, match=r"gives no memory for activations \(.*; close other"),
+            pytest.raises(HostMemoryError, match=r"memory for activations \(.*; close other"),
             translated(ort, on_gpu=on_gpu),
         ):
             fail()

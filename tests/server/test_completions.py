@@ -28,7 +28,9 @@ def create(client: Any, prompt: Any, **options: Any) -> Any:
 
 
 EXTENSIONS = {"top_k", "ignore_eos", "repetition_penalty", "min_tokens", "bad_words"} | {
-    "return_tokens_as_token_ids"
+    "return_tokens_as_token_ids",
+    "stop_token_ids",
+    "eos_token_id",
 }
 
 
@@ -105,6 +107,52 @@ def test_options_are_those_of_generate(client: Any, model: Model, options: dict[
         *[None] * (len(events) - 1),
         expected.finish_reason,
     ]
+
+
+def test_tokens_that_stop(client: Any, server: Served, model: Model) -> None:
+    """vLLM's: beside the end of sequence, which may be left out alone."""
+    plain = model.generate("Once upon a time", max_new_tokens=16)
+    stop = plain.token_ids[7]
+    most = plain.token_ids.index(stop) + 1
+    for more in ({}, {"ignore_eos": True}, {"eos_token_id": [3]}):
+        given = {"temperature": 0, "stop_token_ids": [5, stop], **more}
+        answer = create(client, "Once upon a time", **given)
+        assert answer.usage.completion_tokens == most
+        assert answer.choices[0].finish_reason == "stop"
+    [eos] = model.manifest.model.eos_token_id
+    bias = {"temperature": 0, "logit_bias": {str(eos): 99}, "stop_token_ids": [stop]}
+    assert create(client, "Once", **bias).usage.completion_tokens == 1
+    for wrong in ("a", [-1], [True], [[1]], [1] * 5000):
+        status, answer, _ = server.answer({"prompt": "a", "stop_token_ids": wrong})
+        assert (status, answer["error"]["param"]) == (400, "stop_token_ids")
+
+
+def test_what_is_done_anyhow_may_be_asked_for(server: Served) -> None:
+    neutral = {"skip_special_tokens": True, "use_beam_search": False}
+    neutral |= {"include_stop_str_in_output": False, "spaces_between_special_tokens": True}
+    status, _, _ = server.answer({"prompt": "a", "max_tokens": 1, **neutral})
+    assert status == 200
+    for name, value in neutral.items():
+        status, answer, _ = server.answer({"prompt": "a", name: not value})
+        assert (status, answer["error"]["param"]) == (400, name)
+        assert f"can only be {str(value).lower()} here" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "words"),
+    [
+        ({"temperature": 1e-40}, "temperature", "set temperature to 0"),
+        ({"bad_words": [" "]}, "bad_words", "an empty word"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs", "structured_outputs.choice"),
+    ],
+    ids=str,
+)
+def test_errors_name_what_requests_have(
+    server: Served, asked: dict[str, Any], param: str, words: str
+) -> None:
+    status, answer, _ = server.answer({"prompt": "a", **asked})
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert words in answer["error"]["message"]
 
 
 def test_log_probabilities_are_pytorchs(client: Any, model: Model) -> None:

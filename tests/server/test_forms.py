@@ -84,9 +84,9 @@ def test_any_object(server: Served) -> None:
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "expected an object with one of"),
         ({"structured_outputs": {"structural_tag": "x"}}, "expected an object with one of"),
         ({"structured_outputs": {"regex": "(a"}}, "regex cannot be used: .*unclosed group"),
-        ({"structured_outputs": {"regex": 1}}, "regex cannot be used: expected text"),
-        ({"structured_outputs": {"choice": []}}, "choices cannot be used: there are none"),
-        ({"structured_outputs": {"json": {"not": {}}}}, "json_schema cannot be used: .*not"),
+        ({"structured_outputs": {"regex": 1}}, r"outputs\.regex cannot be used: expected text"),
+        ({"structured_outputs": {"choice": []}}, r"outputs\.choice cannot be used: there are none"),
+        ({"structured_outputs": {"json": {"not": {}}}}, r"outputs\.json cannot be used: .*not"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": None}}},
             "response_format is .*expected the type",

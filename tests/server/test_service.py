@@ -12,15 +12,17 @@ from contextlib import closing
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 
+import neo_runtime
 import numpy as np
 import openai
 import pytest
 from helpers import serving
 from helpers.computed_prompts import computed_prompts
+from helpers.derived_bundles import bundle_with
 from helpers.serving import NAME, served
 from neo_runtime import Scheduler
 from neo_runtime.cached_model import CachedModel
-from neo_runtime.errors import CacheLimitError, DeviceMemoryError, RequestError
+from neo_runtime.errors import CacheLimitError, DeviceMemoryError, HostMemoryError, RequestError
 from neo_runtime.generation.completion import Completion, Timings
 from neo_runtime.text.tokenizer import Tokenizer
 from neo_server import streaming
@@ -188,6 +190,7 @@ def test_null_is_as_good_as_absent(server: Served) -> None:
     [
         (RuntimeError("secret"), 500, "the server failed at this request; its log says why"),
         (DeviceMemoryError("secret"), 503, "there is no memory for this request now"),
+        (HostMemoryError("secret"), 503, "there is no memory for this request now"),
     ],
 )
 def test_a_failure_is_logged_and_told(
@@ -531,3 +534,33 @@ def test_any_asgi_server_may_run_it(model: Model) -> None:
     assert sent[0]["status"] == 200
     assert json.loads(sent[1]["body"])["model"] == "other"
     assert model.cache_bytes_in_use == before
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"do_sample": True, "num_beams": 4},
+        {"num_return_sequences": 3},
+        {"do_sample": True, "temperature": 0.0, "top_p": 1.5},
+        {"max_new_tokens": 0},
+    ],
+    ids=str,
+)
+def test_a_file_of_which_requests_read_nothing(
+    config: dict[str, Any], mini_bundle: Path, tmp_path: Path
+) -> None:
+    """What every request replaces keeps no server from starting."""
+    folder = bundle_with(config, mini_bundle, tmp_path / "bundle")
+    with neo_runtime.load(folder, threads=1) as model, served(model) as running:
+        for temperature in (0, 1):
+            asked = {"prompt": "a", "max_tokens": 2, "temperature": temperature}
+            assert running.answer(asked)[0] == 200
+
+
+def test_a_file_that_every_request_would_fail_by(mini_bundle: Path, tmp_path: Path) -> None:
+    folder = bundle_with({"top_h": 0.5}, mini_bundle, tmp_path / "bundle")
+    with (
+        neo_runtime.load(folder, threads=1) as model,
+        pytest.raises(RequestError, match=r"top_h is 0\.5"),
+    ):
+        Service(model, "m", Limits())

@@ -105,8 +105,7 @@ def _as_asked(bundle: Bundle, name: str, options: BackendOptions) -> Backend:
     try:
         return _OPENERS[name](bundle, options)
     except DeviceError as error:
-        cache = bundle.manifest.cache
-        if cache.layout == "static" or cache.dtype == "bfloat16":  # no CPU runs it
+        if bundle.manifest.needs_gpu:
             raise
         raise type(error)(f"{error}; the backend cpu runs this bundle too, slowly") from error
 

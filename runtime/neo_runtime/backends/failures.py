@@ -6,7 +6,7 @@ import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.errors import DeviceMemoryError, NeoError, RequestError
+from neo_runtime.errors import DeviceMemoryError, HostMemoryError, NeoError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +61,7 @@ def translated(ort: Any, *, on_gpu: bool) -> Iterator[None]:
                 f"prefill_chunk or the batch, or export with --int4 ({reason})"
             ) from error
         if lacks_memory(error):
-            raise NeoError(
+            raise HostMemoryError(
                 f"onnxruntime failed: the system gives no memory for activations ({reason}); close "
                 "other programs, raise this process's limit (ulimit -v, the container's), or lower "
                 "prefill_chunk or the batch"

@@ -216,13 +216,10 @@ def _drafter(arguments: argparse.Namespace, draft_model: Model | None) -> Drafte
 
 
 def _chosen(model: Model, given: dict[str, Any], *, reads_file: bool) -> GenerationOptions:
-    """The options of the request; without the file, the model's own end-of-sequence stays."""
+    """The options of the request."""
     from neo_runtime.options.generation_options import GenerationOptions
 
-    if reads_file:
-        return model.options(**given)
-    eos = tuple(token for token in model.manifest.model.eos_token_id if token >= 0)
-    return GenerationOptions(eos_token_id=eos).merged(**given)
+    return model.options(**given) if reads_file else GenerationOptions().merged(**given)
 
 
 def _complete(
@@ -264,7 +261,7 @@ def _can_stream(arguments: argparse.Namespace, model: Model, chosen: GenerationO
 def _whole(model: Model, prompt: str, *, prefix: Prefix | None, **_: Any) -> str:
     if prefix is None or model.tokenizer is None:
         return prompt
-    return model.tokenizer.decode(prefix.ids.tolist()) + prompt
+    return model.tokenizer.decode(prefix.ids.tolist(), skip_special_tokens=False) + prompt
 
 
 def _stream(stream: TextStream, *, echo: str) -> Completion:

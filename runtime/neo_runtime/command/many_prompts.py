@@ -51,7 +51,7 @@ def completed(
     """
     # Only now what imports numpy: --help does without.
     from neo_runtime.scheduling.scheduler import Scheduler
-    from neo_runtime.text.prompts import of_each, prompt_ids
+    from neo_runtime.text.prompts import named_prompt, of_each, prompt_ids
 
     known = 0 if prefix is None else len(prefix.ids)
     longest = 0
@@ -67,9 +67,11 @@ def completed(
     rows = of_each(prompts, checked)
     if chosen.num_beams > 1 or drafter is not None:
         for place, ids in enumerate(rows):
-            for completion in model.generate(
-                [ids], chosen, bad_words=bad_words, prefix=prefix, drafter=drafter
-            ):
+            with named_prompt(place, len(rows)):
+                found = model.generate(
+                    [ids], chosen, bad_words=bad_words, prefix=prefix, drafter=drafter
+                )
+            for completion in found:
                 yield place, completion
         return
     copies, one = chosen.num_return_sequences, chosen.merged(num_return_sequences=1)
@@ -85,6 +87,10 @@ def completed(
                 ids, one, bad_words=bad_words, prefix=prefix, sequence_index=copy
             )
 
+        def result(place: int, pending: PendingCompletion) -> Completion:
+            with named_prompt(place, len(rows)):
+                return pending.result()
+
         work = ((place, ids, copy) for place, ids in enumerate(rows) for copy in range(copies))
         # A few wait for those who leave, so that no place is empty; more would only take memory.
         room = Semaphore(batch + batch // 4 + 1)
@@ -95,6 +101,6 @@ def completed(
             pending[-1][1].add_done_callback(lambda _: room.release())
             while pending and pending[0][1].done():
                 done, first = pending.popleft()
-                yield done, first.result()
+                yield done, result(done, first)
         for place, last in pending:
-            yield place, last.result()
+            yield place, result(place, last)

@@ -177,7 +177,7 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         default=argparse.SUPPRESS,
-        help="with --json: log probabilities of each token and of the N most probable ones",
+        help="with --json or --json-lines: log probabilities of each token and of the N best",
     )
 
 

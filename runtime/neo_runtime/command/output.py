@@ -28,7 +28,8 @@ def print_text(model: Model, completions: Sequence[Completion], *, ids: bool, ec
             row = (*prompt_ids, *completion.token_ids) if echo else completion.token_ids
             print(",".join(map(str, row)))
         else:
-            print(model.tokenizer.decode(prompt_ids) if echo else "", end="")
+            if echo:
+                print(model.tokenizer.decode(prompt_ids, skip_special_tokens=False), end="")
             print(completion.text)
 
 

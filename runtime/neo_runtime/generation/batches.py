@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.generation.generator import steps
 from neo_runtime.generation.rows import Row, cancelled_rows, make_rows
-from neo_runtime.sampling.row_sampler import row_generator
 from neo_runtime.text.prompts import of_each
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def sampled_completions(
     options: GenerationOptions,
     batch_size: int | None,
     should_stop: Callable[[], bool],
-    prefix: Prefix | None = None,
+    prefix: Prefix | None,
 ) -> list[Completion]:
     """Continue each prompt, prompts of like length together.
 
@@ -51,14 +50,19 @@ def sampled_completions(
     """
     most = model.manifest.max_length
     totals = of_each(prompts, lambda ids: options.total_length(len(ids), most))
-    row_generator(options.seed, len(prompts) - 1, 0)  # too few seeds are told before any work
     copies = options.num_return_sequences
     # Neighbours go through the graph together, padded to the longest.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    rows: dict[int, list[Row]] = {}
+    found: dict[int, list[Completion]] = {}
+
+    def keep(index: int, rows: Sequence[Row]) -> None:
+        """Only what is asked for: samplers may hold a row of the whole vocabulary."""
+        found[index] = [row.completion() for row in rows]
+
     while order:
         if should_stop():
-            rows |= {index: cancelled_rows(model, prompts[index], options) for index in order}
+            for index in order:
+                keep(index, cancelled_rows(model, prompts[index], options))
             break
         longest = model.rounded_length(totals[order[-1]] - 1)
         size = batch_size or _batch_size(model, len(order), copies, longest)
@@ -71,10 +75,11 @@ def sampled_completions(
                 make_rows(model, prompts[index], options, totals[index], index, prefix)
                 for index in batch
             ]
-            rows |= dict(zip(batch, made, strict=True))
-            for _ in steps(model, cache, made, should_stop):
+            for _ in steps(model, cache, made, should_stop, len(prompts)):
                 pass
-    return [row.completion() for index in range(len(prompts)) for row in rows[index]]
+        for index, rows in zip(batch, made, strict=True):
+            keep(index, rows)
+    return [one for index in range(len(prompts)) for one in found[index]]
 
 
 def _batch_size(model: CachedModel, prompts: int, copies: int, length: int) -> int:

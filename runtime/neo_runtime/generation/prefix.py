@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from neo_runtime.closable import Closable
@@ -11,7 +12,7 @@ from neo_runtime.errors import NeoError, RequestError
 from neo_runtime.forks import in_every_child
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.cached_model import CachedModel
 
-__all__ = ["Prefix", "behind", "length_of"]
+__all__ = ["Prefix", "behind", "held", "length_of"]
 
 
 _all: weakref.WeakSet[Prefix] = weakref.WeakSet()
@@ -82,14 +83,18 @@ class Prefix(Closable):
             NeoError: it is closed.
             RequestError: it is another model's.
         """
-        if self._is_closed:
-            raise NeoError("the prefix is closed; make another one with Model.prefix")
+        self._check_open()
         if not model.owns(self._cache):
             raise RequestError("the prefix is another model's; make one with this one's prefix")
 
     def hold(self) -> None:
-        """Keep the memory beyond `close`, until `release`."""
+        """Keep the memory beyond `close`, until `release`.
+
+        Raises:
+            NeoError: it is closed.
+        """
         with self._lock:
+            self._check_open()
             self._users += 1
 
     def release(self) -> None:
@@ -109,9 +114,30 @@ class Prefix(Closable):
             self._is_closed = True
             self._free()
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise NeoError("the prefix is closed; make another one with Model.prefix")
+
     def _free(self) -> None:
         if self._is_closed and not self._users:
             self._cache.close()
+
+
+@contextmanager
+def held(prefix: Prefix | None) -> Iterator[None]:
+    """A block in which a prefix, if there is one, keeps its memory.
+
+    Raises:
+        NeoError: it is closed.
+    """
+    if prefix is None:
+        yield
+        return
+    prefix.hold()
+    try:
+        yield
+    finally:
+        prefix.release()
 
 
 def length_of(prefix: Prefix | None) -> int:

@@ -65,7 +65,8 @@ class Row:
         sampler: RowSampler,
         total: int,
         tokenizer: Tokenizer | None,
-        prefix: Prefix | None = None,
+        prefix: Prefix | None,
+        index: int,
     ) -> None:
         """Begin with nothing generated.
 
@@ -76,8 +77,10 @@ class Row:
             total: tokens of prompt and continuation together, at most.
             tokenizer: None where there is no text, only ids.
             prefix: what the prompt begins with, if that is computed already.
+            index: of the prompt among those of the request.
         """
         self.prompt = prompt
+        self.index = index
         self.prefix = prefix
         self.total = total
         self.sampler = sampler
@@ -210,7 +213,7 @@ def make_rows(
     for copy in range(first_copy, first_copy + options.num_return_sequences):
         generator = row_generator(options.seed, index, copy)
         sampler = RowSampler(options, prompt, generator, total)
-        rows.append(Row(prompt, options, sampler, total, model.tokenizer, prefix))
+        rows.append(Row(prompt, options, sampler, total, model.tokenizer, prefix, index))
     return rows
 
 

@@ -25,7 +25,6 @@ from neo_runtime.generation.drafting import Drafter
 from neo_runtime.generation.feeding import feed
 from neo_runtime.generation.generator import read_prompts, steps
 from neo_runtime.generation.rows import cancelled_rows, make_rows
-from neo_runtime.sampling.row_sampler import row_generator
 from neo_runtime.text.prompts import named_prompt, of_each
 
 if TYPE_CHECKING:
@@ -141,16 +140,15 @@ def drafted_completions(
     options: GenerationOptions,
     drafter: Drafter,
     should_stop: Callable[[], bool],
-    prefix: Prefix | None = None,
+    prefix: Prefix | None,
 ) -> list[Completion]:
     """Continue prompts one by one. Arguments and errors are those of `sampled_completions`."""
     most = model.manifest.max_length
     totals = of_each(prompts, lambda ids: options.total_length(len(ids), most))
-    row_generator(options.seed, len(prompts) - 1, 0)  # too few seeds are told before any work
-    rows: list[Row] = []
+    found: list[Completion] = []
     for index, (ids, total) in enumerate(zip(prompts, totals, strict=True)):
         if should_stop():
-            rows += cancelled_rows(model, ids, options)
+            found += [row.completion() for row in cancelled_rows(model, ids, options)]
             continue
         with (
             named_prompt(index, len(prompts)),
@@ -159,8 +157,8 @@ def drafted_completions(
             [row] = make_rows(model, ids, options, total, index, prefix)
             for _ in drafted_steps(model, cache, row, drafter, should_stop):
                 pass
-            rows.append(row)
-    return [row.completion() for row in rows]
+            found.append(row.completion())
+    return found
 
 
 def check_drafter(drafter: Drafter, options: GenerationOptions) -> None:

@@ -11,8 +11,6 @@ that replaces it.
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.errors import GenerationConfigError, RequestError
@@ -29,11 +27,9 @@ __all__ = [
     "foreign_entries",
     "supported_entries",
     "usable_entries",
-    "warn_once",
 ]
 
 GENERATION_CONFIG = "generation_config.json"
-_LOG = logging.getLogger("neo_runtime")
 
 # Cannot change which tokens a decoder-only model generates, whatever their value.
 _IRRELEVANT = frozenset(
@@ -115,12 +111,6 @@ def file_error(problem: str, *names: str) -> GenerationConfigError:
     return error
 
 
-@cache
-def warn_once(message: str) -> None:
-    """A warning in the log, the first time only: every request reads the same file."""
-    _LOG.warning("%s: %s", GENERATION_CONFIG, message)
-
-
 def foreign_entries(overrides: Mapping[str, Any], config: Mapping[str, Any]) -> set[str]:
     """Names in a request that are no options here and switch off what the file says.
 
@@ -139,9 +129,9 @@ def supported_entries(
     options: Collection[str],
     aliases: Mapping[str, str],
     *,
-    replaced: Collection[str] = (),
-    samples: bool = True,
-    warn: Callable[[str], None] = warn_once,
+    replaced: Collection[str],
+    samples: bool,
+    warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """The entries of `config` that set an option, under the option's name.
 
@@ -183,7 +173,7 @@ def usable_entries(
     entries: Mapping[str, Any],
     eos_token_id: Collection[int],
     model_max_length: int | None,
-    warn: Callable[[str], None] = warn_once,
+    warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """The entries with what depends on the model in the form that it has for this bundle.
 
@@ -194,7 +184,9 @@ def usable_entries(
         warn: is told of what was changed, unless it is a `max_length`.
     """
     usable = dict(entries)
-    eos = usable.setdefault("eos_token_id", [i for i in eos_token_id if i >= 0])
+    if "eos_token_id" not in usable and eos_token_id:
+        usable["eos_token_id"] = [i for i in eos_token_id if i >= 0]
+    eos = usable.get("eos_token_id", [])
     ids = eos if isinstance(eos, list | tuple) else [eos]
     if any(type(i) is int and i < 0 for i in ids):
         usable["eos_token_id"] = [i for i in ids if type(i) is not int or i >= 0]
@@ -214,7 +206,7 @@ def checked_entries(
     entries: Mapping[str, Any],
     checks: Mapping[str, Check],
     unread: Callable[[str], str | None],
-    warn: Callable[[str], None] = warn_once,
+    warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """The entries in the form that options have.
 

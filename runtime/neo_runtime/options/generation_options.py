@@ -19,7 +19,6 @@ from neo_runtime.options.generation_config import (
     foreign_entries,
     supported_entries,
     usable_entries,
-    warn_once,
 )
 from neo_runtime.options.grammar import as_grammar
 from neo_runtime.options.names import ALIASES, named_changes
@@ -45,6 +44,10 @@ _UNREAD = {
 _TO_READ = {"do_sample": "set do_sample=True", "num_beams": "set num_beams above 1"}
 
 
+def _no_warning(_: str) -> None:
+    """For who does not ask."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
     """How to continue a prompt, with Hugging Face's names and defaults.
@@ -59,7 +62,8 @@ class GenerationOptions:
         min_new_tokens: forbid end of sequence before this many new tokens; takes precedence over
             `min_length`.
         min_length: the same, counting the prompt.
-        eos_token_id: end-of-sequence ids; generation ends with the first one generated.
+        eos_token_id: end-of-sequence ids; generation ends with the first one generated. None: the
+            model's own, in what a model is given; nothing where it has none.
         ignore_eos: treat `eos_token_id` as empty: continue until another limit.
         stop: end the text before the first of these strings (alias `stop_strings`). Special tokens
             are not text: use `eos_token_id` for them.
@@ -108,7 +112,7 @@ class GenerationOptions:
     max_length: int | None = option(None, values.count(1, optional=True))
     min_new_tokens: int | None = option(None, values.count(0, optional=True))
     min_length: int = option(0, values.count(0))
-    eos_token_id: tuple[int, ...] = option((), values.token_ids)
+    eos_token_id: tuple[int, ...] | None = option(None, values.optional_token_ids)
     ignore_eos: bool = option(False, values.flag)
     stop: tuple[str, ...] = option((), values.strings)
 
@@ -171,7 +175,7 @@ class GenerationOptions:
         model_max_length: int | None = None,
         vocab_size: int | None = None,
         overrides: Mapping[str, Any] | None = None,
-        warn: Callable[[str], None] = warn_once,
+        warn: Callable[[str], None] = _no_warning,
     ) -> GenerationOptions:
         """What a Hugging Face `generation_config.json` gives, with some of it replaced.
 
@@ -250,7 +254,9 @@ class GenerationOptions:
             RequestError: an unknown name, a bad value, a contradiction, or an option given here
                 that has no effect without `do_sample=True` or `num_beams` above 1.
         """
-        changes = named_changes(overrides, [spec.name for spec in fields(self)])
+        known = [spec.name for spec in fields(self)]
+        off = foreign_entries(overrides, {})
+        changes = named_changes({k: v for k, v in overrides.items() if k not in off}, known)
         merged = replace(self, **changes)
         merged._refuse_unread(changes)
         return merged
@@ -278,7 +284,7 @@ class GenerationOptions:
     @property
     def active_eos(self) -> tuple[int, ...]:
         """`eos_token_id`, or nothing where `ignore_eos` is set."""
-        return () if self.ignore_eos else self.eos_token_id
+        return () if self.ignore_eos else self.eos_token_id or ()
 
     def total_length(self, prompt_length: int, most: int, holder: str = "the model") -> int:
         """Tokens that prompt and continuation may have together.

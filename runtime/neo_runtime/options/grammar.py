@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from neo_runtime.errors import DependencyError, RequestError
@@ -207,9 +208,16 @@ def as_grammar(name: str, value: Any) -> Grammar | None:
 
 def _as_json(value: Any) -> str:
     try:
-        return json.dumps(value)
+        return json.dumps(value, default=_object)
     except TypeError as error:
         raise ValueError(f"it is not JSON: {error}") from error
+
+
+def _object(value: Any) -> dict[Any, Any]:
+    """Any mapping as the object that it stands for."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def _checked(name: str, texts: Sequence[str]) -> Sequence[str]:

@@ -22,7 +22,13 @@ _RIVALS = {
 }
 
 
+_LOGPROBS = "log probabilities come with logprobs=0; leave it out"
 _ELSEWHERE = {
+    "output_logits": _LOGPROBS,
+    "output_scores": _LOGPROBS,
+    "pad_token_id": "nothing is padded with tokens; leave it out",
+    "return_dict_in_generate": "there is always a Completion; leave it out",
+    "use_cache": "there is always a cache; leave it out",
     "assistant_model": "it is drafter=neo_runtime.DraftModel(…) here",
     "drafter": "only generate and stream take one",
     "prompt_lookup_num_tokens": "it is drafter=neo_runtime.PromptLookup(…) here",

@@ -30,6 +30,7 @@ __all__ = [
     "functions",
     "number",
     "option",
+    "optional_token_ids",
     "seeds",
     "sequence_bias",
     "strings",
@@ -65,9 +66,9 @@ def _refuse(name: str, found: object, expected: str, hint: str = "") -> RequestE
     return RequestError(f"{name} is {found!r}, expected {expected}{'; ' + hint if hint else ''}")
 
 
-def _integer(name: str, value: object, expected: str, hint: str = "") -> int:
+def _integer(name: str, value: object, expected: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise _refuse(name, value, expected, hint)
+        raise _refuse(name, value, expected)
     return int(value)
 
 
@@ -82,16 +83,16 @@ def _float32(value: object) -> float | None:
     return number if abs(number) <= _LARGEST else None
 
 
-def count(minimum: int, *, optional: bool = False, hint: str = "") -> Check:
+def count(minimum: int, *, optional: bool = False) -> Check:
     """An integer of at least `minimum`; `None` too where `optional`."""
     expected = f"an integer of at least {minimum}{' or None' if optional else ''}"
 
     def check(name: str, value: Any) -> int | None:
         if value is None and optional:
             return None
-        found = _integer(name, value, expected, hint)
+        found = _integer(name, value, expected)
         if found < minimum:
-            raise _refuse(name, value, expected, hint)
+            raise _refuse(name, value, expected)
         return found
 
     return check
@@ -139,10 +140,11 @@ def number(
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, nothing else."""
-    if not isinstance(value, bool):
+    """True or False, also numpy's, nothing else."""
+    is_flag = isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b"
+    if not is_flag or getattr(value, "ndim", False):
         raise _refuse(name, value, "True or False")
-    return value
+    return bool(value)
 
 
 def choice(*allowed: object) -> Check:
@@ -184,6 +186,11 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, Integral):
         value = (value,)
     return tuple(_token_id(name, item, expected) for item in _items(name, value, expected))
+
+
+def optional_token_ids(name: str, value: Any) -> tuple[int, ...] | None:
+    """As `token_ids`, or None."""
+    return None if value is None else token_ids(name, value)
 
 
 def _token_sequence(name: str, value: Any) -> tuple[int, ...]:

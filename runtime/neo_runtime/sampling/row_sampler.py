@@ -36,6 +36,7 @@ __all__ = [
     "Choice",
     "RowSampler",
     "TokenLogprob",
+    "check_seeds",
     "overflowed",
     "row_generator",
     "usable_maximum",
@@ -67,6 +68,19 @@ class Choice(NamedTuple):
     """The most probable tokens, best first (ascending ids among equals), `logprobs` of them."""
 
 
+def check_seeds(seed: int | tuple[int, ...] | None, prompts: int) -> None:
+    """Refuse a seed for each of some prompts where there are more of them, or fewer.
+
+    Raises:
+        RequestError: there are.
+    """
+    if isinstance(seed, tuple) and len(seed) != prompts:
+        raise RequestError(
+            f"seed has {len(seed)} entries for {prompts} prompt{'s' if prompts > 1 else ''}; give "
+            "one seed for each prompt, or a single integer"
+        )
+
+
 def row_generator(
     seed: int | tuple[int, ...] | None, prompt_index: int, sequence_index: int
 ) -> np.random.Generator:
@@ -79,16 +93,8 @@ def row_generator(
         seed: the option `seed`; a sequence has one seed per prompt, None is fresh entropy.
         prompt_index: place of the prompt in the batch.
         sequence_index: which of its `num_return_sequences` this is.
-
-    Raises:
-        RequestError: fewer seeds than prompts.
     """
     if isinstance(seed, tuple):
-        if prompt_index >= len(seed):
-            raise RequestError(
-                f"seed has {len(seed)} entries, but there is a prompt number {prompt_index + 1}; "
-                "give one seed for each prompt, or a single integer"
-            )
         seed = seed[prompt_index]
     spawn_key = () if seed is None else (sequence_index,)
     return np.random.Generator(
@@ -114,14 +120,13 @@ class RowSampler:
         generator: np.random.Generator,
         max_length: int | None = None,
     ) -> None:
-        self._prompt_length = len(prompt_ids)
-        self._length = self._prompt_length
+        self._length = len(prompt_ids)
         self._history = np.empty(max(max_length or 0, self._length), np.int64)
         self._history[: self._length] = prompt_ids
         self._generator = generator
         self._logprobs = options.logprobs
         self._do_sample = options.do_sample
-        self._processors = build_processors(options, self._prompt_length, max_length)
+        self._processors = build_processors(options, self._length, max_length)
         rules = [rule for rule in self._processors if isinstance(rule, GrammarRule)]
         self._grammar = rules[0] if rules else None
         self._may_force = options.logprobs is None and all(
@@ -137,11 +142,6 @@ class RowSampler:
     def ids(self) -> IntArray:
         """Prompt and continuation, int64 [n]: a view that the next pick makes stale."""
         return self._history[: self._length]
-
-    @property
-    def generated(self) -> IntArray:
-        """Only the continuation, int64 [n]: a view as well."""
-        return self._history[self._prompt_length : self._length]
 
     @property
     def is_complete(self) -> bool:

@@ -40,7 +40,7 @@ class RunningBatch:
     """See the module. `put`, `end` and `cancel` hold no lock: signals and finalizers may call."""
 
     def __init__(
-        self, model: CachedModel, batch: int, length: int, prefixes: PrefixCache | None = None
+        self, model: CachedModel, batch: int, length: int, prefixes: PrefixCache | None
     ) -> None:
         """Allocate the cache and start the thread.
 

@@ -291,7 +291,7 @@ class InPlaceStore(RightPaddedStore):
 
     def _check_open(self) -> None:
         if self._block is None:
-            raise NeoError("the cache is closed; make another one")
+            raise NeoError("the cache is closed; make another one with Model.new_cache")
 
 
 def _candidate_arrays(manifest: Manifest, batch: int) -> dict[str, NDArray[Any]]:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import mmap
 import weakref
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +24,20 @@ from neo_runtime.backends.failures import (
 )
 from neo_runtime.bundle.manifest import is_quantized
 from neo_runtime.bundle.onnx_external import external_tensors
-from neo_runtime.errors import BundleError, NeoError
+from neo_runtime.errors import BundleError, HostMemoryError
 from neo_runtime.forks import in_every_child
 from neo_runtime.machine.installation import require_onnxruntime
 
 if TYPE_CHECKING:
     from collections import abc
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from neo_runtime.bundle.folder import Bundle
     from neo_runtime.bundle.manifest import Manifest
 
 __all__ = [
     "SessionFactory",
-    "keeps_prepacked",
     "session_settings",
 ]
 
@@ -82,11 +81,6 @@ def session_settings(manifest: Manifest, graph: str, *, prepacked: bool = False)
     return settings
 
 
-def keeps_prepacked(manifest: Manifest) -> bool:
-    """Whether prepacked weights are worth a file: kernels of quantized products need them."""
-    return is_quantized(manifest.precision)
-
-
 class SessionFactory:
     """Makes sessions; holds none."""
 
@@ -121,7 +115,9 @@ class SessionFactory:
         """The tables with a row a token, beside the prepacked ones, of the last session of each
         graph; for use while that lives. Every new token maps all that the system keeps together
         around its row: a prompt of 128 different ones 40 MB of int4's, 90 MB of int8's."""
-        wanted = keeps_prepacked(bundle.manifest) if keep_prepacked is None else keep_prepacked
+        # Kernels of quantized products need prepacked weights.
+        needed = is_quantized(bundle.manifest.precision)
+        wanted = needed if keep_prepacked is None else keep_prepacked
         if wanted:
             try:
                 self.prepacked = PrepackedCache(
@@ -214,7 +210,7 @@ class SessionFactory:
         except failure_kinds(self._ort) as error:
             reason = failure_reason(error)
             if lacks_memory(error):
-                raise NeoError(
+                raise HostMemoryError(
                     f"the system gives no memory to load {path} ({reason}); close other programs, "
                     "raise this process's limit (ulimit -v, the container's), or export with --int8"
                 ) from error
@@ -223,11 +219,9 @@ class SessionFactory:
                 "check the bundle with neo-verify, or export it again"
             ) from error
 
-    @contextmanager
-    def translated(self) -> Iterator[None]:
+    def translated(self) -> AbstractContextManager[None]:
         """Turn what onnxruntime raises while running into this project's errors."""
-        with translated(self._ort, on_gpu=False):
-            yield
+        return translated(self._ort, on_gpu=False)
 
 
 def _token_rows(stored: Path, mappings: Sequence[Mapping], manifest: Manifest) -> list[Mapping]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo_runtime.backends.device.base import Device
-from neo_runtime.errors import DeviceError, DeviceMemoryError
+from neo_runtime.errors import DeviceError, DeviceMemoryError, HostMemoryError
 from neo_runtime.machine.gpu import cuda_driver, cuda_runtime
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class CudaDevice(Device):
         flags = self._cuda.cudaHostAllocDefault
         code, address = self._cuda.cudaHostAlloc(max(size, 1), flags)
         if getattr(code, "name", "") == "cudaErrorMemoryAllocation":
-            raise DeviceError(
+            raise HostMemoryError(
                 f"the system gives no {size} bytes of host memory for copies to the GPU (pinned "
                 "memory); free memory of the machine, or raise the container's limit"
             )
