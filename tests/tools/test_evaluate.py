@@ -13,8 +13,9 @@ from helpers.harness_tasks import TASKS, write_tasks
 from helpers.models import DEMO
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_tools.evaluate.cli import main
+from neo_tools.evaluate.gate import checks, verdict
 from neo_tools.evaluate.paired import Score, difference, scores
-from neo_tools.evaluate.report import markdown, plain, tabulated, worst_drop
+from neo_tools.evaluate.report import markdown, plain, tabulated
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +48,7 @@ COMMANDS = {
     "no checkpoint": "FP32 --tasks last_word --reference TASKS",
     "no id": "FP32 --tasks last_word --reference no/such/model",
     "no baseline": "FP32 --tasks last_word --max-drop 0.1",
+    "nothing to check": "FP32 INT4 --tasks whole --limit 2 --quiet --max-drop 0.1",
     "gate": "FP32 INT4 --tasks last_word --limit 4 --quiet --max-drop -0.001",
 }
 PROGRAM = """
@@ -124,8 +126,17 @@ def test_a_gate(outcomes: dict[str, Outcome], mini_bundle: Path) -> None:
     assert gate.status == 1
     assert f"| last_word | acc ↑ | {mini_bundle.name} |" in gate.out
     assert "| | | int4 |" in gate.out
+    assert "PAST last_word acc, int4: " in gate.out
+    assert gate.out.endswith("NOT within all limits\n")
     assert "log-likelihoods: " in outcomes["report"].err
     assert "log-likelihoods: " not in gate.err
+
+
+def test_a_gate_that_checks_nothing_is_closed(outcomes: dict[str, Outcome]) -> None:
+    found = outcomes["nothing to check"]
+    assert found.status == 2
+    assert "| whole | bits_per_byte ↓ |" in found.out, "what was measured is not lost"
+    assert "--max-drop checks means over samples of which more is better" in found.err
 
 
 @pytest.mark.parametrize(
@@ -182,7 +193,18 @@ def test_differences_are_paired() -> None:
     assert found.error == pytest.approx(apart.std(ddof=1) / math.sqrt(50))
     assert found.changed == np.count_nonzero(apart) > 0
     table = tabulated({"a": one, "b": other})
-    assert worst_drop(table) == pytest.approx(max(0, -apart.mean()))
+    for drop in (-apart.mean(), 0.5, -0.5, 0.0):
+        [check] = checks(table, drop)
+        assert (check.task, check.metric, check.model) == ("task", "acc", "b")
+        assert check.found == found.mean
+        assert check.passed == (apart.mean() >= -drop), "also what must be better"
+        said = verdict([check])
+        assert said.startswith("ok   task acc, b: " if check.passed else "PAST task acc, b: ")
+        assert said.endswith(
+            "\n\nwithin all limits\n" if check.passed else "NOT within all limits\n"
+        )
+        assert plain(table, "a", [check])["passed"] == check.passed
+    assert "passed" not in plain(table, "a"), "without a limit there is no verdict"
     assert f"| | | b | {second.mean():.4f} ±" in markdown(table, "a")
     json.dumps(plain(table, "a"))
 
@@ -197,7 +219,7 @@ def test_perplexities_are_compared_by_their_logarithm() -> None:
     assert found.is_log
     assert found.mean == pytest.approx(0.2)
     assert found.changed == 2
-    assert worst_drop(tabulated({"a": one, "b": other})) == 0, "it has another unit"
+    assert checks(tabulated({"a": one, "b": other}), 0.5) == [], "it has another unit"
 
 
 def test_what_is_no_mean_has_no_difference() -> None:

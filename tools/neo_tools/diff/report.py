@@ -160,7 +160,8 @@ def _verdict(results: Results) -> list[str]:
             continue
         sign = "≤" if check.at_most else "≥"
         mark = "ok  " if check.passed else "PAST"
-        lines.append(f"{mark} {check.name:<22}{check.found:>10.4g} {sign} {check.limit:g}")
+        of = f"  ({path_text(check.graph)}, {check.positions} positions)" if check.graph else ""
+        lines.append(f"{mark} {check.name:<22}{check.found:>10.4g} {sign} {check.limit:g}{of}")
     fault = results.first_fault
     if not results.localized_tokens:
         lines.append("     places inside the layers were not looked at")

@@ -137,6 +137,10 @@ class Check:
     at_most: bool
     passed: bool
     meaning: str
+    graph: str | None = None
+    """Whose logits it was found in; None: it is not of one graph."""
+    positions: int | None = None
+    """Of that graph, that were looked at."""
 
 
 @dataclass(frozen=True)

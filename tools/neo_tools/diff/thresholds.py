@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from neo_tools.diff.results import Check
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from neo_export.comparison.faults import Fault
     from neo_export.tolerances import Quality
@@ -49,30 +49,46 @@ def checks(
     """
     whole = [graph for graph in graphs if graph.region == "all"]
 
-    def at_most(name: str, option: str, value: float, limit: float, meaning: str) -> Check:
-        return Check(name, option, value, limit, True, value <= limit, meaning)
+    def at_most(
+        name: str,
+        option: str,
+        value: float,
+        limit: float,
+        meaning: str,
+        graph: GraphSummary | None = None,
+    ) -> Check:
+        of = (None, None) if graph is None else (graph.graph, graph.positions)
+        return Check(name, option, value, limit, True, value <= limit, meaning, *of)
+
+    def worst(value: Callable[[GraphSummary], float]) -> GraphSummary:
+        return max(whole, key=lambda graph: _nan_last(value(graph)))
 
     def chosen(asked: float | None, default: float) -> float:
         return default if asked is None else asked
 
-    top_1 = next(graph.top_1 for graph in whole if graph.graph == "score")
+    scored = next(graph for graph in whole if graph.graph == "score")
+    furthest = worst(lambda graph: graph.kl_mean)
+    most_off = worst(lambda graph: graph.logit_error_median)
     least = chosen(limits.min_top_1, own.min_top_1)
     return (
         at_most(
             "mean KL",
             "--max-kl",
-            max((graph.kl_mean for graph in whole), key=_nan_last),
+            furthest.kl_mean,
             chosen(limits.max_kl, own.max_kl),
             "KL(reference ‖ bundle) in nats, mean over positions, worst graph",
+            furthest,
         ),
         Check(
             "top-1 agreement",
             "--min-top1",
-            top_1,
+            scored.top_1,
             least,
             False,
-            top_1 >= least,
+            scored.top_1 >= least,
             "share of positions with the same best token, score graph",
+            scored.graph,
+            scored.positions,
         ),
         at_most(
             "perplexity increase",
@@ -84,9 +100,10 @@ def checks(
         at_most(
             "logit error",
             "--max-logit-error",
-            max((graph.logit_error_median for graph in whole), key=_nan_last),
+            most_off.logit_error_median,
             chosen(limits.max_logit_error, own.max_logit_error),
             "relative L2 of a position's logits, median over positions, worst graph",
+            most_off,
         ),
         at_most("faults", "", float(len(faults)), 0.0, "places whose own step is wrong"),
     )

@@ -56,8 +56,9 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     if arguments.include_path is not None and not arguments.include_path.is_dir():
         raise RequestError(f"--include-path {arguments.include_path} is no folder")
+    from neo_tools.evaluate.gate import NOTHING_CHECKED, checks, verdict
     from neo_tools.evaluate.lm import NeoLM
-    from neo_tools.evaluate.report import markdown, plain, tabulated, worst_drop
+    from neo_tools.evaluate.report import markdown, plain, tabulated
     from neo_tools.evaluate.run import reference_model
 
     results: dict[str, Results] = {}
@@ -77,12 +78,16 @@ def _run(arguments: argparse.Namespace) -> int:
         with closing(model):
             results[name] = _evaluated(model, arguments)
     table, baseline = tabulated(results), next(iter(results))
+    checked = None if arguments.max_drop is None else checks(table, arguments.max_drop)
     if arguments.json:
-        print(json.dumps(plain(table, baseline), indent=1))
+        print(json.dumps(plain(table, baseline, checked), indent=1))
     else:
         sys.stdout.write(markdown(table, baseline))
-    is_worse = arguments.max_drop is not None and worst_drop(table) > arguments.max_drop
-    return _WORSE if is_worse else 0
+        if checked:
+            sys.stdout.write("\n" + verdict(checked))
+    if checked == []:
+        raise RequestError(NOTHING_CHECKED)
+    return 0 if all(one.passed for one in checked or ()) else _WORSE
 
 
 def _evaluated(model: LM, arguments: argparse.Namespace) -> Results:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from neo_tools.evaluate.paired import difference, scores
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from neo_tools.evaluate.gate import Check
     from neo_tools.evaluate.paired import Difference, Results, Score
 
-__all__ = ["Table", "markdown", "plain", "tabulated", "worst_drop"]
+__all__ = ["Table", "markdown", "plain", "tabulated"]
 
 Table = list[tuple["Score", list[tuple[str, "Score", "Difference | None"]]]]
 """For each metric the baseline's score, and the others' with what tells them from it."""
@@ -33,20 +34,6 @@ def tabulated(results: Mapping[str, Results]) -> Table:
         )
         for score in scores(baseline)
     ]
-
-
-def worst_drop(table: Table) -> float:
-    """The largest loss of a mean over samples, in the metric's own unit; 0 if nothing got worse.
-
-    Of metrics where larger is better, such as accuracy; a perplexity has another unit.
-    """
-    drops = [
-        -found.mean
-        for score, others in table
-        for _, _, found in others
-        if found is not None and score.higher_is_better and not found.is_log
-    ]
-    return max([0.0, *drops])
 
 
 def markdown(table: Table, baseline: str) -> str:
@@ -73,10 +60,15 @@ def _value(score: Score) -> str:
     return f"{score.value:.4f} ± {score.error:.4f}"
 
 
-def plain(table: Table, baseline: str) -> dict[str, Any]:
-    """For JSON."""
+def plain(table: Table, baseline: str, checked: Sequence[Check] | None = None) -> dict[str, Any]:
+    """For JSON; `checked`: the limits, None where there are none."""
+    limits: dict[str, Any] = {}
+    if checked is not None:
+        limits["checks"] = [asdict(one) for one in checked]
+        limits["passed"] = all(one.passed for one in checked)
     return {
         "baseline": baseline,
+        **limits,
         "scores": [
             {
                 **asdict(score),
