@@ -161,3 +161,18 @@ def test_which_place_a_matrix_reads() -> None:
     assert len(asked) == 3
     untied.int4("lm_head.weight", weight, 16)
     assert asked[3:] == ["transformer.final_norm"]
+
+
+def test_moments_that_are_off_by_more_than_the_damping() -> None:
+    """As of inputs about a large mean, in float32: indefinite, and still of use."""
+    rng = np.random.default_rng(1)
+    inputs = rng.normal(size=(4000, 32))
+    weight = rng.normal(size=(8, 32)).astype(np.float32)
+    right = damped(inputs.T @ inputs / len(inputs))
+    noise = rng.normal(size=right.shape)
+    for size in (0.05, 0.5, 5.0):
+        wrong = right + size * (noise + noise.T)
+        integers, scales = gptq(weight, wrong, 16, SEARCHED)
+        assert np.isfinite(scales).all()
+        stored = (integers.reshape(8, 2, 16) * scales[:, :, None]).reshape(8, 32)
+        assert np.linalg.norm(stored - weight) < 0.3 * np.linalg.norm(weight)

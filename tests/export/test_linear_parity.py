@@ -25,7 +25,7 @@ from neo_export.quantize.migration import Migration
 from neo_export.quantize.plan import WeightPlan
 from neo_export.targets import TARGETS, Quantization
 from neo_export.tolerances import TOLERANCES
-from neo_runtime.errors import StatisticsError
+from neo_runtime.errors import RequestError, StatisticsError
 from safetensors.numpy import load_file, save_file
 
 if TYPE_CHECKING:
@@ -201,3 +201,15 @@ def test_activations_beyond_float16_are_refused(
         calibrated_module.calibrated(
             SimpleNamespace(), checkpoint, nothing, TARGET, kind, plan, nothing
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_matrix_too_small_for_scales_in_float16_is_refused(kind: str, tmp_path: Path) -> None:
+    """It would be stored as zeros, whatever a norm before it makes up for."""
+    source = make_checkpoint(tmp_path / "checkpoint", ODD_CONFIGS["plain"])
+    tensors = load_file(source / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"] *= np.float32(2.0**-24)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RequestError, match=r"h\.1\.mlp\.c_fc\.weight cannot be stored in " + kind):
+        export(source, tmp_path / "bundle", kind)
+    assert not (tmp_path / "bundle").exists()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.held_out import held_out_ids, perplexity
 from helpers.models import DEMO, Reference
-from helpers.outliers import spread_outliers
+from helpers.outliers import constant_checkpoint, spread_outliers
 from helpers.rounding import rounded_to_nearest
 from helpers.running import Graphs, relative_l2
 from neo_calibration.cli import main as calibrate
@@ -120,6 +120,23 @@ def test_int8_comes_back(
         options = ExportOptions(precision="int8", calibration=statistics)
         export_bundle(str(checkpoint), tmp_path / kind, options)
         assert score(tmp_path / kind) > (1 + WITHIN) * expected, kind
+
+
+@pytest.mark.parametrize("value", [30.0, 1000.0, 3000.0])
+def test_a_constant_of_any_size_goes_into_the_bias(
+    value: float, reference: Reference, tmp_path: Path
+) -> None:
+    """What a bias cancels excuses no error; moments about it are differences of large numbers."""
+    checkpoint = constant_checkpoint(DEMO, tmp_path / "checkpoint", value)
+    statistics = _statistics(checkpoint, tmp_path)
+    expected = exact(reference)
+    for precision, most in (("int8", WITHIN), ("int4", 0.06)):
+        options = ExportOptions(precision=precision, calibration=statistics)
+        summary = export_bundle(str(checkpoint), tmp_path / precision, options)
+        assert {f"transformer.h.{layer}.ln_2" for layer in range(4)} <= {
+            moved.place for moved in summary.moved_places
+        }
+        assert score(tmp_path / precision) < (1 + most) * expected
 
 
 @pytest.fixture(scope="module")

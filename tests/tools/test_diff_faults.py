@@ -285,6 +285,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(DEMO, DEMO_EXPORTS, tmp_path_factory.mktemp("demo"))
 
 
+@pytest.mark.parametrize("export", [name for name in DEMO_EXPORTS if name != "fp32"])
+def test_one_short_context_raises_no_alarm(export: str, demo: Bench) -> None:
+    """The only position at the window's edge is a worst position, whose median says nothing."""
+    pieces = held_out_ids(24, 66)
+    with open_reference(str(DEMO), threads=1) as reference:
+        for number, piece in enumerate(pieces):
+            ids = [piece[: 64 + number % 3]]
+            assert find(demo.clean(export), reference, ids, prefill_chunk=100) == [], number
+
+
 @pytest.mark.parametrize("export", DEMO_EXPORTS)
 def test_the_demo_model(export: str, demo: Bench) -> None:
     """Trained weights and text: the window off by one either way, a wrong matrix, and none."""

@@ -8,6 +8,7 @@ from helpers.bench_samples import model_spec
 from neo_export.comparison import metrics
 from neo_export.tolerances import QUALITY
 from neo_tools.diff.position_metrics import compare_rows, joined, perplexity, summaries
+from neo_tools.diff.report import interval_text
 from neo_tools.diff.results import GraphSummary
 from neo_tools.diff.thresholds import Limits, checks
 
@@ -74,6 +75,8 @@ def test_perplexity_and_its_interval() -> None:
     assert result.increase == pytest.approx(result.bundle / result.reference - 1)
     blocks = (nll[1] - nll[0]).reshape(100, 32).mean(axis=1)
     error = blocks.std(ddof=1) / 10
+    assert result.low is not None
+    assert result.high is not None
     assert np.log1p(result.low) == pytest.approx(blocks.mean() - 1.96 * error, abs=0.2 * error)
     assert np.log1p(result.high) == pytest.approx(blocks.mean() + 1.96 * error, abs=0.2 * error)
 
@@ -133,3 +136,18 @@ def test_nothing_is_said_of_unknown_shapes() -> None:
         require_same_shape(one, model_spec(num_layers=3))
     [warning] = require_same_shape(one, model_spec(window_size=5))
     assert "window_size 4 against 5" in warning
+
+
+def test_few_tokens_have_no_interval() -> None:
+    """What the interval of a few blocks holds is far from 95 %; from 16 on it is near."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        interval = metrics.bootstrap_interval(rng.normal(size=16 * 32))
+        assert interval is not None
+        held += interval[0] <= 0 <= interval[1]
+    assert held / 400 > 0.88
+    assert metrics.bootstrap_interval(rng.normal(size=15 * 32)) is None
+    ids, found, reference = rows(n=200, noise=0.2)
+    result = perplexity(compare_rows(0, ids, np.arange(200), found, reference))
+    assert (result.low, result.high) == (None, None)
+    assert interval_text(result) == "too few for an interval"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import neo_runtime
 import numpy as np
-from neo_export.comparison.metrics import kl_divergence
+from neo_export.comparison.metrics import bootstrap_interval, kl_divergence
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import Quantization
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["Judge", "Measured"]
-
-_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,8 @@ class Measured:
     """Bytes of weights.bin."""
     divergence: float
     """Mean KL(float32 ‖ bundle) over all positions of all contexts, nats."""
-    interval: tuple[float, float]
-    """95 %, by bootstrap over the contexts."""
+    interval: tuple[float, float] | None
+    """95 %, by bootstrap over blocks of positions."""
 
 
 class Judge:
@@ -79,12 +77,10 @@ class Judge:
             bundle = Path(folder, "bundle")
             size = export_bundle(self._model, bundle, options).weight_bytes
             with neo_runtime.load(bundle) as model:
-                means = np.array(
+                found = np.concatenate(
                     [
-                        kl_divergence(exact, model.logits(ids)).mean()
+                        kl_divergence(exact, model.logits(ids))
                         for ids, exact in zip(self._contexts, self._reference, strict=True)
                     ]
                 )
-        draws = np.random.default_rng(0).integers(0, len(means), (_DRAWS, len(means)))
-        low, high = np.quantile(means[draws].mean(axis=1), (0.025, 0.975))
-        return Measured(size, float(means.mean()), (float(low), float(high)))
+        return Measured(size, float(found.mean()), bootstrap_interval(found))

@@ -42,11 +42,13 @@ class Searched:
     def report(self) -> str:
         """A line for people."""
         found = self.summary
-        low, high = found["interval"]
+        between = ""
+        if found["interval"] is not None:
+            low, high = found["interval"]
+            between = f"({low:.3g} to {high:.3g}) "
         return (
-            f"auto        {found['divergence']:.3g} nats of KL divergence from float32 "
-            f"({low:.3g} to {high:.3g}) on {found['measured_on']:,} tokens; "
-            f"{found['bundles']} bundles were measured"
+            f"auto        {found['divergence']:.3g} nats of KL divergence from float32 {between}"
+            f"on {found['measured_on']:,} tokens; {found['bundles']} bundles were measured"
         )
 
 

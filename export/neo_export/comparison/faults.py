@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Fault", "find_faults", "limits_for"]
 
 _LEAST_OTHERS = 3
+_LEAST_JUDGED = 8
+"""Positions that have a median to speak of: of one or two, in a text of one context, a clean bundle
+of rounded activations is past it in one text of five."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,14 @@ def _fault_at(
             continue
         usual = _limit(errors, graph, place, spec, limits)
         by_region = _by_region(series, place, spec)
-        seen += list(by_region)
         off = {
             region: excess
             for region, figures in by_region.items()
             if (excess := _excess(*figures, usual, limits.worst)) is not None
         }
+        # A region of few positions is no evidence that it is right there.
+        seen += [name for name, (judged, _) in by_region.items() if judged is not None]
+        seen += off
         if off:
             graphs.append(graph)
             regions += list(off)
@@ -149,10 +154,12 @@ def _limit(
     return min(product, max(limits.outlier * usual, product / 10))
 
 
-def _by_region(series: Series, place: Place, spec: ModelSpec) -> dict[str, tuple[float, float]]:
-    """What is judged, and the worst position, of each region that the texts reach."""
+def _by_region(
+    series: Series, place: Place, spec: ModelSpec
+) -> dict[str, tuple[float | None, float]]:
+    """What is judged, if anything, and the worst position, of each region that texts reach."""
     statistic = np.max if place[1] in EXACT else np.median
-    result = {}
+    result: dict[str, tuple[float | None, float]] = {}
     for region, mask in region_masks(series.positions, spec.window_size).items():
         chosen = series.local[mask]
         if place[1].startswith("cached"):
@@ -161,19 +168,24 @@ def _by_region(series: Series, place: Place, spec: ModelSpec) -> dict[str, tuple
             result[region] = float("inf"), float("inf")
             continue
         if len(chosen):
-            result[region] = float(statistic(chosen)), float(chosen.max())
+            # The median of a few is a worst position, which has a limit of its own.
+            is_judged = place[1] in EXACT or len(chosen) >= _LEAST_JUDGED
+            judged = float(statistic(chosen)) if is_judged else None
+            result[region] = judged, float(chosen.max())
     return result
 
 
-def _excess(judged: float, worst: float, usual: float, most: float) -> tuple[float, float] | None:
+def _excess(
+    judged: float | None, worst: float, usual: float, most: float
+) -> tuple[float, float] | None:
     """A figure that is past its limit, and that limit; None where both are within theirs.
 
     Args:
-        judged: the worst position of an exact place, the median of another.
+        judged: the worst position of an exact place, the median of another; None of too few.
         worst: the worst position.
         usual: limit of the first.
         most: limit of the second, at places that are not exact.
     """
-    if not judged <= usual:
+    if judged is not None and not judged <= usual:
         return judged, usual
     return (worst, most) if not worst <= max(most, usual) else None

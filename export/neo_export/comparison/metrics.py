@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "bootstrap_interval",
     "cross_entropy",
     "error_statistics",
     "kl_divergence",
@@ -27,6 +28,11 @@ __all__ = [
 
 _SLICE = 1 << 17
 """Logits that are held in float64 at once: 1 MB, which stays in the cache of a core."""
+
+_BLOCK = 32
+"""Consecutive tokens that are drawn together: neighbours are not independent."""
+_LEAST_BLOCKS = 16
+_RESAMPLES = 2000
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
@@ -190,3 +196,25 @@ def _by_slices(
 def _check_same_shape(one: NDArray[Any], two: NDArray[Any]) -> None:
     if one.shape != two.shape:
         raise ValueError(f"logits {list(two.shape)}, expected {list(one.shape)} as the reference")
+
+
+def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
+    """A 95 % interval of the mean of values at consecutive tokens; None where they are too few.
+
+    The percentile bootstrap over blocks of 32 consecutive tokens: 2000 times as many blocks as
+    there are, drawn with replacement, their Σ values / Σ tokens sorted. (Efron and Tibshirani 1993;
+    blocks because neighbouring tokens are dependent.) Of a few blocks such intervals are too short:
+    of 2 they hold the mean half of the time, of 4 in 81 %, of 8 in 90 %, of 16 in 92 %.
+
+    Args:
+        values: [n], n at least 1.
+    """
+    starts = np.arange(0, len(values), _BLOCK)
+    if len(starts) < _LEAST_BLOCKS:
+        return None
+    sums = np.add.reduceat(values, starts)
+    counts = np.diff(np.append(starts, len(values)))
+    drawn = np.random.default_rng(0).integers(0, len(starts), (_RESAMPLES, len(starts)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from neo_runtime.bundle.manifest import is_quantized
@@ -174,7 +174,7 @@ def gptq_quantizer(
 ) -> GptqQuantizer:
     """GPTQ on the inputs as the stored matrices see them."""
 
-    def second_moment(place: str) -> NDArray[np.float32]:
+    def second_moment(place: str) -> NDArray[np.floating[Any]]:
         both = statistics.second_moment(place), statistics.channel_mean(place)
         return migration.second_moment(place, both)
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from neo_runtime.errors import RequestError
 
 from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import (
@@ -53,6 +54,8 @@ _TYPES = {
 }
 _NUMPY = {"int8": np.int8, "int4": ml_dtypes.int4, "fp8": ml_dtypes.float8_e4m3fn}
 _HALF = ir.DataType.FLOAT16
+_FARTHEST = {"int8": 0.1, "int4": 0.5, "fp8": 0.1}
+"""‖W − stored‖ / ‖W‖ from which on little is left of W: rounding comes to 0.01, 0.15 and 0.03."""
 
 
 class _QuantizeLinear(Rule):
@@ -114,6 +117,12 @@ def _stored(weight: ir.Value, storage: Storage) -> tuple[ir.Value, ...]:
 
     def make() -> tuple[NDArray[Any], NDArray[Any]]:
         stored = quantize_linear(read(weight), kind, block if kind == "int4" else None)
+        if not stored.distance <= _FARTHEST[kind]:
+            raise RequestError(
+                f"{weight.name} cannot be stored in {kind}: that would be {stored.distance:.2g} "
+                "from it (relative L2), as float16 has no scales for values as small; export with "
+                "--fp16 or --fp32, or for target cpu"
+            )
         values = np.ascontiguousarray(stored.values.T).astype(_NUMPY[kind], copy=False)
         return values, np.ascontiguousarray(stored.scales.T).reshape(scale_shape)
 

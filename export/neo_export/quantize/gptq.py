@@ -62,7 +62,8 @@ def gptq(
 
     Args:
         weight: [out, in].
-        moment: [in, in] second moments of the inputs, positive definite (`damped`).
+        moment: [in, in] second moments of the inputs, `damped`; more is added where rounding has
+            left them indefinite.
         size: consecutive inputs that share a scale; divides `in`.
         levels: the integers, and candidates for scales.
         own: inputs that count for single rows, on top of H. The refinement knows them, GPTQ itself
@@ -72,7 +73,7 @@ def gptq(
     Returns:
         Integers [out, in] and scales [out, in / size].
     """
-    feedback, diagonal = _factor(moment)
+    moment, feedback, diagonal = _definite(moment)
     narrow = moment.astype(np.float32)
 
     def quantize(rows: slice) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -90,6 +91,29 @@ def gptq(
     with ThreadPoolExecutor(usable_processors()) as pool:
         parts = list(pool.map(quantize, slabs))
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def _definite(
+    moment: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.float32]]:
+    """H with as much on its diagonal as it needs, and its factors.
+
+    Moments about a large mean are differences of large float32 numbers, off by more than the
+    damping may be. Of damped moments that are right no D is below the damping.
+    """
+    least = DAMPING / (1 + DAMPING) * float(np.trace(moment)) / len(moment)
+    more = 0.0
+    while True:
+        lifted = moment + np.diag(np.full(len(moment), more)) if more else moment
+        try:
+            feedback, diagonal = _factor(lifted)
+        except np.linalg.LinAlgError:
+            is_definite = False
+        else:
+            is_definite = bool(diagonal.min() >= least / 2)
+        if is_definite:
+            return lifted, feedback, diagonal
+        more = max(2 * more, least)
 
 
 def _factor(moment: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

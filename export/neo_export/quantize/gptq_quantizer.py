@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class GptqQuantizer:
 
     def __init__(
         self,
-        second_moment: Callable[[str], NDArray[np.float32]],
+        second_moment: Callable[[str], NDArray[np.floating[Any]]],
         *,
         tied: bool,
         eight_bits: bool = False,

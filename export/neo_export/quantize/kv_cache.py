@@ -62,6 +62,10 @@ class CacheSteps:
     """The same for values."""
 
 
+_NOTHING = 1e-30
+"""A range whose step, and one over it, float32 may not hold."""
+
+
 def steps_from_ranges(
     channel_max: Callable[[str], NDArray[np.float32]], spec: ModelSpec
 ) -> CacheSteps:
@@ -89,8 +93,8 @@ def steps_from_ranges(
                 f"the statistics of {name} hold a range that is negative or not finite; "
                 "run neo-calibrate again"
             )
-        # A channel that was always 0 has weights of 0, and any step will do.
-        used = np.where(largest > 0, largest, 1)
+        # A channel that was always 0, or next to it, has such weights, and any step will do.
+        used = np.where(largest > _NOTHING, largest, 1)
         return (used * np.float32(HEADROOM / CACHE_LEVELS)).astype(np.float32)
 
     layers = range(spec.num_layers)

@@ -37,6 +37,8 @@ class LinearWeight:
     """[out, in]: int8 (for int4 too, −8 to 7), or float8_e4m3fn."""
     scales: NDArray[np.float16]
     """[out, in / block], or [out, 1] where a row shares one; weight = values · scale."""
+    distance: float
+    """‖W − stored‖ / ‖W‖."""
 
     def read_back(self) -> NDArray[np.float32]:
         """The matrix as products see it, [out, in]."""
@@ -57,13 +59,15 @@ def quantize_linear(
             Scales of integers are those of least squared error near max|w| / level.
     """
     group = block_size or weight.shape[1]
-    values, scales = in_slabs(weight, lambda slab: _quantize(slab, kind, group))
-    return LinearWeight(values, scales)
+    values, scales, squares = in_slabs(weight, lambda slab: _quantize(slab, kind, group))
+    off, size = squares.sum(axis=0)
+    return LinearWeight(values, scales, float(np.sqrt(off / size)) if size else 0.0)
 
 
 def _quantize(
     slab: NDArray[np.float32], kind: str, group: int
-) -> tuple[NDArray[Any], NDArray[np.float16]]:
+) -> tuple[NDArray[Any], NDArray[np.float16], NDArray[np.float64]]:
+    """Values, scales, and of each row the squared error and size."""
     groups = slab.reshape(-1, group)
     base = np.abs(groups).max(axis=1, keepdims=True) / np.float32(LEVELS[kind])
     base[base == 0] = 1
@@ -72,13 +76,16 @@ def _quantize(
     else:
         scale = search_scale(groups, base, _LOW[kind], int(LEVELS[kind]), _FACTORS)
     stored = np.maximum(scale, _SMALLEST).astype(np.float16)
-    scaled = groups / stored.astype(np.float32)
+    wide = stored.astype(np.float32)
+    scaled = groups / wide
     if kind == "fp8":
         limited = np.clip(scaled, -LEVELS[kind], LEVELS[kind])
         values: NDArray[Any] = limited.astype(ml_dtypes.float8_e4m3fn)
     else:
         values = np.clip(np.rint(scaled), _LOW[kind], LEVELS[kind]).astype(np.int8)
-    return values.reshape(slab.shape), stored.reshape(len(slab), -1)
+    off = (values.astype(np.float32) * wide - groups).reshape(slab.shape)
+    squares = [np.square(each, dtype=np.float64).sum(axis=1) for each in (off, slab)]
+    return values.reshape(slab.shape), stored.reshape(len(slab), -1), np.stack(squares, axis=1)
 
 
 class LinearQuantizer:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,23 +94,23 @@ class Migration:
 
         return restored if self.scales else stored
 
-    def second_moment(self, place: str, moment: Moments) -> NDArray[np.float32]:
+    def second_moment(self, place: str, moment: Moments) -> NDArray[np.floating[Any]]:
         """E[x xᵀ] of a place as its stored matrices see it.
 
         Args:
             place: its name.
             moment: (E[x xᵀ], E[x]) as the statistics have them.
         """
-        second, mean = moment
+        if place not in self.scales:
+            return moment[0]
+        # A large mean leaves little of what it is subtracted from.
+        second, mean = (values.astype(np.float64) for values in moment)
         if place in self.shifts:
-            shift = self.shifts[place]
+            shift = self.shifts[place].astype(np.float64)
             cross = np.outer(mean, shift)
             second = second - cross - cross.T + np.outer(shift, shift)
-        if place not in self.scales:
-            return second
-        scale = self.scales[place]
-        moved: NDArray[np.float32] = second / scale / scale[:, None]
-        return moved
+        scale = self.scales[place].astype(np.float64)
+        return second / scale / scale[:, None]
 
 
 def _is_norm(place: str) -> bool:

@@ -24,7 +24,7 @@ import numpy as np
 
 from neo_export.gpt_neo.parameters import LAYER_INPUTS, readers_of
 from neo_export.quantize.int4 import dequantize_int4
-from neo_export.quantize.int8 import dequantize_int8
+from neo_export.quantize.int8 import LIMIT, dequantize_int8
 from neo_export.quantize.migration import Migration
 from neo_export.quantize.migration_descent import descended, normalized, positive
 from neo_export.quantize.remembered import remembered_arrays
@@ -49,7 +49,8 @@ _SHIFTED = ("attended", "ln_2", "gelu")
 """Places whose readers have a bias, which can hold a constant part."""
 _HARMLESS = 0.03
 """A product that is within this of the exact one (‖y − ŷ‖ / ‖y‖) needs nothing. int8 without
-outliers is 0.6 to 2.5 % off (the demo model), and with them 6 % and more."""
+outliers is 0.6 to 2.5 % off (the demo model), and with them 6 % and more. Of y counts what varies
+where a bias can take the rest: a large constant that the bias cancels excuses no error."""
 _PROMISING, _CLEAR = 0.75, 0.5
 """A candidate's squared error, as a part of what it is without, must be below the first to be
 refined, and below the second to be used. Without outliers it stays above 0.55 (the demo model),
@@ -79,7 +80,7 @@ class Rounding:
     @property
     def weight_limit(self) -> int:
         """Largest integer of a weight."""
-        return 63 if self.block_size is None else 8
+        return LIMIT if self.block_size is None else 8
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class MovedPlace:
 
     place: str
     error_before: float
-    """‖y − ŷ‖ / ‖y‖ of the product, on sampled activations, without the rescaling."""
+    """‖y − ŷ‖ / ‖y‖ of the product, on sampled activations, without the rescaling; less the mean of
+    y where a bias can take that."""
     error_after: float
     shifted: bool
     """Whether its channels' constant part went into the bias as well."""
@@ -143,7 +145,7 @@ def _file_name(place: str, names: list[str], rounding: Rounding) -> str:
     """All that a search depends on beside the checkpoint and its statistics."""
     readers = "+".join(name.split(".")[-2] for name in names)
     steps = f"{rounding.block_size or 'row'}-{rounding.weight_limit}"
-    return f"{place}.moved.{steps}.{readers}"
+    return f"{place}.rescaled.{steps}.{readers}"
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,8 @@ def _search(
 
     plain = _view(place, weights, some, statistics, None)
     before = error(plain, np.ones(some.shape[1], np.float32))
-    size = float(np.linalg.norm(plain.exact))
+    constant = plain.exact.mean(axis=0) if _kind(place) in _SHIFTED else 0
+    size = float(np.linalg.norm(plain.exact - constant))
     if before <= _HARMLESS * size:
         return {}
     best, scale, view = before, None, plain

@@ -156,6 +156,10 @@ def test_steps_reach_half_as_far_again_as_calibration_saw() -> None:
     found = steps_from_ranges(lambda _place: largest, spec_of(CONFIG)).key[0]
     assert found[1:] * 127 == pytest.approx(1.5 * largest[1:])
     assert found[0] > 0, "a channel that was always 0"
+    for nothing in (1e-44, 1e-40, 1e-31):
+        largest[0] = nothing
+        [step, *_] = steps_from_ranges(lambda _place: largest, spec_of(CONFIG)).key[0]
+        assert np.isfinite(np.float32(1) / step)
     beyond = stored_cache(10 * largest, found)
     assert beyond[1:] == pytest.approx(1.5 * largest[1:])
 

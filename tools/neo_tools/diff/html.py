@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from neo_tools.diff.page_parts import number, section, table
 from neo_tools.diff.page_plots import by_layer, by_position, kl_distribution
-from neo_tools.diff.report import fault_text, faultless_text, path_text
+from neo_tools.diff.report import fault_text, faultless_text, interval_text, path_text
 
 if TYPE_CHECKING:
     from neo_tools.diff.results import Results
@@ -80,8 +80,8 @@ def _logits(results: Results) -> str:
     found = results.perplexity
     sentence = (
         f"<p>Perplexity {found.bundle:.4f}, the reference's {found.reference:.4f}: "
-        f"<strong>{found.increase:+.3%}</strong> (95 % interval {found.low:+.3%} to "
-        f"{found.high:+.3%}, {found.tokens} tokens, paired bootstrap over blocks).</p>"
+        f"<strong>{found.increase:+.3%}</strong> ({interval_text(found)}; {found.tokens} tokens, "
+        "paired bootstrap over blocks).</p>"
     )
     rows = (
         (

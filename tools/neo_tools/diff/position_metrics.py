@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PositionMetrics", "compare_rows", "joined", "perplexity", "summaries"]
 
-_BLOCK = 32
-"""Consecutive tokens that are drawn together: neighbours are not independent."""
-_RESAMPLES = 2000
-
 
 @dataclass(frozen=True)
 class PositionMetrics:
@@ -119,30 +115,23 @@ def _summary(
     )
 
 
-def perplexity(found: PositionMetrics, seed: int = 0) -> Perplexity:
+def perplexity(found: PositionMetrics) -> Perplexity:
     """Perplexity, exp of the mean −log probability, over every token but the first of each context.
 
     The increase is exp(mean d) − 1 with d = nll_bundle − nll_reference, token by token (paired).
-    Its 95 % interval is the percentile bootstrap over blocks of 32 consecutive tokens: 2000 times
-    as many blocks as there are, drawn with replacement, their exp(Σ d / Σ tokens) − 1 sorted.
-    (Efron and Tibshirani 1993; blocks because neighbouring tokens are dependent.)
+    Its interval is that of the mean of d: see `bootstrap_interval`.
     """
     known = ~np.isnan(found.nll_reference)
     reference, bundle = found.nll_reference[known], found.nll_bundle[known]
     difference = bundle - reference
-    starts = np.arange(0, len(difference), _BLOCK)
-    sums = np.add.reduceat(difference, starts)
-    counts = np.diff(np.append(starts, len(difference)))
-    drawn = np.random.default_rng(seed).integers(0, len(starts), (_RESAMPLES, len(starts)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
+    interval = metrics.bootstrap_interval(difference)
     return Perplexity(
         tokens=len(difference),
         reference=_exp(reference.mean()),
         bundle=_exp(bundle.mean()),
         increase=_exp(difference.mean()) - 1,
-        low=_exp(low) - 1,
-        high=_exp(high) - 1,
+        low=None if interval is None else _exp(interval[0]) - 1,
+        high=None if interval is None else _exp(interval[1]) - 1,
     )
 
 

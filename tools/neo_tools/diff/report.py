@@ -10,7 +10,7 @@ from neo_export.comparison.places import REGIONS, place_text
 if TYPE_CHECKING:
     from neo_export.comparison.faults import Fault
 
-    from neo_tools.diff.results import Continuation, Results
+    from neo_tools.diff.results import Continuation, Perplexity, Results
 
 __all__ = ["GRAPHS", "fault_text", "faultless_text", "path_text", "report"]
 
@@ -96,11 +96,18 @@ def _logits(results: Results) -> list[str]:
     return lines
 
 
+def interval_text(found: Perplexity) -> str:
+    """Of the increase."""
+    if found.low is None or found.high is None:
+        return "too few for an interval"
+    return f"95 % {found.low:+.3%} to {found.high:+.3%}"
+
+
 def _perplexity(results: Results) -> list[str]:
     found = results.perplexity
     return [
         f"perplexity  {found.bundle:.4f}, reference {found.reference:.4f}: {found.increase:+.3%} "
-        f"(95 % {found.low:+.3%} to {found.high:+.3%}), {found.tokens} tokens"
+        f"({interval_text(found)}), {found.tokens} tokens"
     ]
 
 

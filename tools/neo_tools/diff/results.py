@@ -74,9 +74,9 @@ class Perplexity:
     bundle: float
     increase: float
     """bundle / reference − 1."""
-    low: float
-    high: float
-    """95 % confidence interval of `increase`: see `perplexity`."""
+    low: float | None
+    high: float | None
+    """95 % confidence interval of `increase`: see `perplexity`. None: too few tokens for one."""
 
 
 @dataclass(frozen=True)
