@@ -55,6 +55,10 @@ class ExportSummary:
     precision: str
     max_length: int
     cache_layout: str
+    cache_dtype: str
+    decode_weights: dict[str, int]
+    """Matrices by how decode reads them."""
+    has_tokenizer: bool
     parameters: int
     weight_bytes: int
     total_bytes: int
@@ -127,6 +131,9 @@ def export_bundle(
         precision=manifest.precision,
         max_length=manifest.max_length,
         cache_layout=manifest.cache.layout,
+        cache_dtype=manifest.cache.dtype,
+        decode_weights=prepared.source.decode_weights,
+        has_tokenizer=manifest.has_tokenizer,
         parameters=_parameters(checkpoint),
         weight_bytes=sizes["weights.bin"],
         total_bytes=sum(sizes.values()),
@@ -181,6 +188,7 @@ def _write(
         has_tokenizer=has_tokenizer,
         minimum_onnxruntime=target.minimum_onnxruntime,
         tools=_tools(),
+        source=prepared.source,
     )
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

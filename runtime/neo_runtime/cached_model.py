@@ -251,6 +251,7 @@ class CachedModel(Closable):
             RequestError: no ids, one out of range, text for a bundle without a tokenizer, or a
                 cache of several sequences.
             ContextLengthError: more ids than the model has positions, or the cache.
+            CacheLimitError: there is no room for the keys and values.
         """
         self._check_open()
         array = prompt_ids(ids, self.manifest.model.vocab_size, self.tokenizer)
@@ -261,7 +262,8 @@ class CachedModel(Closable):
                 f"{len(array)} token ids, but the bundle has {self.manifest.max_length} "
                 f"positions; score at most {self.manifest.max_length} at once"
             )
-        return self._backend.score(array)
+        with self.new_cache(1, len(array)) as own:
+            return self._logits_behind(own, array)
 
     def _logits_behind(self, cache: KVCache, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         self._check_cache(cache)

@@ -276,7 +276,7 @@ def adapter(tmp_path: Path) -> Path:
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
-        ({"base_model_name_or_path": None}, "base_model_name_or_path names no model"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is None, expected the model"),
         ({"base_model_name_or_path": "/nowhere"}, "LoRA adapter of /nowhere, which cannot be used"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa.*changes the base model as well; merge it"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is .*cannot be merged here; merge it"),

@@ -235,7 +235,7 @@ def test_what_onnxruntime_raises_is_translated(
     with fused.new_cache(1, 8) as cache:
         with pytest.raises(RequestError, match=r"outside the model's tables.*idx=9999"):
             fused.prefill(cache, [[9999]])
-        with pytest.raises(NeoError, match=r"^onnxruntime failed: .*INVALID_ARGUMENT") as caught:
+        with pytest.raises(NeoError, match=r"^onnxruntime failed: .*nvalid rank") as caught:
             fused.logits(np.ones((2, 1), np.int64))
         assert "\n" not in str(caught.value)
 

@@ -101,7 +101,7 @@ def test_a_bad_value_is_an_error_that_names_the_option_and_what_it_takes(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"num_return_sequences": 2}, "set do_sample=True, or num_beams"),
+        ({"num_return_sequences": 2}, "turn do_sample on, or set num_beams"),
         ({"num_beams": 2, "do_sample": True}, "does not sample"),
         ({"num_beams": 2, "num_return_sequences": 3}, r"at most num_beams \(2\)"),
         ({"num_beams": 2, "logprobs": 1}, "logprobs=None or num_beams=1"),
@@ -284,8 +284,8 @@ def test_an_unknown_option_is_an_error_with_the_closest_name() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"temperature": 0.5}, "set do_sample=True"),
-        ({"top_k": 10}, "set do_sample=True"),
+        ({"temperature": 0.5}, "turn do_sample on"),
+        ({"top_k": 10}, "turn do_sample on"),
         ({"length_penalty": 2.0}, "set num_beams above 1"),
         ({"early_stopping": True}, "set num_beams above 1"),
     ],

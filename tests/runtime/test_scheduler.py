@@ -761,3 +761,18 @@ def test_a_late_submit_is_refused(mini_bundle: Path) -> None:
     assert ran.returncode == 0
     assert "the scheduler is closed; make another one" in ran.stdout
     assert "a scheduler's thread does not end" in ran.stderr
+
+
+def test_a_reader_that_leaves_early(model: Model) -> None:
+    with Scheduler(model, max_batch_size=1, max_length=400) as scheduler:
+        options: dict[str, Any] = {"max_new_tokens": 380, "ignore_eos": True}
+        with scheduler.submit("Once", **options) as pending:
+            for piece in pending:
+                assert piece
+                break
+        assert pending.cancelled()
+        assert scheduler.submit("Once", max_new_tokens=2).result(timeout=60).text
+        assert scheduler.unfinished == 0
+        with scheduler.submit("Once", max_new_tokens=5) as whole:
+            text = "".join(whole)
+        assert whole.result().text == text

@@ -137,3 +137,22 @@ def test_the_backend_is_not_asked_for_all_logits(
     """A chunk at a time: 2048 tokens would be 400 MB."""
     monkeypatch.setattr(OnnxRuntimeBackend, "score", lambda *_: pytest.fail("all at once"))
     assert len(model.token_logprobs(varied_prompts()[4])) == 187
+
+
+def test_whole_texts_are_scored_as_tokens_are(mini_bundle: Path) -> None:
+    """By the same calls, within the limit for caches, the memory of a chunk at once."""
+    ids = varied_prompts()[4]
+    with neo_runtime.load(mini_bundle, threads=1, prefill_chunk=32) as model:
+        logits = model.logits(ids).astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        found = model.token_logprobs(ids)
+        places = range(len(ids) - 1)
+        assert [one.logprob for one in found] == [
+            pytest.approx(logprobs[place, ids[place + 1]], abs=1e-6) for place in places
+        ]
+        assert model.cache_bytes_in_use == 0
+        most = model.cache_bytes(1, len(ids))
+    with neo_runtime.load(mini_bundle, threads=1, max_cache_bytes=most) as model:
+        assert np.isfinite(model.logits(ids)).all()
+        with pytest.raises(CacheLimitError):
+            model.logits([*ids, *[5] * 16])

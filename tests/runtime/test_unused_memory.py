@@ -6,19 +6,13 @@ import ctypes
 import gc
 import mmap
 import sys
-import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import neo_runtime
 import numpy as np
 import pytest
 from helpers.mappings import private_bytes, resident_pages
 from neo_runtime.backends.cpu import heap, unused_memory
-from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 PAGE = mmap.PAGESIZE
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -61,30 +55,6 @@ def test_nothing_is_left_to_give_back_after_a_prompt(mini_bundle: Path) -> None:
             trim(0)
             assert before - private_bytes() < 1 << 20
             del result
-
-
-def test_the_inputs_of_a_score_are_gone_before_memory_is_given_back(
-    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Empty caches of whole windows: 24 MB of heap at the 1.3B shape."""
-    feeds: list[weakref.ref[NDArray[np.generic]]] = []
-    alive: list[int] = []
-    make = OnnxRuntimeBackend._score_feeds
-
-    def watched(self: OnnxRuntimeBackend, ids: NDArray[np.int64]) -> dict[str, Any]:
-        made = make(self, ids)
-        feeds.extend(weakref.ref(array) for array in made.values())
-        return made
-
-    def count() -> None:
-        if feeds:
-            alive.append(sum(feed() is not None for feed in feeds))
-
-    monkeypatch.setattr(OnnxRuntimeBackend, "_score_feeds", watched)
-    monkeypatch.setattr(heap.Heap, "_settle", lambda _: count())
-    with neo_runtime.load(mini_bundle, threads=1) as model:
-        model.logits(np.arange(9))
-    assert alive == [0]
 
 
 def test_a_c_library_without_it(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     _refuse_others(raw, path)
     try:
         config = LoraConfig(
-            base=_base(raw),
+            base=_base(raw, path),
             rank=_count(raw["r"]),
             alpha=float(raw["lora_alpha"]),
             rank_pattern={key: _count(n) for key, n in (raw.get("rank_pattern") or {}).items()},
@@ -142,10 +142,13 @@ def _refuse_others(raw: dict[str, Any], path: Path) -> None:
             )
 
 
-def _base(raw: dict[str, Any]) -> str:
+def _base(raw: dict[str, Any], path: Path) -> str:
     base, revision = raw.get("base_model_name_or_path"), raw.get("revision")
     if not isinstance(base, str) or not base:
-        raise ValueError("base_model_name_or_path names no model")
+        raise CheckpointError(
+            f"{path}: base_model_name_or_path is {base!r}, expected the model that the adapter is "
+            "for; write its folder or its hub id there"
+        )
     is_on_a_hub = isinstance(revision, str) and revision and not Path(base).exists()
     return f"{base}@{revision}" if is_on_a_hub else base
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from neo_export.checkpoint.folder import Checkpoint
     from neo_export.checkpoint.lazy_tensor import LazyTensor
 
-__all__ = ["fingerprint", "tensor_digests"]
+__all__ = ["checkpoint_fingerprint", "fingerprint", "tensor_digests"]
 
 _CHUNK = 1 << 24
 
@@ -44,6 +44,13 @@ def fingerprint(digests: Mapping[str, str]) -> str:
     """One sha256 (hex) over the names and digests of all tensors."""
     lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def checkpoint_fingerprint(
+    checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None
+) -> str:
+    """`fingerprint` of `tensor_digests`."""
+    return fingerprint(tensor_digests(checkpoint, progress))
 
 
 def _digest(tensor: LazyTensor) -> str:

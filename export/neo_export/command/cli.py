@@ -198,14 +198,15 @@ def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
 
 
 def _report(summary: ExportSummary) -> str:
+    matrices = ", ".join(f"{count} in {kind}" for kind, count in summary.decode_weights.items())
     lines = [
         f"bundle      {summary.bundle}",
         f"digest      {summary.digest}",
         f"target      {summary.target}, {summary.precision}, up to {summary.max_length} positions, "
-        f"cache {_LAYOUTS[summary.cache_layout]}",
+        f"cache {_LAYOUTS[summary.cache_layout]}, in {summary.cache_dtype}",
         f"parameters  {summary.parameters / 1e6:,.1f} million",
         f"weights     {summary.weight_bytes / 1e6:,.1f} MB in one file; "
-        f"{summary.total_bytes / 1e6:,.1f} MB in all",
+        f"{summary.total_bytes / 1e6:,.1f} MB in all; matrices: {matrices}",
         f"time        {summary.seconds:.1f} s; peak memory {summary.peak_rss_bytes / 1e6:,.0f} MB, "
         f"of it private {summary.peak_private_bytes / 1e6:,.0f} MB",
     ]
@@ -224,6 +225,10 @@ def _report(summary: ExportSummary) -> str:
         lines.append(
             f"float32     attention scores reach ±{summary.largest_score:.4g}: attention is in "
             "standard operators"
+        )
+    if not summary.has_tokenizer:
+        lines.append(
+            "tokenizer   none: prompts are token ids; neo-serve and neo-diff refuse the bundle"
         )
     check = summary.verification
     if check is not None:

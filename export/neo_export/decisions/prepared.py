@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from neo_runtime.bundle.manifest import is_quantized
+from neo_runtime.bundle.manifest import Source, is_quantized
 
+from neo_export.checkpoint.fingerprint import checkpoint_fingerprint, fingerprint
 from neo_export.decisions.calibrated import calibrated, open_statistics, uses_gptq
+from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.quantize.kv_cache import calibrated_steps
+from neo_export.quantize.plan import is_planned
 from neo_export.quantize.read_back import ReadBack
 from neo_export.quantize.remembered import Remembered
 from neo_export.quantize.stored import StoredWeights
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from neo_export.passes import Pass
     from neo_export.quantize.kv_cache import CacheSteps
     from neo_export.quantize.plan import WeightPlan
+    from neo_export.statistics.folder import Statistics
     from neo_export.targets import Target
 
 __all__ = ["Prepared", "prepare"]
@@ -49,6 +54,10 @@ class Prepared:
     """Of an int8 cache."""
     read: ReadParameter
     """Gives the checkpoint's weights, outliers moved into them."""
+    fingerprint: str
+    """Of the checkpoint."""
+    calibration_text: str | None
+    """sha256 of what the statistics are of."""
 
     def passes(self, graph: str) -> list[Pass]:
         """Every pass that one graph of the bundle goes through, in order."""
@@ -84,6 +93,22 @@ class Prepared:
             half_positions=is_quantized(self.options.precision),
         )
         return self.decided.migration.restoring(stored)
+
+    @property
+    def source(self) -> Source:
+        """What the bundle's manifest says of where it comes from."""
+
+        def counted(graph: str) -> dict[str, int]:
+            plan, shapes = self._plan(graph), expected_shapes(self.spec)
+            names = [name for name, shape in shapes.items() if is_planned(name, shape)]
+            return dict(sorted(Counter(str(plan.of(name)) for name in names).items()))
+
+        return Source(
+            checkpoint=self.fingerprint,
+            calibration_text=self.calibration_text,
+            decode_weights=counted("decode"),
+            prefill_weights=counted("prefill"),
+        )
 
     def _plan(self, graph: str) -> WeightPlan:
         options = self.options
@@ -137,4 +162,20 @@ def prepare(
         cache=cache,
         steps=steps,
         read=decided.migration.reading(read),
+        fingerprint=_fingerprint(checkpoint, statistics, say),
+        calibration_text=None if statistics is None else statistics.header.text["digest"],
     )
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, statistics: Statistics | None, say: Callable[[str, int, int], None]
+) -> str:
+    """Of the checkpoint; with statistics it was read before, to see that they are its own."""
+    if statistics is not None:
+        recorded = statistics.header.model["tensors"]
+        return fingerprint({name: recorded[name] for name in checkpoint.tensors})
+
+    def progress(done: int, total: int) -> None:
+        say("checksum of the checkpoint", done, total)
+
+    return checkpoint_fingerprint(checkpoint, progress)

@@ -26,6 +26,7 @@ __all__ = [
     "Manifest",
     "ModelSpec",
     "Probe",
+    "Source",
     "TensorSpec",
     "is_quantized",
     "parse_strictly",
@@ -144,6 +145,20 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """What the bundle was made from, by content: wherever it lay, and whatever it was called."""
+
+    checkpoint: str
+    """sha256 (hex) over names, types, shapes and bytes of all tensors, an adapter's merged."""
+    calibration_text: str | None
+    """sha256 (hex) of the token ids that its statistics are of; None without statistics."""
+    decode_weights: dict[str, int]
+    """Matrices by how decode reads them: {"int4:64": 97, "fp32": 1}."""
+    prefill_weights: dict[str, int]
+    """The same of prompts and scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything a runtime must know before it opens a graph."""
 
@@ -167,6 +182,8 @@ class Manifest:
     """The oldest onnxruntime that computes these graphs correctly."""
     tools: dict[str, str]
     """Versions of the packages that wrote the bundle."""
+    source: Source | None = None
+    """None: by an older exporter."""
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:
@@ -206,7 +223,7 @@ class Manifest:
                 f"{SCHEMA_VERSION}; upgrade neo-onnx or export the bundle with this version"
             )
         checksum = raw.pop("checksum", None)
-        manifest: Manifest = parse_strictly(cls, raw, source)
+        manifest: Manifest = parse_strictly(cls, {"source": None} | raw, source)
         if checksum != (expected := _checksum(raw)):
             raise BundleDamagedError(
                 f"{source} was altered after it was written: its checksum is {checksum!r}, "

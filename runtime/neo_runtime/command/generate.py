@@ -131,6 +131,8 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     if not named:
         parser.error("the following arguments are required: BUNDLE")
     arguments.bundle, arguments.prompt = (*named, None)[:2]
+    if arguments.prompt == "-":  # as for files
+        arguments.prompt = None
     return arguments
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,8 @@ def _facts(
         "plans": {plan.file: _plan_facts(plan, manifest.digest) for plan in plans},
         "kernels": {name: _kernel_facts(one, manifest.digest) for name, one in kernels.items()},
         "digest": manifest.digest,
+        "cache": manifest.cache.dtype,
+        "source": None if manifest.source is None else asdict(manifest.source),
         "minimum_onnxruntime": manifest.minimum_onnxruntime,
         "onnxruntime": None,
     }
@@ -186,17 +189,35 @@ def _text(report: dict[str, Any]) -> str:
     lines = [
         f"{report['bundle']}: every file has its recorded size and sha256",
         f"  {report['model']}; {report['precision']}, target {report['target']}, "
-        f"up to {report['max_length']} positions",
+        f"up to {report['max_length']} positions, keys and values in {report['cache']}",
         *(f"  {size:>{width},}  {name}" for name, size in report["files"].items()),
         f"  {report['bytes']:>{width},}  bytes in {len(report['files'])} files",
         *(_plan_line(name, plan) for name, plan in report["plans"].items()),
         *(_kernels_line(name, kernels) for name, kernels in report["kernels"].items()),
         *(f"  not listed in {MANIFEST_NAME}, not checked: {n}" for n in report["not_listed"]),
         f"  digest {report['digest']}",
+        *_source_lines(report["source"]),
         f"  onnxruntime {report['onnxruntime'] or 'is not installed or cannot be used'}, "
         f"needed {report['minimum_onnxruntime']} or newer",
     ]
     return "\n".join(lines)
+
+
+def _source_lines(source: dict[str, Any] | None) -> list[str]:
+    """What a bundle was made from, for a reader."""
+    if source is None:
+        return []
+
+    def counted(weights: dict[str, int]) -> str:
+        return ", ".join(f"{count} in {kind}" for kind, count in weights.items())
+
+    lines = [f"  made from a checkpoint of sha256 {source['checkpoint']}"]
+    if source["calibration_text"] is not None:
+        lines.append(f"  calibrated on a text of sha256 {source['calibration_text']}")
+    lines.append(f"  matrices {counted(source['decode_weights'])}")
+    if source["prefill_weights"] != source["decode_weights"]:
+        lines.append(f"  matrices of prompts {counted(source['prefill_weights'])}")
+    return lines
 
 
 def _print(text: str, status: int) -> int:

@@ -31,7 +31,7 @@ def refuse_contradictions(options: GenerationOptions) -> None:
     if options.num_beams == 1 and options.num_return_sequences > 1 and not options.do_sample:
         raise RequestError(
             f"num_return_sequences is {options.num_return_sequences}, but greedy decoding has "
-            "one result; set do_sample=True, or num_beams to at least that number"
+            "one result; turn do_sample on, or set num_beams to at least that number"
         )
     if 1 < options.num_beams < options.num_return_sequences:
         raise RequestError(

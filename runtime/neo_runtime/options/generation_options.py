@@ -41,7 +41,7 @@ _UNREAD = {
     "do_sample": "greedy decoding does not read it",
     "num_beams": "only beam search reads it",
 }
-_TO_READ = {"do_sample": "set do_sample=True", "num_beams": "set num_beams above 1"}
+_TO_READ = {"do_sample": "turn do_sample on", "num_beams": "set num_beams above 1"}
 
 
 def _no_warning(_: str) -> None:

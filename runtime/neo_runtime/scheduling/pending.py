@@ -15,6 +15,7 @@ from neo_runtime.generation.text_stream import Piece
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from typing import Self
 
 __all__ = ["PendingCompletion"]
 
@@ -29,7 +30,8 @@ class PendingCompletion(Future[Completion], Iterator[Piece]):
 
     `cancel` may be called at any time before the end: the sequence leaves the batch before its next
     token, and `result` raises `CancelledError`. For the text so far use `should_stop` instead. An
-    `async for` that is left early, by an error or a cancelled task, cancels the request.
+    `async for` that is left early, by an error or a cancelled task, cancels the request; around a
+    `for`, the block `with scheduler.submit(…) as pending:` does.
     """
 
     def __init__(self) -> None:
@@ -59,6 +61,13 @@ class PendingCompletion(Future[Completion], Iterator[Piece]):
         if is_cancelled:
             self.give(None)
         return is_cancelled
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nobody wants the rest; nothing happens where it has ended."""
+        self.cancel()
 
     def result(self, timeout: float | None = None) -> Completion:
         """See `Future.result`."""

@@ -103,6 +103,9 @@ def make_parser() -> argparse.ArgumentParser:
         default="md",
         help="format of the report on stdout (default: md)",
     )
+    parser.add_argument(
+        "--json", dest="output", action="store_const", const="json", help="as -o json"
+    )
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a roofline plot, .svg")
     parser.add_argument(
         "--backend",

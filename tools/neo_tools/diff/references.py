@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neo_export.checkpoint.fingerprint import checkpoint_fingerprint
 from neo_export.comparison.cache_steps import read_cache_steps
 from neo_export.comparison.errors import PlaceErrors, Series, measure, measure_logits
 from neo_export.comparison.explanations import explain
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
+    from neo_export.checkpoint.folder import Checkpoint
     from neo_export.comparison.faults import Fault
-    from neo_export.comparison.reference import LayeredReference
     from neo_export.comparison.trace import Text, Trace
     from neo_runtime.bundle.folder import Bundle
     from neo_runtime.bundle.manifest import Manifest, ModelSpec
@@ -83,9 +84,12 @@ class Reference(ABC):
 class PyTorchReference(Reference):
     """transformers' GPT-Neo, eager, float32, a layer at a time."""
 
-    def __init__(self, layered: LayeredReference, path: str) -> None:
-        self.layered = layered
-        self.spec = layered.spec
+    def __init__(self, checkpoint: Checkpoint, path: str) -> None:
+        from neo_export.comparison.reference import LayeredReference
+
+        self._checkpoint = checkpoint
+        self.layered = LayeredReference(checkpoint)
+        self.spec = self.layered.spec
         self.subject = Subject(path=path, kind="PyTorch", precision="fp32")
         self.warnings = []
         self._finals: list[NDArray[np.float32]] = []
@@ -93,6 +97,12 @@ class PyTorchReference(Reference):
 
     def run(self, texts: Sequence[Text], progress: LayersDone, bundle: Bundle) -> PlaceErrors:
         """See `Reference.run`."""
+        source = bundle.manifest.source
+        if source is not None and source.checkpoint != checkpoint_fingerprint(self._checkpoint):
+            self.warnings.append(
+                f"the bundle was made from another checkpoint than {self.subject.path}, by the "
+                "checksum of the tensors; faults may be what tells the two apart"
+            )
         cache = read_cache_steps(bundle.path, bundle.manifest)
         self._held = open_held_weights(bundle.path, bundle.manifest, self.layered.read)
         if len(set(self._held.values())) > 1:
@@ -221,10 +231,9 @@ def open_reference(model: str, threads: int, device: int = 0) -> Iterator[Refere
         return
     from neo_export.checkpoint.folder import open_checkpoint
     from neo_export.checkpoint.hub import resolve_model
-    from neo_export.comparison.reference import LayeredReference
 
     with open_checkpoint(resolve_model(model)) as checkpoint:
-        yield PyTorchReference(LayeredReference(checkpoint), model)
+        yield PyTorchReference(checkpoint, model)
 
 
 def require_same_shape(bundle: ModelSpec, reference: ModelSpec) -> list[str]:

@@ -7,8 +7,6 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from neo_runtime.backends.base import Backend, CacheStore, layer_lengths, position_bytes
 from neo_runtime.backends.cpu.append import AppendStore
 from neo_runtime.backends.cpu.blocks import HostBlocks
@@ -24,8 +22,6 @@ from neo_runtime.forks import in_every_child
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
-
-    from numpy.typing import NDArray
 
     from neo_runtime.backends.base import BlockPool
     from neo_runtime.bundle.folder import Bundle
@@ -140,28 +136,6 @@ class OnnxRuntimeBackend(Backend):
     def open_pool(self, slots: int, positions: int) -> BlockPool:
         """See `Backend.open_pool`."""
         return HostBlocks(self.manifest, slots, positions)
-
-    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See `Backend.score`."""
-        session = self.session("score")
-        with self._heap.call(), self.translated():
-            logits: NDArray[np.float32] = session.run(["logits"], self._score_feeds(ids))[0][0]
-        return logits
-
-    def _score_feeds(self, ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        model, count = self.manifest.model, len(ids)
-        # Empty, except where a graph wants room for a window even without a past.
-        feeds: dict[str, NDArray[Any]] = {
-            f"past_key_values.{layer}.{part}": np.zeros(
-                (1, model.num_heads, positions, model.head_dim), dtype=self.manifest.cache.dtype
-            )
-            for layer, positions in enumerate(layer_lengths(self.manifest, 0))
-            for part in ("key", "value")
-        }
-        feeds["input_ids"] = ids[None, :]
-        feeds["attention_mask"] = np.ones((1, count), dtype=np.int64)
-        feeds["position_ids"] = np.arange(count, dtype=np.int64)[None, :]
-        return feeds
 
     @contextmanager
     def prompt(self) -> Iterator[None]:
