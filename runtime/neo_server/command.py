@@ -131,14 +131,22 @@ def _serve(arguments: argparse.Namespace) -> int:
         def ready() -> None:
             _say(f"{service.name} ({model.manifest.precision}, {model.runs_on}) at {where}/v1")
 
-        run(
-            app,
-            sock,
-            grace=arguments.grace,
-            access_log=not arguments.no_access_log,
-            ready=ready,
-            close=service.close,
-        )
+        def stopping() -> None:
+            left = service.room.inside
+            _say(f"stopping; sequences to finish: {left}, within {arguments.grace} s")
+
+        try:
+            run(
+                app,
+                sock,
+                grace=arguments.grace,
+                access_log=not arguments.no_access_log,
+                ready=ready,
+                stopping=stopping,
+                close=service.close,
+            )
+        finally:  # signals are raised again
+            _say("stopped")
     return 0
 
 

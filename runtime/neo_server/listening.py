@@ -65,6 +65,7 @@ def run(
     grace: int,
     access_log: bool,
     ready: Callable[[], None],
+    stopping: Callable[[], None],
     close: Callable[[], None],
 ) -> None:
     """Serve until a signal; then finish what was begun, for `grace` seconds at most.
@@ -75,6 +76,7 @@ def run(
         grace: seconds.
         access_log: a line on stderr for each request.
         ready: called when requests are taken.
+        stopping: called when none are taken any more.
         close: called in a thread when the grace is over: ends what is still computed, whose clients
             get an answer that says so.
     """
@@ -86,6 +88,7 @@ def run(
             ready()
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            stopping()
             ending = asyncio.create_task(close_later())
             try:
                 await super().shutdown(sockets)

@@ -569,3 +569,54 @@ def test_help_needs_no_numpy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--repetition-penalty" in done.stdout
+
+
+def test_how_a_bundle_is_loaded(
+    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[dict[str, Any]] = []
+    load = neo_runtime.load
+
+    def watched(bundle: str, **options: Any) -> Any:
+        given.append(options)
+        return load(bundle, **options)
+
+    monkeypatch.setattr("neo_runtime.loading.load", watched)
+    line = [str(mini_bundle), "Once", "--max-new-tokens", "3"]
+    assert main(line) == 0
+    assert main([*line, "--prefill-chunk", "16", "--no-keep-prepacked", "--verify"]) == 0
+    first, second = ({name: one[name] for name in LOADED} for one in given)
+    assert first == {"prefill_chunk": None, "keep_prepacked": None, "verify": False}
+    assert second == {"prefill_chunk": 16, "keep_prepacked": False, "verify": True}
+    capsys.readouterr()
+    assert main([*line, "--prefill-chunk", "0"]) == 2
+    assert "--prefill-chunk is 0, expected an integer of at least 1" in capsys.readouterr().err
+
+
+LOADED = ("prefill_chunk", "keep_prepacked", "verify")
+
+
+def test_a_dash_is_standard_input(
+    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(mini_bundle), "Tom had", "--max-new-tokens", "5"]) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tom had\n"))
+    assert main([str(mini_bundle), "-", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_an_echo_has_special_tokens(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However it is printed."""
+    prompt = "Once<|endoftext|>upon"
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(prompt) + "\n")
+    few = ["--max-new-tokens", "2", "--echo"]
+    for line in (
+        [prompt],
+        [prompt, "--num-beams", "2"],
+        ["--prompts-file", str(tmp_path / "prompts.jsonl")],
+    ):
+        assert main([str(mini_bundle), *line, *few]) == 0
+        assert capsys.readouterr().out.startswith(prompt)

@@ -75,6 +75,8 @@ def test_a_signal_lets_it_finish(mini_bundle: Path, number: signal.Signals, stat
         assert (code, out) == (status, "")
         assert "Traceback" not in err
         assert '"POST /v1/completions HTTP/1.1" 200' in err
+        assert "neo-serve: stopping; sequences to finish: 1, within 30 s\n" in err
+        assert err.endswith("neo-serve: stopped\n")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", server.port))
 

@@ -105,9 +105,6 @@ def _parser() -> argparse.ArgumentParser:
         "--draft-tokens", type=int, metavar="N", help="guess at most N tokens at once (default: 10)"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="compare the weights with their checksum first"
-    )
-    parser.add_argument(
         "--no-generation-config",
         action="store_true",
         help="take nothing from the bundle's generation_config.json",
@@ -184,7 +181,7 @@ def _run(arguments: argparse.Namespace) -> int:
     started = perf_counter()
     from neo_runtime.loading import load
 
-    given = loading(arguments) | {"verify": arguments.verify}
+    given = loading(arguments)
     small = arguments.draft_model
     with (
         load(arguments.bundle, **given) as model,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import argparse
+from typing import Any
 
 from neo_runtime.backends.choice import BACKENDS
 from neo_runtime.options.values import count
-
-if TYPE_CHECKING:
-    import argparse
 
 __all__ = ["add_loading_flags", "loading"]
 
@@ -34,6 +32,22 @@ def add_loading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup)
         metavar="MB",
         help="limit of the key/value cache in 10^6 bytes, for each model (default: none)",
     )
+    parser.add_argument(
+        "--prefill-chunk",
+        type=int,
+        metavar="N",
+        help="tokens of prompts computed at once: fewer take less memory, and hold up others less "
+        "(default: 256 on a CPU, 512 with float weights, 2048 with CUDA)",
+    )
+    parser.add_argument(
+        "--keep-prepacked",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep prepacked weights in the cache folder (default: those of quantized bundles)",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the weights with their checksum first"
+    )
 
 
 def loading(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -44,4 +58,7 @@ def loading(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": arguments.device,
         "threads": arguments.threads,
         "max_cache_bytes": None if limit is None else limit * 10**6,
+        "prefill_chunk": count(1, optional=True)("--prefill-chunk", arguments.prefill_chunk),
+        "keep_prepacked": arguments.keep_prepacked,
+        "verify": arguments.verify,
     }
