@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from neo_export.statistics.header import PlaceSummary
+from neo_export.statistics.header import PlaceStatistics
 from neo_runtime.errors import StatisticsError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class PlaceResult:
     """A finished place: what the JSON says, and the arrays."""
 
     place: str
-    summary: PlaceSummary
+    summary: PlaceStatistics
     arrays: dict[str, NDArray[np.float32] | NDArray[np.int32]]
     """By "PLACE.KIND"."""
 
@@ -115,7 +115,7 @@ class Accumulator:
             arrays["sample"] = self._torch.cat(self._samples).numpy()
         if self._moment is not None:
             arrays["second_moment"] = self._symmetric()
-        summary = PlaceSummary(
+        summary = PlaceStatistics(
             channels=len(low),
             low=float(low.min()),
             high=float(high.max()),

@@ -23,10 +23,10 @@ from neo_export.checkpoint.fingerprint import fingerprint, tensor_digests
 from neo_export.comparison.reference import LayeredReference
 from neo_export.statistics.header import (
     INPUT_PLACES,
-    LAYER_PLACES,
+    MEASURED_PLACES,
     SCHEMA_VERSION,
     STATISTICS_NAME,
-    PlaceSummary,
+    PlaceStatistics,
     StatisticsHeader,
 )
 
@@ -148,9 +148,9 @@ def _embed(run: _Run) -> None:
 
 def _layer(run: _Run, layer: int) -> None:
     spec, name = run.checkpoint.spec, f"transformer.h.{layer}"
-    widths = dict.fromkeys(LAYER_PLACES, spec.hidden_size)
+    widths = dict.fromkeys(MEASURED_PLACES, spec.hidden_size)
     widths |= {"c_fc": spec.intermediate_size, "gelu": spec.intermediate_size}
-    places = {place: run.accumulator(name, place, widths[place]) for place in LAYER_PLACES}
+    places = {place: run.accumulator(name, place, widths[place]) for place in MEASURED_PLACES}
     observed = ObservedLayer(run.reference, spec, layer)
     scores = np.zeros(spec.num_heads, np.float32)
     before = run.work.hidden(layer, run.text.tokens, spec.hidden_size)
@@ -216,7 +216,7 @@ def _tensor(values: NDArray[np.float32]) -> object:
 
 def _header(run: _Run, digests: dict[str, str]) -> StatisticsHeader:
     layers = [f"transformer.h.{layer}" for layer in range(run.checkpoint.spec.num_layers)]
-    places: dict[str, PlaceSummary] = {}
+    places: dict[str, PlaceStatistics] = {}
     scores: dict[str, tuple[float, ...]] = {}
     for name in ("transformer.embedding", *layers, "transformer.final_norm"):
         summaries, heads = run.work.read_part(name)

@@ -17,7 +17,7 @@ from neo_export.files.lost_files import files_inside, refuse_to_lose
 from neo_export.files.mapped_memory import take_room
 from neo_export.files.output_errors import as_output_error
 from neo_export.files.renames import exchange, rename_exclusive
-from neo_export.statistics.header import STATISTICS_NAME, PlaceSummary
+from neo_export.statistics.header import STATISTICS_NAME, PlaceStatistics
 from neo_runtime.errors import OutputError
 from neo_runtime.json_input import parse_json
 
@@ -112,11 +112,11 @@ class WorkFolder:
             self._parts / f"{name}.json", json.dumps({"places": places, "score_max": heads})
         )
 
-    def read_part(self, name: str) -> tuple[dict[str, PlaceSummary], tuple[float, ...]]:
+    def read_part(self, name: str) -> tuple[dict[str, PlaceStatistics], tuple[float, ...]]:
         """Summaries by place, and the largest score of each head (none where there are none)."""
         raw = parse_json((self._parts / f"{name}.json").read_text(encoding="utf-8"))
         places = {
-            place: PlaceSummary(**(s | {"outlier_channels": tuple(s["outlier_channels"])}))
+            place: PlaceStatistics(**(s | {"outlier_channels": tuple(s["outlier_channels"])}))
             for place, s in raw["places"].items()
         }
         return places, tuple(raw["score_max"])

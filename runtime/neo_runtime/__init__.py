@@ -127,7 +127,11 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module that defines `name` (PEP 562)."""
+    """Import the module that defines `name` (PEP 562); `__version__` is the distribution's."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("neo-onnx")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")

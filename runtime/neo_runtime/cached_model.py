@@ -63,6 +63,13 @@ class CachedModel(Closable):
         self._is_closed = False
         self._process = os.getpid()
 
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        return (
+            f"<neo_runtime.Model {self.name}: {manifest.precision}, target {manifest.target}, on "
+            f"{self.runs_on}, digest {manifest.digest[:12]}>"
+        )
+
     def cache_bytes(self, batch: int, length: int) -> int:
         """Bytes of a key/value cache of `batch` sequences of up to `length` positions."""
         return self._backend.cache_bytes(batch, length)

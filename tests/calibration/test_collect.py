@@ -15,7 +15,7 @@ from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.comparison.metrics import log_softmax
 from neo_export.gpt_neo.parameters import input_place
 from neo_export.statistics.folder import Statistics
-from neo_export.statistics.header import INPUT_PLACES, LAYER_PLACES
+from neo_export.statistics.header import INPUT_PLACES, MEASURED_PLACES
 from neo_runtime.errors import StatisticsError
 
 if TYPE_CHECKING:
@@ -167,6 +167,6 @@ def test_the_model_is_checked(folder: Path) -> None:
     with open_checkpoint(DEMO) as checkpoint:
         Statistics.open(folder).check_model(checkpoint)
     raw = json.loads((folder / "statistics.json").read_text())
-    assert list(raw["places"])[1 : 1 + len(LAYER_PLACES)] == [
-        f"transformer.h.0.{place}" for place in LAYER_PLACES
+    assert list(raw["places"])[1 : 1 + len(MEASURED_PLACES)] == [
+        f"transformer.h.0.{place}" for place in MEASURED_PLACES
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import neo_runtime
@@ -83,3 +84,13 @@ def test_every_public_name_exists() -> None:
         assert name in dir(neo_runtime)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = neo_runtime.nothing
+
+
+def test_what_a_report_of_a_fault_wants(mini_bundle: Path) -> None:
+    assert neo_runtime.__version__ == version("neo-onnx")
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+        digest = model.manifest.digest[:12]
+        expected = (
+            f"<neo_runtime.Model {mini_bundle.name}: fp32, target cpu, on CPU, digest {digest}>"
+        )
+        assert repr(model) == expected

@@ -99,21 +99,17 @@ def _definite(
     """H with as much on its diagonal as it needs, and its factors.
 
     Moments about a large mean are differences of large float32 numbers, off by more than the
-    damping may be. Of damped moments that are right no D is below the damping.
+    damping may be.
     """
-    least = DAMPING / (1 + DAMPING) * float(np.trace(moment)) / len(moment)
-    more = 0.0
+    more = DAMPING * float(np.trace(moment)) / len(moment)
+    assert np.isfinite(more), "statistics are checked when they are opened"
+    lifted = moment
     while True:
-        lifted = moment + np.diag(np.full(len(moment), more)) if more else moment
         try:
-            feedback, diagonal = _factor(lifted)
+            return lifted, *_factor(lifted)
         except np.linalg.LinAlgError:
-            is_definite = False
-        else:
-            is_definite = bool(diagonal.min() >= least / 2)
-        if is_definite:
-            return lifted, feedback, diagonal
-        more = max(2 * more, least)
+            lifted = moment + np.diag(np.full(len(moment), more))
+            more *= 2
 
 
 def _factor(moment: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

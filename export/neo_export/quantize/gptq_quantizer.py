@@ -8,7 +8,7 @@ import numpy as np
 
 from neo_export.gpt_neo.parameters import EMBEDDING, head_name, input_place
 from neo_export.quantize.gptq import damped, gptq
-from neo_export.quantize.int4 import Int4Weight, pack_int4, quantize_int4
+from neo_export.quantize.int4 import INT4_LEVELS, Int4Weight, pack_int4, quantize_int4
 from neo_export.quantize.int8 import LIMIT, Int8Weight, quantize_int8
 from neo_export.quantize.levels import Levels
 from neo_export.quantize.own_inputs import OWN_SHARE, own_inputs
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GptqQuantizer"]
 
-_INT4 = Levels(-8, 7, (1.0, 1.1, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75))
 _PLAIN = (1.0,)
 _EMBEDDING_SHARE = 0.2
 """What is added to H for a tied table, in shares of the mean of its diagonal. Row v serves as the
@@ -79,7 +78,7 @@ class GptqQuantizer:
         moment = self._moment(name, 1.0 if own is None else 1.0 + OWN_SHARE)
         if moment is None:
             return quantize_int4(weight, block_size)
-        integers, scales = gptq(weight, moment, block_size, _INT4, own)
+        integers, scales = gptq(weight, moment, block_size, INT4_LEVELS, own)
         packed = pack_int4(integers).reshape(*scales.shape, block_size // 2)
         return Int4Weight(packed, scales)
 

@@ -13,12 +13,14 @@ import numpy as np
 from neo_runtime.errors import RequestError
 
 from neo_export.quantize._rounding import in_slabs, search_scale
+from neo_export.quantize.levels import Levels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
     "BLOCK_SIZES",
+    "INT4_LEVELS",
     "Int4Weight",
     "check_block_size",
     "dequantize_int4",
@@ -28,8 +30,7 @@ __all__ = [
 ]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-_LOW, _HIGH = -8, 7
-_FACTORS = (1.0, 1.1, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75)
+INT4_LEVELS = Levels(-8, 7, (1.0, 1.1, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75))
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,9 @@ def _quantize(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     blocks = slab.reshape(-1, block_size)
     at = np.abs(blocks).argmax(axis=1, keepdims=True)
-    base = np.take_along_axis(blocks, at, axis=1) / np.float32(_LOW)
+    base = np.take_along_axis(blocks, at, axis=1) / np.float32(INT4_LEVELS.low)
     base[base == 0] = 1
-    scale = search_scale(blocks, base, _LOW, _HIGH, _FACTORS)
-    integers = np.clip(np.rint(blocks / scale), _LOW, _HIGH).astype(np.int8)
+    low, high = INT4_LEVELS.low, INT4_LEVELS.high
+    scale = search_scale(blocks, base, low, high, INT4_LEVELS.factors)
+    integers = np.clip(np.rint(blocks / scale), low, high).astype(np.int8)
     return pack_int4(integers.reshape(len(slab), -1)), scale.reshape(len(slab), -1)

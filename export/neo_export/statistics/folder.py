@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from neo_export.checkpoint.folder import Checkpoint
     from neo_export.checkpoint.lazy_tensor import LazyTensor
-    from neo_export.statistics.header import PlaceSummary
+    from neo_export.statistics.header import PlaceStatistics
 
 __all__ = ["LikelyTokens", "Statistics"]
 
@@ -81,7 +81,7 @@ class Statistics:
         return cls(folder, StatisticsHeader.from_json(text, str(file)))
 
     @property
-    def places(self) -> Mapping[str, PlaceSummary]:
+    def places(self) -> Mapping[str, PlaceStatistics]:
         """Every place's summary, by name, in the order of computation."""
         return self.header.places
 

@@ -17,10 +17,10 @@ from neo_export.gpt_neo.parameters import LAYER_INPUTS
 __all__ = [
     "FEWEST_POSITIONS",
     "INPUT_PLACES",
-    "LAYER_PLACES",
+    "MEASURED_PLACES",
     "SCHEMA_VERSION",
     "STATISTICS_NAME",
-    "PlaceSummary",
+    "PlaceStatistics",
     "StatisticsHeader",
 ]
 
@@ -29,7 +29,7 @@ SCHEMA_VERSION = 1
 FEWEST_POSITIONS = 2
 """One to choose by, one to judge the choice by."""
 
-LAYER_PLACES = (
+MEASURED_PLACES = (
     "ln_1",
     "query",
     "key",
@@ -49,7 +49,7 @@ INPUT_PLACES = (*LAYER_INPUTS, "final_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlaceSummary:
+class PlaceStatistics:
     """What `statistics.json` says of one place."""
 
     channels: int
@@ -83,7 +83,7 @@ class StatisticsHeader:
     """`spec`: the architecture, as a bundle's manifest has it; `tensors`: name → sha256."""
     text: dict[str, Any]
     """`digest`: sha256 of the token ids; `tokens`, `contexts`, `max_length`, `files`."""
-    places: dict[str, PlaceSummary]
+    places: dict[str, PlaceStatistics]
     """In the order of computation."""
     score_max: dict[str, tuple[float, ...]]
     """Layer ("transformer.h.0") → largest |q·k|, unscaled and causal, of each head."""
@@ -110,7 +110,7 @@ class StatisticsHeader:
                     "neo-calibrate of this version again"
                 )
             raw["places"] = {
-                name: PlaceSummary(
+                name: PlaceStatistics(
                     **(place | {"outlier_channels": tuple(place["outlier_channels"])})
                 )
                 for name, place in raw["places"].items()
