@@ -183,8 +183,8 @@ def _search(
 
     plain = _view(place, weights, some, statistics, None)
     before = error(plain, np.ones(some.shape[1], np.float32))
-    constant = plain.exact.mean(axis=0) if _kind(place) in _SHIFTED else 0
-    size = float(np.linalg.norm(plain.exact - constant))
+    constant = some @ statistics.channel_mean(place) if _kind(place) in _SHIFTED else 0
+    size = max(float(np.linalg.norm(plain.exact - constant)), 1e-30)
     if before <= _HARMLESS * size:
         return {}
     best, scale, view = before, None, plain

@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=32,
         help="positions of each context to decode token by token, a fifth each at its start, "
         "around the end of the window, around the first eviction from a local cache, at its end, "
-        "and spread over the rest (default: 32)",
+        "and spread over the rest; the first and the last at least (default: 32)",
     )
     parser.add_argument(
         "--backend",

@@ -106,7 +106,7 @@ def decode_segments(length: int, window: int, positions: int | None) -> tuple[tu
     ]
     inside = dict.fromkeys(at for at in wanted if 0 <= at < length)
     chosen = np.zeros(length + 2, dtype=np.int8)
-    chosen[np.array(list(inside)[:positions]) + 1] = 1
+    chosen[np.array(list(inside)[: max(positions, 2 * fifth)]) + 1] = 1
     edges = np.diff(chosen)
     starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
     return tuple(zip(starts.tolist(), stops.tolist(), strict=True))
