@@ -225,6 +225,12 @@ def test_requests_that_cannot_be_honoured(fused: Model) -> None:
     for option in ("threads", "max_cache_bytes", "prefill_chunk"):
         with pytest.raises(RequestError, match=f"{option} is 0, expected an integer of at least 1"):
             neo_runtime.load("anywhere", **{option: 0})  # type: ignore[arg-type]
+    for option in ("verify", "keep_prepacked"):
+        for wrong in ("no", 1):
+            with pytest.raises(
+                RequestError, match=f"{option} is {wrong!r}, expected True or False"
+            ):
+                neo_runtime.load("anywhere", **{option: wrong})  # type: ignore[arg-type]
 
 
 def test_what_onnxruntime_raises_is_translated(
