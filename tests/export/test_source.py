@@ -72,7 +72,12 @@ def test_an_older_bundle_says_nothing(tmp_path: Path) -> None:
 def test_what_the_commands_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = tmp_path / "bundle"
     assert export([str(DEMO), "-o", str(bundle), "--int4", "--block-size", "64"]) == 0
-    assert "matrices: 25 in int4:64" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "matrices: 25 in int4:64" in printed
+    assert "operators" not in printed
+    again = ["-o", str(bundle), "--int4", "--block-size", "64", "--force", "--verbose"]
+    assert export([str(DEMO), *again]) == 0
+    assert "quantize_int4 ×20 → " in capsys.readouterr().out
     source = source_of(bundle)
     assert verify([str(bundle)]) == 0
     printed = capsys.readouterr().out

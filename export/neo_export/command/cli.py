@@ -56,7 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
         record |= {"auto": found.summary} if found is not None else {}
         print(json.dumps(asdict(summary) | record, indent=1))
     else:
-        print(_report(summary))
+        print(_report(summary, verbose=arguments.verbose))
         if found is not None:
             print(found.report())
         if built is not None:
@@ -197,7 +197,7 @@ def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
     )
 
 
-def _report(summary: ExportSummary) -> str:
+def _report(summary: ExportSummary, *, verbose: bool) -> str:
     matrices = ", ".join(f"{count} in {kind}" for kind, count in summary.decode_weights.items())
     lines = [
         f"bundle      {summary.bundle}",
@@ -210,7 +210,7 @@ def _report(summary: ExportSummary) -> str:
         f"time        {summary.seconds:.1f} s; peak memory {summary.peak_rss_bytes / 1e6:,.0f} MB, "
         f"of it private {summary.peak_private_bytes / 1e6:,.0f} MB",
     ]
-    for graph in summary.graphs:
+    for graph in summary.graphs if verbose else ():
         steps = [f"{graph.nodes_before} operators"]
         steps += [f"{step.name} ×{step.fired} → {step.nodes}" for step in graph.passes]
         lines.append(f"{graph.name:<11} {graph.bytes / 1e3:,.0f} kB: {', '.join(steps)}")

@@ -148,4 +148,7 @@ def export_parser() -> OneLineParser:
         help="replace an existing bundle and its plans; refused if other files are in its folder",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print what each pass did to each graph, too"
+    )
     return parser
