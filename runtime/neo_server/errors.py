@@ -17,8 +17,8 @@ _LONGEST = 1000
 _RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 """Options by the names that requests have for them."""
 _SAID = _RENAMED | {"set do_sample=False": "set temperature to 0"}
-_OPTIONS = {field.name for field in fields(GenerationOptions)} | set(_RENAMED.values())
-_OPTIONS |= {"bad_words"}
+_OPTIONS = {field.name for field in fields(GenerationOptions)}
+_OPTIONS |= {"bad_words", *_RENAMED.values()}
 
 
 class ApiError(Exception):

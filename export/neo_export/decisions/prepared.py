@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from neo_runtime.bundle.manifest import Source, is_quantized
@@ -94,7 +95,7 @@ class Prepared:
         )
         return self.decided.migration.restoring(stored)
 
-    @property
+    @cached_property
     def source(self) -> Source:
         """What the bundle's manifest says of where it comes from."""
 

@@ -34,6 +34,7 @@ from neo_export.passes._tensors import (
     static_shape,
 )
 from neo_export.quantize.int4 import check_block_size
+from neo_export.quantize.levels import FARTHEST
 from neo_export.quantize.linear import LEVELS, quantize_linear
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ _TYPES = {
 }
 _NUMPY = {"int8": np.int8, "int4": ml_dtypes.int4, "fp8": ml_dtypes.float8_e4m3fn}
 _HALF = ir.DataType.FLOAT16
-_FARTHEST = {"int8": 0.1, "int4": 0.5, "fp8": 0.1}
-"""‖W − stored‖ / ‖W‖ from which on little is left of W: rounding comes to 0.01, 0.15 and 0.03."""
 
 
 class _QuantizeLinear(Rule):
@@ -117,7 +116,7 @@ def _stored(weight: ir.Value, storage: Storage) -> tuple[ir.Value, ...]:
 
     def make() -> tuple[NDArray[Any], NDArray[Any]]:
         stored = quantize_linear(read(weight), kind, block if kind == "int4" else None)
-        if not stored.distance <= _FARTHEST[kind]:
+        if not stored.distance <= FARTHEST[kind]:
             raise RequestError(
                 f"{weight.name} cannot be stored in {kind}: that would be {stored.distance:.2g} "
                 "from it (relative L2), as float16 has no scales for values as small; export with "

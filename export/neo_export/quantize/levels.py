@@ -10,7 +10,11 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Levels"]
+__all__ = ["FARTHEST", "Levels"]
+
+FARTHEST = {"int4": 0.5, "int8": 0.1, "fp8": 0.1}
+"""‖W − stored‖ / ‖W‖ that quantization may have. Rounding comes to 0.15, 0.01 and 0.03, GPTQ, which
+moves weights farther, to 0.22 and 0.02 at most; another matrix in its place gives 1.4, zeros 1."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from neo_runtime.errors import VerificationError
 from neo_export.gpt_neo.parameters import place_in_packed
 from neo_export.quantize.int4 import Int4Weight
 from neo_export.quantize.int8 import Int8Weight
+from neo_export.quantize.levels import FARTHEST
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["ReadBack"]
-
-_FARTHEST = {"int4": 0.5, "int8": 0.1}
-"""‖W − stored‖ / ‖W‖ that quantization may have. Measured with GPTQ, which moves weights farther
-than rounding does: 0.22 and 0.02 at most; another matrix in its place gives 1.4."""
 
 
 class ReadBack:
@@ -92,8 +89,8 @@ def _check_near(
 ) -> None:
     off = (found - weight).ravel()
     distance = math.sqrt(float(off @ off) / max(float(weight.ravel() @ weight.ravel()), 1e-30))
-    if not distance <= _FARTHEST[kind]:
+    if not distance <= FARTHEST[kind]:
         raise VerificationError(
             f"{name} as stored in {kind} is {distance:.3g} from the checkpoint's (relative L2), "
-            f"expected at most {_FARTHEST[kind]:g}"
+            f"expected at most {FARTHEST[kind]:g}"
         )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from neo_runtime.generation.generator import steps
-from neo_runtime.generation.rows import Row, cancelled_rows, make_rows
-from neo_runtime.text.prompts import of_each
+from neo_runtime.generation.rows import cancelled_completions, make_rows, total_lengths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,21 +47,15 @@ def sampled_completions(
         RequestError: options that do not fit a prompt.
         CacheLimitError: the cache for a batch would pass the limit.
     """
-    most = model.manifest.max_length
-    totals = of_each(prompts, lambda ids: options.total_length(len(ids), most))
+    totals = total_lengths(model, prompts, options)
     copies = options.num_return_sequences
     # Neighbours go through the graph together, padded to the longest.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, list[Completion]] = {}
-
-    def keep(index: int, rows: Sequence[Row]) -> None:
-        """Only what is asked for: samplers may hold a row of the whole vocabulary."""
-        found[index] = [row.completion() for row in rows]
-
     while order:
         if should_stop():
             for index in order:
-                keep(index, cancelled_rows(model, prompts[index], options))
+                found[index] = cancelled_completions(model, prompts[index], options)
             break
         longest = model.rounded_length(totals[order[-1]] - 1)
         size = batch_size or _batch_size(model, len(order), copies, longest)
@@ -78,7 +71,8 @@ def sampled_completions(
             for _ in steps(model, cache, made, should_stop, len(prompts)):
                 pass
         for index, rows in zip(batch, made, strict=True):
-            keep(index, rows)
+            # Not the rows: samplers may hold a row of the whole vocabulary.
+            found[index] = [row.completion() for row in rows]
     return [one for index in range(len(prompts)) for one in found[index]]
 
 

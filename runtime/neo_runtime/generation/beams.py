@@ -8,12 +8,12 @@ import numpy as np
 
 from neo_runtime.errors import RequestError
 from neo_runtime.generation.completion import Completion
+from neo_runtime.generation.one_by_one import one_by_one
 from neo_runtime.generation.prefix import behind, length_of
-from neo_runtime.generation.rows import Stopwatch, cancelled_rows
+from neo_runtime.generation.rows import Stopwatch
 from neo_runtime.generation.text_stream import StopMatcher
 from neo_runtime.sampling.beam_search import BeamSearch
 from neo_runtime.sampling.grammar_rule import GrammarRule
-from neo_runtime.text.prompts import named_prompt, of_each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,16 +44,11 @@ def searched_completions(
     Arguments and errors are those of `sampled_completions`; once `should_stop` says so, a search
     ends with its next step.
     """
-    most = model.manifest.max_length
-    totals = of_each(prompts, lambda ids: options.total_length(len(ids), most))
-    found: list[Completion] = []
-    for index, (ids, total) in enumerate(zip(prompts, totals, strict=True)):
-        if should_stop():
-            found += [row.completion() for row in cancelled_rows(model, ids, options)]
-        else:
-            with named_prompt(index, len(prompts)):
-                found += _best(model, ids, total, options, should_stop, prefix)
-    return found
+
+    def complete(_: int, ids: IntArray, total: int) -> list[Completion]:
+        return _best(model, ids, total, options, should_stop, prefix)
+
+    return one_by_one(model, prompts, options, should_stop, complete)
 
 
 def _best(

@@ -11,6 +11,7 @@ from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import NeoError, RequestError
 from neo_runtime.generation.drafting import Drafter
 from neo_runtime.options.values import count, number
+from neo_runtime.text.shared import shared_length
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,9 +106,7 @@ class _Sequence:
 
     def _read_on(self, ids: IntArray) -> NDArray[np.float32]:
         """Logits behind the text: what of it is new is read, guesses that were wrong forgotten."""
-        shared = min(len(self._read), len(ids) - 1)
-        differs = np.flatnonzero(self._read[:shared] != ids[:shared])
-        shared = int(differs[0]) if len(differs) else shared
+        shared = shared_length(self._read, ids[:-1])
         self._cache.crop(shared)
         new = ids[shared:]
         self._read = ids.copy()

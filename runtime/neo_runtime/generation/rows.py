@@ -9,8 +9,11 @@ from neo_runtime.generation.completion import Completion, Timings
 from neo_runtime.generation.prefix import length_of
 from neo_runtime.generation.text_stream import Piece, StopMatcher, StreamDecoder
 from neo_runtime.sampling.row_sampler import RowSampler, row_generator
+from neo_runtime.text.prompts import of_each
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
     IntArray = NDArray[np.int64]
 
-__all__ = ["Row", "Stopwatch", "cancelled_rows", "make_rows"]
+__all__ = ["Row", "Stopwatch", "cancelled_completions", "make_rows", "total_lengths"]
 
 
 class Stopwatch:
@@ -217,9 +220,19 @@ def make_rows(
     return rows
 
 
-def cancelled_rows(model: CachedModel, prompt: IntArray, options: GenerationOptions) -> list[Row]:
-    """The rows of a prompt that nobody waits for any more: without a token."""
+def cancelled_completions(
+    model: CachedModel, prompt: IntArray, options: GenerationOptions
+) -> list[Completion]:
+    """Of a prompt that nobody waits for any more: without a token."""
     rows = make_rows(model, prompt, options, len(prompt), 0)
     for row in rows:
         row.cancel()
-    return rows
+    return [row.completion() for row in rows]
+
+
+def total_lengths(
+    model: CachedModel, prompts: Sequence[IntArray], options: GenerationOptions
+) -> list[int]:
+    """Tokens that each prompt and a continuation may have together; errors name the prompt."""
+    most = model.manifest.max_length
+    return of_each(prompts, lambda ids: options.total_length(len(ids), most))

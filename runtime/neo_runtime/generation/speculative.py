@@ -24,8 +24,9 @@ from neo_runtime.errors import RequestError
 from neo_runtime.generation.drafting import Drafter
 from neo_runtime.generation.feeding import feed
 from neo_runtime.generation.generator import read_prompts, steps
-from neo_runtime.generation.rows import cancelled_rows, make_rows
-from neo_runtime.text.prompts import named_prompt, of_each
+from neo_runtime.generation.one_by_one import one_by_one
+from neo_runtime.generation.rows import make_rows
+from neo_runtime.text.shared import shared_length
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -76,7 +77,7 @@ def drafted_steps(
         limit, right = _FIRST, 0
         while True:
             piece = row.advance(logits[right])
-            same = _same(row.unfed, guess[right:])
+            same = shared_length(row.unfed, guess[right:])
             row.next_tokens(same)  # computed already
             row.accepted += same
             right += same
@@ -94,13 +95,6 @@ def drafted_steps(
             guess = _guess(model, cache, row, propose, limit)
             row.drafted += len(guess)
             right, logits = 0, _scored(model, cache, row, guess)
-
-
-def _same(said: Sequence[int], guess: Sequence[int]) -> int:
-    """Tokens at the beginning of both."""
-    pairs = zip(said, guess, strict=False)
-    most = min(len(said), len(guess))
-    return next((at for at, (token, guessed) in enumerate(pairs) if token != guessed), most)
 
 
 def _scored(
@@ -143,22 +137,15 @@ def drafted_completions(
     prefix: Prefix | None,
 ) -> list[Completion]:
     """Continue prompts one by one. Arguments and errors are those of `sampled_completions`."""
-    most = model.manifest.max_length
-    totals = of_each(prompts, lambda ids: options.total_length(len(ids), most))
-    found: list[Completion] = []
-    for index, (ids, total) in enumerate(zip(prompts, totals, strict=True)):
-        if should_stop():
-            found += [row.completion() for row in cancelled_rows(model, ids, options)]
-            continue
-        with (
-            named_prompt(index, len(prompts)),
-            model.new_cache(1, model.rounded_length(total - 1)) as cache,
-        ):
+
+    def complete(index: int, ids: NDArray[np.int64], total: int) -> list[Completion]:
+        with model.new_cache(1, model.rounded_length(total - 1)) as cache:
             [row] = make_rows(model, ids, options, total, index, prefix)
             for _ in drafted_steps(model, cache, row, drafter, should_stop):
                 pass
-            found.append(row.completion())
-    return found
+        return [row.completion()]
+
+    return one_by_one(model, prompts, options, should_stop, complete)
 
 
 def check_drafter(drafter: Drafter, options: GenerationOptions) -> None:

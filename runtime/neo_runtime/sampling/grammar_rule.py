@@ -8,6 +8,7 @@ import numpy as np
 
 from neo_runtime.errors import RequestError
 from neo_runtime.options.grammar import why
+from neo_runtime.text.shared import shared_length
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -86,8 +87,7 @@ class GrammarRule:
         tokens: list[int] = written[: ends[0] if ends.size else None].tolist()
         same = len(self._read)
         if tokens[:same] != self._read:
-            pairs = zip(tokens, self._read, strict=False)
-            same = next((at for at, (new, old) in enumerate(pairs) if new != old), len(tokens))
+            same = shared_length(tokens, self._read)
             self._matcher.rollback(len(self._read) - same)
         if len(tokens) > same:
             self._matcher.consume_tokens(tokens[same:])
