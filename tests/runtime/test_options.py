@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -358,6 +359,23 @@ def test_a_models_own_end_of_sequence_holds(mini_bundle: Path) -> None:
             assert model.generate("a", options, eos_token_id=None, **wanted).token_ids == (eos,)
             assert len(model.generate("a", options, eos_token_id=(), **wanted).token_ids) == 5
             assert len(model.generate("a", options, ignore_eos=True, **wanted).token_ids) == 5
+
+
+def test_beams_with_a_form_end_by_the_models_own(mini_bundle: Path) -> None:
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+        form: dict[str, Any] = {"grammar": model.grammar(choices=["yes", "no"]), "num_beams": 2}
+        expected = model.generate("a", **form).text
+        assert model.generate("a", GenerationOptions(**form)).text == expected
+        assert model.generate("a", GenerationOptions(), **form).text == expected
+        for none in ({"eos_token_id": ()}, {"ignore_eos": True}):
+            with pytest.raises(RequestError, match="there is no eos_token_id"):
+                GenerationOptions(**form, **none)
+            with pytest.raises(RequestError, match="there is no eos_token_id"):
+                model.generate("a", **form, **none)
+        spec = dataclasses.replace(model.manifest.model, eos_token_id=())
+        model.manifest = dataclasses.replace(model.manifest, model=spec)
+        with pytest.raises(RequestError, match="there is no eos_token_id"):
+            model.generate("a", GenerationOptions(**form))
 
 
 def test_names_of_transformers_that_stand_for_nothing_here() -> None:

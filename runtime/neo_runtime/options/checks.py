@@ -58,7 +58,10 @@ def refuse_contradictions(options: GenerationOptions) -> None:
             "forced_eos_token_id would cut a text that has not the form of the grammar; leave one "
             "of them out"
         )
-    if options.grammar is not None and options.num_beams > 1 and not options.active_eos:
+    # Without an eos_token_id it is the model's, and this is asked again with that.
+    is_known = options.eos_token_id is not None or options.ignore_eos
+    is_endless = is_known and not options.active_eos
+    if options.grammar is not None and options.num_beams > 1 and is_endless:
         raise RequestError(
             "beam search ends a text with a grammar by end of sequence, and there is no "
             "eos_token_id; give one, or set num_beams=1"
