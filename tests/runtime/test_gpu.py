@@ -27,6 +27,7 @@ from neo_runtime.errors import (
     DeviceError,
     DeviceMemoryError,
     EngineError,
+    HostMemoryError,
     NeoError,
     RequestError,
 )
@@ -161,6 +162,20 @@ def test_memory_and_other_failures_of_cuda() -> None:
         checked((Error.cudaErrorMemoryAllocation, None), "allocate 100 bytes")
     with pytest.raises(DeviceError, match="failed to copy memory: cudaErrorUnknown"):
         checked((Error.cudaErrorUnknown, None), "copy memory")
+
+
+def test_host_memory_that_cuda_does_not_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is the system's, which frees it where others end, not the device's."""
+    runtime = SimpleNamespace(
+        cudaSetDevice=lambda _: (Error.cudaSuccess,),
+        cudaStreamNonBlocking=1,
+        cudaStreamCreateWithFlags=lambda _: (Error.cudaSuccess, 7),
+        cudaHostAllocDefault=0,
+        cudaHostAlloc=lambda *_: (Error.cudaErrorMemoryAllocation, None),
+    )
+    monkeypatch.setattr("neo_runtime.backends.device.nvidia.cuda_runtime", lambda: runtime)
+    with pytest.raises(HostMemoryError, match="gives no 100 bytes of host memory"):
+        CudaDevice().pinned(100)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import subprocess
 import sys
@@ -59,6 +60,8 @@ def test_lists_are_collected_and_crossed(
     output = capsys.readouterr()
     assert len(list(csv.DictReader(io.StringIO(output.out)))) == 4
     assert output.err == "neo-bench: warning: it was busy\n"
+    assert cli.main(["b1", "--json"]) == 0
+    assert "rows" in json.loads(capsys.readouterr().out)
 
 
 def test_peers_are_parsed_with_their_precisions(

@@ -18,6 +18,7 @@ from helpers.held_out import held_out_ids, perplexity
 from helpers.models import DEMO, Reference, TinyConfig, make_checkpoint
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_tools.diff.cli import main
+from neo_tools.diff.report import path_text
 from onnx import helper
 
 if TYPE_CHECKING:
@@ -113,6 +114,10 @@ def test_a_quantized_bundle(int4_bundle: Path, capsys: pytest.CaptureFixture[str
     assert sum(found["kl_histogram"]["counts"]) == 1024
     _, out, err = run(capsys, int4_bundle, "--reference", DEMO, *FEW)
     assert f"{increase['increase']:+.3%}" in out
+    whole = [graph for graph in found["graphs"] if graph["region"] == "all"]
+    worst = max(whole, key=lambda graph: graph["kl_mean"])
+    [line] = [line for line in out.splitlines() if line.startswith("ok   mean KL ")]
+    assert line.endswith(f"  ({path_text(worst['graph'])}, {worst['positions']} positions)")
     assert "within all limits" in out
     assert "the reference, layer by layer, 100 %" in err
 
