@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neo_export.checkpoint.base_option import add_base
 from neo_export.reports.stages import StageLine
 from neo_runtime.command.command_line import OneLineParser, add_version, run_command
 
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_version(parser)
     parser.add_argument("model", metavar="MODEL", help="the checkpoint")
+    add_base(parser)
     parser.add_argument(
         "--text",
         required=True,
@@ -88,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     # Slow imports come only now, so that --help and wrong usage answer at once.
-    from neo_export.checkpoint.folder import open_checkpoint
-    from neo_export.checkpoint.hub import resolve_model
+    from neo_export.checkpoint.folder import open_model
     from neo_export.reports.memory import PeakMemory
 
     from neo_calibration.collect import collect
@@ -98,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     with (
         PeakMemory() as memory,
-        open_checkpoint(resolve_model(arguments.model)) as checkpoint,
+        open_model(arguments.model, arguments.base) as checkpoint,
         StageLine("neo-calibrate", pace="positions/s per layer") as bar,
     ):
         text = read_text(arguments.text, checkpoint, arguments.tokens, arguments.max_length)

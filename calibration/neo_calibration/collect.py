@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
     from numpy.typing import NDArray
 
     from neo_calibration.text import CalibrationText

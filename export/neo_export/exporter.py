@@ -21,8 +21,7 @@ from neo_export.bundle.probes import probes_of
 from neo_export.bundle.sidecars import write_sidecars
 from neo_export.bundle.staging import staged_folder
 from neo_export.bundle.weights import write_weights
-from neo_export.checkpoint.folder import open_checkpoint
-from neo_export.checkpoint.hub import resolve_model
+from neo_export.checkpoint.folder import open_model
 from neo_export.decisions.options import ExportOptions
 from neo_export.decisions.options_check import check_export
 from neo_export.decisions.prepared import prepare
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from neo_export.bundle.built_graphs import GraphSummary
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
     from neo_export.comparison.verify import Verification
     from neo_export.decisions.half_range import WideTensor
     from neo_export.decisions.prepared import Prepared
@@ -104,7 +103,7 @@ def export_bundle(
     with (
         PeakMemory() as memory,
         staged_folder(output, force=options.force) as folder,
-        open_checkpoint(resolve_model(model)) as checkpoint,
+        open_model(model, options.base) as checkpoint,
     ):
         check_export(checkpoint, target, options)
         prepared = prepare(checkpoint, target, options, say)

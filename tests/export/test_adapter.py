@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import neo_runtime
 import numpy as np
 import pytest
+from helpers.held_out import story_lines
 from helpers.models import DEMO, TinyConfig, make_checkpoint, random_ids
+from neo_export.checkpoint.fingerprint import checkpoint_fingerprint
 from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.command.cli import main as export
 from neo_export.tolerances import TOLERANCES
+from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import CheckpointError, NeoError
+from neo_tools.diff.cli import main as diff
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install '.[test]'")
@@ -343,10 +347,57 @@ def test_files_that_do_not_belong_together(adapter: Path, tmp_path: Path) -> Non
 
 def test_comparisons_are_with_the_adapted_model(tmp_path: Path) -> None:
     """neo-diff takes the adapter's folder as it takes a model's; the tokenizer is the base's."""
-    from neo_tools.diff.cli import main as diff
-
     make_adapter(tmp_path / "adapter", DEMO, target_modules=["c_fc"], lora_alpha=1)
     assert export([str(tmp_path / "adapter"), "-o", str(tmp_path / "bundle")]) == 0
     flags = ["--tokens", "300", "--decode-positions", "3", "--continuations", "1"]
     for reference, status in ((tmp_path / "adapter", 0), (DEMO, 1)):
         assert diff([str(tmp_path / "bundle"), "--reference", str(reference), *flags]) == status
+
+
+def test_a_base_that_has_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there, adapter = tmp_path / "there", tmp_path / "adapter"
+    make_adapter(adapter, Path(shutil.copytree(DEMO, there)), target_modules=["c_fc"], lora_alpha=1)
+    before, after = tmp_path / "before", tmp_path / "after"
+    assert export([str(adapter), "-o", str(before)]) == 0
+    moved = ["--base", str(there.rename(tmp_path / "moved"))]
+    assert export([str(adapter), "-o", str(after)]) == 2
+    assert "adapter_config.json names it (base_model_name_or_path)" in capsys.readouterr().err
+
+    assert export([str(adapter), *moved, "-o", str(after)]) == 0
+    assert open_bundle(before).manifest.digest == open_bundle(after).manifest.digest
+    compared = ["--tokens", "300", "--decode-positions", "3", "--continuations", "1"]
+    assert diff([str(after), "--reference", str(adapter), *moved, *compared]) == 0
+    assert diff([str(after), "--reference", str(before), *moved, *compared]) == 2
+    assert "--base was given, but the reference" in capsys.readouterr().err
+
+
+def test_a_base_that_has_moved_is_searched(tmp_path: Path) -> None:
+    """Every child process gets it: the check of the search, the calibration, the search."""
+    there, adapter, bundle = tmp_path / "there", tmp_path / "adapter", tmp_path / "bundle"
+    config = TinyConfig(vocab_size=4096, attention_layers=("global",))
+    base = make_checkpoint(there, config)
+    shutil.copy(DEMO / "tokenizer.json", base)
+    make_adapter(adapter, base, target_modules=["q_proj"])
+    there.rename(tmp_path / "moved")
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(story_lines(slice(120))))
+    given = ["--base", str(tmp_path / "moved"), "--calibrate-text", str(text)]
+    assert export([str(adapter), *given, "--auto", "--max-size", "0.5", "-o", str(bundle)]) == 0
+    source = open_bundle(bundle).manifest.source
+    assert source is not None
+    with open_checkpoint(adapter, str(tmp_path / "moved")) as adapted:
+        assert source.checkpoint == checkpoint_fingerprint(adapted)
+
+
+def test_a_base_that_is_not_the_one(adapter: Path, tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base", CONFIG)
+    with pytest.raises(CheckpointError, match=r"is no LoRA adapter .*leave --base out"):
+        open_checkpoint(base, str(base))
+    with pytest.raises(CheckpointError, match=r"LoRA adapter of not-there, .*does not exist"):
+        open_checkpoint(adapter, "not-there")
+    other = make_checkpoint(tmp_path / "other", TinyConfig(head_dim=8))
+    with pytest.raises(CheckpointError, match=r"is it an adapter of .*other"):
+        open_checkpoint(adapter, str(other))
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    open_checkpoint(adapter, str(base)).close()

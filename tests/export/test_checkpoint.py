@@ -24,7 +24,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM, GPTNeoModel
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
 
 DEMO = Path(neo_export.__file__).parent / "demo" / "neo-mini"
 NUMPY = {

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
 
     State = dict[str, torch.Tensor]
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neo_export.checkpoint.base_option import add_base
 from neo_export.reports.stages import StageLine
 from neo_runtime.command.command_line import OneLineParser, run_command
 
@@ -30,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     parser.add_argument("model", metavar="MODEL", help="the checkpoint")
+    add_base(parser)
     parser.add_argument(
         "--text",
         required=True,
@@ -117,6 +119,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from neo_calibration.auto.run import AutoOptions, run_auto
 
     given = {
+        "base": arguments.base,
         "text": tuple(arguments.text),
         "keep": tuple(arguments.keep_fp32),
         "max_divergence": arguments.max_kl,
@@ -140,14 +143,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check(model: str, given: dict[str, Any]) -> int:
-    from neo_export.checkpoint.folder import open_checkpoint
-    from neo_export.checkpoint.hub import resolve_model
+    from neo_export.checkpoint.folder import open_model
 
     from neo_calibration.auto.inputs import SearchInputs
 
     inputs = SearchInputs(**given)
     inputs.check()
-    with open_checkpoint(resolve_model(model)) as checkpoint:
+    with open_model(model, inputs.base) as checkpoint:
         inputs.check_model(checkpoint)
     return 0
 

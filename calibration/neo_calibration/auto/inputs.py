@@ -19,7 +19,7 @@ from neo_calibration.text import read_text
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
     from neo_runtime.bundle.manifest import ModelSpec
     from numpy.typing import NDArray
 
@@ -45,6 +45,8 @@ class SearchInputs:
     """What is known before there are statistics."""
 
     text: tuple[Path, ...]
+    base: str | None = None
+    """The base model of a LoRA adapter; None for the one that the adapter names."""
     keep: tuple[str, ...] = ()
     """Shell patterns: these matrices stay float32."""
     max_divergence: float | None = None

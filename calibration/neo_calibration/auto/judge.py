@@ -42,6 +42,8 @@ class Judge:
         reference: list[NDArray[np.float32]],
         statistics: Path,
         remembered: Path,
+        *,
+        base: str | None = None,
         kv_cache: str = "float",
     ) -> None:
         """Prepare.
@@ -52,25 +54,24 @@ class Judge:
             reference: float32 logits [S, V] of each.
             statistics: of this model.
             remembered: folder for matrices that were quantized with these statistics.
+            base: as `ExportOptions` has it.
             kv_cache: as `ExportOptions` has it; bundles are judged with it.
         """
         self._model = model
         self._contexts = contexts
         self._reference = reference
-        self._calibrated = ExportOptions(
-            calibration=statistics, remembered=remembered, kv_cache=kv_cache
+        self._rounded = ExportOptions(base=base, precision="mixed")
+        self._calibrated = replace(
+            self._rounded, calibration=statistics, remembered=remembered, kv_cache=kv_cache
         )
 
     def plan(self, plan: WeightPlan) -> Measured:
         """A calibrated bundle of this plan."""
-        quantization = Quantization(plan=plan)
-        return self._measure(
-            replace(self._calibrated, precision="mixed", quantization=quantization)
-        )
+        return self._measure(replace(self._calibrated, quantization=Quantization(plan=plan)))
 
     def rounded(self, plan: WeightPlan) -> Measured:
         """A bundle of this plan without statistics, its cache in float."""
-        return self._measure(ExportOptions(precision="mixed", quantization=Quantization(plan=plan)))
+        return self._measure(replace(self._rounded, quantization=Quantization(plan=plan)))
 
     def _measure(self, options: ExportOptions) -> Measured:
         with tempfile.TemporaryDirectory(prefix="neo-auto-") as folder:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_export.checkpoint.folder import open_checkpoint
-from neo_export.checkpoint.hub import resolve_model
+from neo_export.checkpoint.folder import open_model
 from neo_export.files.text_file import write_text_file
 from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.statistics.folder import Statistics
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy as np
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
     from neo_export.quantize.plan import Storage
     from numpy.typing import NDArray
 
@@ -64,7 +63,7 @@ def run_auto(
     """
     options.check()
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(resolve_model(model)))
+        checkpoint = stack.enter_context(open_model(model, options.base))
         limit = options.limit(checkpoint.spec)
         statistics = Statistics.open(options.statistics)
         statistics.require_second_moments()
@@ -85,7 +84,13 @@ def run_auto(
         progress("running float32", 0, 0)
         reference = reference_logits(checkpoint, judged)
         judge = Judge(
-            model, judged, reference, options.statistics, folder, kv_cache=options.kv_cache
+            model,
+            judged,
+            reference,
+            options.statistics,
+            folder,
+            base=options.base,
+            kv_cache=options.kv_cache,
         )
         chooser = Chooser(frontier, _reported(judge, progress))
         if limit is None:

@@ -21,7 +21,7 @@ from neo_export.gpt_neo.parameters import EMBEDDING, HEAD, LAYER_INPUTS, head_na
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
     from neo_export.quantize.plan import Storage
     from neo_runtime.bundle.manifest import ModelSpec
     from numpy.typing import NDArray

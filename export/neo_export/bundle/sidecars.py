@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.bundle.manifest import CacheSpec, ModelSpec
 
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
 
 __all__ = ["write_sidecars"]
 

@@ -61,15 +61,19 @@ class _Lora:
 class Adapter(Closable):
     """An open adapter: its configuration, and what it changes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, base: str | None = None) -> None:
         """Open the files.
+
+        Args:
+            folder: what peft wrote.
+            base: the base model, in place of the one that the configuration names.
 
         Raises:
             CheckpointError: it is not a LoRA adapter that can be merged, or is damaged.
             DependencyError: torch is needed and not installed.
         """
         self.folder = folder
-        self.config = read_adapter_config(folder)
+        self.config = read_adapter_config(folder, base)
         self._files = WeightFiles(folder, ADAPTER_FILES)
 
     def merged(self, base: Mapping[str, LazyTensor], *, is_tied: bool) -> dict[str, LazyTensor]:

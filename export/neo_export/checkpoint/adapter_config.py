@@ -91,8 +91,12 @@ def _by_pattern(patterns: Mapping[str, float], module: str, otherwise: float) ->
     return otherwise
 
 
-def read_adapter_config(folder: Path) -> LoraConfig:
+def read_adapter_config(folder: Path, base: str | None = None) -> LoraConfig:
     """Read the configuration of the adapter in `folder`.
+
+    Args:
+        folder: of the adapter.
+        base: the base model, in place of the one that the file names.
 
     Raises:
         CheckpointError: it is no LoRA adapter, names no base model, or has what cannot be merged.
@@ -107,7 +111,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     _refuse_others(raw, path)
     try:
         config = LoraConfig(
-            base=_base(raw, path),
+            base=base or _base(raw, path),
             rank=_count(raw["r"]),
             alpha=float(raw["lora_alpha"]),
             rank_pattern={key: _count(n) for key, n in (raw.get("rank_pattern") or {}).items()},
@@ -147,7 +151,7 @@ def _base(raw: dict[str, Any], path: Path) -> str:
     if not isinstance(base, str) or not base:
         raise CheckpointError(
             f"{path}: base_model_name_or_path is {base!r}, expected the model that the adapter is "
-            "for; write its folder or its hub id there"
+            "for; give its folder or its hub id with --base"
         )
     is_on_a_hub = isinstance(revision, str) and revision and not Path(base).exists()
     return f"{base}@{revision}" if is_on_a_hub else base

@@ -12,8 +12,8 @@ from neo_runtime.machine.cores import usable_processors
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from neo_export.checkpoint.folder import Checkpoint
     from neo_export.checkpoint.lazy_tensor import LazyTensor
+    from neo_export.checkpoint.whole import Checkpoint
 
 __all__ = ["checkpoint_fingerprint", "fingerprint", "tensor_digests"]
 

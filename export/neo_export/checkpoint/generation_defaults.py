@@ -18,12 +18,12 @@ from neo_runtime.errors import CheckpointError, GenerationConfigError
 from neo_runtime.options.generation_options import GenerationOptions
 
 from neo_export.checkpoint.config import CONFIG_NAME
-from neo_export.checkpoint.folder import GENERATION_CONFIG_NAME
+from neo_export.checkpoint.whole import GENERATION_CONFIG_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
 
 __all__ = ["SETTINGS", "check_generation_defaults", "generation_defaults", "warn_once"]
 

@@ -1,7 +1,7 @@
 """MODEL on the command line → a folder: a local one, or one downloaded from a hub.
 
-Each hub is reached through its own client library, which also owns the cache, the credentials
-and the retries.
+Each hub is reached through its own client library, which also owns the cache, the credentials,
+the retries and the progress bars.
 """
 
 from __future__ import annotations
@@ -38,13 +38,12 @@ _WEIGHT_PATTERNS = (
 )
 
 
-def resolve_model(model: str, progress: Callable[[str], None] | None = None) -> Path:
+def resolve_model(model: str) -> Path:
     """Turn what the user called the model into a folder.
 
     Args:
         model: an existing folder; a Hugging Face id `owner/name`, or `owner/name@revision`; or
             `modelscope:owner/name`, with `@revision` as well.
-        progress: called with one line before a download.
 
     Returns:
         The folder with `config.json`, the weights in one format and the tokenizer's files. Only
@@ -63,7 +62,7 @@ def resolve_model(model: str, progress: Callable[[str], None] | None = None) -> 
                 f"{model!r} is not a ModelScope id; expected {MODELSCOPE_PREFIX}owner/name or "
                 f"{MODELSCOPE_PREFIX}owner/name@revision"
             )
-        return _from_modelscope(match["id"], match["revision"], progress)
+        return _from_modelscope(match["id"], match["revision"])
     path = _local_path(model)
     if path is not None and path.is_dir():
         return path
@@ -77,7 +76,7 @@ def resolve_model(model: str, progress: Callable[[str], None] | None = None) -> 
             f"{model!r} does not exist; expected a Hugging Face model folder, a hub id such as "
             f"EleutherAI/gpt-neo-1.3B, or {MODELSCOPE_PREFIX}AI-ModelScope/gpt-neo-1B3"
         )
-    return _from_hugging_face(match["id"], match["revision"], progress)
+    return _from_hugging_face(match["id"], match["revision"])
 
 
 def _local_path(model: str) -> Path | None:
@@ -89,9 +88,7 @@ def _local_path(model: str) -> Path | None:
         return None
 
 
-def _from_hugging_face(
-    model_id: str, revision: str | None, progress: Callable[[str], None] | None
-) -> Path:
+def _from_hugging_face(model_id: str, revision: str | None) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
@@ -99,8 +96,6 @@ def _from_hugging_face(
             f"{model_id!r} is not a folder here, and huggingface_hub, which could download it, "
             f"is not installed ({error}); run `pip install 'neo-onnx[hub]'`, or give a folder"
         ) from error
-    if progress is not None:
-        progress(f"fetching {model_id} from the Hugging Face hub")
     try:
         return _download(
             lambda patterns: huggingface_hub.snapshot_download(
@@ -111,9 +106,7 @@ def _from_hugging_face(
         raise _hugging_face_error(model_id, revision, error) from error
 
 
-def _from_modelscope(
-    model_id: str, revision: str | None, progress: Callable[[str], None] | None
-) -> Path:
+def _from_modelscope(model_id: str, revision: str | None) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError as error:
@@ -121,8 +114,6 @@ def _from_modelscope(
             f"{MODELSCOPE_PREFIX}{model_id} needs the package modelscope, which cannot be "
             f"imported ({error}); run `pip install 'neo-onnx[modelscope]'`"
         ) from error
-    if progress is not None:
-        progress(f"fetching {model_id} from ModelScope")
     try:
         return _download(
             lambda patterns: snapshot_download(

@@ -83,6 +83,7 @@ def _export(
         raise RequestError("--calibration and --calibrate-text were given; choose one")
     build = _engine_builder(arguments)
     options = ExportOptions(
+        base=arguments.base,
         target=_target(arguments, precision),
         precision=precision,
         quantization=quantization,
@@ -100,11 +101,11 @@ def _export(
         with termination_raises(), ExitStack() as stack:
             if text is not None and statistics is None:
                 if search is not None:
-                    check_search(model, text, search)
-                statistics = stack.enter_context(calibration_folder(model, text))
+                    check_search(model, options.base, text, search)
+                statistics = stack.enter_context(calibration_folder(model, options.base, text))
             if search is not None:
                 bar.end()
-                found = stack.enter_context(searched(model, text, statistics, search))
+                found = stack.enter_context(searched(model, options.base, text, statistics, search))
                 quantization = replace(quantization, plan=found.plan)
                 options = replace(options, quantization=quantization, remembered=found.remembered)
             options = replace(options, calibration=statistics)
@@ -114,12 +115,11 @@ def _export(
 
 def _check_model(model: str, options: ExportOptions, *, searches: bool) -> None:
     """Refuse now what the export would refuse only after the calibration."""
-    from neo_export.checkpoint.folder import open_checkpoint
-    from neo_export.checkpoint.hub import resolve_model
+    from neo_export.checkpoint.folder import open_model
     from neo_export.decisions.options_check import check_export
     from neo_export.targets import target_named
 
-    with open_checkpoint(resolve_model(model)) as checkpoint:
+    with open_model(model, options.base) as checkpoint:
         check_export(checkpoint, target_named(options.target), options, searches=searches)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from neo_runtime.command.command_line import OneLineParser, add_version
 
+from neo_export.checkpoint.base_option import add_base
 from neo_export.command.search_options import add_search_options
 
 __all__ = ["export_parser"]
@@ -33,6 +34,7 @@ def export_parser() -> OneLineParser:
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="BUNDLE", help="folder to create"
     )
+    add_base(parser)
     precision = parser.add_mutually_exclusive_group()
     for name, text in (
         ("fp32", "weights and arithmetic in float32 (the default)"),

@@ -53,18 +53,19 @@ class Searched:
 
 
 @contextmanager
-def calibration_folder(model: str, text: Path) -> Iterator[Path]:
+def calibration_folder(model: str, base: str | None, text: Path) -> Iterator[Path]:
     """Statistics of a text: made now, removed afterwards.
 
     Args:
         model: what the user called it.
+        base: the base model of an adapter, where it was given.
         text: the file to calibrate on.
 
     Raises:
         StatisticsError: the calibration failed; it has said why.
     """
     with tempfile.TemporaryDirectory(prefix="neo-calibration-") as folder:
-        yield run_calibration(model, text, Path(folder, "stats"))
+        yield run_calibration(model, text, Path(folder, "stats"), *_base(base))
 
 
 def run_calibration(model: str, text: Path, output: Path, *options: str) -> Path:
@@ -85,11 +86,12 @@ def run_calibration(model: str, text: Path, output: Path, *options: str) -> Path
     return output
 
 
-def check_search(model: str, text: Path, options: tuple[str, ...]) -> None:
+def check_search(model: str, base: str | None, text: Path, options: tuple[str, ...]) -> None:
     """Let the search refuse a limit or a text before statistics are made for it.
 
     Args:
         model: what the user called it.
+        base: the base model of an adapter, where it was given.
         text: the file to measure on.
         options: the limit and so on, as the command takes them.
 
@@ -98,12 +100,12 @@ def check_search(model: str, text: Path, options: tuple[str, ...]) -> None:
         StatisticsError: it was refused; the search has said why.
     """
     _require()
-    _run(f"{_MODULE}.auto", model, "--text", str(text), "--check", *options)
+    _run(f"{_MODULE}.auto", model, "--text", str(text), "--check", *_base(base), *options)
 
 
 @contextmanager
 def searched(
-    model: str, text: Path, statistics: Path, options: tuple[str, ...]
+    model: str, base: str | None, text: Path, statistics: Path, options: tuple[str, ...]
 ) -> Iterator[Searched]:
     """Run `python -m neo_calibration.auto`: the plan that keeps a limit.
 
@@ -112,6 +114,7 @@ def searched(
 
     Args:
         model: what the user called it.
+        base: the base model of an adapter, where it was given.
         text: the file to measure on.
         statistics: of the model.
         options: the limit and so on, as the command takes them.
@@ -125,7 +128,7 @@ def searched(
         plan, remembered = Path(folder, "plan.json"), Path(folder, "remembered")
         files = ("--text", str(text), "--statistics", str(statistics), "-o", str(plan))
         made = ("--remembered", str(remembered))
-        said = _run(f"{_MODULE}.auto", model, *files, *made, *options, scratch=folder)
+        said = _run(f"{_MODULE}.auto", model, *files, *made, *_base(base), *options, scratch=folder)
         yield Searched(WeightPlan.read(plan), remembered, _summary(said))
 
 
@@ -140,6 +143,10 @@ def _summary(said: str) -> dict[str, Any]:
         ) from error
     summary: dict[str, Any] = found
     return summary
+
+
+def _base(base: str | None) -> tuple[str, ...]:
+    return () if base is None else (f"--base={base}",)
 
 
 def _require() -> None:

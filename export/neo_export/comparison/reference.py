@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
     from neo_export.comparison.places import Place
     from neo_export.quantize.kv_cache import CacheSteps
 

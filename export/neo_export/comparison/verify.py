@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from neo_runtime.bundle.manifest import Manifest
     from numpy.typing import NDArray
 
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
     from neo_export.quantize.kv_cache import CacheSteps
 
 __all__ = ["PlaceError", "Verification", "verify_bundle"]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from neo_runtime.bundle.manifest import ModelSpec
     from numpy.typing import NDArray
 
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
     from neo_export.quantize.migration_search import MovedPlace
     from neo_export.quantize.plan import WeightPlan
     from neo_export.quantize.quantizer import WeightQuantizer

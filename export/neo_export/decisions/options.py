@@ -18,6 +18,8 @@ __all__ = ["ExportOptions"]
 class ExportOptions:
     """What to make of a checkpoint."""
 
+    base: str | None = None
+    """The base model of a LoRA adapter; None for the one that the adapter names."""
     target: str = "cpu"
     precision: str = "fp32"
     quantization: Quantization = field(default_factory=Quantization)

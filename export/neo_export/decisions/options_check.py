@@ -20,7 +20,7 @@ from neo_export.quantize.plan import WeightPlan, check_patterns, is_planned
 if TYPE_CHECKING:
     from neo_runtime.bundle.manifest import ModelSpec
 
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
     from neo_export.decisions.options import ExportOptions
     from neo_export.targets import Target
 

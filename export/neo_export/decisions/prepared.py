@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from neo_runtime.bundle.manifest import CacheSpec, ModelSpec
     from numpy.typing import NDArray
 
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
     from neo_export.decisions.calibrated import Calibrated
     from neo_export.decisions.options import ExportOptions
     from neo_export.gpt_neo.parameters import ReadParameter

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from neo_export.checkpoint.folder import Checkpoint
     from neo_export.checkpoint.lazy_tensor import LazyTensor
+    from neo_export.checkpoint.whole import Checkpoint
     from neo_export.statistics.header import PlaceStatistics
 
 __all__ = ["LikelyTokens", "Statistics"]

@@ -65,6 +65,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     return Settings(
         bundle=arguments.bundle,
         reference=arguments.reference,
+        base=arguments.base,
         text=arguments.text,
         tokens=arguments.tokens,
         context=arguments.context,

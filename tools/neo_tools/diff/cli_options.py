@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from neo_export.checkpoint.base_option import add_base
 from neo_runtime.backends.choice import BACKENDS
 from neo_runtime.command.command_line import OneLineParser, add_version
 
@@ -54,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reference", metavar="MODEL", required=True, help="what to compare with (see below)"
     )
+    add_base(parser)
     parser.add_argument(
         "--text", metavar="FILE", type=Path, help="text to compare on (default: stories)"
     )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
-    from neo_export.checkpoint.folder import Checkpoint
+    from neo_export.checkpoint.whole import Checkpoint
     from neo_export.comparison.faults import Fault
     from neo_export.comparison.trace import Text, Trace
     from neo_runtime.bundle.folder import Bundle
@@ -210,29 +210,34 @@ class BundleReference(Reference):
 
 
 @contextmanager
-def open_reference(model: str, threads: int, device: int = 0) -> Iterator[Reference]:
+def open_reference(
+    model: str, threads: int, device: int = 0, base: str | None = None
+) -> Iterator[Reference]:
     """A bundle's folder, a checkpoint's folder, or a hub id.
 
     Args:
         model: one of these.
         threads: of one operator on a CPU.
         device: the GPU of a bundle for one; a checkpoint runs on the CPU.
+        base: the base model of a LoRA adapter; None for the one that the adapter names.
 
     Raises:
         BundleError: the bundle cannot be used.
         CheckpointError: the checkpoint cannot be used.
         DependencyError: torch or transformers is missing.
+        RequestError: a base model was given for a bundle.
     """
     if (Path(model) / MANIFEST_NAME).is_file():
         from neo_runtime.bundle.folder import open_bundle
 
+        if base is not None:
+            raise RequestError(f"--base was given, but the reference {model} is a bundle")
         bundle = open_bundle(model, verify=True, check_runtime=False)
         yield BundleReference(bundle, threads, device)
         return
-    from neo_export.checkpoint.folder import open_checkpoint
-    from neo_export.checkpoint.hub import resolve_model
+    from neo_export.checkpoint.folder import open_model
 
-    with open_checkpoint(resolve_model(model)) as checkpoint:
+    with open_model(model, base) as checkpoint:
         yield PyTorchReference(checkpoint, model)
 
 

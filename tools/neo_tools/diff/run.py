@@ -69,7 +69,7 @@ def compare(settings: Settings, progress: Progress | None = None) -> Results:
     bundle = open_bundle(settings.bundle, verify=True, check_runtime=False)
     with (
         PeakMemory() as memory,
-        open_reference(settings.reference, threads, settings.device) as reference,
+        open_reference(settings.reference, threads, settings.device, settings.base) as reference,
     ):
         warnings = require_same_shape(bundle.manifest.model, reference.spec)
         texts = _texts(bundle, settings)

@@ -20,6 +20,8 @@ class Settings:
     bundle: Path
     reference: str
     """A checkpoint's folder, a hub id, or another bundle."""
+    base: str | None = None
+    """The base model of a LoRA adapter; None for the one that the adapter names."""
     text: Path | None = None
     """None for the texts that come with the package."""
     tokens: int = 4096
