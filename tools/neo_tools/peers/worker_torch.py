@@ -43,7 +43,7 @@ class TorchEngine:
     def load(self) -> dict[str, Any]:
         """Load the checkpoint in the wanted type."""
         import torch
-        from transformers import GPTNeoForCausalLM
+        from transformers import DynamicCache, GPTNeoForCausalLM
 
         torch.set_num_threads(self._threads)
         model: Any = GPTNeoForCausalLM.from_pretrained(
@@ -56,7 +56,7 @@ class TorchEngine:
         if self._precision == "fp16-compiled":
             # Compiled again for each new length otherwise; the first calls of a process compile.
             self._model = torch.compile(self._model, dynamic=True)
-        self._torch = torch
+        self._torch, self._new_cache = torch, DynamicCache
         facts = {"dtype": str(model.dtype), "cache": "append", "device": self._device}
         if self._device != "cpu":
             facts["gpu"] = torch.cuda.get_device_name(self._device)
@@ -69,14 +69,15 @@ class TorchEngine:
     def forward(self, ids: list[list[int]]) -> list[int]:
         """Append rows of ids; the head runs on the last position only."""
         torch = self._torch
+        if self._cache is None:
+            self._cache = self._new_cache(config=self._config)
         with torch.inference_mode():
             output = self._model(
                 torch.tensor(ids, dtype=torch.int64, device=self._device),
-                past_key_values=self._cache,
+                self._cache,  # its name depends on the version of transformers
                 use_cache=True,
                 logits_to_keep=1,
             )
-            self._cache = output.past_key_values
             tokens: list[int] = output.logits[:, -1].argmax(-1).tolist()
         return tokens
 
