@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import numpy as np
 import pytest
-from helpers.held_out import story_lines
 from helpers.models import DEMO, TinyConfig, make_checkpoint, random_ids
-from neo_export.checkpoint.fingerprint import checkpoint_fingerprint
+from neo_calibration.auto.__main__ import _parser as search_parser
+from neo_calibration.cli import _parser as calibrate_parser
 from neo_export.checkpoint.folder import open_checkpoint
+from neo_export.command import run_calibration
 from neo_export.command.cli import main as export
 from neo_export.tolerances import TOLERANCES
 from neo_runtime.bundle.folder import open_bundle
-from neo_runtime.errors import CheckpointError, NeoError
+from neo_runtime.errors import CheckpointError, NeoError, StatisticsError
 from neo_tools.diff.cli import main as diff
 
 if TYPE_CHECKING:
@@ -371,22 +372,28 @@ def test_a_base_that_has_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "--base was given, but the reference" in capsys.readouterr().err
 
 
-def test_a_base_that_has_moved_is_searched(tmp_path: Path) -> None:
-    """Every child process gets it: the check of the search, the calibration, the search."""
-    there, adapter, bundle = tmp_path / "there", tmp_path / "adapter", tmp_path / "bundle"
-    config = TinyConfig(vocab_size=4096, attention_layers=("global",))
-    base = make_checkpoint(there, config)
+def test_child_processes_are_told_the_base(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def run(*command: str, scratch: str | None = None) -> str:
+        commands.append(command)
+        if scratch is not None:  # the last one
+            raise StatisticsError("enough")
+        return ""
+
+    monkeypatch.setattr(run_calibration, "_run", run)
+    monkeypatch.setattr(run_calibration, "_require", lambda: None)
+    base = make_checkpoint(tmp_path / "base", CONFIG)
     shutil.copy(DEMO / "tokenizer.json", base)
-    make_adapter(adapter, base, target_modules=["q_proj"])
-    there.rename(tmp_path / "moved")
-    text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(story_lines(slice(120))))
-    given = ["--base", str(tmp_path / "moved"), "--calibrate-text", str(text)]
-    assert export([str(adapter), *given, "--auto", "--max-size", "0.5", "-o", str(bundle)]) == 0
-    source = open_bundle(bundle).manifest.source
-    assert source is not None
-    with open_checkpoint(adapter, str(tmp_path / "moved")) as adapted:
-        assert source.checkpoint == checkpoint_fingerprint(adapted)
+    given = ["--base", str(base), "--calibrate-text", __file__, "-o", str(tmp_path / "bundle")]
+    assert export([str(adapter), *given, "--auto", "--max-size", "0.5"]) == 2
+    programs = ["neo_calibration.auto", "neo_calibration", "neo_calibration.auto"]
+    assert [command[0] for command in commands] == programs
+    for module, *arguments in commands:
+        parser = {"neo_calibration": calibrate_parser}.get(module, search_parser)()
+        assert parser.parse_args(arguments).base == str(base)
 
 
 def test_a_base_that_is_not_the_one(adapter: Path, tmp_path: Path) -> None:
