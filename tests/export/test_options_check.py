@@ -86,6 +86,15 @@ def test_what_fits(spec: ModelSpec) -> None:
     check(spec, "tensorrt", "fp8")
 
 
+def test_blocks_that_a_target_has_not(spec: ModelSpec) -> None:
+    wide = replace(spec, hidden_size=256, head_dim=64, num_heads=4, intermediate_size=1024)
+    check(wide, "cpu", "int4", block_size=256)
+    plan = WeightPlan(Storage("int8"), (("*.c_fc.weight", Storage("int4", 256)),))
+    for precision, given in (("int4", {"block_size": 256}), ("mixed", {"plan": plan})):
+        with pytest.raises(RequestError, match="target cuda has no int4 in blocks of 256"):
+            check(wide, "cuda", precision, **given)
+
+
 @pytest.mark.parametrize(
     ("target", "precision", "quantization", "message"),
     [

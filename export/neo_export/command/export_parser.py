@@ -92,7 +92,8 @@ def export_parser() -> OneLineParser:
         type=int,
         metavar="N",
         help="int4: inputs that share one scale: 16, 32, 64, 128 or 256; smaller blocks are more "
-        "exact and take more space (default: the largest up to 128 that divides every width)",
+        "exact and take more space; 256 not for target cuda (default: the largest up to 128 that "
+        "divides every width)",
     )
     parser.add_argument(
         "--keep-fp32",

@@ -104,5 +104,6 @@ def _check_storages(spec: ModelSpec, target: Target, options: ExportOptions) -> 
                 continue
             if storage.block_size is not None:
                 check_block_size(storage.block_size, shape[1], name)
+                target.check_block_size(storage.block_size)
             elif storage.kind == "int8" and target.half_activations:  # a row's blocks share a scale
                 largest_block_size((shape[1],), "--fp16")

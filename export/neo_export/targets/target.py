@@ -11,6 +11,7 @@ from neo_runtime.errors import RequestError
 from neo_export.gpt_neo.graphs import GRAPH_NAMES
 from neo_export.gpt_neo.parameters import EMBEDDING, HEAD
 from neo_export.passes.fuse_attention import HEAD_SIZE_MULTIPLE
+from neo_export.quantize.int4 import BLOCK_SIZES
 from neo_export.quantize.linear import LinearQuantizer
 from neo_export.quantize.quantizer import EightBits, RoundToNearest
 
@@ -49,6 +50,8 @@ class Target:
     quantize_linear: bool = False
     """Quantized weights reach their products through DequantizeLinear, activations are float16,
     and the tables of tokens are not quantized."""
+    block_sizes: tuple[int, ...] = BLOCK_SIZES
+    """Of int4."""
     half_activations: bool = False
     """Quantized weights are dequantized in the kernel, for activations in float16."""
 
@@ -62,6 +65,18 @@ class Target:
             raise RequestError(
                 f"target {self.name} has no precision {precision!r}, "
                 f"expected one of {', '.join(self.precisions)}"
+            )
+
+    def check_block_size(self, size: int) -> None:
+        """Refuse blocks of int4 that the target's operators do not take.
+
+        Raises:
+            RequestError: says which they take.
+        """
+        if size not in self.block_sizes:
+            sizes = ", ".join(map(str, self.block_sizes))
+            raise RequestError(
+                f"target {self.name} has no int4 in blocks of {size}, expected one of {sizes}"
             )
 
     def plan_for(

@@ -144,6 +144,9 @@ class CudaDevice(Device):
             "enable_cuda_graph": "1" if capture else "0",
             # The default doubles the arena each time, which a long prompt would never give back.
             "arena_extend_strategy": "kSameAsRequested",
+            # Flash, memory-efficient or plain attention. By default it is cuDNN's for prompts on
+            # Hopper, which plans anew for each length, batch and thread, and keeps all plans.
+            "sdpa_kernel": str(1 | 2 | 16),
         }
         return [("CUDAExecutionProvider", options)]
 
