@@ -89,22 +89,6 @@ class CachedModel(Closable):
         """Sequences that `generate` computes together where `batch_size` is left open."""
         return self._backend.default_batch
 
-    def fitting_batch(self, most: int, length: int, *, each: int = 1, spare: int = 0) -> int:
-        """`most`, halved until caches of so many have room; at least 1.
-
-        Args:
-            most: prompts at once.
-            length: positions of a sequence.
-            each: sequences of a prompt.
-            spare: more sequences that shall have room, too.
-        """
-        room = self.cache_bytes_left
-        if room is not None:
-            room -= self.cache_bytes(spare, length)
-            while most > 1 and self.cache_bytes(most * each, length) > room:
-                most //= 2
-        return most
-
     def prepare(self, *, scores: bool = False) -> None:
         """Load the graphs for prefill and decode now, instead of with the first request.
 

@@ -50,6 +50,7 @@ def completed(
         NeoError: see `Model.generate`.
     """
     # Only now what imports numpy: --help does without.
+    from neo_runtime.cache.fitting import fitting_batch
     from neo_runtime.scheduling.scheduler import Scheduler
     from neo_runtime.text.prompts import named_prompt, of_each, prompt_ids
 
@@ -77,7 +78,7 @@ def completed(
     copies, one = chosen.num_return_sequences, chosen.merged(num_return_sequences=1)
     sequences = len(rows) * copies
     if size is None:
-        batch = model.fitting_batch(min(sequences, model.default_batch), longest)
+        batch = fitting_batch(model, min(sequences, model.default_batch), longest)
     else:
         batch = min(sequences, size * copies)
     with Scheduler(model, max_batch_size=batch, max_length=longest) as scheduler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from neo_runtime.cache.fitting import fitting_batch
 from neo_runtime.generation.generator import steps
 from neo_runtime.generation.rows import cancelled_completions, make_rows, total_lengths
 
@@ -78,5 +79,5 @@ def sampled_completions(
 
 def _batch_size(model: CachedModel, prompts: int, copies: int, length: int) -> int:
     """Prompts of the next batch, where the caller leaves it open: batches of nearly one size."""
-    size = model.fitting_batch(max(1, model.default_batch // copies), length, each=copies)
+    size = fitting_batch(model, max(1, model.default_batch // copies), length, each=copies)
     return -(-prompts // -(-prompts // size))

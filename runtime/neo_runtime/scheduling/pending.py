@@ -36,6 +36,10 @@ class PendingCompletion(Future[Completion], Iterator[Piece]):
 
     def __init__(self) -> None:
         super().__init__()
+        self.queue_seconds: float | None = None
+        """From `submit` to the beginning of its prompt; None before."""
+        self.time_to_first_token: float | None = None
+        """Seconds from `submit` to its first token; None before, also where it ends without."""
         self._pieces: SimpleQueue[Piece | None] = SimpleQueue()
         self._wake: Callable[[], object] | None = None
         self._worker: int | None = None

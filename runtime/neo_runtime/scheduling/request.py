@@ -10,7 +10,7 @@ import numpy as np
 from neo_runtime.scheduling.pending import PendingCompletion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from numpy.typing import NDArray
 
@@ -28,11 +28,15 @@ _LOG = logging.getLogger("neo_runtime")
 class Request:
     """One row, who waits for it, and whether anybody still does."""
 
-    def __init__(self, row: Row, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, row: Row, should_stop: Callable[[], bool], group: Hashable | None = None
+    ) -> None:
         """Hold the row's prefix until its prompt is read."""
         self.pending = PendingCompletion()
+        self.group = group
+        """What it shares the batch with others as; None: as itself alone."""
         self.has_ended = False
-        self._group: set[Request] = set()
+        self._crowd: set[Request] = set()
         self.watch = row.watch
         self.row = row
         self._should_stop = should_stop
@@ -41,10 +45,14 @@ class Request:
         if row.prefix is not None:
             row.prefix.hold()
 
-    def join(self, group: set[Request]) -> None:
+    def join(self, crowd: set[Request]) -> None:
         """Be in a set until the end."""
-        self._group = group
-        group.add(self)
+        self._crowd = crowd
+        crowd.add(self)
+
+    def leave_line(self) -> None:
+        """Its prompt is about to be read."""
+        self.pending.queue_seconds = self.watch.seconds()
 
     @property
     def unread_prompt(self) -> NDArray[np.int64]:
@@ -95,16 +103,21 @@ class Request:
             except Exception as error:
                 _LOG.warning("a beginning was not kept for other requests: %s", error)
 
-    def push(self, logits: RowLogits) -> None:
-        """Choose the next token, once all that was said is computed."""
+    def push(self, logits: RowLogits) -> int:
+        """Choose the next token, once all that was said is computed; how many were chosen."""
+        before = len(self.row.choices)
         try:
             piece = self.row.advance(logits)
         except BaseException as error:
             self.fail(error)
-            return
+            return len(self.row.choices) - before
+        if self.pending.time_to_first_token is None:
+            self.pending.time_to_first_token = self.watch.seconds()
         self._give(piece)
+        chosen = len(self.row.choices) - before
         if self.row.finish_reason is not None:
             self._complete()
+        return chosen
 
     def end_if_unwanted(self, *, is_closing: bool) -> None:
         """End where nobody wants more, with the text so far."""
@@ -138,7 +151,7 @@ class Request:
     def _resolve(self, settle: Callable[[], None]) -> None:
         """Readers first: callbacks of the future may read what is left, and may raise."""
         self.has_ended = True
-        self._group.discard(self)
+        self._crowd.discard(self)
         self._let_go()
         self.pending.give(None)
         try:

@@ -53,7 +53,7 @@ class RunningBatch:
         Raises:
             CacheLimitError: there is no room for the cache.
         """
-        self._model, self._batch, self._length = model, batch, length
+        self._model, self.size, self._length = model, batch, length
         self._prefixes = prefixes
         self._inbox: SimpleQueue[Request | None] = SimpleQueue()
         self._waiting = WaitingLine(model.prefill_chunk, prefixes)
@@ -61,6 +61,8 @@ class RunningBatch:
         self._active: list[Request] = []
         """By row of the cache."""
         self._reading: Reading | None = None
+        self.generated_tokens = 0
+        """Of all requests."""
         self._is_ending = self._is_cancelled = self._has_stopped = False
         self._cache: KVCache | None = self._new_cache()
         # A daemon: a thread that waits for work does not hold up the process's end.
@@ -175,7 +177,7 @@ class RunningBatch:
         if self._active:
             rows = [request.row for request in self._active]
             cache = self._open_cache()
-            _push(self._active, feed(self._model, cache, rows, self._waiting.piece))
+            self._push(self._active, feed(self._model, cache, rows, self._waiting.piece))
             for row, request in enumerate(self._active):
                 request.keep(cache, row)
 
@@ -198,9 +200,9 @@ class RunningBatch:
             self._active = [self._active[row] for row in kept]
 
     def _begin(self) -> None:
-        """Compute the prompts of requests that have waited, those that came first."""
+        """Compute the prompts of requests that have waited, those whose turn it is."""
         reading = None if self._reading is None else self._reading.request
-        new = self._waiting.next(self._batch - self.active, reading)
+        new = self._waiting.next(self.size - self.active, self._active, reading)
         if len(new) == 1 and self._waiting.is_long(new[0]) and self._start_reading(new[0]):
             return
         if new:
@@ -244,10 +246,14 @@ class RunningBatch:
     def _first_tokens(self, requests: Sequence[Request], logits: StepLogits) -> None:
         for request in requests:
             request.watch.prefill = request.watch.seconds()
-        _push(requests, logits)
+        self._push(requests, logits)
+
+    def _push(self, requests: Sequence[Request], logits: StepLogits) -> None:
+        for request, row in zip(requests, logits, strict=True):
+            self.generated_tokens += request.push(row)
 
     def _new_cache(self) -> KVCache:
-        cache = self._model.new_cache(self._batch, self._length)
+        cache = self._model.new_cache(self.size, self._length)
         cache.reorder([])
         return cache
 
@@ -261,11 +267,6 @@ class RunningBatch:
             if held is not None:
                 held.close()
         self._cache = self._reading = None
-
-
-def _push(requests: Sequence[Request], logits: StepLogits) -> None:
-    for request, row in zip(requests, logits, strict=True):
-        request.push(row)
 
 
 def _own(error: BaseException) -> BaseException:

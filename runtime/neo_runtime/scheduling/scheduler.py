@@ -6,8 +6,10 @@ import atexit
 import logging
 import os
 import weakref
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
+from neo_runtime.cache.fitting import fitting_batch
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.closable import Closable
 from neo_runtime.errors import NeoError, RequestError
@@ -56,7 +58,8 @@ class Scheduler(Closable):
 
     Decoding reads all weights for each step, however many sequences it continues: requests that
     share the steps share that price. A request gets the result that it gets alone, up to float
-    rounding (`Model.generate`). Requests begin in the order of `submit`.
+    rounding (`Model.generate`). Requests begin in the order of `submit`, those of a `group` behind
+    others whose group has fewer in the batch.
 
     The key/value cache for all sequences is allocated at once and held until `close`. The model
     may be used beside it as ever.
@@ -76,7 +79,7 @@ class Scheduler(Closable):
             model: must stay open until the scheduler is closed.
             max_batch_size: sequences computed together; others wait. By default 16 on a CPU, 32
                 with CUDA, what a TensorRT plan takes, and fewer where `max_cache_bytes` leaves
-                less room.
+                less room, or on a CPU the memory of the machine or of its container.
             max_length: tokens of a prompt and its continuation together, at most; by default as
                 many as the model has positions. `model.cache_bytes(max_batch_size, max_length)` is
                 what the cache takes: all of it on a GPU; on a CPU as far as it was written.
@@ -105,8 +108,8 @@ class Scheduler(Closable):
         prefixes = self._prefixes = model.new_prefix_cache(size) if size else None
         try:
             # With a prefix cache most prompts are read in a cache of their own.
-            batch = batch or model.fitting_batch(
-                model.default_batch, self._max_length, spare=int(prefixes is not None)
+            batch = batch or fitting_batch(
+                model, model.default_batch, self._max_length, spare=int(prefixes is not None)
             )
             self._batch = RunningBatch(model, batch, self._max_length, prefixes)
         except BaseException:
@@ -127,6 +130,7 @@ class Scheduler(Closable):
         should_stop: Callable[[], bool] = never,
         prefix: Prefix | None = None,
         sequence_index: int = 0,
+        group: Hashable | None = None,
         **overrides: Any,
     ) -> PendingCompletion:
         """Ask for one continuation of one prompt; returns at once.
@@ -142,6 +146,8 @@ class Scheduler(Closable):
             prefix: as for `Model.generate`; its memory stays until the request has begun.
             sequence_index: which of several continuations of the prompt this is: with one `seed`
                 each gets the draws that `generate(…, num_return_sequences=…)` gives it.
+            group: requests with the same one, such as a client's, share the batch with others as
+                if they were one; each of those without has a share of its own.
             **overrides: options by name.
 
         Returns:
@@ -161,9 +167,21 @@ class Scheduler(Closable):
         [row] = make_rows(self._model, ids, chosen, total, 0, prefix, copy)
         self._check_process()
         callback("should_stop", should_stop)
-        request = Request(row, should_stop)
+        if not isinstance(group, Hashable):
+            raise RequestError(f"group is of type {type(group).__name__}, expected a hashable one")
+        request = Request(row, should_stop, group)
         self._batch.put(request)
         return request.pending
+
+    @property
+    def max_batch_size(self) -> int:
+        """Sequences that are computed together."""
+        return self._batch.size
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens of all requests so far."""
+        return self._batch.generated_tokens
 
     @property
     def waiting(self) -> int:

@@ -1,13 +1,17 @@
-"""Requests that have not begun, in the order in which they came, and which of them begin next."""
+"""Requests that have not begun, and which of them begin next.
+
+In the order in which they came, but those of a group behind others whose group has fewer in the
+batch: a group of a hundred does not hold up a group of one for longer than it takes one of them.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from neo_runtime.cache.prefix_cache import PrefixCache
     from neo_runtime.scheduling.request import Request
@@ -53,16 +57,22 @@ class WaitingLine:
             now = monotonic()
             self._next_sweep = now + max(_SWEEP, _SWEEP_SHARE * (now - started))
 
-    def next(self, room: int, reading: Request | None) -> list[Request]:
+    def next(self, room: int, active: Sequence[Request], reading: Request | None) -> list[Request]:
         """Take those who begin now: at most `room`, and at most a chunk, or a long one.
 
         Args:
             room: sequences that the batch has room for.
+            active: those that are in it.
             reading: whose long prompt is being read.
         """
         new: list[Request] = []
+        shares: Counter[Hashable] = Counter()
+        for one in (*active, *([] if reading is None else [reading])):
+            if one.group is not None and not one.has_ended:
+                shares[one.group] += 1
         while self._requests and len(new) < room:
-            request = self._requests[0]
+            place = self._turn(shares)
+            request = self._requests[place]
             request.end_if_unwanted(is_closing=False)
             if self._prefixes is not None and not request.has_ended:
                 request.look_up(self._prefixes)
@@ -70,8 +80,23 @@ class WaitingLine:
                 if not self._fits(request, new, reading):
                     break
                 new.append(request)
-            self._requests.popleft()
+                request.leave_line()
+                if request.group is not None:
+                    shares[request.group] += 1
+            del self._requests[place]
         return new
+
+    def _turn(self, shares: Mapping[Hashable, int]) -> int:
+        """The place in the line of who is next: of those with the least share the first."""
+        best, least = 0, shares.get(self._requests[0].group, 0)
+        if least:
+            for place, request in enumerate(self._requests):
+                share = shares.get(request.group, 0)
+                if share < least:
+                    best, least = place, share
+                    if not least:
+                        break
+        return best
 
     def _fits(self, request: Request, new: Sequence[Request], reading: Request | None) -> bool:
         """Whether a request begins with some others, beside the one whose prompt is being read."""
