@@ -8,7 +8,7 @@ import neo_runtime
 import pytest
 from helpers.control_groups import PLACE_V1, V1, V2, tree
 from neo_runtime import Scheduler
-from neo_runtime.cache.fitting import fitting_batch, memory_for_caches
+from neo_runtime.generation.fitting import fitting_batch, memory_for_caches
 from neo_runtime.machine.memory import available_memory
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def test_batches_fit_into_the_container(
 
     def left(caches: float) -> None:
         free = int((caches * one + weights) * 8 / 7) + 1  # an eighth is for activations
-        monkeypatch.setattr("neo_runtime.cache.fitting.available_memory", lambda: free)
+        monkeypatch.setattr("neo_runtime.generation.fitting.available_memory", lambda: free)
 
     left(5)
     assert 5 * one <= (memory_for_caches(model) or 0) <= 5 * one + 8
@@ -109,7 +109,7 @@ def test_batches_fit_into_the_container(
     assert fitting_batch(model, 16, 512) == 16
     with neo_runtime.load(mini_bundle, threads=1, max_cache_bytes=3 * one) as limited:
         assert fitting_batch(limited, 16, 512) == 2
-    monkeypatch.setattr("neo_runtime.cache.fitting.available_memory", lambda: None)
+    monkeypatch.setattr("neo_runtime.generation.fitting.available_memory", lambda: None)
     assert fitting_batch(model, 16, 512) == 16
     monkeypatch.setattr(model, "backend", "cuda")
     left(1)

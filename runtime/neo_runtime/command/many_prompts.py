@@ -50,7 +50,7 @@ def completed(
         NeoError: see `Model.generate`.
     """
     # Only now what imports numpy: --help does without.
-    from neo_runtime.cache.fitting import fitting_batch
+    from neo_runtime.generation.fitting import fitting_batch
     from neo_runtime.scheduling.scheduler import Scheduler
     from neo_runtime.text.prompts import named_prompt, of_each, prompt_ids
 

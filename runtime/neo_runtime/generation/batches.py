@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from neo_runtime.cache.fitting import fitting_batch
+from neo_runtime.generation.fitting import fitting_batch
 from neo_runtime.generation.generator import steps
 from neo_runtime.generation.rows import cancelled_completions, make_rows, total_lengths
 

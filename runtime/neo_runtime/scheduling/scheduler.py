@@ -9,11 +9,11 @@ import weakref
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
-from neo_runtime.cache.fitting import fitting_batch
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.closable import Closable
 from neo_runtime.errors import NeoError, RequestError
 from neo_runtime.forks import in_every_child
+from neo_runtime.generation.fitting import fitting_batch
 from neo_runtime.generation.generator import never
 from neo_runtime.generation.rows import make_rows
 from neo_runtime.options.values import callback, count
