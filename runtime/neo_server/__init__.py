@@ -8,17 +8,22 @@
 Its parts; each imports only itself and those above it:
 
 errors         what a client is told
+log_lines      what the operator is told
 forms          the form that text must have
 asked          a request's JSON, read and checked
+encoding       its prompts as token ids
 logprobs       log probabilities as the interface writes them
 answers        completions as JSON: whole, and as events of a stream
 metrics        what is counted for Prometheus
+follow         a request from its first byte to its last: its id, its line in the log
+bodies         the bodies of requests, read
 limits         how much is taken at once
 scoring        log probabilities of prompts
 work           who is let in, and one request while it is computed
 service        requests that share one scheduler
 streaming      events while they are computed
 app            paths, keys, and who has gone
+connections    clients that do not write, or do not read
 listening      a socket, and uvicorn on it
 command        `neo-serve`
 entry          where the command begins

@@ -9,15 +9,26 @@ import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import neo_runtime
 from neo_runtime.json_input import parse_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from neo_server.asked import read_request
-from neo_server.errors import ApiError, api_error, bad_request, shutting_down, unknown_model
+from neo_server.bodies import Bodies
+from neo_server.errors import (
+    CLIENT_GONE,
+    ApiError,
+    api_error,
+    bad_request,
+    shutting_down,
+    unknown_model,
+)
+from neo_server.follow import Follow, followed
 from neo_server.limits import Limits
 from neo_server.service import Service
 from neo_server.streaming import EventStream, whole_answer
@@ -36,8 +47,6 @@ __all__ = ["application", "create_app"]
 
 _Result = TypeVar("_Result")
 
-_CLIENT_GONE = 499
-"""nginx's status for it; nobody reads the answer, but the metrics count it."""
 _METRICS_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -50,9 +59,10 @@ def create_app(
 ) -> Starlette:
     """Make an ASGI application that serves OpenAI's text completions.
 
-    `POST /v1/completions`, `GET /v1/models`, `GET /v1/models/{name}`, `GET /health` and
-    `GET /metrics`. The graphs are loaded and the cache is allocated when the server starts the
-    application (its lifespan), so in the process that serves; both are freed when it ends.
+    `POST /v1/completions`, `GET /v1/models`, `GET /v1/models/{name}`, `GET /health`,
+    `GET /livez`, `GET /version` and `GET /metrics`. The graphs are loaded and the cache is
+    allocated when the server starts the application (its lifespan), so in the process that serves;
+    both are freed when it ends.
 
     Args:
         model: must stay open while the application runs.
@@ -80,9 +90,17 @@ def application(
     service: Service,
     api_keys: Sequence[str],
     lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]] | None = None,
+    bodies: Bodies | None = None,
 ) -> Starlette:
-    """See `create_app`; without `lifespan` the caller starts and closes the service."""
-    handlers = _Handlers(service)
+    """See `create_app`; without `lifespan` the caller starts and closes the service.
+
+    Args:
+        service: what answers.
+        api_keys: as for `create_app`.
+        lifespan: starts and closes the service.
+        bodies: reads the bodies of requests, where the caller is to end that early.
+    """
+    handlers = _Handlers(service, bodies or Bodies(service.limits.max_body_bytes))
     guarded = _guard(api_keys)
     app = Starlette(
         routes=[
@@ -91,7 +109,12 @@ def application(
             Route("/v1/models/{name:path}", guarded(handlers.model)),
             Route("/v1/{rest:path}", guarded(handlers.unknown), methods=["GET", "POST"]),
             Route("/health", handlers.health),
+            Route("/livez", handlers.alive),
+            Route("/version", handlers.version),
             Route("/metrics", handlers.metrics),
+        ],
+        middleware=[
+            Middleware(Follow, is_leaving=lambda: service.is_leaving, done=service.answered)
         ],
         exception_handlers={ApiError: _as_json, HTTPException: _as_json},
         lifespan=lifespan,
@@ -103,33 +126,31 @@ def application(
 class _Handlers:
     """What is done for each path."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, bodies: Bodies) -> None:
+        self._service, self._bodies = service, bodies
         self._created = int(time.time())
 
     async def completions(self, request: Request) -> Response:
         """Continue prompts."""
         try:
-            response = await self._completions(request)
+            return await self._completions(request)
         except ClientDisconnect:
-            response = Response(status_code=_CLIENT_GONE)
+            return Response(status_code=CLIENT_GONE)
         except asyncio.CancelledError:  # when the server's patience is at its end
-            response = _error_response(shutting_down())
+            return _error_response(shutting_down())
         except Exception as error:
-            response = _error_response(api_error(error))
-        self._service.metrics.requests.labels(response.status_code).inc()
-        return response
+            return _error_response(api_error(error))
 
     async def _completions(self, request: Request) -> Response:
-        service = self._service
+        service, one = self._service, followed(request)
         service.check_started()
-        body = await _read_body(request, service.limits.max_body_bytes)
-        work = service.open(await asyncio.to_thread(_parsed, body))
+        body = await self._bodies.read(request)
+        work = service.open(await asyncio.to_thread(_parsed, body), one)
         try:
-            await _unless_gone(request, service.begin(work))
+            await _unless_gone(request, work.in_time(service.begin(work)))
             if work.asked.stream:
-                return EventStream(work)  # which ends it
-            answer = await _unless_gone(request, whole_answer(work))
+                return EventStream(work, one)  # which ends it
+            answer = await _unless_gone(request, work.in_time(whole_answer(work)))
         except BaseException:
             work.end()
             raise
@@ -155,9 +176,17 @@ class _Handlers:
             "POST /v1/completions",
         )
 
+    async def alive(self, _: Request) -> Response:
+        """200 while the process answers, also while it loads or ends."""
+        return _json_response({"status": "ok"})
+
+    async def version(self, _: Request) -> Response:
+        """Of the package."""
+        return _json_response({"version": neo_runtime.__version__})
+
     async def health(self, _: Request) -> Response:
-        """200 while requests are taken."""
-        is_ready = self._service.is_ready
+        """200 while requests are taken, and others may be sent."""
+        is_ready = self._service.is_ready and not self._service.is_leaving
         return _json_response({"status": "ok" if is_ready else "ending"}, 200 if is_ready else 503)
 
     async def metrics(self, _: Request) -> Response:
@@ -194,15 +223,6 @@ def _guard(api_keys: Sequence[str]) -> Callable[[_Handler], _Handler]:
         return checked
 
     return guarded
-
-
-async def _read_body(request: Request, most: int) -> bytearray:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most:
-            raise ApiError(413, f"the request's body has more than {most} bytes; ask for less")
-    return body
 
 
 def _parsed(body: bytearray) -> Asked:

@@ -1,8 +1,8 @@
 """The JSON of `POST /v1/completions`, read and checked.
 
 Names, meanings and defaults are OpenAI's; names that it lacks are those of `GenerationOptions`, and
-vLLM's `min_tokens`, `top_k=-1`, `stop_token_ids`, `structured_outputs` and
-`return_tokens_as_token_ids`.
+vLLM's `min_tokens`, `top_k=-1`, `stop_token_ids`, `truncate_prompt_tokens`, `structured_outputs`
+and `return_tokens_as_token_ids`.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class Asked:
     """Tokens are named "token_id:123" beside their log probabilities."""
     form: Form | None
     """None where any text will do."""
+    truncate_prompt_tokens: int | None
+    """The last tokens that prompts keep; -1: as many as there is room for; None: all."""
     stop_token_ids: tuple[int, ...]
     """End the text beside those that do so anyhow."""
     options: Mapping[str, Any]
@@ -101,6 +103,9 @@ class _Fields:
 
     def get(self, name: str, default: Any = None) -> Any:
         return self._left.pop(name, default)
+
+    def peek(self, name: str) -> Any:
+        return self._left.get(name)
 
     def flag(self, name: str) -> bool:
         value = self.get(name, False)
@@ -153,6 +158,7 @@ def read_request(body: object) -> Asked:
         include_usage=_include_usage(fields.get("stream_options", {})),
         as_token_ids=fields.flag("return_tokens_as_token_ids"),
         form=asked_form(fields.get("structured_outputs"), fields.get("response_format")),
+        truncate_prompt_tokens=_truncation(fields),
         stop_token_ids=_stop_token_ids(fields.get("stop_token_ids", [])),
         options=_options(fields),
     )
@@ -218,12 +224,23 @@ def _stop_token_ids(given: object) -> tuple[int, ...]:
     return tuple(given)
 
 
+def _truncation(fields: _Fields) -> int | None:
+    """vLLM's: -1 is as many as fit."""
+    if fields.peek("truncate_prompt_tokens") == -1:
+        return int(fields.get("truncate_prompt_tokens"))
+    return fields.optional_count("truncate_prompt_tokens", 1, _MOST_TOKENS)
+
+
 def _include_usage(given: object) -> bool:
-    """The other two are OpenAI's and vLLM's, and change nothing that a client relies on."""
+    """OpenAI's obfuscation changes nothing that a client relies on."""
     known = {"include_usage", "include_obfuscation", "continuous_usage_stats"}
     if not isinstance(given, dict) or given.keys() - known:
         raise bad_request(
             f'stream_options is {given!r}, expected {{"include_usage": true}}', "stream_options"
+        )
+    if given.get("continuous_usage_stats"):
+        raise bad_request(
+            "continuous_usage_stats can only be false here; use include_usage", "stream_options"
         )
     include = given.get("include_usage") or False
     if not isinstance(include, bool):

@@ -9,8 +9,19 @@ from typing import Any
 from neo_runtime.errors import ContextLengthError, GenerationConfigError, RequestError
 from neo_runtime.options.generation_options import GenerationOptions
 
-__all__ = ["ApiError", "api_error", "bad_request", "overloaded", "shutting_down", "unknown_model"]
+__all__ = [
+    "CLIENT_GONE",
+    "ApiError",
+    "api_error",
+    "bad_request",
+    "overloaded",
+    "shutting_down",
+    "too_late",
+    "unknown_model",
+]
 
+CLIENT_GONE = 499
+"""nginx's status for it; nobody reads the answer, but it is logged and counted."""
 _LOG = logging.getLogger("neo_server")
 _LONGEST = 1000
 """Characters of a message, which may quote what a client sent."""
@@ -75,6 +86,16 @@ def overloaded(message: str) -> ApiError:
 def shutting_down() -> ApiError:
     """What was begun is not finished any more."""
     return overloaded("the server is shutting down; try again")
+
+
+def too_late(seconds: float) -> ApiError:
+    """It took longer than a request may."""
+    return ApiError(
+        504,
+        f"the request took longer than the {seconds:g} s that this server gives; ask for fewer "
+        "tokens or continuations, or try again when it has less to do",
+        code="timeout",
+    )
 
 
 def api_error(error: BaseException) -> ApiError:

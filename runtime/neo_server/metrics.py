@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from neo_runtime.generation.completion import Completion
+    from neo_runtime.scheduling.pending import PendingCompletion
 
 __all__ = ["Metrics"]
 
@@ -36,23 +44,36 @@ class Metrics:
     def __init__(self) -> None:
         """All zero."""
         self._registry = registry = CollectorRegistry()
-        self.requests = Counter(
+        with suppress(ValueError):  # for Linux alone
+            ProcessCollector(registry=registry)
+        self._requests = Counter(
             "neo_requests",
-            "Requests for completions, by HTTP status",
+            "Requests for completions that ended, by HTTP status; 499: whose client had gone",
             ["status"],
             registry=registry,
         )
+        self._whole = Histogram(
+            "neo_request_seconds",
+            "From a request for completions to the end of its answer",
+            buckets=_SECONDS,
+            registry=registry,
+        )
         self._prompt = Counter("neo_prompt_tokens", "Tokens of prompts", registry=registry)
-        self._generated = Counter("neo_generated_tokens", "Tokens generated", registry=registry)
         self._ended = Counter(
             "neo_sequences",
-            "Sequences that ended, by finish reason",
+            "Sequences that ended, by finish reason, cancelled or error",
             ["finish_reason"],
+            registry=registry,
+        )
+        self._queued = Histogram(
+            "neo_queue_seconds",
+            "From a sequence's arrival in the queue to the beginning of its prompt",
+            buckets=_SECONDS,
             registry=registry,
         )
         self._first = Histogram(
             "neo_time_to_first_token_seconds",
-            "From a request's arrival in the queue to its first token",
+            "From a sequence's arrival in the queue to its first token",
             buckets=_SECONDS,
             registry=registry,
         )
@@ -62,6 +83,10 @@ class Metrics:
             buckets=_PER_TOKEN,
             registry=registry,
         )
+
+    def tell(self, name: str, text: str, **facts: str) -> None:
+        """Report what does not change, as labels of a 1."""
+        Gauge(name, text, list(facts), registry=self._registry).labels(**facts).set(1)
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Report what a function says when asked."""
@@ -75,19 +100,27 @@ class Metrics:
         """A prompt was taken."""
         self._prompt.inc(prompt_tokens)
 
-    def cancelled(self) -> None:
-        """A sequence that nobody waits for any more."""
-        self._ended.labels("cancelled").inc()
+    def answered(self, status: int, seconds: float) -> None:
+        """A request for completions has come to its end."""
+        self._requests.labels(status).inc()
+        self._whole.observe(seconds)
 
-    def ended(self, completion: Completion) -> None:
-        """A sequence has come to its end."""
-        tokens, timings = len(completion.token_ids), completion.timings
-        self._generated.inc(tokens)
-        self._ended.labels(completion.finish_reason).inc()
-        if tokens:
-            self._first.observe(timings.time_to_first_token)
-        if tokens > 1:
-            self._between.observe(timings.decode_seconds / (tokens - 1))
+    def left(self, pending: PendingCompletion) -> None:
+        """A sequence has come to its end, whatever became of it."""
+        if pending.queue_seconds is not None:
+            self._queued.observe(pending.queue_seconds)
+        if pending.time_to_first_token is not None:
+            self._first.observe(pending.time_to_first_token)
+        if pending.cancelled():
+            self._ended.labels("cancelled").inc()
+        elif pending.exception() is not None:
+            self._ended.labels("error").inc()
+        else:
+            completion = pending.result()
+            self._ended.labels(completion.finish_reason).inc()
+            after_first = len(completion.token_ids) - 1
+            if after_first > 0:
+                self._between.observe(completion.timings.decode_seconds / after_first)
 
     def text(self) -> bytes:
         """In Prometheus's text format."""

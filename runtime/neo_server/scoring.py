@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from neo_runtime.closable import Closable
 from neo_runtime.errors import CacheLimitError
 
+from neo_server.errors import shutting_down
+
 if TYPE_CHECKING:
     import numpy as np
     from neo_runtime.model import Model
@@ -29,13 +31,17 @@ class PromptScorer(Closable):
         """Start nothing yet."""
         self._model = model
         self._thread = ThreadPoolExecutor(1, "neo-scores")
+        self._is_closed = False
 
     async def scores(self, ids: NDArray[np.int64], top_logprobs: int) -> list[Choice]:
         """See `Model.token_logprobs`.
 
         Raises:
             CacheLimitError: there was no room for longer than half a minute.
+            ApiError: the server ends.
         """
+        if self._is_closed:
+            raise shutting_down()
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._score, ids, top_logprobs)
 
@@ -51,4 +57,5 @@ class PromptScorer(Closable):
 
     def close(self) -> None:
         """Finish the prompt that is being scored; the others are cancelled."""
+        self._is_closed = True
         self._thread.shutdown(cancel_futures=True)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+import neo_runtime
 from neo_runtime import Scheduler
 from neo_runtime.backends.base import position_bytes
 from neo_runtime.closable import Closable
-from neo_runtime.errors import ContextLengthError, RequestError
+from neo_runtime.errors import RequestError
+from neo_runtime.generation.fitting import memory_for_caches
 from neo_runtime.generation.prefix import behind
 
 from neo_server.answers import Frame
-from neo_server.asked import read_request, refuse_alternatives
+from neo_server.asked import read_request
+from neo_server.encoding import encoded
 from neo_server.errors import ApiError, bad_request, shutting_down, unknown_model
 from neo_server.metrics import Metrics
 from neo_server.scoring import PromptScorer
@@ -32,10 +36,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_server.asked import Asked
+    from neo_server.follow import Followed
     from neo_server.limits import Limits
 
 __all__ = ["Service"]
 
+_LOG = logging.getLogger("neo_server")
+_COMPLETIONS = "/v1/completions"
 _WORTH_SHARING = 64
 """Tokens of a prompt from which on several continuations share what is computed of it."""
 
@@ -74,10 +81,26 @@ class Service(Closable):
         self.metrics.watch(
             "neo_cache_bytes", "Bytes of key/value caches", lambda: model.cache_bytes_in_use
         )
+        self.metrics.watch_total(
+            "neo_generated_tokens", "Tokens generated", lambda: self._generated
+        )
+        self.metrics.watch("neo_queue_limit", "Sequences taken at once", lambda: limits.max_queue)
+        self.metrics.watch("neo_batch_limit", "Sequences computed together", lambda: self.batch)
+        self.metrics.tell(
+            "neo_info",
+            "What is served",
+            version=neo_runtime.__version__,
+            model=self.name,
+            precision=model.manifest.precision,
+            backend=model.backend,
+            digest=model.manifest.digest[:12],
+        )
+        self.is_leaving = False
+        """Set before the end: requests are taken, and others should be sent elsewhere."""
         self._scheduler: Scheduler | None = None
         self.room = Room(limits.max_queue, lambda: getattr(self._scheduler, "unfinished", 0))
         self._sharing = Lock()
-        self._cache_bytes = 0
+        self._cache_bytes = self._last_generated = 0
         self._scorer: PromptScorer | None = None
 
     def start(self) -> None:
@@ -95,7 +118,19 @@ class Service(Closable):
                 prefix_cache_bytes=self.limits.prefix_cache_bytes,
             )
         self._cache_bytes = self.model.cache_bytes_in_use
+        self._warn_of_memory()
         self._scorer = PromptScorer(self.model)
+
+    def _warn_of_memory(self) -> None:
+        room = memory_for_caches(self.model)
+        if room is not None and room < self._cache_bytes:
+            _LOG.warning(
+                "the cache may grow to %.0f MB, and this process may have %.0f MB for it: under "
+                "load the system will end it; choose a smaller --max-batch-size or --max-length, "
+                "or give it more memory",
+                self._cache_bytes / 1e6,
+                room / 1e6,
+            )
 
     def close(self) -> None:
         """Free the cache; what is not finished ends."""
@@ -115,7 +150,12 @@ class Service(Closable):
         if self._scorer is None:
             raise ApiError(500, "the application was not started: the server must run its lifespan")
 
-    def open(self, asked: Asked) -> Work:
+    def answered(self, request: Followed) -> None:
+        """A request has come to its end."""
+        if request.method == "POST" and request.path.endswith(_COMPLETIONS):
+            self.metrics.answered(request.status or 500, request.seconds)
+
+    def open(self, asked: Asked, request: Followed) -> Work:
         """Let a request in.
 
         Raises:
@@ -123,16 +163,20 @@ class Service(Closable):
         """
         if asked.model is not None and asked.model != self.name:
             raise unknown_model(asked.model, self.name)
-        most, sequences = self.limits.max_queue, asked.sequences
+        most, sequences = self.limits.most_sequences, asked.sequences
         if sequences > most:
             raise bad_request(
-                f"the request asks for {sequences} sequences, and at most {most} are taken at "
-                "once; ask for fewer prompts or continuations at a time"
+                f"the request asks for {sequences} sequences, and at most {most} are taken of one "
+                "request; ask for fewer prompts or continuations at a time"
             )
         self.room.enter(sequences)
-        return Work(
+        seconds = self.limits.request_seconds
+        now = asyncio.get_running_loop().time() - request.seconds
+        work = Work(
             asked=asked,
-            frame=Frame(self.name, self.fingerprint),
+            frame=Frame(self.name, self.fingerprint, f"cmpl-{request.id}"),
+            seconds=seconds,
+            deadline=None if seconds is None else now + seconds,
             room=self.room,
             metrics=self.metrics,
             tokenizer=self.tokenizer,
@@ -140,6 +184,8 @@ class Service(Closable):
             places=sequences,
             tells_cached=self.limits.prefix_cache_bytes > 0,
         )
+        request.usage = work.usage
+        return work
 
     async def begin(self, work: Work) -> None:
         """Start computing.
@@ -155,7 +201,7 @@ class Service(Closable):
         if scheduler is None:
             raise shutting_down()
         chosen = self._options(asked)
-        work.prompts = self._encoded(asked, chosen)
+        work.prompts = encoded(self.model, asked, chosen, self.max_length)
         work.usage.prompt_tokens = sum(map(len, work.prompts))
         self.metrics.begun(work.usage.prompt_tokens)
         for ids in work.prompts if asked.max_tokens else ():
@@ -164,7 +210,11 @@ class Service(Closable):
                     if work.has_ended:
                         return
                     rest = behind(prefix, ids)
-                    work.add(scheduler.submit(rest, chosen, prefix=prefix, sequence_index=copy))
+                    work.add(
+                        scheduler.submit(
+                            rest, chosen, prefix=prefix, sequence_index=copy, group=id(work)
+                        )
+                    )
 
     def _options(self, asked: Asked) -> GenerationOptions:
         options: dict[str, Any] = dict(asked.options)
@@ -182,31 +232,6 @@ class Service(Closable):
             return chosen
         ending = (*chosen.active_eos, *asked.stop_token_ids)
         return replace(chosen, eos_token_id=ending, ignore_eos=False)
-
-    def _encoded(self, asked: Asked, chosen: GenerationOptions) -> list[NDArray[np.int64]]:
-        """Ids of all prompts, each of which leaves room for what is asked for.
-
-        Raises:
-            ContextLengthError: one does not.
-        """
-        longest = self.max_length * self.tokenizer.longest_token
-        for prompt in asked.prompts:
-            if len(prompt) > longest:  # which need not be tokenized to know
-                raise ContextLengthError(
-                    f"a prompt of {len(prompt)} characters or tokens has more than the "
-                    f"{self.max_length} tokens that this server takes; shorten it"
-                )
-        prompts = self.model.encode_prompts(asked.prompts)
-        refuse_alternatives(asked, [len(ids) for ids in prompts])
-        for ids in prompts:
-            if asked.max_tokens:
-                chosen.total_length(len(ids), self.max_length, "the server")
-            elif len(ids) > self.max_length:
-                raise ContextLengthError(
-                    f"a prompt has {len(ids)} tokens and the server {self.max_length} positions; "
-                    "shorten it"
-                )
-        return prompts
 
     @contextmanager
     def _shared(self, ids: NDArray[np.int64], asked: Asked) -> Iterator[Prefix | None]:
@@ -232,6 +257,29 @@ class Service(Closable):
 
     def _prefix_cache(self, name: str) -> int:
         return getattr(self._scheduler, f"prefix_cache_{name}", 0)
+
+    @property
+    def described(self) -> str:
+        """What is taken at once, in a line."""
+        size = self.model.cache_bytes(self.batch, self.max_length) / 1e6
+        limits = self.limits
+        more = "" if limits.request_seconds is None else f", each for {limits.request_seconds:g} s"
+        return (
+            f"{self.batch} sequences of up to {self.max_length} tokens at once, their cache up to "
+            f"{size:,.0f} MB; {limits.max_queue} with those that wait, "
+            f"{limits.most_sequences} of one request{more}"
+        )
+
+    @property
+    def batch(self) -> int:
+        """Sequences that are computed together; 0 before the start and behind the end."""
+        return self._scheduler.max_batch_size if self._scheduler is not None else 0
+
+    @property
+    def _generated(self) -> int:
+        if self._scheduler is not None:
+            self._last_generated = self._scheduler.generated_tokens
+        return self._last_generated
 
     @property
     def _waiting(self) -> int:

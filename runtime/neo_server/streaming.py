@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.responses import StreamingResponse
 
 from neo_server.answers import DONE, ChoiceWriter, event
-from neo_server.errors import api_error
+from neo_server.errors import CLIENT_GONE, api_error, shutting_down
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from neo_runtime.generation.completion import Completion
     from neo_runtime.scheduling.pending import PendingCompletion
-    from starlette.types import Message, Receive, Scope, Send
+    from starlette.types import Receive, Scope, Send
 
     from neo_server.answers import Echo
+    from neo_server.follow import Followed
     from neo_server.work import Work
 
 __all__ = ["EventStream", "whole_answer"]
@@ -27,8 +29,8 @@ __all__ = ["EventStream", "whole_answer"]
 _Item = TypeVar("_Item")
 
 _LOG = logging.getLogger("neo_server")
-_WRITE_SECONDS = 60.0
-"""That a client may leave an event unread."""
+_LAST_SECONDS = 1.0
+"""For the last event of a stream that is cut."""
 
 
 async def whole_answer(work: Work) -> bytes:
@@ -68,48 +70,54 @@ def _mean_logprob(completion: Completion) -> float:
 class EventStream(StreamingResponse):
     """Server-sent events; ends the work also where the client goes before the first of them."""
 
-    def __init__(self, work: Work) -> None:
-        """Send what `work` computes."""
+    def __init__(self, work: Work, request: Followed) -> None:
+        """Send what `work` computes; `request` learns what became of it."""
         super().__init__(
-            _events(work), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            _events(work, request),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache"},
         )
-        self._work = work
+        self._work, self._request = work, request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the base class."""
-
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(_WRITE_SECONDS):
-                await send(message)
-
         try:
-            await super().__call__(scope, receive, send_in_time)
-        except TimeoutError:
-            _LOG.warning("a client that does not read its stream was dropped")
+            await super().__call__(scope, receive, send)
+            if not self._work.is_told:
+                self._request.status = CLIENT_GONE
         except asyncio.CancelledError:  # when the server's patience is at its end
             _LOG.warning("a stream was cut: the server is shutting down")
+            error = shutting_down()
+            self._request.status = error.status
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_SECONDS):
+                    last = event(error.body).encode()
+                    await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
             self._work.end()
 
 
-async def _events(work: Work) -> AsyncGenerator[str]:
+async def _events(work: Work, request: Followed) -> AsyncGenerator[str]:
     asked, frame = work.asked, work.frame
     usage = {"usage": None} if asked.include_usage else {}
     try:
-        echoes = await work.echoes()
+        echoes = await work.in_time(work.echoes())
         sequences = [
             _sequence(work, index * asked.n + copy, echo, one)
             for index, echo in enumerate(echoes)
             for copy, one in enumerate(work.of_prompt(index) or [None] * asked.n)
         ]
-        async for choice in _merged(sequences):
+        async for choice in _merged(sequences, work):
             yield event(frame.around([choice], **usage))
         if asked.include_usage:
             yield event(frame.around([], usage=work.whole_usage()))
+        work.is_told = True
         yield DONE
     except Exception as error:
         # The status has been sent; clients take this as an error.
-        yield event(api_error(error).body)
+        told = api_error(error)
+        request.status, work.is_told = told.status, True
+        yield event(told.body)
 
 
 async def _sequence(
@@ -128,8 +136,8 @@ async def _sequence(
     yield writer.end(completion)
 
 
-async def _merged(sources: Sequence[AsyncIterator[_Item]]) -> AsyncGenerator[_Item]:
-    """The items of several iterators, as they come; an error of one ends all."""
+async def _merged(sources: Sequence[AsyncIterator[_Item]], work: Work) -> AsyncGenerator[_Item]:
+    """The items of several iterators, as they come in time; an error of one ends all."""
     items: asyncio.Queue[_Item | Exception | None] = asyncio.Queue()
 
     async def read(source: AsyncIterator[_Item]) -> None:
@@ -145,7 +153,7 @@ async def _merged(sources: Sequence[AsyncIterator[_Item]]) -> AsyncGenerator[_It
     try:
         left = len(tasks)
         while left:
-            item = await items.get()
+            item = await work.in_time(items.get())
             if isinstance(item, Exception):
                 raise item
             if item is None:

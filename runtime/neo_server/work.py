@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from neo_runtime.scheduling.pending import PendingCompletion
 
 from neo_server.answers import Echo, Usage
-from neo_server.errors import overloaded
+from neo_server.errors import overloaded, too_late
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable
+    from concurrent.futures import Future
 
     import numpy as np
     from neo_runtime.generation.completion import Completion
-    from neo_runtime.scheduling.pending import PendingCompletion
     from neo_runtime.text.tokenizer import Tokenizer
     from numpy.typing import NDArray
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from neo_server.scoring import PromptScorer
 
 __all__ = ["Room", "Work"]
+
+_Result = TypeVar("_Result")
 
 
 class Room:
@@ -94,13 +99,19 @@ class Work:
     """None before the service was started."""
     places: int
     """Sequences of it that are not among `pending`; each of those leaves by itself."""
+    seconds: float | None
+    """That it may take."""
     tells_cached: bool
     """Whether the usage says how many tokens a prefix cache had."""
     prompts: list[NDArray[np.int64]] = field(default_factory=list)
     pending: list[PendingCompletion] = field(default_factory=list)
     """`best_of` for each prompt, those of a prompt together; none where no token is asked for."""
     usage: Usage = field(default_factory=Usage)
+    deadline: float | None = None
+    """By the event loop's clock; None: it may take as long as it takes."""
     has_ended: bool = False
+    is_told: bool = False
+    """The answer, or what became of it, was written to its end."""
 
     def add(self, pending: PendingCompletion) -> None:
         """One more continuation; from a thread, beside which `end` may be called."""
@@ -109,8 +120,9 @@ class Work:
             is_late = self.has_ended
             if not is_late:
                 self.places -= 1
+        pending.add_done_callback(self._count)
         if is_late:
-            self._cancel([pending])
+            pending.cancel()
         else:
             pending.add_done_callback(lambda _: self.room.leave(1))
 
@@ -122,12 +134,28 @@ class Work:
             self.has_ended = True
             pending = list(self.pending)
         self.room.leave(self.places)
-        self._cancel(pending)
-
-    def _cancel(self, pending: Iterable[PendingCompletion]) -> None:
         for one in pending:
-            if one.cancel():
-                self.metrics.cancelled()
+            one.cancel()
+
+    async def in_time(self, waiting: Awaitable[_Result]) -> _Result:
+        """Wait for something until the deadline.
+
+        Raises:
+            ApiError: it came.
+        """
+        limit = asyncio.timeout_at(self.deadline)
+        try:
+            async with limit:
+                return await waiting
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise too_late(self.seconds or 0) from None
+
+    def _count(self, pending: Future[Completion]) -> None:
+        """In the thread that ended it."""
+        if isinstance(pending, PendingCompletion):
+            self.metrics.left(pending)
 
     def of_prompt(self, index: int) -> list[PendingCompletion]:
         """The continuations of one prompt."""
@@ -137,7 +165,6 @@ class Work:
     def finished(self, completion: Completion) -> None:
         """Count it."""
         self.usage.completion_tokens += len(completion.token_ids)
-        self.metrics.ended(completion)
 
     def whole_usage(self) -> dict[str, Any]:
         """What was used, once all continuations are done; each prompt as its first one found it."""
@@ -153,7 +180,7 @@ class Work:
             return [None] * len(self.prompts)
         found: list[Echo | None] = []
         for given, ids in zip(asked.prompts, self.prompts, strict=True):
-            if isinstance(given, str):
+            if isinstance(given, str) and asked.truncate_prompt_tokens is None:
                 text = given
             else:
                 text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)

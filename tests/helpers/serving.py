@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from neo_server.app import application
+from neo_server.connections import Connection
 from neo_server.limits import Limits
 from neo_server.listening import bound
 from neo_server.service import Service
@@ -90,7 +91,11 @@ def served(
         service.start()
         sock = bound("127.0.0.1", 0)
         config = uvicorn.Config(
-            application(service, keys), lifespan="off", log_config=None, access_log=False
+            application(service, keys),
+            http=Connection,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
         )
         server = uvicorn.Server(config)
         sock.listen()  # so that clients wait until it is served

@@ -24,8 +24,9 @@ from neo_runtime import Scheduler
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import CacheLimitError, DeviceMemoryError, HostMemoryError, RequestError
 from neo_runtime.generation.completion import Completion, Timings
+from neo_runtime.scheduling.pending import PendingCompletion
 from neo_runtime.text.tokenizer import Tokenizer
-from neo_server import streaming
+from neo_server import connections
 from neo_server.errors import ApiError
 from neo_server.limits import Limits
 from neo_server.listening import bound
@@ -296,11 +297,22 @@ def test_times_of_a_sequence() -> None:
         stop=None,
         timings=timings,
     )
-    metrics = Metrics()
-    metrics.ended(completion)
+    metrics, pending = Metrics(), PendingCompletion()
+    pending.queue_seconds, pending.time_to_first_token = 0.5, 1.5
+    pending.set_result(completion)
+    metrics.left(pending)
     text = metrics.text().decode()
-    assert "neo_time_to_first_token_seconds_sum 2.0" in text
+    assert "neo_queue_seconds_sum 0.5" in text
+    assert "neo_time_to_first_token_seconds_sum 1.5" in text
     assert "neo_time_per_token_seconds_sum 2.0" in text
+    given_up = PendingCompletion()
+    given_up.queue_seconds = 3.0
+    given_up.cancel()
+    metrics.left(given_up)
+    text = metrics.text().decode()
+    assert "neo_queue_seconds_sum 3.5" in text
+    assert "neo_time_to_first_token_seconds_count 1.0" in text
+    assert 'neo_sequences_total{finish_reason="cancelled"} 1.0' in text
 
 
 def test_a_prompt_that_is_scored_waits_for_room(mini_bundle: Path) -> None:
@@ -353,7 +365,7 @@ def test_room_for_scores_stays(mini_bundle: Path, monkeypatch: pytest.MonkeyPatc
 def test_who_does_not_read_takes_no_place(model: Model) -> None:
     asked = {"prompt": [[5] * 400], "n": 5, "stream": True, "echo": True, "logprobs": 20}
     with (
-        served(model, max_batch_size=5, max_queue=5) as running,
+        served(model, max_batch_size=5, max_queue=5, max_sequences=5) as running,
         closing(running.send(asked | {"max_tokens": 2})),
     ):
         while running.service.metrics._prompt._value.get() < 400:
@@ -365,7 +377,7 @@ def test_who_does_not_read_takes_no_place(model: Model) -> None:
 def test_who_does_not_read_is_dropped(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(streaming, "_WRITE_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "_UNREAD_SECONDS", 0.3)
 
     def small(host: str, port: int) -> socket.socket:
         """The system keeps little of what nobody reads."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from neo_runtime import Scheduler
 from neo_server.asked import read_request
+from neo_server.follow import Followed
 from neo_server.limits import Limits
 from neo_server.service import Service
 
@@ -41,7 +42,7 @@ def test_one_that_is_cancelled_meanwhile(
 
             monkeypatch.setattr(Scheduler, "submit", slow)
             asked = read_request({"prompt": "a", "n": 5, "max_tokens": 400, "ignore_eos": True})
-            work = service.open(asked)
+            work = service.open(asked, Followed(id="a", method="POST", path="/", client="-"))
             begun = asyncio.create_task(service.begin(work))
             await waiting.wait()
             begun.cancel()

@@ -1,0 +1,96 @@
+"""uvicorn's HTTP/1.1 connections, with an end for clients that do not write, or do not read."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ["Connection"]
+
+_LOG = logging.getLogger("neo_server")
+_READ_SECONDS = 60.0
+"""For a request to arrive whole: 4 MiB at 70 kB/s."""
+_UNREAD_SECONDS = 60.0
+"""That a client may read nothing of what waits for it."""
+_LAST_SECONDS = 5.0
+"""For a client to read what is left when the server ends."""
+
+
+class Connection(H11Protocol):
+    """A connection that is dropped where its client stalls: uvicorn itself waits for ever."""
+
+    _arriving: asyncio.TimerHandle | None = None
+    """Runs while a request is awaited or has come in part."""
+    _unread: asyncio.TimerHandle | None = None
+    """Runs while the client is not reading as fast as it is told."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See the base class."""
+        super().connection_made(transport)
+        self._await_request()
+
+    def data_received(self, data: bytes) -> None:
+        """See the base class."""
+        super().data_received(data)
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._stop_awaiting()
+        elif self._arriving is None:  # the next one on this connection
+            self._await_request()
+
+    def pause_writing(self) -> None:
+        """See the base class: the client has not read enough of what was written."""
+        super().pause_writing()
+        self._watch_reading()
+
+    def resume_writing(self) -> None:
+        """See the base class."""
+        super().resume_writing()
+        self._stop_watching()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """See the base class; what the client has not read by now is not kept for it."""
+        super().timeout_keep_alive_handler()
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+    def shutdown(self) -> None:
+        """See the base class."""
+        super().shutdown()
+        if self.transport.is_closing():
+            self.loop.call_later(_LAST_SECONDS, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See the base class."""
+        self._stop_awaiting()
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def _await_request(self) -> None:
+        self._arriving = self.loop.call_later(_READ_SECONDS, self.transport.abort)
+
+    def _watch_reading(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._unread = self.loop.call_later(_UNREAD_SECONDS, self._drop_unless_read, left)
+
+    def _drop_unless_read(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._watch_reading()  # slow, but it reads
+            return
+        _LOG.warning("%s does not read its answer and was dropped", self.client)
+        self.transport.abort()
+
+    def _stop_awaiting(self) -> None:
+        if self._arriving is not None:
+            self._arriving.cancel()
+            self._arriving = None
+
+    def _stop_watching(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
