@@ -122,13 +122,16 @@ class Service(Closable):
         self._scorer = PromptScorer(self.model)
 
     def _warn_of_memory(self) -> None:
-        room = memory_for_caches(self.model)
-        if room is not None and room < self._cache_bytes:
+        room, size = (
+            memory_for_caches(self.model),
+            self.model.cache_bytes(self.batch, self.max_length),
+        )
+        if room is not None and room < size:
             _LOG.warning(
                 "the cache may grow to %.0f MB, and this process may have %.0f MB for it: under "
                 "load the system will end it; choose a smaller --max-batch-size or --max-length, "
                 "or give it more memory",
-                self._cache_bytes / 1e6,
+                size / 1e6,
                 room / 1e6,
             )
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import closing, contextmanager
 from functools import partial
 from http.client import HTTPConnection
@@ -99,6 +100,93 @@ def test_at_the_end_of_its_grace_clients_are_told(mini_bundle: Path, stream: boo
     assert code == 128 + signal.SIGTERM
     assert "Traceback" not in err
     assert "/v1/completions" not in err.replace(f":{server.port}/v1", "")
+
+
+class Answer(NamedTuple):
+    status: int
+    text: str
+    connection: str | None
+    """Of the header."""
+
+
+def request(port: int, path: str = "/v1/completions", body: str | None = None) -> Answer:
+    """Over a connection of its own."""
+    with closing(HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        connection.request("GET" if body is None else "POST", path, body)
+        found = connection.getresponse()
+        return Answer(found.status, found.read().decode(), found.headers["connection"])
+
+
+def test_it_is_drained_before_it_ends(mini_bundle: Path) -> None:
+    """Load balancers see it, while those who have not seen it yet are still served."""
+    with running(mini_bundle, "--threads", "1", "--drain-delay", "60") as server:
+        assert request(server.port, "/health").status == 200
+        server.process.send_signal(signal.SIGTERM)
+        end = time.monotonic() + 60
+        while (health := request(server.port, "/health")).status == 200:
+            assert time.monotonic() < end
+        assert (health.status, json.loads(health.text)["status"]) == (503, "ending")
+        assert request(server.port, "/livez").status == 200
+        answer = request(server.port, body='{"prompt": "a", "max_tokens": 2}')
+        assert (answer.status, answer.connection) == (200, "close")
+        server.process.send_signal(signal.SIGTERM)  # enough of that
+        code, _, err = ended(server)
+    assert code == 128 + signal.SIGTERM
+    assert "Traceback" not in err
+    assert err.index('"POST /v1/completions" 200') < err.index("stopping")
+
+
+def test_half_a_request_does_not_hold_up_the_end(mini_bundle: Path) -> None:
+    with running(mini_bundle, "--threads", "1", "--grace", "300") as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 60\r\n\r\n"
+            connection.sendall(f'{head}{{"pro'.encode())
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.process.wait(0.5)
+            server.process.send_signal(signal.SIGTERM)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 503")
+        assert ended(server)[0] == 128 + signal.SIGTERM
+
+
+def test_what_it_takes_at_once_is_said(mini_bundle: Path) -> None:
+    options = ("--max-batch-size", "3", "--max-length", "100", "--request-timeout", "2.5")
+    with running(mini_bundle, "--threads", "1", *options, "--log-format", "json") as server:
+        assert server.process.stderr is not None
+        said = server.process.stderr.readline()
+        assert request(server.port, body='{"prompt": "a", "max_tokens": 2}').status == 200
+        line = json.loads(server.process.stderr.readline())
+        server.process.terminate()
+    assert re.fullmatch(
+        r"neo-serve: 3 sequences of up to 100 tokens at once, their cache up to \d+ MB; "
+        r"256 with those that wait, 128 of one request, each for 2\.5 s\n",
+        said,
+    )
+    assert (line["status"], line["path"], line["completion_tokens"]) == (200, "/v1/completions", 2)
+
+
+def test_a_first_process_ends_before_it_has_begun() -> None:
+    """Nothing but its own handler ends the first process of a container."""
+    code = (
+        "import os, signal, sys, neo_server.entry as entry\n"
+        "entry._start = lambda: os.kill(os.getpid(), signal.SIGTERM) or sys.exit(9)\n"
+        "sys.exit(entry.serve())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+
+
+def test_more_files_may_be_open(mini_bundle: Path) -> None:
+    resource = pytest.importorskip("resource")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (256, hard))
+    code = (
+        "import resource, neo_server.listening as listening\n"
+        "listening._raise_open_files()\n"
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert done.stdout.split() == [str(min(hard, 65536)), str(hard)]
 
 
 def test_twice_ctrl_c_ends_at_once(mini_bundle: Path) -> None:

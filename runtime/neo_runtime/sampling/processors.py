@@ -60,25 +60,43 @@ def log_softmax(scores: FloatArray) -> FloatArray:
 
 
 class SequenceBias:
-    """Adds a bias to the last id of a sequence where `ids` ends with those before it."""
+    """Adds a bias to the last id of a sequence where `ids` ends with those before it.
+
+    Thousands of sequences cost little: a step looks at those alone whose last id but one has just
+    come, and adds the biases of single ids at once.
+    """
 
     def __init__(self, biases: Sequence[tuple[tuple[int, ...], float]]) -> None:
-        self._biases = [
-            (np.array(ids[:-1], np.int64), ids[-1], np.float32(bias))
-            for ids, bias in sorted(biases, key=lambda item: len(item[0]))
-        ]
+        self._raised = np.array([ids[-1] for ids, bias in biases if bias > 0], np.int64)
+        self._always: dict[int, np.float32] = {}
+        """Biases of single ids."""
+        self._behind: dict[int, list[tuple[IntArray, int, np.float32]]] = {}
+        """By the last id of those before: these, the id that gets the bias, and the bias."""
+        for ids, bias in sorted(biases, key=lambda item: len(item[0])):
+            if len(ids) == 1:
+                before = self._always.get(ids[0], np.float32(0))
+                self._always[ids[0]] = before + np.float32(bias)
+            else:
+                entry = (np.array(ids[:-1], np.int64), ids[-1], np.float32(bias))
+                self._behind.setdefault(ids[-2], []).append(entry)
+        self._tokens = np.array([*self._always], np.int64)
+        self._totals = np.array([*self._always.values()], np.float32)
 
     def raises(self, ids: IntArray) -> IntArray:
         """See `raised_tokens`."""
-        return np.array([token for _, token, bias in self._biases if bias > 0], np.int64)
+        return self._raised
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
-        total: dict[int, np.float32] = {}
-        for prefix, token, bias in self._biases:
+        found: dict[int, np.float32] = {}
+        for prefix, token, bias in self._behind.get(int(ids[-1]), ()) if ids.size else ():
             if np.array_equal(ids[ids.size - prefix.size :], prefix):  # no, where ids are fewer
-                total[token] = total.get(token, np.float32(0)) + bias
-        for token, bias in total.items():
-            scores[token] += bias
+                before = found.get(token, self._always.get(token, np.float32(0)))
+                found[token] = before + bias
+        # A bias is added once, whatever it is the sum of.
+        sums = {token: scores[token] + bias for token, bias in found.items()}
+        scores[self._tokens] += self._totals
+        for token, score in sums.items():
+            scores[token] = score
         return scores
 
 
