@@ -98,7 +98,7 @@ class Model(RequestModel):
             prompt: text, token ids, or a list of these. In a list each prompt is generated as if it
                 were alone, up to float rounding: int8 gives the same bits, float32 differs in the
                 last digits, and in int4 a sum that rounds the other way can change a text at a near
-                tie (docs/performance.md). A tuple of seeds has one per prompt.
+                tie (docs/accuracy.md). A tuple of seeds has one per prompt.
             options: used instead of the bundle's `defaults` (including its `eos_token_id`).
             bad_words: words that must not appear; added to `bad_words_ids`.
             batch_size: prompts to compute together; by default as many as make up to 16 sequences

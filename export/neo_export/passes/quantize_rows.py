@@ -5,7 +5,7 @@
                                                         axis=-1, block_size=width of x)
 
 A block is a row, so its scale is that row's. For many rows that reads and writes activations once
-less: up to 4 % of a prompt of the 1.3B shape (docs/performance.md). For one row it would only make
+less: up to 4 % of a prompt of the 1.3B shape (docs/design/cpu.md). For one row it would only make
 up the zero points, which must have the shape of the scales (all are 128).
 
 Must not fire where x has one row per sequence: in decode, at last positions, in the head.
