@@ -4,8 +4,8 @@
     statistics.check_model(checkpoint)
     statistics.channel_max("transformer.h.0.key")      # float32 [hidden]
 
-The folder's format is described in docs/calibration.md: `statistics.json`, and one safetensors file
-a layer. Arrays are views of the mapped files.
+The folder's format is described in docs/design/statistics.md: `statistics.json`, and one
+safetensors file a layer. Arrays are views of the mapped files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`statistics.json`: what a folder of statistics says of itself, of its text and of each place.
 
-The format is described in docs/calibration.md.
+The format is described in docs/design/statistics.md.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PlaceStatistics:
     mean_square: float
     percentiles: dict[str, float]
     """Of |x| over all values: "50", "90", "99", "99.9", "99.99", "99.999"; each is at most 0.8 %
-    off, see docs/calibration.md."""
+    off, see docs/design/statistics.md."""
     outlier_channels: tuple[int, ...]
     """Channels whose largest |x| is at least 6 times the median channel's."""
     file: str
