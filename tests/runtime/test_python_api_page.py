@@ -34,5 +34,12 @@ def test_the_page_of_options(mini_bundle: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_the_page_about_serving(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_blocks("serving.md", mini_bundle)[0] == 6
+    assert run_blocks("serving.md", mini_bundle)[0] == 4
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_page_about_guessed_tokens(
+    mini_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_blocks("guessed-tokens.md", mini_bundle)[0] == 2
     assert capsys.readouterr().out.strip()
