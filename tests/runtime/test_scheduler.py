@@ -776,3 +776,42 @@ def test_a_reader_that_leaves_early(model: Model) -> None:
         with scheduler.submit("Once", max_new_tokens=5) as whole:
             text = "".join(whole)
         assert whole.result().text == text
+
+
+def test_a_group_shares_the_batch_as_one(model: Model) -> None:
+    """Whose share is smaller is next; among equals who came first."""
+    ended: list[str] = []
+    groups = ["crowd"] * 6 + ["one", None, "two", None]
+    with Scheduler(model, max_batch_size=2) as scheduler:
+        with holding(scheduler, "a", max_new_tokens=1):
+            for number, group in enumerate(groups):
+                pending = scheduler.submit("a", max_new_tokens=4, ignore_eos=True, group=group)
+                name = f"{group}{number}"
+                pending.add_done_callback(lambda _, name=name: ended.append(name))
+        scheduler.close()
+        with pytest.raises(RequestError, match="group is of type list, expected a hashable"):
+            scheduler.submit("a", group=[])  # type: ignore[arg-type]
+    pairs = [set(ended[start : start + 2]) for start in range(0, 10, 2)]
+    beside = ["one6", "None7", "two8", "None9", "crowd5"]
+    assert pairs == [{f"crowd{turn}", other} for turn, other in enumerate(beside)]
+
+
+def test_what_is_told_of_a_batch(model: Model) -> None:
+    with Scheduler(model, max_batch_size=3) as scheduler:
+        assert (scheduler.max_batch_size, scheduler.generated_tokens) == (3, 0)
+        given_up = scheduler.submit("a", max_new_tokens=300, ignore_eos=True)
+        next(given_up)
+        given_up.cancel()
+        whole = scheduler.submit("a", max_new_tokens=5, ignore_eos=True)
+        completion = whole.result()
+        wait_for(lambda: scheduler.unfinished == 0)
+        assert scheduler.generated_tokens > 5
+    assert whole.queue_seconds is not None
+    assert whole.time_to_first_token == pytest.approx(completion.timings.time_to_first_token, 0.5)
+    assert 0 <= whole.queue_seconds < whole.time_to_first_token
+    assert given_up.time_to_first_token is not None
+    with Scheduler(model) as scheduler, holding(scheduler, "a", max_new_tokens=2):
+        waiting = scheduler.submit("a", max_new_tokens=2)
+        waiting.cancel()
+    assert waiting.queue_seconds is None
+    assert waiting.time_to_first_token is None

@@ -32,11 +32,13 @@ def test_every_field_of_the_page_is_known() -> None:
     """And means what it says: each is taken, with a value of its kind."""
     further = PAGE[PAGE.index("Further names") : PAGE.index("- Defaults")]
     named = set(re.findall(r"`([a-z_]+)`", further)) - {"extra_body"}
-    assert len(named) == 19
+    assert len(named) == 20
     values = dict.fromkeys(named, 1)
     values |= {"return_tokens_as_token_ids": True, "stop_token_ids": [1]}
     asked = read_request({"prompt": "a", **values})
     taken = set(asked.options) | {"return_tokens_as_token_ids", "min_tokens", "stop_token_ids"}
+    taken |= {"truncate_prompt_tokens"}
     assert named <= taken
     assert asked.options["min_new_tokens"] == 1
+    assert asked.truncate_prompt_tokens == 1
     assert asked.stop_token_ids == (1,)
