@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+import torch
 from helpers.int8_cache import calibrated
 from helpers.models import TinyConfig, make_checkpoint, random_ids
 from neo_export.checkpoint.folder import open_checkpoint
@@ -56,7 +58,7 @@ def test_int8_for_cuda_is_stored_in_blocks(tmp_path: Path) -> None:
         (TinyConfig(head_dim=48), None),
         (TinyConfig(head_dim=8, attention_layers=("global", "global")), None),
         (TinyConfig(head_dim=8, attention_layers=("local", "local")), None),
-        (TinyConfig(head_dim=4), "attention that reads int8.* multiple of 8"),
+        (TinyConfig(head_dim=4), "attention that reads int8.* multiple of 8; this model's have 4"),
     ],
 )
 def test_head_sizes_of_an_int8_cache(
@@ -112,3 +114,38 @@ def test_what_does_not(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         check(spec, target, precision, **quantization)
+
+
+def test_a_window_that_no_sequence_reaches_past(tmp_path: Path) -> None:
+    """The operator takes no cache shorter than the window: without one it is as long as asked."""
+    config = TinyConfig(window_size=12, attention_layers=("global", "local"))
+    source = make_checkpoint(tmp_path / "model", config)
+    ids = random_ids(config, 12)
+    texts, sizes = [], []
+    for length, window in ((None, 12), (13, 12), (12, None)):
+        bundle = tmp_path / f"bundle-{length}"
+        export_bundle(str(source), bundle, ExportOptions(max_length=length))
+        with load(bundle) as model:
+            assert model.manifest.cache.window == window
+            sizes.append(model.cache_bytes(1, 4))
+            [completion] = model.generate([ids[:5]], max_new_tokens=7)
+            texts.append((completion.token_ids, model.logits(ids).tobytes()))
+    assert texts[0] == texts[1] == texts[2]
+    assert sizes[0] == sizes[1] > sizes[2]
+
+
+def test_a_position_that_float16_cannot_hold(tmp_path: Path) -> None:
+    from transformers import GPTNeoForCausalLM
+
+    source = make_checkpoint(tmp_path / "model", TinyConfig())
+    model = GPTNeoForCausalLM.from_pretrained(source)
+    model.transformer.wpe.weight.data[3, 1] = 1e5
+    model.save_pretrained(source)
+    ids = random_ids(TinyConfig(), 12)
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor(ids[None])).logits[0].numpy()
+    bundle = tmp_path / "bundle"
+    export_bundle(str(source), bundle, ExportOptions(precision="int8"))
+    with load(bundle) as exported:
+        found = exported.logits(ids)
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()

@@ -69,7 +69,7 @@ def passes_of(
         precision=precision,
         spec=spec,
         plan=found.plan_for(Quantization(), graph, precision, spec),
-        cache=found.cache(spec, precision),
+        cache=found.cache(spec, precision, spec.max_position_embeddings),
         max_length=spec.max_position_embeddings,
         **decided,
     )

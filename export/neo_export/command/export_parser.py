@@ -132,7 +132,8 @@ def export_parser() -> OneLineParser:
         choices=("float", "int8"),
         help="int8: keys and values in 8 bits, one scale per channel from --calibration; the cache "
         "is a quarter as large, decoding at long contexts is faster, prompts are slower; target "
-        "cpu with float32 activations, heads of a multiple of 16 (default: float)",
+        "cpu with float32 activations, heads of a multiple of 16, or of 8 where no layer keeps a "
+        "window (default: float)",
     )
     parser.add_argument(
         "--max-length",

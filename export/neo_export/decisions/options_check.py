@@ -58,7 +58,8 @@ def check_options(
                 f"--kv-cache int8 cannot be combined with target {target.name}; use --target cpu "
                 "with --fp32, --int8, --int4 or --plan, or leave it out"
             )
-        check_int8_cache(target.cache(spec, options.precision), spec)
+        length = options.max_length or spec.max_position_embeddings
+        check_int8_cache(target.cache(spec, options.precision, length), spec)
 
 
 def check_export(

@@ -149,7 +149,7 @@ def prepare(
     decided = calibrated(
         statistics, checkpoint, read, target, precision, plan, say, options.remembered
     )
-    cache = target.cache(spec, precision, large_scores=decided.half.scores > 0)
+    cache = target.cache(spec, precision, max_length, large_scores=decided.half.scores > 0)
     steps = None
     if options.kv_cache == "int8":
         steps = calibrated_steps(statistics, spec)

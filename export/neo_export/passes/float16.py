@@ -30,11 +30,17 @@ if TYPE_CHECKING:
 
     from neo_export.passes import Pass
 
-__all__ = ["bfloat16", "float16", "to_bfloat16", "to_float16"]
+__all__ = ["bfloat16", "fits_float16", "float16", "to_bfloat16", "to_float16"]
 
 _FLOAT = ir.DataType.FLOAT
 _STATISTICS = {"SkipLayerNormalization": (1, 2)}
 """Outputs (mean, inverse deviation) that the operator defines as float32 in any case."""
+
+
+def fits_float16(values: NDArray[np.float32]) -> bool:
+    """Whether no number rounds to infinity, as they do from half a unit past 65504 on; NaN fits."""
+    largest = max(float(values.max()), -float(values.min())) if values.size else 0.0
+    return not largest >= 65520.0
 
 
 def to_float16(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
@@ -43,8 +49,8 @@ def to_float16(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
     Raises:
         CheckpointError: a value is beyond what float16 holds.
     """
-    largest = max(float(values.max()), -float(values.min())) if values.size else 0.0
-    if largest >= 65520.0:  # rounds to infinity from half a unit past 65504 on
+    if not fits_float16(values):
+        largest = np.abs(values).max()
         raise CheckpointError(
             f"{name} holds ±{largest:.6g}, float16 ends at 65504; export with --fp16 "
             "--calibrate-text FILE, which keeps what float16 cannot hold in float32, or with "

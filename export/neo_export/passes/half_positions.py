@@ -4,7 +4,7 @@
     Gather(wpe, position_ids)         Cast(Gather(wpe.float16, position_ids), float32)
 
 Positions are added to embeddings of the same size, so 2⁻¹¹ of a position is far below what
-int8 or int4 do to the embedding.
+int8 or int4 do to the embedding. A table that float16 cannot hold stays as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx_ir as ir
 from neo_export.gpt_neo.parameters import POSITIONS
 from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import add_lazy_initializer, is_parameter, read, static_shape
-from neo_export.passes.float16 import to_float16
+from neo_export.passes.float16 import fits_float16, to_float16
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,6 +33,8 @@ class _HalfPositions(Rule):
         name = table.name or ""
         if not (is_parameter(table) and name == POSITIONS):
             return result.fail("not the position table", table)
+        if not fits_float16(read(table)):
+            return result.fail("float16 ends before its numbers", table)
         return result
 
     def rewrite(self, op: Any, table: ir.Value, ids: ir.Value, **_: Any) -> Any:

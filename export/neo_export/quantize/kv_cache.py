@@ -48,6 +48,7 @@ against the float cache's 11.0997, calibrated on this many tokens:
     8192 tokens  +2.61 %  -0.00 %  +0.02 %  -0.01 %  -0.01 %
 """
 
+_HEAD_SIZE_MULTIPLE = 8
 _EVICTED_HEAD_SIZE_MULTIPLE = 16
 """What onnxruntime's attention wants of integers in a cache that it evicts positions from."""
 
@@ -114,15 +115,15 @@ def check_int8_cache(cache: CacheSpec, spec: ModelSpec) -> None:
     Raises:
         RequestError: this target, precision or model has no int8 cache.
     """
-    if cache.layout != "in_place":
-        raise RequestError(
-            "--kv-cache int8 needs attention that reads int8: target cpu, and a head size that is "
-            "a multiple of 8; leave it out, or export for target cpu"
-        )
     if cache.dtype != "float32":
         raise RequestError(
             f"--kv-cache int8 goes with float32 activations, these are {cache.dtype}; "
             "use it with --fp32, --int8, --int4 or --plan"
+        )
+    if cache.layout != "in_place":
+        raise RequestError(
+            "--kv-cache int8 needs attention that reads int8: target cpu, and heads of a multiple "
+            f"of {_HEAD_SIZE_MULTIPLE}; this model's have {spec.head_dim}; leave it out"
         )
     evicts = cache.window is not None and "local" in spec.attention_layers
     if evicts and spec.head_dim % _EVICTED_HEAD_SIZE_MULTIPLE:

@@ -106,12 +106,15 @@ class Target:
             return LinearQuantizer()
         return EightBits() if self.half_activations else RoundToNearest()
 
-    def cache(self, spec: ModelSpec, precision: str, *, large_scores: bool = False) -> CacheSpec:
+    def cache(
+        self, spec: ModelSpec, precision: str, max_length: int, *, large_scores: bool = False
+    ) -> CacheSpec:
         """How this target keeps keys and values.
 
         Args:
             spec: the model.
             precision: one of the target's.
+            max_length: most positions of a sequence.
             large_scores: float16 might not hold the attention scores (`HalfRange.scores`).
         """
         dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(precision, "float32")
@@ -122,7 +125,9 @@ class Target:
             return CacheSpec(layout="static", padding="right", dtype=dtype, window=None)
         if not self._fuses_attention(spec, large_scores=large_scores):
             return CacheSpec(layout="append", padding="left", dtype=dtype, window=None)
-        evicts = self.evicts and "global" in spec.attention_layers
+        # The operator takes no buffer shorter than the window, whatever the sequence's length.
+        is_passed = max_length > spec.window_size
+        evicts = self.evicts and is_passed and "global" in spec.attention_layers
         window = spec.window_size if evicts else None
         return CacheSpec(layout="in_place", padding="right", dtype=dtype, window=window)
 
