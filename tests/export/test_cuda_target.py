@@ -200,7 +200,7 @@ def test_candidates_are_those_of_the_logits(cuda_bundle: Path, ids: NDArray[np.i
 def test_full_length_caches_for_every_layer() -> None:
     """CUDA's kernel takes padded rows into window-sized caches from onnxruntime 1.32 on only."""
     with open_checkpoint(DEMO) as checkpoint:
-        cache = TARGETS["cuda"].cache(checkpoint.spec, "fp16")
+        cache = TARGETS["cuda"].cache(checkpoint.spec, "fp16", 512)
     assert (cache.layout, cache.padding, cache.dtype, cache.window) == (
         "in_place",
         "right",
