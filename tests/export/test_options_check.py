@@ -145,7 +145,7 @@ def test_a_position_that_float16_cannot_hold(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = model(input_ids=torch.tensor(ids[None])).logits[0].numpy()
     bundle = tmp_path / "bundle"
-    export_bundle(str(source), bundle, ExportOptions(precision="int8"))
+    export_bundle(str(source), bundle, ExportOptions(precision="int8", verify=True))
     with load(bundle) as exported:
         found = exported.logits(ids)
     assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()

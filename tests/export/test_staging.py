@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import pytest
 from helpers.bundles import make_bundle
 from helpers.kills import snapshot
-from neo_export.bundle.file_records import write_file
 from neo_export.bundle.staging import check_destination, staged_folder
 from neo_export.files import output_errors, private_folder, renames
 from neo_runtime.bundle.folder import open_bundle
@@ -315,7 +314,7 @@ class TestFailed:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
             with pytest.raises(OutputError, match=r"File too large; .*\(ulimit -f\)"):
                 with staged_folder(parent / "bundle", force=False) as folder:
-                    write_file(folder / "weights.bin", bytes(5000))
+                    (folder / "weights.bin").write_bytes(bytes(5000))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert names(parent) == []

@@ -14,7 +14,7 @@ from neo_runtime.errors import OutputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["copy_file", "record_file", "record_files", "write_file"]
+__all__ = ["copy_file", "record_file", "record_files"]
 
 _CHUNK = 1 << 22
 
@@ -65,13 +65,6 @@ def record_files(
                 "was it changed meanwhile?"
             )
     return dict(sorted(records.items()))
-
-
-def write_file(path: Path, data: bytes) -> FileRecord:
-    """Write a new file whole; OSError where it exists or cannot be written."""
-    with path.open("xb", buffering=0) as stream:
-        _write_all(stream.fileno(), memoryview(data))
-    return FileRecord(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def copy_file(source: Path, target: Path) -> FileRecord:

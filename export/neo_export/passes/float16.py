@@ -24,23 +24,18 @@ from neo_runtime.errors import CheckpointError
 
 from neo_export.passes._tensors import add_lazy_initializer, read, static_shape
 from neo_export.passes._wide import Wide, unify_inputs
+from neo_export.quantize.half import fits_float16
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.passes import Pass
 
-__all__ = ["bfloat16", "fits_float16", "float16", "to_bfloat16", "to_float16"]
+__all__ = ["bfloat16", "float16", "to_bfloat16", "to_float16"]
 
 _FLOAT = ir.DataType.FLOAT
 _STATISTICS = {"SkipLayerNormalization": (1, 2)}
 """Outputs (mean, inverse deviation) that the operator defines as float32 in any case."""
-
-
-def fits_float16(values: NDArray[np.float32]) -> bool:
-    """Whether no number rounds to infinity, as they do from half a unit past 65504 on; NaN fits."""
-    largest = max(float(values.max()), -float(values.min())) if values.size else 0.0
-    return not largest >= 65520.0
 
 
 def to_float16(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:

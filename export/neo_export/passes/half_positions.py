@@ -16,7 +16,8 @@ import onnx_ir as ir
 from neo_export.gpt_neo.parameters import POSITIONS
 from neo_export.passes._rule import MatchResult, Rule, apply
 from neo_export.passes._tensors import add_lazy_initializer, is_parameter, read, static_shape
-from neo_export.passes.float16 import fits_float16, to_float16
+from neo_export.passes.float16 import to_float16
+from neo_export.quantize.half import fits_float16
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neo_export.quantize.half import fits_float16
 from neo_export.quantize.linear import LinearQuantizer, quantize_linear
 from neo_export.quantize.plan import is_planned
 from neo_export.quantize.quantizer import RoundToNearest, WeightQuantizer
@@ -35,13 +36,13 @@ class StoredWeights:
     quantizer: WeightQuantizer | LinearQuantizer = field(default_factory=RoundToNearest)
     """What made the integers."""
     half_positions: bool = False
-    """The position table is stored in float16."""
+    """The position table is stored in float16, if that can hold it."""
 
     def __call__(self, name: str) -> NDArray[np.float32]:
         """The weight of this name, quantized and read back where the bundle quantizes it."""
         weight = self.read(name)
         if not is_planned(name, weight.shape):
-            if self.half_positions and weight.ndim == 2:
+            if self.half_positions and weight.ndim == 2 and fits_float16(weight):
                 return weight.astype(np.float16).astype(np.float32)
             return weight
         storage = self.plan.of(name)
