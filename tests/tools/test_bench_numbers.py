@@ -15,6 +15,7 @@ from neo_tools.bench.cases import Case, Settings, check_lengths, make_cases, pos
 from neo_tools.bench.machine import (
     CpuWatch,
     busy_warning,
+    cached_weights_warning,
     hidden_warning,
     small_buffer_warning,
 )
@@ -273,6 +274,15 @@ def test_busy_machines_are_told() -> None:
     assert small_buffer_warning(machine(), None) is None
     assert small_buffer_warning(machine(), 1 << 30) is None
     assert "the cache" in (small_buffer_warning(machine(), 64 << 20) or "")
+
+
+def test_weights_that_the_cache_holds_are_told() -> None:
+    cache = 32 << 20
+    assert cached_weights_warning(machine(l3_bytes=cache), {"large": cache + 1}) is None
+    assert cached_weights_warning(machine(l3_bytes=None), {"small": 1000}) is None
+    found = cached_weights_warning(machine(l3_bytes=cache), {"large": cache + 1, "small": cache})
+    assert found is not None
+    assert found.startswith("the weights of small (33.6 MB) fit in the last-level cache of 34 MB:")
 
 
 def test_hidden_instructions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

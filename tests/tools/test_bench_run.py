@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from neo_runtime.errors import CheckpointError, NeoError, RequestError
+from neo_tools.bench import machine, rounds
 from neo_tools.bench import participants as participants_module
-from neo_tools.bench import rounds
 from neo_tools.bench.cases import Case, PeerChoice, Settings, make_cases
 from neo_tools.bench.native_time import native_seconds
 from neo_tools.bench.participants import (
@@ -106,11 +106,16 @@ def results(settings: Settings, fake: list[str]) -> Iterator[Results]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client, "Peer", partial(Peer, command=fake))
         patch.setenv(ENVIRONMENT_VARIABLE, "AVX-512 and AMX")
+        patch.setattr(machine, "l3_bytes", lambda: 32 << 20)
         yield run(settings, lambda line: None)
 
 
 def test_hidden_instructions_are_in_the_report(results: Results) -> None:
     assert any(line.startswith("AVX-512 and AMX are hidden") for line in results.warnings)
+
+
+def test_weights_that_the_cache_holds_are_in_the_report(results: Results) -> None:
+    assert any(line.startswith("the weights of cpu (") for line in results.warnings)
 
 
 def test_what_the_runtime_warns_of_is_in_the_report(

@@ -8,16 +8,21 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from neo_runtime.machine.cores import physical_cores, usable_processors
 
 from neo_tools.older_cpu import ENVIRONMENT_VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = [
     "BUSY_SHARE",
     "CpuWatch",
     "Machine",
     "busy_warning",
+    "cached_weights_warning",
     "hidden_warning",
     "l3_bytes",
     "machine_facts",
@@ -108,6 +113,23 @@ def small_buffer_warning(machine: Machine, probe_bytes: int | None) -> str | Non
         f"the buffer of the bandwidth measurement, {probe_bytes / 1e6:.0f} MB, is not much larger "
         f"than the last-level cache of {(machine.l3_bytes or 0) / 1e6:.0f} MB: part of what was "
         "measured is the cache"
+    )
+
+
+def cached_weights_warning(machine: Machine, weights: Mapping[str, int]) -> str | None:
+    """A line for the report where a step's weights need not come from memory.
+
+    Args:
+        machine: that computes.
+        weights: bytes that a decode step reads, by bundle.
+    """
+    cache = machine.l3_bytes or 0
+    fitting = [f"{label} ({size / 1e6:.1f} MB)" for label, size in weights.items() if size <= cache]
+    if not fitting:
+        return None
+    return (
+        f"the weights of {', '.join(fitting)} fit in the last-level cache of {cache / 1e6:.0f} MB: "
+        "shares of the memory's bandwidth say nothing then, nor do ratios of memory to weights"
     )
 
 

@@ -13,6 +13,7 @@ from neo_tools.bench.cases import threads_text
 from neo_tools.bench.machine import (
     CpuWatch,
     busy_warning,
+    cached_weights_warning,
     hidden_warning,
     machine_facts,
     small_buffer_warning,
@@ -57,6 +58,7 @@ def run(settings: Settings, progress: Callable[[str], None]) -> Results:
         busy_warning(machine),
         watch.warning(machine.processors),
         small_buffer_warning(machine, settings.probe_bytes),
+        None if settings.on_gpu else cached_weights_warning(machine, _step_weights(bundles)),
         *(
             f"{facts.label}: {text}"
             for part in parts
@@ -73,6 +75,11 @@ def run(settings: Settings, progress: Callable[[str], None]) -> Results:
         ratios=tuple(ratio for part in parts for ratio in part.ratios),
         warnings=tuple(dict.fromkeys(w for w in warnings if w is not None)),
     )
+
+
+def _step_weights(bundles: list[BundleInfo]) -> dict[str, int]:
+    """Bytes of weights that a step of one sequence reads, by label."""
+    return {info.label: info.weights.total(1) for info in bundles}
 
 
 @dataclass(frozen=True, kw_only=True)
