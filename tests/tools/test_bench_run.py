@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from neo_runtime.backends.step_logits import StepLogits
 from neo_runtime.errors import CheckpointError, NeoError, RequestError
 from neo_tools.bench import machine, rounds
 from neo_tools.bench import participants as participants_module
@@ -454,20 +454,41 @@ def test_overhead_refuses_what_it_cannot_see(mini_bundle: Path) -> None:
         def rounded_length(self, length: int) -> int:
             return length
 
-        @contextmanager
-        def new_cache(self, batch: int, length: int) -> Iterator[None]:
-            yield
+        def new_cache(self, batch: int, length: int) -> Any:
+            return SimpleNamespace(close=lambda: None)
 
-        def prefill(self, cache: None, ids: list[list[int]]) -> np.ndarray[Any, Any]:
-            return np.zeros((1, 4))
+        def prefill_step(self, cache: Any, ids: list[list[int]]) -> StepLogits:
+            return StepLogits.at_hand(np.zeros((1, 4), np.float32))
 
-        def decode(self, cache: None, tokens: list[int]) -> np.ndarray[Any, Any]:
-            return np.zeros((1, 4))
+        def decode_step(self, cache: Any, tokens: list[int]) -> StepLogits:
+            return StepLogits.at_hand(np.zeros((1, 4), np.float32))
 
     engine = NeoEngine(mini_bundle, 1, None)
     engine._opened = Model()  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="no call of onnxruntime was seen"):
         engine.handlers()["overhead"]({"batch": 1, "steps": 2})
+
+
+def test_overhead_is_of_the_steps_that_are_timed(
+    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = NeoEngine(mini_bundle, 1, None)
+    engine.load()
+    engine.forward([[1, 2, 3]])
+    widths: list[int] = []
+    timed = NeoEngine.forward
+
+    def forward(self: NeoEngine, ids: list[list[int]]) -> list[int]:
+        widths.append(len(ids[0]))
+        return timed(self, ids)
+
+    monkeypatch.setattr(NeoEngine, "forward", forward)
+    found = engine.handlers()["overhead"]({"batch": 2, "steps": 3})
+    assert widths == [16, 1, 1, 1]
+    assert min(found.values()) > 0
+    kept = engine._cache
+    assert kept is not None
+    assert kept.lengths.tolist() == [3], "the session's own cache is as it was"
 
 
 def test_worker_decodes_what_the_model_decodes(mini_bundle: Path) -> None:

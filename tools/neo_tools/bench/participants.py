@@ -28,7 +28,7 @@ class Overhead:
     """Seconds per token outside of onnxruntime: see `worker.NeoEngine`."""
 
     step: float
-    """Around `Model.decode` and the greedy choice."""
+    """Of a decode step as the rounds time it: `Model.decode_step` and the greedy choice."""
     generate: float
     """Around everything that `Model.generate` does."""
 

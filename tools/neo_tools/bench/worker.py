@@ -154,10 +154,10 @@ class NeoEngine:
         """Time of decode steps that is not spent inside onnxruntime's native run.
 
         Returns:
-            `step`: median seconds per step of `Model.decode`, the greedy choice, and the lists
-            around them; `generate`: the same for `Model.generate`, whose bookkeeping comes on
-            top: (its seconds − native seconds) / new tokens, prefill's own bookkeeping and the
-            cache's allocation included; `native`: median seconds per step inside onnxruntime.
+            `step`: median seconds per step of `forward`, which is what the rounds time;
+            `generate`: the same for `Model.generate`, whose bookkeeping comes on top: (its seconds
+            − native seconds) / new tokens, prefill's own bookkeeping and the cache's allocation
+            included; `native`: median seconds per step inside onnxruntime.
         """
         from neo_runtime.options.generation_options import GenerationOptions
 
@@ -168,12 +168,11 @@ class NeoEngine:
         ids = context_ids(_OVERHEAD_PROMPT, batch, 0, self.vocab_size)
         outside, inside = [], []
         with native_seconds() as spent:
-            length = model.rounded_length(_OVERHEAD_PROMPT + steps)
-            with model.new_cache(batch, length) as cache:
-                tokens = _greedy(model.prefill(cache, ids))
+            with self._other_cache(_OVERHEAD_PROMPT + steps):
+                tokens = self.forward(ids)
                 for _ in range(steps):
                     calls, before = len(spent), perf_counter()
-                    tokens = _greedy(model.decode(cache, tokens))
+                    tokens = self.forward([[token] for token in tokens])
                     whole = perf_counter() - before
                     if len(spent) == calls:
                         raise RuntimeError(
@@ -189,6 +188,17 @@ class NeoEngine:
             model.generate(ids, options)
             around = perf_counter() - before - sum(spent[calls:])
         return {"step": median(outside), "native": median(inside), "generate": around / steps}
+
+    @contextmanager
+    def _other_cache(self, length: int) -> Iterator[None]:
+        """`forward` begins anew, with room for `length` positions; then it goes on as before."""
+        kept = self._cache, self._length
+        self._cache, self._length = None, length
+        try:
+            yield
+        finally:
+            self.reset()
+            self._cache, self._length = kept
 
     def _first_token(self, request: dict[str, Any]) -> dict[str, Any]:
         """From `load()` to the first token of a prompt, in a process that has not loaded anything.
@@ -221,12 +231,6 @@ def _greedy_step(step: StepLogits) -> list[int]:
             tokens.append(int(found.ids[found.values.argmax()]))
         else:
             tokens.append(int(row.full().argmax()))
-    return tokens
-
-
-def _greedy(logits: Any) -> list[int]:
-    """[batch, vocab] → each row's best token."""
-    tokens: list[int] = logits.argmax(-1).tolist()
     return tokens
 
 
