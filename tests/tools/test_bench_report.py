@@ -84,7 +84,7 @@ def test_markdown_tables_parse_back() -> None:
     assert decode[0]["tok/s"] == "10.00"
     assert decode[0]["min – max"] == "5.00 – 20.00"
     assert decode[0]["of the limit"] == "50%"
-    assert decode[0]["of its round's reading"] == "80% (70% – 90%)"
+    assert decode[0]["of the readings beside it"] == "80% (70% – 90%)"
     assert decode[0]["MB read/token"] == "1000.0"
     assert decode[1]["MB read/token"] == "1000.0*"
     assert decode[0]["Python ms"] == "0.100"

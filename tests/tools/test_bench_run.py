@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from neo_runtime.backends.step_logits import StepLogits
+from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import CheckpointError, NeoError, RequestError
 from neo_tools.bench import machine, rounds
 from neo_tools.bench import participants as participants_module
@@ -159,12 +161,14 @@ def test_latency_and_rate_belong_together(results: Results) -> None:
     assert decode.read_rate == pytest.approx(decode.step_bytes * 3 / median(decode.round_seconds))
     [limits] = results.limits
     assert limits.read[FLOAT32_DECODE] == decode.read_rate
-    assert len(limits.rounds) == 1 + 2 * 3  # before, and after each round of both cases
+    # Before loading; of both cases, before the first of three rounds and after each.
+    assert len(limits.rounds) == 1 + 2 * (1 + 3)
     assert max(limits.rounds) == max(r for n, r in limits.read.items() if n != FLOAT32_DECODE)
     assert decode.limit_share == decode.read_rate / limits.bandwidth
+    beside = [max(pair) for pair in pairwise(limits.rounds[-4:])]
     shares = [
         decode.step_bytes * 3 / seconds / reading
-        for seconds, reading in zip(decode.round_seconds, limits.rounds[-3:], strict=True)
+        for seconds, reading in zip(decode.round_seconds, beside, strict=True)
     ]
     assert decode.round_limit_share == spread(shares)
     assert set(limits.read) >= {"numpy max", "numpy dot", "onnxruntime MatMul"}
@@ -277,10 +281,11 @@ def test_rounds_rotate_and_only_one_runs(
     case = Case(kind="decode", threads=1, batch=2, new_tokens=4, depth=30)
     settings = Settings(bundles=(), repetitions=3, cases=(case,))
     pauses: list[int] = []
+    readings = [3.0, 2.0, 5.0, 4.0]
 
     def between() -> float:
-        pauses.append(len(log))
-        return float(len(pauses))
+        pauses.append(sum(what == "decode 4" for _, what in log))
+        return readings[len(pauses) - 1]
 
     found = measure_case(
         case,
@@ -295,8 +300,8 @@ def test_rounds_rotate_and_only_one_runs(
         *("context 16", "decode 2"),
         *("context 30", "decode 4") * 3,
     ]
-    assert len(pauses) == 3
-    assert [found[label].readings for label in "abc"] == [[1.0, 2.0, 3.0]] * 3
+    assert pauses == [0, 3, 6, 9]
+    assert [found[label].readings for label in "abc"] == [[3.0, 5.0, 5.0]] * 3
     running: set[str] = set()
     for label, what in log:
         if what == "SIGCONT":
@@ -445,10 +450,7 @@ def test_overhead_refuses_what_it_cannot_see(mini_bundle: Path) -> None:
     class Model:
         """Decodes without onnxruntime."""
 
-        from neo_runtime.bundle.folder import open_bundle as _open
-
-        manifest = _open(mini_bundle).manifest
-
+        manifest = open_bundle(mini_bundle).manifest
         backend = "cpu"
 
         def rounded_length(self, length: int) -> int:

@@ -121,7 +121,7 @@ def _decode_table(rows: Sequence[Row]) -> str:
         "MB read/token",
         "GB/s",
         "of the limit",
-        "of its round's reading",
+        "of the readings beside it",
         "Python ms",
         "generate() ms",
     )

@@ -23,8 +23,9 @@ class Limits:
     """Bytes per second by kernel, see `bandwidth`; with "float32 decode" where a float32 bundle
     took part."""
     rounds: tuple[float, ...]
-    """The best kernel's bytes per second in each measurement: before the first case, and after each
-    round. On a machine that shares its memory with others they differ."""
+    """The best kernel's bytes per second in each measurement: before anything was loaded; then, of
+    each case, before the first round and after each. On a machine that shares its memory with
+    others they differ."""
     peak: dict[str, float]
     """Operations a second by element type."""
     buffer_bytes: int | None
@@ -120,8 +121,8 @@ class Row:
     limit_share: float | None
     """read_rate / the machine's bandwidth, the best reading of the whole run."""
     round_limit_share: Spread | None
-    """Decode: each round's rate / the best kernel's reading right after that round. What others do
-    on the machine slows both."""
+    """Decode: each round's rate / the best kernel's reading beside it, the larger of those right
+    before and right after. What others do on the machine slows both."""
     python_seconds: float | None = None
     """Decode of a bundle: of a step, outside of onnxruntime, median."""
     generate_python_seconds: float | None = None

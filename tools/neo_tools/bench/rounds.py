@@ -29,7 +29,8 @@ class Measured:
     rounds: list[list[float]] = field(default_factory=list)
     """[round][step] seconds; a prefill is one step."""
     readings: list[float] = field(default_factory=list)
-    """The machine's read bandwidth right after each round, bytes per second."""
+    """The machine's read bandwidth beside each round, bytes per second: the larger of the readings
+    right before and right after it."""
     memory: MemoryResult | None = None
     cache_bytes: int | None = None
     overhead: Overhead | None = None
@@ -63,7 +64,8 @@ def measure_case(
         settings: of the run.
         vocab_size: of the model, for the token ids.
         progress: told what happens next.
-        between: called after each round, when nobody runs; measures the machine's read bandwidth.
+        between: called before the first round and after each, when nobody runs; measures the
+            machine's read bandwidth.
 
     Returns:
         By label.
@@ -73,6 +75,7 @@ def measure_case(
     for participant in participants:
         with participant.turn() as worker:
             _prepare(case, worker, settings, ids, found[participant.label])
+    before = between()
     for index in range(settings.repetitions):
         for participant in rotated(participants, index):
             progress(f"{case.title}: round {index + 1}/{settings.repetitions}, {participant.label}")
@@ -84,9 +87,10 @@ def measure_case(
                         worker.context(case.depth, batch=case.batch, seed=settings.seed)
                     steps = worker.decode(case.new_tokens).seconds
             found[participant.label].rounds.append(steps)
-        reading = between()
+        after = between()
         for measured in found.values():
-            measured.readings.append(reading)
+            measured.readings.append(max(before, after))
+        before = after
     for participant in participants:
         with participant.turn() as worker:
             _conclude(case, worker, found[participant.label])

@@ -77,7 +77,9 @@ def with_limits(
     """Fill in the shares of the limit.
 
     The float32 decode's own rate is a measurement of the machine too, and the limit where it is
-    higher than the kernels'. (It counts with the bytes that it must read at least.)
+    higher than the kernels'. (It counts with the bytes that it must read at least.) The kernels'
+    rates are the best of all their readings, and a row's is that of its median round: a share of
+    less than 1 is in part this difference.
 
     Args:
         rows: all of the run with one number of threads.
