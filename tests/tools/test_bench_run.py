@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -21,7 +20,7 @@ import pytest
 from neo_runtime.backends.step_logits import StepLogits
 from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import CheckpointError, NeoError, RequestError
-from neo_tools.bench import machine, rounds
+from neo_tools.bench import machine, rounds, starting
 from neo_tools.bench import participants as participants_module
 from neo_tools.bench.cases import Case, PeerChoice, Settings, make_cases
 from neo_tools.bench.native_time import native_seconds
@@ -38,9 +37,13 @@ from neo_tools.bench.run import run
 from neo_tools.bench.spread import spread
 from neo_tools.bench.worker import NeoEngine
 from neo_tools.older_cpu import ENVIRONMENT_VARIABLE
-from neo_tools.peers import client
-from neo_tools.peers.client import DecodeResult, MemoryResult, Peer, PrefillResult
-from neo_tools.peers.worker_protocol import context_ids
+from neo_tools.worker.engine import context_ids
+from neo_tools.worker.engine_client import (
+    DecodeResult,
+    EngineWorker,
+    MemoryResult,
+    PrefillResult,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +52,8 @@ if TYPE_CHECKING:
 
 FAKE = """
 import json, sys
-from neo_tools.peers.worker_protocol import claim_stdout, serve
+from neo_tools.worker.engine import engine_handlers
+from neo_tools.worker.protocol import claim_stdout, serve
 
 class Fake:
     vocab_size, max_length, packages = 4096, 512, ()
@@ -63,7 +67,7 @@ class Fake:
         return [7] * len(ids)
 
 answers = claim_stdout()
-serve(Fake(), sys.stdin, answers)
+serve(engine_handlers(Fake()), sys.stdin, answers)
 """
 
 
@@ -106,7 +110,7 @@ def settings(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Set
 @pytest.fixture(scope="module")
 def results(settings: Settings, fake: list[str]) -> Iterator[Results]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "Peer", partial(Peer, command=fake))
+        patch.setattr(starting, "Peer", lambda *_, **options: EngineWorker(fake, title="fake"))
         patch.setenv(ENVIRONMENT_VARIABLE, "AVX-512 and AMX")
         patch.setattr(machine, "l3_bytes", lambda: 32 << 20)
         yield run(settings, lambda line: None)
@@ -350,7 +354,7 @@ def _state(pid: int) -> str:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 def test_participants_are_stopped_between_their_turns(tmp_path: Path) -> None:
-    worker = Peer("fake", tmp_path, command=_fake_command(tmp_path), timeout=30)
+    worker = EngineWorker(_fake_command(tmp_path), title="the peer fake", timeout=30)
     participant = Participant(label="fake", kind="peer", precision="fp32", worker=worker)
     with participants_module.Guard() as guard:
         participant.guard = guard
@@ -380,8 +384,8 @@ def test_workers_end_when_the_bench_is_killed(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path\n"
         "from neo_tools.bench.participants import Guard, Participant\n"
-        "from neo_tools.peers.client import Peer\n"
-        "worker = Peer('fake', Path('.'), command=sys.argv[1:])\n"
+        "from neo_tools.worker.engine_client import EngineWorker\n"
+        "worker = EngineWorker(sys.argv[1:], title='fake')\n"
         "with Guard() as guard:\n"
         "    made = Participant(label='a', kind='peer', precision='', worker=worker, guard=guard)\n"
         "    with made:\n"
@@ -497,7 +501,7 @@ def test_worker_decodes_what_the_model_decodes(mini_bundle: Path) -> None:
     import neo_runtime
 
     prompt = context_ids(300, 1, 3, 4096)[0]
-    with NeoWorker("mini", mini_bundle, precision="fp32", threads=1, timeout=60) as worker:
+    with NeoWorker("mini", mini_bundle, threads=1, timeout=60) as worker:
         worker.load()
         worker.reserve(1, 305)
         first = worker.context(300, seed=3).tokens  # 256 and 44 positions
@@ -515,8 +519,8 @@ def test_worker_decodes_what_the_model_decodes(mini_bundle: Path) -> None:
     assert tuple(tokens) == tuple(expected)
 
 
-def test_probe_measures_and_answers_errors(tmp_path: Path) -> None:
-    with BandwidthWorker(tmp_path, threads=2, size=1 << 20, timeout=60) as worker:
+def test_probe_measures_and_answers_errors() -> None:
+    with BandwidthWorker(threads=2, size=1 << 20, timeout=60) as worker:
         assert set(worker.rates("peak")) == {"float32", "int8"}
         rates = worker.rates("read")
         assert {"numpy max", "numpy dot", "onnxruntime MatMul"} <= set(rates)

@@ -20,8 +20,8 @@ from neo_tools.bench.cli import main as bench
 from neo_tools.bench.device_bandwidth import copy_rate
 from neo_tools.bench.participants import BandwidthWorker
 from neo_tools.bench.results import Ratio, Results
-from neo_tools.bench.run import _gpu_command as gpu_command
 from neo_tools.bench.spread import spread
+from neo_tools.bench.starting import gpu_command
 from neo_tools.gpu_check.__main__ import main, run_suite
 from neo_tools.gpu_check.report import BackendRun, Suite, write_report
 from neo_tools.gpu_check.targets import judge
@@ -336,7 +336,7 @@ def test_bench_on_a_gpu_runs_torch_here_and_measures_the_device(
     peer = gpu_command(settings, settings.peers[1], 2)
     assert peer[:3] == [sys.executable, "-m", "neo_tools.peers.worker_torch"]
     assert peer[-6:] == ["--precision", "fp16-compiled", "--threads", "2", "--device", "cuda:1"]
-    probe = BandwidthWorker(tmp_path, threads=1, size=None, timeout=1, device=1)
+    probe = BandwidthWorker(threads=1, size=None, timeout=1, device=1)
     assert probe._command == [
         *(sys.executable, "-m", "neo_tools.bench.device_bandwidth"),
         *("--device", "1"),

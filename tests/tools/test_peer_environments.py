@@ -110,12 +110,12 @@ def test_peers_report_no_usage_unless_the_user_decided(
     monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
     if set_to is not None:
         monkeypatch.setenv("ORT_DISABLE_TELEMETRY", set_to)
-    assert environments.worker_environ()["ORT_DISABLE_TELEMETRY"] == found
+    assert environments.peer_environ()["ORT_DISABLE_TELEMETRY"] == found
 
 
-def test_worker_environ_keeps_this_interpreters_paths_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_environ_keeps_this_interpreters_paths_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
-    environ = environments.worker_environ(2)
+    environ = environments.peer_environ(2)
     assert "PYTHONPATH" not in environ
     assert environ["OMP_NUM_THREADS"] == "2"
     assert environ["HF_HUB_OFFLINE"] == "1"

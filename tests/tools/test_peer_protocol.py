@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from neo_runtime.errors import RequestError
 from neo_tools.peers import environments
-from neo_tools.peers import worker_protocol as protocol
+from neo_tools.worker import engine as engine_module
+from neo_tools.worker.engine import context_ids, engine_handlers
+from neo_tools.worker.protocol import serve
 
 START = Path(environments.__file__).with_name("worker_start.py")
 
@@ -43,20 +45,21 @@ class CountingEngine:
 
 def converse(engine: CountingEngine, *requests: dict[str, Any]) -> list[dict[str, Any]]:
     answers = io.StringIO()
-    protocol.serve(engine, io.StringIO("".join(json.dumps(r) + "\n" for r in requests)), answers)
+    lines = "".join(json.dumps(request) + "\n" for request in requests)
+    serve(engine_handlers(engine), io.StringIO(lines), answers)
     return [json.loads(line) for line in answers.getvalue().splitlines()]
 
 
 def test_context_ids_are_splitmix64() -> None:
     # The generator's first two outputs from state 0, as its author publishes them.
     golden = 0x9E3779B97F4A7C15
-    assert protocol._splitmix64(0) == 0xE220A8397B1DCDAF
-    assert protocol._splitmix64(golden) == 0x6E789E6AA1B965F4
-    rows = protocol.context_ids(5, 2, 0, 1 << 64)
+    assert engine_module._splitmix64(0) == 0xE220A8397B1DCDAF
+    assert engine_module._splitmix64(golden) == 0x6E789E6AA1B965F4
+    rows = context_ids(5, 2, 0, 1 << 64)
     assert rows[0][0] == 0xE220A8397B1DCDAF
     assert rows[0] != rows[1]
-    assert protocol.context_ids(5, 2, 1, 1 << 64) != rows
-    small = protocol.context_ids(400, 1, 7, 11)[0]
+    assert context_ids(5, 2, 1, 1 << 64) != rows
+    small = context_ids(400, 1, 7, 11)[0]
     assert set(small) == set(range(11))
 
 
@@ -135,13 +138,13 @@ def test_serve_wants_load_first_and_stops_at_quit() -> None:
         CountingEngine(), {"op": "prefill", "ids": [[1]]}, {"op": "quit"}, {"op": "memory"}
     )
     assert "before load" in answers[0]["error"]
-    assert len(answers) == 2
+    assert len(answers) == 1
 
 
 def test_memory_of_counts_private_bytes() -> None:
     # In a process of its own: this one may free what earlier tests left at any moment.
     code = (
-        "import json, os; from neo_tools.peers.worker_protocol import memory_of\n"
+        "import json, os; from neo_tools.worker.memory import memory_of\n"
         "before = memory_of(); block = bytearray(os.urandom(1)) * (64 << 20)\n"
         "print(json.dumps([before, memory_of()]))"
     )
@@ -154,7 +157,7 @@ def test_memory_of_counts_private_bytes() -> None:
 
 def test_an_interrupt_ends_a_worker_without_a_traceback() -> None:
     code = (
-        "import os, signal; from neo_tools.peers.worker_protocol import claim_stdout\n"
+        "import os, signal; from neo_tools.worker.protocol import claim_stdout\n"
         "claim_stdout(); os.kill(os.getpid(), signal.SIGINT)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -163,7 +166,7 @@ def test_an_interrupt_ends_a_worker_without_a_traceback() -> None:
 
 def test_claimed_stdout_carries_answers_only() -> None:
     code = (
-        "import os, sys; from neo_tools.peers.worker_protocol import claim_stdout\n"
+        "import os, sys; from neo_tools.worker.protocol import claim_stdout\n"
         "answers = claim_stdout(); print('python chatter'); os.write(1, b'native chatter\\n')\n"
         "answers.write('answer\\n'); answers.flush()"
     )

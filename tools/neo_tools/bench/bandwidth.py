@@ -8,27 +8,28 @@ threads at once; the best counts:
 - `numpy dot`: the BLAS product of a vector with itself, one BLAS thread a thread;
 - `onnxruntime MatMul`: one row of float32 times a matrix, as in a decode step, on its own threads.
 
-Runs as a process of its own (`python -m neo_tools.bench.bandwidth`), with JSON lines as in
-`neo_tools.peers.worker_protocol`: {"op": "read"} and {"op": "peak"}.
+Runs as a process of its own (`python -m neo_tools.bench.bandwidth`), which answers as in
+`neo_tools.worker.protocol`: {"op": "read"} and {"op": "peak"} → rates.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import sys
 import threading
-from functools import partial
+from functools import cache, partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from neo_tools.bench.machine import l3_bytes, memory_bytes
-from neo_tools.peers.worker_protocol import claim_stdout, refusal
+from neo_tools.worker.protocol import claim_stdout, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from neo_tools.worker.protocol import Handler
 
 __all__ = ["default_buffer_bytes", "main", "time_threads"]
 
@@ -220,19 +221,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bytes", type=int, default=None)
     arguments = parser.parse_args(argv)
-    probe: Probe | None = None
-    for line in sys.stdin:
-        op = json.loads(line).get("op")
-        if op == "quit":
-            return
-        try:
-            probe = probe or Probe(arguments.bytes or default_buffer_bytes(), arguments.threads)
-            measured = {"read": probe.read, "peak": probe.peak}[op]()
-            answer: dict[str, Any] = {"ok": True, "rates": measured}
-        except Exception as error:
-            answer = refusal(error)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+
+    @cache
+    def probe() -> Probe:
+        # Not before a request asks for it: what goes wrong is then its answer.
+        return Probe(arguments.bytes or default_buffer_bytes(), arguments.threads)
+
+    handlers: dict[str, Handler] = {
+        "read": lambda request: {"rates": probe().read()},
+        "peak": lambda request: {"rates": probe().peak()},
+    }
+    serve(handlers, sys.stdin, answers)
 
 
 if __name__ == "__main__":

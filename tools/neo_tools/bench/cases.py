@@ -85,7 +85,7 @@ class Settings:
     repetitions: int = 5
     """Rounds a case; in each, every participant has one turn."""
     seed: int = 1
-    """Of the token ids, see `worker_protocol.context_ids`."""
+    """Of the token ids, see `neo_tools.worker.engine.context_ids`."""
     warmup: bool = True
     """A first turn that does not count."""
     keep_context: bool = False

@@ -1,19 +1,22 @@
 """What a GPU's memory can do at best: bytes per second of a copy inside it.
 
 A copy reads and writes each byte: both count, as in every figure that vendors give. The block is a
-gigabyte, far larger than any cache. Speaks the protocol of `bandwidth`: {"op": "read"}; there is no
-measurement of arithmetic ({"op": "peak"} answers with none).
+gigabyte, far larger than any cache. Answers the requests of `bandwidth`: {"op": "read"}; there is
+no measurement of arithmetic ({"op": "peak"} answers with none).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from functools import cache
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from neo_tools.peers.worker_protocol import claim_stdout, refusal
+from neo_tools.worker.protocol import claim_stdout, serve
+
+if TYPE_CHECKING:
+    from neo_tools.worker.protocol import Handler
 
 __all__ = ["copy_rate", "main"]
 
@@ -55,24 +58,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", type=int, default=0)
     parser.add_argument("--bytes", type=int, default=_BYTES)
     arguments = parser.parse_args(argv)
-    device: Any = None
-    for line in sys.stdin:
-        op = json.loads(line).get("op")
-        if op == "quit":
-            return
-        try:
-            if device is None:
-                from neo_runtime.backends.device.nvidia import CudaDevice
-                from neo_runtime.machine.gpu import require_gpu
 
-                require_gpu(arguments.device)
-                device = CudaDevice(arguments.device)
-            rates = {} if op == "peak" else {KERNEL: copy_rate(device, arguments.bytes)}
-            answer: dict[str, Any] = {"ok": True, "rates": rates}
-        except Exception as error:
-            answer = refusal(error)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    @cache
+    def device() -> Any:
+        from neo_runtime.backends.device.nvidia import CudaDevice
+        from neo_runtime.machine.gpu import require_gpu
+
+        require_gpu(arguments.device)
+        return CudaDevice(arguments.device)
+
+    handlers: dict[str, Handler] = {
+        "read": lambda request: {"rates": {KERNEL: copy_rate(device(), arguments.bytes)}},
+        "peak": lambda request: {"rates": {}},
+    }
+    serve(handlers, sys.stdin, answers)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from neo_runtime.errors import NeoError
 
-from neo_tools.peers.client import Peer
+from neo_tools.worker.client import Worker
+from neo_tools.worker.engine_client import EngineWorker
+from neo_tools.worker.environ import worker_environ
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from neo_tools.peers.client import LoadResult
+    from neo_tools.worker.engine_client import LoadResult
 
 __all__ = ["BandwidthWorker", "Guard", "NeoWorker", "Overhead", "Participant"]
 
@@ -33,17 +35,14 @@ class Overhead:
     """Around everything that `Model.generate` does."""
 
 
-class NeoWorker(Peer):
+class NeoWorker(EngineWorker):
     """A bundle's process, `worker.py`."""
-
-    role = "the bundle"
 
     def __init__(
         self,
         label: str,
         bundle: Path,
         *,
-        precision: str,
         threads: int,
         prefill_chunk: int | None = None,
         backend: str = "auto",
@@ -58,49 +57,41 @@ class NeoWorker(Peer):
         if keep_prepacked:
             command += ["--keep-prepacked"]
         super().__init__(
-            label, bundle, precision=precision, threads=threads, timeout=timeout, command=command
+            command, title=f"the bundle {label}", environ=worker_environ(threads), timeout=timeout
         )
 
     def reserve(self, batch: int, length: int) -> int:
         """Make the next cache for this many positions; returns its bytes."""
-        answer = self._ask({"op": "reserve", "batch": batch, "length": length})
+        answer = self.ask("reserve", batch=batch, length=length)
         return int(answer["cache_bytes"])
 
     def score(self, length: int) -> float:
         """Run the score graph; seconds."""
-        return float(self._ask({"op": "score", "length": length})["seconds"])
+        return float(self.ask("score", length=length)["seconds"])
 
     def device_bytes(self) -> int | None:
         """Memory of the GPU that the worker holds; None on the CPU, or where no driver says."""
-        found = self._ask({"op": "device_memory"})["bytes"]
+        found = self.ask("device_memory")["bytes"]
         return None if found is None else int(found)
 
     def overhead(self, batch: int, steps: int) -> Overhead | None:
         """What Python costs a token; None on a GPU, which works while Python does."""
-        answer = self._ask({"op": "overhead", "batch": batch, "steps": steps})
+        answer = self.ask("overhead", batch=batch, steps=steps)
         if answer["step"] is None:
             return None
         return Overhead(step=answer["step"], generate=answer["generate"])
 
     def first_token(self, length: int) -> tuple[float, float]:
         """Seconds from `load()` to the first token, and of the same request again."""
-        answer = self._ask({"op": "first_token", "length": length})
+        answer = self.ask("first_token", length=length)
         return float(answer["seconds"]), float(answer["prefill"])
 
 
-class BandwidthWorker(Peer):
-    """The process that measures the machine, `bandwidth.py`."""
-
-    role = "the measurement of"
+class BandwidthWorker(Worker):
+    """The process that measures the machine, `bandwidth.py` or `device_bandwidth.py`."""
 
     def __init__(
-        self,
-        model: Path,
-        *,
-        threads: int,
-        size: int | None,
-        timeout: float,
-        device: int | None = None,
+        self, *, threads: int, size: int | None, timeout: float, device: int | None = None
     ) -> None:
         command = [sys.executable, "-m", "neo_tools.bench.bandwidth", "--threads", str(threads)]
         if device is not None:
@@ -108,13 +99,11 @@ class BandwidthWorker(Peer):
             command += ["--device", str(device)]
         if size is not None:
             command += ["--bytes", str(size)]
-        super().__init__(
-            "bandwidth", model, precision="-", threads=threads, timeout=timeout, command=command
-        )
+        super().__init__(command, title="the measurement of bandwidth", timeout=timeout)
 
     def rates(self, op: Literal["read", "peak"]) -> dict[str, float]:
         """Bytes or operations a second, by kernel."""
-        rates: dict[str, float] = self._ask({"op": op})["rates"]
+        rates: dict[str, float] = self.ask(op)["rates"]
         return rates
 
 
@@ -164,9 +153,10 @@ class Participant:
 
     label: str
     kind: Literal["bundle", "peer", "machine"]
-    precision: str
     worker: Any
-    """A `Peer`, or anything with its methods."""
+    """An `EngineWorker` (the machine's: a `BandwidthWorker`), or anything with its methods."""
+    precision: str = ""
+    """Of a bundle or a peer."""
     guard: Guard | None = None
     loaded: LoadResult | None = None
 

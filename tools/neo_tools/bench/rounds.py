@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from neo_tools.bench.cases import positions_needed
 from neo_tools.bench.participants import NeoWorker, rotated
-from neo_tools.peers.worker_protocol import context_ids
+from neo_tools.worker.engine import context_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from neo_tools.bench.cases import Case, Settings
     from neo_tools.bench.participants import Overhead, Participant
-    from neo_tools.peers.client import MemoryResult, Peer
+    from neo_tools.worker.engine_client import EngineWorker, MemoryResult
 
 __all__ = ["Measured", "measure_case"]
 
@@ -98,7 +98,7 @@ def measure_case(
 
 
 def _prepare(
-    case: Case, worker: Peer, settings: Settings, ids: list[list[int]], measured: Measured
+    case: Case, worker: EngineWorker, settings: Settings, ids: list[list[int]], measured: Measured
 ) -> None:
     """Room in the cache, every graph loaded, and a turn that does not count."""
     if isinstance(worker, NeoWorker):
@@ -116,7 +116,7 @@ def _prepare(
         worker.decode(min(case.new_tokens, 2))
 
 
-def _conclude(case: Case, worker: Peer, measured: Measured) -> None:
+def _conclude(case: Case, worker: EngineWorker, measured: Measured) -> None:
     """Memory with the case's cache still there; then what Python costs."""
     measured.memory = worker.memory()
     if isinstance(worker, NeoWorker):

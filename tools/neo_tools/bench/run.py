@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,17 +18,18 @@ from neo_tools.bench.machine import (
     small_buffer_warning,
 )
 from neo_tools.bench.opening import check_peers_model, open_bundles
-from neo_tools.bench.participants import BandwidthWorker, Guard, NeoWorker, Participant
+from neo_tools.bench.participants import Guard
 from neo_tools.bench.results import Limits, ParticipantFacts, Results
 from neo_tools.bench.rounds import measure_case
 from neo_tools.bench.rows import make_ratios, make_row, with_limits
+from neo_tools.bench.starting import bandwidth_participant, make_participants, neo_worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
-    from neo_tools.bench.cases import PeerChoice, Settings
+    from neo_tools.bench.cases import Settings
     from neo_tools.bench.opening import BundleInfo
+    from neo_tools.bench.participants import Participant
     from neo_tools.bench.results import Ratio, Row
 
 __all__ = ["run"]
@@ -99,7 +99,7 @@ def _run_threads(
     loading = {info.label: _loading(settings, info, threads, progress) for info in bundles}
     with ExitStack() as stack:
         guard = stack.enter_context(Guard())
-        probe = stack.enter_context(_bandwidth(settings, bundles[0].path, threads, guard))
+        probe = stack.enter_context(bandwidth_participant(settings, threads, guard))
         best: dict[str, float] = {}
         each: list[float] = []
 
@@ -116,7 +116,7 @@ def _run_threads(
         with probe.turn() as worker:
             peak = worker.rates("peak")
         participants = []
-        for participant in _participants(settings, bundles, threads, guard):
+        for participant in make_participants(settings, bundles, threads, guard):
             progress(f"load {participant.label}")
             participants.append(stack.enter_context(participant))
             with participant.turn() as worker:
@@ -151,80 +151,6 @@ def _run_threads(
     return _Part(limits=limits, participants=facts, rows=rows, ratios=ratios)
 
 
-def _bandwidth(settings: Settings, path: Path, threads: int, guard: Guard) -> Participant:
-    worker = BandwidthWorker(
-        path,
-        threads=threads,
-        size=settings.probe_bytes,
-        timeout=settings.timeout,
-        device=settings.device if settings.on_gpu else None,
-    )
-    return Participant(label="machine", kind="machine", precision="-", worker=worker, guard=guard)
-
-
-def _participants(
-    settings: Settings, bundles: list[BundleInfo], threads: int, guard: Guard
-) -> list[Participant]:
-    """All of them, not started."""
-    from neo_tools.peers.client import Peer
-
-    found = [
-        Participant(
-            label=info.label,
-            kind="bundle",
-            precision=info.manifest.precision,
-            worker=_neo_worker(settings, info, threads),
-            guard=guard,
-        )
-        for info in bundles
-    ]
-    for choice in settings.peers:
-        assert settings.model is not None
-        on_gpu: dict[str, Any] = {}
-        if settings.on_gpu:
-            on_gpu["command"] = _gpu_command(settings, choice, threads)
-        worker = Peer(
-            choice.name,
-            settings.model,
-            precision=choice.precision,
-            threads=threads,
-            root=settings.peers_root,
-            timeout=settings.timeout,
-            **on_gpu,
-        )
-        found.append(
-            Participant(
-                label=choice.label,
-                kind="peer",
-                precision=choice.precision,
-                worker=worker,
-                guard=guard,
-            )
-        )
-    return found
-
-
-def _gpu_command(settings: Settings, choice: PeerChoice, threads: int) -> list[str]:
-    """The torch peer on the same GPU, in this environment."""
-    command = [sys.executable, "-m", "neo_tools.peers.worker_torch", "--model", str(settings.model)]
-    command += ["--precision", choice.precision, "--threads", str(threads)]
-    return [*command, "--device", f"cuda:{settings.device}"]
-
-
-def _neo_worker(settings: Settings, info: BundleInfo, threads: int) -> NeoWorker:
-    return NeoWorker(
-        info.label,
-        info.path,
-        precision=info.manifest.precision,
-        threads=threads,
-        prefill_chunk=settings.prefill_chunk,
-        backend=settings.backend,
-        device=settings.device,
-        keep_prepacked=settings.keep_prepacked,
-        timeout=settings.timeout,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Loading:
     """Seconds: see the fields of the same names in `ParticipantFacts`."""
@@ -239,11 +165,11 @@ def _loading(
 ) -> _Loading:
     """Two new processes, one after the other."""
     progress(f"load {info.label} for the first time")
-    with _neo_worker(settings, info, threads) as worker:
+    with neo_worker(settings, info, threads) as worker:
         first_load = worker.load().details["load_seconds"]
         worker.score(1)  # whatever a first use leaves for later ones is there now
     progress(f"load {info.label} for a first token")
-    with _neo_worker(settings, info, threads) as worker:
+    with neo_worker(settings, info, threads) as worker:
         first, prefill = worker.first_token(_FIRST_TOKEN_PROMPT)
     return _Loading(
         first_load_seconds=first_load,

@@ -1,6 +1,6 @@
 """A bundle in a process of its own, driven like the rivals: JSON lines on stdin and stdout.
 
-Besides the requests of `neo_tools.peers.worker_protocol`:
+Besides the requests of `neo_tools.worker.engine`:
 
     {"op": "reserve", "length": 1056}     → the next cache has room for this many positions
     {"op": "score", "length": 16}         → seconds; the score graph is loaded from then on
@@ -12,25 +12,27 @@ Besides the requests of `neo_tools.peers.worker_protocol`:
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any
 
 from neo_tools.bench.device_memory import ProcessMemory
 from neo_tools.bench.native_time import native_seconds
-from neo_tools.peers.worker_protocol import claim_stdout, context_ids, refusal, serve
+from neo_tools.worker.engine import context_ids, engine_handlers
+from neo_tools.worker.protocol import claim_stdout, serve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from neo_runtime.backends.step_logits import StepLogits
     from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.model import Model
+
+    from neo_tools.worker.protocol import Handler
 
 __all__ = ["NeoEngine", "main"]
 
@@ -123,9 +125,10 @@ class NeoEngine:
             return _greedy_step(model.decode_step(self._cache, [row[0] for row in ids]))
         return _greedy_step(model.prefill_step(self._cache, ids))
 
-    def handlers(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
-        """Requests that only this worker knows."""
+    def handlers(self) -> dict[str, Handler]:
+        """Who answers what: the requests of every engine, and those that only this one knows."""
         return {
+            **engine_handlers(self),
             "reserve": self._reserve,
             "score": self._score,
             "overhead": self._overhead,
@@ -248,23 +251,6 @@ def _warnings() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def _others(engine: NeoEngine, requests: TextIO, answers: TextIO) -> Iterator[str]:
-    """Answer this worker's own requests; hand the protocol's on."""
-    handlers = engine.handlers()
-    for line in requests:
-        request = json.loads(line)
-        handler = handlers.get(request.get("op"))
-        if handler is None:
-            yield line
-            continue
-        try:
-            answer = {"ok": True, **handler(request)}
-        except Exception as error:  # a worker outlives a request that fails
-            answer = refusal(error)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
 def main(argv: list[str]) -> None:
     """Serve requests from stdin."""
     answers = claim_stdout()
@@ -284,8 +270,7 @@ def main(argv: list[str]) -> None:
         arguments.device,
         keep_prepacked=arguments.keep_prepacked,
     )
-    # `serve` only iterates over its requests.
-    serve(engine, cast("TextIO", _others(engine, sys.stdin, answers)), answers)
+    serve(engine.handlers(), sys.stdin, answers)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from neo_runtime.backends.base import position_bytes
 from neo_runtime.scheduling.scheduler import Scheduler
 
-from neo_tools.peers.worker_protocol import context_ids
+from neo_tools.worker.engine import context_ids
 
 if TYPE_CHECKING:
     from neo_runtime.model import Model

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_tools.peers.worker_protocol import context_ids
+from neo_tools.worker.engine import context_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.errors import DependencyError
 
+from neo_tools.worker.environ import worker_environ
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -27,11 +29,11 @@ __all__ = [
     "PEERS",
     "PeerSpec",
     "is_ready",
+    "peer_environ",
     "python_of",
     "root_folder",
     "setup",
     "spec_of",
-    "worker_environ",
 ]
 
 GPU_PRECISIONS = ("fp16", "fp16-compiled")
@@ -195,24 +197,13 @@ def setup(name: str, root: Path | None = None) -> Path:
     return python
 
 
-def worker_environ(threads: int | None = None) -> dict[str, str]:
-    """Environment variables for a peer's process: offline, no telemetry, `threads` threads."""
-    environ = {
+def peer_environ(threads: int | None = None) -> dict[str, str]:
+    """`worker_environ` for an interpreter of its own: without what is said to this one."""
+    return {
         name: value
-        for name, value in os.environ.items()
+        for name, value in worker_environ(threads).items()
         if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONWARNINGS")
     }
-    environ.update(
-        HF_HUB_OFFLINE="1",
-        HF_HUB_DISABLE_TELEMETRY="1",
-        HF_HUB_DISABLE_PROGRESS_BARS="1",
-        TOKENIZERS_PARALLELISM="false",
-        PYTHONUNBUFFERED="1",
-    )
-    environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    if threads is not None:
-        environ["OMP_NUM_THREADS"] = str(threads)
-    return environ
 
 
 def _interpreter(folder: Path) -> Path:

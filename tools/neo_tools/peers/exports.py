@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.errors import CheckpointError, NeoError, RequestError
 
-from neo_tools.peers.environments import PeerSpec, python_of, root_folder, spec_of, worker_environ
+from neo_tools.peers.environments import PeerSpec, peer_environ, python_of, root_folder, spec_of
 from neo_tools.peers.measure import Measured, run_measured
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _export(peer: str, python: Path, model: Path, precision: str, out: Path) -> 
     measured = run_measured(
         _command(peer, python, model, precision, out),
         what=f"export {model} for {peer} ({precision})",
-        environ=worker_environ(),
+        environ=peer_environ(),
     )
     expected = "model.onnx" if peer == "optimum" else "openvino_model.xml"
     if not (out / expected).is_file():

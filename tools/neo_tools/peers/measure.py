@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.errors import NeoError
 
+from neo_tools.worker.memory import resident_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -106,11 +108,8 @@ def _tree_memory(pid: int) -> tuple[int, int]:
     """Resident and private bytes of a process and its descendants; 0 for one that is gone."""
     rss = anon = 0
     try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                rss = int(line.split()[1]) * 1024
-            elif line.startswith("RssAnon:"):
-                anon = int(line.split()[1]) * 1024
+        own = resident_of(pid)
+        rss, anon = own["rss"], own["rss_anon"]
         children = [
             int(child)
             for path in Path(f"/proc/{pid}/task").glob("*/children")

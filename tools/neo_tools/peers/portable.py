@@ -19,8 +19,8 @@ from neo_runtime.errors import (
 )
 
 from neo_tools.model_shape import check_checkpoint
-from neo_tools.peers.environments import python_of, worker_environ
-from neo_tools.peers.worker_protocol import context_ids
+from neo_tools.peers.environments import peer_environ, python_of
+from neo_tools.worker.engine import context_ids
 
 __all__ = ["PortableReport", "demo_checkpoint", "load_portable"]
 
@@ -145,7 +145,7 @@ def _run(command: list[str], request: str, timeout: float) -> dict[str, Any]:
             capture_output=True,
             text=True,
             timeout=timeout,
-            env=worker_environ(1),
+            env=peer_environ(1),
             check=False,
         )
     except subprocess.TimeoutExpired as error:

@@ -14,7 +14,9 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from neo_tools.peers.worker_protocol import claim_stdout, parse_arguments, serve
+from neo_tools.peers.worker_options import parse_arguments
+from neo_tools.worker.engine import engine_handlers
+from neo_tools.worker.protocol import claim_stdout, serve
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -137,7 +139,7 @@ def main(argv: list[str]) -> None:
     answers = claim_stdout()
     arguments = parse_arguments(argv, PRECISIONS)
     engine = OpenVinoEngine(arguments.model, arguments.precision, arguments.threads)
-    serve(engine, sys.stdin, answers)
+    serve(engine_handlers(engine), sys.stdin, answers)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from neo_tools.peers.worker_protocol import claim_stdout, parse_arguments, serve
+from neo_tools.peers.worker_options import parse_arguments
+from neo_tools.worker.engine import engine_handlers
+from neo_tools.worker.protocol import claim_stdout, serve
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,7 +89,7 @@ def main(argv: list[str]) -> None:
     """Serve requests from stdin."""
     answers = claim_stdout()
     arguments = parse_arguments(argv, PRECISIONS)
-    serve(OptimumEngine(arguments.model, arguments.threads), sys.stdin, answers)
+    serve(engine_handlers(OptimumEngine(arguments.model, arguments.threads)), sys.stdin, answers)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from neo_tools.peers.worker_protocol import claim_stdout, versions_of
+from neo_tools.worker.engine import versions_of
+from neo_tools.worker.protocol import claim_stdout
 
 _PACKAGES = ("optimum", "optimum-onnx", "onnxruntime", "transformers", "torch")
 

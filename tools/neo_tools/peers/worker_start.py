@@ -2,9 +2,10 @@
 
     peer_python worker_start.py worker_torch --model DIR --precision fp32 --threads 2
 
-The two parent packages are made up on the spot and point only at this folder. Putting a folder
-on `sys.path` instead would also offer the peer everything else that is installed beside this
-project, in versions that are not the peer's.
+The parent packages are made up on the spot and point only at this folder and at `worker` beside
+it, which holds what they share with our own workers. Putting a folder on `sys.path` instead would
+also offer the peer everything else that is installed beside this project, in versions that are not
+the peer's.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from types import ModuleType
 def main() -> None:
     """Run `neo_tools.peers.<first argument>` as the main module."""
     folder = Path(__file__).resolve().parent
-    package, peers = ModuleType("neo_tools"), ModuleType("neo_tools.peers")
-    package.__path__ = []
-    peers.__path__ = [str(folder)]
-    sys.modules.update({"neo_tools": package, "neo_tools.peers": peers})
+    for package, path in (
+        ("neo_tools", []),
+        ("neo_tools.peers", [str(folder)]),
+        ("neo_tools.worker", [str(folder.parent / "worker")]),
+    ):
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = path
     if sys.path and Path(sys.path[0] or ".").resolve() == folder:
         del sys.path[0]  # where Python puts a script's own folder
     name = sys.argv[1]

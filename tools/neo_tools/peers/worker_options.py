@@ -1,0 +1,22 @@
+"""The command line of the peers' workers. Standard library only, as they are."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["parse_arguments"]
+
+
+def parse_arguments(argv: Sequence[str], precisions: Sequence[str]) -> argparse.Namespace:
+    """What all workers share: `model` (Path), `precision`, `threads`, `device`."""
+    parser = argparse.ArgumentParser(description="A peer's worker: JSON lines on stdin and stdout.")
+    parser.add_argument("--model", type=Path, required=True, help="folder to load")
+    parser.add_argument("--precision", choices=precisions, default=precisions[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="torch only: cpu, or cuda:0")
+    return parser.parse_args(argv)
