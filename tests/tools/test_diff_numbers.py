@@ -118,6 +118,22 @@ def test_limits(limits: Limits, changes: dict[str, float], past: set[str]) -> No
     assert {check.name for check in judged if not check.passed} == past
 
 
+def test_every_limit_says_what_it_is_of() -> None:
+    ids, found, reference = rows(noise=1e-4)
+    whole = perplexity(compare_rows(0, ids, np.arange(96), found, reference))
+    worse = {"logit_error_median": 2.0, "top_1": 0.0, "graph": "decode", "positions": 7}
+    decode = GraphSummary(**vars(summary()) | worse)
+    judged = checks(Limits(min_top_1=0.5), QUALITY["int8"], [summary(), decode], whole, [])
+    assert [(c.name, c.option, c.at_most, c.graph, c.positions) for c in judged] == [
+        ("mean KL", "--max-kl", True, "score", 100),
+        ("top-1 agreement", "--min-top1", False, "score", 100),
+        ("perplexity increase", "--max-ppl-increase", True, None, None),
+        ("logit error", "--max-logit-error", True, "decode", 7),
+        ("faults", "", True, None, None),
+    ]
+    assert judged[1].limit == 0.5
+
+
 def test_a_worse_graph_counts() -> None:
     ids, found, reference = rows(noise=1e-4)
     whole = perplexity(compare_rows(0, ids, np.arange(96), found, reference))

@@ -126,7 +126,7 @@ class TokenError:
     bundle_best: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """One limit."""
 

@@ -48,65 +48,99 @@ def checks(
         faults: places that are off.
     """
     whole = [graph for graph in graphs if graph.region == "all"]
-
-    def at_most(
-        name: str,
-        option: str,
-        value: float,
-        limit: float,
-        meaning: str,
-        graph: GraphSummary | None = None,
-    ) -> Check:
-        of = (None, None) if graph is None else (graph.graph, graph.positions)
-        return Check(name, option, value, limit, True, value <= limit, meaning, *of)
-
-    def worst(value: Callable[[GraphSummary], float]) -> GraphSummary:
-        return max(whole, key=lambda graph: _nan_last(value(graph)))
-
-    def chosen(asked: float | None, default: float) -> float:
-        return default if asked is None else asked
-
-    scored = next(graph for graph in whole if graph.graph == "score")
-    furthest = worst(lambda graph: graph.kl_mean)
-    most_off = worst(lambda graph: graph.logit_error_median)
-    least = chosen(limits.min_top_1, own.min_top_1)
     return (
-        at_most(
-            "mean KL",
-            "--max-kl",
-            furthest.kl_mean,
-            chosen(limits.max_kl, own.max_kl),
-            "KL(reference ‖ bundle) in nats, mean over positions, worst graph",
-            furthest,
+        _mean_kl(limits, own, whole),
+        _top_1(limits, own, whole),
+        _perplexity(limits, own, found),
+        _logit_error(limits, own, whole),
+        _at_most(
+            name="faults",
+            option="",
+            found=float(len(faults)),
+            limit=0.0,
+            meaning="places whose own step is wrong",
         ),
-        Check(
-            "top-1 agreement",
-            "--min-top1",
-            scored.top_1,
-            least,
-            False,
-            scored.top_1 >= least,
-            "share of positions with the same best token, score graph",
-            scored.graph,
-            scored.positions,
-        ),
-        at_most(
-            "perplexity increase",
-            "--max-ppl-increase",
-            found.increase,
-            chosen(limits.max_perplexity_increase, own.max_perplexity_increase),
-            "bundle / reference − 1, score graph",
-        ),
-        at_most(
-            "logit error",
-            "--max-logit-error",
-            most_off.logit_error_median,
-            chosen(limits.max_logit_error, own.max_logit_error),
-            "relative L2 of a position's logits, median over positions, worst graph",
-            most_off,
-        ),
-        at_most("faults", "", float(len(faults)), 0.0, "places whose own step is wrong"),
     )
+
+
+def _mean_kl(limits: Limits, own: Quality, whole: Sequence[GraphSummary]) -> Check:
+    furthest = _worst(whole, lambda graph: graph.kl_mean)
+    return _at_most(
+        name="mean KL",
+        option="--max-kl",
+        found=furthest.kl_mean,
+        limit=_chosen(limits.max_kl, own.max_kl),
+        meaning="KL(reference ‖ bundle) in nats, mean over positions, worst graph",
+        graph=furthest,
+    )
+
+
+def _top_1(limits: Limits, own: Quality, whole: Sequence[GraphSummary]) -> Check:
+    scored = next(graph for graph in whole if graph.graph == "score")
+    least = _chosen(limits.min_top_1, own.min_top_1)
+    return Check(
+        name="top-1 agreement",
+        option="--min-top1",
+        found=scored.top_1,
+        limit=least,
+        at_most=False,
+        passed=scored.top_1 >= least,
+        meaning="share of positions with the same best token, score graph",
+        graph=scored.graph,
+        positions=scored.positions,
+    )
+
+
+def _perplexity(limits: Limits, own: Quality, found: Perplexity) -> Check:
+    return _at_most(
+        name="perplexity increase",
+        option="--max-ppl-increase",
+        found=found.increase,
+        limit=_chosen(limits.max_perplexity_increase, own.max_perplexity_increase),
+        meaning="bundle / reference − 1, score graph",
+    )
+
+
+def _logit_error(limits: Limits, own: Quality, whole: Sequence[GraphSummary]) -> Check:
+    most_off = _worst(whole, lambda graph: graph.logit_error_median)
+    return _at_most(
+        name="logit error",
+        option="--max-logit-error",
+        found=most_off.logit_error_median,
+        limit=_chosen(limits.max_logit_error, own.max_logit_error),
+        meaning="relative L2 of a position's logits, median over positions, worst graph",
+        graph=most_off,
+    )
+
+
+def _at_most(
+    *,
+    name: str,
+    option: str,
+    found: float,
+    limit: float,
+    meaning: str,
+    graph: GraphSummary | None = None,
+) -> Check:
+    return Check(
+        name=name,
+        option=option,
+        found=found,
+        limit=limit,
+        at_most=True,
+        passed=found <= limit,
+        meaning=meaning,
+        graph=None if graph is None else graph.graph,
+        positions=None if graph is None else graph.positions,
+    )
+
+
+def _worst(graphs: Sequence[GraphSummary], value: Callable[[GraphSummary], float]) -> GraphSummary:
+    return max(graphs, key=lambda graph: _nan_last(value(graph)))
+
+
+def _chosen(asked: float | None, default: float) -> float:
+    return default if asked is None else asked
 
 
 def _nan_last(value: float) -> float:
