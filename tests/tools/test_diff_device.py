@@ -16,6 +16,7 @@ import pytest
 from helpers import faults
 from helpers.fake_engine import GPU, PLATFORM, FakeTensorRT, installed, with_plan
 from helpers.host_device import HostDevice
+from helpers.locating import locate
 from helpers.models import DEMO, make_checkpoint, random_ids
 from neo_export.comparison.probed import probed_model, probed_values
 from neo_export.exporter import ExportOptions, export_bundle
@@ -30,7 +31,6 @@ from neo_tools.diff.cli import main
 from neo_tools.diff.probed_backend import ProbedBackend
 from neo_tools.diff.probed_cuda import ProbedCudaBackend
 from neo_tools.diff.references import open_reference
-from neo_tools.diff.run import locate
 from neo_tools.diff.settings import Settings
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from helpers import faults
 from helpers.faults import CONFIG, EXPORTS, Fault, drawn, spoiled_bundle, spoiled_checkpoint
 from helpers.held_out import held_out_ids
 from helpers.int8_cache import calibrated
+from helpers.locating import locate
 from helpers.models import DEMO, make_checkpoint, random_ids
 from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.comparison.held_weights import open_held_weights
@@ -18,7 +19,6 @@ from neo_export.exporter import ExportOptions, export_bundle
 from neo_export.targets import Quantization
 from neo_runtime.bundle.folder import open_bundle
 from neo_tools.diff.references import open_reference
-from neo_tools.diff.run import locate
 from neo_tools.diff.settings import Settings
 
 if TYPE_CHECKING:

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
-    from neo_export.comparison.faults import Fault
     from neo_runtime import Model
     from neo_runtime.bundle.folder import Bundle
     from numpy.typing import NDArray
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from neo_tools.diff.shipped import Logits
     from neo_tools.diff.texts import Texts
 
-__all__ = ["compare", "locate", "trace"]
+__all__ = ["compare", "trace"]
 
 _LONGEST_PROBED_DECODE = 64
 """Tokens of a stretch of decode whose places are looked at; the logits of all are compared."""
@@ -137,34 +136,6 @@ def _why_not_here(bundle: Bundle, settings: Settings) -> str | None:
             raise
         return str(error)
     return None
-
-
-def locate(
-    bundle: Bundle,
-    reference: Reference,
-    contexts: Sequence[NDArray[np.int64]],
-    settings: Settings,
-) -> list[Fault]:
-    """Only the places, on the CPU unless the settings name "cuda": those that are off, in order.
-
-    Args:
-        bundle: opened.
-        reference: opened.
-        contexts: token ids [S] each.
-        settings: how closely to look.
-    """
-    engine = Engine(
-        backend="cuda" if settings.backend == "cuda" else "cpu",
-        device=settings.device,
-        threads=settings.threads or physical_cores(),
-    )
-    if reason := why_not_shown(bundle, engine):
-        raise BundleUnsupportedError(f"{bundle.path} shows no places: {reason}")
-    texts = trace(bundle, contexts, settings, engine, lambda stage, done, total: None)
-    errors = reference.run(texts, lambda done, total: None, bundle)
-    for number, text in enumerate(texts):
-        reference.add_logits(errors, text, reference.logits(number))
-    return reference.faults(errors, bundle.manifest, texts)
 
 
 def trace(
