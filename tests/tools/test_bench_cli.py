@@ -87,7 +87,7 @@ def test_peers_are_parsed_with_their_precisions(
         ("b -r many", "invalid number value: 'many'"),
         ("b -o xml", "invalid choice"),
         ("b --peer torch", "name its folder with --model"),
-        ("b --peer rival --model m", "no peer is called 'rival'"),
+        ("b --peer nobody --model m", "no peer is called 'nobody'"),
         ("b --peer torch:int3 --model m", "no precision 'int3'; it has fp32, bf16"),
         ("b --plot b.pdf", "expected a name that ends in .svg"),
         ("b --plot nowhere/b.svg", "does not exist"),

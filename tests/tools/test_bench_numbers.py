@@ -21,7 +21,7 @@ from neo_tools.bench.machine import (
 )
 from neo_tools.bench.opening import BundleInfo
 from neo_tools.bench.participants import Participant
-from neo_tools.bench.rounds import Measured
+from neo_tools.bench.rounds import CaseRecord
 from neo_tools.bench.rows import FLOAT32_DECODE, make_ratios, make_row, with_limits
 from neo_tools.bench.spread import percentile, round_ratios, spread
 from neo_tools.bench.traffic import StepWeights
@@ -192,7 +192,7 @@ def _participant(label: str, kind: Any, precision: str) -> Participant:
 
 def test_row_of_a_decode(info: BundleInfo) -> None:
     case = Case(kind="decode", threads=1, batch=2, new_tokens=4, depth=1)
-    measured = Measured(
+    measured = CaseRecord(
         rounds=[[0.1, 0.1, 0.1, 0.1], [0.2, 0.2, 0.2, 0.6]], readings=[20000.0, 40000.0]
     )
     found = make_row(case, _participant("ours", "bundle", "int8"), measured, [info])
@@ -213,7 +213,7 @@ def test_row_of_a_decode(info: BundleInfo) -> None:
 
 def test_row_of_a_prefill_and_of_a_peer(info: BundleInfo) -> None:
     prefill = Case(kind="prefill", threads=1, batch=2, prompt=5)
-    measured = Measured(rounds=[[0.5], [0.25], [1.0]], readings=[1e4, 1e4, 1e4])
+    measured = CaseRecord(rounds=[[0.5], [0.25], [1.0]], readings=[1e4, 1e4, 1e4])
     found = make_row(prefill, _participant("torch:bf16", "peer", "bf16"), measured, [info])
     assert found.tokens_per_second.median == pytest.approx(20)
     assert found.first_token_seconds == 0.5
@@ -249,9 +249,9 @@ def test_ratios_are_peers_over_bundles_and_the_first_bundle_over_the_rest() -> N
         _participant("p", "peer", "fp32"),
     ]
     measured = {
-        "a": Measured(rounds=[[2.0], [2.0]]),
-        "b": Measured(rounds=[[1.0], [0.5]]),
-        "p": Measured(rounds=[[3.0], [1.0, 4.0]]),
+        "a": CaseRecord(rounds=[[2.0], [2.0]]),
+        "b": CaseRecord(rounds=[[1.0], [0.5]]),
+        "p": CaseRecord(rounds=[[3.0], [1.0, 4.0]]),
     }
     found = {(r.other, r.bundle): r.rounds for r in make_ratios(case, participants, measured)}
     assert found == {("p", "a"): (1.5, 2.5), ("p", "b"): (3.0, 10.0), ("a", "b"): (2.0, 4.0)}

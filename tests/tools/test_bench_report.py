@@ -87,6 +87,7 @@ def test_markdown_tables_parse_back() -> None:
     assert decode[0]["of the readings beside it"] == "80% (70% – 90%)"
     assert decode[0]["MB read/token"] == "1000.0"
     assert decode[1]["MB read/token"] == "1000.0*"
+    assert "not counted in the peer's graph" in text
     assert decode[0]["Python ms"] == "0.100"
     assert memory[2]["÷ (weights + cache)"] == "2.00"
     assert ratios[0]["median"] == "3.00×"

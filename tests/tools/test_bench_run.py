@@ -420,7 +420,7 @@ def test_the_turn_that_does_not_count_is_as_deep_as_a_compiler_needs(
     )
     case: Any = SimpleNamespace(kind="decode", depth=128, batch=1, new_tokens=32)
     settings: Any = SimpleNamespace(warmup=True, seed=1, on_gpu=on_gpu)
-    rounds._prepare(case, worker, settings, [], rounds.Measured())
+    rounds._prepare(case, worker, settings, [], rounds.CaseRecord())
     assert asked == [depth]
 
 

@@ -185,6 +185,12 @@ def test_run_measured_sees_the_memory_of_children() -> None:
     assert measured.peak_rss >= measured.peak_rss_anon
 
 
+def test_run_measured_counts_as_workers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "resident_of", lambda pid: {"rss": 5, "rss_anon": 3})
+    measured = measure.run_measured(["sleep", "0.2"], what="sleep")
+    assert (measured.peak_rss, measured.peak_rss_anon) == (5, 3)
+
+
 def test_run_measured_ends_a_program_that_takes_too_long() -> None:
     with pytest.raises(NeoError, match="not done after"):
         measure.run_measured(["sleep", "60"], what="sleep", timeout=0.2)

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from neo_runtime.errors import RequestError
 from neo_tools.peers import environments
 from neo_tools.worker import engine as engine_module
 from neo_tools.worker.engine import context_ids, engine_handlers
+from neo_tools.worker.memory import resident_of
 from neo_tools.worker.protocol import serve
 
 START = Path(environments.__file__).with_name("worker_start.py")
@@ -153,6 +155,13 @@ def test_memory_of_counts_private_bytes() -> None:
     assert after["rss_anon"] - before["rss_anon"] > 60 << 20
     assert after["rss"] >= after["rss_anon"]
     assert after["pss"] > 60 << 20
+
+
+def test_a_process_that_has_ended_holds_nothing() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        while "Z" not in Path(f"/proc/{process.pid}/status").read_text().split("State:")[1][:3]:
+            time.sleep(0.01)
+        assert resident_of(process.pid) == {"rss": 0, "rss_anon": 0}
 
 
 def test_an_interrupt_ends_a_worker_without_a_traceback() -> None:

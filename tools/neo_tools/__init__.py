@@ -1,1 +1,1 @@
-"""Tools around a bundle: benchmarks and rivals."""
+"""Tools around a bundle: benchmarks and peers."""

@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class PeerChoice:
-    """A rival on the command line: `openvino:int4`."""
+    """A peer on the command line: `openvino:int4`."""
 
     name: str
     precision: str

@@ -141,7 +141,7 @@ def _decode_table(rows: Sequence[Row]) -> str:
         for row in rows
         if row.new_tokens
     ]
-    note = "\\* nominal: what the precision needs at least, not counted in the rival's graph."
+    note = "\\* nominal: what the precision needs at least, not counted in the peer's graph."
     has_nominal = any(row.bytes_are_nominal for row in rows if row.new_tokens)
     return _table(head, cells) + (f"\n\n{note}" if has_nominal else "")
 

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from neo_tools.bench.participants import Overhead, Participant
     from neo_tools.worker.engine_client import EngineWorker, MemoryResult
 
-__all__ = ["Measured", "measure_case"]
+__all__ = ["CaseRecord", "measure_case"]
 
 _WARMUP_DEPTH = 16
 _OVERHEAD_STEPS = 24
 
 
 @dataclass(kw_only=True)
-class Measured:
+class CaseRecord:
     """One participant in one case, as measured."""
 
     rounds: list[list[float]] = field(default_factory=list)
@@ -55,7 +55,7 @@ def measure_case(
     *,
     progress: Callable[[str], None],
     between: Callable[[], float],
-) -> dict[str, Measured]:
+) -> dict[str, CaseRecord]:
     """Time `case`; only one participant runs at any moment.
 
     Args:
@@ -70,7 +70,7 @@ def measure_case(
     Returns:
         By label.
     """
-    found = {participant.label: Measured() for participant in participants}
+    found = {participant.label: CaseRecord() for participant in participants}
     ids = context_ids(case.prompt, case.batch, settings.seed, vocab_size)
     for participant in participants:
         with participant.turn() as worker:
@@ -98,7 +98,7 @@ def measure_case(
 
 
 def _prepare(
-    case: Case, worker: EngineWorker, settings: Settings, ids: list[list[int]], measured: Measured
+    case: Case, worker: EngineWorker, settings: Settings, ids: list[list[int]], measured: CaseRecord
 ) -> None:
     """Room in the cache, every graph loaded, and a turn that does not count."""
     if isinstance(worker, NeoWorker):
@@ -116,7 +116,7 @@ def _prepare(
         worker.decode(min(case.new_tokens, 2))
 
 
-def _conclude(case: Case, worker: EngineWorker, measured: Measured) -> None:
+def _conclude(case: Case, worker: EngineWorker, measured: CaseRecord) -> None:
     """Memory with the case's cache still there; then what Python costs."""
     measured.memory = worker.memory()
     if isinstance(worker, NeoWorker):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from neo_tools.bench.cases import Case
     from neo_tools.bench.opening import BundleInfo
     from neo_tools.bench.participants import Participant
-    from neo_tools.bench.rounds import Measured
+    from neo_tools.bench.rounds import CaseRecord
     from neo_tools.bench.spread import Spread
 
 __all__ = ["FLOAT32_DECODE", "make_ratios", "make_row", "with_limits"]
@@ -31,7 +31,7 @@ _OPENVINO_TYPES = {"f32": 4, "float32": 4, "f16": 2, "float16": 2, "bf16": 2, "u
 
 
 def make_row(
-    case: Case, participant: Participant, measured: Measured, bundles: Sequence[BundleInfo]
+    case: Case, participant: Participant, measured: CaseRecord, bundles: Sequence[BundleInfo]
 ) -> Row:
     """What one participant did in one case; shares of the limit come later (`with_limits`)."""
     seconds = measured.seconds
@@ -100,7 +100,7 @@ def with_limits(
 
 
 def make_ratios(
-    case: Case, participants: Sequence[Participant], measured: Mapping[str, Measured]
+    case: Case, participants: Sequence[Participant], measured: Mapping[str, CaseRecord]
 ) -> list[Ratio]:
     """Every peer against every bundle, and the first bundle against the others."""
     bundles = [p.label for p in participants if p.kind == "bundle"]
@@ -125,7 +125,7 @@ def make_ratios(
     return found
 
 
-def _round_shares(step_bytes: float | None, steps: int, measured: Measured) -> Spread | None:
+def _round_shares(step_bytes: float | None, steps: int, measured: CaseRecord) -> Spread | None:
     if step_bytes is None:
         return None
     pairs = zip(measured.seconds, measured.readings, strict=True)

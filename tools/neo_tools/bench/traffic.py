@@ -46,7 +46,7 @@ NOMINAL_BYTES: dict[str, tuple[float, float]] = {
     # optimum-intel's int4: groups of 128 with a float16 scale and a 4-bit zero point; head int8.
     "int4": (0.5 + 2.5 / 128, 1.0),
 }
-"""Bytes a weight of a rival's precision: of the layers' matrices, of the head's."""
+"""Bytes a weight of a peer's precision: of the layers' matrices, of the head's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ def _union_bytes(extents: Iterable[_Extent]) -> int:
 
 
 def nominal_weights(model: ModelSpec, precision: str) -> StepWeights:
-    """Bytes that a rival's precision needs at least: its matrices at their nominal width."""
+    """Bytes that a peer's precision needs at least: its matrices at their nominal width."""
     layer, head = NOMINAL_BYTES[precision]
     count = model.num_layers * _layer_weights(model)
     return StepWeights(

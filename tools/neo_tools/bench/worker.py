@@ -1,4 +1,4 @@
-"""A bundle in a process of its own, driven like the rivals: JSON lines on stdin and stdout.
+"""A bundle in a process of its own, driven like the peers: JSON lines on stdin and stdout.
 
 Besides the requests of `neo_tools.worker.engine`:
 

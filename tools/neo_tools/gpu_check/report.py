@@ -45,7 +45,7 @@ class BackendRun:
     """What was measured with one backend so far."""
 
     planned: tuple[str, ...]
-    """Titles of the benchmark's parts: the rivals."""
+    """Titles of the benchmark's parts: the peers."""
     benches: dict[str, Results] = field(default_factory=dict)
     """Those that were measured, by title."""
     verdicts: list[Verdict] = field(default_factory=list)

@@ -46,7 +46,7 @@ _TAIL_LINES = 15
 
 @dataclass(frozen=True, kw_only=True)
 class PeerSpec:
-    """One rival and what its environment is made of."""
+    """One peer and what its environment is made of."""
 
     name: str
     requirements: tuple[str, ...]
