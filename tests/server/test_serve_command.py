@@ -167,8 +167,11 @@ def test_what_it_takes_at_once_is_said(mini_bundle: Path) -> None:
 def test_a_first_process_ends_before_it_has_begun() -> None:
     """Nothing but its own handler ends the first process of a container."""
     code = (
-        "import os, signal, sys, neo_server.entry as entry\n"
-        "entry._start = lambda: os.kill(os.getpid(), signal.SIGTERM) or sys.exit(9)\n"
+        "import os, signal, sys, types, neo_server.entry as entry\n"
+        "slow = sys.modules['neo_server.command'] = types.ModuleType('slow')\n"
+        "slow.main = lambda: os.kill(os.getpid(), signal.SIGTERM) or 9\n"
+        # As the system does for the first process.
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "sys.exit(entry.serve())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
