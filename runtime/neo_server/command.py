@@ -146,6 +146,7 @@ def _add_operation(group: argparse._ArgumentGroup) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     import neo_runtime
+    import prometheus_client
     from neo_runtime.options.values import count
 
     from neo_server.app import application
@@ -157,6 +158,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _end)
     for flag in ("drain_delay", "grace", "keep_alive"):
         count(0)(f"--{flag.replace('_', '-')}", getattr(arguments, flag))
+    # A second series for each, of no use here.
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     configure_logging(form=arguments.log_format, access=not arguments.no_access_log)
     limits = Limits(
         max_batch_size=arguments.max_batch_size,

@@ -70,31 +70,7 @@ class Service(Closable):
         self.tokenizer = model.tokenizer
         self.fingerprint = f"fp_{model.manifest.digest[:12]}"
         self.metrics = Metrics()
-        self.metrics.watch("neo_sequences_waiting", "Sequences that wait", lambda: self._waiting)
-        self.metrics.watch("neo_sequences_active", "Sequences being computed", lambda: self._active)
-        for name, text in (
-            ("queries", "Tokens of prompts that were begun with a prefix cache"),
-            ("hits", "Those of them that were in the cache"),
-        ):
-            total = partial(self._prefix_cache, name)
-            self.metrics.watch_total(f"neo_prefix_cache_{name}", text, total)
-        self.metrics.watch(
-            "neo_cache_bytes", "Bytes of key/value caches", lambda: model.cache_bytes_in_use
-        )
-        self.metrics.watch_total(
-            "neo_generated_tokens", "Tokens generated", lambda: self._generated
-        )
-        self.metrics.watch("neo_queue_limit", "Sequences taken at once", lambda: limits.max_queue)
-        self.metrics.watch("neo_batch_limit", "Sequences computed together", lambda: self.batch)
-        self.metrics.tell(
-            "neo_info",
-            "What is served",
-            version=neo_runtime.__version__,
-            model=self.name,
-            precision=model.manifest.precision,
-            backend=model.backend,
-            digest=model.manifest.digest[:12],
-        )
+        self._watch()
         self.is_leaving = False
         """Set before the end: requests are taken, and others should be sent elsewhere."""
         self._scheduler: Scheduler | None = None
@@ -102,6 +78,33 @@ class Service(Closable):
         self._sharing = Lock()
         self._cache_bytes = self._last_generated = 0
         self._scorer: PromptScorer | None = None
+
+    def _watch(self) -> None:
+        """Let the metrics ask for what is known here."""
+        metrics, manifest = self.metrics, self.model.manifest
+        metrics.watch("neo_sequences_waiting", "Sequences that wait", lambda: self._waiting)
+        metrics.watch("neo_sequences_active", "Sequences being computed", lambda: self._active)
+        for name, text in (
+            ("queries", "Tokens of prompts that were begun with a prefix cache"),
+            ("hits", "Those of them that were in the cache"),
+        ):
+            total = partial(self._prefix_cache, name)
+            metrics.watch_total(f"neo_prefix_cache_{name}", text, total)
+        metrics.watch(
+            "neo_cache_bytes", "Bytes of key/value caches", lambda: self.model.cache_bytes_in_use
+        )
+        metrics.watch_total("neo_generated_tokens", "Tokens generated", lambda: self._generated)
+        metrics.watch("neo_queue_limit", "Sequences taken at once", lambda: self.limits.max_queue)
+        metrics.watch("neo_batch_limit", "Sequences computed together", lambda: self.batch)
+        metrics.tell(
+            "neo_info",
+            "What is served",
+            version=neo_runtime.__version__,
+            model=self.name,
+            precision=manifest.precision,
+            backend=self.model.backend,
+            digest=manifest.digest[:12],
+        )
 
     def start(self) -> None:
         """Load the graphs and allocate the cache.
@@ -122,10 +125,8 @@ class Service(Closable):
         self._scorer = PromptScorer(self.model)
 
     def _warn_of_memory(self) -> None:
-        room, size = (
-            memory_for_caches(self.model),
-            self.model.cache_bytes(self.batch, self.max_length),
-        )
+        room = memory_for_caches(self.model)
+        size = self.model.cache_bytes(self.batch, self.max_length)
         if room is not None and room < size:
             _LOG.warning(
                 "the cache may grow to %.0f MB, and this process may have %.0f MB for it: under "

@@ -491,6 +491,8 @@ def test_every_option_has_a_flag() -> None:
         (["--logprobs", "2"], "--json"),
         (["--token-ids"], "not a list of ids"),
         (["--threads", "0"], "threads is 0"),
+        (["--truncate-prompt-tokens", "0"], "truncate-prompt-tokens is 0"),
+        (["--truncate-prompt-tokens", "-1", "--max-new-tokens", "512"], "leaves none for a prompt"),
         (["--max-cache-mb", "1", "--max-new-tokens", "400"], "max_cache_bytes"),
         (["--prompts-file", "p.jsonl"], "exclude each other"),
         (["--bad-words-ids", "5000"], "5000"),
@@ -620,3 +622,34 @@ def test_an_echo_has_special_tokens(
     ):
         assert main([str(mini_bundle), *line, *few]) == 0
         assert capsys.readouterr().out.startswith(prompt)
+
+
+def test_prompts_keep_their_last_tokens(
+    mini_bundle: Path, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line that is too long does not cost the others."""
+    file, begin = tmp_path / "prompts.jsonl", tmp_path / "begin.txt"
+    file.write_text('"a dog"\n' + json.dumps({"id": 7, "prompt": "the cat sat " * 400}) + "\n")
+    begin.write_text("Once upon a time")
+    command = [str(mini_bundle), "--prompts-file", str(file), "--json-lines", "--threads", "1"]
+    assert main([*command, "--max-new-tokens", "5"]) == 2
+    assert "prompts[1]: the prompt has 1201 tokens" in capsys.readouterr().err
+    whole = [ids.tolist() for ids in model.encode_prompts(["a dog", "the cat sat " * 400])]
+    shared = model.encode_prompts(["Once upon a time"])[0].tolist()
+    for flags, kept, before in (
+        (["--max-new-tokens", "5"], 512 - 5, []),
+        (["--max-length", "40"], 39, []),
+        ([], 512 - 256, []),
+        (["--max-new-tokens", "5", "--prefix-file", str(begin)], 512 - 5 - len(shared), shared),
+    ):
+        assert main([*command, *flags, "--truncate-prompt-tokens", "-1"]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        found = [line["prompt_token_ids"] for line in lines]
+        assert found == [before + ids[-kept:] for ids in whole]
+        assert [line.get("id") for line in lines] == [None, 7]
+    command = [str(mini_bundle), "the dog and the cat", "--max-new-tokens", "5", "--echo"]
+    assert main([*command, "--truncate-prompt-tokens", "2"]) == 0
+    [last] = [ids[-2:] for ids in model.encode_prompts(["the dog and the cat"])]
+    assert model.tokenizer is not None
+    text = model.tokenizer.decode(last.tolist()) + str(model.generate(last, max_new_tokens=5).text)
+    assert capsys.readouterr().out == f"{text}\n"

@@ -154,6 +154,7 @@ def test_what_it_takes_at_once_is_said(mini_bundle: Path) -> None:
         assert server.process.stderr is not None
         said = server.process.stderr.readline()
         assert request(server.port, body='{"prompt": "a", "max_tokens": 2}').status == 200
+        assert "_created" not in request(server.port, "/metrics").text
         line = json.loads(server.process.stderr.readline())
         server.process.terminate()
     assert re.fullmatch(

@@ -13,7 +13,7 @@ from neo_runtime.command.loading import add_loading_flags, loading
 from neo_runtime.command.many_prompts import completed
 from neo_runtime.command.options import add_option_flags, chosen_options
 from neo_runtime.command.output import print_lines, print_object, print_text, print_timings
-from neo_runtime.command.prompts import read_prompts, read_text
+from neo_runtime.command.prompts import read_prompts, read_text, shortened
 from neo_runtime.errors import RequestError
 from neo_runtime.options.values import count
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from neo_runtime.generation.text_stream import TextStream
     from neo_runtime.model import Model
     from neo_runtime.options.generation_options import GenerationOptions
+    from neo_runtime.text.prompts import Prompt
 
 __all__ = ["main"]
 
@@ -60,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="several prompts instead: JSON lines, each a string, a list of token ids, or an "
         'object with "prompt", "text" or "content", and perhaps an "id"; - for standard input',
+    )
+    parser.add_argument(
+        "--truncate-prompt-tokens",
+        type=int,
+        metavar="N",
+        help="keep the last N tokens of each prompt; -1: as many as the new tokens leave room for "
+        "(default: a prompt that is too long is an error)",
     )
     parser.add_argument(
         "--prefix-file",
@@ -175,6 +183,8 @@ def _run(arguments: argparse.Namespace) -> int:
     options = chosen_options(arguments)
     _check(arguments, options)
     count(1, optional=True)("--batch-size", arguments.batch_size)
+    if arguments.truncate_prompt_tokens != -1:
+        count(1, optional=True)("--truncate-prompt-tokens", arguments.truncate_prompt_tokens)
     prompts = read_prompts(arguments.prompt, arguments.prompts_file, ids=arguments.token_ids)
     form = given_form(arguments)
     beginning = None if arguments.prefix_file is None else read_text(arguments.prefix_file)
@@ -196,6 +206,8 @@ def _run(arguments: argparse.Namespace) -> int:
         with nullcontext() if beginning is None else model.prefix(beginning) as prefix:
             drafter = _drafter(arguments, draft_model)
             shared = {"bad_words": bad_words, "prefix": prefix, "drafter": drafter}
+            if (most := arguments.truncate_prompt_tokens) is not None:
+                prompts = shortened(model, prompts, most, chosen, prefix)
             completions = _complete(arguments, model, prompts, chosen, shared, loaded)
     if arguments.timings:
         print_timings(completions, loaded)
@@ -236,7 +248,7 @@ def _complete(
         with closing(completed(model, given, chosen, size, **shared)) as done:
             return print_lines(model, tags, done)
     first = given[0]
-    if isinstance(first, str) and _can_stream(arguments, model, chosen):
+    if not arguments.token_ids and _can_stream(arguments, model, chosen):
         pieces = model.stream(first, chosen, **shared)
         return [_stream(pieces, echo=_whole(model, first, **shared) if arguments.echo else "")]
     completions = model.generate(given, chosen, batch_size=size, **shared)
@@ -257,10 +269,12 @@ def _can_stream(arguments: argparse.Namespace, model: Model, chosen: GenerationO
     )
 
 
-def _whole(model: Model, prompt: str, *, prefix: Prefix | None, **_: Any) -> str:
-    if prefix is None or model.tokenizer is None:
-        return prompt
-    return model.tokenizer.decode(prefix.ids.tolist(), skip_special_tokens=False) + prompt
+def _whole(model: Model, prompt: Prompt, *, prefix: Prefix | None, **_: Any) -> str:
+    assert model.tokenizer is not None  # else nothing is streamed
+    before = [] if prefix is None else prefix.ids.tolist()
+    if isinstance(prompt, str):
+        return model.tokenizer.decode(before, skip_special_tokens=False) + prompt
+    return model.tokenizer.decode([*before, *prompt], skip_special_tokens=False)
 
 
 def _stream(stream: TextStream, *, echo: str) -> Completion:

@@ -11,11 +11,15 @@ from neo_runtime.errors import RequestError
 from neo_runtime.text.documents import json_lines, value_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import TextIO
 
+    from neo_runtime.generation.prefix import Prefix
+    from neo_runtime.model import Model
+    from neo_runtime.options.generation_options import GenerationOptions
     from neo_runtime.text.prompts import Prompt
 
-__all__ = ["GivenPrompt", "read_prompts", "read_text"]
+__all__ = ["GivenPrompt", "read_prompts", "read_text", "shortened"]
 
 _STDIN = "-"
 _KEYS = ("prompt", "text", "content")
@@ -90,6 +94,48 @@ def _read(file: str) -> tuple[str, bytes]:
     if file == _STDIN:
         return "standard input", _stdin().buffer.read()
     return file, Path(file).read_bytes()
+
+
+def shortened(
+    model: Model,
+    prompts: Sequence[GivenPrompt],
+    most: int,
+    chosen: GenerationOptions,
+    prefix: Prefix | None,
+) -> list[GivenPrompt]:
+    """The last tokens of each prompt, as ids.
+
+    Args:
+        model: reads the text.
+        prompts: as they were given.
+        most: tokens; -1 for what `chosen` leaves room for.
+        chosen: the options.
+        prefix: what all go on from.
+
+    Raises:
+        RequestError: a prompt that is none, or no room for any.
+    """
+    if most == -1:
+        most = _room(chosen, model.manifest.max_length)
+        most -= 0 if prefix is None else len(prefix.ids)
+        if most < 1:
+            raise RequestError(
+                f"the model has {model.manifest.max_length} positions, and the continuation, with "
+                "the prefix, leaves none for a prompt; ask for fewer new tokens"
+            )
+    ids = model.encode_prompts([prompt for prompt, _ in prompts])
+    return [
+        GivenPrompt(one[-most:].tolist(), tag) for one, (_, tag) in zip(ids, prompts, strict=True)
+    ]
+
+
+def _room(chosen: GenerationOptions, positions: int) -> int:
+    """Tokens that a prompt may have; `max_length` counts both, and one is left to generate."""
+    from neo_runtime.options.generation_options import DEFAULT_MAX_NEW_TOKENS
+
+    if chosen.max_new_tokens is None and chosen.max_length is not None:
+        return min(chosen.max_length, positions) - 1
+    return positions - (chosen.max_new_tokens or DEFAULT_MAX_NEW_TOKENS)
 
 
 def _of_lines(file: str) -> list[GivenPrompt]:
