@@ -280,7 +280,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [1, "a"]}, "prompt is missing, empty, or of a wrong form"),
     ({"prompt": [True]}, "prompt is missing, empty, or of a wrong form"),
     ({"prompt": [10**6]}, "1000000"),
-    ({"prompt": ["a"] * 300}, "asks for 300 sequences, and at most 256 are taken at once"),
+    ({"prompt": ["a"] * 300}, "asks for 300 sequences, and at most 128 are taken of one"),
 ]
 
 

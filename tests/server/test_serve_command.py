@@ -165,6 +165,16 @@ def test_what_it_takes_at_once_is_said(mini_bundle: Path) -> None:
     assert (line["status"], line["path"], line["completion_tokens"]) == (200, "/v1/completions", 2)
 
 
+def test_how_long_an_idle_connection_is_kept(mini_bundle: Path) -> None:
+    with (
+        running(mini_bundle, "--threads", "1", "--keep-alive", "1") as server,
+        closing(HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection,
+    ):
+        connection.request("GET", "/livez")
+        assert connection.getresponse().read()
+        assert connection.sock.recv(1) == b"", "closed; by default not for 75 s"
+
+
 def test_a_first_process_ends_before_it_has_begun() -> None:
     """Nothing but its own handler ends the first process of a container."""
     code = (
