@@ -25,6 +25,7 @@ from neo_server.listening import bound
 from neo_server.log_lines import JsonLines, Rarely
 from neo_server.scoring import PromptScorer
 from neo_server.service import Service
+from starlette.requests import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -212,6 +213,28 @@ def test_bodies_that_are_not_read(server: Served, monkeypatch: pytest.MonkeyPatc
     assert "too many requests are being read" in half
     monkeypatch.undo()
     assert server.answer({"prompt": "a"})[0] == 200, "what was read is given back"
+
+
+def test_what_was_read_is_given_back() -> None:
+    """Also of those that were refused: all together could hold sixteen of them."""
+
+    async def one(reader: bodies.Bodies, size: int) -> bytes:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"x" * size, "more_body": False}
+
+        return bytes(await reader.read(Request({"type": "http", "headers": []}, receive)))
+
+    async def all_of_them() -> None:
+        reader = bodies.Bodies(10)
+        for _ in range(40):
+            assert await one(reader, 10) == b"x" * 10
+            with pytest.raises(ApiError, match="more than 10 bytes"):
+                await one(reader, 11)
+        reader.end()
+        with pytest.raises(ApiError, match="shutting down"):
+            await one(reader, 1)
+
+    asyncio.run(all_of_them())
 
 
 def test_streams_are_counted_by_their_end(

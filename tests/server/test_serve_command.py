@@ -126,6 +126,7 @@ def test_it_is_drained_before_it_ends(mini_bundle: Path) -> None:
         while (health := request(server.port, "/health")).status == 200:
             assert time.monotonic() < end
         assert (health.status, json.loads(health.text)["status"]) == (503, "ending")
+        time.sleep(0.5)  # a server that ends does so within a tenth of that
         assert request(server.port, "/livez").status == 200
         answer = request(server.port, body='{"prompt": "a", "max_tokens": 2}')
         assert (answer.status, answer.connection) == (200, "close")
