@@ -338,13 +338,13 @@ def test_a_small_request_does_not_wait_for_all_of_a_large_one(
 
 def test_prompts_keep_their_last_tokens(model: Model) -> None:
     with served(model, max_length=40) as running:
-        fields = {"prompt": [list(range(100, 180))], "max_tokens": 4, "echo": True}
+        fields = {"prompt": [list(range(1000, 1080))], "max_tokens": 4, "echo": True}
         assert running.answer(fields)[0] == 400
         for asked, kept in ((7, 7), (-1, 36)):
             status, answer, _ = running.answer(fields | {"truncate_prompt_tokens": asked})
             assert (status, answer["usage"]["prompt_tokens"]) == (200, kept)
             assert model.tokenizer is not None
-            last = model.tokenizer.decode(list(range(180 - kept, 180)), skip_special_tokens=False)
+            last = model.tokenizer.decode(list(range(1080 - kept, 1080)), skip_special_tokens=False)
             assert answer["choices"][0]["text"].startswith(last)
         text = {"prompt": "a " * 60_000, "max_tokens": 4, "truncate_prompt_tokens": 5}
         assert running.answer(text)[1]["usage"]["prompt_tokens"] == 5
