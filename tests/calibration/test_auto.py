@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from helpers.graphs import spec_of
 from helpers.models import DEMO, TinyConfig
+from neo_calibration.auto import run
 from neo_calibration.auto.choose import Chooser
 from neo_calibration.auto.curve import Point
 from neo_calibration.auto.judge import Measured
 from neo_calibration.auto.picture import to_svg
 from neo_calibration.auto.search import Frontier, FrontierPlan, frontier_of
 from neo_calibration.auto.sensitivity import groups_of
+from neo_export.checkpoint.folder import open_checkpoint
 from neo_export.command.cli import main as export
 from neo_export.gpt_neo.parameters import expected_shapes
 from neo_export.quantize.plan import Storage, is_planned
@@ -22,6 +24,8 @@ from neo_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from neo_export.checkpoint.whole import Checkpoint
 
 CONFIG = TinyConfig()
 SPEC = spec_of(CONFIG)
@@ -196,3 +200,32 @@ def test_command_line(
     assert export([str(DEMO), "-o", str(tmp_path / "bundle"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
+
+
+def test_bundles_that_are_measured_have_the_adapters_base(
+    statistics: Path, last_stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are exported from the name of the model, as the search opened it."""
+    opened = []
+
+    def open_it(model: str, base: str | None) -> Checkpoint:
+        opened.append(base)
+        return open_checkpoint(model)
+
+    def judge(*_: object, base: str | None, **_options: object) -> None:
+        raise RequestError(f"judged on {base}")
+
+    monkeypatch.setattr(run, "open_model", open_it)
+    monkeypatch.setattr(run, "Judge", judge)
+    for name in ("_sensitivities", "frontier_of", "reference_logits"):
+        monkeypatch.setattr(run, name, lambda *_: None)
+    options = run.AutoOptions(
+        text=(last_stories,),
+        base="there",
+        max_size="0.5",
+        statistics=statistics,
+        output=tmp_path / "plan.json",
+    )
+    with pytest.raises(RequestError, match="judged on there"):
+        run.run_auto(str(DEMO), options, lambda *_: None)
+    assert opened == ["there"]
