@@ -150,17 +150,18 @@ def test_half_a_request_does_not_hold_up_the_end(mini_bundle: Path) -> None:
 
 
 def test_what_it_takes_at_once_is_said(mini_bundle: Path) -> None:
-    options = ("--max-batch-size", "3", "--max-length", "100", "--request-timeout", "2.5")
+    options = ("--max-batch-size", "3", "--max-length", "100", "--request-timeout", "600.5")
     with running(mini_bundle, "--threads", "1", *options, "--log-format", "json") as server:
         assert server.process.stderr is not None
         said = server.process.stderr.readline()
-        assert request(server.port, body='{"prompt": "a", "max_tokens": 2}').status == 200
+        body = '{"prompt": "a", "max_tokens": 2, "ignore_eos": true}'
+        assert request(server.port, body=body).status == 200
         assert "_created" not in request(server.port, "/metrics").text
         line = json.loads(server.process.stderr.readline())
         server.process.terminate()
     assert re.fullmatch(
         r"neo-serve: 3 sequences of up to 100 tokens at once, their cache up to \d+ MB; "
-        r"256 with those that wait, 128 of one request, each for 2\.5 s\n",
+        r"256 with those that wait, 128 of one request, each for 600\.5 s\n",
         said,
     )
     assert (line["status"], line["path"], line["completion_tokens"]) == (200, "/v1/completions", 2)
