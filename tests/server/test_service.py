@@ -203,13 +203,15 @@ def test_a_failure_is_logged_and_told(
     message: str,
 ) -> None:
     steps.error = error
-    found, answer, _ = server.answer({"prompt": "a", "max_tokens": 4})
+    found, answer, _ = server.answer({"prompt": "a", "max_tokens": 4, "ignore_eos": True})
     assert found == status
     assert answer["error"]["message"].startswith(message)
     assert "secret" in caplog.text
     with (
         server.client() as client,
-        client.completions.create(model=NAME, prompt="a", stream=True) as stream,
+        client.completions.create(
+            model=NAME, prompt="a", stream=True, extra_body={"ignore_eos": True}
+        ) as stream,
         pytest.raises(openai.APIError, match=message),
     ):
         list(stream)
