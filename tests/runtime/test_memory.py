@@ -115,3 +115,19 @@ def test_batches_fit_into_the_container(
     left(1)
     assert memory_for_caches(model) is None
     assert fitting_batch(model, 16, 512) == 16
+
+
+def test_one_prompt_asks_the_system_for_nothing(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is computed alone whatever there is; to ask takes half a millisecond."""
+    asked: list[bool] = []
+
+    def note() -> None:
+        asked.append(True)
+
+    monkeypatch.setattr("neo_runtime.generation.fitting.available_memory", note)
+    model.generate("a", max_new_tokens=1)
+    assert asked == []
+    model.generate(["a", "b"], max_new_tokens=1)
+    assert asked == [True]

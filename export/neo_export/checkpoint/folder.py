@@ -1,8 +1,10 @@
 """A Hugging Face GPT-Neo, whole or a LoRA adapter of one → an open checkpoint.
 
-with open_model("EleutherAI/gpt-neo-1.3B") as checkpoint:
-    for name, tensor in checkpoint.tensors.items():
-        use(name, tensor.read())
+    with open_model("EleutherAI/gpt-neo-1.3B") as checkpoint:
+        for name, tensor in checkpoint.tensors.items():
+            use(name, tensor.read())
+
+Tensors are known by the names of `GPTNeoForCausalLM`, whatever class wrote the file.
 """
 
 from __future__ import annotations

@@ -79,5 +79,7 @@ def sampled_completions(
 
 def _batch_size(model: CachedModel, prompts: int, copies: int, length: int) -> int:
     """Prompts of the next batch, where the caller leaves it open: batches of nearly one size."""
+    if prompts == 1:  # the usual case asks the system for nothing
+        return 1
     size = fitting_batch(model, max(1, model.default_batch // copies), length, each=copies)
     return -(-prompts // -(-prompts // size))

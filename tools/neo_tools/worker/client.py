@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+from neo_runtime.closable import Closable
 from neo_runtime.errors import DependencyError, NeoError
 
 from neo_tools.worker.environ import worker_environ
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import TracebackType
 
 __all__ = ["Command", "Worker"]
 
@@ -27,7 +27,7 @@ Command = Sequence[str] | Callable[[], Sequence[str]]
 _TAIL_LINES = 15
 
 
-class Worker:
+class Worker(Closable):
     """One worker process, from `__enter__` to `__exit__`.
 
     Args:
@@ -82,14 +82,6 @@ class Worker:
             reader.start()
             self._readers.append(reader)
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the worker; calling it again does nothing."""
