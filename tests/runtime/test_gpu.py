@@ -514,3 +514,15 @@ def test_advice_about_the_cpu_is_for_bundles_that_it_runs(
         neo_runtime.load(cuda_bundle, backend="cuda")
     with pytest.raises(DeviceError, match=r"--gpus all$"):
         neo_runtime.load(tensorrt_bundle, backend="tensorrt")
+
+
+def test_prompts_are_not_planned_by_cudnn() -> None:
+    """Bits of onnxruntime's `AttentionBackend`; 0 would let it choose, and 8 is cuDNN's."""
+    device = object.__new__(CudaDevice)
+    device.index, device.stream = 3, 7
+    for capture in (False, True):
+        [(name, options)] = device.providers(capture=capture)
+        assert (name, options["device_id"]) == ("CUDAExecutionProvider", "3")
+        chosen = int(options["sdpa_kernel"])
+        assert chosen & 1, "Flash"
+        assert not chosen & 8
