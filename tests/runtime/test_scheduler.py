@@ -815,3 +815,18 @@ def test_what_is_told_of_a_batch(model: Model) -> None:
         waiting.cancel()
     assert waiting.queue_seconds is None
     assert waiting.time_to_first_token is None
+
+
+def test_who_has_the_text_finds_its_tokens_counted(model: Model) -> None:
+    with Scheduler(model, max_batch_size=2) as scheduler:
+        counted: list[int] = []
+
+        def count_them(_: object) -> None:
+            counted.append(scheduler.generated_tokens)
+
+        for _ in range(3):
+            pending = scheduler.submit("a", max_new_tokens=4, ignore_eos=True)
+            pending.add_done_callback(count_them)
+            pending.result()
+        wait_for(lambda: len(counted) == 3)
+    assert counted == [4, 8, 12]

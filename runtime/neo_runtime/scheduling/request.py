@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neo_runtime.generation.text_stream import Piece
 from neo_runtime.scheduling.pending import PendingCompletion
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.cache.prefix_cache import CachedBeginning, PrefixCache
     from neo_runtime.generation.rows import Row
-    from neo_runtime.generation.text_stream import Piece
 
 __all__ = ["Request"]
 
@@ -41,6 +41,7 @@ class Request:
         self.row = row
         self._should_stop = should_stop
         self._beginning: CachedBeginning | None = None
+        self._chosen: Piece | BaseException = Piece("")
         self._holds_prefix = row.prefix is not None
         if row.prefix is not None:
             row.prefix.hold()
@@ -103,21 +104,28 @@ class Request:
             except Exception as error:
                 _LOG.warning("a beginning was not kept for other requests: %s", error)
 
-    def push(self, logits: RowLogits) -> int:
-        """Choose the next token, once all that was said is computed; how many were chosen."""
+    def choose(self, logits: RowLogits) -> int:
+        """Choose the next token, once all that was said is computed; how many were chosen.
+
+        Nobody is told before `tell`.
+        """
         before = len(self.row.choices)
         try:
-            piece = self.row.advance(logits)
+            self._chosen = self.row.advance(logits)
         except BaseException as error:
-            self.fail(error)
-            return len(self.row.choices) - before
+            self._chosen = error
+        return len(self.row.choices) - before
+
+    def tell(self) -> None:
+        """Give the reader what `choose` chose, or what went wrong there."""
+        if isinstance(self._chosen, BaseException):
+            self.fail(self._chosen)
+            return
         if self.pending.time_to_first_token is None:
             self.pending.time_to_first_token = self.watch.seconds()
-        self._give(piece)
-        chosen = len(self.row.choices) - before
+        self._give(self._chosen)
         if self.row.finish_reason is not None:
             self._complete()
-        return chosen
 
     def end_if_unwanted(self, *, is_closing: bool) -> None:
         """End where nobody wants more, with the text so far."""

@@ -250,7 +250,8 @@ class RunningBatch:
 
     def _push(self, requests: Sequence[Request], logits: StepLogits) -> None:
         for request, row in zip(requests, logits, strict=True):
-            self.generated_tokens += request.push(row)
+            self.generated_tokens += request.choose(row)
+            request.tell()  # behind the count: who has the text finds its tokens counted
 
     def _new_cache(self) -> KVCache:
         cache = self._model.new_cache(self.size, self._length)
