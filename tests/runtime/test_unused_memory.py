@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import mmap
+import re
 import sys
 from pathlib import Path
 
@@ -123,6 +124,26 @@ def test_what_a_block_maps_is_told_from_what_was_there(file: Path, tmp_path: Pat
         addresses = {mapping.path.name: mapping.start for mapping in found}
         assert addresses.keys() == {file.name, "lasting"}
         assert addresses[file.name] == np.frombuffer(own, np.uint8).ctypes.data
+
+
+@on_linux
+def test_nothing_is_clean_by_an_emulator_that_knows_nothing(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU's emulation of a process says 0 for every page, also of those that were written to."""
+    read = Path.read_text
+
+    def emulated(path: Path, *how: str) -> str:
+        return re.sub(r"(: +)\d+ kB", r"\g<1>0 kB", read(path, *how))
+
+    with mapped(file) as view:
+        view[3 * PAGE] = 200
+        monkeypatch.setattr(Path, "read_text", emulated)
+        forget(file)
+        assert view[3 * PAGE] == 200
+        with unused_memory.mapped_within(file, file) as found:
+            pass
+        assert found == []
 
 
 @on_linux

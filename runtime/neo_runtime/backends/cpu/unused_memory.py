@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Mapping", "clean_mappings", "forget_bytes", "forget_pages", "mapped_within"]
 
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \S+ +(.*)")
+_IN_MEMORY = re.compile(r"^Rss: +[1-9]", re.MULTILINE)
 _MADV_DONTNEED = 4
 _one_at_a_time = threading.Lock()
 
@@ -122,6 +123,8 @@ def _mappings(name: str, *files: Path) -> Iterator[tuple[Mapping, bool]]:
         text = Path("/proc/self", name).read_text("utf-8", "surrogateescape")
     except OSError:  # some sandboxes have none
         return
+    # QEMU, where containers for other processors are built, writes the file itself: all is zero.
+    is_true = _IN_MEMORY.search(text) is not None
     wanted = {str(path): path for path in (file.resolve() for file in files)}
     mapping, is_clean = None, False
     for line in text.splitlines():
@@ -133,6 +136,6 @@ def _mappings(name: str, *files: Path) -> Iterator[tuple[Mapping, bool]]:
                 start, stop, offset = (int(match[group], 16) for group in (1, 2, 3))
                 mapping = Mapping(path, offset, start, stop - start)
         elif line.startswith("Anonymous:"):
-            is_clean = line.split()[1] == "0"
+            is_clean = is_true and line.split()[1] == "0"
     if mapping is not None:
         yield mapping, is_clean
