@@ -48,6 +48,12 @@ def test_the_works_own_status(status: int, capsys: pytest.CaptureFixture[str]) -
             "pip install 'neo-onnx[x]'",
         ),
         (
+            ModuleNotFoundError("No module named 'fcntl'", name="fcntl"),
+            2,
+            "this Python has no module fcntl, which it has on Linux and macOS; on Windows use the "
+            "Windows Subsystem for Linux",
+        ),
+        (
             ImportError("libcudart.so.13: cannot open shared object file"),
             2,
             "libcudart.so.13: cannot open shared object file; install neo-onnx with its extra: "

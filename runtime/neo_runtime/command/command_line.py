@@ -104,17 +104,22 @@ def run_command(
         _give_up_full_stdout()
         return _fail(program, one_line(_words_of(error)), _WRONG)
     except ImportError as error:
-        from neo_runtime.machine.installation import install_command
-
-        missing = isinstance(error, ModuleNotFoundError)
-        found = f"the package {error.name} is missing" if missing else one_line(str(error))
-        named = "extras" if "," in extras else "extra"
-        return _fail(
-            program,
-            f"{found}; install neo-onnx with its {named}: {install_command(extras)}",
-            _WRONG,
-        )
+        return _fail(program, _what_is_missing(error, extras), _WRONG)
     return status
+
+
+def _what_is_missing(error: ImportError, extras: str) -> str:
+    from neo_runtime.machine.installation import install_command
+
+    missing = isinstance(error, ModuleNotFoundError)
+    if missing and error.name in sys.stdlib_module_names:
+        return (
+            f"this Python has no module {error.name}, which it has on Linux and macOS; on Windows "
+            "use the Windows Subsystem for Linux"
+        )
+    found = f"the package {error.name} is missing" if missing else one_line(str(error))
+    named = "extras" if "," in extras else "extra"
+    return f"{found}; install neo-onnx with its {named}: {install_command(extras)}"
 
 
 def _give_up_full_stdout() -> None:
