@@ -291,6 +291,9 @@ def test_what_one_request_does_wrong_ends_it_alone(model: Model) -> None:
     def stop(*_: Any) -> Any:
         raise StopIteration
 
+    def unsure() -> Any:
+        return np.zeros(2)  # neither true nor false
+
     everything = tuple(range(model.manifest.model.vocab_size))
     with Scheduler(model, max_batch_size=3) as scheduler:  # so that some fail while they wait
         good = scheduler.submit("Once upon a time", max_new_tokens=20)
@@ -300,6 +303,7 @@ def test_what_one_request_does_wrong_ends_it_alone(model: Model) -> None:
             KeyError: scheduler.submit("The", logits_processor=broken),
             RuntimeError: scheduler.submit("The", should_stop=stop),
             RequestError: scheduler.submit("The", suppress_tokens=everything),
+            ValueError: scheduler.submit("The", should_stop=unsure),
         }
         for kind, pending in bad.items():
             with pytest.raises(kind):

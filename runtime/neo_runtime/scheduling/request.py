@@ -135,7 +135,7 @@ class Request:
             self._resolve(lambda: None)
             return
         try:
-            is_over = is_closing or self._should_stop()
+            is_over = is_closing or bool(self._should_stop())  # which may raise as well
         except BaseException as error:
             self.fail(error)
             return
