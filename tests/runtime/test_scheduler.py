@@ -793,11 +793,21 @@ def test_a_group_shares_the_batch_as_one(model: Model) -> None:
                 name = f"{group}{number}"
                 pending.add_done_callback(lambda _, name=name: ended.append(name))
         scheduler.close()
-        with pytest.raises(RequestError, match="group is of type list, expected a hashable"):
-            scheduler.submit("a", group=[])  # type: ignore[arg-type]
     pairs = [set(ended[start : start + 2]) for start in range(0, 10, 2)]
     beside = ["one6", "None7", "two8", "None9", "crowd5"]
     assert pairs == [{f"crowd{turn}", other} for turn, other in enumerate(beside)]
+
+
+def test_a_group_has_a_hash(model: Model) -> None:
+    """Found by the caller: in the scheduler's thread it would fail for all."""
+    groups: list[tuple[str, Any]] = [("list", []), ("tuple", ("client", []))]
+    with Scheduler(model, max_batch_size=2) as scheduler:
+        good = scheduler.submit("a", max_new_tokens=4, ignore_eos=True)
+        for kind, group in groups:
+            with pytest.raises(RequestError, match=f"group is of type {kind}, expected a hashable"):
+                scheduler.submit("a", max_new_tokens=2, group=group)
+        assert len(good.result(timeout=60).token_ids) == 4
+        assert scheduler.unfinished == 0
 
 
 def test_what_is_told_of_a_batch(model: Model) -> None:

@@ -6,7 +6,6 @@ import atexit
 import logging
 import os
 import weakref
-from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.cached_model import CachedModel
@@ -21,7 +20,7 @@ from neo_runtime.scheduling.request import Request
 from neo_runtime.scheduling.running_batch import RunningBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
     from types import TracebackType
 
     from neo_runtime.generation.prefix import Prefix
@@ -167,8 +166,7 @@ class Scheduler(Closable):
         [row] = make_rows(self._model, ids, chosen, total, 0, prefix, copy)
         self._check_process()
         callback("should_stop", should_stop)
-        if not isinstance(group, Hashable):
-            raise RequestError(f"group is of type {type(group).__name__}, expected a hashable one")
+        _check_group(group)
         request = Request(row, should_stop, group)
         self._batch.put(request)
         return request.pending
@@ -240,3 +238,13 @@ class Scheduler(Closable):
                 "the scheduler was made in another process, and its thread does not survive a "
                 "fork; make one in each process"
             )
+
+
+def _check_group(group: Hashable | None) -> None:
+    """Refuse what has no hash; a tuple says so only when asked for it, as of a list within."""
+    try:
+        hash(group)
+    except TypeError as error:
+        raise RequestError(
+            f"group is of type {type(group).__name__}, expected a hashable one: {error}"
+        ) from error
