@@ -430,6 +430,27 @@ def test_a_forgotten_one_finishes_and_is_gone(model: Model, steps: Steps) -> Non
     assert model.cache_bytes_in_use == 0
 
 
+def test_interrupted_while_it_starts(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-C: nobody has it, so nobody could close it."""
+    start, started = threading.Thread.start, list[threading.Thread]()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        started.append(thread)
+        raise KeyboardInterrupt
+
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+        model.prepare()
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                Scheduler(model, max_batch_size=1, max_length=64, prefix_cache_bytes=2_000_000)
+        [thread] = started
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+        assert model.cache_bytes_in_use == 0
+
+
 def test_the_model_is_closed_under_it(mini_bundle: Path) -> None:
     with neo_runtime.load(mini_bundle, threads=1) as model:
         scheduler = Scheduler(model, max_batch_size=1)

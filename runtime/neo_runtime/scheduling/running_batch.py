@@ -42,7 +42,7 @@ class RunningBatch:
     def __init__(
         self, model: CachedModel, batch: int, length: int, prefixes: PrefixCache | None
     ) -> None:
-        """Allocate the cache and start the thread.
+        """Allocate the cache; `start` is to follow.
 
         Args:
             model: computes the logits.
@@ -67,7 +67,14 @@ class RunningBatch:
         self._cache: KVCache | None = self._new_cache()
         # A daemon: a thread that waits for work does not hold up the process's end.
         self._thread = threading.Thread(target=self._run, name="neo-scheduler", daemon=True)
-        self._thread.start()
+
+    def start(self) -> None:
+        """Start the thread. Where that is interrupted (Ctrl-C) it may run already: then it ends."""
+        try:
+            self._thread.start()
+        except BaseException:
+            self.end()
+            raise
 
     def put(self, request: Request) -> None:
         """Take a request.

@@ -111,14 +111,15 @@ class Scheduler(Closable):
                 model, model.default_batch, self._max_length, spare=int(prefixes is not None)
             )
             self._batch = RunningBatch(model, batch, self._max_length, prefixes)
+            self._end = weakref.finalize(self, self._batch.end)
+            self._end.atexit = False  # see _end_all
+            self._batch.start()
         except BaseException:
             if prefixes is not None:
                 prefixes.close()
             raise
         _running.add(self._batch)
         self._process = os.getpid()
-        self._end = weakref.finalize(self, self._batch.end)
-        self._end.atexit = False  # see _end_all
 
     def submit(
         self,
