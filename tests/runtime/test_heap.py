@@ -129,6 +129,23 @@ def test_a_call_that_fails_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process.calls == 1
 
 
+def test_a_call_whose_end_is_interrupted_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(monkeypatch, 100)
+    kept = heap.Heap(spare=25)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt), kept.call():
+        patched.setattr(heap, "anonymous_bytes", interrupt)
+    process.used = process.left = 300
+    with kept.call():
+        pass
+    with kept.call():
+        process.used = 320
+    assert process.calls == 1, "no call is running, so 300 are what must be there"
+
+
 def test_everything_goes_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
     process = Process(monkeypatch, None)
     kept = heap.Heap(spare=25)

@@ -57,10 +57,10 @@ class Heap:
             self._settle()
 
     def _settle(self) -> None:
-        used = anonymous_bytes()
-        with self._lock:
+        with self._lock:  # first: reading a file may be interrupted (Ctrl-C)
             self._running -= 1
             low, alone = self._low, self._running == 0
+        used = anonymous_bytes()
         if used is not None and low is not None and used - low <= self._spare:
             return
         give_back()
