@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_runtime.backends.base import appended
+from neo_runtime.backends.base import score_in_chunks
 from neo_runtime.cache.kv_cache import KVCache, row_numbers
 from neo_runtime.cache.ledger import CacheLedger
 from neo_runtime.cache.prefix_cache import PrefixCache
@@ -261,9 +261,9 @@ class CachedModel(Closable):
         if cache.batch != 1:
             raise RequestError(f"a cache of {cache.batch} sequences, expected one to score behind")
         self._check_room(cache, len(ids))
-        size = min(self.prefill_chunk, self._backend.scored_at_once)
+        chunk = min(self.prefill_chunk, self._backend.scored_at_once)
         with cache.changing() as store:
-            return appended(self._backend, store, ids, size)
+            return score_in_chunks(store, ids, self.manifest.model.vocab_size, chunk)
 
     def _check_cache(self, cache: KVCache) -> None:
         self._check_open()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import neo_runtime
 import numpy as np
 import pytest
 from helpers.hf_reference import heldout_texts, reference_logits, varied_prompts
 from neo_runtime import Scheduler
-from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
 from neo_runtime.errors import CacheLimitError, ContextLengthError, RequestError, VerificationError
 
 if TYPE_CHECKING:
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from neo_runtime.model import Model
+    from numpy.typing import NDArray
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +131,20 @@ def test_continuations_of_one_seed(model: Model) -> None:
             scheduler.submit("a", sequence_index=-1)
 
 
-def test_the_backend_is_not_asked_for_all_logits(
+def test_no_more_than_a_chunk_of_logits_is_held(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk at a time: 2048 tokens would be 400 MB."""
-    monkeypatch.setattr(OnnxRuntimeBackend, "score", lambda *_: pytest.fail("all at once"))
+    """2048 tokens would be 400 MB."""
+    logits, rows = model.logits, []
+
+    def counted(*given: Any) -> NDArray[np.float32]:
+        found = logits(*given)
+        rows.append(len(found))
+        return found
+
+    monkeypatch.setattr(model, "logits", counted)
     assert len(model.token_logprobs(varied_prompts()[4])) == 187
+    assert rows == [50, 50, 50, 37]
 
 
 def test_whole_texts_are_scored_as_tokens_are(mini_bundle: Path) -> None:

@@ -20,9 +20,9 @@ __all__ = [
     "Backend",
     "BlockPool",
     "CacheStore",
-    "appended",
     "layer_lengths",
     "position_bytes",
+    "score_in_chunks",
     "slots_held",
     "spoil_views",
     "with_empty_rows",
@@ -232,27 +232,18 @@ class Backend(ABC):
             MemoryError: nor in the system.
         """
 
-    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits at every position: ids int64 [n] → float32 [n, vocab]."""
-        store = self.open_cache(1, len(ids))
-        try:
-            return appended(self, store, ids, self.scored_at_once)
-        finally:
-            store.close()
-
     @abstractmethod
     def close(self) -> None:
         """Let go of the sessions; calls that are running finish first."""
 
 
-def appended(
-    backend: Backend, store: CacheStore, ids: NDArray[np.int64], size: int
+def score_in_chunks(
+    store: CacheStore, ids: NDArray[np.int64], vocab_size: int, chunk: int
 ) -> NDArray[np.float32]:
-    """Append tokens to the only row, `size` at once; logits at each, float32 [n, vocab]."""
-    vocab_size = backend.manifest.model.vocab_size
+    """Append tokens, int64 [n], to the only row, `chunk` at once; logits float32 [n, vocab]."""
     logits: NDArray[np.float32] = np.empty((len(ids), vocab_size), np.float32)
-    for start in range(0, len(ids), size):
-        part = slice(start, start + size)
+    for start in range(0, len(ids), chunk):
+        part = slice(start, start + chunk)
         store.score(ids[part], logits[part])
     return logits
 

@@ -12,6 +12,7 @@ from neo_export.comparison.places import CACHED
 from neo_export.comparison.trace import CacheCheck, Trace
 from neo_export.files.mapped_memory import drop_pages, scratch_array
 from neo_export.quantize.kv_cache import stored_cache
+from neo_runtime.backends.base import score_in_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -104,12 +105,15 @@ def trace_cached_path(
 
 
 def trace_scored(backend: Probed, ids: NDArray[np.int64]) -> Trace:
-    """Run one text through the score graph, in as many calls as the backend makes of it."""
+    """Run one text through the score graph, in as many calls as the runtime makes of it."""
     recorder = _Recorder(backend.manifest, len(ids), None)
     backend.sink = recorder.take
+    store = backend.open_cache(1, len(ids))
     try:
-        logits = backend.score(ids)
+        vocab_size = backend.manifest.model.vocab_size
+        logits = score_in_chunks(store, ids, vocab_size, backend.scored_at_once)
     finally:
+        store.close()
         backend.sink = lambda values: None
     return recorder.scored(logits)
 

@@ -36,12 +36,11 @@ class Probed(Protocol):
     """Of an int8 cache."""
     sink: Sink
     """Gets the values of every call, [1, S, width] each."""
+    scored_at_once: int
+    """See `Backend.scored_at_once`."""
 
     def open_cache(self, batch: int, length: int) -> CacheStore:
         """See `Backend.open_cache`."""
-
-    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See `Backend.score`."""
 
     def score_trace(self, ids: NDArray[np.int64]) -> Trace:
         """Places and logits of every position, by the score graph."""
