@@ -168,7 +168,7 @@ def test_what_only_loading_read_is_not_kept_in_memory(
     weights = key_folder(cache) / graph / prepacked.WEIGHTS_FILE
 
     def resident() -> int:
-        backend = OnnxRuntimeBackend(open_bundle(bundle), threads=1)
+        backend = OnnxRuntimeBackend(sessions.SessionFactory(open_bundle(bundle), threads=1))
         session = backend.session(graph)
         pages = resident_pages(weights)
         del session
@@ -211,7 +211,10 @@ def test_a_model_forgets_nothing_that_another_one_mapped(
     forgotten: list[Mapping] = []
     monkeypatch.setattr(sessions, "forget_pages", forgotten.extend)
     monkeypatch.setattr(cpu_backend, "forget_pages", forgotten.extend)
-    backends = [OnnxRuntimeBackend(open_bundle(bundle), threads=1) for _ in range(3)]
+    backends = [
+        OnnxRuntimeBackend(sessions.SessionFactory(open_bundle(bundle), threads=1))
+        for _ in range(3)
+    ]
     own: list[set[int]] = []
     for backend in (*backends, backends[0]):  # the first once more, beside all the others
         forgotten.clear()
@@ -295,7 +298,7 @@ def test_nothing_is_forgotten_behind_close(
     """Other memory may lie there by then."""
     forgotten: list[object] = []
     monkeypatch.setattr(cpu_backend, "forget_pages", forgotten.append)
-    backend = OnnxRuntimeBackend(open_bundle(bundle), threads=1)
+    backend = OnnxRuntimeBackend(sessions.SessionFactory(open_bundle(bundle), threads=1))
     backend.session("prefill")
     with backend.prompt():
         pass

@@ -125,14 +125,16 @@ def _open_cpu(bundle: Bundle, options: BackendOptions, otherwise: str | None = N
         )
     check_installation(manifest, bundle.path)
     from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
+    from neo_runtime.backends.cpu.sessions import SessionFactory
 
-    return OnnxRuntimeBackend(
+    factory = SessionFactory(
         bundle,
         threads=options.threads,
         session_config=options.session_config,
         keep_prepacked=options.keep_prepacked,
         verify=options.verify,
     )
+    return OnnxRuntimeBackend(factory)
 
 
 def usable_gpu(bundle: Bundle, name: str, device: int) -> GpuFacts:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from neo_export.comparison.cache_steps import read_cache_steps
 from neo_export.comparison.probed import open_probed, probed_values, score_trace
 from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
+from neo_runtime.backends.cpu.sessions import SessionFactory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +54,7 @@ class ProbedBackend(OnnxRuntimeBackend):
     """Sessions of probed graphs; after every call `sink` gets the values, [1, S, width] each."""
 
     def __init__(self, bundle: Bundle, *, threads: int) -> None:
-        super().__init__(bundle, threads=threads, keep_prepacked=False)
+        super().__init__(SessionFactory(bundle, threads=threads, keep_prepacked=False))
         self._bundle_folder = bundle.path
         self._threads = threads
         self.cache_steps = read_cache_steps(bundle.path, bundle.manifest)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_runtime.backends.base import BlockPool
-    from neo_runtime.backends.cpu.binding import Sessions
+    from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
 
 __all__ = ["AppendStore"]
 
@@ -35,7 +35,7 @@ __all__ = ["AppendStore"]
 class AppendStore(CacheStore):
     """See the module."""
 
-    def __init__(self, backend: Sessions, batch: int, length: int) -> None:
+    def __init__(self, backend: OnnxRuntimeBackend, batch: int, length: int) -> None:
         model = backend.manifest.model
         self._backend = backend
         self._heads, self._head_dim = model.num_heads, model.head_dim

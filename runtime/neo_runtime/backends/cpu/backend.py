@@ -13,18 +13,17 @@ from neo_runtime.backends.cpu.blocks import HostBlocks
 from neo_runtime.backends.cpu.cache_memory import KeptBlock
 from neo_runtime.backends.cpu.heap import Heap, give_back, hold_within_calls
 from neo_runtime.backends.cpu.in_place import InPlaceStore
-from neo_runtime.backends.cpu.sessions import SessionFactory
+from neo_runtime.backends.cpu.sessions import SessionFactory, keep_sessions_for_ever
 from neo_runtime.backends.cpu.unused_memory import forget_pages
 from neo_runtime.bundle.manifest import WEIGHTS_NAME, is_quantized
 from neo_runtime.errors import NeoError
 from neo_runtime.forks import in_every_child
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from neo_runtime.backends.base import BlockPool
-    from neo_runtime.bundle.folder import Bundle
 
 __all__ = ["OnnxRuntimeBackend"]
 
@@ -48,35 +47,11 @@ class OnnxRuntimeBackend(Backend):
 
     described = "CPU"
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        threads: int,
-        session_config: Mapping[str, str] | None = None,
-        keep_prepacked: bool | None = None,
-        verify: bool = False,
-    ) -> None:
-        """Prepare; no graph is loaded yet.
-
-        Args:
-            bundle: an opened bundle.
-            threads: threads that one operator may use.
-            session_config: more session configuration entries, such as
-                `{"session.intra_op.allow_spinning": "0"}`; they win over `session_settings`.
-            keep_prepacked: store prepacked weights on disk, and map stored ones; None: only those
-                of quantized products.
-            verify: compare prepacked weights with their checksum before they are mapped.
-        """
-        self._factory = SessionFactory(
-            bundle,
-            threads=threads,
-            session_config=session_config,
-            keep_prepacked=keep_prepacked,
-            verify=verify,
-        )
+    def __init__(self, factory: SessionFactory) -> None:
+        """Prepare; no graph is loaded yet. The factory is this backend's alone."""
+        self._factory = factory
         self._closed = False
-        self.manifest = bundle.manifest
+        self.manifest = factory.manifest
         if is_quantized(self.manifest.precision):
             # Activations that stay in the processor's caches win a few percent. Float32 wants
             # longer chunks: it reads every weight once a chunk, in an order that costs more.
@@ -118,7 +93,7 @@ class OnnxRuntimeBackend(Backend):
         return store.bytes_on_disk if store is not None else 0
 
     def translated(self) -> AbstractContextManager[None]:
-        """Turn what onnxruntime raises while running into this project's errors."""
+        """Around each run: turn what onnxruntime raises into this project's errors."""
         return self._factory.translated()
 
     def cache_bytes(self, batch: int, length: int) -> int:
@@ -171,6 +146,7 @@ class OnnxRuntimeBackend(Backend):
 
 
 def _after_fork() -> None:
+    keep_sessions_for_ever()
     for backend in list(_live):
         backend.begin()
 

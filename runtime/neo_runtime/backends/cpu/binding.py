@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
-    from neo_runtime.backends.cpu.cache_memory import KeptBlock
-    from neo_runtime.bundle.manifest import Manifest
+    from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
 
-__all__ = ["BoundCall", "Sessions"]
-
-
-class Sessions(Protocol):
-    """What caches on the CPU need of their backend: `OnnxRuntimeBackend`."""
-
-    manifest: Manifest
-    kept_block: KeptBlock
-
-    def session(self, graph: str) -> Any:
-        """The `onnxruntime.InferenceSession` of a graph."""
-
-    def translated(self) -> AbstractContextManager[None]:
-        """Around each run: onnxruntime's errors as this project's."""
-
-    def prompt(self) -> AbstractContextManager[None]:
-        """Around a prompt."""
-
-    def after_step(self, tokens: int) -> None:
-        """Behind a step of decode that read so many tokens."""
+__all__ = ["BoundCall"]
 
 
 class BoundCall:
@@ -43,7 +22,7 @@ class BoundCall:
 
     def __init__(
         self,
-        backend: Sessions,
+        backend: OnnxRuntimeBackend,
         graph: str,
         *,
         input_ids: NDArray[Any],

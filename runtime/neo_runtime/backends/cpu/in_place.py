@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_runtime.backends.base import BlockPool
-    from neo_runtime.backends.cpu.binding import Sessions
+    from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
     from neo_runtime.bundle.manifest import Manifest
 
 __all__ = ["InPlaceStore"]
@@ -49,7 +49,7 @@ __all__ = ["InPlaceStore"]
 class InPlaceStore(RightPaddedStore):
     """See the module."""
 
-    def __init__(self, backend: Sessions, batch: int, length: int) -> None:
+    def __init__(self, backend: OnnxRuntimeBackend, batch: int, length: int) -> None:
         model = backend.manifest.model
         shapes = [
             (batch, model.num_heads, positions, model.head_dim)

@@ -25,7 +25,6 @@ from neo_runtime.backends.failures import (
 from neo_runtime.bundle.manifest import is_quantized
 from neo_runtime.bundle.onnx_external import external_tensors
 from neo_runtime.errors import BundleError, HostMemoryError
-from neo_runtime.forks import in_every_child
 from neo_runtime.machine.installation import require_onnxruntime
 
 if TYPE_CHECKING:
@@ -38,20 +37,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SessionFactory",
+    "keep_sessions_for_ever",
     "session_settings",
 ]
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _keep_for_ever() -> None:
-    """Sessions of the parent: their end would wait for threads that are not in the child."""
+def keep_sessions_for_ever() -> None:
+    """In a forked child, those of the parent: their end would wait for threads that are not there.
+
+    To be called before anything else lets go of them.
+    """
     for session in list(_live):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
     _live.clear()
-
-
-in_every_child(_keep_for_ever)
 
 
 def session_settings(manifest: Manifest, graph: str, *, prepacked: bool = False) -> dict[str, str]:
@@ -98,7 +98,8 @@ class SessionFactory:
         Args:
             bundle: an opened bundle.
             threads: threads that one operator may use.
-            session_config: more session configuration entries; they win over `session_settings`.
+            session_config: more session configuration entries, such as
+                `{"session.intra_op.allow_spinning": "0"}`; they win over `session_settings`.
             keep_prepacked: store prepacked weights, and map stored ones; None: only those of
                 quantized products.
             verify: compare prepacked weights with their checksum before they are mapped.
@@ -107,6 +108,7 @@ class SessionFactory:
         self._library = Path(self._ort.capi.onnxruntime_pybind11_state.__file__)
         """Of which loading a graph reads half that running does not."""
         self._bundle = bundle
+        self.manifest = bundle.manifest
         self._threads = threads
         self._session_config = dict(session_config or {})
         self.prepacked: PrepackedCache | None = None
@@ -116,12 +118,12 @@ class SessionFactory:
         graph; for use while that lives. Every new token maps all that the system keeps together
         around its row: a prompt of 128 different ones 40 MB of int4's, 90 MB of int8's."""
         # Kernels of quantized products need prepacked weights.
-        needed = is_quantized(bundle.manifest.precision)
+        needed = is_quantized(self.manifest.precision)
         wanted = needed if keep_prepacked is None else keep_prepacked
         if wanted:
             try:
                 self.prepacked = PrepackedCache(
-                    bundle.manifest.digest, self._ort.__version__, verify=verify
+                    self.manifest.digest, self._ort.__version__, verify=verify
                 )
             except OSError as error:
                 warn_of_copies("on disk", str(error))
@@ -160,7 +162,7 @@ class SessionFactory:
         # scales that are packed with their weights.
         forget_pages(mappings)
         with contextlib.suppress(OSError, ValueError):  # the cache, again
-            self.token_rows[graph] = _token_rows(stored, mappings, self._bundle.manifest)
+            self.token_rows[graph] = _token_rows(stored, mappings, self.manifest)
         return session
 
     def _stored(self, graph: str, path: Path, *, anew: bool = False) -> Path | None:
@@ -192,9 +194,7 @@ class SessionFactory:
         # activations and logits can be large: they go back to the system after each call.
         options.enable_mem_pattern = graph == "decode"
         options.enable_cpu_mem_arena = graph == "decode"
-        settings = session_settings(
-            self._bundle.manifest, graph, prepacked=self.prepacked is not None
-        )
+        settings = session_settings(self.manifest, graph, prepacked=self.prepacked is not None)
         settings |= self._session_config
         for key, value in settings.items():
             options.add_session_config_entry(key, value)
