@@ -23,7 +23,6 @@ __all__ = [
     "layer_lengths",
     "position_bytes",
     "score_in_chunks",
-    "slots_held",
     "spoil_views",
     "with_empty_rows",
 ]
@@ -109,8 +108,7 @@ class CacheStore(ABC):
         """Keep the first `lengths[b]` positions of row `b`.
 
         Args:
-            lengths: int64 [batch]; between them and the row's own nothing was evicted, see
-                `slots_held`.
+            lengths: int64 [batch]; `evicted` says the same of them and of the rows' own.
         """
 
     @abstractmethod
@@ -138,9 +136,13 @@ class CacheStore(ABC):
             source: of the same engine; its row fits into this one.
         """
 
-    def first_held(self, row: int) -> int:
-        """The first position of a row that local layers still hold: 0 where nothing is evicted."""
-        return 0
+    def evicted(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions, the first ones, that local layers no longer hold of sequences: int64 [n].
+
+        Args:
+            lengths: positions of each sequence, int64 [n].
+        """
+        return np.zeros_like(lengths)
 
     @abstractmethod
     def save_block(self, row: int, start: int, pool: BlockPool, slot: int) -> None:
@@ -148,7 +150,7 @@ class CacheStore(ABC):
 
         Args:
             row: of this store.
-            start: at least `first_held`.
+            start: at least what is `evicted`.
             pool: of the same engine.
             slot: what it held is lost.
         """
@@ -272,23 +274,3 @@ def position_bytes(manifest: Manifest) -> int:
     model = manifest.model
     numbers = 2 * model.num_layers * model.num_heads * model.head_dim
     return numbers * ITEM_SIZES[manifest.cache.dtype]
-
-
-def slots_held(
-    lengths: NDArray[np.int64], window: int | None, slots: int | None
-) -> NDArray[np.int64]:
-    """Slots of a local layer's buffer that sequences take: int64 [batch].
-
-    onnxruntime's GroupQueryAttention (`sliding_window_cache`) keeps no account of what lies where:
-    it follows from the number of positions. A position that finds the buffer full moves the newest
-    ones to its front, so that with it the buffer holds a window.
-
-    Args:
-        lengths: positions of each sequence, int64 [batch].
-        window: of local attention.
-        slots: of the buffer; None if nothing is evicted.
-    """
-    if slots is None or window is None:
-        return lengths
-    since_full = (lengths - slots - 1) % (slots - window + 1)
-    return np.where(lengths <= slots, lengths, window + since_full)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_runtime.backends.base import slots_held
 from neo_runtime.closable import Closable
 from neo_runtime.errors import NeoError, RequestError
 from neo_runtime.options.values import count
@@ -165,9 +164,9 @@ class KVCache(Closable):
         most = min(count(0)("length", length), self._length)
         with self.reading() as store:
             lengths = np.minimum(store.lengths, most)
-            evicted = self._held(store.lengths) - self._held(lengths) != store.lengths - lengths
-        if evicted.any():
-            row = int(evicted.argmax())
+            is_lost = store.evicted(store.lengths) != store.evicted(lengths)
+        if is_lost.any():
+            row = int(is_lost.argmax())
             raise RequestError(
                 f"crop got {length}, but what sequence {row} of {store.lengths[row]} positions had "
                 "in its local layers then is no longer there; crop by fewer positions (see "
@@ -186,10 +185,8 @@ class KVCache(Closable):
         """
         with self.reading() as store:
             slots = self._length if store.local_slots is None else store.local_slots
-            return int((slots - self._held(store.lengths)).min(initial=slots))
-
-    def _held(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        return slots_held(lengths, self._backend.manifest.cache.window, self.store.local_slots)
+            held = store.lengths - store.evicted(store.lengths)
+            return int((slots - held).min(initial=slots))
 
     def extend(self, sequences: int) -> None:
         """Add empty sequences behind those in use, for requests that join a running batch.

@@ -111,7 +111,7 @@ class PrefixCache(Closable):
         if tokens in parent.children:
             return parent.children[tokens]
         with cache.reading() as store:
-            if start < store.first_held(row):
+            if start < store.evicted(store.lengths)[row]:
                 return None
             block = self._tree.add(parent, tokens)
             if block is not None:

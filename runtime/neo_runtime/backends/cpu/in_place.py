@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.backends.base import (
-    CacheStore,
-    layer_lengths,
-    slots_held,
-    spoil_views,
-    with_empty_rows,
-)
+from neo_runtime.backends.base import CacheStore, layer_lengths, spoil_views, with_empty_rows
 from neo_runtime.backends.cpu.binding import BoundCall
 from neo_runtime.backends.cpu.blocks import HostBlocks
 from neo_runtime.backends.cpu.cache_memory import aligned_arrays, aligned_size
@@ -51,9 +45,10 @@ class InPlaceStore(RightPaddedStore):
 
     def __init__(self, backend: OnnxRuntimeBackend, batch: int, length: int) -> None:
         model = backend.manifest.model
+        slots = layer_lengths(backend.manifest, length)
         shapes = [
             (batch, model.num_heads, positions, model.head_dim)
-            for positions in layer_lengths(backend.manifest, length)
+            for positions in slots
             for _ in ("key", "value")
         ]
         self._backend = backend
@@ -61,8 +56,7 @@ class InPlaceStore(RightPaddedStore):
         # The prefill graph widens an int8 cache, whole buffers of it.
         self._widens = backend.manifest.cache.dtype == "int8"
         evicts = backend.manifest.cache.window is not None
-        shortest = min(layer_lengths(backend.manifest, length))
-        self.local_slots = shortest if shortest < length else None
+        self.local_slots = min(slots) if min(slots) < length else None
         self._growing = [
             not (evicts and kind == "local") for kind in model.attention_layers for _ in range(2)
         ]
@@ -133,7 +127,8 @@ class InPlaceStore(RightPaddedStore):
 
     def _rows(self, row: int, count: int) -> list[NDArray[Any]]:
         """`count` rows of every buffer, from `row` on."""
-        self._check_open()
+        if self._block is None:
+            raise NeoError("the cache is closed; make another one with Model.new_cache")
         return [buffer[row : row + count] for buffer in self._buffers]
 
     def _call(
@@ -164,11 +159,9 @@ class InPlaceStore(RightPaddedStore):
 
     def _step(self) -> StepLogits:
         """What the last call wrote."""
-        batch, found = self.batch, self._candidates
-        rows = None
+        batch, found, rows = self.batch, self._candidates, None
         if found:
-            rows = CandidateRows(*(found[name][:batch] for name in CANDIDATE_OUTPUTS))
-            rows = CandidateRows(rows.values[:, 0], rows.ids[:, 0], rows.exp_sums[:, 0])
+            rows = CandidateRows(*(found[name][:batch, 0] for name in CANDIDATE_OUTPUTS))
         return StepLogits.at_hand(self._logits[:batch, 0], rows)
 
     def decode(self, tokens: NDArray[np.int64]) -> StepLogits:
@@ -226,14 +219,23 @@ class InPlaceStore(RightPaddedStore):
         self.lengths[rows] = used
         self._refresh_mask()
 
-    def first_held(self, row: int) -> int:
-        """See `CacheStore.first_held`."""
-        return self._evicted(int(self.lengths[row]))
+    def evicted(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `CacheStore.evicted`.
+
+        onnxruntime's GroupQueryAttention (`sliding_window_cache`) keeps no account of it: it
+        follows from the number of positions. A position that finds the buffer full moves the newest
+        ones to its front, so that with it the buffer holds a window.
+        """
+        slots, window = self.local_slots, self._backend.manifest.cache.window
+        if slots is None or window is None:
+            return super().evicted(lengths)
+        since_full = (lengths - slots - 1) % (slots - window + 1)
+        return np.where(lengths <= slots, 0, lengths - window - since_full)
 
     def save_block(self, row: int, start: int, pool: BlockPool, slot: int) -> None:
         """See `CacheStore.save_block`."""
         assert isinstance(pool, HostBlocks)
-        evicted = self.first_held(row)
+        evicted = int(self.evicted(self.lengths)[row])
         assert start >= evicted
         with self._busy:
             for growing, buffer, block in zip(
@@ -246,7 +248,7 @@ class InPlaceStore(RightPaddedStore):
         """See `CacheStore.load_blocks`."""
         assert isinstance(pool, HostBlocks)
         used = len(slots) * pool.positions
-        evicted = self._evicted(used)
+        evicted = int(self.evicted(np.array([used]))[0])
         with self._busy:
             for index, slot in enumerate(slots):
                 start = index * pool.positions
@@ -259,11 +261,6 @@ class InPlaceStore(RightPaddedStore):
                     buffer[row, :, first : first + kept.shape[1]] = kept
         self.lengths[row] = used
         self._refresh_mask()
-
-    def _evicted(self, length: int) -> int:
-        """Positions that the local layers of a row of this length no longer hold."""
-        window = self._backend.manifest.cache.window
-        return length - int(slots_held(np.array([length]), window, self.local_slots)[0])
 
     def _refresh_mask(self) -> None:
         columns = np.arange(self._length)
@@ -288,10 +285,6 @@ class InPlaceStore(RightPaddedStore):
             self._busy.release()
             if block is not None:
                 self._backend.kept_block.keep(block)
-
-    def _check_open(self) -> None:
-        if self._block is None:
-            raise NeoError("the cache is closed; make another one with Model.new_cache")
 
 
 def _candidate_arrays(manifest: Manifest, batch: int) -> dict[str, NDArray[Any]]:
