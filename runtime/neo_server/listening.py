@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from neo_runtime.closable import closed_on_error
 from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
@@ -41,14 +42,10 @@ def bound(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        sock = socket.socket(family, kind, protocol)
-        try:
+        with closed_on_error(socket.socket(family, kind, protocol)) as sock:
             if os.name == "posix":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
-        except BaseException:
-            sock.close()
-            raise
     except OSError as error:
         raise NeoError(
             f"{host} port {port} cannot be listened to ({error}); choose another --host or --port"

@@ -7,7 +7,7 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from neo_runtime.closable import Closable
+from neo_runtime.closable import Closable, closed_on_error
 from neo_runtime.errors import NeoError, RequestError
 from neo_runtime.forks import in_every_child
 
@@ -53,11 +53,8 @@ class Prefix(Closable):
         self._users = 0
         self._is_closed = False
         self._cache = model.new_cache(1, model.rounded_length(len(ids)))
-        try:
+        with closed_on_error(self._cache):
             model.prefill_step(self._cache, [ids])
-        except BaseException:
-            self._cache.close()
-            raise
         self.free_locks()
         _all.add(self)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from neo_runtime.closable import Closable
+from neo_runtime.closable import Closable, closed_on_error
 
 if TYPE_CHECKING:
     from neo_runtime.backends.step_logits import StepLogits
@@ -32,11 +32,8 @@ class Reading(Closable):
         self._model, self._piece = model, piece
         self._unread = request.unread_prompt
         self.cache = model.new_cache(1, model.rounded_length(request.prompt_length))
-        try:
+        with closed_on_error(self.cache):
             request.fill(self.cache, 0)
-        except BaseException:
-            self.cache.close()
-            raise
 
     def read_chunk(self) -> StepLogits | None:
         """Read a chunk of the model; the logits of the prompt's last token once that was read."""

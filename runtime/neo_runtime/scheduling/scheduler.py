@@ -6,10 +6,11 @@ import atexit
 import logging
 import os
 import weakref
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.cached_model import CachedModel
-from neo_runtime.closable import Closable
+from neo_runtime.closable import Closable, closed_on_error
 from neo_runtime.errors import NeoError, RequestError
 from neo_runtime.forks import in_every_child
 from neo_runtime.generation.fitting import fitting_batch
@@ -105,7 +106,7 @@ class Scheduler(Closable):
         self._max_length: int = length or model.manifest.max_length
         model.prepare()
         prefixes = self._prefixes = model.new_prefix_cache(size) if size else None
-        try:
+        with nullcontext() if prefixes is None else closed_on_error(prefixes):
             # With a prefix cache most prompts are read in a cache of their own.
             batch = batch or fitting_batch(
                 model, model.default_batch, self._max_length, spare=int(prefixes is not None)
@@ -114,10 +115,6 @@ class Scheduler(Closable):
             self._end = weakref.finalize(self, self._batch.end)
             self._end.atexit = False  # see _end_all
             self._batch.start()
-        except BaseException:
-            if prefixes is not None:
-                prefixes.close()
-            raise
         _running.add(self._batch)
         self._process = os.getpid()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.backends.device.base import KernelCall
 from neo_runtime.bundle.step_kernels import kernels_path, read_kernels
+from neo_runtime.closable import closed_on_error
 from neo_runtime.errors import EngineError
 
 if TYPE_CHECKING:
@@ -72,15 +73,12 @@ class LoadedKernels:
         self._kernels, self._device = kernels, device
         self._loaded: list[object] = []
         self._memory = allocate(kernels.memory_bytes)
-        try:
+        with closed_on_error(self):
             device.zero(self._memory, kernels.memory_bytes)
             for kernel in kernels.kernels:
                 self._loaded.append(
                     device.load_kernel(kernel.binary(), kernel.name, kernel.shared_bytes)
                 )
-        except BaseException:
-            self.close()
-            raise
 
     def takes(self, rows: int) -> bool:
         """Whether there is a step for a batch."""

@@ -22,6 +22,7 @@ from neo_runtime.backends.tensorrt.buffers import StepBuffers
 from neo_runtime.backends.tensorrt.plan import LoadedPlan, choose_plan
 from neo_runtime.backends.tensorrt.store import TensorRTStore
 from neo_runtime.bundle.engine_record import PREFILL_PROFILE
+from neo_runtime.closable import closed_on_error
 from neo_runtime.errors import CacheLimitError
 
 if TYPE_CHECKING:
@@ -62,11 +63,8 @@ class TensorRTBackend(Backend):
         self.scored_at_once = min(self.default_chunk, self.record.options.max_logit_positions)
         with self.lock:
             self.plan = LoadedPlan(chosen, device)
-            try:
+            with closed_on_error(self.plan):
                 self._prefill = [self.plan.new_context(PREFILL_PROFILE)]
-            except BaseException:
-                self.plan.close()
-                raise
         make = partial(StepBuffers, self.plan, device, self.manifest)
         self._steps: IdlePool[StepBuffers] = IdlePool(make, most_idle=self.record.size)
         everything = partial(_let_go, self.plan, self._prefill, self._steps, device)
