@@ -112,8 +112,8 @@ def test_the_same_token_as_from_all_logits(case: str) -> None:
         for _ in range(8):
             logits = rows(rng, spread=rng.choice([0.5, 2.0, 6.0]))
             step = candidates_of(logits, rng)
-            [row] = step
-            assert samplers[0].pick(row) == samplers[1].pick(logits)
+            [row], [whole] = step, StepLogits.at_hand(logits[None])
+            assert samplers[0].pick(row) == samplers[1].pick(whole)
             seen[step.is_fetched] += 1
     assert seen[True] == sum(seen.values()) if case in NEVER else seen[False]
 

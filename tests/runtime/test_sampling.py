@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.reference_processors import reference_processors, reference_scores
+from neo_runtime.backends.step_logits import StepLogits
 from neo_runtime.errors import RequestError, VerificationError
 from neo_runtime.options.generation_options import GenerationOptions
-from neo_runtime.sampling.row_sampler import RowSampler, row_generator
+from neo_runtime.sampling.row_sampler import Choice, RowSampler, row_generator
 from numpy.typing import NDArray
 from scipy import special, stats
 
@@ -25,14 +26,19 @@ def sampler(seed: int | None = 0, sequence_index: int = 0, **arguments: Any) -> 
     return RowSampler(options, PROMPT, row_generator(seed, 0, sequence_index))
 
 
+def pick(sampler: RowSampler, logits: Floats) -> Choice:
+    [row] = StepLogits.at_hand(logits[None])
+    return sampler.pick(row)
+
+
 def test_greedy_takes_the_largest_logit_and_the_first_of_equals() -> None:
     logits = np.array([1, 3, 2, 3], np.float32)
-    assert sampler().pick(logits) == (1, None, None)
+    assert pick(sampler(), logits) == (1, None, None)
 
 
 def test_history_grows_and_holds_prompt_and_continuation() -> None:
     row = sampler()
-    said = [row.pick(logits_of(i)).token for i in range(50)]
+    said = [pick(row, logits_of(i)).token for i in range(50)]
     assert said == [int(logits_of(i).argmax()) for i in range(50)]
     assert row.ids.tolist() == [*PROMPT.tolist(), *said]
     assert row.ids[len(PROMPT) :].tolist() == said
@@ -49,7 +55,7 @@ def test_the_callers_logits_are_never_changed() -> None:
         suppress_tokens=[2],
         logprobs=2,
     )
-    row.pick(logits)
+    pick(row, logits)
     np.testing.assert_array_equal(logits, before)
 
 
@@ -57,9 +63,9 @@ def test_rules_see_the_tokens_picked_before() -> None:
     row = sampler(no_repeat_ngram_size=1)
     logits = np.array([9, 8, 7, 6, 5, 4, 3], np.float32)
     # 1, 2 and 4 are in the prompt.
-    assert [row.pick(logits).token for _ in range(4)] == [0, 3, 5, 6]
+    assert [pick(row, logits).token for _ in range(4)] == [0, 3, 5, 6]
     with pytest.raises(RequestError, match="forbid every token"):
-        row.pick(logits)
+        pick(row, logits)
 
 
 def test_greedy_equals_the_reference_rules_step_by_step() -> None:
@@ -72,7 +78,7 @@ def test_greedy_equals_the_reference_rules_step_by_step() -> None:
     for step in range(20):
         logits = logits_of(step % 3, vocab_size=9)
         expected = int(reference_scores(processors, np.array(ids), logits).argmax())
-        assert row.pick(logits).token == expected
+        assert pick(row, logits).token == expected
         ids.append(expected)
 
 
@@ -97,7 +103,7 @@ def test_draws_follow_the_references_distribution(arguments: dict[str, Any]) -> 
     expected = special.softmax(reference_scores(processors, PROMPT, logits).astype(np.float64))
     options = GenerationOptions(**arguments)
     generator = row_generator(123, 0, 0)
-    draws = [RowSampler(options, PROMPT, generator).pick(logits).token for _ in range(6000)]
+    draws = [pick(RowSampler(options, PROMPT, generator), logits).token for _ in range(6000)]
     counts = np.bincount(draws, minlength=logits.size)
     assert counts[expected == 0].sum() == 0
     # Tokens of fewer than 5 expected draws count as one, or chi-square would not hold.
@@ -114,7 +120,7 @@ def test_a_draw_is_one_number_and_an_inverse_cumulative_distribution() -> None:
     stream = row_generator(5, 0, 0)
     row = sampler(5, do_sample=True)
     for u in stream.random(200):
-        assert row.pick(logits).token == int(np.searchsorted([0.1, 0.3, 0.6, 1.0], u, "right"))
+        assert pick(row, logits).token == int(np.searchsorted([0.1, 0.3, 0.6, 1.0], u, "right"))
 
 
 def test_seeded_streams_are_the_same_in_every_release() -> None:
@@ -137,7 +143,7 @@ def test_a_row_in_a_batch_draws_what_it_draws_alone() -> None:
 def test_the_same_seed_says_the_same_and_another_does_not() -> None:
     def text(seed: int, sequence: int) -> list[int]:
         row = sampler(seed, sequence, do_sample=True, temperature=1.5)
-        return [row.pick(logits_of(i)).token for i in range(20)]
+        return [pick(row, logits_of(i)).token for i in range(20)]
 
     assert text(1, 0) == text(1, 0)
     assert len({tuple(text(s, i)) for s in range(3) for i in range(3)}) == 9
@@ -149,7 +155,7 @@ def test_logprobs_are_those_of_the_model_before_all_rules(count: int) -> None:
     expected = special.log_softmax(logits.astype(np.float64))
     best = int(logits.argmax())
     row = sampler(logprobs=count, suppress_tokens=[best], repetition_penalty=2.0)
-    choice = row.pick(logits)
+    choice = pick(row, logits)
     assert choice.token != best
     assert choice.logprob == pytest.approx(expected[choice.token], abs=1e-6)
     assert choice.top_logprobs is not None
@@ -159,7 +165,7 @@ def test_logprobs_are_those_of_the_model_before_all_rules(count: int) -> None:
 
 
 def test_equal_logprobs_are_listed_by_id() -> None:
-    choice = sampler(logprobs=2).pick(np.array([1, 2, 2, 2, 0], np.float32))
+    choice = pick(sampler(logprobs=2), np.array([1, 2, 2, 2, 0], np.float32))
     assert [t.token for t in choice.top_logprobs or ()] == [1, 2]
 
 
@@ -169,7 +175,7 @@ def test_logits_that_are_no_numbers_are_an_error(do_sample: bool, value: float) 
     logits = logits_of(0)
     logits[3] = value
     with pytest.raises(VerificationError, match=str(value)):
-        sampler(do_sample=do_sample).pick(logits)
+        pick(sampler(do_sample=do_sample), logits)
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
@@ -178,23 +184,23 @@ def test_the_smallest_temperature_is_greedy(top_k: int) -> None:
         picked = sampler(do_sample=True, temperature=2e-38, top_k=top_k, seed=seed)
         greedy = sampler()
         for step in range(8):
-            assert picked.pick(logits_of(step)).token == greedy.pick(logits_of(step)).token
+            assert pick(picked, logits_of(step)).token == pick(greedy, logits_of(step)).token
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
 @pytest.mark.parametrize(("temperature", "bias"), [(0.5, 3e38), (0.2, 1e38), (1e-29, 1e10)])
 def test_quotients_beyond_float32(temperature: float, bias: float, top_k: int) -> None:
     options = {"do_sample": True, "top_k": top_k, "logit_bias": {7: bias}}
-    assert sampler(temperature=temperature, **options).pick(logits_of(0)).token == 7
+    assert pick(sampler(temperature=temperature, **options), logits_of(0)).token == 7
 
 
 def test_forbidding_every_token_is_an_error_when_sampling() -> None:
     with pytest.raises(RequestError, match="forbid every token"):
-        sampler(do_sample=True, suppress_tokens=range(24)).pick(logits_of(0))
+        pick(sampler(do_sample=True, suppress_tokens=range(24)), logits_of(0))
 
 
 def test_forced_eos_comes_last() -> None:
     options = GenerationOptions(forced_eos_token_id=(3,))
     row = RowSampler(options, PROMPT, row_generator(0, 0, 0), max_length=len(PROMPT) + 3)
     logits = np.array([9, 1, 1, 1, 1], np.float32)
-    assert [row.pick(logits).token for _ in range(3)] == [0, 0, 3]
+    assert [pick(row, logits).token for _ in range(3)] == [0, 0, 3]

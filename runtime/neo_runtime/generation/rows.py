@@ -111,7 +111,7 @@ class Row:
         """What of the prompt is still to be computed: int64 [m], m at least 1."""
         return self.prompt[self.cached :]
 
-    def advance(self, logits: RowLogits | NDArray[np.float32]) -> Piece:
+    def advance(self, logits: RowLogits) -> Piece:
         """Choose the next token, and take those that a grammar lets follow it without a choice.
 
         Args:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from neo_runtime.backends.step_logits import StepLogits
 from neo_runtime.errors import RequestError
 from neo_runtime.generation.drafting import Drafter
 from neo_runtime.generation.feeding import feed
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from neo_runtime.backends.step_logits import RowLogits
     from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.cached_model import CachedModel
     from neo_runtime.generation.completion import Completion
@@ -71,7 +71,6 @@ def drafted_steps(
         return
     model.prepare(scores=True)  # before the clock starts
     with drafter.begin(model, row.total) as propose:
-        logits: Sequence[RowLogits | NDArray[np.float32]]
         logits = list(read_prompts(model, cache, [[row]]))
         guess: list[int] = []
         limit, right = _FIRST, 0
@@ -94,17 +93,15 @@ def drafted_steps(
             cache.crop(len(row.sampler.ids) - len(row.unfed))
             guess = _guess(model, cache, row, propose, limit)
             row.drafted += len(guess)
-            right, logits = 0, _scored(model, cache, row, guess)
+            right, logits = 0, list(_scored(model, cache, row, guess))
 
 
-def _scored(
-    model: CachedModel, cache: KVCache, row: Row, guess: list[int]
-) -> Sequence[RowLogits | NDArray[np.float32]]:
-    """The logits behind what was said, and behind each token of a guess."""
+def _scored(model: CachedModel, cache: KVCache, row: Row, guess: list[int]) -> StepLogits:
+    """The logits behind what was said, and, row by row, behind each token of a guess."""
     if not guess:
-        return list(feed(model, cache, [row], len(row.unfed)))
+        return feed(model, cache, [row], len(row.unfed))
     said = row.next_tokens(len(row.unfed))
-    return list(model.logits([*said, *guess], cache)[len(said) - 1 :])
+    return StepLogits.at_hand(model.logits([*said, *guess], cache)[len(said) - 1 :])
 
 
 def _guess(model: CachedModel, cache: KVCache, row: Row, propose: Propose, limit: int) -> list[int]:

@@ -161,24 +161,22 @@ class RowSampler:
         self._append(token)
         return Choice(token, None, None)
 
-    def pick(self, logits: FloatArray | RowLogits) -> Choice:
+    def pick(self, row: RowLogits) -> Choice:
         """Choose the next token and append it to the history.
 
         Args:
-            logits: the model's scores after the last token, float32 [V], not changed; or the row
-                of a step, whose logits are fetched only if its candidates do not decide.
+            row: the model's scores after the last token: not changed, and fetched only if the
+                candidates do not decide.
 
         Raises:
             VerificationError: the logits hold NaN or +inf.
             RequestError: the options forbid every token, or take scores out of float32.
         """
-        if not isinstance(logits, np.ndarray):
-            token = self._pick_candidate(logits)
-            if token is not None:
-                self._append(token)
-                return Choice(token, None, None)
-            logits = logits.full()
-        scores = logits
+        best = self._pick_candidate(row)
+        if best is not None:
+            self._append(best)
+            return Choice(best, None, None)
+        logits = scores = row.full()
         if self._processors or self._warpers:
             scores = logits.astype(np.float32)
             with np.errstate(over="ignore", invalid="ignore"):  # told below
