@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from neo_runtime.model import Model
     from neo_runtime.options.generation_options import GenerationOptions
     from neo_runtime.options.grammar import Grammar
-    from neo_runtime.sampling.row_sampler import Choice
+    from neo_runtime.sampling.choice import Choice
     from neo_runtime.scheduling.pending import PendingCompletion
     from neo_runtime.scheduling.scheduler import Scheduler
     from neo_runtime.text.tokenizer import Tokenizer
@@ -105,7 +105,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Choice": "sampling.row_sampler",
+    "Choice": "sampling.choice",
     "Completion": "generation.completion",
     "DraftModel": "generation.draft_model",
     "Drafter": "generation.drafting",

@@ -17,7 +17,7 @@ from neo_runtime.generation.text_stream import TextStream
 from neo_runtime.generation.token_scores import scored_tokens
 from neo_runtime.options.values import callback, count
 from neo_runtime.request_model import RequestModel
-from neo_runtime.sampling.row_sampler import check_seeds
+from neo_runtime.sampling.seeds import check_seeds
 from neo_runtime.text.prompts import as_list
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from neo_runtime.generation.rows import Row
     from neo_runtime.generation.text_stream import Piece
     from neo_runtime.options.generation_options import GenerationOptions
-    from neo_runtime.sampling.row_sampler import Choice
+    from neo_runtime.sampling.choice import Choice
     from neo_runtime.text.prompts import Prompt
 
 __all__ = ["Model"]

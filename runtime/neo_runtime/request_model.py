@@ -17,7 +17,7 @@ from neo_runtime.options.checks import check_vocabulary
 from neo_runtime.options.generation_config import GENERATION_CONFIG, file_error
 from neo_runtime.options.generation_options import GenerationOptions
 from neo_runtime.options.grammar import GrammarCompiler
-from neo_runtime.sampling.row_sampler import check_seeds
+from neo_runtime.sampling.seeds import check_seeds
 from neo_runtime.text.prompts import as_list, of_each, prompt_ids, with_bad_words
 
 if TYPE_CHECKING:

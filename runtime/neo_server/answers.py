@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.generation.completion import Completion
     from neo_runtime.generation.text_stream import Piece
-    from neo_runtime.sampling.row_sampler import Choice
+    from neo_runtime.sampling.choice import Choice
     from neo_runtime.text.tokenizer import Tokenizer
 
     from neo_server.asked import Asked

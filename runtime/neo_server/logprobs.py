@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.generation.text_stream import StreamDecoder
-from neo_runtime.sampling.row_sampler import Choice
+from neo_runtime.sampling.choice import Choice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -15,7 +15,7 @@ from neo_server.errors import shutting_down
 if TYPE_CHECKING:
     import numpy as np
     from neo_runtime.model import Model
-    from neo_runtime.sampling.row_sampler import Choice
+    from neo_runtime.sampling.choice import Choice
     from numpy.typing import NDArray
 
 __all__ = ["PromptScorer"]

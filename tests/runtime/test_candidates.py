@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from neo_runtime.backends.step_logits import CandidateRows, StepLogits
 from neo_runtime.options.generation_options import GenerationOptions
-from neo_runtime.sampling.row_sampler import RowSampler, row_generator
+from neo_runtime.sampling.row_sampler import RowSampler
+from neo_runtime.sampling.seeds import row_generator
 
 VOCABULARY, COUNT = 600, 64
 

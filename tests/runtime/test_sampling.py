@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -8,9 +8,13 @@ from helpers.reference_processors import reference_processors, reference_scores
 from neo_runtime.backends.step_logits import StepLogits
 from neo_runtime.errors import RequestError, VerificationError
 from neo_runtime.options.generation_options import GenerationOptions
-from neo_runtime.sampling.row_sampler import Choice, RowSampler, row_generator
+from neo_runtime.sampling.row_sampler import RowSampler
+from neo_runtime.sampling.seeds import row_generator
 from numpy.typing import NDArray
 from scipy import special, stats
+
+if TYPE_CHECKING:
+    from neo_runtime.sampling.choice import Choice
 
 Floats = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from neo_runtime.generation.completion import Completion, Timings
     from neo_runtime.model import Model
-    from neo_runtime.sampling.row_sampler import Choice
+    from neo_runtime.sampling.choice import Choice
 
 __all__ = ["print_lines", "print_object", "print_text", "print_timings"]
 

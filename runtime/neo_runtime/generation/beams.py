@@ -18,16 +18,14 @@ from neo_runtime.sampling.grammar_rule import GrammarRule
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from numpy.typing import NDArray
-
     from neo_runtime.cached_model import CachedModel
     from neo_runtime.generation.completion import FinishReason
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.options.generation_options import GenerationOptions
     from neo_runtime.sampling.beam_search import BeamResult
+    from neo_runtime.sampling.scores import IntArray
     from neo_runtime.text.tokenizer import Tokenizer
 
-    IntArray = NDArray[np.int64]
 
 __all__ = ["searched_completions"]
 

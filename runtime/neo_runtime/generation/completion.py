@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from neo_runtime.sampling.row_sampler import Choice
+    from neo_runtime.sampling.choice import Choice
 
 __all__ = ["Completion", "FinishReason", "Timings"]
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from neo_runtime.cache.kv_cache import KVCache
     from neo_runtime.generation.drafting import Propose
+    from neo_runtime.sampling.scores import IntArray
 
-    IntArray = NDArray[np.int64]
 
 __all__ = ["DraftModel"]
 

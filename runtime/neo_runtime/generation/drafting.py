@@ -8,10 +8,10 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from neo_runtime.errors import RequestError
 from neo_runtime.options.values import count
+from neo_runtime.sampling.scores import IntArray
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Drafter", "Propose", "PromptLookup"]
 
-IntArray = NDArray[np.int64]
 Propose: TypeAlias = Callable[[IntArray, int], IntArray]
 """(ids so far int64 [n], most tokens) → a guess how they go on, int64 [m]; m may be 0."""
 

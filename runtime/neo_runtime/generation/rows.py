@@ -8,24 +8,22 @@ from typing import TYPE_CHECKING
 from neo_runtime.generation.completion import Completion, Timings
 from neo_runtime.generation.prefix import length_of
 from neo_runtime.generation.text_stream import Piece, StopMatcher, StreamDecoder
-from neo_runtime.sampling.row_sampler import RowSampler, row_generator
+from neo_runtime.sampling.row_sampler import RowSampler
+from neo_runtime.sampling.seeds import row_generator
 from neo_runtime.text.prompts import of_each
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
 
     from neo_runtime.backends.step_logits import RowLogits
     from neo_runtime.cached_model import CachedModel
     from neo_runtime.generation.completion import FinishReason
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.options.generation_options import GenerationOptions
-    from neo_runtime.sampling.row_sampler import Choice
+    from neo_runtime.sampling.choice import Choice
+    from neo_runtime.sampling.scores import IntArray
     from neo_runtime.text.tokenizer import Tokenizer
 
-    IntArray = NDArray[np.int64]
 
 __all__ = ["Row", "Stopwatch", "cancelled_completions", "make_rows", "total_lengths"]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from neo_runtime.generation.completion import Completion
-    from neo_runtime.sampling.row_sampler import Choice
+    from neo_runtime.sampling.choice import Choice
     from neo_runtime.text.tokenizer import Tokenizer
 
 __all__ = ["Piece", "StopMatcher", "StreamDecoder", "TextStream"]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from neo_runtime.sampling.row_sampler import usable_maximum, with_logprobs
+from neo_runtime.sampling.choice import with_logprobs
+from neo_runtime.sampling.scores import usable_maximum
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from neo_runtime.cached_model import CachedModel
-    from neo_runtime.sampling.row_sampler import Choice
+    from neo_runtime.sampling.choice import Choice
 
 __all__ = ["scored_tokens"]
 

@@ -13,14 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neo_runtime.errors import RequestError, VerificationError
-from neo_runtime.sampling.processors import (
+from neo_runtime.sampling.processors import Renormalize
+from neo_runtime.sampling.rules import build_processors
+from neo_runtime.sampling.scores import (
     FloatArray,
     IntArray,
-    Renormalize,
     log_softmax,
+    overflowed,
+    usable_maximum,
 )
-from neo_runtime.sampling.row_sampler import overflowed, usable_maximum
-from neo_runtime.sampling.rules import build_processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -30,13 +30,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_runtime.sampling.processors import FloatArray, IntArray, LogitsProcessor, raised_tokens
+from neo_runtime.sampling.processors import LogitsProcessor, raised_tokens
 from neo_runtime.sampling.warpers import MinP, Temperature, TopK, TopP, keep_largest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from neo_runtime.backends.step_logits import Candidates
+    from neo_runtime.sampling.scores import FloatArray, IntArray
 
 __all__ = ["CandidatePicker"]
 

@@ -10,24 +10,19 @@ Each rule is a small class called with one row:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+
+from neo_runtime.sampling.scores import FloatArray, IntArray, log_softmax
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
-    "FloatArray",
-    "IntArray",
     "LogitsProcessor",
-    "log_softmax",
     "raised_tokens",
 ]
-
-IntArray: TypeAlias = NDArray[np.int64]
-FloatArray: TypeAlias = NDArray[np.float32]
 
 _MINUS_INF = np.float32(-np.inf)
 _NONE: IntArray = np.empty(0, np.int64)
@@ -49,14 +44,6 @@ def raised_tokens(rule: LogitsProcessor, ids: IntArray) -> IntArray | None:
     """
     find = getattr(rule, "raises", None)
     return None if find is None else find(ids)
-
-
-def log_softmax(scores: FloatArray) -> FloatArray:
-    """Log-softmax over the last axis, [..., V] → [..., V], of the same dtype."""
-    with np.errstate(divide="ignore"):
-        shifted = scores - scores.max(axis=-1, keepdims=True)
-        normalized: FloatArray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return normalized
 
 
 class SequenceBias:

@@ -8,22 +8,17 @@ and `multinomial` promise no stable results across numpy versions; this does wha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_runtime.errors import RequestError, VerificationError
+from neo_runtime.errors import VerificationError
 from neo_runtime.sampling.candidates import CandidatePicker
+from neo_runtime.sampling.choice import Choice, with_logprobs
 from neo_runtime.sampling.grammar_rule import GrammarRule
-from neo_runtime.sampling.processors import (
-    CountPenalty,
-    FloatArray,
-    IntArray,
-    MinLength,
-    Renormalize,
-    RepetitionPenalty,
-)
+from neo_runtime.sampling.processors import CountPenalty, MinLength, Renormalize, RepetitionPenalty
 from neo_runtime.sampling.rules import build_processors
+from neo_runtime.sampling.scores import FloatArray, IntArray, overflowed, usable_maximum
 from neo_runtime.sampling.warpers import build_warpers
 
 if TYPE_CHECKING:
@@ -32,74 +27,11 @@ if TYPE_CHECKING:
     from neo_runtime.backends.step_logits import RowLogits
     from neo_runtime.options.generation_options import GenerationOptions
 
-__all__ = [
-    "Choice",
-    "RowSampler",
-    "TokenLogprob",
-    "check_seeds",
-    "overflowed",
-    "row_generator",
-    "usable_maximum",
-    "with_logprobs",
-]
+__all__ = ["RowSampler"]
 
 
 _LEAVE_ONE_ALLOWED = (GrammarRule, CountPenalty, MinLength, RepetitionPenalty)
 """Rules beside which the only text token that a grammar allows is what is chosen."""
-
-
-class TokenLogprob(NamedTuple):
-    """A token and its natural-log probability."""
-
-    token: int
-    logprob: float
-
-
-class Choice(NamedTuple):
-    """The token picked at one step.
-
-    Log probabilities are those of the model itself: log-softmax of its logits before any
-    processor or warper (the convention of OpenAI and vLLM). None unless `logprobs` asks for them.
-    """
-
-    token: int
-    logprob: float | None
-    top_logprobs: tuple[TokenLogprob, ...] | None
-    """The most probable tokens, best first (ascending ids among equals), `logprobs` of them."""
-
-
-def check_seeds(seed: int | tuple[int, ...] | None, prompts: int) -> None:
-    """Refuse a seed for each of some prompts where there are more of them, or fewer.
-
-    Raises:
-        RequestError: there are.
-    """
-    if isinstance(seed, tuple) and len(seed) != prompts:
-        raise RequestError(
-            f"seed has {len(seed)} entries for {prompts} prompt{'s' if prompts > 1 else ''}; give "
-            "one seed for each prompt, or a single integer"
-        )
-
-
-def row_generator(
-    seed: int | tuple[int, ...] | None, prompt_index: int, sequence_index: int
-) -> np.random.Generator:
-    """The random generator of one sequence.
-
-    One integer serves every prompt, so that a prompt in a batch gets the draws that it gets
-    alone; the continuations of one prompt differ by `sequence_index`.
-
-    Args:
-        seed: the option `seed`; a sequence has one seed per prompt, None is fresh entropy.
-        prompt_index: place of the prompt in the batch.
-        sequence_index: which of its `num_return_sequences` this is.
-    """
-    if isinstance(seed, tuple):
-        seed = seed[prompt_index]
-    spawn_key = () if seed is None else (sequence_index,)
-    return np.random.Generator(
-        np.random.PCG64(np.random.SeedSequence(entropy=seed, spawn_key=spawn_key))
-    )
 
 
 class RowSampler:
@@ -228,53 +160,8 @@ class RowSampler:
         self._length += 1
 
 
-def usable_maximum(scores: FloatArray) -> float:
-    """The largest of `scores`, after making sure that a token can be chosen.
-
-    Raises:
-        VerificationError: NaN or +inf among the scores.
-        RequestError: all are -inf.
-    """
-    top = float(scores.max())
-    if np.isnan(top) or top == np.inf:
-        raise VerificationError(
-            f"the model's logits hold {top}, expected finite numbers; the weights or the "
-            "precision overflow: export again with --fp32 and --verify"
-        )
-    if top == -np.inf:
-        raise RequestError(
-            "the options forbid every token here; relax grammar, bad_words_ids, suppress_tokens, "
-            "logit_bias, logits_processor, no_repeat_ngram_size or min_new_tokens"
-        )
-    return top
-
-
-def overflowed() -> RequestError:
-    """For finite logits that the options' rules have made infinite, or NaN."""
-    return RequestError(
-        "the options take scores beyond float32; use smaller numbers for logit_bias, "
-        "sequence_bias, presence_penalty, frequency_penalty, repetition_penalty, "
-        "exponential_decay_length_penalty or temperature"
-    )
-
-
 def _greedy(scores: FloatArray) -> int:
     token = int(scores.argmax())  # of a NaN, if there is one
     if not np.isfinite(scores[token]):
         usable_maximum(scores)
     return token
-
-
-def with_logprobs(token: int, logits: FloatArray, count: int) -> Choice:
-    """A token with its log probability by log-softmax of `logits` [V], and the `count` best."""
-    top = logits.max()
-    normalizer = float(top) + float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
-    best: tuple[TokenLogprob, ...] = ()
-    if count > 0:
-        count = min(count, logits.size)
-        rank = logits.size - count
-        edge = np.partition(logits, rank)[rank]
-        candidates = np.flatnonzero(logits >= edge)
-        order = candidates[np.argsort(-logits[candidates], kind="stable")][:count]
-        best = tuple(TokenLogprob(int(i), float(logits[i]) - normalizer) for i in order)
-    return Choice(token, float(logits[token]) - normalizer, best)

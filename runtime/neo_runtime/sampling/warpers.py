@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_runtime.sampling.processors import FloatArray, IntArray, LogitsProcessor, log_softmax
+from neo_runtime.sampling.scores import FloatArray, IntArray, log_softmax
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_runtime.options.generation_options import GenerationOptions
+    from neo_runtime.sampling.processors import LogitsProcessor
 
 __all__ = ["build_warpers", "keep_largest"]
 
