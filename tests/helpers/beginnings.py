@@ -69,8 +69,8 @@ def _read(model: Model, prefixes: PrefixCache, ids: list[int]) -> None:
     assert not told.length
     prompt = len(ids) - 60
     with model.new_cache(2, 250) as cache:
-        for start in range(0, prompt, prefixes.piece):
-            chunk = ids[start : min(start + prefixes.piece, prompt)]
+        for start in range(0, prompt, prefixes.chunk):
+            chunk = ids[start : min(start + prefixes.chunk, prompt)]
             model.prefill(cache, [[5], chunk])
             told.extend(np.array(ids[: start + len(chunk)]), cache, 1)
         for index in range(prompt, len(ids)):

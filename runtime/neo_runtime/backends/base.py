@@ -39,13 +39,13 @@ def spoil_views(arrays: Iterable[NDArray[np.generic]]) -> None:
 
 
 class BlockPool(ABC):
-    """Memory beside the caches, in slots: keys and values of `positions` positions in each.
+    """Memory beside the caches, in slots: keys and values of `block_size` positions in each.
 
     For what sequences have in common (`neo_runtime.cache.prefix_cache`). What a slot holds does not
     depend on the cache that it came from.
     """
 
-    positions: int
+    block_size: int
 
     @abstractmethod
     def close(self) -> None:
@@ -146,7 +146,7 @@ class CacheStore(ABC):
 
     @abstractmethod
     def save_block(self, row: int, start: int, pool: BlockPool, slot: int) -> None:
-        """Copy a row's positions from `start` on, `pool.positions` of them, into a slot.
+        """Copy a row's positions from `start` on, `pool.block_size` of them, into a slot.
 
         Args:
             row: of this store.
@@ -226,8 +226,8 @@ class Backend(ABC):
         """Allocate a store of `batch` rows of up to `length` positions, all empty."""
 
     @abstractmethod
-    def open_pool(self, slots: int, positions: int) -> BlockPool:
-        """Allocate a pool of `slots` slots of `positions` positions: `position_bytes` each.
+    def open_pool(self, slots: int, block_size: int) -> BlockPool:
+        """Allocate a pool of `slots` slots of `block_size` positions: `position_bytes` each.
 
         Raises:
             DeviceMemoryError: there is no room on the device.

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CachedBeginning", "PrefixCache"]
 
-_MOST_POSITIONS = 32
-"""Of a block; fewer where less is read at once."""
+_MAX_BLOCK_SIZE = 32
+"""Positions; fewer where less is read at once."""
 
 
 class PrefixCache(Closable):
@@ -31,7 +31,7 @@ class PrefixCache(Closable):
 
     Local layers of a cache hold little more than a window, but a text may go on from any block, so
     every block holds its positions in all layers. They are copied while the cache still has them:
-    a prompt is to be read at most `piece` tokens at once.
+    a prompt is to be read at most `chunk` tokens at once.
     """
 
     def __init__(self, backend: Backend, ledger: CacheLedger, size: int, chunk: int) -> None:
@@ -48,17 +48,17 @@ class PrefixCache(Closable):
             CacheLimitError: the ledger, the device or the system has no room.
         """
         at_once = min(chunk, backend.manifest.cache.window or chunk)
-        self.positions = min(_MOST_POSITIONS, at_once)
-        """Of a block."""
-        self.piece = at_once // self.positions * self.positions
+        self.block_size = min(_MAX_BLOCK_SIZE, at_once)
+        """Positions of a block."""
+        self.chunk = at_once // self.block_size * self.block_size
         """Tokens of a prompt that may be read at once."""
         self.queries = self.hits = 0
         """Tokens of prompts that were begun, and those of them that were here."""
-        block = self.positions * position_bytes(backend.manifest)
+        block = self.block_size * position_bytes(backend.manifest)
         if size < block:
             raise RequestError(
                 f"prefix_cache_bytes is {size}, expected at least {block}: what a block of "
-                f"{self.positions} tokens takes"
+                f"{self.block_size} tokens takes"
             )
         slots = size // block
         self.nbytes = slots * block
@@ -66,7 +66,7 @@ class PrefixCache(Closable):
         self._pool, release = ledger.allocate(
             self.nbytes,
             "the prefix cache",
-            partial(backend.open_pool, slots, self.positions),
+            partial(backend.open_pool, slots, self.block_size),
             "ask for a smaller one (prefix_cache_bytes)",
         )
         self._release = weakref.finalize(self, release)
@@ -75,13 +75,13 @@ class PrefixCache(Closable):
 
     def find(self, ids: NDArray[np.int64]) -> CachedBeginning:
         """What is there of a prompt, int64 [n]: never all of it, as its last token gives logits."""
-        whole = (len(ids) - 1) // self.positions
+        whole = (len(ids) - 1) // self.block_size
         found = self._tree.find([self.key(ids, index) for index in range(whole)])
         return CachedBeginning(self, ids, found, found[-1] if found else self._tree.root)
 
     def key(self, ids: NDArray[np.int64], index: int) -> bytes:
         """What block `index` of a text, int64 [n], is known by."""
-        return ids[index * self.positions : (index + 1) * self.positions].tobytes()
+        return ids[index * self.block_size : (index + 1) * self.block_size].tobytes()
 
     def load(self, blocks: list[Block], cache: KVCache, row: int) -> None:
         """Make an empty row of a cache what some blocks hold, one behind the other."""
@@ -105,7 +105,7 @@ class PrefixCache(Closable):
         Returns:
             The block; None where it cannot be kept.
         """
-        tokens, start = self.key(ids, index), index * self.positions
+        tokens, start = self.key(ids, index), index * self.block_size
         if not parent.is_kept:
             return None
         if tokens in parent.children:
@@ -150,12 +150,12 @@ class CachedBeginning:
     @property
     def length(self) -> int:
         """Tokens that were found."""
-        return len(self._found) * self._cache.positions
+        return len(self._found) * self._cache.block_size
 
     @property
     def ahead(self) -> tuple[Block, bytes] | None:
         """The block that this text adds next, if others could use it before their last token."""
-        if self._last is None or (self._count + 1) * self._cache.positions >= len(self._prompt):
+        if self._last is None or (self._count + 1) * self._cache.block_size >= len(self._prompt):
             return None
         return self._last, self._cache.key(self._prompt, self._count)
 
@@ -167,11 +167,11 @@ class CachedBeginning:
 
     def has_more(self, length: int) -> bool:
         """Whether a text of `length` tokens has blocks that are not here yet."""
-        return self._last is not None and length // self._cache.positions > self._count
+        return self._last is not None and length // self._cache.block_size > self._count
 
     def extend(self, ids: NDArray[np.int64], cache: KVCache, row: int) -> None:
         """Keep the whole blocks of a text, int64 [n], of which a row of a cache has all."""
-        last, whole = self._last, len(ids) // self._cache.positions
+        last, whole = self._last, len(ids) // self._cache.block_size
         self._last = None  # for good, if a copy fails
         while last is not None and self._count < whole:
             last = self._cache.save(last, self._count, ids, cache, row)

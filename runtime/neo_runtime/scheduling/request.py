@@ -36,8 +36,7 @@ class Request:
         self.group = group
         """What it shares the batch with others as; None: as itself alone."""
         self.has_ended = False
-        self._crowd: set[Request] = set()
-        self.watch = row.watch
+        self._unfinished: set[Request] = set()
         self.row = row
         self._should_stop = should_stop
         self._beginning: CachedBeginning | None = None
@@ -46,14 +45,14 @@ class Request:
         if row.prefix is not None:
             row.prefix.hold()
 
-    def join(self, crowd: set[Request]) -> None:
+    def join(self, requests: set[Request]) -> None:
         """Be in a set until the end."""
-        self._crowd = crowd
-        crowd.add(self)
+        self._unfinished = requests
+        requests.add(self)
 
-    def leave_line(self) -> None:
+    def begin(self) -> None:
         """Its prompt is about to be read."""
-        self.pending.queue_seconds = self.watch.seconds()
+        self.pending.queue_seconds = self.row.watch.seconds()
 
     @property
     def unread_prompt(self) -> NDArray[np.int64]:
@@ -122,7 +121,7 @@ class Request:
             self.fail(self._chosen)
             return
         if self.pending.time_to_first_token is None:
-            self.pending.time_to_first_token = self.watch.seconds()
+            self.pending.time_to_first_token = self.row.watch.seconds()
         self._give(self._chosen)
         if self.row.finish_reason is not None:
             self._complete()
@@ -159,7 +158,7 @@ class Request:
     def _resolve(self, settle: Callable[[], None]) -> None:
         """Readers first: callbacks of the future may read what is left, and may raise."""
         self.has_ended = True
-        self._crowd.discard(self)
+        self._unfinished.discard(self)
         self._let_go()
         self.pending.give(None)
         try:

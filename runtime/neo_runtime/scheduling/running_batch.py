@@ -1,7 +1,7 @@
 """A batch that requests join and leave while it runs: continuous batching, in one thread.
 
     inbox ──▶ waiting ──prefill──▶ active: row i of the cache ──decode, a token a step──▶ ended
-                 └──chunk by chunk──▶ reading: a cache of its own ──copied──┘
+                 └──chunk by chunk──▶ prefilling: a cache of its own ──copied──┘
 
 Between two decode steps rows that have ended leave the cache, and requests that wait take their
 places, as many as have room and at most a chunk of prompt tokens. A prompt of more than a chunk is
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from neo_runtime.errors import NeoError
 from neo_runtime.generation.feeding import feed
 from neo_runtime.generation.generator import fill_holes
-from neo_runtime.scheduling.reading import Reading
-from neo_runtime.scheduling.waiting_line import WaitingLine
+from neo_runtime.scheduling.chunked_prefill import ChunkedPrefill
+from neo_runtime.scheduling.waiting_queue import WaitingQueue
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,11 +56,11 @@ class RunningBatch:
         self._model, self.size, self._length = model, batch, length
         self._prefixes = prefixes
         self._inbox: SimpleQueue[Request | None] = SimpleQueue()
-        self._waiting = WaitingLine(model.prefill_chunk, prefixes)
+        self._waiting = WaitingQueue(model.prefill_chunk, prefixes)
         self._unfinished: set[Request] = set()
         self._active: list[Request] = []
         """By row of the cache."""
-        self._reading: Reading | None = None
+        self._prefilling: ChunkedPrefill | None = None
         self.generated_tokens = 0
         """Of all requests."""
         self._is_ending = self._is_cancelled = self._has_stopped = False
@@ -126,8 +126,12 @@ class RunningBatch:
     @property
     def active(self) -> int:
         """Requests that are being computed."""
-        reading = self._reading is not None
-        return sum(not request.has_ended for request in self._active) + reading
+        return sum(not one.has_ended for one in self._active) + len(self._prefilling_requests)
+
+    @property
+    def _prefilling_requests(self) -> list[Request]:
+        prefilling = self._prefilling  # once: callers may be in other threads
+        return [] if prefilling is None else [prefilling.request]
 
     def _run(self) -> None:
         try:
@@ -145,7 +149,7 @@ class RunningBatch:
 
     def _fail(self, error: BaseException) -> None:
         """End what is being computed: what the caches hold is not known any more."""
-        requests = [*self._active, *([self._reading.request] if self._reading else [])]
+        requests = [*self._active, *self._prefilling_requests]
         self._active = []
         self._drop_caches()
         for request in requests:
@@ -163,7 +167,7 @@ class RunningBatch:
     def _receive(self) -> bool:
         """Take in what has come, and wait for it where there is nothing to do; False at the end."""
         while True:
-            is_idle = not (self._waiting or self._active or self._reading)
+            is_idle = not (self._waiting or self._active or self._prefilling)
             try:
                 request = self._inbox.get(block=is_idle and not self._is_ending)
             except Empty:
@@ -176,15 +180,15 @@ class RunningBatch:
         """Prompts, as many as may hold up the others; then a token for every row."""
         self._look_around()
         self._drop_ended()
-        if self._reading is not None:
-            self._read_on(self._reading)
+        if self._prefilling is not None:
+            self._go_on_prefilling(self._prefilling)
             self._drop_ended()
         self._begin()
         self._drop_ended()
         if self._active:
             rows = [request.row for request in self._active]
             cache = self._open_cache()
-            self._push(self._active, feed(self._model, cache, rows, self._waiting.piece))
+            self._push(self._active, feed(self._model, cache, rows, self._waiting.chunk))
             for row, request in enumerate(self._active):
                 request.keep(cache, row)
 
@@ -192,11 +196,11 @@ class RunningBatch:
         """End what nobody wants: of those who wait now and then, and each when its turn comes."""
         for request in self._active:
             request.end_if_unwanted(is_closing=self._is_cancelled)
-        if self._reading is not None:
-            self._reading.request.end_if_unwanted(is_closing=self._is_cancelled)
-            if self._reading.request.has_ended:
-                self._reading.close()
-                self._reading = None
+        if self._prefilling is not None:
+            self._prefilling.request.end_if_unwanted(is_closing=self._is_cancelled)
+            if self._prefilling.request.has_ended:
+                self._prefilling.close()
+                self._prefilling = None
         self._waiting.sweep(is_closing=self._is_cancelled)
 
     def _drop_ended(self) -> None:
@@ -208,9 +212,9 @@ class RunningBatch:
 
     def _begin(self) -> None:
         """Compute the prompts of requests that have waited, those whose turn it is."""
-        reading = None if self._reading is None else self._reading.request
-        new = self._waiting.next(self.size - self.active, self._active, reading)
-        if len(new) == 1 and self._waiting.is_long(new[0]) and self._start_reading(new[0]):
+        room = self.size - self.active
+        new = self._waiting.next(room, self._active, self._prefilling_requests)
+        if len(new) == 1 and self._waiting.is_long(new[0]) and self._start_chunked_prefill(new[0]):
             return
         if new:
             rows = range(len(self._active), len(self._active) + len(new))
@@ -220,39 +224,39 @@ class RunningBatch:
             for row, request in zip(rows, new, strict=True):
                 request.fill(cache, row)
             prompts = [request.unread_prompt for request in new]
-            piece = self._waiting.piece
-            for start in range(0, len(prompts[0]), piece):  # of several each is one
-                pieces = [prompt[start : start + piece] for prompt in prompts]
-                logits = self._model.prefill_step(cache, pieces, rows)
+            chunk = self._waiting.chunk
+            for start in range(0, len(prompts[0]), chunk):  # of several each is one
+                chunks = [prompt[start : start + chunk] for prompt in prompts]
+                logits = self._model.prefill_step(cache, chunks, rows)
                 for row, request in zip(rows, new, strict=True):
                     request.keep(cache, row)
             self._first_tokens(new, logits)
 
-    def _start_reading(self, request: Request) -> bool:
+    def _start_chunked_prefill(self, request: Request) -> bool:
         """Begin a long prompt; False where there is no room for another cache."""
         try:
-            self._reading = Reading(self._model, request, self._waiting.piece)
+            self._prefilling = ChunkedPrefill(self._model, request, self._waiting.chunk)
         except MemoryError:  # CacheLimitError and DeviceMemoryError are such
             return False
         except BaseException as error:
             request.fail(error)
         return True
 
-    def _read_on(self, reading: Reading) -> None:
+    def _go_on_prefilling(self, prefilling: ChunkedPrefill) -> None:
         """Read a chunk of a long prompt; behind the last one its row joins the batch."""
-        logits = reading.read_chunk()
+        logits = prefilling.compute_chunk()
         if logits is not None:
             cache, row = self._open_cache(), len(self._active)
-            self._active.append(reading.request)
-            self._reading = None
-            with reading:
+            self._active.append(prefilling.request)
+            self._prefilling = None
+            with prefilling:
                 cache.extend(1)
-                cache.copy_from(reading.cache, [row])
-                self._first_tokens([reading.request], logits)
+                cache.copy_from(prefilling.cache, [row])
+                self._first_tokens([prefilling.request], logits)
 
     def _first_tokens(self, requests: Sequence[Request], logits: StepLogits) -> None:
         for request in requests:
-            request.watch.prefill = request.watch.seconds()
+            request.row.watch.prefill = request.row.watch.seconds()
         self._push(requests, logits)
 
     def _push(self, requests: Sequence[Request], logits: StepLogits) -> None:
@@ -271,10 +275,10 @@ class RunningBatch:
         return self._cache
 
     def _drop_caches(self) -> None:
-        for held in (self._cache, self._reading):
+        for held in (self._cache, self._prefilling):
             if held is not None:
                 held.close()
-        self._cache = self._reading = None
+        self._cache = self._prefilling = None
 
 
 def _own(error: BaseException) -> BaseException:

@@ -194,14 +194,14 @@ class AppendStore(CacheStore):
         first = self._width - int(self.lengths[row]) + start
         held = self._views(self._past, self.batch, self._width)
         for block, tensor in zip(pool.arrays[slot], held, strict=True):
-            block[:] = tensor[row, :, first : first + pool.positions]
+            block[:] = tensor[row, :, first : first + pool.block_size]
 
     def load_blocks(self, row: int, pool: BlockPool, slots: Sequence[int]) -> None:
         """See `CacheStore.load_blocks`."""
         assert isinstance(pool, HostBlocks)
         tensors = range(pool.arrays.shape[1])
         joined = (np.concatenate([pool.arrays[s, t] for s in slots], axis=1) for t in tensors)
-        self._fill(np.array([row]), len(slots) * pool.positions, joined)
+        self._fill(np.array([row]), len(slots) * pool.block_size, joined)
 
     def _fill(self, rows: NDArray[np.int64], used: int, sources: Iterable[NDArray[Any]]) -> None:
         """Put `used` positions into empty rows; the others move to the longest row's end."""

@@ -108,9 +108,9 @@ class OnnxRuntimeBackend(Backend):
         kind = InPlaceStore if self.manifest.cache.layout == "in_place" else AppendStore
         return kind(self, batch, length)
 
-    def open_pool(self, slots: int, positions: int) -> BlockPool:
+    def open_pool(self, slots: int, block_size: int) -> BlockPool:
         """See `Backend.open_pool`."""
-        return HostBlocks(self.manifest, slots, positions)
+        return HostBlocks(self.manifest, slots, block_size)
 
     @contextmanager
     def prompt(self) -> Iterator[None]:

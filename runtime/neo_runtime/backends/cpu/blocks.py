@@ -19,10 +19,10 @@ __all__ = ["HostBlocks"]
 class HostBlocks(BlockPool):
     """Memory that comes from the system page by page, as slots are first written."""
 
-    def __init__(self, manifest: Manifest, slots: int, positions: int) -> None:
+    def __init__(self, manifest: Manifest, slots: int, block_size: int) -> None:
         model = manifest.model
-        shape = (slots, 2 * model.num_layers, model.num_heads, positions, model.head_dim)
-        self.positions = positions
+        shape = (slots, 2 * model.num_layers, model.num_heads, block_size, model.head_dim)
+        self.block_size = block_size
         self.arrays: NDArray[Any] = np.zeros(shape, dtype=manifest.cache.dtype)
         """By slot, and by tensor: layer by layer, keys first."""
 

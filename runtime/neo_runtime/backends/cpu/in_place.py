@@ -242,16 +242,16 @@ class InPlaceStore(RightPaddedStore):
                 self._growing, self._buffers, pool.arrays[slot], strict=True
             ):
                 first = start if growing else start - evicted
-                block[:] = buffer[row, :, first : first + pool.positions]
+                block[:] = buffer[row, :, first : first + pool.block_size]
 
     def load_blocks(self, row: int, pool: BlockPool, slots: Sequence[int]) -> None:
         """See `CacheStore.load_blocks`."""
         assert isinstance(pool, HostBlocks)
-        used = len(slots) * pool.positions
+        used = len(slots) * pool.block_size
         evicted = int(self.evicted(np.array([used]))[0])
         with self._busy:
             for index, slot in enumerate(slots):
-                start = index * pool.positions
+                start = index * pool.block_size
                 for growing, buffer, block in zip(
                     self._growing, self._buffers, pool.arrays[slot], strict=True
                 ):

@@ -214,9 +214,11 @@ class CudaBackend(Backend):
         """See `Backend.open_cache`."""
         return DeviceStore(self, batch, self._capacity(length))
 
-    def open_pool(self, slots: int, positions: int) -> BlockPool:
+    def open_pool(self, slots: int, block_size: int) -> BlockPool:
         """See `Backend.open_pool`."""
-        return new_blocks(self.manifest, self.device, self.slots, self._leftovers, slots, positions)
+        return new_blocks(
+            self.manifest, self.device, self.slots, self._leftovers, slots, block_size
+        )
 
     @contextmanager
     def block(self, size: int) -> Iterator[int]:

@@ -23,19 +23,19 @@ class DeviceBlocks(BlockPool):
     """Slots one behind the other, each [tensors, heads, positions, bytes of a position]."""
 
     def __init__(
-        self, address: int, manifest: Manifest, positions: int, give_back: Callable[[], None]
+        self, address: int, manifest: Manifest, block_size: int, give_back: Callable[[], None]
     ) -> None:
         """Cut up memory that was allocated.
 
         Args:
             address: of the first slot.
             manifest: of the bundle whose keys and values these are.
-            positions: of a slot.
+            block_size: positions of a slot.
             give_back: frees the memory; called once, at `close` or for a pool that is garbage.
         """
-        self.positions = positions
+        self.block_size = block_size
         self._address = address
-        self._slot_size = positions * position_bytes(manifest)
+        self._slot_size = block_size * position_bytes(manifest)
         self._tensor_size = self._slot_size // (2 * manifest.model.num_layers)
         self._give_back = weakref.finalize(self, give_back)
         self._give_back.atexit = False  # the system takes everything then
@@ -56,16 +56,16 @@ def new_blocks(
     idle: IdlePool[Any],
     leftovers: Leftovers,
     slots: int,
-    positions: int,
+    block_size: int,
 ) -> DeviceBlocks:
     """Allocate a pool, for which idle buffers make room.
 
     Raises:
         DeviceMemoryError: the device has no room.
     """
-    size = slots * positions * position_bytes(manifest)
+    size = slots * block_size * position_bytes(manifest)
     with leftovers.cleared():
         address = idle.take_other(partial(device.allocate, size))
     # Nothing of the backend: a pool must not keep it from being garbage.
     give_back = partial(leftovers.leave, partial(idle.give_other, partial(device.free, address)))
-    return DeviceBlocks(address, manifest, positions, give_back)
+    return DeviceBlocks(address, manifest, block_size, give_back)

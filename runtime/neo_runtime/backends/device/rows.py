@@ -81,7 +81,7 @@ class CacheTensors:
     def load(self, row: int, pool: DeviceBlocks, slots: Sequence[int]) -> None:
         """Copy slots to the beginning of a row, one behind the other."""
         for index, slot in enumerate(slots):
-            start = index * pool.positions
+            start = index * pool.block_size
             for inside, outside, width in self._places(row, start, pool, slot):
                 self.device.copy_rows(inside, self._pitch, outside, width, width, self.heads)
 
@@ -91,7 +91,7 @@ class CacheTensors:
         """By tensor: address in the cache, address in the slot, bytes of a head in the slot."""
         offset = row * self.heads * self._pitch + start * self.position
         for tensor, outside in zip(self.addresses, pool.addresses(slot), strict=True):
-            yield tensor + offset, outside, pool.positions * self.position
+            yield tensor + offset, outside, pool.block_size * self.position
 
 
 class DeviceRowsStore(CacheStore):
@@ -155,5 +155,5 @@ class DeviceRowsStore(CacheStore):
         assert isinstance(pool, DeviceBlocks)
         with self._alone():
             self._tensors().load(row, pool, slots)
-        self.lengths[row] = len(slots) * pool.positions
+        self.lengths[row] = len(slots) * pool.block_size
         self._rows_changed()

@@ -98,10 +98,10 @@ class TensorRTBackend(Backend):
             )
         return TensorRTStore(self, batch)
 
-    def open_pool(self, slots: int, positions: int) -> BlockPool:
+    def open_pool(self, slots: int, block_size: int) -> BlockPool:
         """See `Backend.open_pool`."""
         return new_blocks(
-            self.manifest, self.device, self._steps, self._leftovers, slots, positions
+            self.manifest, self.device, self._steps, self._leftovers, slots, block_size
         )
 
     def take_buffers(self, batch: int) -> StepBuffers:

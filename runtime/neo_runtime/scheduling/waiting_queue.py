@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from neo_runtime.cache.prefix_cache import PrefixCache
     from neo_runtime.scheduling.request import Request
 
-__all__ = ["WaitingLine"]
+__all__ = ["WaitingQueue"]
 
 _SWEEP = 0.05
 """Seconds between two looks at all who wait: whether anybody still wants them."""
@@ -24,19 +24,19 @@ _SWEEP_SHARE = 20
 """And so many times as long as one look takes: for thousands who wait."""
 
 
-class WaitingLine:
+class WaitingQueue:
     """See the module."""
 
-    def __init__(self, chunk: int, prefixes: PrefixCache | None) -> None:
+    def __init__(self, budget: int, prefixes: PrefixCache | None) -> None:
         """Begin with nobody.
 
         Args:
-            chunk: tokens of prompts that may hold up a running batch at once.
+            budget: tokens of prompts that may hold up a running batch at once.
             prefixes: what requests may begin with.
         """
-        self.piece = chunk if prefixes is None else prefixes.piece
-        """Tokens of a prompt that are read at once; a prompt of more is a long one."""
-        self._chunk, self._prefixes = chunk, prefixes
+        self.chunk = budget if prefixes is None else prefixes.chunk
+        """Tokens of a prompt that are computed at once; a prompt of more is a long one."""
+        self._budget, self._prefixes = budget, prefixes
         self._requests: deque[Request] = deque()
         self._next_sweep = 0.0
 
@@ -57,17 +57,19 @@ class WaitingLine:
             now = monotonic()
             self._next_sweep = now + max(_SWEEP, _SWEEP_SHARE * (now - started))
 
-    def next(self, room: int, active: Sequence[Request], reading: Request | None) -> list[Request]:
-        """Take those who begin now: at most `room`, and at most a chunk, or a long one.
+    def next(
+        self, room: int, active: Sequence[Request], prefilling: Sequence[Request]
+    ) -> list[Request]:
+        """Take those who begin now: at most `room`, and within the budget, or a long one.
 
         Args:
             room: sequences that the batch has room for.
             active: those that are in it.
-            reading: whose long prompt is being read.
+            prefilling: those whose long prompts are being computed.
         """
         new: list[Request] = []
         shares: Counter[Hashable] = Counter()
-        for one in (*active, *([] if reading is None else [reading])):
+        for one in (*active, *prefilling):
             if one.group is not None and not one.has_ended:
                 shares[one.group] += 1
         while self._requests and len(new) < room:
@@ -77,10 +79,10 @@ class WaitingLine:
             if self._prefixes is not None and not request.has_ended:
                 request.look_up(self._prefixes)
             if not request.has_ended:
-                if not self._fits(request, new, reading):
+                if not self._fits(request, new, prefilling):
                     break
                 new.append(request)
-                request.leave_line()
+                request.begin()
                 if request.group is not None:
                     shares[request.group] += 1
             del self._requests[place]
@@ -98,9 +100,11 @@ class WaitingLine:
                         break
         return best
 
-    def _fits(self, request: Request, new: Sequence[Request], reading: Request | None) -> bool:
-        """Whether a request begins with some others, beside the one whose prompt is being read."""
-        others = [*new, *([] if reading is None else [reading])]
+    def _fits(
+        self, request: Request, new: Sequence[Request], prefilling: Sequence[Request]
+    ) -> bool:
+        """Whether a request begins with some others, beside those whose prompts are computed."""
+        others = [*new, *prefilling]
         if any(request.repeats(other) for other in others):
             return False  # it finds at the next step what they leave
         if self.is_long(request):
@@ -108,8 +112,8 @@ class WaitingLine:
         if not new:
             return True
         tokens = sum(len(other.unread_prompt) for other in (*new, request))
-        return tokens <= self._chunk and not self.is_long(new[0])
+        return tokens <= self._budget and not self.is_long(new[0])
 
     def is_long(self, request: Request) -> bool:
         """Whether a prompt is read in a cache of its own."""
-        return len(request.unread_prompt) > self.piece
+        return len(request.unread_prompt) > self.chunk

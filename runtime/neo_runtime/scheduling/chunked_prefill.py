@@ -1,4 +1,4 @@
-"""A long prompt that is read a chunk at a time, beside a batch that goes on."""
+"""Chunked prefill: a long prompt is computed chunk by chunk, beside a batch that goes on."""
 
 from __future__ import annotations
 
@@ -11,38 +11,42 @@ if TYPE_CHECKING:
     from neo_runtime.cached_model import CachedModel
     from neo_runtime.scheduling.request import Request
 
-__all__ = ["Reading"]
+__all__ = ["ChunkedPrefill"]
 
 
-class Reading(Closable):
+class ChunkedPrefill(Closable):
     """A request's prompt in a cache of its own."""
 
-    def __init__(self, model: CachedModel, request: Request, piece: int) -> None:
+    def __init__(self, model: CachedModel, request: Request, chunk: int) -> None:
         """Allocate; nothing is read yet.
 
         Args:
             model: computes.
             request: whose prompt is read.
-            piece: tokens that are read at once.
+            chunk: tokens that are computed at once.
 
         Raises:
             CacheLimitError: there is no room for another cache.
         """
         self.request = request
-        self._model, self._piece = model, piece
+        self._model, self._chunk = model, chunk
         self._unread = request.unread_prompt
         self.cache = model.new_cache(1, model.rounded_length(request.prompt_length))
         with closed_on_error(self.cache):
             request.fill(self.cache, 0)
 
-    def read_chunk(self) -> StepLogits | None:
-        """Read a chunk of the model; the logits of the prompt's last token once that was read."""
+    def compute_chunk(self) -> StepLogits | None:
+        """Compute at most `Model.prefill_chunk` tokens.
+
+        Returns:
+            The logits of the prompt's last token, [1, vocab]; None before that was computed.
+        """
         logits = None
-        for _ in range(0, self._model.prefill_chunk, self._piece):
+        for _ in range(0, self._model.prefill_chunk, self._chunk):
             if not len(self._unread):
                 break
-            logits = self._model.prefill_step(self.cache, [self._unread[: self._piece]])
-            self._unread = self._unread[self._piece :]
+            logits = self._model.prefill_step(self.cache, [self._unread[: self._chunk]])
+            self._unread = self._unread[self._chunk :]
             self.request.keep(self.cache, 0)
         return None if len(self._unread) else logits
 
