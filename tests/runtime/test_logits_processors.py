@@ -220,7 +220,7 @@ def test_penalties_of_openai_stand_where_generate_puts_its_callers_processors() 
 
 def test_prompt_tokens_have_no_presence_or_frequency_penalty() -> None:
     options = GenerationOptions(presence_penalty=1.0, frequency_penalty=0.5)
-    (rule,) = build_processors(options, prompt_length=3)
+    (rule,) = build_processors(options, 3, 3 + MAX_NEW)
     scores = rule(np.array([1, 1, 2, 4, 4, 2], np.int64), np.zeros(6, np.float32))
     assert scores.tolist() == [0, 0, -1.5, 0, -2, 0]
 
@@ -236,7 +236,7 @@ def test_ignored_or_foreign_eos_does_no_harm() -> None:
     scores = np.zeros(5, np.float32)
     ids = np.zeros(2, np.int64)
     ignoring = GenerationOptions(min_new_tokens=9, eos_token_id=(3,), ignore_eos=True)
-    assert build_processors(ignoring, 2) == []
+    assert build_processors(ignoring, 2, 2 + MAX_NEW) == []
     foreign = GenerationOptions(min_new_tokens=9, eos_token_id=(3, 50256))
-    (rule,) = build_processors(foreign, 2)
+    (rule,) = build_processors(foreign, 2, 2 + MAX_NEW)
     assert np.flatnonzero(np.isneginf(rule(ids, scores))).tolist() == [3]

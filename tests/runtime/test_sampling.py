@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 
 PROMPT = np.array([1, 4, 1, 2])
+MAX_LENGTH = 1024
 
 
 def logits_of(seed: int, vocab_size: int = 24) -> Floats:
@@ -27,7 +28,7 @@ def logits_of(seed: int, vocab_size: int = 24) -> Floats:
 
 def sampler(seed: int | None = 0, sequence_index: int = 0, **arguments: Any) -> RowSampler:
     options = GenerationOptions(**arguments)
-    return RowSampler(options, PROMPT, row_generator(seed, 0, sequence_index))
+    return RowSampler(options, PROMPT, row_generator(seed, 0, sequence_index), MAX_LENGTH)
 
 
 def pick(sampler: RowSampler, logits: Floats) -> Choice:
@@ -107,7 +108,9 @@ def test_draws_follow_the_references_distribution(arguments: dict[str, Any]) -> 
     expected = special.softmax(reference_scores(processors, PROMPT, logits).astype(np.float64))
     options = GenerationOptions(**arguments)
     generator = row_generator(123, 0, 0)
-    draws = [pick(RowSampler(options, PROMPT, generator), logits).token for _ in range(6000)]
+    draws = [
+        pick(RowSampler(options, PROMPT, generator, MAX_LENGTH), logits).token for _ in range(6000)
+    ]
     counts = np.bincount(draws, minlength=logits.size)
     assert counts[expected == 0].sum() == 0
     # Tokens of fewer than 5 expected draws count as one, or chi-square would not hold.

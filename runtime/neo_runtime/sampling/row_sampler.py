@@ -42,7 +42,7 @@ class RowSampler:
         prompt_ids: int64 [n], at least one.
         generator: the row's own; see `row_generator`. Greedy decoding draws nothing from it.
         max_length: tokens of prompt and continuation together, at most
-            (`GenerationOptions.total_length`); sizes the history and tells the last step.
+            (`GenerationOptions.total_length`).
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class RowSampler:
         options: GenerationOptions,
         prompt_ids: IntArray,
         generator: np.random.Generator,
-        max_length: int | None = None,
+        max_length: int,
     ) -> None:
         self._length = len(prompt_ids)
-        self._history = np.empty(max(max_length or 0, self._length), np.int64)
+        self._history = np.empty(max_length, np.int64)
         self._history[: self._length] = prompt_ids
         self._generator = generator
         self._logprobs = options.logprobs
@@ -154,8 +154,6 @@ class RowSampler:
         return int(np.searchsorted(cumulative, target, side="right"))
 
     def _append(self, token: int) -> None:
-        if self._length == self._history.size:
-            self._history = np.concatenate([self._history, np.empty_like(self._history)])
         self._history[self._length] = token
         self._length += 1
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_runtime.errors import RequestError
 from neo_runtime.sampling.custom_processor import CustomProcessor
 from neo_runtime.sampling.grammar_rule import GrammarRule
 from neo_runtime.sampling.processors import (
@@ -38,18 +37,14 @@ __all__ = ["build_processors"]
 
 
 def build_processors(
-    options: GenerationOptions, prompt_length: int, max_length: int | None = None
+    options: GenerationOptions, prompt_length: int, max_length: int
 ) -> list[LogitsProcessor]:
     """The rules that `options` ask for, in order, without the warpers and the renormalization.
 
     Args:
         options: what was asked for; its `active_eos` are the end-of-sequence ids.
         prompt_length: tokens of the prompt.
-        max_length: tokens of prompt and continuation together, at most; read by
-            `forced_eos_token_id` only.
-
-    Raises:
-        RequestError: `forced_eos_token_id` without a `max_length`.
+        max_length: tokens of prompt and continuation together, at most.
     """
     eos = options.active_eos
     rules: list[LogitsProcessor] = []
@@ -80,13 +75,11 @@ def build_processors(
 
 
 def _late_processors(
-    options: GenerationOptions, prompt_length: int, max_length: int | None
+    options: GenerationOptions, prompt_length: int, max_length: int
 ) -> list[LogitsProcessor]:
     """From forced_eos_token_id to begin_suppress_tokens."""
     rules: list[LogitsProcessor] = []
     if options.forced_eos_token_id:
-        if max_length is None:
-            raise RequestError("forced_eos_token_id needs a length limit; set max_new_tokens")
         rules.append(ForcedEos(max_length, options.forced_eos_token_id))
     if options.remove_invalid_values:
         rules.append(RemoveInvalidValues())
