@@ -16,7 +16,7 @@ from helpers.hf_reference import reference_logits, relative_error, varied_prompt
 from helpers.joining import assert_rows_join
 from helpers.prefixes import assert_prefixes_hold
 from neo_runtime.backends.base import spoil_views
-from neo_runtime.backends.cpu import append
+from neo_runtime.backends.cpu import append, in_place
 from neo_runtime.backends.cpu.binding import BoundCall
 from neo_runtime.backends.cpu.cache_memory import KeptBlock
 from neo_runtime.cache.ledger import CacheLedger
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from neo_runtime import KVCache, Model
+    from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
     from numpy.typing import NDArray
 
 
@@ -387,19 +388,27 @@ def test_other_rows_stay_where_they_are(mini_bundle: Path) -> None:
     assert fill_holes([0, 4, 5, 2]) == [0, 4, 2, 5]
 
 
-def test_decode_binds_once_and_writes_in_place(mini_bundle: Path) -> None:
+def test_decode_binds_once_and_writes_in_place(
+    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound: list[str] = []
+
+    class Counted(BoundCall):
+        def __init__(self, backend: OnnxRuntimeBackend, graph: str, **arrays: Any) -> None:
+            bound.append(graph)
+            super().__init__(backend, graph, **arrays)
+
+    monkeypatch.setattr(in_place, "BoundCall", Counted)
     with neo_runtime.load(mini_bundle, threads=1) as model, model.new_cache(2, 16) as cache:
         logits = model.prefill(cache, [[1, 2], [3]])
         first = model.decode(cache, [4, 5])
-        binding = cache.store._decode  # type: ignore[attr-defined]
-        assert binding is not None
         kept = first.copy()
         second = model.decode(cache, [6, 7])
-        assert cache.store._decode is binding  # type: ignore[attr-defined]
         assert second.ctypes.data == first.ctypes.data == logits.ctypes.data
         assert not np.array_equal(kept, second)
         cache.reorder([1, 0])
-        assert cache.store._decode is binding  # type: ignore[attr-defined]
+        model.decode(cache, [6, 7])
+        assert bound == ["prefill", "decode"]
         cache.reorder([1])
         model.decode(cache, [4])
-        assert cache.store._decode is not binding  # type: ignore[attr-defined]
+        assert bound == ["prefill", "decode", "decode"]
