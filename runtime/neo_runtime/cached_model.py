@@ -32,7 +32,7 @@ __all__ = ["CachedModel"]
 
 
 class CachedModel(Closable):
-    """Base class of `Model`: everything that needs neither text nor options."""
+    """Base class of `Model`: its caches, and what the graphs compute; no options, no sampling."""
 
     def __init__(
         self,

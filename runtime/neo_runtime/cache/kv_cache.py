@@ -54,8 +54,8 @@ class KVCache(Closable):
         self._release = weakref.finalize(self, release)
         self._release.atexit = False
 
-    def free_lock(self) -> None:
-        """In a child, whose parent's threads are not there to do it."""
+    def renew_lock(self) -> None:
+        """In a forked child, where the threads that may hold the old one are not there."""
         self._call = threading.Lock()
 
     def is_of(self, backend: Backend) -> bool:

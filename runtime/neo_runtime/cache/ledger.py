@@ -24,12 +24,12 @@ _ASK = "ask for fewer or shorter sequences at once"
 _ledgers: weakref.WeakSet[CacheLedger] = weakref.WeakSet()
 
 
-def _free_ledgers() -> None:
+def _renew_ledgers() -> None:
     for ledger in list(_ledgers):
-        ledger.free_lock()
+        ledger.renew_lock()
 
 
-in_every_child(_free_ledgers)
+in_every_child(_renew_ledgers)
 
 
 class CacheLedger:
@@ -43,8 +43,8 @@ class CacheLedger:
         self._returned: deque[int] = deque()
         """What was given back since `_taken` was last brought up to date."""
 
-    def free_lock(self) -> None:
-        """In a child, whose parent's threads are not there to do it."""
+    def renew_lock(self) -> None:
+        """In a forked child, where the threads that may hold the old one are not there."""
         self._lock = threading.Lock()
 
     @property

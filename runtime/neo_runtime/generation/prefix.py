@@ -26,12 +26,12 @@ __all__ = ["Prefix", "behind", "held", "length_of"]
 _all: weakref.WeakSet[Prefix] = weakref.WeakSet()
 
 
-def _free_locks() -> None:
+def _renew_locks() -> None:
     for prefix in list(_all):
-        prefix.free_locks()
+        prefix.renew_locks()
 
 
-in_every_child(_free_locks)
+in_every_child(_renew_locks)
 
 
 class Prefix(Closable):
@@ -55,13 +55,13 @@ class Prefix(Closable):
         self._cache = model.new_cache(1, model.rounded_length(len(ids)))
         with closed_on_error(self._cache):
             model.prefill_step(self._cache, [ids])
-        self.free_locks()
+        self.renew_locks()
         _all.add(self)
 
-    def free_locks(self) -> None:
-        """In a child, whose parent's threads are not there to do it."""
+    def renew_locks(self) -> None:
+        """In a forked child, where the threads that may hold the old one are not there."""
         self._lock = threading.RLock()  # signal handlers may call
-        self._cache.free_lock()
+        self._cache.renew_lock()
 
     @property
     def ids(self) -> NDArray[np.int64]:

@@ -33,12 +33,12 @@ _MADV_DONTNEED = 4
 _one_at_a_time = threading.Lock()
 
 
-def _free_the_lock() -> None:
+def _renew_the_lock() -> None:
     global _one_at_a_time
     _one_at_a_time = threading.Lock()
 
 
-in_every_child(_free_the_lock)
+in_every_child(_renew_the_lock)
 
 
 @dataclass(frozen=True)
