@@ -50,58 +50,80 @@ def completed(
         NeoError: see `Model.generate`.
     """
     # Only now what imports numpy: --help does without.
-    from neo_runtime.generation.fitting import fitting_batch
-    from neo_runtime.scheduling.scheduler import Scheduler
-    from neo_runtime.text.prompts import named_prompt, of_each, prompt_ids
+    from neo_runtime.text.prompts import of_each, prompt_ids
 
     known = 0 if prefix is None else len(prefix.ids)
-    longest = 0
 
-    def checked(prompt: Prompt) -> list[int]:
-        nonlocal longest
+    def checked(prompt: Prompt) -> tuple[list[int], int]:
         ids = prompt_ids(prompt, model.manifest.model.vocab_size, model.tokenizer)
-        total = chosen.total_length(known + len(ids), model.manifest.max_length)
-        longest = max(longest, total)
-        found: list[int] = ids.tolist()
-        return found
+        return ids.tolist(), chosen.total_length(known + len(ids), model.manifest.max_length)
 
-    rows = of_each(prompts, checked)
+    found = of_each(prompts, checked)
+    rows, longest = [ids for ids, _ in found], max((total for _, total in found), default=0)
     if chosen.num_beams > 1 or drafter is not None:
-        for place, ids in enumerate(rows):
-            with named_prompt(place, len(rows)):
-                found = model.generate(
-                    [ids], chosen, bad_words=bad_words, prefix=prefix, drafter=drafter
-                )
-            for completion in found:
-                yield place, completion
-        return
+        yield from _one_by_one(model, rows, chosen, bad_words, prefix, drafter)
+    else:
+        yield from _together(model, rows, longest, chosen, size, bad_words, prefix)
+
+
+def _one_by_one(
+    model: Model,
+    rows: Sequence[list[int]],
+    chosen: GenerationOptions,
+    bad_words: Sequence[str],
+    prefix: Prefix | None,
+    drafter: Drafter | None,
+) -> Generator[tuple[int, Completion], None, None]:
+    from neo_runtime.text.prompts import named_prompt
+
+    for place, ids in enumerate(rows):
+        with named_prompt(place, len(rows)):
+            found = model.generate(
+                [ids], chosen, bad_words=bad_words, prefix=prefix, drafter=drafter
+            )
+        for completion in found:
+            yield place, completion
+
+
+def _together(
+    model: Model,
+    rows: Sequence[list[int]],
+    longest: int,
+    chosen: GenerationOptions,
+    size: int | None,
+    bad_words: Sequence[str],
+    prefix: Prefix | None,
+) -> Generator[tuple[int, Completion], None, None]:
+    """In a batch that they join and leave; `longest`: tokens of a prompt and its completion."""
+    from neo_runtime.generation.fitting import fitting_batch
+    from neo_runtime.scheduling.scheduler import Scheduler
+    from neo_runtime.text.prompts import named_prompt
+
     copies, one = chosen.num_return_sequences, chosen.merged(num_return_sequences=1)
     sequences = len(rows) * copies
     if size is None:
         batch = fitting_batch(model, min(sequences, model.default_batch), longest)
     else:
         batch = min(sequences, size * copies)
+
+    def result(place: int, pending: PendingCompletion) -> Completion:
+        with named_prompt(place, len(rows)):
+            return pending.result()
+
+    # A few wait for those who leave, so that no place is empty; more would only take memory.
+    room = Semaphore(batch + batch // 4 + 1)
+    waiting: deque[tuple[int, PendingCompletion]] = deque()
     with Scheduler(model, max_batch_size=batch, max_length=longest) as scheduler:
-
-        def submit(ids: list[int], copy: int) -> PendingCompletion:
-            return scheduler.submit(
-                ids, one, bad_words=bad_words, prefix=prefix, sequence_index=copy
-            )
-
-        def result(place: int, pending: PendingCompletion) -> Completion:
-            with named_prompt(place, len(rows)):
-                return pending.result()
-
-        work = ((place, ids, copy) for place, ids in enumerate(rows) for copy in range(copies))
-        # A few wait for those who leave, so that no place is empty; more would only take memory.
-        room = Semaphore(batch + batch // 4 + 1)
-        pending: deque[tuple[int, PendingCompletion]] = deque()
-        for place, ids, copy in work:
-            room.acquire()
-            pending.append((place, submit(ids, copy)))
-            pending[-1][1].add_done_callback(lambda _: room.release())
-            while pending and pending[0][1].done():
-                done, first = pending.popleft()
-                yield done, result(done, first)
-        for place, last in pending:
-            yield place, result(place, last)
+        for place, ids in enumerate(rows):
+            for copy in range(copies):
+                room.acquire()
+                pending = scheduler.submit(
+                    ids, one, bad_words=bad_words, prefix=prefix, sequence_index=copy
+                )
+                pending.add_done_callback(lambda _: room.release())
+                waiting.append((place, pending))
+                while waiting and waiting[0][1].done():
+                    done, first = waiting.popleft()
+                    yield done, result(done, first)
+        for place, pending in waiting:
+            yield place, result(place, pending)
