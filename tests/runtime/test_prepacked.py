@@ -619,3 +619,28 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_root() == tmp_path / "home" / ".cache" / "neo-onnx"
+
+
+def test_folders_of_other_users_are_not_used(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a shared place they could be there first, with other weights or a link as the lock."""
+    answers(bundle)
+    folder, precious = key_folder(cache), cache.parent / "precious"
+    precious.write_text("kept")
+    for path in (folder, folder.parent):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "lock").symlink_to(precious)
+        with monkeypatch.context() as patch:
+            if os.geteuid() == 0:
+                os.chown(path, 65534, -1)
+            else:
+                patch.setattr(os, "geteuid", lambda: 65534)
+            caplog.clear()
+            answers(bundle)
+        assert "belongs to user" in caplog.text
+        assert [entry.name for entry in folder.iterdir()] == ["lock"]
+        assert precious.read_text() == "kept"
+        if os.geteuid() == 0:
+            os.chown(path, 0, -1)

@@ -11,11 +11,14 @@ The exporter orders weights alike in all graphs, so that the files are equal. KE
 depend on: the bundle's digest, the CPU's kind, onnxruntime's version, this layout. A graph's folder
 appears by one rename; a lock lets two processes build it once. `files.json` records what was
 written: a folder that no longer agrees with it is built again. Deleting it all is always safe.
+That record is no seal: who owns a folder decides what is in it, so only this user's and root's are
+used.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import filecmp
 import hashlib
 import json
@@ -128,10 +131,12 @@ class PrepackedCache:
         """
         folder = self.folder / name
         path = folder / f"{name}.onnx"
-        if not anew and _is_whole(folder, verify=self._verify):
-            return path
         try:
+            self._refuse_strangers(name)
+            if not anew and _is_whole(folder, verify=self._verify):
+                return path
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._refuse_strangers(name)  # somebody may have been quicker
             with _locked(self.folder / "lock"):
                 if anew or not _is_whole(folder, verify=self._verify):
                     self._discard(name)
@@ -148,6 +153,18 @@ class PrepackedCache:
             _log.debug("%s", error)
             return None
         return path
+
+    def _refuse_strangers(self, name: str) -> None:
+        """Raises PermissionError for a folder below the root that another user has made.
+
+        Where the root is shared (below /tmp), they could do so before us, and then give us other
+        weights, or a link in place of the lock, which is opened to write.
+        """
+        ours = {0, os.geteuid()} if hasattr(os, "geteuid") else {0}
+        for folder in (self.folder.parent, self.folder, self.folder / name):
+            with contextlib.suppress(FileNotFoundError):
+                if (owner := folder.lstat().st_uid) not in ours:
+                    raise PermissionError(errno.EPERM, f"{folder} belongs to user {owner}")
 
     @property
     def bytes_on_disk(self) -> int:
