@@ -38,6 +38,14 @@ def test_a_whole_bundle(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "not listed in neo.json, not checked: notes.txt" in out
 
 
+def test_a_name_writes_no_line_of_its_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "a\n  digest 0\x1b[2A").write_text("")
+    assert main([str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert r"not checked: a\n  digest 0\x1b[2A" in out
+    assert "\x1b" not in out
+
+
 def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import onnxruntime
 

@@ -200,7 +200,12 @@ def _text(report: dict[str, Any]) -> str:
         f"  onnxruntime {report['onnxruntime'] or 'is not installed or cannot be used'}, "
         f"needed {report['minimum_onnxruntime']} or newer",
     ]
-    return "\n".join(lines)
+    return "\n".join(map(_shown, lines))
+
+
+def _shown(line: str) -> str:
+    """A line on which a file's name cannot move the cursor, or begin another line."""
+    return line if line.isprintable() else line.encode("unicode_escape").decode()
 
 
 def _source_lines(source: dict[str, Any] | None) -> list[str]:
