@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,12 @@ def test_wherever_it_is_given(mini_bundle: Path, tmp_path: Path) -> None:
     (bundle / "engines" / "a.json").write_text(DEEP)
     with pytest.raises(EngineError, match="nested too deeply"):
         read_records(bundle)
+    (bundle / "engines" / "a.json").unlink()
+    os.mkfifo(bundle / "engines" / "a.json")  # who opens it waits
+    with pytest.raises(EngineError, match="it is no file"):
+        read_records(bundle)
+    with pytest.raises(EngineError, match="it is no file"):
+        read_kernels(bundle / "engines" / "a.json")
     (bundle / "neo.json").write_text(DEEP)
     with pytest.raises(BundleDamagedError, match="nested too deeply"):
         open_bundle(bundle)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from neo_runtime.bundle.manifest import parse_strictly
 from neo_runtime.errors import BundleDamagedError, BundleUnsupportedError, EngineError
-from neo_runtime.json_input import parse_json
+from neo_runtime.json_input import parse_json, read_json_file
 from neo_runtime.machine.installation import version_numbers
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def read_records(bundle: Path) -> list[EngineRecord]:
     records = []
     for path in sorted((bundle / ENGINES_FOLDER).glob("*.json")):
         try:
-            record = EngineRecord.from_json(path.read_text(encoding="utf-8"), str(path))
+            record = EngineRecord.from_json(read_json_file(path).decode(), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise EngineError(f"{path} cannot be read ({error}); build the plan again") from error
         plan = path.parent / record.file

@@ -26,6 +26,7 @@ from neo_runtime.errors import (
     BundleUnsupportedError,
     RequestError,
 )
+from neo_runtime.json_input import read_json_file
 from neo_runtime.machine.installation import require_onnxruntime, version_numbers
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def _read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{folder} is not a folder; expected one written by neo-export")
     path = folder / MANIFEST_NAME
     try:
-        text = path.read_bytes().decode()
+        text = read_json_file(path).decode()
     except FileNotFoundError as error:
         raise BundleError(
             f"{folder} has no {MANIFEST_NAME}; expected a folder written by neo-export"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from neo_runtime.bundle.engine_record import ENGINES_FOLDER
 from neo_runtime.bundle.manifest import parse_strictly
 from neo_runtime.errors import BundleDamagedError, BundleUnsupportedError, EngineError
-from neo_runtime.json_input import parse_json
+from neo_runtime.json_input import parse_json, read_json_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -179,7 +179,7 @@ def read_kernels(path: Path) -> StepKernels:
     """
     again = "build the kernels again with neo-kernels"
     try:
-        raw = parse_json(path.read_bytes())
+        raw = parse_json(read_json_file(path))
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if version != _SCHEMA_VERSION:
             raise BundleUnsupportedError(
