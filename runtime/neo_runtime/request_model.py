@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from functools import cached_property
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo_runtime.cached_model import CachedModel
-from neo_runtime.errors import RequestError
+from neo_runtime.errors import BundleDamagedError, RequestError
 from neo_runtime.generation.prefix import Prefix
+from neo_runtime.json_input import parse_json
 from neo_runtime.options.checks import check_vocabulary
 from neo_runtime.options.generation_config import GENERATION_CONFIG, file_error
 from neo_runtime.options.generation_options import GenerationOptions
@@ -85,8 +85,15 @@ class RequestModel(CachedModel):
     def _generation_config(self) -> dict[str, Any]:
         if GENERATION_CONFIG not in self.manifest.files:
             return {}
-        text = self._bundle.file(GENERATION_CONFIG).read_text(encoding="utf-8")
-        config: dict[str, Any] = json.loads(text)
+        path = self._bundle.file(GENERATION_CONFIG)
+        try:
+            config = parse_json(path.read_bytes())
+        except ValueError as error:
+            raise BundleDamagedError(
+                f"{path} is not valid JSON ({error}); export the bundle again"
+            ) from error
+        if not isinstance(config, dict):
+            raise BundleDamagedError(f"{path} holds no JSON object; export the bundle again")
         return config
 
     def grammar(

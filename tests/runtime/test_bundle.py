@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -163,6 +164,31 @@ def test_a_folder_in_a_files_place(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
     with pytest.raises(BundleDamagedError, match=r"config\.json is not a file"):
+        open_bundle(folder)
+
+
+def test_a_manifest_that_never_ends_is_not_read(folder: Path) -> None:
+    manifest = folder / "neo.json"
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with pytest.raises(BundleError, match=r"neo\.json cannot be read: it is no file"):
+        open_bundle(folder)
+    manifest.unlink()
+    manifest.symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match=r"neo\.json cannot be read: it is no file"):
+        open_bundle(folder)
+    manifest.unlink()
+    with manifest.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(BundleError, match="1099511627776 bytes, expected at most"):
+        open_bundle(folder)
+
+
+def test_half_a_character_in_the_manifest(folder: Path) -> None:
+    raw = json.loads((folder / "neo.json").read_text())
+    raw["tools"]["\ud800"] = "1"
+    (folder / "neo.json").write_text(json.dumps(raw))
+    with pytest.raises(BundleDamagedError, match="holds half of a character"):
         open_bundle(folder)
 
 

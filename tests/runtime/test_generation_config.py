@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import neo_runtime
 import pytest
 import torch
-from helpers.derived_bundles import bundle_with, without_tokenizer
+from helpers.derived_bundles import bundle_with, derived_bundle, without_tokenizer
 from helpers.hf_reference import demo_reference, varied_prompts
 from neo_runtime.command.generate import main
-from neo_runtime.errors import GenerationConfigError, RequestError
+from neo_runtime.errors import BundleDamagedError, GenerationConfigError, RequestError
 from neo_runtime.options.generation_options import GenerationOptions
 from transformers import GenerationConfig
 
@@ -207,3 +207,14 @@ def test_the_command_line_can_leave_the_file_out(
     assert "generation_config.json: num_beams is 3" in capsys.readouterr().err
     assert main([str(bundle), *arguments, "--num-beams", "1", "--no-do-sample"]) == 0
     assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000])
+def test_a_file_that_is_no_json_object(text: str, mini_bundle: Path, tmp_path: Path) -> None:
+    files = {"generation_config.json": text}
+    bundle = derived_bundle(mini_bundle, tmp_path / "bundle", files)
+    with (
+        neo_runtime.load(bundle, threads=1) as model,
+        pytest.raises(BundleDamagedError, match=r"config\.json (is not valid|holds no) J"),
+    ):
+        model.generate([1, 2], max_new_tokens=1)

@@ -224,7 +224,14 @@ class Manifest:
             )
         checksum = raw.pop("checksum", None)
         manifest: Manifest = parse_strictly(cls, {"source": None} | raw, source)
-        if checksum != (expected := _checksum(raw)):
+        try:
+            expected = _checksum(raw)
+        except UnicodeEncodeError as error:  # which can be no file's name either
+            raise BundleDamagedError(
+                f"{source} holds half of a character (an unpaired surrogate); export the bundle "
+                "again"
+            ) from error
+        if checksum != expected:
             raise BundleDamagedError(
                 f"{source} was altered after it was written: its checksum is {checksum!r}, "
                 f"expected {expected!r}; copy or export the bundle again"
