@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from neo_runtime.generation.prefix import Prefix
     from neo_runtime.model import Model
     from neo_runtime.options.generation_options import GenerationOptions
+    from neo_runtime.options.grammar import Grammar
     from numpy.typing import NDArray
 
     from neo_server.asked import Asked
@@ -76,6 +78,8 @@ class Service(Closable):
         self._scheduler: Scheduler | None = None
         self.room = Room(limits.max_queue, lambda: getattr(self._scheduler, "unfinished", 0))
         self._sharing = Lock()
+        # One at a time: some take seconds and much memory, and others must not wait for them.
+        self._compiling = ThreadPoolExecutor(1, "neo-forms")
         self._cache_bytes = self._last_generated = 0
         self._scorer: PromptScorer | None = None
 
@@ -197,14 +201,18 @@ class Service(Closable):
         Raises:
             RequestError: a prompt or an option that cannot be honoured.
         """
-        await asyncio.to_thread(self._submit, work)
+        grammar = None
+        if (form := work.asked.form) is not None:
+            loop = asyncio.get_running_loop()
+            grammar = await loop.run_in_executor(self._compiling, form.compiled, self.model)
+        await asyncio.to_thread(self._submit, work, grammar)
 
-    def _submit(self, work: Work) -> None:
+    def _submit(self, work: Work, grammar: Grammar | None) -> None:
         """In another thread: to check and to tokenize may take a while."""
         asked, scheduler = work.asked, self._scheduler
         if scheduler is None:
             raise shutting_down()
-        chosen = self._options(asked)
+        chosen = self._options(asked, grammar)
         work.prompts = encoded(self.model, asked, chosen, self.max_length)
         work.usage.prompt_tokens = sum(map(len, work.prompts))
         self.metrics.begun(work.usage.prompt_tokens)
@@ -220,15 +228,15 @@ class Service(Closable):
                         )
                     )
 
-    def _options(self, asked: Asked) -> GenerationOptions:
+    def _options(self, asked: Asked, grammar: Grammar | None = None) -> GenerationOptions:
         options: dict[str, Any] = dict(asked.options)
         bad_words = options.pop("bad_words", ())
         options["max_new_tokens"] = max(asked.max_tokens, 1)
         options["logprobs"] = asked.logprobs
         if asked.best_of > asked.n and asked.logprobs is None:
             options["logprobs"] = 0  # by which the best are chosen
-        if asked.form is not None:
-            options["grammar"] = asked.form.compiled(self.model)
+        if grammar is not None:
+            options["grammar"] = grammar
             # The bundle's own would cut the form, and is nothing that the client asked for.
             options.setdefault("forced_eos_token_id", ())
         chosen = self.model.request_options(None, options, bad_words)

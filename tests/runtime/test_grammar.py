@@ -418,7 +418,8 @@ def test_one_that_is_used_without_end(model: Model, monkeypatch: pytest.MonkeyPa
     compiler = model._grammars
     assert compiler is not None
     limits = {**_LIMITS, "max_lexer_states": 300}
-    monkeypatch.setattr(compiler, "_limits", compiler._library.LLParserLimits(**limits))
+    small = compiler._library.LLParserLimits(**limits)
+    monkeypatch.setattr(compiler, "_limits", {"regex": small})
     options: dict[str, Any] = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 40}
     form = {"regex": "[ab]*a[ab]{16}c"}
     seeds = range(20)
@@ -428,9 +429,9 @@ def test_one_that_is_used_without_end(model: Model, monkeypatch: pytest.MonkeyPa
     grammar, compiled = model.grammar(**form), []
     compile_source = GrammarCompiler.compiled
 
-    def counted(self: GrammarCompiler, source: str) -> Any:
+    def counted(self: GrammarCompiler, kind: str, source: str) -> Any:
         compiled.append(source)
-        return compile_source(self, source)
+        return compile_source(self, kind, source)
 
     monkeypatch.setattr(GrammarCompiler, "compiled", counted)
     found = [model.generate("x", grammar=grammar, seed=n, **options).text for n in seeds]
@@ -441,6 +442,12 @@ def test_one_that_is_used_without_end(model: Model, monkeypatch: pytest.MonkeyPa
     assert [one.text for one in together] == alone
 
 
+LONG_OF_A_FEW_LINES = "start: T13\nT0: /\\w?/\n" + "\n".join(
+    f"T{i + 1}: T{i} T{i}" for i in range(13)
+)
+"""With the fuel of a schema it takes a minute and 3 GB."""
+
+
 @pytest.mark.parametrize(
     ("form", "message"),
     [
@@ -448,7 +455,7 @@ def test_one_that_is_used_without_end(model: Model, monkeypatch: pytest.MonkeyPa
         ({"regex": "a", "lark": "start: /a/"}, "a grammar of regex, lark; give one of"),
         ({"regex": "(a"}, "regex cannot be used: .*unclosed group"),
         ({"regex": 3}, "regex cannot be used: expected text, found int"),
-        ({"regex": "a" * 100_001}, "regex has 100001 characters, expected at most 100000"),
+        ({"regex": "a" * 10_001}, "regex has 10001 characters, expected at most 10000"),
         ({"choices": []}, "choices cannot be used: there are none"),
         ({"choices": ["a", ""]}, "choices is '', expected"),
         ({"choices": ["a", 1]}, "choices is 1, expected"),
@@ -461,6 +468,15 @@ def test_one_that_is_used_without_end(model: Model, monkeypatch: pytest.MonkeyPa
         ({"regex": "\ud800"}, "regex cannot be used: .*surrogates not allowed"),
         ({"lark": "x: /a/"}, "lark cannot be used: no start rule"),
         ({"lark": f"start: {'(' * 9000}"}, "lark cannot be used: .*too deeply nested"),
+        ({"lark": LONG_OF_A_FEW_LINES}, "lark cannot be used: .*too big"),
+        (
+            {
+                "json_schema": {
+                    "items": [{"pattern": "a" * 9999}, {"patternProperties": {"ab": {}}}]
+                }
+            },
+            "its patterns have 10001 characters, expected at most 10000",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -496,7 +512,7 @@ def test_one_that_cannot_be_followed_ends_its_request_alone(
     """As where a grammar needs more work at a step than the library allows."""
     compiler = model._grammars
     limits = compiler._library.LLParserLimits(verbose_errors=False, step_max_items=60)
-    monkeypatch.setattr(compiler, "_limits", limits)
+    monkeypatch.setattr(compiler, "_limits", {"regex": limits, "lark": limits})
     hard = model.grammar(lark='start: s\ns: s s | "a" | "b"')
     with neo_runtime.Scheduler(model, max_batch_size=2, max_length=100) as scheduler:
         other = scheduler.submit("a", max_new_tokens=40, ignore_eos=True)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from helpers.serving import NAME
+from neo_server.forms import Form
 
 if TYPE_CHECKING:
     from helpers.serving import Served
     from neo_runtime.model import Model
+    from neo_runtime.options.grammar import Grammar
 
 SCHEMA = {
     "type": "object",
@@ -123,3 +127,30 @@ def test_one_that_is_too_hard_ends_alone(
     assert status == 400
     assert "the grammar cannot be followed" in answer["error"]["message"]
     assert server.answer(fields)[0] == 200
+
+
+def test_forms_that_take_long_hold_up_only_forms(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than the event loop has threads; they are compiled one after the other."""
+    may_end, inside, most = threading.Event(), [0], [0]
+    compiled = Form.compiled
+
+    def slow(self: Form, model: Model) -> Grammar:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        assert may_end.wait(60)
+        inside[0] -= 1
+        return compiled(self, model)
+
+    monkeypatch.setattr(Form, "compiled", slow)
+    fields = {"prompt": "a", "max_tokens": 4, "structured_outputs": {"regex": "[0-9]{3}"}}
+    waiting = [server.send(fields) for _ in range(40)]
+    try:
+        assert server.answer({"prompt": "a", "max_tokens": 2})[0] == 200
+    finally:
+        may_end.set()
+    for connection in waiting:
+        with closing(connection):
+            assert connection.getresponse().status == 200
+    assert most == [1]

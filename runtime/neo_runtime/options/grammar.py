@@ -22,10 +22,11 @@ __all__ = ["Grammar", "GrammarCompiler", "as_grammar", "why"]
 _SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """How JSON is written where the schema does not say: a model that may write spaces without end
 does. `x-guidance` of the schema takes precedence."""
-_MOST_CHARACTERS = 100_000
+_MOST_CHARACTERS = {"json_schema": 100_000, "choices": 100_000, "regex": 10_000, "lark": 100_000}
 """Of a source."""
+_MOST_OF_PATTERNS = 10_000
+"""Of all regular expressions of a JSON schema."""
 _LIMITS: dict[str, Any] = {
-    "initial_lexer_fuel": 200_000,
     "max_grammar_size": 20_000,
     "max_lexer_states": 10_000,
     "step_lexer_fuel": 20_000,
@@ -34,6 +35,9 @@ _LIMITS: dict[str, Any] = {
 }
 """A tenth of the library's own, or less: a step must not hold up everybody else. Enough for schemas
 of hundreds of properties and thousands of values."""
+_FUEL = {"json_schema": 200_000, "choices": 200_000, "regex": 200_000, "lark": 30_000}
+"""The lexer's `initial_lexer_fuel`. A long regular expression takes time and memory by its square,
+and a few lines of Lark can be a long one: with a schema's fuel, minutes and gigabytes."""
 _SAID = 200
 """Characters of the library's words, from their beginning and from their end."""
 
@@ -56,9 +60,9 @@ class Grammar:
     Made by `Model.grammar`.
     """
 
-    def __init__(self, compiler: GrammarCompiler, source: str, matcher: Any) -> None:
+    def __init__(self, compiler: GrammarCompiler, kind: str, source: str, matcher: Any) -> None:
         """Take a source as the library compiles it, and what came of it, which is only copied."""
-        self._compiler, self._source = compiler, source
+        self._compiler, self._kind, self._source = compiler, kind, source
         self._compiled = os.getpid(), matcher
 
     def check(self, compiler: GrammarCompiler | None) -> None:
@@ -87,10 +91,10 @@ class Grammar:
         Later ones share another.
         """
         self._renewed()
-        return self._compiler.compiled(self._source)
+        return self._compiler.compiled(self._kind, self._source)
 
     def _renewed(self) -> Any:
-        matcher = self._compiler.compiled(self._source)
+        matcher = self._compiler.compiled(self._kind, self._source)
         self._compiled = os.getpid(), matcher
         return matcher
 
@@ -130,7 +134,10 @@ class GrammarCompiler:
                 "pip install llguidance"
             ) from error
         self._library: Any = llguidance
-        self._limits = llguidance.LLParserLimits(**_LIMITS)
+        self._limits = {
+            kind: llguidance.LLParserLimits(**_LIMITS, initial_lexer_fuel=fuel)
+            for kind, fuel in _FUEL.items()
+        }
         try:
             self._read(json.loads(tokenizer), vocab_size)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -161,16 +168,17 @@ class GrammarCompiler:
             source = self._source(name, value)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{name} cannot be used: {error}") from error
-        matcher = self.compiled(source)
+        matcher = self.compiled(name, source)
         if not matcher.is_error():
             matcher.compute_bitmask()  # the dearest one of a grammar that is too much
         if matcher.is_error():
             raise RequestError(f"{name} cannot be used: {why(matcher)}")
-        return Grammar(self, source, matcher)
+        return Grammar(self, name, source, matcher)
 
-    def compiled(self, source: str) -> Any:
+    def compiled(self, kind: str, source: str) -> Any:
         """An `LLMatcher`, which may have an error."""
-        return self._library.LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
+        limits = self._limits[kind]
+        return self._library.LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
 
     def _source(self, name: str, value: Any) -> str:
         """What the library compiles."""
@@ -183,7 +191,7 @@ class GrammarCompiler:
             return str(make.grammar_from_lark("start: TEXT\nTEXT: " + " | ".join(quoted)))
         if name == "json_schema":
             text = value if isinstance(value, str) else _as_json(value)
-            schema = json.loads(_checked(name, (text,))[0])
+            schema = _schema(_checked(name, (text,))[0])
             if not isinstance(schema, dict):
                 raise ValueError("expected an object")
             return str(make.grammar_from_json_schema(json.dumps(schema), defaults=_SEPARATORS))
@@ -191,6 +199,25 @@ class GrammarCompiler:
             raise ValueError(f"expected text, found {type(value).__name__}")
         compiled = make.grammar_from_regex if name == "regex" else make.grammar_from_lark
         return str(compiled(*_checked(name, (value,))))
+
+
+def _schema(text: str) -> Any:
+    """Raises ValueError for what is no JSON, or has too long regular expressions."""
+    size = 0
+
+    def counted(found: dict[str, Any]) -> dict[str, Any]:
+        nonlocal size
+        pattern, named = found.get("pattern"), found.get("patternProperties")
+        size += len(pattern) if isinstance(pattern, str) else 0
+        size += sum(map(len, named)) if isinstance(named, dict) else 0
+        return found
+
+    schema = json.loads(text, object_hook=counted)
+    if size > _MOST_OF_PATTERNS:
+        raise ValueError(
+            f"its patterns have {size} characters, expected at most {_MOST_OF_PATTERNS}"
+        )
+    return schema
 
 
 def why(matcher: Any) -> str:
@@ -223,6 +250,6 @@ def _object(value: Any) -> dict[Any, Any]:
 def _checked(name: str, texts: Sequence[str]) -> Sequence[str]:
     """Raises RequestError for a source that is too long."""
     size = sum(map(len, texts))
-    if size > _MOST_CHARACTERS:
-        raise RequestError(f"{name} has {size} characters, expected at most {_MOST_CHARACTERS}")
+    if size > (most := _MOST_CHARACTERS[name]):
+        raise RequestError(f"{name} has {size} characters, expected at most {most}")
     return texts
