@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from neo_runtime.errors import ContextLengthError
+from neo_runtime.text.prompts import of_each
 
 from neo_server.asked import refuse_alternatives
 from neo_server.errors import bad_request
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from neo_server.asked import Asked
 
 __all__ = ["encoded"]
+
+_MOST_SHORTENED = 2**18
+"""Characters of a text of which only the last tokens are kept. All of it is tokenized, which takes
+250 bytes for each: a client could fill the memory with a few texts of megabytes."""
 
 
 def encoded(
@@ -39,14 +44,22 @@ def encoded(
     longest = max_length * model.tokenizer.longest_token
     kept = _kept(asked, max_length)
     for prompt in asked.prompts:
-        if len(prompt) > longest and kept is None:  # which need not be tokenized to know
+        if kept is not None:
+            if isinstance(prompt, str) and len(prompt) > max(longest, _MOST_SHORTENED):
+                raise bad_request(
+                    f"a prompt of {len(prompt)} characters is too long to be tokenized, expected "
+                    f"at most {max(longest, _MOST_SHORTENED)}; send its end",
+                    "prompt",
+                )
+        elif len(prompt) > longest:  # which need not be tokenized to know
             raise ContextLengthError(
                 f"a prompt of {len(prompt)} characters or tokens has more than the {max_length} "
                 "tokens that this server takes; shorten it"
             )
-    prompts = model.encode_prompts(asked.prompts)
-    if kept is not None:
-        prompts = [ids[-kept:] for ids in prompts]
+    if kept is None:
+        prompts = model.encode_prompts(asked.prompts)
+    else:  # one by one: what is cut off is not kept meanwhile
+        prompts = of_each(asked.prompts, lambda one: model.encode_prompts([one])[0][-kept:].copy())
     refuse_alternatives(asked, [len(ids) for ids in prompts])
     for ids in prompts:
         if asked.max_tokens:

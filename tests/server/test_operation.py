@@ -348,6 +348,9 @@ def test_prompts_keep_their_last_tokens(model: Model) -> None:
             assert answer["choices"][0]["text"].startswith(last)
         text = {"prompt": "a " * 60_000, "max_tokens": 4, "truncate_prompt_tokens": 5}
         assert running.answer(text)[1]["usage"]["prompt_tokens"] == 5
+        status, answer, _ = running.answer(text | {"prompt": "a" * (2**18 + 1)})
+        assert (status, answer["error"]["param"]) == (400, "prompt")
+        assert "too long to be tokenized, expected at most 262144" in answer["error"]["message"]
         status, answer, _ = running.answer(text | {"truncate_prompt_tokens": -1, "max_tokens": 40})
         assert "no room for a prompt" in answer["error"]["message"]
         for wrong in (0, -2, "5"):
