@@ -418,8 +418,7 @@ def test_one_that_is_used_without_end(model: Model, monkeypatch: pytest.MonkeyPa
     compiler = model._grammars
     assert compiler is not None
     limits = {**_LIMITS, "max_lexer_states": 300}
-    small = compiler._library.LLParserLimits(**limits)
-    monkeypatch.setattr(compiler, "_limits", {"regex": small})
+    monkeypatch.setattr(compiler, "_limits", compiler._library.LLParserLimits(**limits))
     options: dict[str, Any] = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 40}
     form = {"regex": "[ab]*a[ab]{16}c"}
     seeds = range(20)
@@ -429,9 +428,9 @@ def test_one_that_is_used_without_end(model: Model, monkeypatch: pytest.MonkeyPa
     grammar, compiled = model.grammar(**form), []
     compile_source = GrammarCompiler.compiled
 
-    def counted(self: GrammarCompiler, kind: str, source: str) -> Any:
+    def counted(self: GrammarCompiler, source: str) -> Any:
         compiled.append(source)
-        return compile_source(self, kind, source)
+        return compile_source(self, source)
 
     monkeypatch.setattr(GrammarCompiler, "compiled", counted)
     found = [model.generate("x", grammar=grammar, seed=n, **options).text for n in seeds]
@@ -445,7 +444,7 @@ def test_one_that_is_used_without_end(model: Model, monkeypatch: pytest.MonkeyPa
 LONG_OF_A_FEW_LINES = "start: T13\nT0: /\\w?/\n" + "\n".join(
     f"T{i + 1}: T{i} T{i}" for i in range(13)
 )
-"""With the fuel of a schema it takes a minute and 3 GB."""
+"""To compile it takes a minute and 3 GB."""
 
 
 @pytest.mark.parametrize(
@@ -468,7 +467,10 @@ LONG_OF_A_FEW_LINES = "start: T13\nT0: /\\w?/\n" + "\n".join(
         ({"regex": "\ud800"}, "regex cannot be used: .*surrogates not allowed"),
         ({"lark": "x: /a/"}, "lark cannot be used: no start rule"),
         ({"lark": f"start: {'(' * 9000}"}, "lark cannot be used: .*too deeply nested"),
-        ({"lark": LONG_OF_A_FEW_LINES}, "lark cannot be used: .*too big"),
+        ({"lark": LONG_OF_A_FEW_LINES}, "lark cannot be used: its terminals, .* have 81915 char"),
+        ({"lark": f"start: /{'a' * 5000}/ x\nx: /{'b' * 5000}/"}, "have 10004 characters"),
+        ({"lark": 'start: %json {"pattern": "' + "a" * 9990 + '"}'}, "have 10012 characters"),
+        ({"lark": "start: A\nA: B\nB: A"}, "its terminals name each other: A, B, A"),
         (
             {
                 "json_schema": {
@@ -512,7 +514,7 @@ def test_one_that_cannot_be_followed_ends_its_request_alone(
     """As where a grammar needs more work at a step than the library allows."""
     compiler = model._grammars
     limits = compiler._library.LLParserLimits(verbose_errors=False, step_max_items=60)
-    monkeypatch.setattr(compiler, "_limits", {"regex": limits, "lark": limits})
+    monkeypatch.setattr(compiler, "_limits", limits)
     hard = model.grammar(lark='start: s\ns: s s | "a" | "b"')
     with neo_runtime.Scheduler(model, max_batch_size=2, max_length=100) as scheduler:
         other = scheduler.submit("a", max_new_tokens=40, ignore_eos=True)

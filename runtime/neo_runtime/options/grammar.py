@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from neo_runtime.errors import DependencyError, RequestError
+from neo_runtime.options.form_size import MOST_OF_EXPRESSIONS, check_lark, parse_schema
 from neo_runtime.options.values import strings
 
 if TYPE_CHECKING:
@@ -22,11 +23,10 @@ __all__ = ["Grammar", "GrammarCompiler", "as_grammar", "why"]
 _SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """How JSON is written where the schema does not say: a model that may write spaces without end
 does. `x-guidance` of the schema takes precedence."""
-_MOST_CHARACTERS = {"json_schema": 100_000, "choices": 100_000, "regex": 10_000, "lark": 100_000}
+_MOST_CHARACTERS = 100_000
 """Of a source."""
-_MOST_OF_PATTERNS = 10_000
-"""Of all regular expressions of a JSON schema."""
 _LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 200_000,
     "max_grammar_size": 20_000,
     "max_lexer_states": 10_000,
     "step_lexer_fuel": 20_000,
@@ -35,9 +35,6 @@ _LIMITS: dict[str, Any] = {
 }
 """A tenth of the library's own, or less: a step must not hold up everybody else. Enough for schemas
 of hundreds of properties and thousands of values."""
-_FUEL = {"json_schema": 200_000, "choices": 200_000, "regex": 200_000, "lark": 30_000}
-"""The lexer's `initial_lexer_fuel`. A long regular expression takes time and memory by its square,
-and a few lines of Lark can be a long one: with a schema's fuel, minutes and gigabytes."""
 _SAID = 200
 """Characters of the library's words, from their beginning and from their end."""
 
@@ -60,9 +57,9 @@ class Grammar:
     Made by `Model.grammar`.
     """
 
-    def __init__(self, compiler: GrammarCompiler, kind: str, source: str, matcher: Any) -> None:
+    def __init__(self, compiler: GrammarCompiler, source: str, matcher: Any) -> None:
         """Take a source as the library compiles it, and what came of it, which is only copied."""
-        self._compiler, self._kind, self._source = compiler, kind, source
+        self._compiler, self._source = compiler, source
         self._compiled = os.getpid(), matcher
 
     def check(self, compiler: GrammarCompiler | None) -> None:
@@ -91,10 +88,10 @@ class Grammar:
         Later ones share another.
         """
         self._renewed()
-        return self._compiler.compiled(self._kind, self._source)
+        return self._compiler.compiled(self._source)
 
     def _renewed(self) -> Any:
-        matcher = self._compiler.compiled(self._kind, self._source)
+        matcher = self._compiler.compiled(self._source)
         self._compiled = os.getpid(), matcher
         return matcher
 
@@ -134,10 +131,7 @@ class GrammarCompiler:
                 "pip install llguidance"
             ) from error
         self._library: Any = llguidance
-        self._limits = {
-            kind: llguidance.LLParserLimits(**_LIMITS, initial_lexer_fuel=fuel)
-            for kind, fuel in _FUEL.items()
-        }
+        self._limits = llguidance.LLParserLimits(**_LIMITS)
         try:
             self._read(json.loads(tokenizer), vocab_size)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -168,17 +162,16 @@ class GrammarCompiler:
             source = self._source(name, value)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{name} cannot be used: {error}") from error
-        matcher = self.compiled(name, source)
+        matcher = self.compiled(source)
         if not matcher.is_error():
             matcher.compute_bitmask()  # the dearest one of a grammar that is too much
         if matcher.is_error():
             raise RequestError(f"{name} cannot be used: {why(matcher)}")
-        return Grammar(self, name, source, matcher)
+        return Grammar(self, source, matcher)
 
-    def compiled(self, kind: str, source: str) -> Any:
+    def compiled(self, source: str) -> Any:
         """An `LLMatcher`, which may have an error."""
-        limits = self._limits[kind]
-        return self._library.LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
+        return self._library.LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
 
     def _source(self, name: str, value: Any) -> str:
         """What the library compiles."""
@@ -191,33 +184,15 @@ class GrammarCompiler:
             return str(make.grammar_from_lark("start: TEXT\nTEXT: " + " | ".join(quoted)))
         if name == "json_schema":
             text = value if isinstance(value, str) else _as_json(value)
-            schema = _schema(_checked(name, (text,))[0])
+            schema = parse_schema(_checked(name, (text,))[0])
             if not isinstance(schema, dict):
                 raise ValueError("expected an object")
             return str(make.grammar_from_json_schema(json.dumps(schema), defaults=_SEPARATORS))
         if not isinstance(value, str):
             raise ValueError(f"expected text, found {type(value).__name__}")
-        compiled = make.grammar_from_regex if name == "regex" else make.grammar_from_lark
-        return str(compiled(*_checked(name, (value,))))
-
-
-def _schema(text: str) -> Any:
-    """Raises ValueError for what is no JSON, or has too long regular expressions."""
-    size = 0
-
-    def counted(found: dict[str, Any]) -> dict[str, Any]:
-        nonlocal size
-        pattern, named = found.get("pattern"), found.get("patternProperties")
-        size += len(pattern) if isinstance(pattern, str) else 0
-        size += sum(map(len, named)) if isinstance(named, dict) else 0
-        return found
-
-    schema = json.loads(text, object_hook=counted)
-    if size > _MOST_OF_PATTERNS:
-        raise ValueError(
-            f"its patterns have {size} characters, expected at most {_MOST_OF_PATTERNS}"
-        )
-    return schema
+        if name == "regex":
+            return str(make.grammar_from_regex(*_checked(name, (value,), MOST_OF_EXPRESSIONS)))
+        return str(make.grammar_from_lark(check_lark(*_checked(name, (value,)))))
 
 
 def why(matcher: Any) -> str:
@@ -247,9 +222,9 @@ def _object(value: Any) -> dict[Any, Any]:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
-def _checked(name: str, texts: Sequence[str]) -> Sequence[str]:
+def _checked(name: str, texts: Sequence[str], most: int = _MOST_CHARACTERS) -> Sequence[str]:
     """Raises RequestError for a source that is too long."""
     size = sum(map(len, texts))
-    if size > (most := _MOST_CHARACTERS[name]):
+    if size > most:
         raise RequestError(f"{name} has {size} characters, expected at most {most}")
     return texts
