@@ -626,6 +626,7 @@ def test_folders_of_other_users_are_not_used(
 ) -> None:
     """In a shared place they could be there first, with other weights or a link as the lock."""
     answers(bundle)
+    cache.parent.chmod(0o1777)
     folder, precious = key_folder(cache), cache.parent / "precious"
     precious.write_text("kept")
     for path in (folder, folder.parent):
@@ -644,3 +645,23 @@ def test_folders_of_other_users_are_not_used(
         assert precious.read_text() == "kept"
         if os.geteuid() == 0:
             os.chown(path, 0, -1)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="about users")
+def test_the_owner_of_the_cache_is_trusted(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where not everybody could have made it: file systems that give all files one owner."""
+    answers(bundle)
+    stored = sorted(cache.rglob("*"))
+    if os.geteuid() == 0:
+        for path in (cache, *stored):
+            os.chown(path, 65534, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    cache.parent.chmod(0o755)
+    answers(bundle)
+    assert not caplog.text
+    cache.parent.chmod(0o1777)
+    answers(bundle)
+    assert "belongs to user" in caplog.text

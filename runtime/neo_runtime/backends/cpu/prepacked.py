@@ -11,8 +11,7 @@ The exporter orders weights alike in all graphs, so that the files are equal. KE
 depend on: the bundle's digest, the CPU's kind, onnxruntime's version, this layout. A graph's folder
 appears by one rename; a lock lets two processes build it once. `files.json` records what was
 written: a folder that no longer agrees with it is built again. Deleting it all is always safe.
-That record is no seal: who owns a folder decides what is in it, so only this user's and root's are
-used.
+That record is no seal: who owns a folder decides what is in it, so not everybody's are used.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,9 +158,15 @@ class PrepackedCache:
         """Raises PermissionError for a folder below the root that another user has made.
 
         Where the root is shared (below /tmp), they could do so before us, and then give us other
-        weights, or a link in place of the lock, which is opened to write.
+        weights, or a link in place of the lock, which is opened to write. Who owns the root is
+        trusted where not everybody could have made it: of a shared file system all files may have
+        one owner.
         """
         ours = {0, os.geteuid()} if hasattr(os, "geteuid") else {0}
+        root = self.folder.parent.parent.resolve()
+        with contextlib.suppress(FileNotFoundError):
+            if not root.parent.stat().st_mode & stat.S_IWOTH:
+                ours.add(root.stat().st_uid)
         for folder in (self.folder.parent, self.folder, self.folder / name):
             with contextlib.suppress(FileNotFoundError):
                 if (owner := folder.lstat().st_uid) not in ours:
