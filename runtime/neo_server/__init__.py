@@ -18,6 +18,7 @@ metrics        what is counted for Prometheus
 follow         a request from its first byte to its last: its id, its line in the log
 bodies         the bodies of requests, read
 limits         how much is taken at once
+one_thread     what takes long, one piece at a time
 scoring        log probabilities of prompts
 work           who is let in, and one request while it is computed
 service        requests that share one scheduler

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from neo_runtime.closable import Closable
 from neo_runtime.errors import CacheLimitError
 
-from neo_server.errors import shutting_down
+from neo_server.one_thread import OneThread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +28,7 @@ class PromptScorer(Closable):
     def __init__(self, model: Model) -> None:
         """Start nothing yet."""
         self._model = model
-        self._thread = ThreadPoolExecutor(1, "neo-scores")
-        self._is_closed = False
+        self._thread = OneThread("neo-scores")
 
     async def scores(self, ids: NDArray[np.int64], top_logprobs: int) -> list[Choice]:
         """See `Model.token_logprobs`.
@@ -40,10 +37,7 @@ class PromptScorer(Closable):
             CacheLimitError: there was no room for longer than half a minute.
             ApiError: the server ends.
         """
-        if self._is_closed:
-            raise shutting_down()
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._score, ids, top_logprobs)
+        return await self._thread.run(self._score, ids, top_logprobs)
 
     def _score(self, ids: NDArray[np.int64], top_logprobs: int) -> list[Choice]:
         end = monotonic() + _PATIENCE
@@ -56,6 +50,5 @@ class PromptScorer(Closable):
                 sleep(0.05)
 
     def close(self) -> None:
-        """Finish the prompt that is being scored; the others are cancelled."""
-        self._is_closed = True
-        self._thread.shutdown(cancel_futures=True)
+        """Finish the prompt that is being scored; who waits gets an error."""
+        self._thread.close()

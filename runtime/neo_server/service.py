@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from neo_server.asked import read_request
 from neo_server.encoding import encoded
 from neo_server.errors import ApiError, bad_request, shutting_down, unknown_model
 from neo_server.metrics import Metrics
+from neo_server.one_thread import OneThread
 from neo_server.scoring import PromptScorer
 from neo_server.work import Room, Work
 
@@ -78,8 +78,7 @@ class Service(Closable):
         self._scheduler: Scheduler | None = None
         self.room = Room(limits.max_queue, lambda: getattr(self._scheduler, "unfinished", 0))
         self._sharing = Lock()
-        # One at a time: some take seconds and much memory, and others must not wait for them.
-        self._compiling = ThreadPoolExecutor(1, "neo-forms")
+        self._forms: OneThread | None = None
         self._cache_bytes = self._last_generated = 0
         self._scorer: PromptScorer | None = None
 
@@ -126,7 +125,7 @@ class Service(Closable):
             )
         self._cache_bytes = self.model.cache_bytes_in_use
         self._warn_of_memory()
-        self._scorer = PromptScorer(self.model)
+        self._scorer, self._forms = PromptScorer(self.model), OneThread("neo-forms")
 
     def _warn_of_memory(self) -> None:
         room = memory_for_caches(self.model)
@@ -145,8 +144,9 @@ class Service(Closable):
         scheduler, self._scheduler = self._scheduler, None
         if scheduler is not None:
             scheduler.close(cancel=True)
-        if self._scorer is not None:
-            self._scorer.close()
+        for held in (self._scorer, self._forms):
+            if held is not None:
+                held.close()
 
     @property
     def is_ready(self) -> bool:
@@ -203,8 +203,8 @@ class Service(Closable):
         """
         grammar = None
         if (form := work.asked.form) is not None:
-            loop = asyncio.get_running_loop()
-            grammar = await loop.run_in_executor(self._compiling, form.compiled, self.model)
+            assert self._forms is not None, "see check_started"
+            grammar = await self._forms.run(form.compiled, self.model)
         await asyncio.to_thread(self._submit, work, grammar)
 
     def _submit(self, work: Work, grammar: Grammar | None) -> None:
