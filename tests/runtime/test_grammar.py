@@ -468,6 +468,7 @@ LONG_OF_A_FEW_LINES = "start: T13\nT0: /\\w?/\n" + "\n".join(
         ({"lark": "x: /a/"}, "lark cannot be used: no start rule"),
         ({"lark": f"start: {'(' * 9000}"}, "lark cannot be used: .*too deeply nested"),
         ({"lark": LONG_OF_A_FEW_LINES}, "lark cannot be used: its terminals, .* have 81915 char"),
+        ({"lark": LONG_OF_A_FEW_LINES.replace("/\\w?/", '"a"?')}, "its terminals, .* have 49149"),
         ({"lark": f"start: /{'a' * 5000}/ x\nx: /{'b' * 5000}/"}, "have 10004 characters"),
         ({"lark": 'start: %json {"pattern": "' + "a" * 9990 + '"}'}, "have 10012 characters"),
         ({"lark": "start: A\nA: B\nB: A"}, "its terminals name each other: A, B, A"),

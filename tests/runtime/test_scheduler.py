@@ -443,12 +443,13 @@ def test_interrupted_while_it_starts(mini_bundle: Path, monkeypatch: pytest.Monk
         model.prepare()
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, "start", interrupted)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt) as kept:
                 Scheduler(model, max_batch_size=1, max_length=64, prefix_cache_bytes=2_000_000)
         [thread] = started
         thread.join(timeout=60)
         assert not thread.is_alive()
         assert model.cache_bytes_in_use == 0
+        assert kept.tb is not None, "as notebooks keep it, and with it the scheduler"
 
 
 def test_the_model_is_closed_under_it(mini_bundle: Path) -> None:

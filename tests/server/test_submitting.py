@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -57,3 +58,22 @@ def test_one_that_is_cancelled_meanwhile(
         while service.room.inside:
             time.sleep(0.01)  # the scheduler drops them before its next step
         assert service.room.let_in == 0
+
+
+def test_forms_are_not_compiled_behind_the_end(model: Model) -> None:
+    def compiling() -> list[str]:
+        return [one.name for one in threading.enumerate() if one.name.startswith("neo-forms")]
+
+    with Service(model, "m", Limits(max_batch_size=1)) as service:
+        service.start()
+        fields = {"prompt": "a", "max_tokens": 1, "structured_outputs": {"regex": "a"}}
+
+        async def run() -> None:
+            asked = read_request(fields)
+            work = service.open(asked, Followed(id="a", method="POST", path="/", client="-"))
+            await service.begin(work)
+            work.end()
+
+        asyncio.run(run())
+        assert compiling()
+    assert not compiling()
