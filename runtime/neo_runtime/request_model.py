@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from neo_runtime.bundle.manifest import parse_object
 from neo_runtime.cached_model import CachedModel
-from neo_runtime.errors import BundleDamagedError, RequestError
+from neo_runtime.errors import RequestError
 from neo_runtime.generation.prefix import Prefix
-from neo_runtime.json_input import parse_json
 from neo_runtime.options.checks import check_vocabulary
 from neo_runtime.options.generation_config import GENERATION_CONFIG, file_error
 from neo_runtime.options.generation_options import GenerationOptions
@@ -86,15 +86,7 @@ class RequestModel(CachedModel):
         if GENERATION_CONFIG not in self.manifest.files:
             return {}
         path = self._bundle.file(GENERATION_CONFIG)
-        try:
-            config = parse_json(path.read_bytes())
-        except ValueError as error:
-            raise BundleDamagedError(
-                f"{path} is not valid JSON ({error}); export the bundle again"
-            ) from error
-        if not isinstance(config, dict):
-            raise BundleDamagedError(f"{path} holds no JSON object; export the bundle again")
-        return config
+        return parse_object(path.read_bytes(), path)
 
     def grammar(
         self,

@@ -29,6 +29,7 @@ __all__ = [
     "Source",
     "TensorSpec",
     "is_quantized",
+    "parse_object",
     "parse_strictly",
 ]
 
@@ -203,14 +204,7 @@ class Manifest:
             BundleDamagedError: not JSON, or a field is missing or of the wrong type.
             BundleUnsupportedError: a schema newer than this runtime knows.
         """
-        try:
-            raw = parse_json(text)
-        except ValueError as error:
-            raise BundleDamagedError(
-                f"{source} is not valid JSON ({error}); export the bundle again"
-            ) from error
-        if not isinstance(raw, dict):
-            raise BundleDamagedError(f"{source} holds no JSON object; export the bundle again")
+        raw = parse_object(text, source)
         version = raw.get("schema_version")
         if not isinstance(version, int):
             raise BundleDamagedError(
@@ -257,6 +251,23 @@ def _canonical(raw: dict[str, Any]) -> str:
 def _checksum(raw: dict[str, Any]) -> str:
     """sha256 (hex) of the canonical text without the checksum: a flipped bit is not a setting."""
     return hashlib.sha256(_canonical(raw).encode()).hexdigest()
+
+
+def parse_object(text: str | bytes, source: object) -> dict[str, Any]:
+    """A JSON file of a bundle, which must hold one object.
+
+    Raises:
+        BundleDamagedError: it does not.
+    """
+    try:
+        raw = parse_json(text)
+    except ValueError as error:
+        raise BundleDamagedError(
+            f"{source} is not valid JSON ({error}); export the bundle again"
+        ) from error
+    if not isinstance(raw, dict):
+        raise BundleDamagedError(f"{source} holds no JSON object; export the bundle again")
+    return raw
 
 
 def parse_strictly(kind: Any, raw: Any, where: str) -> Any:
