@@ -43,23 +43,11 @@ def encoded(
     assert model.tokenizer is not None
     longest = max_length * model.tokenizer.longest_token
     kept = _kept(asked, max_length)
-    for prompt in asked.prompts:
-        if kept is not None:
-            if isinstance(prompt, str) and len(prompt) > max(longest, _MOST_SHORTENED):
-                raise bad_request(
-                    f"a prompt of {len(prompt)} characters is too long to be tokenized, expected "
-                    f"at most {max(longest, _MOST_SHORTENED)}; send its end",
-                    "prompt",
-                )
-        elif len(prompt) > longest:  # which need not be tokenized to know
-            raise ContextLengthError(
-                f"a prompt of {len(prompt)} characters or tokens has more than the {max_length} "
-                "tokens that this server takes; shorten it"
-            )
-    if kept is None:
-        prompts = model.encode_prompts(asked.prompts)
-    else:  # one by one: what is cut off is not kept meanwhile
-        prompts = of_each(asked.prompts, lambda one: model.encode_prompts([one])[0][-kept:].copy())
+    prompts = (
+        _whole(model, asked, longest, max_length)
+        if kept is None
+        else _ends(model, asked, kept, max(longest, _MOST_SHORTENED))
+    )
     refuse_alternatives(asked, [len(ids) for ids in prompts])
     for ids in prompts:
         if asked.max_tokens:
@@ -69,6 +57,28 @@ def encoded(
                 f"a prompt has {len(ids)} tokens and the server {max_length} positions; shorten it"
             )
     return prompts
+
+
+def _whole(model: Model, asked: Asked, longest: int, max_length: int) -> list[NDArray[np.int64]]:
+    for prompt in asked.prompts:
+        if len(prompt) > longest:  # which need not be tokenized to know
+            raise ContextLengthError(
+                f"a prompt of {len(prompt)} characters or tokens has more than the {max_length} "
+                "tokens that this server takes; shorten it"
+            )
+    return model.encode_prompts(asked.prompts)
+
+
+def _ends(model: Model, asked: Asked, kept: int, longest: int) -> list[NDArray[np.int64]]:
+    """The last tokens; one prompt after the other: what is cut off is not kept meanwhile."""
+    for prompt in asked.prompts:
+        if isinstance(prompt, str) and len(prompt) > longest:
+            raise bad_request(
+                f"a prompt of {len(prompt)} characters is too long to be tokenized, expected at "
+                f"most {longest}; send its end",
+                "prompt",
+            )
+    return of_each(asked.prompts, lambda one: model.encode_prompts([one])[0][-kept:].copy())
 
 
 def _kept(asked: Asked, max_length: int) -> int | None:

@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
+from itertools import zip_longest
 from typing import Any
 
 __all__ = ["MOST_OF_EXPRESSIONS", "check_lark", "parse_schema"]
@@ -61,7 +62,7 @@ def check_lark(text: str) -> str:
     own: Counter[str] = Counter()
     named: dict[str, list[str]] = {}
     found = list(_DEFINITION.finditer(text))
-    for this, following in zip(found, [*found[1:], None], strict=False):
+    for this, following in zip_longest(found, found[1:]):
         body = text[this.end() : following.start() if following else len(text)]
         parts = list(_PART.finditer(body))
         if this[1].isupper():
