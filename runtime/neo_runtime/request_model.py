@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_runtime.bundle.manifest import parse_object
+from neo_runtime.bundle.strict_json import parse_object
 from neo_runtime.cached_model import CachedModel
 from neo_runtime.errors import RequestError
 from neo_runtime.generation.prefix import Prefix

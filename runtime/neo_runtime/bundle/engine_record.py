@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from neo_runtime.bundle.manifest import parse_strictly
+from neo_runtime.bundle.strict_json import parse_strictly
 from neo_runtime.errors import BundleDamagedError, BundleUnsupportedError, EngineError
 from neo_runtime.json_input import parse_json, read_json_file
 from neo_runtime.machine.installation import version_numbers

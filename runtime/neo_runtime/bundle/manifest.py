@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
+from neo_runtime.bundle.strict_json import parse_object, parse_strictly
 from neo_runtime.errors import BundleDamagedError, BundleUnsupportedError
-from neo_runtime.json_input import parse_json
 
 __all__ = [
     "CANDIDATE_OUTPUTS",
@@ -29,8 +28,6 @@ __all__ = [
     "Source",
     "TensorSpec",
     "is_quantized",
-    "parse_object",
-    "parse_strictly",
 ]
 
 MANIFEST_NAME = "neo.json"
@@ -251,80 +248,3 @@ def _canonical(raw: dict[str, Any]) -> str:
 def _checksum(raw: dict[str, Any]) -> str:
     """sha256 (hex) of the canonical text without the checksum: a flipped bit is not a setting."""
     return hashlib.sha256(_canonical(raw).encode()).hexdigest()
-
-
-def parse_object(text: str | bytes, source: object) -> dict[str, Any]:
-    """A JSON file of a bundle, which must hold one object.
-
-    Raises:
-        BundleDamagedError: it does not.
-    """
-    try:
-        raw = parse_json(text)
-    except ValueError as error:
-        raise BundleDamagedError(
-            f"{source} is not valid JSON ({error}); export the bundle again"
-        ) from error
-    if not isinstance(raw, dict):
-        raise BundleDamagedError(f"{source} holds no JSON object; export the bundle again")
-    return raw
-
-
-def parse_strictly(kind: Any, raw: Any, where: str) -> Any:
-    """Turn JSON into `kind` (a dataclass, tuple, dict, Literal, union or plain type), strictly."""
-    origin = get_origin(kind)
-    if is_dataclass(kind):
-        return _parse_dataclass(kind, raw, where)
-    if origin in (Union, UnionType):
-        return _parse_union(kind, raw, where)
-    if origin is tuple and isinstance(raw, list):
-        arguments = get_args(kind)
-        if arguments[-1] is Ellipsis:
-            return tuple(
-                parse_strictly(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(raw)
-            )
-        if len(arguments) == len(raw):
-            return tuple(
-                parse_strictly(a, item, where) for a, item in zip(arguments, raw, strict=True)
-            )
-    if origin is dict and isinstance(raw, dict):
-        value_kind = get_args(kind)[1]
-        return {
-            key: parse_strictly(value_kind, item, f"{where}.{key}") for key, item in raw.items()
-        }
-    if origin is Literal and raw in get_args(kind):
-        return raw
-    if kind is float and type(raw) in (int, float):
-        return float(raw)
-    if isinstance(kind, type) and type(raw) is kind:
-        return raw
-    raise BundleDamagedError(f"{where}: found {raw!r}, expected {_name(kind)}; export again")
-
-
-def _parse_dataclass(kind: Any, raw: Any, where: str) -> Any:
-    if not isinstance(raw, dict):
-        raise BundleDamagedError(f"{where}: found {raw!r}, expected an object; export again")
-    hints = get_type_hints(kind)
-    names = {f.name for f in fields(kind)}
-    if unknown := raw.keys() - names:
-        raise BundleDamagedError(f"{where}: unknown field {min(unknown)!r}; export again")
-    if missing := names - raw.keys():
-        raise BundleDamagedError(f"{where}: field {min(missing)!r} is missing; export again")
-    return kind(
-        **{name: parse_strictly(hints[name], raw[name], f"{where}: {name}") for name in names}
-    )
-
-
-def _parse_union(kind: Any, raw: Any, where: str) -> Any:
-    for member in get_args(kind):
-        try:
-            return (
-                None if member is type(None) and raw is None else parse_strictly(member, raw, where)
-            )
-        except BundleDamagedError:
-            continue
-    raise BundleDamagedError(f"{where}: found {raw!r}, expected {_name(kind)}; export again")
-
-
-def _name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from neo_runtime.bundle.engine_record import ENGINES_FOLDER
-from neo_runtime.bundle.manifest import parse_strictly
+from neo_runtime.bundle.strict_json import parse_strictly
 from neo_runtime.errors import BundleDamagedError, BundleUnsupportedError, EngineError
 from neo_runtime.json_input import parse_json, read_json_file
 
