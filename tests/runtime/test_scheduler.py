@@ -832,6 +832,30 @@ def test_a_group_has_a_hash(model: Model) -> None:
         assert scheduler.unfinished == 0
 
 
+def test_groups_that_cannot_be_compared(model: Model, steps: Steps) -> None:
+    """It is the scheduler's thread that finds out, and nobody is to wait for ever."""
+
+    class Odd:
+        def __hash__(self) -> int:
+            return 1
+
+        def __eq__(self, other: object) -> bool:
+            raise ZeroDivisionError("compared")
+
+    with Scheduler(model, max_batch_size=3) as scheduler:
+        steps.go_on.clear()
+        running = scheduler.submit("The", max_new_tokens=30, ignore_eos=True)
+        wait_for(lambda: scheduler.active == 1)
+        bad = [scheduler.submit("a", max_new_tokens=2, group=Odd()) for _ in range(3)]
+        steps.go_on.set()
+        for one in (running, *bad):
+            with pytest.raises(ZeroDivisionError, match="compared"):
+                one.result(timeout=60)
+        assert scheduler.unfinished == scheduler.waiting == 0
+        again = scheduler.submit("a", max_new_tokens=4, ignore_eos=True)
+        assert len(again.result(timeout=60).token_ids) == 4
+
+
 def test_what_is_told_of_a_batch(model: Model) -> None:
     with Scheduler(model, max_batch_size=3) as scheduler:
         assert (scheduler.max_batch_size, scheduler.generated_tokens) == (3, 0)

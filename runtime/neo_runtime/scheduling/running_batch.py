@@ -148,12 +148,16 @@ class RunningBatch:
             self._refuse_inbox()
 
     def _fail(self, error: BaseException) -> None:
-        """End what is being computed: what the caches hold is not known any more."""
-        requests = [*self._active, *self._prefilling_requests]
+        """End what is being computed: what the caches hold is not known any more.
+
+        Where nothing is, choosing who begins failed, and would at each try: then all end.
+        """
+        requests = [*self._active, *self._prefilling_requests] or list(self._unfinished)
         self._active = []
         self._drop_caches()
         for request in requests:
             request.fail(_own(error))
+        self._waiting.drop_ended()
 
     def _refuse_inbox(self) -> None:
         while True:

@@ -53,9 +53,13 @@ class WaitingQueue:
         if started >= self._next_sweep or is_closing:
             for request in self._requests:
                 request.end_if_unwanted(is_closing=is_closing)
-            self._requests = deque(one for one in self._requests if not one.has_ended)
+            self.drop_ended()
             now = monotonic()
             self._next_sweep = now + max(_SWEEP, _SWEEP_SHARE * (now - started))
+
+    def drop_ended(self) -> None:
+        """Forget those that have ended."""
+        self._requests = deque(one for one in self._requests if not one.has_ended)
 
     def next(
         self, room: int, active: Sequence[Request], prefilling: Sequence[Request]
