@@ -648,6 +648,34 @@ def test_folders_of_other_users_are_not_used(
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="about users")
+def test_a_folder_that_another_user_makes_meanwhile(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Behind the look at what is there, and before ours."""
+    answers(bundle)
+    cache.parent.chmod(0o1777)
+    folder, precious = key_folder(cache), cache.parent / "precious"
+    precious.write_text("kept")
+    shutil.rmtree(folder)
+    make = Path.mkdir
+
+    def quicker(path: Path, *arguments: Any, **options: Any) -> None:
+        make(path, *arguments, **options)
+        if path == folder:
+            (folder / "lock").symlink_to(precious)
+            if os.geteuid() == 0:
+                os.chown(folder, 65534, -1)
+            else:
+                monkeypatch.setattr(os, "geteuid", lambda: 65534)
+
+    monkeypatch.setattr(Path, "mkdir", quicker)
+    answers(bundle)
+    assert "belongs to user" in caplog.text
+    assert precious.read_text() == "kept"
+    assert [entry.name for entry in folder.iterdir()] == ["lock"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="about users")
 def test_the_owner_of_the_cache_is_trusted(
     bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
