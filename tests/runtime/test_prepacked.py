@@ -621,23 +621,35 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert cache_root() == tmp_path / "home" / ".cache" / "neo-onnx"
 
 
+def in_a_shared_place(cache: Path) -> tuple[Path, Path]:
+    """The bundle's folder of a cache that lies where everybody may write, and somebody's file."""
+    cache.parent.chmod(0o1777)
+    precious = cache.parent / "precious"
+    precious.write_text("kept")
+    return key_folder(cache), precious
+
+
+def give_away(patch: pytest.MonkeyPatch, *paths: Path) -> None:
+    """Let files belong to another user than the one that runs."""
+    if os.geteuid() == 0:
+        for path in paths:
+            os.chown(path, 65534, -1)
+    else:
+        patch.setattr(os, "geteuid", lambda: 65534)
+
+
 def test_folders_of_other_users_are_not_used(
     bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In a shared place they could be there first, with other weights or a link as the lock."""
     answers(bundle)
-    cache.parent.chmod(0o1777)
-    folder, precious = key_folder(cache), cache.parent / "precious"
-    precious.write_text("kept")
+    folder, precious = in_a_shared_place(cache)
     for path in (folder, folder.parent):
         shutil.rmtree(folder)
         folder.mkdir()
         (folder / "lock").symlink_to(precious)
         with monkeypatch.context() as patch:
-            if os.geteuid() == 0:
-                os.chown(path, 65534, -1)
-            else:
-                patch.setattr(os, "geteuid", lambda: 65534)
+            give_away(patch, path)
             caplog.clear()
             answers(bundle)
         assert "belongs to user" in caplog.text
@@ -653,9 +665,7 @@ def test_a_folder_that_another_user_makes_meanwhile(
 ) -> None:
     """Behind the look at what is there, and before ours."""
     answers(bundle)
-    cache.parent.chmod(0o1777)
-    folder, precious = key_folder(cache), cache.parent / "precious"
-    precious.write_text("kept")
+    folder, precious = in_a_shared_place(cache)
     shutil.rmtree(folder)
     make = Path.mkdir
 
@@ -663,10 +673,7 @@ def test_a_folder_that_another_user_makes_meanwhile(
         make(path, *arguments, **options)
         if path == folder:
             (folder / "lock").symlink_to(precious)
-            if os.geteuid() == 0:
-                os.chown(folder, 65534, -1)
-            else:
-                monkeypatch.setattr(os, "geteuid", lambda: 65534)
+            give_away(monkeypatch, folder)
 
     monkeypatch.setattr(Path, "mkdir", quicker)
     answers(bundle)
@@ -682,11 +689,7 @@ def test_the_owner_of_the_cache_is_trusted(
     """Where not everybody could have made it: file systems that give all files one owner."""
     answers(bundle)
     stored = sorted(cache.rglob("*"))
-    if os.geteuid() == 0:
-        for path in (cache, *stored):
-            os.chown(path, 65534, -1)
-    else:
-        monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    give_away(monkeypatch, cache, *stored)
     cache.parent.chmod(0o755)
     answers(bundle)
     assert not caplog.text
