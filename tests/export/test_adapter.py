@@ -78,7 +78,10 @@ def logits_of(model: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
 CASES: dict[str, tuple[TinyConfig, dict[str, Any]]] = {
     "plain": (CONFIG, {"target_modules": ["q_proj", "v_proj"]}),
     "all_linear": (CONFIG, {"target_modules": ALL, "bias": "all"}),
-    "lora_only_biases": (CONFIG, {"target_modules": ["c_fc", "out_proj"], "bias": "lora_only"}),
+    "lora_only_biases": (
+        CONFIG,
+        {"target_modules": ["c_fc", "out_proj"], "bias": "lora_only", "init_lora_weights": False},
+    ),
     "patterns": (
         CONFIG,
         {
@@ -87,10 +90,16 @@ CASES: dict[str, tuple[TinyConfig, dict[str, Any]]] = {
             "alpha_pattern": {"q_proj": 1.5, r"transformer\.h\.2\.mlp\.c_fc": 11},
         },
     ),
-    "rank_stabilized": (CONFIG, {"target_modules": ALL, "use_rslora": True}),
+    "rank_stabilized": (
+        CONFIG,
+        {"target_modules": ALL, "use_rslora": True, "init_lora_weights": "gaussian"},
+    ),
     "dora": (CONFIG, {"target_modules": ALL, "use_dora": True}),
     "biases_of_its_own": (CONFIG, {"target_modules": ["c_fc", "c_proj"], "lora_bias": True}),
-    "some_layers": (CONFIG, {"target_modules": ALL, "layers_to_transform": [1]}),
+    "some_layers": (
+        CONFIG,
+        {"target_modules": ALL, "layers_to_transform": [1], "init_lora_weights": "orthogonal"},
+    ),
     "norms": (CONFIG, {"target_modules": ["q_proj"], "modules_to_save": ["ln_f", "ln_1"]}),
     "table_of_a_tied_model": (CONFIG, {"target_modules": ["wte", "q_proj"]}),
     "table": (UNTIED, {"target_modules": ["wte", "wpe", "q_proj"]}),
