@@ -86,7 +86,7 @@ CASES: dict[str, tuple[TinyConfig, dict[str, Any]]] = {
         CONFIG,
         {
             "target_modules": ALL,
-            "rank_pattern": {"c_fc": 7, r"h\.1\.attn\.attention\.q_proj": 2},
+            "rank_pattern": {"c_fc": 7, r"h\.1\.attn\.attention\.q_proj": 1},
             "alpha_pattern": {"q_proj": 1.5, r"transformer\.h\.2\.mlp\.c_fc": 11},
         },
     ),
@@ -291,6 +291,7 @@ def adapter(tmp_path: Path) -> Path:
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path is None, expected the model"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5, expected the model"),
         ({"base_model_name_or_path": "/nowhere"}, "LoRA adapter of /nowhere, which cannot be used"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa.*changes the base model as well; merge it"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is .*cannot be merged here; merge it"),
