@@ -189,8 +189,7 @@ def _of_residual(found: _Findings, prefix: str, layer: int, statistics: Statisti
         found.add(f"{prefix}.residual", reason, places=(f"{prefix}.residual",))
     # The sum between the two halves of a layer is no place; it is at most its addends' sum.
     bound = sum(statistics.places[name].largest for name in (before, f"{prefix}.attention"))
-    if bound > LARGEST / MARGIN:
-        reason = f"may reach ±{bound:.4g} (float16 ends at {LARGEST:.0f}; margin {MARGIN:g})"
+    if (reason := _past_margin(bound, "may reach")) is not None:
         found.add(f"{prefix}.{MIDDLE_PLACE}", reason, places=(f"{prefix}.{MIDDLE_PLACE}",))
 
 
@@ -213,21 +212,19 @@ def _unfit(statistics: Statistics, place: str) -> str | None:
 
 
 def _large(statistics: Statistics, place: str) -> str | None:
-    largest = statistics.places[place].largest
-    if largest <= LARGEST / MARGIN:
-        return None
-    return f"reaches ±{largest:.4g} (float16 ends at {LARGEST:.0f}; margin {MARGIN:g})"
+    return _past_margin(statistics.places[place].largest)
 
 
 def _large_before_bias(statistics: Statistics, place: str, bias: NDArray[np.float32]) -> str | None:
     low, high = statistics.channel_range(place)
     largest = float(np.maximum(bias - low, high - bias).max())
+    return _past_margin(largest, when=" before its bias is added")
+
+
+def _past_margin(largest: float, verb: str = "reaches", when: str = "") -> str | None:
     if largest <= LARGEST / MARGIN:
         return None
-    return (
-        f"reaches ±{largest:.4g} before its bias is added (float16 ends at {LARGEST:.0f}; "
-        f"margin {MARGIN:g})"
-    )
+    return f"{verb} ±{largest:.4g}{when} (float16 ends at {LARGEST:.0f}; margin {MARGIN:g})"
 
 
 def _small(statistics: Statistics, place: str) -> str | None:
