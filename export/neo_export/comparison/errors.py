@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neo_export.comparison.local import expected_embedding, expected_in_layer
-from neo_export.comparison.metrics import relative_l2
+from neo_export.comparison.metrics import logit_error, relative_l2
 from neo_export.comparison.places import all_places
 
 if TYPE_CHECKING:
@@ -151,8 +151,8 @@ def measure_logits(
     assert trace.logits is not None
     assert trace.logits_at is not None
     final = trace.get(None, "final_norm")[trace.logits_at - trace.start]
-    local = _rowwise(trace.logits, reference.logits(final))
-    cumulative = _rowwise(trace.logits, expected)
+    local = logit_error(trace.logits, reference.logits(final))
+    cumulative = logit_error(trace.logits, expected)
     errors.add(trace.graph, (None, "logits"), Series(trace.logits_at, local, cumulative))
 
 
@@ -170,12 +170,3 @@ def _compare(
         local, path = relative_l2(found, expected[rows]), places[place][positions]
         series = Series(positions, local, relative_l2(found, path))
         errors.add(trace.graph, (layer, place), series)
-
-
-def _rowwise(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
-    step = max(1, (1 << 24) // expected.shape[1])
-    parts = [
-        relative_l2(found[start : start + step], expected[start : start + step])
-        for start in range(0, len(found), step)
-    ]
-    return np.concatenate(parts) if parts else np.empty(0)

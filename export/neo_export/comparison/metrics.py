@@ -1,7 +1,7 @@
 """How far two sets of logits, or two hidden states, are apart: plain numpy, in float64.
 
-Rows are positions: `[n, V]` logits over a vocabulary of V, `[n, C]` hidden states. Every function
-works through the rows in slices, so that a text over a large vocabulary needs little memory.
+Rows are positions: `[n, V]` logits over a vocabulary of V, `[n, C]` hidden states. Functions of
+logits work through the rows in slices, so that a text over a large vocabulary needs little memory.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = [
     "error_statistics",
     "kl_divergence",
     "log_softmax",
+    "logit_error",
     "relative_l2",
     "top_1_agreement",
     "top_k_overlap",
@@ -139,6 +140,12 @@ def relative_l2(found: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.floa
     expected = reference.astype(wide, copy=False)
     difference = found.astype(wide, copy=False) - expected
     return np.sqrt(_squares(difference)) / np.maximum(np.sqrt(_squares(expected)), 1e-30)
+
+
+def logit_error(found: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
+    """`relative_l2` of logits: [n, V] and [n, V] → [n]."""
+    _check_same_shape(reference, found)
+    return _by_slices(lambda rows: relative_l2(found[rows], reference[rows]), reference, np.float64)
 
 
 def _squares(values: NDArray[Any]) -> NDArray[np.float64]:

@@ -54,11 +54,6 @@ def compare_rows(
     follows = positions + 1 < len(ids)
     targets = ids[np.minimum(positions + 1, len(ids) - 1)]
     statistics = metrics.error_statistics(found, reference)
-    step = max(1, (1 << 22) // found.shape[1])
-    logit_error = [
-        metrics.relative_l2(found[start : start + step], reference[start : start + step])
-        for start in range(0, len(found), step)
-    ]
     return PositionMetrics(
         context=np.full(len(positions), context, dtype=np.int64),
         position=positions,
@@ -66,7 +61,7 @@ def compare_rows(
         kl=metrics.kl_divergence(reference, found),
         top_1=metrics.top_1_agreement(reference, found, NEAR_TIE),
         top_5=metrics.top_k_overlap(reference, found, 5),
-        logit_error=np.concatenate(logit_error),
+        logit_error=metrics.logit_error(found, reference),
         nll_reference=np.where(follows, metrics.cross_entropy(reference, targets), np.nan),
         nll_bundle=np.where(follows, metrics.cross_entropy(found, targets), np.nan),
         best_reference=reference.argmax(axis=-1),

@@ -15,7 +15,7 @@ from neo_export.comparison.explanations import explain
 from neo_export.comparison.faults import find_faults
 from neo_export.comparison.held_weights import HeldWeights, open_held_weights
 from neo_export.comparison.jumps import find_jumps
-from neo_export.comparison.metrics import relative_l2
+from neo_export.comparison.metrics import logit_error, relative_l2
 from neo_export.tolerances import accumulated_name, limits_name
 from neo_runtime.bundle.manifest import MANIFEST_NAME
 from neo_runtime.errors import RequestError
@@ -200,7 +200,7 @@ class BundleReference(Reference):
         for trace in text.traces:
             assert trace.logits is not None
             assert trace.logits_at is not None
-            error = relative_l2(trace.logits, expected[trace.logits_at])
+            error = logit_error(trace.logits, expected[trace.logits_at])
             errors.add(trace.graph, (None, "logits"), Series(trace.logits_at, error, error))
 
     def faults(self, errors: PlaceErrors, bundle: Manifest, texts: Sequence[Text]) -> list[Fault]:
