@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import time
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from neo_runtime.machine.cores import physical_cores, usable_processors
 
 from neo_tools.older_cpu import ENVIRONMENT_VARIABLE
+from neo_tools.worker.versions import versions_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,12 +74,7 @@ class Machine:
 def machine_facts() -> Machine:
     """Look at /proc and the installed packages; what is not there is left out."""
     cpu, flags = _cpu()
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = versions_of(_PACKAGES)
     return Machine(
         cpu=cpu,
         flags=flags,
@@ -88,7 +83,7 @@ def machine_facts() -> Machine:
         l3_bytes=l3_bytes(),
         memory_bytes=memory_bytes("MemTotal"),
         system=f"{platform.system()} {platform.release()}",
-        python=platform.python_version(),
+        python=versions.pop("python"),
         versions=versions,
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     )

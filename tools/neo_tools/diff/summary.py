@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from neo_tools.diff.results import (
     TokenError,
 )
 from neo_tools.diff.thresholds import checks
+from neo_tools.worker.versions import versions_of
 
 if TYPE_CHECKING:
     from neo_runtime.bundle.folder import Bundle
@@ -104,7 +103,7 @@ def summarize(
         seconds=0.0,
         peak_rss_bytes=0,
         peak_private_bytes=0,
-        versions=_versions(),
+        versions=versions_of(_PACKAGES),
     )
 
 
@@ -216,13 +215,3 @@ def _histogram(found: PositionMetrics) -> dict[str, list[float]]:
     edges = np.logspace(low, max(high, low + 0.1), _BINS + 1)
     counts, _ = np.histogram(np.clip(kl, edges[0], edges[-1]), edges)
     return {"edges": [0.0, *edges[1:].tolist()], "counts": counts.tolist()}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from neo_tools.worker.engine import versions_of
 from neo_tools.worker.protocol import claim_stdout
+from neo_tools.worker.versions import versions_of
 
 _PACKAGES = ("optimum", "optimum-onnx", "onnxruntime", "transformers", "torch")
 

@@ -11,19 +11,16 @@ Standard library only: a peer's worker runs in its own environment.
 
 from __future__ import annotations
 
-import importlib.metadata
-import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from neo_tools.worker.memory import memory_of
+from neo_tools.worker.versions import versions_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from neo_tools.worker.protocol import Handler
 
-__all__ = ["CONTEXT_CHUNK", "Engine", "context_ids", "engine_handlers", "versions_of"]
+__all__ = ["CONTEXT_CHUNK", "Engine", "context_ids", "engine_handlers"]
 
 CONTEXT_CHUNK = 256
 """Positions that `context` feeds at once, so that no engine needs memory for length squared."""
@@ -89,17 +86,6 @@ def _splitmix64(value: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
-
-
-def versions_of(packages: Sequence[str]) -> dict[str, str]:
-    """Installed versions, by distribution name; absent ones are left out."""
-    found = {"python": sys.version.split()[0]}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def engine_handlers(engine: Engine) -> dict[str, Handler]:
