@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from neo_tools.bench.results import Results, Row
 
@@ -63,17 +63,20 @@ def _row(
 
 
 def _verdict(
-    name: str, wanted: str, value: float | None, text: str, *, met: bool = False
+    name: str, wanted: str, value: float | None, shown: str, met: Callable[[float], bool]
 ) -> Verdict:
+    """Judge a figure; `shown` is how it is written, as `str.format` takes it."""
     if value is None:
         return Verdict(name=name, wanted=wanted, measured="-", verdict="not measured")
-    return Verdict(name=name, wanted=wanted, measured=text, verdict="met" if met else "not met")
+    verdict: Literal["met", "not met"] = "met" if met(value) else "not met"
+    return Verdict(name=name, wanted=wanted, measured=shown.format(value), verdict=verdict)
 
 
 def _share(row: Row | None) -> Verdict:
     share = row.limit_share if row else None
     name, wanted = "float16 decode, share of the copy bandwidth", "at least 75 %"
-    return _verdict(name, wanted, share, f"{100 * (share or 0):.0f} %", met=(share or 0) >= 0.75)
+    percent = None if share is None else 100 * share
+    return _verdict(name, wanted, percent, "{:.0f} %", lambda value: value >= 75)
 
 
 def _decode_ratio(results: Results, other: str, bundle: str | None) -> float | None:
@@ -90,24 +93,19 @@ def _decode_ratio(results: Results, other: str, bundle: str | None) -> float | N
 def _ratio(results: Results, half: str) -> Verdict:
     value = _decode_ratio(results, _EAGER, half)
     name, wanted = "float16 decode against PyTorch eager float16", "at least 3 times"
-    return _verdict(name, wanted, value, f"{value or 0:.2f} times", met=(value or 0) >= 3)
-
-
-def _seconds(row: Row | None) -> float | None:
-    return median(row.round_seconds) if row else None
+    return _verdict(name, wanted, value, "{:.2f} times", lambda value: value >= 3)
 
 
 def _int4(results: Results, half: str, int4: str | None) -> Verdict:
     value = _decode_ratio(results, half, int4)
     name, wanted = "int4 decode against float16", "at least 1.8 times"
-    return _verdict(name, wanted, value, f"{value or 0:.2f} times", met=(value or 0) >= 1.8)
+    return _verdict(name, wanted, value, "{:.2f} times", lambda value: value >= 1.8)
 
 
 def _prompt(row: Row | None) -> Verdict:
-    seconds = _seconds(row)
-    text = f"{1000 * (seconds or 0):.1f} ms"
-    met = seconds is not None and seconds <= 0.010
-    return _verdict(f"prefill of {LONG_PROMPT} tokens", "at most 10 ms", seconds, text, met=met)
+    milliseconds = 1000 * median(row.round_seconds) if row else None
+    name, wanted = f"prefill of {LONG_PROMPT} tokens", "at most 10 ms"
+    return _verdict(name, wanted, milliseconds, "{:.1f} ms", lambda value: value <= 10)
 
 
 def _batch(one: Row | None, many: Row | None) -> Verdict:
@@ -115,13 +113,13 @@ def _batch(one: Row | None, many: Row | None) -> Verdict:
     if one is not None and many is not None:
         value = many.tokens_per_second.median / one.tokens_per_second.median
     name, wanted = f"batch {MANY} decode against batch 1, tokens per second", "at least 15 times"
-    return _verdict(name, wanted, value, f"{value or 0:.1f} times", met=(value or 0) >= 15)
+    return _verdict(name, wanted, value, "{:.1f} times", lambda value: value >= 15)
 
 
 def _memory(results: Results, half: str, row: Row | None) -> Verdict:
     name, wanted = "device memory, of weights and cache", "at most 115 %"
     weights = next((p.weights_bytes for p in results.participants if p.label == half), None)
-    if row is None or row.device_bytes is None or row.cache_bytes is None or weights is None:
-        return _verdict(name, wanted, None, "")
-    value = row.device_bytes / (weights + row.cache_bytes)
-    return _verdict(name, wanted, value, f"{100 * value:.0f} %", met=value <= 1.15)
+    percent = None
+    if row and weights and row.device_bytes is not None and row.cache_bytes is not None:
+        percent = 100 * row.device_bytes / (weights + row.cache_bytes)
+    return _verdict(name, wanted, percent, "{:.0f} %", lambda value: value <= 115)
