@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -102,7 +102,7 @@ class Settings:
     """Which GPU."""
     timeout: float = 3600.0
     """Seconds that one answer of a participant may take."""
-    cases: tuple[Case, ...] = field(default=())
+    cases: tuple[Case, ...] = ()
 
     @property
     def on_gpu(self) -> bool:

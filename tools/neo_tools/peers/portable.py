@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neo_export.command.cli import DEMO
 from neo_runtime.bundle.manifest import MANIFEST_NAME, Manifest
 from neo_runtime.errors import (
     BundleError,
     BundleUnsupportedError,
-    CheckpointError,
     DependencyError,
     NeoError,
 )
@@ -22,7 +21,7 @@ from neo_tools.model_shape import check_checkpoint
 from neo_tools.peers.environments import peer_environ, python_of
 from neo_tools.worker.engine import context_ids
 
-__all__ = ["PortableReport", "demo_checkpoint", "load_portable"]
+__all__ = ["PortableReport", "load_portable"]
 
 _START = Path(__file__).resolve().parent / "worker_start.py"
 _LENGTHS = (1, 3, 9, 24, 40)
@@ -76,7 +75,7 @@ def load_portable(
         NeoError: Optimum or PyTorch failed; the message ends with the last lines.
     """
     manifest = _portable_manifest(bundle)
-    checkpoint = checkpoint or demo_checkpoint()
+    checkpoint = checkpoint or DEMO
     check_checkpoint(checkpoint, manifest.model)
     new_tokens = min(_NEW_TOKENS, manifest.max_length - max(_LENGTHS))
     prompts = [context_ids(length, 1, length, manifest.model.vocab_size)[0] for length in _LENGTHS]
@@ -103,20 +102,6 @@ def load_portable(
         versions=answer["versions"],
         bundle_io=answer["bundle_io"],
     )
-
-
-def demo_checkpoint() -> Path:
-    """The demo model's folder inside neo_export, found without importing it.
-
-    Raises:
-        CheckpointError: neo_export is not installed.
-    """
-    spec = importlib.util.find_spec("neo_export")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(folder, "demo", "neo-mini")
-        if path.is_dir():
-            return path
-    raise CheckpointError("the demo model is not installed; name a checkpoint with --model")
 
 
 def _portable_manifest(bundle: Path) -> Manifest:

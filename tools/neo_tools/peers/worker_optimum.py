@@ -25,10 +25,9 @@ class OptimumEngine:
 
     packages = ("optimum", "optimum-onnx", "onnxruntime", "transformers", "torch")
 
-    def __init__(self, model: Path, threads: int, file_name: str | None = None) -> None:
+    def __init__(self, model: Path, threads: int) -> None:
         self._folder = model
         self._threads = threads
-        self._file_name = file_name
         self._past: Any = None
         self._depth = 0
         self._model: Any = None
@@ -54,7 +53,6 @@ class OptimumEngine:
         options.intra_op_num_threads = self._threads
         self._model = optimum.ORTModelForCausalLM.from_pretrained(
             self._folder,
-            file_name=self._file_name,
             session_options=options,
             provider="CPUExecutionProvider",
             local_files_only=True,
