@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neo_export.checkpoint.folder import open_model
+from neo_export.decisions.calibrated import open_statistics
 from neo_export.files.text_file import write_text_file
 from neo_export.gpt_neo.parameters import expected_shapes
-from neo_export.statistics.folder import Statistics
 
 from neo_calibration.auto.choose import Chooser
 from neo_calibration.auto.curve import curve_points
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     import numpy as np
     from neo_export.checkpoint.whole import Checkpoint
     from neo_export.quantize.plan import Storage
+    from neo_export.statistics.folder import Statistics
     from numpy.typing import NDArray
 
+    from neo_calibration.auto.choose import Chosen
     from neo_calibration.auto.inputs import TextParts
     from neo_calibration.auto.judge import Measured
     from neo_calibration.auto.search import FrontierPlan
@@ -65,11 +67,7 @@ def run_auto(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_model(model, options.base))
         limit = options.limit(checkpoint.spec)
-        statistics = Statistics.open(options.statistics)
-        statistics.require_second_moments()
-        statistics.check_model(
-            checkpoint, lambda done, all_: progress("checking the statistics", done, all_)
-        )
+        statistics = open_statistics(options.statistics, checkpoint, progress, second_moments=True)
         folder = options.remembered or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="neo-auto-"))
         )
@@ -77,15 +75,14 @@ def run_auto(
         parts = options.parts(checkpoint, statistics.tokens)
         if parts.found < parts.wanted:
             progress(_seen_before(parts), 0, 0)
-        judged = parts.judge
         found = _sensitivities(checkpoint, parts.search, options, statistics, folder, progress)
         shapes = expected_shapes(checkpoint.spec)
         frontier = frontier_of(groups_of(checkpoint.spec, options.keep), shapes, found)
         progress("running float32", 0, 0)
-        reference = reference_logits(checkpoint, judged)
+        reference = reference_logits(checkpoint, parts.judge)
         judge = Judge(
             model,
-            judged,
+            parts.judge,
             reference,
             options.statistics,
             folder,
@@ -93,11 +90,7 @@ def run_auto(
             kv_cache=options.kv_cache,
         )
         chooser = Chooser(frontier, _reported(judge, progress))
-        if limit is None:
-            assert options.max_divergence is not None
-            chosen = chooser.within_divergence(options.max_divergence)
-        else:
-            chosen = chooser.within_size(limit)
+        chosen = _chosen(chooser, options, limit)
         summary = {
             "limit": {"max_kl": options.max_divergence, "max_size": limit},
             "weight_bytes": chosen.measured.size,
@@ -105,7 +98,7 @@ def run_auto(
             "interval": chosen.measured.interval,
             "estimate": chosen.plan.divergence,
             "bundles": len(chooser.measured),
-            "measured_on": judged.size,
+            "measured_on": parts.judge.size,
             "searched_on": parts.search.size,
         }
         if options.report is not None:
@@ -120,6 +113,14 @@ def run_auto(
             )
         write_text_file(options.output, chosen.plan.plan.to_json())
     return summary
+
+
+def _chosen(chooser: Chooser, options: AutoOptions, size: int | None) -> Chosen:
+    """The plan that keeps the limit: `size` bytes, or without it the options' divergence."""
+    if size is not None:
+        return chooser.within_size(size)
+    assert options.max_divergence is not None
+    return chooser.within_divergence(options.max_divergence)
 
 
 def _seen_before(parts: TextParts) -> str:

@@ -59,16 +59,16 @@ class Calibrated:
 
 
 def open_statistics(
-    folder: Path | None,
+    folder: Path,
     checkpoint: Checkpoint,
     progress: Callable[[str, int, int], None],
     *,
     second_moments: bool,
-) -> Statistics | None:
+) -> Statistics:
     """Open a folder of statistics and make sure that they are this checkpoint's.
 
     Args:
-        folder: which; None for an export without.
+        folder: which.
         checkpoint: the model.
         progress: called with a stage's name, done and total.
         second_moments: they have to have them: see `uses_gptq`.
@@ -76,8 +76,6 @@ def open_statistics(
     Raises:
         StatisticsError: they are not, or cannot be read, or lack what is needed.
     """
-    if folder is None:
-        return None
     statistics = Statistics.open(folder)
     if second_moments:
         statistics.require_second_moments()

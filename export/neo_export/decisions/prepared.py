@@ -142,10 +142,10 @@ def prepare(
         return tensor.read()
 
     plan = target.plan_for(options.quantization, "decode", precision, spec)
-    second_moments = uses_gptq(target, plan, spec)
-    statistics = open_statistics(
-        options.calibration, checkpoint, say, second_moments=second_moments
-    )
+    statistics = None
+    if options.calibration is not None:
+        gptq = uses_gptq(target, plan, spec)
+        statistics = open_statistics(options.calibration, checkpoint, say, second_moments=gptq)
     decided = calibrated(
         statistics, checkpoint, read, target, precision, plan, say, options.remembered
     )
