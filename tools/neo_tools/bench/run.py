@@ -92,6 +92,26 @@ class _Part:
     ratios: list[Ratio]
 
 
+class _Bandwidth:
+    """The machine's read bandwidth, measured again and again; bytes a second."""
+
+    def __init__(self, probe: Participant) -> None:
+        self._probe = probe
+        self.best: dict[str, float] = {}
+        """By kernel, of all readings."""
+        self.readings: list[float] = []
+        """The best kernel's of each."""
+
+    def measure(self) -> float:
+        """The best kernel's rate now."""
+        with self._probe.turn() as worker:
+            rates: dict[str, float] = worker.rates("read")
+        for kernel, rate in rates.items():
+            self.best[kernel] = max(rate, self.best.get(kernel, 0.0))
+        self.readings.append(max(rates.values()))
+        return self.readings[-1]
+
+
 def _run_threads(
     settings: Settings, bundles: list[BundleInfo], threads: int, progress: Callable[[str], None]
 ) -> _Part:
@@ -100,19 +120,9 @@ def _run_threads(
     with ExitStack() as stack:
         guard = stack.enter_context(Guard())
         probe = stack.enter_context(bandwidth_participant(settings, threads, guard))
-        best: dict[str, float] = {}
-        each: list[float] = []
-
-        def measure_machine() -> float:
-            with probe.turn() as worker:
-                rates = worker.rates("read")
-            each.append(max(rates.values()))
-            for kernel, rate in rates.items():
-                best[kernel] = max(rate, best.get(kernel, 0.0))
-            return each[-1]
-
+        bandwidth = _Bandwidth(probe)
         progress(f"machine, {threads_text(threads)}: reading and products")
-        measure_machine()
+        bandwidth.measure()
         with probe.turn() as worker:
             peak = worker.rates("peak")
         participants = []
@@ -132,19 +142,19 @@ def _run_threads(
                 settings,
                 bundles[0].manifest.model.vocab_size,
                 progress=progress,
-                between=measure_machine,
+                between=bandwidth.measure,
             )
             rows += [
                 make_row(case, participant, measured[participant.label], bundles)
                 for participant in participants
             ]
             ratios += make_ratios(case, participants, measured)
-    rows, best = with_limits(rows, best)
+    rows, best = with_limits(rows, bandwidth.best)
     facts = [_facts(p, settings, bundles, threads, loading.get(p.label)) for p in participants]
     limits = Limits(
         threads=threads,
         read=best,
-        rounds=tuple(each),
+        rounds=tuple(bandwidth.readings),
         peak=peak,
         buffer_bytes=settings.probe_bytes,
     )
