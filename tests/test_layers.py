@@ -8,10 +8,18 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import neo_calibration
+import neo_calibration.auto
 import neo_export
+import neo_export.comparison
+import neo_export.decisions
+import neo_export.reports
 import neo_runtime
 import neo_runtime.backends
 import neo_server
+import neo_tools
+import neo_tools.bench
+import neo_tools.diff
 import pytest
 
 if TYPE_CHECKING:
@@ -42,11 +50,23 @@ ALLOWED = {
     "calibration/neo_calibration": ("neo_calibration", "neo_export", "neo_runtime"),
     "tools/neo_tools": OURS,
 }
+TOP = {Path(folder).name: ROOT / folder for folder in ALLOWED}
 FOLDERS = {
-    neo_export: ROOT / "export/neo_export",
-    neo_runtime: ROOT / "runtime/neo_runtime",
-    neo_server: ROOT / "runtime/neo_server",
-    neo_runtime.backends: ROOT / "runtime/neo_runtime/backends",
+    package: TOP[package.__name__.partition(".")[0]].joinpath(*package.__name__.split(".")[1:])
+    for package in (
+        neo_calibration,
+        neo_calibration.auto,
+        neo_export,
+        neo_export.comparison,
+        neo_export.decisions,
+        neo_export.reports,
+        neo_runtime,
+        neo_runtime.backends,
+        neo_server,
+        neo_tools,
+        neo_tools.bench,
+        neo_tools.diff,
+    )
 }
 PARTS = {
     package: tuple(re.findall(r"^(\w+)  +\S", package.__doc__ or "", re.MULTILINE))

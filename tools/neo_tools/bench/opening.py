@@ -11,8 +11,8 @@ from neo_runtime.errors import BundleUnsupportedError, NeoError, RequestError
 from neo_runtime.machine.gpu import require_gpu
 
 from neo_tools.arguments import labels_of
-from neo_tools.bench import traffic
 from neo_tools.bench.cases import check_lengths
+from neo_tools.bench.traffic import decode_weights
 from neo_tools.model_shape import check_checkpoint, shape_text
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def open_bundles(settings: Settings) -> tuple[Settings, list[BundleInfo]]:
         _refuse_without_gpu(settings, path, bundle.manifest)
         check_lengths(settings, bundle.manifest.max_length, str(path))
         graph = bundle.file(bundle.manifest.graphs["decode"].file)
-        weights = traffic.decode_weights(graph)
+        weights = decode_weights(graph)
         found.append(BundleInfo(label=label, path=path, manifest=bundle.manifest, weights=weights))
         if settings.backend == "auto":
             backends[label] = automatic_backend(bundle, settings.device)

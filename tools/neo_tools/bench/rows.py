@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_tools.bench import traffic
 from neo_tools.bench.results import Ratio, Row
 from neo_tools.bench.spread import percentile, round_ratios, spread
+from neo_tools.bench.traffic import (
+    cache_bytes_per_step,
+    decode_flops,
+    nominal_weights,
+    prefill_flops,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -135,8 +140,8 @@ def _round_shares(step_bytes: float | None, steps: int, measured: CaseRecord) ->
 def _flops(case: Case, bundles: Sequence[BundleInfo]) -> float:
     model = bundles[0].manifest.model
     if case.kind == "prefill":
-        return traffic.prefill_flops(model, batch=case.batch, length=case.prompt)
-    return traffic.decode_flops(model, batch=case.batch, depth=case.depth, steps=case.new_tokens)
+        return prefill_flops(model, batch=case.batch, length=case.prompt)
+    return decode_flops(model, batch=case.batch, depth=case.depth, steps=case.new_tokens)
 
 
 def _reads(
@@ -150,12 +155,12 @@ def _reads(
         itemsize = 2 if kind == "bfloat16" else np.dtype(kind).itemsize
     else:
         model = bundles[0].manifest.model
-        weights = traffic.nominal_weights(model, participant.precision)
+        weights = nominal_weights(model, participant.precision)
         details = participant.loaded.details if participant.loaded else {}
         itemsize = _peer_cache_itemsize(participant.precision, details)
     if case.kind == "prefill":
         return weights.total(case.batch), 0.0
-    cache = traffic.cache_bytes_per_step(
+    cache = cache_bytes_per_step(
         model, itemsize=itemsize, batch=case.batch, depth=case.depth, steps=case.new_tokens
     )
     return weights.total(case.batch), cache
