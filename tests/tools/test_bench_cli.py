@@ -84,6 +84,7 @@ def test_peers_are_parsed_with_their_precisions(
         ("b -d 0", "-d: 0 is too small; at least 1"),
         ("b -p 0 -n 0", "nothing to measure"),
         ("b -r 0", "0 is too small"),
+        ("b --device -1", "-1 is too small; at least 0"),
         ("b -r many", "invalid number value: 'many'"),
         ("b -o xml", "invalid choice"),
         ("b --peer torch", "name its folder with --model"),

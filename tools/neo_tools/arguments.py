@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-__all__ = ["add_numbers", "add_running", "at_least", "labels_of", "number_from"]
+__all__ = [
+    "add_backend",
+    "add_device",
+    "add_numbers",
+    "add_running",
+    "at_least",
+    "labels_of",
+    "number_from",
+]
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -57,17 +65,25 @@ def add_numbers(parser: argparse.ArgumentParser, *numbers: tuple[str, str, int, 
         )
 
 
+def add_backend(parser: argparse.ArgumentParser, text: str) -> None:
+    """`--backend` and `--device`, as `neo_runtime.load` takes them."""
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help=text)
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`: which GPU."""
+    parser.add_argument(
+        "--device", metavar="N", type=at_least(0), default=0, help="index of the GPU (default: 0)"
+    )
+
+
 def add_running(parser: argparse.ArgumentParser) -> None:
     """Options for what runs a bundle, and `--json`."""
     parser.add_argument(
         "-t", "--threads", metavar="N", type=at_least(1), help="threads (default: physical cores)"
     )
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="what runs the bundle (default: auto)",
-    )
+    add_backend(parser, "what runs the bundle (default: auto)")
     parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
 
 

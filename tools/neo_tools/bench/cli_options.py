@@ -6,10 +6,9 @@ import argparse
 import math
 from pathlib import Path
 
-from neo_runtime.backends.choice import BACKENDS
 from neo_runtime.command.command_line import OneLineParser, add_version
 
-from neo_tools.arguments import at_least
+from neo_tools.arguments import add_backend, at_least
 
 __all__ = ["make_parser"]
 
@@ -107,15 +106,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--json", dest="output", action="store_const", const="json", help="as -o json"
     )
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a roofline plot, .svg")
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="what runs the bundles (default: auto); with cuda or tensorrt the limit is the GPU's "
+    add_backend(
+        parser,
+        "what runs the bundles (default: auto); with cuda or tensorrt the limit is the GPU's "
         "memory, and the peers are torch:fp16 and torch:fp16-compiled, in this environment",
-    )
-    parser.add_argument(
-        "--device", type=int, default=0, metavar="N", help="index of the GPU (default: 0)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     peers = parser.add_argument_group("peers")

@@ -23,6 +23,10 @@ class Spread:
     min: float
     max: float
 
+    def told(self, digits: int) -> str:
+        """Median and range, for a cell of a table."""
+        return f"{self.median:.{digits}f} ({self.min:.{digits}f} to {self.max:.{digits}f})"
+
 
 def spread(values: Sequence[float]) -> Spread:
     """Median, smallest and largest.

@@ -46,7 +46,10 @@ def _run(arguments: argparse.Namespace) -> int:
         shared=arguments.shared,
     )
     with neo_runtime.load(
-        arguments.bundle, threads=arguments.threads, backend=arguments.backend
+        arguments.bundle,
+        threads=arguments.threads,
+        backend=arguments.backend,
+        device=arguments.device,
     ) as model:
         _check(load, model.manifest.max_length)
         running = server(
@@ -55,6 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
             load.prefix_cache_bytes(model) if load.shared else 0,
             threads=arguments.threads,
             backend=arguments.backend,
+            device=arguments.device,
         )
         with running if arguments.http else nullcontext() as over_http:
             rounds = measure(model, load, arguments.repetitions, _progress, over_http)

@@ -27,7 +27,13 @@ _PATIENCE = 600.0
 
 @contextmanager
 def server(
-    bundle: Path, load: Load, prefix_cache_bytes: int, *, threads: int | None, backend: str
+    bundle: Path,
+    load: Load,
+    prefix_cache_bytes: int,
+    *,
+    threads: int | None,
+    backend: str,
+    device: int,
 ) -> Iterator[Callable[[Sequence[int], int], float]]:
     """A running server as a function that sends it a request.
 
@@ -48,7 +54,7 @@ def server(
     command = [sys.executable, "-m", "neo_server.command", str(bundle), "--port", "0"]
     command += ["--max-batch-size", str(load.clients), "--max-length", str(load.length)]
     command += ["--prefix-cache-mb", str(-(-prefix_cache_bytes // 10**6))]
-    command += ["--backend", backend, "--no-access-log"]
+    command += ["--backend", backend, "--device", str(device), "--no-access-log"]
     command += [] if threads is None else ["--threads", str(threads)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -69,17 +69,11 @@ def markdown(served: list[Served], load: Load, facts: dict[str, Any]) -> str:
         "| | tokens/s, all clients | × | first token, s (p95) | answer, s (p95) |",
         "|---|---|---|---|---|",
     ]
-    for each in served:
-        rate = each.tokens_per_second
-        lines.append(
-            f"| {each.way} | {rate.median:.1f} ({rate.min:.1f} to {rate.max:.1f}) "
-            f"| {_times(each.speedup)} | {each.first_token:.2f} ({each.first_token_p95:.2f}) "
-            f"| {each.answer:.2f} ({each.answer_p95:.2f}) |"
-        )
+    lines += [
+        f"| {each.way} | {each.tokens_per_second.told(1)} "
+        f"| {'1' if each.speedup is None else each.speedup.told(2)} "
+        f"| {each.first_token:.2f} ({each.first_token_p95:.2f}) "
+        f"| {each.answer:.2f} ({each.answer_p95:.2f}) |"
+        for each in served
+    ]
     return "\n".join(lines) + "\n"
-
-
-def _times(speedup: Spread | None) -> str:
-    if speedup is None:
-        return "1"
-    return f"{speedup.median:.2f} ({speedup.min:.2f} to {speedup.max:.2f})"

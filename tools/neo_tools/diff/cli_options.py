@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 
 from neo_export.checkpoint.base_option import add_base
-from neo_runtime.backends.choice import BACKENDS
 from neo_runtime.command.command_line import OneLineParser, add_version
 
-from neo_tools.arguments import at_least, number_from
+from neo_tools.arguments import add_backend, at_least, number_from
 
 __all__ = ["make_parser"]
 
@@ -81,15 +80,10 @@ def make_parser() -> argparse.ArgumentParser:
         "around the end of the window, around the first eviction from a local cache, at its end, "
         "and spread over the rest; the first and the last at least (default: 32)",
     )
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="what runs the bundle (default: auto, the GPU that it was exported for, else the CPU; "
+    add_backend(
+        parser,
+        "what runs the bundle (default: auto, the GPU that it was exported for, else the CPU; "
         "a TensorRT bundle whose plan cannot be run is compared by its graph)",
-    )
-    parser.add_argument(
-        "--device", metavar="N", type=at_least(0), default=0, help="index of the GPU (default: 0)"
     )
     _add_output(parser.add_argument_group("output"))
     _add_limits(

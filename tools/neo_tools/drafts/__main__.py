@@ -49,6 +49,7 @@ def _run(arguments: argparse.Namespace) -> int:
     settings: dict[str, Any] = {
         "threads": arguments.threads,
         "backend": arguments.backend,
+        "device": arguments.device,
         "keep_prepacked": True if arguments.keep_prepacked else None,
     }
     small = arguments.draft_model

@@ -93,7 +93,7 @@ def markdown(costs: Sequence[Checked], ways: Sequence[Continued], facts: Mapping
         "|---|---|---|",
     ]
     lines += [
-        f"| {each.tokens} | {each.milliseconds.median:.1f} | {_range(each.steps)} |"
+        f"| {each.tokens} | {each.milliseconds.median:.1f} | {each.steps.told(2)} |"
         for each in costs
     ]
     if ways:
@@ -105,12 +105,8 @@ def markdown(costs: Sequence[Checked], ways: Sequence[Continued], facts: Mapping
             "|---|---|---|---|---|---|",
         ]
     lines += [
-        f"| {each.way} | {each.tokens_per_second.median:.1f} | {_range(each.speedup)} "
+        f"| {each.way} | {each.tokens_per_second.median:.1f} | {each.speedup.told(2)} "
         f"| {each.accepted} of {each.drafted} | {each.tokens_per_run:.2f} | {each.differing} |"
         for each in ways
     ]
     return "\n".join(lines) + "\n"
-
-
-def _range(values: Spread) -> str:
-    return f"{values.median:.2f} ({values.min:.2f} to {values.max:.2f})"

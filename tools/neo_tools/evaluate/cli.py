@@ -9,11 +9,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.backends.choice import BACKENDS
 from neo_runtime.command.command_line import OneLineParser, add_version, run_command
 from neo_runtime.errors import RequestError
 
-from neo_tools.arguments import at_least, labels_of, number_from
+from neo_tools.arguments import add_backend, at_least, labels_of, number_from
 
 if TYPE_CHECKING:
     import argparse
@@ -143,15 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         type=number_from(-1),  # below 0: better by so much
         help="fail if a mean is lower than the baseline's by more than X (default: never)",
     )
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="what runs the bundles (default: auto)",
-    )
-    parser.add_argument(
-        "--device", metavar="N", type=at_least(0), default=0, help="index of the GPU (default: 0)"
-    )
+    add_backend(parser, "what runs the bundles (default: auto)")
     parser.add_argument(
         "--threads",
         metavar="N",

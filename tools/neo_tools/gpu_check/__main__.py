@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from neo_runtime.command.command_line import OneLineParser, run_command
 from neo_runtime.errors import NeoError
 
+from neo_tools.arguments import add_device
+
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Sequence
@@ -53,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         help="backend to measure; may be repeated (default: cuda)",
     )
-    parser.add_argument(
-        "--device", type=int, default=0, metavar="N", help="index of the GPU (default: 0)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--output",
         type=Path,
