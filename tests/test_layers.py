@@ -20,6 +20,7 @@ import neo_server
 import neo_tools
 import neo_tools.bench
 import neo_tools.diff
+import neo_tools.evaluate
 import pytest
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ FOLDERS = {
         neo_tools,
         neo_tools.bench,
         neo_tools.diff,
+        neo_tools.evaluate,
     )
 }
 PARTS = {

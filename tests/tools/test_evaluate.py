@@ -14,8 +14,8 @@ from helpers.models import DEMO
 from neo_export.exporter import ExportOptions, export_bundle
 from neo_tools.evaluate.cli import main
 from neo_tools.evaluate.gate import checks, verdict
-from neo_tools.evaluate.paired import Score, difference, scores
-from neo_tools.evaluate.report import markdown, plain, tabulated
+from neo_tools.evaluate.paired import Score, difference, scores, tabulated
+from neo_tools.evaluate.report import markdown, plain
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.models import DEMO
 from neo_runtime.errors import (
     BundleError,
     CheckpointError,
@@ -14,8 +15,6 @@ from neo_runtime.errors import (
 )
 from neo_tools.peers import environments, exports, measure, portable
 from neo_tools.peers.__main__ import main
-
-DEMO = portable.demo_checkpoint()
 
 
 def fake_environment(root: Path, name: str, exporter: str) -> None:

@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from neo_runtime.errors import (
-    DependencyError,
-    NeoError,
-    RequestError,
-)
+from helpers.models import DEMO
+from neo_runtime.errors import DependencyError, NeoError, RequestError
 from neo_tools.bench.participants import BandwidthWorker, NeoWorker
-from neo_tools.peers import client, environments, portable
+from neo_tools.peers import client, environments
 from neo_tools.peers.client import Peer
 from neo_tools.peers.environments import peer_environ
 from neo_tools.worker.client import Worker
@@ -20,9 +17,7 @@ from neo_tools.worker.engine import context_ids
 from neo_tools.worker.engine_client import EngineWorker
 from neo_tools.worker.environ import worker_environ
 
-DEMO = portable.demo_checkpoint()
 START = Path(environments.__file__).with_name("worker_start.py")
-
 
 FAKE_WORKER = """
 import json, os, sys, time

@@ -148,12 +148,10 @@ def _peer(text: str, root: Path | None, *, on_gpu: bool) -> PeerChoice:
                 f"{', '.join(GPU_PRECISIONS)}"
             )
         return PeerChoice(name=name, precision=wanted)
-    if precision and precision not in spec.precisions:
-        raise RequestError(
-            f"the peer {name} has no precision {precision!r}; it has {', '.join(spec.precisions)}"
-        )
+    precision = precision or spec.precisions[0]
+    spec.check_precision(precision)
     python_of(name, root)
-    return PeerChoice(name=name, precision=precision or spec.precisions[0])
+    return PeerChoice(name=name, precision=precision)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise RequestError(f"--include-path {arguments.include_path} is no folder")
     from neo_tools.evaluate.gate import NOTHING_CHECKED, checks, verdict
     from neo_tools.evaluate.lm import NeoLM
-    from neo_tools.evaluate.report import markdown, plain, tabulated
+    from neo_tools.evaluate.paired import tabulated
+    from neo_tools.evaluate.report import markdown, plain
     from neo_tools.evaluate.run import reference_model
 
     results: dict[str, Results] = {}

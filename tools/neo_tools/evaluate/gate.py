@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from neo_tools.evaluate.report import Table
+    from neo_tools.evaluate.paired import Table
 
 __all__ = ["NOTHING_CHECKED", "Check", "checks", "verdict"]
 

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Difference", "Score", "difference", "scores"]
+__all__ = ["Difference", "Results", "Score", "Table", "difference", "scores", "tabulated"]
 
 Results = Mapping[str, Any]
 """What `lm_eval.simple_evaluate` returns, with samples."""
+Table = list[tuple["Score", list[tuple[str, "Score", "Difference | None"]]]]
+"""For each metric the baseline's score, and the others' with what tells them from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,22 @@ def difference(baseline: Results, other: Results, score: Score) -> Difference | 
         error=_standard_error(differences),
         changed=sum(value != 0 for value in differences),
     )
+
+
+def tabulated(results: Mapping[str, Results]) -> Table:
+    """The first is the baseline."""
+    (_, baseline), *others = results.items()
+    theirs = {name: {score.key: score for score in scores(found)} for name, found in others}
+    return [
+        (
+            score,
+            [
+                (name, theirs[name][score.key], difference(baseline, found, score))
+                for name, found in others
+            ],
+        )
+        for score in scores(baseline)
+    ]
 
 
 def _equal(value: float, other: float) -> bool:

@@ -6,34 +6,13 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from neo_tools.evaluate.paired import difference, scores
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from neo_tools.evaluate.gate import Check
-    from neo_tools.evaluate.paired import Difference, Results, Score
+    from neo_tools.evaluate.paired import Score, Table
 
-__all__ = ["Table", "markdown", "plain", "tabulated"]
-
-Table = list[tuple["Score", list[tuple[str, "Score", "Difference | None"]]]]
-"""For each metric the baseline's score, and the others' with what tells them from it."""
-
-
-def tabulated(results: Mapping[str, Results]) -> Table:
-    """The first is the baseline."""
-    (_, baseline), *others = results.items()
-    theirs = {name: {score.key: score for score in scores(found)} for name, found in others}
-    return [
-        (
-            score,
-            [
-                (name, theirs[name][score.key], difference(baseline, found, score))
-                for name, found in others
-            ],
-        )
-        for score in scores(baseline)
-    ]
+__all__ = ["markdown", "plain"]
 
 
 def markdown(table: Table, baseline: str) -> str:

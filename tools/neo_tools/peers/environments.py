@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neo_runtime.errors import DependencyError
+from neo_runtime.errors import DependencyError, RequestError
 
 from neo_tools.worker.environ import worker_environ
 
@@ -66,6 +66,14 @@ class PeerSpec:
     def constraints(self) -> Path:
         """The file of pinned versions."""
         return _FOLDER / f"constraints-{self.name}.txt"
+
+    def check_precision(self, precision: str) -> None:
+        """Raises RequestError for a precision that the worker cannot load."""
+        if precision not in self.precisions:
+            raise RequestError(
+                f"the peer {self.name} has no precision {precision!r}; "
+                f"it has {', '.join(self.precisions)}"
+            )
 
     @property
     def fingerprint(self) -> str:

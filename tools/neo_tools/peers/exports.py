@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.errors import CheckpointError, NeoError, RequestError
 
-from neo_tools.peers.environments import PeerSpec, peer_environ, python_of, root_folder, spec_of
+from neo_tools.peers.environments import peer_environ, python_of, root_folder, spec_of
 from neo_tools.peers.measure import Measured, run_measured
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def ensure_export(peer: str, model: Path, precision: str, root: Path | None = No
         NeoError: the exporter failed.
     """
     spec = spec_of(peer)
-    _check_precision(spec, precision)
+    spec.check_precision(precision)
     if not spec.exports:
         _digest(model)  # raises where there is no checkpoint
         return model
@@ -155,14 +155,6 @@ def _command(peer: str, python: Path, model: Path, precision: str, out: Path) ->
         str(model.resolve()),
         str(out),
     )
-
-
-def _check_precision(spec: PeerSpec, precision: str) -> None:
-    if precision not in spec.precisions:
-        raise RequestError(
-            f"the peer {spec.name} has no precision {precision!r}; "
-            f"it has {', '.join(spec.precisions)}"
-        )
 
 
 def _digest(model: Path) -> str:
