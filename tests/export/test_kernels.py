@@ -220,3 +220,43 @@ def test_prefixes_of_the_last_row_are_not_read_behind_their_end(wide: Path, tmp_
             model.prefill(cache, [[1, 2, 3]])
             again = [model.decode(cache, step).copy() for step in tokens]
     np.testing.assert_array_equal(np.stack(again), np.stack(clean))
+
+
+@pytest.fixture(scope="module")
+def shared_sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle whose sums and attention several programs share."""
+    folder = tmp_path_factory.mktemp("shared")
+    config = TinyConfig(head_dim=64, max_position_embeddings=160)
+    source = make_checkpoint(folder / "model", config)
+    export_bundle(str(source), folder / "b", ExportOptions(target="cuda", precision="fp16"))
+    return folder / "b"
+
+
+def ragged_step(bundle: Path, device: InterpretingDevice, rows: int, *, overlap: bool) -> Any:
+    """Logits of one step behind texts of several lengths, float32 [rows, vocab]."""
+    ids = np.random.default_rng(7).integers(0, 61, 140)
+    with (
+        open_interpreted(bundle, device, overlap=overlap) as model,
+        model.new_cache(rows, 160) as cache,
+    ):
+        model.prefill(cache, [ids[:n] for n in (140, 3, 64)[:rows]])
+        return model.decode(cache, [5] * rows).copy()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_order_of_programs_changes_nothing(rows: int, shared_sums: Path) -> None:
+    """A GPU runs them in any: whoever comes last adds the parts, always in the same order."""
+    forwards, backwards = InterpretingDevice(), InterpretingDevice(backwards=True)
+    expected = ragged_step(shared_sums, forwards, rows, overlap=False)
+    found = ragged_step(shared_sums, backwards, rows, overlap=False)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_read_early_is_never_written(rows: int, shared_sums: Path) -> None:
+    """Before it waits, a program may run beside the launches before it."""
+    device = InterpretingDevice()
+    assert np.isfinite(ragged_step(shared_sums, device, rows, overlap=True)).all()
+    assert device.read_early
+    assert device.written
+    assert device.read_early.isdisjoint(device.written)

@@ -1,7 +1,9 @@
 """Kernels in Triton's interpreter over host memory: what a GPU would compute, launch by launch.
 
 Triton reads TRITON_INTERPRET when it is imported; `tests/conftest.py` sets it. Every address that a
-program reads or writes must lie in memory that the device allocated.
+program reads or writes must lie in memory that the device allocated. Programs run one after
+another, in the order of their numbers or against it. Where launches overlap, what a program does
+before it waits for the launches before it is told apart.
 """
 
 from __future__ import annotations
@@ -59,25 +61,33 @@ def uncompiled(variant: Variant, capability: str) -> Kernel:
     )
 
 
-def kernels_of(bundle: Path) -> StepKernels:
+def kernels_of(bundle: Path, *, overlap: bool = False) -> StepKernels:
     """Kernels of a bundle, to be interpreted."""
-    return kernels_for(open_bundle(bundle), "9.0", overlap=False, compiler=uncompiled)
+    return kernels_for(open_bundle(bundle), "9.0", overlap=overlap, compiler=uncompiled)
 
 
-def open_interpreted(bundle: Path, device: HostDevice, **options: Any) -> Model:
+def open_interpreted(
+    bundle: Path, device: HostDevice, *, overlap: bool = False, **options: Any
+) -> Model:
     """A model whose decode steps are interpreted kernels."""
     opened = open_bundle(bundle)
-    backend = CudaBackend(opened, device, kernels=kernels_of(bundle))
+    backend = CudaBackend(opened, device, kernels=kernels_of(bundle, overlap=overlap))
     return Model(opened, Chosen(backend, "cuda", None), **options)
 
 
 class InterpretingDevice(HostDevice):
     """See the module."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, backwards: bool = False) -> None:
         super().__init__()
         self.kernels = 0
         self.launches: list[str] = []
+        self.read_early: set[int] = set()
+        """Blocks of memory that programs read before they waited."""
+        self.written: set[int] = set()
+        """Blocks that programs wrote."""
+        self._backwards = backwards
+        self._has_waited = False
 
     def load_kernel(self, image: bytes, name: str, shared_bytes: int) -> Any:
         self.kernels += 1
@@ -88,6 +98,7 @@ class InterpretingDevice(HostDevice):
 
     def launch(self, kernel: Any, call: KernelCall) -> None:
         from neo_export.kernels import programs
+        from neo_export.kernels.programs import shared
         from triton.runtime import interpreter
 
         _hasten(interpreter.ReduceOps)
@@ -103,10 +114,29 @@ class InterpretingDevice(HostDevice):
             builder = interpreter.InterpreterBuilder
             patched.setattr(builder, "create_dot", _widened(builder.create_dot))
             patched.setattr(interpreter, "_patch_lang", _once(interpreter._patch_lang))
+            patched.setattr(builder, "set_grid_idx", self._begins(builder.set_grid_idx, call))
+            patched.setattr(shared, "gdc_launch_dependents", lambda: None)
+            patched.setattr(shared, "gdc_wait", self._wait)
             getattr(programs, program)[call.grid](*given, **constants)
 
-    def check(self, addresses: NDArray[Any], mask: NDArray[Any], item: int) -> None:
-        """Fail for an address outside of what is allocated."""
+    def _begins(self, numbered: Any, call: KernelCall) -> Any:
+        """`set_grid_idx` for the beginning of each program of a launch."""
+
+        def begins(builder: Any, *place: int) -> None:
+            if self._backwards:
+                place = tuple(size - 1 - at for size, at in zip(call.grid, place, strict=True))
+            self._has_waited = not call.overlap
+            numbered(builder, *place)
+
+        return begins
+
+    def _wait(self) -> None:
+        self._has_waited = True
+
+    def check(
+        self, addresses: NDArray[Any], mask: NDArray[Any], item: int, *, writes: bool
+    ) -> None:
+        """Fail for an address outside of what is allocated, and for a write before the wait."""
         used = np.asarray(addresses).reshape(-1).astype(np.int64)
         used = used[np.broadcast_to(np.asarray(mask, dtype=bool), addresses.shape).reshape(-1)]
         starts = np.array(sorted(self.blocks), dtype=np.int64)
@@ -114,6 +144,12 @@ class InterpretingDevice(HostDevice):
         block = np.searchsorted(starts, used, side="right") - 1
         assert (block >= 0).all(), "an address before all blocks"
         assert (used + item <= ends[block]).all(), "an address behind its block"
+        touched = set(starts[block].tolist())
+        if writes:
+            assert self._has_waited, "written while the launch before may still run"
+            self.written |= touched
+        elif not self._has_waited:
+            self.read_early |= touched
 
 
 class _Checked:
@@ -126,15 +162,15 @@ class _Checked:
         return getattr(self._inner, name)
 
     def load(self, addresses: Any, mask: Any, other: Any, dtype: Any) -> Any:
-        self._device.check(addresses, mask, np.dtype(dtype).itemsize)
+        self._device.check(addresses, mask, np.dtype(dtype).itemsize, writes=False)
         return self._inner.load(addresses, mask, other, dtype)
 
     def store(self, addresses: Any, value: Any, mask: Any) -> Any:
-        self._device.check(addresses, mask, value.dtype.itemsize)
+        self._device.check(addresses, mask, value.dtype.itemsize, writes=True)
         return self._inner.store(addresses, value, mask)
 
     def atomic_rmw(self, operation: Any, addresses: Any, value: Any, mask: Any, order: Any) -> Any:
-        self._device.check(addresses, mask, value.dtype.itemsize)
+        self._device.check(addresses, mask, value.dtype.itemsize, writes=True)
         return self._inner.atomic_rmw(operation, addresses, value, mask, order)
 
 
