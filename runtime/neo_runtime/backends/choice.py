@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from neo_runtime.backends.base import Backend
     from neo_runtime.backends.device.base import Device
     from neo_runtime.bundle.folder import Bundle
+    from neo_runtime.bundle.step_kernels import StepKernels
     from neo_runtime.machine.gpu import GpuFacts
 
 __all__ = [
@@ -201,16 +202,24 @@ def _device(index: int) -> Iterator[Device]:
 
 def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
     gpu = usable_gpu(bundle, "cuda", options.device)
-    from neo_runtime.backends.cuda.backend import CudaBackend
     from neo_runtime.backends.cuda.kernels import fitting_kernels
 
     try:
         kernels = fitting_kernels(bundle, gpu.compute_capability)
-    except (EngineError, BundleUnsupportedError) as error:  # damaged, another bundle's, or older
+        return _on_cuda(bundle, gpu, options, kernels)
+    except (EngineError, BundleUnsupportedError) as error:
+        # Damaged, another bundle's, older, or not for this driver.
         if not options.automatic:
             raise
         _LOG.warning("decode steps run by the bundle's graph: %s", error)
-        kernels = None
+    return _on_cuda(bundle, gpu, options, None)
+
+
+def _on_cuda(
+    bundle: Bundle, gpu: GpuFacts, options: BackendOptions, kernels: StepKernels | None
+) -> Backend:
+    from neo_runtime.backends.cuda.backend import CudaBackend
+
     with _device(options.device) as device:
         backend = CudaBackend(bundle, device, options.session_config, kernels)
     with closed_on_error(backend):

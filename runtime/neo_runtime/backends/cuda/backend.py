@@ -88,7 +88,7 @@ class CudaBackend(Backend):
 
         Raises:
             BundleUnsupportedError: the bundle is for another backend.
-            EngineError: a kernel is damaged.
+            EngineError: a kernel is damaged, or the device does not load it.
             DeviceMemoryError: the weights do not fit.
         """
         reason = why_not_cuda(bundle.manifest)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from neo_runtime.backends.device.base import KernelCall
 from neo_runtime.bundle.step_kernels import kernels_path, read_kernels
 from neo_runtime.closable import closed_on_error
-from neo_runtime.errors import EngineError
+from neo_runtime.errors import DeviceError, DeviceMemoryError, EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from neo_runtime.backends.cuda.slots import Slot
     from neo_runtime.backends.device.base import Device
     from neo_runtime.bundle.folder import Bundle
-    from neo_runtime.bundle.step_kernels import Argument, Launch, StepKernels
+    from neo_runtime.bundle.step_kernels import Argument, Kernel, Launch, StepKernels
 
 __all__ = ["LoadedKernels", "fitting_kernels"]
 
@@ -68,7 +68,7 @@ class LoadedKernels:
 
         Raises:
             DeviceMemoryError: the device has no room.
-            EngineError: a kernel is damaged.
+            EngineError: a kernel is damaged, or the device does not load it.
         """
         self._kernels, self._device = kernels, device
         self._loaded: list[object] = []
@@ -76,9 +76,7 @@ class LoadedKernels:
         with closed_on_error(self):
             device.zero(self._memory, kernels.memory_bytes)
             for kernel in kernels.kernels:
-                self._loaded.append(
-                    device.load_kernel(kernel.binary(), kernel.name, kernel.shared_bytes)
-                )
+                self._loaded.append(_load(device, kernel))
 
     def takes(self, rows: int) -> bool:
         """Whether there is a step for a batch."""
@@ -130,6 +128,19 @@ class LoadedKernels:
         if self._memory:
             self._device.free(self._memory)
             self._memory = 0
+
+
+def _load(device: Device, kernel: Kernel) -> object:
+    image = kernel.binary()
+    try:
+        return device.load_kernel(image, kernel.name, kernel.shared_bytes)
+    except DeviceMemoryError:
+        raise
+    except DeviceError as error:
+        raise EngineError(
+            f"the bundle's own kernels for decode steps cannot be loaded ({error}); update the "
+            "driver, build them again with neo-kernels, or delete their file in engines/"
+        ) from error
 
 
 def _number(

@@ -190,15 +190,19 @@ class CudaDevice(Device):
         self.select()
         driver = cuda_driver()
         module = checked(driver.cuModuleLoadData(image), f"load the kernel {name}")
-        function = checked(
-            driver.cuModuleGetFunction(module, name.encode()), f"find the kernel {name}"
-        )
-        # Now: loaded at its first launch, it would be in the middle of a capture.
-        checked(driver.cuFuncLoad(function), f"load the kernel {name}")
-        if shared_bytes > _SHARED_WITHOUT_ASKING:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            result = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
-            checked(result, f"give {shared_bytes} bytes of shared memory to {name}")
+        try:
+            function = checked(
+                driver.cuModuleGetFunction(module, name.encode()), f"find the kernel {name}"
+            )
+            # Now: loaded at its first launch, it would be in the middle of a capture.
+            checked(driver.cuFuncLoad(function), f"load the kernel {name}")
+            if shared_bytes > _SHARED_WITHOUT_ASKING:
+                most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                result = driver.cuFuncSetAttribute(function, most, shared_bytes)
+                checked(result, f"give {shared_bytes} bytes of shared memory to {name}")
+        except BaseException:
+            driver.cuModuleUnload(module)
+            raise
         return module, function
 
     def unload_kernel(self, kernel: Any) -> None:
