@@ -33,7 +33,8 @@ def best_of_block(
     token = block * BLOCK + tl.arange(0, BLOCK)
     wait_for_earlier(PDL)
     logit = tl.load(logits + row * VOCAB + token, mask=token < VOCAB, other=float("-inf"))
-    bits = logit.to(tl.int32, bitcast=True)
+    # NaN comes first whatever its sign: behind what is no token, it would be one that is none.
+    bits = tl.where(logit == logit, logit.to(tl.int32, bitcast=True), 0x7FFFFFFF)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
     best = tl.topk(key, COUNT_BLOCK)
