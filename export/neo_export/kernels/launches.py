@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from neo_runtime.bundle.step_kernels import Argument, Extent
 from neo_runtime.errors import EngineError
-from onnx import TensorProto
 
-from neo_export.kernels.plan import POINTER_ALIGNMENT, Constant, Planned, PlannedStep, Variant
+from neo_export.kernels.places import Memory, Value, in_tensor, in_weights, pointer_type
+from neo_export.kernels.plan import Constant, Planned, PlannedStep, Variant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,34 +31,6 @@ _CHUNK = 64
 _MERGE = 8
 """Pieces of an attention that the last program reads at once: 512 positions in a step."""
 _VOCAB_BLOCK = 2048
-_ALIGNMENT = 256
-_TYPES: dict[int, str] = {
-    TensorProto.FLOAT16: "*fp16",
-    TensorProto.BFLOAT16: "*bf16",
-    TensorProto.UINT8: "*u8",
-}
-
-
-@dataclass
-class _Memory:
-    """Places in the kernels' own memory, for the most rows of a step."""
-
-    size: int = 0
-    places: dict[str, tuple[int, str]] = field(default_factory=dict)
-
-    def add(self, name: str, kind: str, count: int) -> None:
-        """A tensor of `count` numbers of a Triton pointer type."""
-        self.places[name] = (self.size, kind)
-        size = count * {"*i32": 4, "*fp32": 4, "*i64": 8, "*fp64": 8}.get(kind, 2)
-        self.size += -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-@dataclass(frozen=True)
-class _Value:
-    """An argument and its type."""
-
-    argument: Argument
-    type: str
 
 
 def plan_step(graph: DecodeGraph, manifest: Manifest, rows: int, *, overlap: bool) -> PlannedStep:
@@ -81,14 +52,14 @@ class _Planner:
     def __init__(self, graph: DecodeGraph, manifest: Manifest, rows: int, *, overlap: bool) -> None:
         self._graph, self._model, self._rows = graph, manifest.model, rows
         self._overlap = overlap
-        self._half = _TYPES[graph.positions.element_type]
+        self._half = pointer_type(graph.positions)
         outputs = {tensor.name: tensor for tensor in manifest.graphs["decode"].outputs}
         self._count = int(outputs["top_values"].shape[-1])
         self._planned: list[Planned] = []
         self._memory = self._allocate(manifest.max_length)
 
-    def _allocate(self, max_length: int) -> _Memory:
-        model, rows, memory = self._model, self._rows, _Memory()
+    def _allocate(self, max_length: int) -> Memory:
+        model, rows, memory = self._model, self._rows, Memory()
         matrices = [m for layer in self._graph.layers for m in _matrices(layer)]
         matrices.append(self._graph.head)
         columns = max(-(-m.outputs // _SMALLEST_BLOCK) for m in matrices)
@@ -113,19 +84,18 @@ class _Planner:
         for layer in self._graph.layers:
             self._layer(layer)
         self._project(
-            self._graph.head, "logits", _tensor("logits", "*fp32"), self._graph.final_norm
+            self._graph.head, "logits", in_tensor("logits", "*fp32"), self._graph.final_norm
         )
         self._candidates()
         return PlannedStep(self._rows, tuple(self._planned), self._memory.size)
 
-    def _own(self, name: str) -> _Value:
-        offset, kind = self._memory.places[name]
-        return _Value(Argument(kind="memory", offset=offset), kind)
+    def _own(self, name: str) -> Value:
+        return self._memory.value(name)
 
     def _launch(
         self,
         program: str,
-        values: list[_Value],
+        values: list[Value],
         constants: Mapping[str, Constant],
         *grid: Extent,
         warps: int = 4,
@@ -143,11 +113,11 @@ class _Planner:
         if tokens.inputs != width:
             raise EngineError(f"a table of {tokens.inputs} columns has no kernel, expected {width}")
         values = [
-            _tensor("input_ids", "*i64"),
-            _tensor("position_ids", "*i64"),
-            _weights(tokens.stored),
-            _weights(tokens.scales or self._graph.positions),
-            _weights(self._graph.positions),
+            in_tensor("input_ids", "*i64"),
+            in_tensor("position_ids", "*i64"),
+            in_weights(tokens.stored),
+            in_weights(tokens.scales or self._graph.positions),
+            in_weights(self._graph.positions),
             self._own("residual"),
         ]
         constants: dict[str, Constant] = {
@@ -171,10 +141,10 @@ class _Planner:
         self,
         matrix: Matrix,
         end: str,
-        out: _Value,
+        out: Value,
         norm: Norm | None = None,
         *,
-        x: _Value | None = None,
+        x: Value | None = None,
         bias: Stored | None = None,
         layer: int | None = None,
     ) -> None:
@@ -183,23 +153,23 @@ class _Planner:
         if norm is not None and not fused:
             self._normalize(norm)
         x = x or self._own("residual" if fused else "normal")
-        unused = _weights(matrix.stored)
+        unused = in_weights(matrix.stored)
         past = f"past_key_values.{layer}."
         values = [
             x,
             unused,
-            _weights(matrix.scales) if matrix.scales else unused,
-            _weights(norm.gamma) if norm and fused else unused,
-            _weights(norm.beta) if norm and fused else unused,
-            _weights(bias) if bias else unused,
+            in_weights(matrix.scales) if matrix.scales else unused,
+            in_weights(norm.gamma) if norm and fused else unused,
+            in_weights(norm.beta) if norm and fused else unused,
+            in_weights(bias) if bias else unused,
             out,
-            unused if layer is None else _tensor(past + "key", self._half),
-            unused if layer is None else _tensor(past + "value", self._half),
-            _tensor("position_ids", "*i64"),
+            unused if layer is None else in_tensor(past + "key", self._half),
+            unused if layer is None else in_tensor(past + "value", self._half),
+            in_tensor("position_ids", "*i64"),
             self._own("parts"),
             self._own("counters"),
-            _Value(Argument(kind="rows"), "i32"),
-            _Value(Argument(kind="length"), "i32"),
+            Value(Argument(kind="rows"), "i32"),
+            Value(Argument(kind="length"), "i32"),
         ]
         block_n, block_k, splits = self._blocks(matrix)
         constants: dict[str, Constant] = {
@@ -242,8 +212,8 @@ class _Planner:
         width = self._model.hidden_size
         values = [
             self._own("residual"),
-            _weights(norm.gamma),
-            _weights(norm.beta),
+            in_weights(norm.gamma),
+            in_weights(norm.beta),
             self._own("normal"),
         ]
         constants: dict[str, Constant] = {
@@ -257,13 +227,13 @@ class _Planner:
         heads, head_dim = self._model.num_heads, self._model.head_dim
         values = [
             self._own("queries"),
-            _tensor(f"past_key_values.{layer.number}.key", self._half),
-            _tensor(f"past_key_values.{layer.number}.value", self._half),
-            _tensor("position_ids", "*i64"),
+            in_tensor(f"past_key_values.{layer.number}.key", self._half),
+            in_tensor(f"past_key_values.{layer.number}.value", self._half),
+            in_tensor("position_ids", "*i64"),
             self._own("attended"),
             self._own("parts"),
             self._own("counters"),
-            _Value(Argument(kind="length"), "i32"),
+            Value(Argument(kind="length"), "i32"),
         ]
         constants: dict[str, Constant] = {
             "HEADS": heads,
@@ -280,7 +250,7 @@ class _Planner:
     def _candidates(self) -> None:
         vocab = self._model.vocab_size
         blocks = -(-vocab // _VOCAB_BLOCK)
-        logits = _tensor("logits", "*fp32")
+        logits = in_tensor("logits", "*fp32")
         best, masses = self._own("best"), self._own("masses")
         self._launch(
             "best_of_block",
@@ -290,9 +260,9 @@ class _Planner:
             Extent(per_row=True),
         )
         outputs = [
-            _tensor("top_values", "*fp32"),
-            _tensor("top_ids", "*i64"),
-            _tensor("exp_sum", "*fp64"),
+            in_tensor("top_values", "*fp32"),
+            in_tensor("top_ids", "*i64"),
+            in_tensor("exp_sum", "*fp64"),
         ]
         self._launch(
             "best_of_all",
@@ -311,19 +281,6 @@ def _matrices(layer: Layer) -> tuple[Matrix, ...]:
 def _parts(matrix: Matrix, blocks: tuple[int, int, int], rows: int) -> int:
     block_n, _, splits = blocks
     return -(-matrix.outputs // block_n) * splits * rows * block_n
-
-
-def _weights(stored: Stored) -> _Value:
-    if stored.offset % POINTER_ALIGNMENT:
-        raise EngineError(
-            f"{stored.name} lies at byte {stored.offset} of the weights, expected a multiple of "
-            f"{POINTER_ALIGNMENT}, which kernels read at once; export the bundle again"
-        )
-    return _Value(Argument(kind="weights", offset=stored.offset), _TYPES[stored.element_type])
-
-
-def _tensor(name: str, kind: str) -> _Value:
-    return _Value(Argument(kind="tensor", name=name), kind)
 
 
 def _power(number: int) -> int:
