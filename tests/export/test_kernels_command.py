@@ -18,7 +18,7 @@ from neo_export.kernels.build import planned_steps
 from neo_export.kernels.cli import main
 from neo_export.kernels.compiler import compile_variant
 from neo_export.kernels.graph import read_graph
-from neo_export.kernels.launches import ROW_SIZES
+from neo_export.kernels.launches import ROW_SIZES, plan_step
 from neo_runtime.backends.cuda.kernels import fitting_kernels
 from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.bundle.step_kernels import StepKernels, find_kernels, kernels_path, read_kernels
@@ -185,3 +185,19 @@ def test_a_tensor_with_another_reader_is_refused(bundle: Path) -> None:
     graph.graph.node.append(onnx.helper.make_node("Neg", [node.output[0]], ["other"], "reader"))
     with pytest.raises(EngineError, match=r"is read by .*Neg reader, expected one MatMul"):
         read_graph(graph, 4096)
+
+
+@pytest.mark.parametrize("rows", ROW_SIZES)
+def test_matrices_that_32_bits_do_not_count_are_refused(rows: int, bundle: Path) -> None:
+    """Addresses would wrap around, and nothing would say so."""
+    opened = open_bundle(bundle)
+    graph = read_graph(onnx.load(bundle / "decode.onnx", load_external_data=False), 4096)
+    inputs = graph.head.inputs
+    most = (2**31 - 1) // inputs
+    for outputs, fits in ((most, True), (most + 1, False)):
+        large = replace(graph, head=replace(graph.head, outputs=outputs))
+        if fits:
+            assert plan_step(large, opened.manifest, rows, overlap=False).launches
+            continue
+        with pytest.raises(EngineError, match=f"a matrix of {outputs} × {inputs} numbers has no"):
+            plan_step(large, opened.manifest, rows, overlap=False)

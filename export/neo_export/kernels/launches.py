@@ -31,6 +31,8 @@ _CHUNK = 64
 _MERGE = 8
 """Pieces of an attention that the last program reads at once: 512 positions in a step."""
 _VOCAB_BLOCK = 2048
+_MOST_NUMBERS = 2**31 - 1
+"""In a matrix: programs count them with 32 bits."""
 
 
 def plan_step(graph: DecodeGraph, manifest: Manifest, rows: int, *, overlap: bool) -> PlannedStep:
@@ -148,7 +150,16 @@ class _Planner:
         bias: Stored | None = None,
         layer: int | None = None,
     ) -> None:
-        """A linear layer; without `x` its input is the norm of the residual stream."""
+        """A linear layer; without `x` its input is the norm of the residual stream.
+
+        Raises:
+            EngineError: the matrix is too large.
+        """
+        if matrix.outputs * matrix.inputs > _MOST_NUMBERS:
+            raise EngineError(
+                f"a matrix of {matrix.outputs} × {matrix.inputs} numbers has no kernel, expected "
+                f"at most {_MOST_NUMBERS}; leave neo-kernels out, the graph runs without"
+            )
         fused = norm is not None and self._rows == 1
         if norm is not None and not fused:
             self._normalize(norm)
