@@ -160,7 +160,9 @@ class GrammarCompiler:
         [(name, value)] = named.items()
         try:
             source = self._source(name, value)
-        except (ValueError, RecursionError) as error:
+        except RecursionError as error:  # whose text is about the interpreter
+            raise RequestError(f"{name} cannot be used: it is nested too deeply") from error
+        except ValueError as error:
             raise RequestError(f"{name} cannot be used: {error}") from error
         matcher = self.compiled(source)
         if not matcher.is_error():
