@@ -53,7 +53,7 @@ $(VENV)/.demo: $(INPUTS) | $(BIN)/python
 	$(PIP) --editable '.[cpu,export]'
 	touch $@
 
-# torch first and alone, pinned: a looser requirement could bring a CUDA build of several gigabytes.
+# torch first and alone, pinned: a looser requirement could bring another build, of gigabytes more.
 $(VENV)/.test: $(INPUTS) | $(BIN)/python
 	$(PIP) torch
 	$(PIP) --editable '.[test]'
