@@ -204,6 +204,11 @@ def test_too_many_eos_tokens_for_the_vocabulary_is_an_error() -> None:
     options = GenerationOptions(num_beams=2, eos_token_id=(0, 1, 2, 3))
     with pytest.raises(RequestError, match="fewer eos_token_id"):
         BeamSearch(options, np.array([0]), 4).step(np.zeros((1, 4), np.float32))
+    # One fewer: as many are compared as there are.
+    options = GenerationOptions(num_beams=2, eos_token_id=(0, 1, 2))
+    beams = BeamSearch(options, np.array([0]), 4)
+    beams.step(np.zeros((1, 4), np.float32))
+    assert {result.token_ids for result in beams.results()} <= {(0,), (1,), (2,)}
 
 
 def test_stop_strings_end_where_greedy_decoding_ends(mini_bundle: Path) -> None:

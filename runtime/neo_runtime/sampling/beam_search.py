@@ -111,7 +111,6 @@ class BeamSearch:
             score=np.full(self._num_beams, -np.inf, np.float32),
             finished=np.zeros(self._num_beams, np.bool_),
         )
-        self._can_improve = True
         self._is_finished = False
         self.ends_early = False
         """Whether `end_soon` has made the search shorter."""
@@ -144,9 +143,8 @@ class BeamSearch:
         self._running, self._scores = ids[order], running[order]
         self._length += 1
 
-        self._can_improve = self._can_improve and self._improvement_is_possible()
         is_full = self._options.early_stopping is True and bool(self._done.finished.all())
-        self._is_finished = not self._can_improve or is_full or bool(hits.all())
+        self._is_finished = is_full or bool(hits.all()) or not self._improvement_is_possible()
         return None if self._is_finished else (parents[order], tokens[order])
 
     def end_soon(self) -> None:
@@ -225,9 +223,6 @@ class BeamSearch:
         far below 0 makes real scores smaller than that. What goes on from no candidate counts
         where it is better than the -1e9, as there.
         """
-        is_full = self._options.early_stopping is True and bool(self._done.finished.all())
-        if is_full or not self._can_improve:
-            return
         ended = hits.copy()
         ended[self._num_beams :] = False  # the rest is there to go on with, not to be returned
         new_tokens = self._length + 1 - self._prompt_length
