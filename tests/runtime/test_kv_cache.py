@@ -20,7 +20,13 @@ from neo_runtime.backends.cpu import append, in_place
 from neo_runtime.backends.cpu.binding import BoundCall
 from neo_runtime.backends.cpu.cache_memory import KeptBlock
 from neo_runtime.cache.ledger import CacheLedger
-from neo_runtime.errors import CacheLimitError, ContextLengthError, NeoError, RequestError
+from neo_runtime.errors import (
+    CacheLimitError,
+    ContextLengthError,
+    DeviceMemoryError,
+    NeoError,
+    RequestError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -219,6 +225,20 @@ def test_more_than_the_system_has_is_a_limit_too(
         with pytest.raises(CacheLimitError, match="than the system has"):
             model.new_cache(1, 8)
         assert model.cache_bytes_in_use == 0
+
+
+@pytest.mark.parametrize("error", [DeviceMemoryError("of the GPU"), RuntimeError("a driver")])
+def test_what_says_itself_why_there_is_no_memory(error: Exception) -> None:
+    """An error of the device's, or one that is about no memory at all, is not made a limit."""
+    ledger = CacheLedger(limit=None)
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        ledger.allocate(100, "a cache", fail)
+    assert caught.value is error
+    assert ledger.in_use == 0
 
 
 def test_the_account_is_safe_for_threads() -> None:
