@@ -61,12 +61,13 @@ def test_only_local_layers_change() -> None:
         for node in nodes_of(model, "GroupQueryAttention")
     ]
     assert windowed == [1, 0, 1]
-    lengths = [value.shape[2] for value in model.graph.inputs[3::2] if value.shape is not None]
-    assert [str(length) for length in lengths] == [
-        WINDOW_DIMENSION,
-        "past_sequence",
-        WINDOW_DIMENSION,
-    ]
+    for values, whole in (
+        (model.graph.inputs[3:], "past_sequence"),
+        (model.graph.outputs[1:], "present_sequence"),
+    ):
+        lengths = [str(value.shape[2]) for value in values if value.shape is not None]
+        # Keys and values.
+        assert lengths == [*[WINDOW_DIMENSION] * 2, *[whole] * 2, *[WINDOW_DIMENSION] * 2]
 
 
 def test_places_keep_their_names() -> None:
