@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import threading
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import neo_runtime
@@ -15,6 +16,7 @@ from helpers.cropping import assert_crops_hold
 from helpers.hf_reference import reference_logits, relative_error, varied_prompts
 from helpers.joining import assert_rows_join
 from helpers.prefixes import assert_prefixes_hold
+from neo_runtime import PromptLookup
 from neo_runtime.backends.base import spoil_views
 from neo_runtime.backends.cpu import append, in_place
 from neo_runtime.backends.cpu.binding import BoundCall
@@ -211,6 +213,26 @@ def test_a_limit_holds_for_all_caches_together(mini_bundle: Path) -> None:
         assert len(model.generate([prompt] * 2, **options, batch_size=1)) == 2
         assert len(model.generate([prompt] * 2, **options)) == 2, "batches that fit the limit"
         assert model.cache_bytes_in_use == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "how"),
+    [
+        (2, {"num_beams": 2}),
+        (2, {"num_return_sequences": 2, "do_sample": True}),
+        (1, {"drafter": PromptLookup()}),
+    ],
+    ids=["beams", "copies", "guesses"],
+)
+def test_the_last_token_needs_no_position(
+    rows: int, how: dict[str, Any], mini_bundle: Path
+) -> None:
+    with neo_runtime.load(mini_bundle, threads=1) as model:
+        whole = model.cache_bytes(rows, 144)
+    with neo_runtime.load(mini_bundle, threads=1, max_cache_bytes=whole) as model:
+        for most, fits in ((20, True), (21, False)):
+            with nullcontext() if fits else pytest.raises(CacheLimitError):
+                model.generate([1] * 125, max_new_tokens=most, ignore_eos=True, **how)
 
 
 def test_more_than_the_system_has_is_a_limit_too(
