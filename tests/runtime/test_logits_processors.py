@@ -89,6 +89,7 @@ RULES: list[dict[str, Any]] = [
     {"do_sample": True, "temperature": 2.5},
     {"do_sample": True, "top_k": 1},
     {"do_sample": True, "top_k": 5},
+    {"do_sample": True, "top_k": 10},  # all but one of 11
     {"do_sample": True, "top_k": 5000},
     {"do_sample": True, "top_p": 0.0},
     {"do_sample": True, "top_p": 0.3},
@@ -184,9 +185,14 @@ def test_warpers_wait_for_do_sample() -> None:
     assert build_warpers(options) == []
 
 
-def test_penalties_of_openai_stand_where_generate_puts_its_callers_processors() -> None:
+@pytest.mark.parametrize(
+    ("presence", "frequency"), [(0.75, 0.4), (0.75, 0.0), (0.0, 0.4), (-0.75, 0.0), (0.0, -0.4)]
+)
+def test_penalties_of_openai_stand_where_generate_puts_its_callers_processors(
+    presence: float, frequency: float
+) -> None:
     """Literally: logits -= count * frequency + (count > 0) * presence, then + bias."""
-    presence, frequency, bias = 0.75, 0.4, {2: 3.0, 9: -np.inf, 4: -1.5}
+    bias = {2: 3.0, 9: -np.inf, 4: -1.5}
 
     class Penalties:
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
