@@ -85,6 +85,16 @@ def test_beams_with_few_ways_to_begin(fused: Model) -> None:
         assert {c.token_ids[0] for c in found} <= allowed
 
 
+def test_beams_of_which_none_is_a_candidate(fused: Model) -> None:
+    with pytest.raises(RequestError, match="the options exclude every continuation"):
+        fused.generate(
+            [5, 6],
+            num_beams=2,
+            max_new_tokens=3,
+            logits_processor=[lambda ids, scores: scores - np.float32(1e9)],
+        )
+
+
 def test_beam_search_on_the_appended_cache(portable_bundle: Path, fused: Model) -> None:
     prompts = varied_prompts()[:3]
     options = {"num_beams": 3, "max_new_tokens": 40}
