@@ -118,7 +118,7 @@ def test_each_sequence_asks_for_itself(model: Model) -> None:
     [
         (lambda ids, scores: None, r"gave object of shape \[\], expected scores of shape \[4096\]"),
         (lambda ids, scores: scores[1:], r"shape \[4095\], expected .* \[4096\]"),
-        (lambda ids, scores: scores > 0, "gave bool"),
+        (lambda ids, scores: scores > 0, "the logits_processor <lambda> gave bool"),
         (lambda ids, scores: scores * np.nan, r"gave scores with nan \(in float32\); give finite"),
         (lambda ids, scores: scores + np.inf, "gave scores with inf"),
         (lambda ids, scores: scores.astype(np.float64) + 1e39, "gave scores with inf"),

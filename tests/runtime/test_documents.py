@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from itertools import repeat
 
 import pytest
 from helpers.bench_samples import model_spec
@@ -83,6 +84,10 @@ def test_the_end_of_text_is_between_documents(tokenizer: Tokenizer) -> None:
     for eos, end in (((50256,), []), ((50256, 5), [5])):
         spec = replace(SPEC, eos_token_id=eos)
         assert document_ids(texts, tokenizer, spec, 100) == [*first, *end, *second]
+
+
+def test_no_more_documents_are_asked_for_than_are_wanted(tokenizer: Tokenizer) -> None:
+    assert len(document_ids(repeat("A cat."), tokenizer, SPEC, 50)) == 50
 
 
 def test_special_tokens_of_a_prompt_are_left_out(tokenizer: Tokenizer) -> None:

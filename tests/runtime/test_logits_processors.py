@@ -174,6 +174,15 @@ def test_rules_on_equal_logits() -> None:
         assert_same(ours(options_of(rule), *row), theirs(rule, *row), ties=True)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_one_ngram_is_all_there_is(size: int) -> None:
+    rule = {"no_repeat_ngram_size": size}
+    row = (np.full(size, 4, np.int64), size, np.zeros(10, np.float32))
+    reference = theirs(rule, *row)
+    assert np.flatnonzero(np.isneginf(reference)).tolist() == [4]
+    assert_same(ours(options_of(rule), *row), reference, ties=False)
+
+
 def test_top_p_keeps_the_higher_ids_among_equals() -> None:
     scores = np.array([0, 5, 0, 5, 5], np.float32)
     kept = ours(options_of({"do_sample": True, "top_p": 0.5}), np.zeros(1, np.int64), 1, scores)

@@ -164,3 +164,5 @@ def test_whole_texts_are_scored_as_tokens_are(mini_bundle: Path) -> None:
         assert np.isfinite(model.logits(ids)).all()
         with pytest.raises(CacheLimitError):
             model.logits([*ids, *[5] * 16])
+        with model.new_cache(1, len(ids)):
+            assert model.token_logprobs(ids[:1]) == [], "there is nothing to compute"
