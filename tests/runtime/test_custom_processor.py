@@ -121,6 +121,7 @@ def test_each_sequence_asks_for_itself(model: Model) -> None:
         (lambda ids, scores: scores > 0, "the logits_processor <lambda> gave bool"),
         (lambda ids, scores: scores * np.nan, r"gave scores with nan \(in float32\); give finite"),
         (lambda ids, scores: scores + np.inf, "gave scores with inf"),
+        (lambda ids, scores: np.append(scores[1:], np.inf), "gave scores with inf"),
         (lambda ids, scores: scores.astype(np.float64) + 1e39, "gave scores with inf"),
         (lambda ids, scores: [[1.0], [1.0, 2.0]], "gave no array of scores"),
         (lambda ids, scores: scores - np.inf, "forbid every token here"),
