@@ -707,6 +707,28 @@ def test_a_long_prompt_is_read_beside_the_others(mini_bundle: Path, steps: Steps
         spare.close()
 
 
+@pytest.mark.parametrize("cancels", [True, False])
+def test_a_long_prompt_is_not_read_on_for_nobody(
+    cancels: bool, mini_bundle: Path, steps: Steps
+) -> None:
+    left = threading.Event()
+    with (
+        neo_runtime.load(mini_bundle, threads=1, prefill_chunk=30) as model,
+        Scheduler(model, max_batch_size=2, max_length=256) as scheduler,
+    ):
+        held = model.cache_bytes_in_use
+        steps.go_on.clear()
+        long = scheduler.submit([5] * 200, max_new_tokens=3, should_stop=left.is_set)
+        wait_for(lambda: scheduler.active > 0)
+        assert not cancels or long.cancel()
+        left.set()
+        steps.go_on.set()
+        wait_for(lambda: scheduler.active == scheduler.unfinished == 0)
+        assert model.cache_bytes_in_use == held, "its cache is given back"
+        assert cancels or long.result(timeout=60).finish_reason == "cancelled"
+    assert steps.prefilled in ([], [[30]])
+
+
 def test_many_wait(model: Model, steps: Steps) -> None:
     """They are not all looked at for each token."""
     asked = count()
