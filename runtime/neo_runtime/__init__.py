@@ -5,30 +5,30 @@
     with neo_runtime.load("build/demo-bundle") as model:
         print(model.generate("Once upon a time", max_new_tokens=50).text)
 
-Importing this package imports none of the three: names are looked up when first used, and
-onnxruntime is imported by `load`.
+Importing this package imports none of the three: names are looked up on first use, and `load`
+imports onnxruntime.
 
 Its parts; each imports only itself and those above it:
 
-errors         everything that is raised on purpose
-closable       what ends with a `with` block
-forks          what a forked child does first
-json_input     JSON that somebody gave
-machine        processors, GPUs and installed packages
-bundle         a folder on disk: its manifest, and whether all of it is there
+errors         every error raised on purpose
+closable       objects that a `with` block closes
+forks          what runs first in a forked child
+json_input     parsing of JSON from users
+machine        processors, memory, GPUs and installed packages
+bundle         a bundle's folder: its manifest, and whether it is complete
 options        names and values of generation options
 text           text and token ids
-backends       graphs, and caches in an engine's memory
-cache          caches as callers see them, and the account of all
+backends       graphs, and KV caches in the memory of an engine
+cache          the public KV cache, the prefix cache, and the account of their memory
 cached_model   a bundle as a function of token ids
 sampling       from logits to the next token
 generation     continuations of prompts, in batches and as streams
-request_model  what a request asks for, checked
-model          a bundle as callers see it
+request_model  validation of requests
+model          the public `Model`
 loading        `load`
-scheduling     requests that join a running batch
+scheduling     continuous batching: requests that join a running batch
 command        `neo-generate` and `neo-verify`
-entry          where both commands begin
+entry          entry points of both commands
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A loaded bundle as a function of token ids: caches, prefill, decode, scores."""
+"""A loaded bundle as a function of token ids: KV caches, prefill, decode, logits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["CachedModel"]
 
 
 class CachedModel(Closable):
-    """Base class of `Model`: its caches, and what the graphs compute; no options, no sampling."""
+    """Base class of `Model`: KV caches and the calls of the graphs; no options, no sampling."""
 
     def __init__(
         self,
@@ -44,22 +44,22 @@ class CachedModel(Closable):
     ) -> None:
         self.manifest: Manifest = bundle.manifest
         self.name = bundle.path.name
-        """Of the bundle's folder."""
+        """Name of the bundle's folder."""
         self.tokenizer: Tokenizer | None = None
-        """None if the bundle has none: then prompts are token ids."""
+        """None if the bundle has no tokenizer; prompts must then be token ids."""
         if self.manifest.has_tokenizer:
             self.tokenizer = Tokenizer(bundle.file("tokenizer.json"))
         self.backend = chosen.name
         """"cpu", "cuda" or "tensorrt"."""
         self.runs_on = chosen.backend.described
-        """The same in words: "CPU", a GPU's name, a plan on a GPU."""
+        """A description of the hardware: "CPU", a GPU's name, a TensorRT plan on a GPU."""
         self.backend_choice = chosen.reason
-        """Why this backend, in one line, if `backend="auto"` had a choice; else None."""
+        """Why `backend="auto"` chose this backend, in one line; None if there was no choice."""
         self._bundle = bundle
         self._backend = chosen.backend
         self._ledger = CacheLedger(max_cache_bytes)
         self.prefill_chunk = prefill_chunk or self._backend.default_chunk
-        """Tokens of a prompt that go through the graph at once."""
+        """Prompt tokens per call of the prefill graph."""
         self._is_closed = False
         self._process = os.getpid()
 
@@ -81,19 +81,19 @@ class CachedModel(Closable):
 
     @property
     def cache_bytes_left(self) -> int | None:
-        """Bytes that more caches may take; None without `max_cache_bytes`."""
+        """Bytes that further caches may take; None without `max_cache_bytes`."""
         return self._ledger.left
 
     @property
     def default_batch(self) -> int:
-        """Sequences that `generate` computes together where `batch_size` is left open."""
+        """Sequences that `generate` computes together if `batch_size` is not given."""
         return self._backend.default_batch
 
     def prepare(self, *, scores: bool = False) -> None:
-        """Load the graphs for prefill and decode now, instead of with the first request.
+        """Load the graphs for prefill and decode now instead of at the first request.
 
         Args:
-            scores: and the one for `logits`, which checks guessed tokens, too.
+            scores: load the graph for `logits` as well, which also verifies draft tokens.
         """
         self._check_open()
         self._backend.prepare(("prefill", "decode", *(["score"] if scores else [])))
@@ -108,8 +108,8 @@ class CachedModel(Closable):
 
         Raises:
             CacheLimitError: `max_cache_bytes` would be exceeded.
-            ContextLengthError: `length` is more than the model has.
-            RequestError: a size below 1.
+            ContextLengthError: `length` is more than the model has positions.
+            RequestError: a size is below 1.
         """
         self._check_open()
         count(1)("batch", batch)
@@ -122,7 +122,7 @@ class CachedModel(Closable):
         return KVCache(self._backend, self._ledger, batch, length)
 
     def new_prefix_cache(self, size: int) -> PrefixCache:
-        """Allocate memory for what requests begin with, of at most `size` bytes.
+        """Allocate a prefix cache of at most `size` bytes.
 
         Raises:
             RequestError: the size is too small.
@@ -132,11 +132,11 @@ class CachedModel(Closable):
         return PrefixCache(self._backend, self._ledger, size, self.prefill_chunk)
 
     def owns(self, cache: KVCache) -> bool:
-        """Whether a cache is this model's."""
+        """Whether a cache belongs to this model."""
         return cache.is_of(self._backend)
 
     def rounded_length(self, length: int) -> int:
-        """`length` rounded up to a multiple of 16, so that rows are well aligned."""
+        """`length` rounded up to a multiple of 16 to align rows; at most the model's positions."""
         return min(-(-max(length, 1) // 16) * 16, self.manifest.max_length)
 
     def prefill(
@@ -148,17 +148,18 @@ class CachedModel(Closable):
         """Append the tokens of `prompts[i]` to sequence `rows[i]` of the cache.
 
         Args:
-            cache: made by `new_cache`; may hold earlier turns.
-            prompts: token ids, at least one for each of these sequences; lengths may differ.
-            rows: the sequences, each once, ascending; None for all. The others stay as they are.
+            cache: made by `new_cache`; may already hold tokens.
+            prompts: token ids for each of these sequences, at least one each; lengths may differ.
+            rows: indices of the sequences, ascending, each once; None for all. Other sequences do
+                not change.
 
         Returns:
-            Logits after the last token of each, float32 [rows, vocab]: a view that the next
+            Logits after the last token of each prompt, float32 [rows, vocab]: a view that the next
             call with this cache overwrites.
 
         Raises:
-            RequestError: a prompt is empty, a token id is out of range, or there are not as many
-                prompts as sequences.
+            RequestError: a prompt is empty, a token id is out of range, or the numbers of prompts
+                and sequences differ.
             ContextLengthError: a sequence would outgrow the cache.
         """
         return self.prefill_step(cache, prompts, rows).full()
@@ -231,17 +232,17 @@ class CachedModel(Closable):
     def logits(
         self, ids: Prompt | NDArray[np.int64], cache: KVCache | None = None
     ) -> NDArray[np.float32]:
-        """Score every position: text, or token ids [n] → logits of the next token [n, vocab].
+        """Compute the logits at every position: text, or token ids [n] → float32 [n, vocab].
 
         Args:
-            ids: what is scored.
-            cache: what it stands behind: its only sequence, which gets these tokens as well.
-                `KVCache.crop` takes them away again, so that other endings can be scored.
+            ids: text or token ids.
+            cache: the context: `ids` continue its only sequence and are appended to it.
+                `KVCache.crop` removes them again, so that other endings can be scored.
 
         Raises:
-            RequestError: no ids, one out of range, text for a bundle without a tokenizer, or a
-                cache of several sequences.
-            ContextLengthError: more ids than the model has positions, or the cache.
+            RequestError: there are no ids, one is out of range, text is given but the bundle has no
+                tokenizer, or the cache does not have exactly one sequence.
+            ContextLengthError: there are more ids than the model or the cache has positions for.
             CacheLimitError: there is no room for the keys and values.
         """
         self._check_open()
@@ -294,6 +295,6 @@ class CachedModel(Closable):
             )
 
     def close(self) -> None:
-        """Free the graphs. Calls that run in other threads end with an error."""
+        """Free the graphs. Calls still running in other threads end with an error."""
         self._is_closed = True
         self._backend.close()

@@ -1,4 +1,4 @@
-"""Objects with `close` as context managers, and one that is closed only on an error."""
+"""Context managers around `close`: always at the end of the block, or only on an error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Resource = TypeVar("Resource", bound=_Closes)
 
 @contextmanager
 def closed_on_error(resource: Resource) -> Iterator[Resource]:
-    """Give a resource to whoever will close it; here it is closed only where that fails."""
+    """Close a resource if the block raises; otherwise whoever takes it over closes it."""
     try:
         yield resource
     except BaseException:
@@ -32,11 +32,11 @@ def closed_on_error(resource: Resource) -> Iterator[Resource]:
 
 
 class Closable(ABC):
-    """Closed at the end of a `with` block, with or without an error."""
+    """Base class of objects that are closed at the end of a `with` block, error or not."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free what the object holds; further calls do nothing."""
+        """Free the resources of the object; further calls do nothing."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""Where installed commands begin: little is imported before Ctrl-C finds somebody to catch it."""
+"""Entry points of the installed commands; they import little before Ctrl-C is handled."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _INTERRUPTED = 130
 
 
 def entry(module: str, *, heeds_sigterm: bool = False) -> Callable[[], int]:
-    """The function of a console script: `main` of a module that is imported only then.
+    """A function for a console script: it imports a module and calls its `main`.
 
-    Imports take long enough to be interrupted; Ctrl-C ends them as it ends the work, without a
-    traceback.
+    Imports take long enough to be interrupted, so Ctrl-C is handled during imports as well: the
+    command ends without a traceback.
 
     Args:
-        module: the command's.
-        heeds_sigterm: from the beginning, also as the first process of a container, which the
-            system ends by no signal that it has no handler for.
+        module: name of the command's module.
+        heeds_sigterm: exit on SIGTERM from the beginning. The first process of a container needs a
+            handler for this: the system does not deliver it signals that it has no handler for.
     """
 
     def start() -> int:

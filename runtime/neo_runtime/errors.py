@@ -6,21 +6,22 @@
     │   └── BundleUnsupportedError   newer schema, unknown target, an onnxruntime that is too old
     ├── CheckpointError        the model given to `neo-export` cannot be exported
     ├── HubError               a model hub or its client library cannot be reached
-    ├── RequestError           a prompt or an option that cannot be honoured
-    │   ├── ContextLengthError       more positions than the model has
-    │   └── GenerationConfigError    such an option in a generation_config.json
-    ├── CacheLimitError        the key/value cache would exceed the limit that was set
-    ├── DeviceError            a GPU that was asked for cannot be used
+    ├── RequestError           a prompt or an option cannot be honoured
+    │   ├── ContextLengthError       it needs more positions than the model has
+    │   └── GenerationConfigError    an option in a generation_config.json cannot be honoured
+    ├── CacheLimitError        the key/value cache would exceed its limit
+    ├── DeviceError            the requested GPU cannot be used
     │   └── DeviceMemoryError        it has no memory left
     ├── EngineError            a TensorRT plan cannot be built, or none fits this machine
-    ├── HostMemoryError        the system gives no memory
+    ├── HostMemoryError        the system is out of memory
     ├── DependencyError        a package is missing, or two packages exclude each other
-    ├── OutputError            a result cannot be written where it was asked for
+    ├── OutputError            a result cannot be written to the requested place
     ├── StatisticsError        calibration statistics, or the text for them, cannot be used
-    └── VerificationError      a bundle does not compute what it should: a check failed, or NaN
+    └── VerificationError      a bundle computes wrong results: a check failed, or NaN
 
 A message says what was found, what was expected, and what to do. Commands print it as one
-line on stderr and exit with status 2 (1 for a `VerificationError`: a verdict, not a misuse).
+line on stderr and exit with status 2 (1 for a `VerificationError`, which is a result of the
+command and not a wrong use of it).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class BundleDamagedError(BundleError):
 
 
 class BundleUnsupportedError(BundleError):
-    """The bundle is whole, but this installation cannot run it."""
+    """The bundle is complete, but this installation cannot run it."""
 
 
 class CheckpointError(NeoError):
@@ -68,7 +69,7 @@ class CheckpointError(NeoError):
 
 
 class HubError(NeoError):
-    """A hub, or the client library for it, is out of reach."""
+    """A model hub, or its client library, cannot be reached."""
 
 
 class RequestError(NeoError, ValueError):
@@ -80,9 +81,9 @@ class ContextLengthError(RequestError):
 
 
 class GenerationConfigError(RequestError):
-    """The bundle's `generation_config.json` cannot be honoured, and the request did not replace it.
+    """A value of the bundle's `generation_config.json` that the request uses cannot be honoured.
 
-    `problem` is what is wrong with it, without what a request can do about it.
+    `problem` describes the value, without the advice on what a request can do about it.
     """
 
     problem: str = ""
@@ -93,7 +94,7 @@ class CacheLimitError(NeoError, MemoryError):
 
 
 class HostMemoryError(NeoError, MemoryError):
-    """The system gives no memory for weights, activations, or copies to a GPU."""
+    """The system has no memory for weights, activations, or copies to a GPU."""
 
 
 class DependencyError(NeoError, ImportError):
@@ -101,7 +102,7 @@ class DependencyError(NeoError, ImportError):
 
 
 class DeviceError(NeoError):
-    """A GPU cannot be used: none, no driver, too old a driver, or it failed."""
+    """A GPU cannot be used: there is none, the driver is missing or too old, or the GPU failed."""
 
 
 class DeviceMemoryError(DeviceError, MemoryError):
@@ -117,8 +118,8 @@ class OutputError(NeoError, OSError):
 
 
 class StatisticsError(NeoError):
-    """Statistics of another model, damaged ones, or text that gives none."""
+    """Calibration statistics are damaged or of another model, or the text yields none."""
 
 
 class VerificationError(NeoError):
-    """A bundle does not compute what it should: a check failed, or its logits hold NaN."""
+    """A bundle computes wrong results: a check failed, or its logits hold NaN or infinity."""

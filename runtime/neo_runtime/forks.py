@@ -1,6 +1,7 @@
-"""What a forked child does before anything else.
+"""What runs in a forked child before anything else.
 
-Only the thread that forked goes on in the child: nobody releases what others held.
+Only the thread that called `fork` exists in the child: locks held by other threads are never
+released there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,6 @@ __all__ = ["in_every_child"]
 
 
 def in_every_child(work: Callable[[], None]) -> None:
-    """Call `work` in each process that is forked off from now on, in the order of these calls."""
+    """Call `work` in each child process forked from now on, in the order of registration."""
     if hasattr(os, "register_at_fork"):  # Windows has no fork
         os.register_at_fork(after_in_child=work)

@@ -1,4 +1,4 @@
-"""JSON that somebody gave."""
+"""Parsing of JSON from users."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 __all__ = ["parse_json", "read_json_file"]
 
 _LARGEST = 1 << 26
-"""Bytes: more than any file that is written here, and no burden."""
+"""Bytes: more than any JSON file of this project has, and little enough to read."""
 
 
 def parse_json(text: str | bytes | bytearray, **options: Any) -> Any:
-    """As `json.loads`, with one kind of error.
+    """`json.loads`, with all errors raised as `ValueError`.
 
     Raises:
-        ValueError: it is not JSON, in no encoding of Unicode, or nested too deeply.
+        ValueError: the text is not JSON, is not encoded as Unicode, or is nested too deeply.
     """
     try:
         return json.loads(text, **options)
@@ -29,7 +29,7 @@ def parse_json(text: str | bytes | bytearray, **options: Any) -> Any:
 
 
 def read_json_file(path: Path) -> bytes:
-    """The contents of a file that somebody gave, which need not be one.
+    """The contents of a file at a path that a user gave.
 
     Raises:
         OSError: it cannot be read, is too large, or is a pipe or a device, which may never end.

@@ -35,33 +35,34 @@ def load(
 
     Args:
         bundle: a folder written by `neo-export`.
-        backend: "cpu", "cuda" or "tensorrt" runs, or an error is raised; "auto" takes the GPU that
-            the bundle was exported for if it can be used, else the CPU, and logs which and why.
-        device: which GPU, from 0.
+        backend: "cpu", "cuda" or "tensorrt": this one or an error. "auto": the GPU that the bundle
+            was exported for if it can be used, else the CPU; the choice and its reason are logged.
+        device: index of the GPU, from 0.
         threads: threads per operator; by default one per physical core available to this process.
         max_cache_bytes: limit for the key/value caches of all requests together.
-        verify: also compare the weights with their checksum, and prepacked ones in the cache folder
-            (damaged ones are made again), which reads these files.
+        verify: also compare the checksums of the weights, and of prepacked weights in the cache
+            folder (damaged ones are made again). This reads these files completely.
         prefill_chunk: prompt tokens per call of the graph, which bounds the memory for activations
             (with fused attention for all first prompts of a batch together, otherwise for each
             prompt); by default 256 on a CPU (512 with float weights), 2048 on the backend cuda, and
             the plan's `max_length` on the backend tensorrt.
         session_config: additional onnxruntime session configuration entries.
         keep_prepacked: store prepacked weights in the cache folder (`NEO_CACHE_DIR`, by default in
-            the user's cache folder) and map them from there: later loads are faster, and all graphs
-            and processes share one copy. None: for quantized weights. True: for float32 as well,
-            which then computes faster, mostly in batches; the cache takes twice the bundle's size
-            on disk, and the first load that much memory. False: for none; nothing is read from
-            or written to the cache folder, and each session prepacks quantized weights in private
+            the user's cache folder) and memory-map them from there: later loads are faster, and all
+            graphs and processes share one copy. None: only quantized weights. True: float32 as
+            well, which then computes faster, mostly in batches; the cache takes twice the bundle's
+            size on disk, and the first load that much memory. False: no weights; the cache folder
+            is neither read nor written, and each session prepacks quantized weights in private
             memory.
 
     Raises:
         BundleError: the folder is not a usable bundle (see its subclasses).
         DependencyError: onnxruntime or tokenizers is missing or broken, or onnxruntime is not the
             wheel that the backend needs.
-        DeviceError: the GPU that was asked for cannot be used, or has no room for the weights.
-        EngineError: no TensorRT plan of the bundle fits this GPU, this TensorRT and this bundle.
-        RequestError: a bad argument.
+        DeviceError: the requested GPU cannot be used, or has no room for the weights.
+        EngineError: the bundle has no TensorRT plan built for this GPU, this TensorRT version and
+            the bundle's present files.
+        RequestError: an argument is invalid.
     """
     limits = {
         "threads": threads,
@@ -84,7 +85,7 @@ def load(
                 f"session_config has {key!r}: {entry!r}, expected text for both: "
                 '"session.intra_op.allow_spinning": "0"'
             )
-    # The backend looks at its own engine: a plan runs without onnxruntime.
+    # Each backend checks its own engine: a TensorRT plan runs without onnxruntime.
     opened = open_bundle(bundle, verify=verify, check_runtime=False)
     options = BackendOptions(
         threads=chosen_threads(threads),

@@ -95,32 +95,34 @@ class Model(RequestModel):
         """Continue a prompt, or a list of prompts together.
 
         Args:
-            prompt: text, token ids, or a list of these. In a list each prompt is generated as if it
-                were alone, up to float rounding: int8 gives the same bits, float32 differs in the
-                last digits, and in int4 a sum that rounds the other way can change a text at a near
-                tie (docs/accuracy.md). A tuple of seeds has one per prompt.
+            prompt: text, token ids, or a list of these. Each prompt in a list gives the result that
+                it gives alone, up to float rounding: int8 gives the same bits, float32 differs in
+                the last digits, and in int4 a sum that rounds the other way can change a text at a
+                near tie (docs/accuracy.md).
             options: used instead of the bundle's `defaults` (including its `eos_token_id`).
             bad_words: words that must not appear; added to `bad_words_ids`.
-            batch_size: prompts to compute together; by default as many as make up to 16 sequences
-                on a CPU, 32 with CUDA, what a TensorRT plan takes, and fewer where
+            batch_size: prompts to compute together. By default as many as make up to 16 sequences
+                on a CPU, 32 with CUDA, or the batch size of a TensorRT plan; fewer where
                 `max_cache_bytes` leaves less room.
-            should_stop: asked before each batch and after each of its tokens, such as
-                `lambda: time.monotonic() > deadline` or a `threading.Event`'s `is_set`; once true,
-                whatever has not ended ends with the finish reason "cancelled".
-            prefix: what every prompt goes on from, computed before by `prefix`.
-            drafter: guesses tokens that are then checked several at once: a `PromptLookup`, or a
-                `DraftModel`. Texts stay what they are, up to rounding; prompts are computed one by
-                one.
+            should_stop: called before each batch and after each of its tokens, for example
+                `lambda: time.monotonic() > deadline` or the `is_set` of a `threading.Event`. Once
+                it returns true, every unfinished continuation ends with the finish reason
+                "cancelled".
+            prefix: a shared beginning of all prompts, computed earlier by `Model.prefix`. Prompts
+                are given without it.
+            drafter: proposes draft tokens, which the model verifies several at a time (speculative
+                decoding): a `PromptLookup` or a `DraftModel`. The text stays the same, up to
+                rounding. Prompts are then computed one after the other.
             **overrides: options by name, which take precedence: `max_new_tokens=50`, …; see
                 `GenerationOptions`.
 
         Returns:
-            One completion for a single prompt, a list in the same order for a list. With
-            `num_return_sequences` (by name, or above 1 in `options`) always a list, the
-            continuations of each prompt together.
+            One completion for a single prompt; for a list of prompts, a list in the same order.
+            With `num_return_sequences` (given by name, or above 1 in `options`) always a list, in
+            which the continuations of one prompt are adjacent.
 
         Raises:
-            RequestError: a prompt or an option that cannot be honoured.
+            RequestError: a prompt or an option cannot be honoured.
             ContextLengthError: prompt and continuation need more positions than the model has.
             CacheLimitError: the cache for the batch would exceed the limit.
             VerificationError: the logits hold NaN or infinity.
@@ -154,13 +156,13 @@ class Model(RequestModel):
         drafter: Drafter | None = None,
         **overrides: Any,
     ) -> TextStream:
-        """Continue one prompt and yield the text in pieces of valid UTF-8, as they come.
+        """Continue one prompt and yield its text as it is generated, in pieces of valid UTF-8.
 
         Nothing is computed before the first piece is requested, nor after `close`. Arguments and
         errors are those of `generate`. The bundle must have a tokenizer.
 
         Returns:
-            An iterator and context manager; its `completion` is set when it has ended.
+            An iterator and context manager; its `completion` is available once it is exhausted.
         """
         callback("should_stop", should_stop)
         ids, chosen = self.single_prompt("stream", prompt, options, bad_words, prefix, overrides)
@@ -174,22 +176,22 @@ class Model(RequestModel):
         return TextStream(_pieces(self, row, drafter, should_stop, closed), closed)
 
     def token_logprobs(self, text: Prompt, *, top_logprobs: int = 0) -> list[Choice]:
-        """How probable a text's own tokens are, each behind those before it.
+        """The log probability of each token of a text, given the tokens before it.
 
-        Log probabilities are those of `logits`, which has them for the whole vocabulary; here no
-        more than a chunk of that is held at once. Their sum is the text's log likelihood behind its
-        first token.
+        The values are the log-softmax of `logits`, but only one chunk of logits is in memory at a
+        time. Their sum is the text's log likelihood, given its first token.
 
         Args:
             text: text or token ids [n].
-            top_logprobs: report so many most probable tokens for each place as well.
+            top_logprobs: how many of the most probable tokens to report at each position as well.
 
         Returns:
-            One per token but the first, n - 1: id, log probability, and the most probable ones.
+            One `Choice` per token except the first, n - 1 in all: its id, its log probability, and
+            the most probable tokens at its position.
 
         Raises:
-            RequestError: no tokens, or a bad argument.
-            ContextLengthError: more tokens than the model has positions.
+            RequestError: the text has no tokens, or an argument is invalid.
+            ContextLengthError: the text has more tokens than the model has positions.
             CacheLimitError: there is no room for the keys and values.
             VerificationError: the logits hold NaN or infinity.
         """
@@ -204,21 +206,22 @@ class Model(RequestModel):
         return scored_tokens(self, ids, most)
 
     def prefix(self, text: Prompt) -> Prefix:
-        """Compute the beginning that many prompts share: instructions, examples.
+        """Compute a beginning that many prompts share, such as instructions or examples.
 
-        Requests with `prefix=` then give only what comes behind it: their tokens are the prefix's
-        and the prompt's own, and their results those of the whole prompt, up to float rounding. A
-        word must not go over the border: end a prefix before a space or with a line break.
+        A request with `prefix=` then gives only the rest of its prompt. Its tokens are those of the
+        prefix followed by those of the rest; the result is that of the whole prompt, up to float
+        rounding. The two parts are tokenized separately, so a word must not span both: end a prefix
+        before a space or with a line break.
 
         Args:
             text: text or token ids.
 
         Returns:
-            A context manager that holds the keys and values until its end.
+            A context manager that holds the keys and values until it is closed.
 
         Raises:
-            RequestError: no tokens.
-            ContextLengthError: more than the model has positions.
+            RequestError: the text has no tokens.
+            ContextLengthError: the text leaves no position for a prompt.
             CacheLimitError: there is no room for its keys and values.
         """
         self._check_open()
@@ -248,7 +251,7 @@ def _pieces(
             found = drafted_steps(model, cache, row, drafter, should_stop)
         with closing(found):
             for [piece] in found:
-                if closed.is_set():  # by another thread; many tokens may pass without any text
+                if closed.is_set():  # by another thread; many tokens may yield no text
                     return None
                 if piece:
                     yield piece

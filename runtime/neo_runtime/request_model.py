@@ -1,4 +1,4 @@
-"""What a request asks of a bundle: token ids and options, checked before anything is computed."""
+"""Requests to a bundle: token ids and options, validated before anything is computed."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ __all__ = ["RequestModel"]
 _LOG = logging.getLogger("neo_runtime")
 _NO_TEXT = "the bundle has no tokenizer, so no text to find stop strings in"
 _COMPILER = "_compiler"
-"""Where a model keeps its `GrammarCompiler`, once it has one."""
+"""The attribute in which a model keeps its `GrammarCompiler`, once it has one."""
 
 
 class RequestModel(CachedModel):
-    """Base class of `Model`: reads requests, and computes nothing."""
+    """Base class of `Model` that validates requests; it computes nothing."""
 
     @cached_property
     def defaults(self) -> GenerationOptions:
-        """The options that the bundle's `generation_config.json` gives.
+        """The options in the bundle's `generation_config.json`.
 
         Raises:
             GenerationConfigError: (a RequestError) the file has a value that cannot be honoured.
@@ -49,16 +49,16 @@ class RequestModel(CachedModel):
         return self.options()
 
     def options(self, **overrides: Any) -> GenerationOptions:
-        """The options of a request: those of the bundle's file, some of them replaced.
+        """The options of the bundle's `generation_config.json`, some of them replaced.
 
         Args:
-            **overrides: as for `generate`. An entry of the file that no option stands for, such
-                as `max_time`, is left out by `max_time=None`.
+            **overrides: as for `generate`. An entry of the file that is not an option here, such
+                as `max_time`, is dropped by `max_time=None`.
 
         Raises:
             GenerationConfigError: (a RequestError) the file has a value that cannot be honoured,
                 and the request does not replace it.
-            RequestError: the request has one.
+            RequestError: an override cannot be honoured.
         """
         spec = self.manifest.model
         options = GenerationOptions.from_generation_config(
@@ -75,7 +75,7 @@ class RequestModel(CachedModel):
         return options
 
     def _warn_of_file(self, message: str) -> None:
-        """A warning in the log, the first time only: every request reads the same file."""
+        """Log a warning, each message only once: every request reads the same file."""
         told: set[str] = self.__dict__.setdefault("_told_of_file", set())
         if message not in told:
             told.add(message)
@@ -96,14 +96,16 @@ class RequestModel(CachedModel):
         choices: Sequence[str] | None = None,
         lark: str | None = None,
     ) -> Grammar:
-        """A form that continuations must have, for the option `grammar`; give one of these.
+        """Compile a grammar for constrained decoding: the value of the option `grammar`.
+
+        Exactly one of the arguments is given.
 
         Args:
-            json_schema: a JSON schema, as an object or text. JSON is written as Python's `json`
-                does, without other spaces; `{"x-guidance": {"whitespace_flexible": true}}` in the
-                schema allows them.
-            regex: a regular expression (Rust's syntax) for the whole continuation.
-            choices: texts, one of which the continuation is.
+            json_schema: a JSON schema, as an object or text. The generated JSON has the whitespace
+                of Python's `json` and no other; `{"x-guidance": {"whitespace_flexible": true}}` in
+                the schema allows other whitespace.
+            regex: a regular expression (Rust's syntax) that the whole continuation matches.
+            choices: the continuation is one of these texts.
             lark: a context-free grammar in llguidance's variant of Lark, with the rule `start`.
 
         Raises:
@@ -123,7 +125,8 @@ class RequestModel(CachedModel):
         if self.tokenizer is None:
             raise RequestError("the bundle has no tokenizer, so no text for a grammar")
         new = GrammarCompiler(self.tokenizer.json, self.manifest.model.vocab_size)
-        # Threads that come at once all take the first, without a lock that a fork could leave held.
+        # `setdefault` is atomic: concurrent threads all get the first compiler. A lock could stay
+        # held in a forked child.
         first: GrammarCompiler = self.__dict__.setdefault(_COMPILER, new)
         return first
 
@@ -136,9 +139,12 @@ class RequestModel(CachedModel):
         prefix: Prefix | None,
         overrides: Mapping[str, Any],
     ) -> tuple[NDArray[np.int64], GenerationOptions]:
-        """The ids int64 [n], prefix included, and the options of a request for one continuation.
+        """The validated prompt and options of a request for one continuation.
 
-        Both are checked. `call` asks for it, for messages; the others are those of `stream`.
+        `call` names the calling method in messages; the other arguments are those of `stream`.
+
+        Returns:
+            Token ids int64 [n], including those of the prefix, and the options.
         """
         chosen = self.request_options(options, overrides, bad_words)
         if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
@@ -161,7 +167,7 @@ class RequestModel(CachedModel):
         overrides: Mapping[str, Any],
         bad_words: Sequence[str],
     ) -> GenerationOptions:
-        """The options of a request, checked; arguments are those of `Model.generate`."""
+        """The validated options of a request; arguments are those of `Model.generate`."""
         self._check_open()
         if options is not None and not isinstance(options, GenerationOptions):
             raise RequestError(
@@ -186,7 +192,7 @@ class RequestModel(CachedModel):
     def encode_prompts(
         self, prompts: Sequence[Prompt], prefix: Prefix | None = None
     ) -> list[NDArray[np.int64]]:
-        """The ids of each, behind those of the prefix."""
+        """The token ids of each prompt, int64 [n], preceded by those of the prefix."""
         if not len(prompts):
             raise RequestError("the list of prompts is empty; give at least one")
         vocab_size = self.manifest.model.vocab_size
