@@ -1,1 +1,1 @@
-"""Requests that join a running batch."""
+"""Continuous batching: requests join and leave a running batch."""

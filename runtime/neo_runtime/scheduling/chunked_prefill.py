@@ -1,4 +1,4 @@
-"""Chunked prefill: a long prompt is computed chunk by chunk, beside a batch that goes on."""
+"""Chunked prefill: a long prompt is computed in chunks, between the steps of a running batch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["ChunkedPrefill"]
 
 
 class ChunkedPrefill(Closable):
-    """A request's prompt in a cache of its own."""
+    """The prefill of one request in a KV cache of its own."""
 
     def __init__(self, model: CachedModel, request: Request, chunk: int) -> None:
-        """Allocate; nothing is read yet.
+        """Allocate the cache; nothing is computed yet.
 
         Args:
-            model: computes.
-            request: whose prompt is read.
-            chunk: tokens that are computed at once.
+            model: computes the prompt.
+            request: the request whose prompt is computed.
+            chunk: most tokens per call of the model.
 
         Raises:
             CacheLimitError: there is no room for another cache.
@@ -39,7 +39,7 @@ class ChunkedPrefill(Closable):
         """Compute at most `Model.prefill_chunk` tokens.
 
         Returns:
-            The logits of the prompt's last token, [1, vocab]; None before that was computed.
+            The logits after the prompt's last token, [1, vocab]; None while tokens are left.
         """
         logits = None
         for _ in range(0, self._model.prefill_chunk, self._chunk):

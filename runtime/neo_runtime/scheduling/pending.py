@@ -1,4 +1,4 @@
-"""What `Scheduler.submit` returns: a future, and its text as it comes."""
+"""The result of `Scheduler.submit`: a future that also streams its text."""
 
 from __future__ import annotations
 
@@ -24,33 +24,34 @@ class PendingCompletion(Future[Completion], Iterator[Piece]):
     """A completion that is being computed.
 
     As a `concurrent.futures.Future` it has `result(timeout)`, `exception`, `done`, `cancel` and
-    `add_done_callback`; `await asyncio.wrap_future(pending)` waits for it in a coroutine. Iterated,
-    by `for` or by `async for`, it gives the text in pieces of valid UTF-8 as they come, for one
-    reader; what ended the request is raised behind the last piece.
+    `add_done_callback`; `await asyncio.wrap_future(pending)` waits for it in a coroutine. Iterating
+    over it, with `for` or `async for`, yields the text as it is generated, in pieces of valid
+    UTF-8. Only one reader may iterate. If the request failed, the error is raised after the last
+    piece.
 
     `cancel` may be called at any time before the end: the sequence leaves the batch before its next
-    token, and `result` raises `CancelledError`. For the text so far use `should_stop` instead. An
-    `async for` that is left early, by an error or a cancelled task, cancels the request; around a
-    `for`, the block `with scheduler.submit(…) as pending:` does.
+    token, and `result` raises `CancelledError`. To keep the text so far, use `should_stop` instead.
+    An `async for` that is left early, by an error or a cancelled task, cancels the request. For a
+    plain `for`, the block `with scheduler.submit(…) as pending:` does so.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.queue_seconds: float | None = None
-        """From `submit` to the beginning of its prompt; None before."""
+        """Seconds from `submit` to the start of prefill; None before that."""
         self.time_to_first_token: float | None = None
-        """Seconds from `submit` to its first token; None before, also where it ends without."""
+        """Seconds from `submit` to the first token; None until there is one."""
         self._pieces: SimpleQueue[Piece | None] = SimpleQueue()
         self._wake: Callable[[], object] | None = None
         self._worker: int | None = None
         self._process = os.getpid()
 
     def computed_by(self, worker: int | None) -> None:
-        """For the scheduler: number of the thread that cannot wait for itself."""
+        """For the scheduler: set the id of its thread, which must not wait for this result."""
         self._worker = worker
 
     def give(self, piece: Piece | None) -> None:
-        """For the scheduler: more text; None behind the last of it."""
+        """For the scheduler: add a piece of text; None marks the end."""
         self._pieces.put(piece)
         wake = self._wake
         if wake is not None:
@@ -60,7 +61,7 @@ class PendingCompletion(Future[Completion], Iterator[Piece]):
                 self._wake = None
 
     def cancel(self) -> bool:
-        """See `Future.cancel`; readers end at once."""
+        """See `Future.cancel`; iteration ends at once."""
         is_cancelled = super().cancel()
         if is_cancelled:
             self.give(None)
@@ -70,7 +71,7 @@ class PendingCompletion(Future[Completion], Iterator[Piece]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nobody wants the rest; nothing happens where it has ended."""
+        """Cancel the request; this has no effect once it has ended."""
         self.cancel()
 
     def result(self, timeout: float | None = None) -> Completion:
@@ -95,7 +96,7 @@ class PendingCompletion(Future[Completion], Iterator[Piece]):
         return piece
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        """The pieces, without a thread that waits for them."""
+        """Yield the pieces without blocking a thread."""
         import asyncio
 
         self._refuse_deadlock()
@@ -115,15 +116,15 @@ class PendingCompletion(Future[Completion], Iterator[Piece]):
             self._end()
         finally:
             self._wake = None
-            self.cancel()  # nothing happens where it has ended
+            self.cancel()  # no effect once it has ended
 
     def _end(self) -> None:
-        """Behind the last piece: raise what ended it, if that is no completion."""
-        self._pieces.put(None)  # for those who ask again
+        """After the last piece: raise the error that ended the request, if any."""
+        self._pieces.put(None)  # so that further calls of `next` end as well
         self.result()
 
     def _refuse_deadlock(self) -> None:
-        """Where waiting would never end."""
+        """Raise an error if waiting would never end."""
         if os.getpid() != self._process and not self.done():
             raise NeoError(
                 "the request was submitted in another process, whose scheduler computes it; wait "

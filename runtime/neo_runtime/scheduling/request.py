@@ -1,4 +1,4 @@
-"""A request as the scheduler sees it. Whatever a caller's functions raise ends this one alone."""
+"""A request in the scheduler. An exception from a caller's function ends only its own request."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _LOG = logging.getLogger("neo_runtime")
 
 
 class Request:
-    """One row, who waits for it, and whether anybody still does."""
+    """One row of the batch, the future of its caller, and whether the result is still wanted."""
 
     def __init__(
         self, row: Row, should_stop: Callable[[], bool], group: Hashable | None = None
     ) -> None:
-        """Hold the row's prefix until its prompt is read."""
+        """Hold the row's prefix until it is copied to the cache."""
         self.pending = PendingCompletion()
         self.group = group
-        """What it shares the batch with others as; None: as itself alone."""
+        """Requests of one group take turns as one client; None: the request is its own group."""
         self.has_ended = False
         self._unfinished: set[Request] = set()
         self.row = row
@@ -46,23 +46,26 @@ class Request:
             row.prefix.hold()
 
     def join(self, requests: set[Request]) -> None:
-        """Be in a set until the end."""
+        """Add the request to a set, which it leaves when it ends."""
         self._unfinished = requests
         requests.add(self)
 
     def begin(self) -> None:
-        """Its prompt is about to be read."""
+        """Record the start of prefill."""
         self.pending.queue_seconds = self.row.watch.seconds()
 
     @property
     def unread_prompt(self) -> NDArray[np.int64]:
-        """What of the prompt is still to be computed: int64 [n]."""
+        """The tokens of the prompt that are still to be computed: int64 [n]."""
         if self._beginning is not None:
             return self.row.prompt[self._beginning.length :]
         return self.row.unread_prompt
 
     def look_up(self, prefixes: PrefixCache) -> None:
-        """See what of the prompt a cache has; `fill` must come next, or this again."""
+        """Look up the prompt in the prefix cache. Before any other use of that cache, call `fill`.
+
+        Call `look_up` again if `fill` does not follow: blocks that were found may be evicted.
+        """
         if self.row.prefix is None:
             try:
                 self._beginning = prefixes.find(self.row.prompt)
@@ -70,7 +73,7 @@ class Request:
                 self.fail(error)
 
     def repeats(self, other: Request) -> bool:
-        """Whether it would compute what another is about to leave in the prefix cache."""
+        """Whether its next block is the one that another is about to add to the prefix cache."""
         if self._beginning is None or other._beginning is None:
             return False
         ahead = self._beginning.ahead
@@ -82,7 +85,7 @@ class Request:
         return len(self.row.prompt)
 
     def fill(self, cache: KVCache, row: int) -> None:
-        """Let an empty sequence begin with what is computed of the prompt already."""
+        """Copy the keys and values already computed for the prompt to an empty row of a cache."""
         if self.row.prefix is not None:
             self.row.prefix.fill(cache, [row])
         if self._beginning is not None:
@@ -91,7 +94,7 @@ class Request:
         self._let_go()
 
     def keep(self, cache: KVCache, row: int) -> None:
-        """Keep for other requests what a row has of this one. Nobody fails for a copy that does."""
+        """Copy new blocks of a row to the prefix cache. A failed copy is logged, not raised."""
         if self._beginning is None:
             return
         length = int(cache.store.lengths[row])
@@ -104,9 +107,12 @@ class Request:
                 _LOG.warning("a beginning was not kept for other requests: %s", error)
 
     def choose(self, logits: RowLogits) -> int:
-        """Choose the next token, once all that was said is computed; how many were chosen.
+        """Choose the next token, unless the model has still to compute earlier ones.
 
-        Nobody is told before `tell`.
+        The reader gets the result, or the error, only from `tell`.
+
+        Returns:
+            The number of tokens chosen: a grammar may force more than one.
         """
         before = len(self.row.choices)
         try:
@@ -116,7 +122,7 @@ class Request:
         return len(self.row.choices) - before
 
     def tell(self) -> None:
-        """Give the reader what `choose` chose, or what went wrong there."""
+        """Give the reader the text, or the error, of the last `choose`."""
         if isinstance(self._chosen, BaseException):
             self.fail(self._chosen)
             return
@@ -127,7 +133,10 @@ class Request:
             self._complete()
 
     def end_if_unwanted(self, *, is_closing: bool) -> None:
-        """End where nobody wants more, with the text so far."""
+        """End the request if it was cancelled, `should_stop` says so or the scheduler is closing.
+
+        Unless the future was cancelled, the result is the text so far.
+        """
         if self.has_ended:
             return
         if self.pending.cancelled():
@@ -145,7 +154,7 @@ class Request:
     def fail(self, error: BaseException) -> None:
         """End with an error."""
         if isinstance(error, StopIteration):
-            # It would end the loop of whoever reads, as if all were well (PEP 479).
+            # It would silently end the reader's loop (PEP 479).
             cause, error = error, RuntimeError("a function of the request raised StopIteration")
             error.__cause__ = cause
         if not self.has_ended:
@@ -156,7 +165,7 @@ class Request:
         self._resolve(lambda: self.pending.set_result(completion))
 
     def _resolve(self, settle: Callable[[], None]) -> None:
-        """Readers first: callbacks of the future may read what is left, and may raise."""
+        """End iteration, then settle the future: its callbacks may iterate, and may raise."""
         self.has_ended = True
         self._unfinished.discard(self)
         self._let_go()

@@ -3,10 +3,10 @@
     inbox ──▶ waiting ──prefill──▶ active: row i of the cache ──decode, a token a step──▶ ended
                  └──chunk by chunk──▶ prefilling: a cache of its own ──copied──┘
 
-Between two decode steps rows that have ended leave the cache, and requests that wait take their
-places, as many as have room and at most a chunk of prompt tokens. A prompt of more than a chunk is
-read in a cache of its own, a chunk between two steps: neither those who are being answered nor
-those who came after it wait for all of it.
+Between two decode steps, ended rows leave the cache and waiting requests take their places: as many
+as there is room for, and at most one chunk of prompt tokens in all. A prompt longer than a chunk is
+computed in a cache of its own, one chunk between two steps. So neither the running requests nor
+those that arrived later wait for the whole prompt.
 """
 
 from __future__ import annotations
@@ -37,18 +37,21 @@ _CLOSED = "the scheduler is closed; make another one"
 
 
 class RunningBatch:
-    """See the module. `put`, `end` and `cancel` hold no lock: signals and finalizers may call."""
+    """See the module docstring.
+
+    `put`, `end` and `cancel` hold no lock, so signal handlers and finalizers may call them.
+    """
 
     def __init__(
         self, model: CachedModel, batch: int, length: int, prefixes: PrefixCache | None
     ) -> None:
-        """Allocate the cache; `start` is to follow.
+        """Allocate the cache; `start` must be called next.
 
         Args:
             model: computes the logits.
-            batch: sequences at once, at most.
-            length: positions of each, at most.
-            prefixes: keeps what requests begin with; the thread closes it at its end.
+            batch: most sequences at once.
+            length: most positions of a sequence.
+            prefixes: the prefix cache, if any; the thread closes it when it ends.
 
         Raises:
             CacheLimitError: there is no room for the cache.
@@ -59,17 +62,17 @@ class RunningBatch:
         self._waiting = WaitingQueue(model.prefill_chunk, prefixes)
         self._unfinished: set[Request] = set()
         self._active: list[Request] = []
-        """By row of the cache."""
+        """The request in each row of the cache."""
         self._prefilling: ChunkedPrefill | None = None
         self.generated_tokens = 0
-        """Of all requests."""
+        """Tokens generated for all requests."""
         self._is_ending = self._is_cancelled = self._has_stopped = False
         self._cache: KVCache | None = self._new_cache()
-        # A daemon: a thread that waits for work does not hold up the process's end.
+        # A daemon thread: one that waits for work does not keep the process alive.
         self._thread = threading.Thread(target=self._run, name="neo-scheduler", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. Where that is interrupted (Ctrl-C) it may run already: then it ends."""
+        """Start the thread. If this is interrupted (Ctrl-C), a thread already running ends."""
         try:
             self._thread.start()
         except BaseException:
@@ -77,10 +80,10 @@ class RunningBatch:
             raise
 
     def put(self, request: Request) -> None:
-        """Take a request.
+        """Add a request.
 
         Raises:
-            NeoError: after `end`.
+            NeoError: `end` was called.
         """
         if self._is_ending:
             request.fail(NeoError(_CLOSED))
@@ -92,21 +95,21 @@ class RunningBatch:
             self._refuse_inbox()
 
     def end(self) -> None:
-        """Stop once what was put is done."""
+        """Stop once all requests are done."""
         if not self._is_ending:
             self._is_ending = True
             self._inbox.put(None)  # wakes the thread
 
     def cancel(self) -> None:
-        """Stop before the next token: what has not ended ends as "cancelled"."""
+        """Stop before the next token: unfinished requests end as "cancelled"."""
         self._is_cancelled = True
         self.end()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait until it has stopped; in its own thread, as from a callback, there is no waiting.
+        """Wait until the thread has stopped. In that thread itself (a callback), return at once.
 
         Returns:
-            False if it had not after `timeout` seconds.
+            False if the thread was still running after `timeout` seconds.
         """
         if self._thread is threading.current_thread():
             return True
@@ -115,7 +118,7 @@ class RunningBatch:
 
     @property
     def unfinished(self) -> int:
-        """Requests that have come and have not ended; none is missed, or counted twice."""
+        """Requests that were put and have not ended; each is counted exactly once."""
         return len(self._unfinished)
 
     @property
@@ -148,9 +151,10 @@ class RunningBatch:
             self._refuse_inbox()
 
     def _fail(self, error: BaseException) -> None:
-        """End what is being computed: what the caches hold is not known any more.
+        """End the requests being computed: the contents of the caches are now undefined.
 
-        Where nothing is, choosing who begins failed, and would at each try: then all end.
+        If none is being computed, choosing the next request failed and would fail again: then all
+        requests end.
         """
         requests = [*self._active, *self._prefilling_requests] or list(self._unfinished)
         self._active = []
@@ -169,7 +173,7 @@ class RunningBatch:
                 request.fail(NeoError(_CLOSED))
 
     def _receive(self) -> bool:
-        """Take in what has come, and wait for it where there is nothing to do; False at the end."""
+        """Move new requests to the queue; wait for one if there is nothing to do. False: stop."""
         while True:
             is_idle = not (self._waiting or self._active or self._prefilling)
             try:
@@ -181,7 +185,7 @@ class RunningBatch:
             del request
 
     def _advance(self) -> None:
-        """Prompts, as many as may hold up the others; then a token for every row."""
+        """One step: a limited number of prompt tokens, then one decode step for all rows."""
         self._look_around()
         self._drop_ended()
         if self._prefilling is not None:
@@ -197,7 +201,7 @@ class RunningBatch:
                 request.keep(cache, row)
 
     def _look_around(self) -> None:
-        """End what nobody wants: of those who wait now and then, and each when its turn comes."""
+        """End unwanted requests. Waiting ones are checked at intervals and when their turn comes."""
         for request in self._active:
             request.end_if_unwanted(is_closing=self._is_cancelled)
         if self._prefilling is not None:
@@ -215,7 +219,7 @@ class RunningBatch:
             self._active = [self._active[row] for row in kept]
 
     def _begin(self) -> None:
-        """Compute the prompts of requests that have waited, those whose turn it is."""
+        """Prefill the waiting requests whose turn it is."""
         room = self.size - self.active
         new = self._waiting.next(room, self._active, self._prefilling_requests)
         if len(new) == 1 and self._waiting.is_long(new[0]) and self._start_chunked_prefill(new[0]):
@@ -229,7 +233,7 @@ class RunningBatch:
                 request.fill(cache, row)
             prompts = [request.unread_prompt for request in new]
             chunk = self._waiting.chunk
-            for start in range(0, len(prompts[0]), chunk):  # of several each is one
+            for start in range(0, len(prompts[0]), chunk):  # several prompts fit one chunk each
                 chunks = [prompt[start : start + chunk] for prompt in prompts]
                 logits = self._model.prefill_step(cache, chunks, rows)
                 for row, request in zip(rows, new, strict=True):
@@ -237,17 +241,17 @@ class RunningBatch:
             self._first_tokens(new, logits)
 
     def _start_chunked_prefill(self, request: Request) -> bool:
-        """Begin a long prompt; False where there is no room for another cache."""
+        """Begin a long prompt; False if there is no room for another cache."""
         try:
             self._prefilling = ChunkedPrefill(self._model, request, self._waiting.chunk)
-        except MemoryError:  # CacheLimitError and DeviceMemoryError are such
+        except MemoryError:  # includes CacheLimitError and DeviceMemoryError
             return False
         except BaseException as error:
             request.fail(error)
         return True
 
     def _go_on_prefilling(self, prefilling: ChunkedPrefill) -> None:
-        """Read a chunk of a long prompt; behind the last one its row joins the batch."""
+        """Compute a chunk of a long prompt; after the last chunk its row joins the batch."""
         logits = prefilling.compute_chunk()
         if logits is not None:
             cache, row = self._open_cache(), len(self._active)
@@ -266,7 +270,7 @@ class RunningBatch:
     def _push(self, requests: Sequence[Request], logits: StepLogits) -> None:
         for request, row in zip(requests, logits, strict=True):
             self.generated_tokens += request.choose(row)
-            request.tell()  # behind the count: who has the text finds its tokens counted
+            request.tell()  # after the count, so that a reader finds its tokens counted
 
     def _new_cache(self) -> KVCache:
         cache = self._model.new_cache(self.size, self._length)
@@ -286,7 +290,7 @@ class RunningBatch:
 
 
 def _own(error: BaseException) -> BaseException:
-    """An error for one of several requests: each raises its own, with its own traceback."""
+    """A copy of an error, so that each of several requests raises one with its own traceback."""
     try:
         own = copy.copy(error)
     except Exception:

@@ -34,15 +34,15 @@ __all__ = ["Scheduler"]
 
 _LOG = logging.getLogger("neo_runtime")
 _PATIENCE = 30.0
-"""Seconds that the process's end waits for the step that is being computed."""
+"""Seconds to wait at the exit of the process for the current step of a scheduler."""
 
 _running: weakref.WeakSet[RunningBatch] = weakref.WeakSet()
-in_every_child(_running.clear)  # whose parent's threads are not there
+in_every_child(_running.clear)  # the parent's threads do not exist in the child
 
 
 @atexit.register
 def _end_all() -> None:
-    """A thread that computes while the process is taken down would crash it."""
+    """Stop all schedulers: a thread that computes while the process exits would crash it."""
     for batch in list(_running):
         batch.cancel()
         if not batch.join(_PATIENCE):
@@ -50,19 +50,19 @@ def _end_all() -> None:
 
 
 class Scheduler(Closable):
-    """Computes requests of many threads or coroutines in one batch that they join and leave.
+    """Continuous batching: requests from many threads or coroutines share one running batch.
 
         with neo_runtime.Scheduler(model, max_batch_size=8, max_length=1024) as scheduler:
             pending = scheduler.submit("Once upon a time", max_new_tokens=50)
             print(pending.result().text)
 
-    Decoding reads all weights for each step, however many sequences it continues: requests that
-    share the steps share that price. A request gets the result that it gets alone, up to float
-    rounding (`Model.generate`). Requests begin in the order of `submit`, those of a `group` behind
-    others whose group has fewer in the batch.
+    Each decode step reads all weights, however many sequences it continues, so requests in one
+    batch share that cost. A request gets the result that it gets alone, up to float rounding (see
+    `Model.generate`). Requests begin in the order of `submit`, except that requests whose `group`
+    has fewer requests in the batch go first.
 
-    The key/value cache for all sequences is allocated at once and held until `close`. The model
-    may be used beside it as ever.
+    The KV cache for all sequences is allocated at once and held until `close`. The model can be
+    used directly at the same time.
     """
 
     def __init__(
@@ -77,23 +77,26 @@ class Scheduler(Closable):
 
         Args:
             model: must stay open until the scheduler is closed.
-            max_batch_size: sequences computed together; others wait. By default 16 on a CPU, 32
-                with CUDA, what a TensorRT plan takes, and fewer where `max_cache_bytes` leaves
-                less room, or on a CPU the memory of the machine or of its container.
-            max_length: tokens of a prompt and its continuation together, at most; by default as
-                many as the model has positions. `model.cache_bytes(max_batch_size, max_length)` is
-                what the cache takes: all of it on a GPU; on a CPU as far as it was written.
-            prefix_cache_bytes: memory beside the cache for keys and values of what requests began
-                with; a request computes only what no other before it began with. What was used
-                longest ago makes room. 0: every prompt is computed whole. Texts may part at near
-                ties where activations are rounded (int8, int4, half precision), since what was
-                computed in other company is used.
+            max_batch_size: most sequences to compute together; further requests wait. By default
+                16 on a CPU, 32 with CUDA, or the batch size of a TensorRT plan; fewer where
+                `max_cache_bytes`, or on a CPU the memory of the machine or container, leaves less
+                room.
+            max_length: most tokens of a prompt and its continuation together; by default the
+                model's number of positions. The cache has
+                `model.cache_bytes(max_batch_size, max_length)` bytes: on a GPU all of them are in
+                use at once; on a CPU only the pages already written are.
+            prefix_cache_bytes: additional memory for a prefix cache. It keeps the keys and values
+                of earlier requests, so that a request computes only the part of its prompt that no
+                earlier request began with. The least recently used blocks are evicted. 0: every
+                prompt is computed whole. Where activations are rounded (int8, int4, half
+                precision), texts may differ at near ties, since the reused values were computed in
+                another batch.
 
         Raises:
-            CacheLimitError: there is no room for the cache, or for the prefix cache.
-            RequestError: a size that is no integer of at least 1, or a prefix cache that has no
-                room for a block of 32 tokens.
-            ContextLengthError: `max_length` is more than the model has.
+            CacheLimitError: there is no room for the KV cache or the prefix cache.
+            RequestError: a size is not an integer of at least 1 (`prefix_cache_bytes`: of at least
+                0), or the prefix cache has no room for one block (at most 32 tokens).
+            ContextLengthError: `max_length` is more than the model has positions.
         """
         if not isinstance(model, CachedModel):
             raise RequestError(
@@ -107,7 +110,7 @@ class Scheduler(Closable):
         model.prepare()
         prefixes = self._prefixes = model.new_prefix_cache(size) if size else None
         with nullcontext() if prefixes is None else closed_on_error(prefixes):
-            # With a prefix cache most prompts are read in a cache of their own.
+            # With a prefix cache most prompts are computed in a cache of their own.
             batch = batch or fitting_batch(
                 model, model.default_batch, self._max_length, spare=int(prefixes is not None)
             )
@@ -130,30 +133,31 @@ class Scheduler(Closable):
         group: Hashable | None = None,
         **overrides: Any,
     ) -> PendingCompletion:
-        """Ask for one continuation of one prompt; returns at once.
+        """Request one continuation of one prompt; returns at once.
 
         Args:
             prompt: text or token ids.
-            options: as for `Model.generate`; no beam search, one sequence.
+            options: as for `Model.generate`, but without beam search and with one sequence.
             bad_words: as for `Model.generate`.
-            should_stop: asked before each token, and now and then while the request waits; once
-                true, the completion ends as "cancelled". It runs in the scheduler's thread, as a
-                `logits_processor` does: what it raises ends this request, and while it runs all
-                others wait.
-            prefix: as for `Model.generate`; its memory stays until the request has begun.
-            sequence_index: which of several continuations of the prompt this is: with one `seed`
-                each gets the draws that `generate(…, num_return_sequences=…)` gives it.
-            group: requests with the same one, such as a client's, share the batch with others as
-                if they were one; each of those without has a share of its own.
+            should_stop: called before each token, and at intervals while the request waits; once it
+                returns true, the completion ends as "cancelled". It runs in the scheduler's thread,
+                as a `logits_processor` does: an exception ends only this request, but all requests
+                wait while it runs.
+            prefix: as for `Model.generate`; its memory is held until the request has begun.
+            sequence_index: index of this continuation among several of the same prompt. With one
+                `seed`, it gets the random draws of sequence `sequence_index` of
+                `generate(…, num_return_sequences=…)`.
+            group: any hashable value, such as a client's name. Requests of one group share the
+                batch with others as one client; a request without a group counts as its own.
             **overrides: options by name.
 
         Returns:
-            A future, which can be iterated for the text as it comes. The completion's timings
-            count from this call, so that they include waiting.
+            A future; iterating over it streams the text. The completion's timings count from this
+            call, so they include waiting.
 
         Raises:
-            RequestError: a prompt or an option that cannot be honoured.
-            ContextLengthError: prompt and continuation are more than `max_length`.
+            RequestError: a prompt or an option cannot be honoured.
+            ContextLengthError: prompt and continuation exceed `max_length`.
             NeoError: the scheduler is closed.
         """
         ids, chosen = self._model.single_prompt(
@@ -171,12 +175,12 @@ class Scheduler(Closable):
 
     @property
     def max_batch_size(self) -> int:
-        """Sequences that are computed together."""
+        """Most sequences computed together."""
         return self._batch.size
 
     @property
     def generated_tokens(self) -> int:
-        """Tokens of all requests so far."""
+        """Tokens generated for all requests so far."""
         return self._batch.generated_tokens
 
     @property
@@ -186,10 +190,10 @@ class Scheduler(Closable):
 
     @property
     def unfinished(self) -> int:
-        """Requests that wait or are computed; a service that has too many refuses more of them.
+        """Requests that wait or are being computed, for a service to limit them.
 
-        Exact at any time, from any thread, as `waiting` and `active` are not while one becomes the
-        other. A request that is cancelled counts until its sequence has left the batch.
+        Exact at any time, from any thread; `waiting` and `active` are not, while a request changes
+        from one to the other. A cancelled request counts until its sequence has left the batch.
         """
         return self._batch.unfinished
 
@@ -200,22 +204,22 @@ class Scheduler(Closable):
 
     @property
     def prefix_cache_queries(self) -> int:
-        """Tokens of prompts that were begun with a prefix cache."""
+        """Prompt tokens that were looked up in the prefix cache."""
         return self._prefixes.queries if self._prefixes is not None else 0
 
     @property
     def prefix_cache_hits(self) -> int:
-        """Those of them that were in the cache."""
+        """Prompt tokens that were found in the prefix cache."""
         return self._prefixes.hits if self._prefixes is not None else 0
 
     def close(self, *, cancel: bool = False) -> None:
-        """Take no more requests, finish those that were taken, and free the cache.
+        """Accept no more requests, finish those accepted, and free the cache.
 
         Args:
             cancel: do not finish them: they end as "cancelled" with the text so far.
         """
         if os.getpid() != self._process:
-            return  # the parent's thread is not here
+            return  # the parent's thread does not exist here
         if cancel:
             self._batch.cancel()
         self._batch.end()
@@ -227,7 +231,7 @@ class Scheduler(Closable):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close; after an error, such as Ctrl-C, without finishing."""
+        """Close; after an error, such as Ctrl-C, cancel unfinished requests."""
         self.close(cancel=kind is not None)
 
     def _check_process(self) -> None:
@@ -239,7 +243,7 @@ class Scheduler(Closable):
 
 
 def _check_group(group: Hashable | None) -> None:
-    """Refuse what has no hash; a tuple says so only when asked for it, as of a list within."""
+    """Refuse a value that cannot be hashed; only `hash` itself finds a list inside a tuple."""
     try:
         hash(group)
     except TypeError as error:

@@ -1,7 +1,7 @@
 """Requests that have not begun, and which of them begin next.
 
-In the order in which they came, but those of a group behind others whose group has fewer in the
-batch: a group of a hundred does not hold up a group of one for longer than it takes one of them.
+First come, first served, except that groups with fewer requests in the batch go first. So a group
+of a hundred requests does not delay a group of one for longer than one of its requests takes.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 __all__ = ["WaitingQueue"]
 
 _SWEEP = 0.05
-"""Seconds between two looks at all who wait: whether anybody still wants them."""
+"""Least seconds between two checks of all waiting requests for ones no longer wanted."""
 _SWEEP_SHARE = 20
-"""And so many times as long as one look takes: for thousands who wait."""
+"""The pause is also at least this many times as long as one check, for thousands of requests."""
 
 
 class WaitingQueue:
-    """See the module."""
+    """See the module docstring."""
 
     def __init__(self, budget: int, prefixes: PrefixCache | None) -> None:
-        """Begin with nobody.
+        """Begin with an empty queue.
 
         Args:
-            budget: tokens of prompts that may hold up a running batch at once.
-            prefixes: what requests may begin with.
+            budget: most prompt tokens to compute between two steps of the running batch.
+            prefixes: the prefix cache, if any.
         """
         self.chunk = budget if prefixes is None else prefixes.chunk
-        """Tokens of a prompt that are computed at once; a prompt of more is a long one."""
+        """Most prompt tokens of a sequence per call of the model; a longer prompt is "long"."""
         self._budget, self._prefixes = budget, prefixes
         self._requests: deque[Request] = deque()
         self._next_sweep = 0.0
@@ -44,11 +44,11 @@ class WaitingQueue:
         return len(self._requests)
 
     def append(self, request: Request) -> None:
-        """Let a request wait."""
+        """Add a request to the queue."""
         self._requests.append(request)
 
     def sweep(self, *, is_closing: bool) -> None:
-        """End, now and then, what nobody wants; each is looked at when its turn comes as well."""
+        """End unwanted requests, at intervals; `next` checks each again when its turn comes."""
         started = monotonic()
         if started >= self._next_sweep or is_closing:
             for request in self._requests:
@@ -58,18 +58,20 @@ class WaitingQueue:
             self._next_sweep = now + max(_SWEEP, _SWEEP_SHARE * (now - started))
 
     def drop_ended(self) -> None:
-        """Forget those that have ended."""
+        """Remove the requests that have ended."""
         self._requests = deque(one for one in self._requests if not one.has_ended)
 
     def next(
         self, room: int, active: Sequence[Request], prefilling: Sequence[Request]
     ) -> list[Request]:
-        """Take those who begin now: at most `room`, and within the budget, or a long one.
+        """Remove and return the requests that begin now: one with a long prompt, or several.
+
+        Several requests have prompts within the budget together.
 
         Args:
             room: sequences that the batch has room for.
-            active: those that are in it.
-            prefilling: those whose long prompts are being computed.
+            active: requests in the batch.
+            prefilling: requests whose long prompts are being computed.
         """
         new: list[Request] = []
         shares: Counter[Hashable] = Counter()
@@ -93,7 +95,7 @@ class WaitingQueue:
         return new
 
     def _turn(self, shares: Mapping[Hashable, int]) -> int:
-        """The place in the line of who is next: of those with the least share the first."""
+        """Index in the queue of the next request: the first whose group has the fewest running."""
         best, least = 0, shares.get(self._requests[0].group, 0)
         if least:
             for place, request in enumerate(self._requests):
@@ -107,10 +109,10 @@ class WaitingQueue:
     def _fits(
         self, request: Request, new: Sequence[Request], prefilling: Sequence[Request]
     ) -> bool:
-        """Whether a request begins with some others, beside those whose prompts are computed."""
+        """Whether a request may begin together with `new`, beside the `prefilling` ones."""
         others = [*new, *prefilling]
         if any(request.repeats(other) for other in others):
-            return False  # it finds at the next step what they leave
+            return False  # at the next step it finds their blocks in the prefix cache
         if self.is_long(request):
             return not others
         if not new:
@@ -119,5 +121,5 @@ class WaitingQueue:
         return tokens <= self._budget and not self.is_long(new[0])
 
     def is_long(self, request: Request) -> bool:
-        """Whether a prompt is read in a cache of its own."""
+        """Whether the prompt is computed in a cache of its own."""
         return len(request.unread_prompt) > self.chunk
