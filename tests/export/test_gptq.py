@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from neo_export.quantize.gptq import damped, gptq
 from neo_export.quantize.gptq_quantizer import GptqQuantizer
-from neo_export.quantize.int4 import dequantize_int4
+from neo_export.quantize.int4 import INT4_LEVELS, dequantize_int4
 from neo_export.quantize.int8 import LIMIT, dequantize_int8
 from neo_export.quantize.levels import Levels
 
@@ -161,6 +161,22 @@ def test_which_place_a_matrix_reads() -> None:
     assert len(asked) == 3
     untied.int4("lm_head.weight", weight, 16)
     assert asked[3:] == ["transformer.final_norm"]
+
+
+def test_a_table_with_scales_minds_what_is_looked_up() -> None:
+    """A row is divided by the scales where it is read: its error there is ‖(W − Q) / s‖²."""
+    weight, moment = normal(12, 32), correlated(32)
+    scale = np.exp(normal(32, seed=2))
+    found = GptqQuantizer(lambda place: moment, tied=True, table_scale=scale).int4(
+        "transformer.wte.weight", weight, 16
+    )
+    head = damped(moment)
+    # The head reads x / s: what the inputs before s have is s² times as much.
+    share = 0.2 * np.mean(scale.astype(np.float64) ** 2 * np.diagonal(head))
+    looked_up = np.diag(share / scale.astype(np.float64) ** 2)
+    integers, scales = gptq(weight, head + looked_up, 16, INT4_LEVELS)
+    expected = integers.reshape(12, 2, 16) * scales[:, :, None]
+    np.testing.assert_array_equal(found.read_back(), expected.reshape(12, 32))
 
 
 def test_moments_that_are_off_by_more_than_the_damping() -> None:
