@@ -1,8 +1,8 @@
 """The options of one generation, with the names and defaults of Hugging Face `generate`.
 
-`GenerationOptions` is complete and consistent once it exists: every value was checked, and so
-was every contradiction between two of them. A bundle's `generation_config.json` gives the
-defaults (`from_generation_config`), a call overrides some of them (`merged`).
+A `GenerationOptions` is validated when it is created: each value on its own, and all of them for
+contradictions. A bundle's `generation_config.json` gives the defaults (`from_generation_config`);
+a call overrides some of them (`merged`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_MAX_NEW_TOKENS", "GenerationOptions"]
 
 DEFAULT_MAX_NEW_TOKENS = 256
-"""Where neither `max_new_tokens` nor `max_length` is given: what the text-generation pipeline of
-transformers uses. (`generate` itself takes 20, with a warning that nobody wants 20.)"""
+"""The limit if neither `max_new_tokens` nor `max_length` is given, as in the text-generation
+pipeline of transformers. (`generate` itself uses 20, with a warning.)"""
 
 _UNREAD = {
     "do_sample": "greedy decoding does not read it",
@@ -45,7 +45,7 @@ _TO_READ = {"do_sample": "turn do_sample on", "num_beams": "set num_beams above 
 
 
 def _no_warning(_: str) -> None:
-    """For who does not ask."""
+    """The default of `warn`: ignore the warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,23 +56,23 @@ class GenerationOptions:
     default (for `top_k`: off). Ranges, and what differs from Hugging Face: docs/sampling.md.
 
     Attributes:
-        max_new_tokens: most tokens to generate; takes precedence over `max_length`. Without
-            either: `DEFAULT_MAX_NEW_TOKENS`, or what the model has positions left for.
+        max_new_tokens: most tokens to generate; takes precedence over `max_length`. If neither is
+            given: `DEFAULT_MAX_NEW_TOKENS`, or fewer if the model has fewer positions left.
         max_length: most tokens of prompt and continuation together.
         min_new_tokens: forbid end of sequence before this many new tokens; takes precedence over
             `min_length`.
         min_length: the same, counting the prompt.
-        eos_token_id: end-of-sequence ids; generation ends with the first one generated. None: the
-            model's own, in what a model is given; nothing where it has none.
+        eos_token_id: end-of-sequence ids; generation ends with the first one generated. None: a
+            model uses its own, if it has any.
         ignore_eos: treat `eos_token_id` as empty: continue until another limit.
         stop: end the text before the first of these strings (alias `stop_strings`). Special tokens
             are not text: use `eos_token_id` for them.
         do_sample: draw each token; otherwise take the most probable one.
-        seed: of the draws; None: different each time. A sequence gives one seed per prompt.
+        seed: of the random draws; None: different each time. A sequence gives one seed per prompt.
         num_return_sequences: continuations per prompt.
         num_beams: above 1: beam search (without sampling).
-        length_penalty: beam search: a hypothesis' score is the sum of its log probabilities divided
-            by (new tokens ** length_penalty).
+        length_penalty: beam search: the score of a hypothesis is the sum of its log probabilities
+            divided by (new tokens ** length_penalty).
         early_stopping: beam search: stop at `num_beams` finished hypotheses (True), when a better
             one is unlikely (False), or when it is impossible ("never").
         sequence_bias: ((token ids, bias), …): add the bias to the logit of the last id when the ids
@@ -90,19 +90,21 @@ class GenerationOptions:
         frequency_penalty: OpenAI's: subtracted once for each time the token was generated so far.
         logit_bias: OpenAI's: token id → number to add to its logit.
         logits_processor: functions (ids int64 [n], scores float32 [V]) → scores [V], applied in
-            order: ids are prompt and continuation, -inf forbids a token.
-        grammar: a form that the continuation must have, by `Model.grammar`; generation ends where
-            nothing may come behind it.
+            order: ids are prompt and continuation; a score of -inf forbids a token.
+        grammar: a compiled grammar from `Model.grammar` that the continuation must match
+            (constrained decoding); generation ends when no further text can match.
         temperature: divide the logits by it.
         top_k: keep the k most probable tokens; 0 or None: all.
-        top_p: keep the smallest set of most probable tokens whose probabilities sum to at least it.
+        top_p: keep the smallest set of most probable tokens whose probabilities sum to at least
+            this number.
         min_p: keep tokens of at least this fraction of the largest probability.
-        typical_p: keep the most typical tokens whose probabilities sum to at least it
+        typical_p: keep the most typical tokens whose probabilities sum to at least this number
             (arXiv 2202.00666).
         epsilon_cutoff: keep tokens of at least this probability.
-        eta_cutoff: the same, with a limit that falls with the entropy (arXiv 2210.15191).
-        renormalize_logits: apply log-softmax after all other rules; matters to beam search only.
-        logprobs: report the log probability of each token and of this many most probable ones.
+        eta_cutoff: the same, with a limit that falls as the entropy rises (arXiv 2210.15191).
+        renormalize_logits: apply log-softmax after all other rules; only beam search is affected.
+        logprobs: report the log probability of each generated token, and at each position this
+            many of the most probable tokens.
 
     Raises:
         RequestError: a value is out of its range, or two options contradict each other.
@@ -177,24 +179,23 @@ class GenerationOptions:
         overrides: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = _no_warning,
     ) -> GenerationOptions:
-        """What a Hugging Face `generation_config.json` gives, with some of it replaced.
+        """The options in a Hugging Face `generation_config.json`, some of them replaced.
 
-        A value that the request replaces is never looked at; nor is one that it does not read, as
-        a temperature without sampling, unless it is a usable one.
+        A value that the request replaces is not checked. An invalid value of an option that has no
+        effect on the request, such as a temperature without sampling, is ignored.
 
         Args:
             config: the parsed file; an entry of null counts as absent.
-            eos_token_id: the model's own, for a file that names none.
-            model_max_length: positions that the bundle has: a longer limit of the file is
-                lowered to it.
-            vocab_size: tokens that the model has; None: ids are not looked at.
-            overrides: as for `merged`; `NAME=None` also for entries that no option stands for.
-            warn: is told of entries that are not taken as they are.
+            eos_token_id: the model's own ids, for a file that has none.
+            model_max_length: positions of the bundle; a higher limit in the file is lowered to it.
+            vocab_size: size of the model's vocabulary; None: token ids are not checked against it.
+            overrides: as for `merged`; `NAME=None` also drops an entry that is not an option here.
+            warn: called with a message about each entry that is changed or ignored.
 
         Raises:
-            GenerationConfigError: a bad value, or an entry that would change the result and is
+            GenerationConfigError: a value is invalid, or an entry that would change the result is
                 not supported (the message names it).
-            RequestError: as for `merged`, in what the request gives.
+            RequestError: an override is invalid, as for `merged`.
         """
         known = {spec.name: spec for spec in fields(cls)}
         off = foreign_entries(overrides or {}, config) - known.keys() - ALIASES.keys()
@@ -224,7 +225,7 @@ class GenerationOptions:
     def _joined(
         cls, entries: Mapping[str, Any], changes: Mapping[str, Any], vocab_size: int | None
     ) -> GenerationOptions:
-        """Both together; a contradiction that the request alone does not have is the file's."""
+        """Merge entries and changes; an error that the changes alone do not cause is the file's."""
 
         def made(values: Mapping[str, Any]) -> GenerationOptions:
             options = cls(**values)
@@ -247,12 +248,13 @@ class GenerationOptions:
     def merged(self, **overrides: Any) -> GenerationOptions:
         """These options with some replaced, as a call with keyword arguments does.
 
-        `max_new_tokens` given here replaces a `max_length` of the defaults, and the other way
-        round; so do `min_new_tokens` and `min_length`.
+        `max_new_tokens` given here replaces a `max_length` of the defaults, and vice versa; the
+        same holds for `min_new_tokens` and `min_length`.
 
         Raises:
-            RequestError: an unknown name, a bad value, a contradiction, or an option given here
-                that has no effect without `do_sample=True` or `num_beams` above 1.
+            RequestError: a name is unknown, a value is invalid, two options contradict each other,
+                or an option given here has no effect without `do_sample=True` or `num_beams` above
+                1.
         """
         known = [spec.name for spec in fields(self)]
         off = foreign_entries(overrides, {})
@@ -262,7 +264,7 @@ class GenerationOptions:
         return merged
 
     def unread(self) -> dict[str, str]:
-        """Options that are set and have no effect beside the others, each with the reason."""
+        """Options that are set but have no effect with the others, each with the reason."""
         found = {}
         for spec in fields(self):
             needs, value = spec.metadata["needs"], getattr(self, spec.name)
@@ -283,16 +285,16 @@ class GenerationOptions:
 
     @property
     def active_eos(self) -> tuple[int, ...]:
-        """`eos_token_id`, or nothing where `ignore_eos` is set."""
+        """`eos_token_id`; empty if `ignore_eos` is set."""
         return () if self.ignore_eos else self.eos_token_id or ()
 
     def total_length(self, prompt_length: int, most: int, holder: str = "the model") -> int:
-        """Tokens that prompt and continuation may have together.
+        """Most tokens of prompt and continuation together.
 
         Args:
             prompt_length: tokens of the prompt.
-            most: positions that there are.
-            holder: what has them, for messages.
+            most: positions available.
+            holder: what has these positions, for messages.
 
         Raises:
             ContextLengthError: the request needs more than `most`.
@@ -324,14 +326,14 @@ class GenerationOptions:
         return total
 
     def minimum_length(self, prompt_length: int) -> int:
-        """Tokens (prompt included) before which end-of-sequence is forbidden."""
+        """Least length in tokens (prompt included) at which end-of-sequence is allowed."""
         if self.min_new_tokens is not None:
             return prompt_length + self.min_new_tokens
         return self.min_length
 
 
 def _checked(spec: Field[Any], value: Any) -> Any:
-    """The value in one plain form; the default for None."""
-    if value is None and spec.name != "top_k":  # whose None means off, like 0
+    """The validated value in its canonical type; None becomes the default."""
+    if value is None and spec.name != "top_k":  # None means off for top_k, like 0
         value = {} if spec.name == "logit_bias" else spec.default
     return spec.metadata["check"](spec.name, value)

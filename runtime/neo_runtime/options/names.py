@@ -1,4 +1,4 @@
-"""The names that generation options go by in a call, and which of them stand for one limit."""
+"""The names of generation options in a call, and pairs of names for the same limit."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ _ELSEWHERE = {
     "drafter": "only generate and stream take one",
     "prompt_lookup_num_tokens": "it is drafter=neo_runtime.PromptLookup(…) here",
 }
-"""What is no option, by the names under which it may be looked for."""
+"""Names from other libraries that are not options here, each with advice for the message."""
 
 
 def named_changes(overrides: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """What a call replaces, by the options' names; rivals of what it gives are None.
+    """The overrides of a call under the options' own names.
+
+    The rival of an option that is given (`max_length` for `max_new_tokens`) becomes None.
 
     Raises:
-        RequestError: an unknown name, or two names of one option.
+        RequestError: a name is unknown, or one option is given by two names.
     """
     changes: dict[str, Any] = {}
     for given, value in overrides.items():

@@ -1,8 +1,8 @@
 """Checks of the values of generation options, one for each kind of value.
 
-A check takes the option's name and the value given, and returns the value to store (numbers and
-sequences in one plain form) or raises a `RequestError` that says what was found, what was
-expected and, where there is a usual cause, what to do.
+A check takes the option's name and the given value. It returns the value to store (numbers and
+sequences in a canonical type), or raises a `RequestError` that says what was found, what was
+expected and, if the cause is usually the same, what to do.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ __all__ = [
 ]
 
 _LARGEST, _SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38
-"""Of float32 (its normal numbers), in which scores are computed."""
+"""The largest and the smallest normal float32 number; scores are float32."""
 _LARGEST_ID = 2**63 - 1
 
 Check = Callable[[str, Any], Any]
 Processor: TypeAlias = "Callable[[NDArray[np.int64], NDArray[np.float32]], NDArray[Any]]"
-"""A rule of the caller's own: (ids int64 [n], scores float32 [V]) → scores [V]."""
+"""A caller's logits processor: (ids int64 [n], scores float32 [V]) → scores [V]."""
 T = TypeVar("T")
 
 
 def option(default: T, check: Check, *, needs: str | None = None) -> T:
-    """A dataclass field with its default, the check of its values and what it depends on.
+    """A dataclass field with its default, its check, and the option that it depends on.
 
     Args:
-        default: the default, which is also the neutral value that a missing entry stands for.
-        check: see the module's docstring.
-        needs: `"do_sample"` or `"num_beams"` where only sampling or beam search reads the option.
+        default: the default, which has no effect; a missing entry means the same.
+        check: see the module docstring.
+        needs: `"do_sample"` or `"num_beams"` if only sampling or beam search reads the option.
     """
     stored: T = field(default=default, metadata={"check": check, "needs": needs})
     return stored
@@ -84,7 +84,7 @@ def _float32(value: object) -> float | None:
 
 
 def count(minimum: int, *, optional: bool = False) -> Check:
-    """An integer of at least `minimum`; `None` too where `optional`."""
+    """An integer of at least `minimum`; with `optional` also None."""
     expected = f"an integer of at least {minimum}{' or None' if optional else ''}"
 
     def check(name: str, value: Any) -> int | None:
@@ -107,7 +107,7 @@ def number(
     optional: bool = False,
     hint: str = "",
 ) -> Check:
-    """A finite number inside the limits (`above` and `below` are outside themselves)."""
+    """A finite number within the limits (`above` and `below` are exclusive)."""
     limits = [
         f"{word} {limit:g}"
         for word, limit in (
@@ -140,7 +140,7 @@ def number(
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, also numpy's, nothing else."""
+    """True or False (numpy's as well), and nothing else."""
     is_flag = isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b"
     if not is_flag or getattr(value, "ndim", False):
         raise _refuse(name, value, "True or False")
@@ -160,7 +160,7 @@ def choice(*allowed: object) -> Check:
 
 
 def _items(name: str, value: Any, expected: str) -> list[Any]:
-    """The items of a sequence (or numpy array), which a string is not."""
+    """The items of a sequence or numpy array; strings are refused."""
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
         raise _refuse(name, value, expected)
     return list(value)
@@ -214,7 +214,7 @@ def token_sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def token_bias(name: str, value: Any) -> dict[int, float]:
-    """`{token id: addition to its logit}`; ids may be strings, as in JSON; -inf forbids."""
+    """`{token id: number to add to its logit}`; ids may be strings, as in JSON; -inf forbids."""
     expected = "a mapping of token ids to numbers"
     if not isinstance(value, Mapping):
         raise _refuse(name, value, expected)
@@ -248,7 +248,7 @@ def _bias(name: str, value: Any) -> float:
 
 
 def exponential_decay(name: str, value: Any) -> tuple[int, float] | None:
-    """`(start, factor)`: new tokens before it begins, and its base."""
+    """`(start, factor)`: new tokens before the penalty begins, and the base of its growth."""
     if value is None:
         return None
     expected = "None or (start: an integer of at least 0, factor: a number above 0)"
@@ -265,7 +265,7 @@ def why_no_text(value: object) -> str | None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        # JSON that was cut inside "\\ud83d\\ude00" has one.
+        # JSON cut in the middle of "\\ud83d\\ude00" has one.
         return f"character {error.start} is an unpaired surrogate, half of a character"
     return None
 
