@@ -1,4 +1,4 @@
-"""Prompts in batches: their sizes, and the caches for them, before anything is computed."""
+"""Generation in batches: splits prompts into batches and allocates a KV cache for each."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ def sampled_completions(
     should_stop: Callable[[], bool],
     prefix: Prefix | None,
 ) -> list[Completion]:
-    """Continue each prompt, prompts of like length together.
+    """Continue each prompt; prompts of similar length share a batch.
 
     Args:
         model: computes the logits.
         prompts: int64 [n] each, the prefix included.
         options: for all of them.
-        batch_size: prompts a batch; None for what suits the backend and the cache's limit.
-        should_stop: asked before each batch and after each step.
-        prefix: what all prompts begin with, if that is computed already.
+        batch_size: prompts per batch; None: as suits the backend and the limits of memory.
+        should_stop: called before each batch and after each step.
+        prefix: the precomputed beginning of all prompts, if any.
 
     Returns:
         `num_return_sequences` completions for each prompt, in the order of the prompts.
 
     Raises:
-        ContextLengthError: a prompt and what was asked for do not fit the model.
-        RequestError: options that do not fit a prompt.
-        CacheLimitError: the cache for a batch would pass the limit.
+        ContextLengthError: a prompt and its continuation do not fit the model.
+        RequestError: the options do not fit a prompt.
+        CacheLimitError: the cache for a batch would exceed the limit.
     """
     totals = total_lengths(model, prompts, options)
     copies = options.num_return_sequences
-    # Neighbours go through the graph together, padded to the longest.
+    # A batch takes neighbours of this order, which are padded to the longest.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, list[Completion]] = {}
     while order:
@@ -63,7 +63,7 @@ def sampled_completions(
         batch, order = order[:size], order[size:]
         # The last token of a row is never fed, so it needs no position.
         length = model.rounded_length(max(totals[index] for index in batch) - 1)
-        # Before rows are made: they take memory that no limit counts.
+        # The cache comes first: the rows take memory that no limit counts.
         with model.new_cache(len(batch) * copies, length) as cache:
             made = [
                 make_rows(model, prompts[index], options, totals[index], index, prefix)
@@ -72,14 +72,14 @@ def sampled_completions(
             for _ in steps(model, cache, made, should_stop, len(prompts)):
                 pass
         for index, rows in zip(batch, made, strict=True):
-            # Not the rows: samplers may hold a row of the whole vocabulary.
+            # Keep completions, not rows: a sampler may hold an array of the vocabulary's size.
             found[index] = [row.completion() for row in rows]
     return [one for index in range(len(prompts)) for one in found[index]]
 
 
 def _batch_size(model: CachedModel, prompts: int, copies: int, length: int) -> int:
-    """Prompts of the next batch, where the caller leaves it open: batches of nearly one size."""
-    if prompts == 1:  # the usual case asks the system for nothing
+    """The default number of prompts in the next batch, such that batches are of similar size."""
+    if prompts == 1:  # the usual case: no need to query the system's memory
         return 1
     size = fitting_batch(model, max(1, model.default_batch // copies), length, each=copies)
     return -(-prompts // -(-prompts // size))

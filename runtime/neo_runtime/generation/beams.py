@@ -39,8 +39,8 @@ def searched_completions(
 ) -> list[Completion]:
     """The best `num_return_sequences` hypotheses of each prompt, best first.
 
-    Arguments and errors are those of `sampled_completions`; once `should_stop` says so, a search
-    ends with its next step.
+    Arguments and errors are those of `sampled_completions`; once `should_stop` returns true, a
+    search ends with its next step.
     """
 
     def complete(_: int, ids: IntArray, total: int) -> list[Completion]:
@@ -72,7 +72,7 @@ def _best(
             if should_stop():
                 search.end_soon()
             parents, tokens = step
-            # All beams were the prompt at first, and the cache has it once.
+            # The prompt is in the cache once, for all beams: expand it at the first step.
             cache.reorder(parents if cache.batch > 1 else np.zeros_like(parents))
             step = search.step(model.decode(cache, tokens))
     watch.last = watch.seconds()
@@ -93,13 +93,16 @@ def _best(
 def _stop_check(
     tokenizer: Tokenizer | None, prompt: IntArray, options: GenerationOptions
 ) -> Callable[[IntArray], bool] | None:
-    """Whether a hypothesis holds a stop string: where greedy decoding would see it."""
+    """A check for stop strings in a hypothesis, at the same token as in greedy decoding.
+
+    None if there is nothing to check.
+    """
     if tokenizer is None or not options.stop:
         return None
 
     def is_stopped(ids: IntArray) -> bool:
         text = tokenizer.decode(ids[len(prompt) :].tolist())
-        # Inside a character: what the next token makes of it is not known.
+        # Text that ends inside a character may still change with the next token.
         return not text.endswith("\ufffd") and any(stop in text for stop in options.stop)
 
     return is_stopped
@@ -119,7 +122,7 @@ def _beam_completion(
     if tokenizer is not None:
         text = matcher.push(tokenizer.decode(result.token_ids)) + matcher.finish()
     has_ended = matcher.found is not None or result.token_ids[-1] in options.active_eos
-    if options.grammar is not None and not has_ended:  # at a limit, where it may be a whole text
+    if options.grammar is not None and not has_ended:  # at a limit, the text may still be complete
         rule = GrammarRule(options.grammar, (), prompt_length=0)
         has_ended = rule.is_complete(np.array(result.token_ids))
     return Completion(

@@ -15,7 +15,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Wall-clock seconds of the batch that a completion was part of, up to its own last token."""
+    """Wall-clock seconds of the completion's batch, up to the completion's own last token.
+
+    The start is that of the batch; with a `Scheduler`, the call of `submit`.
+    """
 
     prefill_seconds: float
     """From the start to the logits of all prompts of the batch."""
@@ -26,13 +29,13 @@ class Timings:
     tokens_per_second: float
     """Tokens of this completion after the first / `decode_seconds`; 0 with one token."""
     draft_tokens: int = 0
-    """Tokens that a drafter guessed."""
+    """Draft tokens that a drafter proposed."""
     accepted_draft_tokens: int = 0
-    """Those of them that were right."""
+    """Draft tokens that were accepted."""
     forced_tokens: int = 0
-    """Tokens that a grammar left no choice of, taken without logits."""
+    """Tokens that were the only ones a grammar allowed, taken without logits."""
     cached_prompt_tokens: int = 0
-    """Tokens of the prompt that were not computed for it: a prefix, or what a `Scheduler` kept."""
+    """Prompt tokens reused from a prefix or the prefix cache of a `Scheduler`, not computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +45,15 @@ class Completion:
     text: str | None
     """The continuation, cut before a stop string; None if the bundle has no tokenizer."""
     token_ids: tuple[int, ...]
-    """The generated ids, with the end-of-sequence token or the tokens of the stop string."""
+    """The generated ids, including the end-of-sequence token or the tokens of the stop string."""
     prompt_token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    """"stop": an end-of-sequence token or a stop string; "length": a limit was reached;
-    "cancelled": `should_stop` said so."""
+    """"stop": an end-of-sequence token, a stop string or the end of a grammar; "length": a limit
+    was reached; "cancelled": `should_stop` returned true, or a `Scheduler` was closed early."""
     stop: str | None
-    """The stop string that was found."""
+    """The stop string that was found, if any."""
     timings: Timings
     logprobs: tuple[Choice, ...] | None = None
     """One per generated token, if the option `logprobs` is set."""
     score: float | None = None
-    """Of beam search: sum of log probabilities / (tokens ** length_penalty)."""
+    """With beam search: sum of log probabilities / (tokens ** length_penalty); else None."""

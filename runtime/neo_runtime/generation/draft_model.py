@@ -1,4 +1,4 @@
-"""A small model guesses for a large one of the same vocabulary."""
+"""Speculative decoding with a draft model: a small model of the same vocabulary."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ __all__ = ["DraftModel"]
 
 
 class DraftModel(Drafter):
-    """Guesses with another bundle, such as GPT-Neo 125M for GPT-Neo 1.3B.
+    """Drafts with another bundle, such as GPT-Neo 125M for GPT-Neo 1.3B.
 
-    It takes the tokens that the small model finds most probable, whatever the options are.
+    The draft tokens are the most probable ones of the small model, whatever the options are.
     """
 
     def __init__(
         self, model: CachedModel, num_tokens: int = 10, confidence_threshold: float = 0.4
     ) -> None:
-        """Choose.
+        """Set the draft model.
 
         Args:
-            model: the small one; must stay open. Each sequence has a cache in it.
-            num_tokens: most tokens that are guessed at once.
-            confidence_threshold: guessing ends with a token of less probability than this.
+            model: the small model; must stay open. Each sequence allocates a KV cache in it.
+            num_tokens: most draft tokens at once.
+            confidence_threshold: a draft ends before a token of a lower probability than this.
 
         Raises:
-            RequestError: something else than a model, or a number out of its range.
+            RequestError: `model` is not a model, or a number is out of its range.
         """
         if not isinstance(model, CachedModel):
             raise RequestError(
@@ -70,7 +70,7 @@ class DraftModel(Drafter):
 
 
 class _Sequence:
-    """One text in the small model's cache."""
+    """One sequence in the small model's KV cache."""
 
     def __init__(
         self, model: CachedModel, cache: KVCache, num_tokens: int, threshold: float
@@ -78,10 +78,10 @@ class _Sequence:
         self._model, self._cache = model, cache
         self._num_tokens, self._threshold = num_tokens, threshold
         self._read = np.empty(0, np.int64)
-        """What the cache holds."""
+        """The tokens in the cache."""
 
     def propose(self, ids: IntArray, most: int) -> IntArray:
-        """See `Propose`; nothing where the small model has too few positions."""
+        """See `Propose`; no tokens if the small model has too few positions."""
         with _named():
             return self._proposed(ids, most)
 
@@ -90,7 +90,7 @@ class _Sequence:
         if wanted < 1:
             return ids[:0]
         logits = self._read_on(ids)
-        # What is read from here on may have to be taken away again.
+        # Tokens appended from here on may have to be cropped again.
         wanted = min(wanted, self._cache.room_to_crop + 1)
         guess: list[int] = []
         while True:
@@ -105,7 +105,7 @@ class _Sequence:
         return np.array(guess, np.int64)
 
     def _read_on(self, ids: IntArray) -> NDArray[np.float32]:
-        """Logits behind the text: what of it is new is read, guesses that were wrong forgotten."""
+        """Crop wrong draft tokens, append the new tokens, and return the logits after the last."""
         shared = shared_length(self._read, ids[:-1])
         self._cache.crop(shared)
         new = ids[shared:]
@@ -122,7 +122,7 @@ class _Sequence:
 
 @contextmanager
 def _named() -> Iterator[None]:
-    """Errors say which of the two models they are about."""
+    """Prefix the messages of errors with "the draft model"."""
     try:
         yield
     except NeoError as error:

@@ -1,4 +1,4 @@
-"""What guesses the next tokens, for the model to check several of them at once."""
+"""Drafters for speculative decoding: they propose draft tokens that the model verifies."""
 
 from __future__ import annotations
 
@@ -21,51 +21,53 @@ if TYPE_CHECKING:
 __all__ = ["Drafter", "Propose", "PromptLookup"]
 
 Propose: TypeAlias = Callable[[IntArray, int], IntArray]
-"""(ids so far int64 [n], most tokens) → a guess how they go on, int64 [m]; m may be 0."""
+"""(ids so far int64 [n], most draft tokens) → draft tokens int64 [m]; m may be 0."""
 
 
 class Drafter(ABC):
-    """Base class of what `drafter=` takes. Guesses decide when a token is computed, not which.
+    """Base class of the values of `drafter=`.
 
-    Where several tokens are checked at once, their logits are computed by another graph: equal up
-    to rounding.
+    Draft tokens affect how fast tokens are generated, not which ones: each is verified. Several
+    tokens are verified at once by another graph, whose logits are equal up to rounding.
     """
 
     @abstractmethod
     def begin(self, model: CachedModel, length: int) -> AbstractContextManager[Propose]:
-        """Get ready for one sequence; the block around it ends with the sequence.
+        """Begin one sequence; the context manager that is returned ends with the sequence.
 
-        Threads may each begin theirs.
+        Several threads may call this at once.
 
         Args:
-            model: that will check the guesses.
-            length: tokens that prompt and continuation will have at most.
+            model: the model that verifies the draft tokens.
+            length: most tokens of prompt and continuation together.
 
         Raises:
-            RequestError: it cannot guess for this model.
+            RequestError: the drafter does not fit this model.
         """
 
 
 class PromptLookup(Drafter):
-    """Guesses that what followed the last words earlier in the text follows them again.
+    """Drafts by prompt lookup: finds the last tokens earlier in the text, proposes what followed.
 
-    For continuations that repeat parts of their prompt: extracts, lists, edited text, code. It
-    costs next to nothing where nothing repeats. (Prompt lookup decoding, as in transformers; the
-    latest match is taken here, the first one there.)
+    For continuations that repeat parts of their prompt: extracts, lists, edited text, code. The
+    cost is negligible where nothing repeats. (Prompt lookup decoding, as in transformers, which
+    uses the first match; this class uses the latest.)
     """
 
     def __init__(
         self, num_tokens: int = 10, max_ngram_size: int = 3, min_ngram_size: int = 2
     ) -> None:
-        """Choose.
+        """Set the sizes.
 
         Args:
-            num_tokens: most tokens that are guessed at once.
-            max_ngram_size: so many of the last tokens are looked for, then fewer.
-            min_ngram_size: down to so many; one alone is found often, and guesses badly.
+            num_tokens: most draft tokens at once.
+            max_ngram_size: most of the last tokens to search for; the longest match is used.
+            min_ngram_size: fewest of them to search for. A single token often has a match, but
+                drafts from it are seldom right.
 
         Raises:
-            RequestError: not an integer of at least 1, or the smallest is larger than the largest.
+            RequestError: a value is not an integer of at least 1, or `min_ngram_size` is larger
+                than `max_ngram_size`.
         """
         self._num_tokens: int = count(1)("num_tokens", num_tokens)
         self._most: int = count(1)("max_ngram_size", max_ngram_size)
@@ -84,7 +86,8 @@ class PromptLookup(Drafter):
         wanted = min(self._num_tokens, most)
         ends = np.flatnonzero(ids[:-1] == ids[-1])
         start = None
-        for size in range(1, self._most + 1):  # tokens before these ends that are the last ones
+        # At each size, `ends` are the ends of all earlier matches of the last `size` tokens.
+        for size in range(1, self._most + 1):
             if not len(ends):
                 break
             if size >= self._least:
@@ -93,5 +96,5 @@ class PromptLookup(Drafter):
             ends = ends[ids[ends - size] == ids[len(ids) - 1 - size]]
         if start is None:
             return ids[:0]
-        # A guess longer than what followed goes on with itself: the text has a period.
+        # A draft longer than the text after the match repeats that text: it is taken as periodic.
         return ids[start + np.arange(wanted) % (len(ids) - start)]

@@ -1,7 +1,8 @@
-"""Which tokens of which rows the model computes next: one of each, or several where they are known.
+"""Which tokens the model computes next: one per row, or several where they are already known.
 
-A grammar often leaves no choice: behind `{"` a schema may want `name": "`. Such tokens are said at
-once, and computed in one run over the weights where that is sooner than a step for each.
+A grammar often leaves no choice: after `{"` a schema may require `name": "`. Such forced tokens are
+emitted at once. They are computed in one call of the model where that is faster than one decode
+step for each.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ if TYPE_CHECKING:
 __all__ = ["feed"]
 
 _STEPS = 2
-"""A row runs ahead for so many tokens for each row of the batch, at least: all wait for a run that
-takes as long as one to two steps, and only this row saves its share of later ones."""
+"""Several tokens of a row are computed in one extra call only if there are at least this many per
+row of the batch: all rows wait for the call, which takes one to two steps, and only this row saves
+its share of later steps."""
 
 
 def feed(model: CachedModel, cache: KVCache, rows: Sequence[Row], most: int) -> StepLogits:
-    """Compute what is next of tokens that were said.
+    """Append the next `unfed` tokens of each row to the cache.
 
     Args:
-        model: computes.
-        cache: of these rows.
-        rows: each with a token to be fed, or more.
-        most: tokens that one call may compute beside a step.
+        model: computes the logits.
+        cache: the cache of these rows.
+        rows: each has at least one token in `unfed`.
+        most: most tokens to compute in one call beside the decode step.
 
     Returns:
-        Logits behind what each row was fed, which is not all that it has said while it has `unfed`.
+        Logits after the last token fed to each row. A row whose `unfed` is not empty afterwards
+        has emitted more tokens than these logits cover.
     """
     if len(rows) == 1:
         tokens = rows[0].next_tokens(most)

@@ -1,4 +1,4 @@
-"""How many sequences have room, where nobody says how many are to be computed together."""
+"""The default batch size: how many sequences fit into memory."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 __all__ = ["fitting_batch", "memory_for_caches"]
 
 _ACTIVATIONS = 128 * 2**20
-"""Bytes that a chunk of a prompt may take beside weights and caches."""
+"""Bytes to leave for the activations of a chunk of a prompt, beside weights and caches."""
 
 
 def fitting_batch(
     model: CachedModel, most: int, length: int, *, each: int = 1, spare: int = 0
 ) -> int:
-    """`most`, halved until caches of so many have room; at least 1.
+    """`most`, halved until the caches of that many prompts fit; at least 1.
 
-    Room is what `max_cache_bytes` leaves, and on a CPU `memory_for_caches`.
+    The limits are what `max_cache_bytes` leaves, and on a CPU `memory_for_caches`.
 
     Args:
-        model: whose caches.
-        most: prompts at once.
+        model: allocates the caches.
+        most: most prompts at once.
         length: positions of a sequence.
-        each: sequences of a prompt.
-        spare: more sequences that shall have room, too.
+        each: sequences per prompt.
+        spare: number of additional sequences to leave room for.
     """
     limits = [model.cache_bytes_left, memory_for_caches(model)]
     known = [limit for limit in limits if limit is not None]
@@ -42,11 +42,11 @@ def fitting_batch(
 def memory_for_caches(model: CachedModel) -> int | None:
     """Bytes of the machine's or the container's memory that caches may still take.
 
-    The weights, which are mapped from a file, count as taken, whether or not they are in memory
-    now: without them every step would read them from the disk.
+    The memory-mapped weights count as taken, whether or not they are in memory now: if they did not
+    fit, every step would read them from disk.
 
     Returns:
-        None where nothing is known, and for a model on a GPU.
+        None if the available memory is not known, and for a model on a GPU.
     """
     free = available_memory() if model.backend == "cpu" else None
     if free is None:

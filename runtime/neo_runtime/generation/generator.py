@@ -23,7 +23,7 @@ __all__ = ["fill_holes", "never", "read_prompts", "steps"]
 
 
 def never() -> bool:
-    """What `should_stop` is where nobody wants to stop."""
+    """The default of `should_stop`."""
     return False
 
 
@@ -40,10 +40,11 @@ def steps(
 
     Args:
         model: computes the logits.
-        cache: empty, for all rows.
-        groups: the rows of each prompt: as many for every prompt.
-        should_stop: asked after each step; rows that are still active end as "cancelled".
-        prompts: of the request: with several, errors name the prompt.
+        cache: an empty cache for all rows.
+        groups: the rows of each prompt, equally many for each.
+        should_stop: called after each step; once it returns true, the active rows end as
+            "cancelled".
+        prompts: number of prompts in the request; with several, errors name the prompt.
     """
     rows = [row for group in groups for row in group]
     if any(row.total > len(row.prompt) + 1 for row in rows):
@@ -70,7 +71,7 @@ def _advanced(row: Row, scores: RowLogits, prompts: int) -> Piece:
 
 
 def read_prompts(model: CachedModel, cache: KVCache, groups: Sequence[Sequence[Row]]) -> StepLogits:
-    """Start the rows' clocks, and compute what is new of their prompts; see `steps`."""
+    """Start the rows' clocks and prefill the prompts after their prefix; see `steps`."""
     rows = [row for group in groups for row in group]
     for row in rows:
         row.watch = Stopwatch()
@@ -88,7 +89,7 @@ def read_prompts(model: CachedModel, cache: KVCache, groups: Sequence[Sequence[R
 
 
 def fill_holes(active: Sequence[int]) -> list[int]:
-    """An order of the active rows that leaves in place as many as possible: the fewest copies."""
+    """An order of the active rows that moves as few as possible, so that little is copied."""
     count = len(active)
     staying = {index for index in active if index < count}
     moving = iter([index for index in active if index >= count])

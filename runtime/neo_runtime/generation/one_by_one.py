@@ -1,4 +1,4 @@
-"""Prompts that are continued one after the other, each in a cache of its own."""
+"""Prompts continued one after the other, each in a KV cache of its own."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ def one_by_one(
         model: computes the logits.
         prompts: int64 [n] each, the prefix included.
         options: for all of them.
-        should_stop: asked before each prompt.
-        complete: (the prompt's index, the prompt, tokens that it and a continuation may have
+        should_stop: called before each prompt.
+        complete: (index of the prompt, its token ids, most tokens of prompt and continuation
             together) → its completions.
 
     Raises:
-        ContextLengthError: before any work, a prompt and what was asked for do not fit the model.
-        RequestError: names the prompt.
+        ContextLengthError: a prompt and its continuation do not fit the model; raised before any
+            prompt is computed.
+        RequestError: a prompt failed; the message names it.
     """
     totals = total_lengths(model, prompts, options)
     found: list[Completion] = []

@@ -1,4 +1,4 @@
-"""The beginning that many prompts share, computed once: `Model.prefix`."""
+"""A beginning that many prompts share, computed once: `Model.prefix`."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ in_every_child(_renew_locks)
 
 
 class Prefix(Closable):
-    """Keys and values of a text that prompts go on from. Threads may share it.
+    """Keys and values of the beginning of prompts. Several threads may use one at once.
 
     Made by `Model.prefix`, and given as `prefix=` to `generate`, `stream` and `Scheduler.submit`.
-    Its memory counts towards `max_cache_bytes` until `close`, or until it is garbage.
+    Its memory counts towards `max_cache_bytes` until `close`, or until it is garbage-collected.
     """
 
     def __init__(self, model: CachedModel, ids: NDArray[np.int64]) -> None:
-        """Compute the text.
+        """Compute the keys and values.
 
         Args:
-            model: whose cache it is.
-            ids: int64 [n], the prefix's own.
+            model: allocates the cache and computes.
+            ids: int64 [n], an array that belongs to the prefix.
         """
         ids.flags.writeable = False
         self._ids = ids
@@ -59,8 +59,8 @@ class Prefix(Closable):
         _all.add(self)
 
     def renew_locks(self) -> None:
-        """In a forked child, where the threads that may hold the old one are not there."""
-        self._lock = threading.RLock()  # signal handlers may call
+        """Make new locks, in a forked child too: threads that hold the old ones are not there."""
+        self._lock = threading.RLock()  # reentrant: a signal handler may call the prefix
         self._cache.renew_lock()
 
     @property
@@ -74,21 +74,21 @@ class Prefix(Closable):
         return self._cache.nbytes
 
     def check(self, model: CachedModel) -> None:
-        """Refuse what cannot be used.
+        """Check that the prefix can be used with a model.
 
         Raises:
-            NeoError: it is closed.
-            RequestError: it is another model's.
+            NeoError: the prefix is closed.
+            RequestError: the prefix belongs to another model.
         """
         self._check_open()
         if not model.owns(self._cache):
             raise RequestError("the prefix is another model's; make one with this one's prefix")
 
     def hold(self) -> None:
-        """Keep the memory beyond `close`, until `release`.
+        """Keep the memory until `release`, even if `close` is called before.
 
         Raises:
-            NeoError: it is closed.
+            NeoError: the prefix is closed.
         """
         with self._lock:
             self._check_open()
@@ -101,12 +101,12 @@ class Prefix(Closable):
             self._free()
 
     def fill(self, cache: KVCache, rows: Sequence[int]) -> None:
-        """Let empty sequences of a cache begin with it."""
+        """Copy its keys and values to empty rows of a cache."""
         with self._lock:
             cache.copy_from(self._cache, rows)
 
     def close(self) -> None:
-        """Free the memory, once requests that were submitted before have read it."""
+        """Free the memory as soon as the requests already submitted have copied it."""
         with self._lock:
             self._is_closed = True
             self._free()
@@ -122,10 +122,10 @@ class Prefix(Closable):
 
 @contextmanager
 def held(prefix: Prefix | None) -> Iterator[None]:
-    """A block in which a prefix, if there is one, keeps its memory.
+    """A context manager that keeps the memory of a prefix, if there is one.
 
     Raises:
-        NeoError: it is closed.
+        NeoError: the prefix is closed.
     """
     if prefix is None:
         yield
@@ -138,10 +138,10 @@ def held(prefix: Prefix | None) -> Iterator[None]:
 
 
 def length_of(prefix: Prefix | None) -> int:
-    """Tokens of a prefix, if there is one."""
+    """Number of tokens of a prefix; 0 for None."""
     return 0 if prefix is None else len(prefix.ids)
 
 
 def behind(prefix: Prefix | None, prompt: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The ids of a prompt, int64 [n], without those of its prefix."""
+    """The ids of a prompt after its prefix: int64 [n]."""
     return prompt[length_of(prefix) :]

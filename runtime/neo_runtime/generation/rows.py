@@ -1,4 +1,4 @@
-"""One continuation being generated: its tokens, its text, its times."""
+"""One continuation being generated: its tokens, text and timings."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Stopwatch:
     def timings(
         self, tokens: int, *, drafted: int = 0, accepted: int = 0, forced: int = 0, cached: int = 0
     ) -> Timings:
-        """Summary for a completion of this many tokens; the others as in `Timings`."""
+        """Timings for a completion of this many tokens; for the other arguments see `Timings`."""
         decode = self.last - self.first
         return Timings(
             prefill_seconds=self.prefill,
@@ -73,12 +73,12 @@ class Row:
 
         Args:
             prompt: int64 [n], the prefix included.
-            options: what was asked for.
-            sampler: the row's own.
-            total: tokens of prompt and continuation together, at most.
-            tokenizer: None where there is no text, only ids.
-            prefix: what the prompt begins with, if that is computed already.
-            index: of the prompt among those of the request.
+            options: the options of the request.
+            sampler: this row's own sampler.
+            total: most tokens of prompt and continuation together.
+            tokenizer: None if the bundle has none; the row then has ids and no text.
+            prefix: the precomputed beginning of the prompt, if any.
+            index: index of the prompt in the request.
         """
         self.prompt = prompt
         self.index = index
@@ -88,13 +88,13 @@ class Row:
         self.watch = Stopwatch()
         self.choices: list[Choice] = []
         self.unfed: list[int] = []
-        """Tokens of them, the last ones, that the model has still to compute."""
+        """The last tokens of `choices`, which are not in the KV cache yet."""
         self.forced = 0
-        """Tokens that were taken without logits."""
+        """Number of tokens that a grammar forced, taken without logits."""
         self.drafted = self.accepted = 0
-        """Tokens that were guessed, and those of them that were right."""
+        """Number of draft tokens, and of those accepted."""
         self.cached = length_of(prefix)
-        """Tokens of the prompt that are computed already."""
+        """Number of prompt tokens whose keys and values were reused."""
         self.finish_reason: FinishReason | None = None
         self._eos = options.active_eos
         self._keeps_logprobs = options.logprobs is not None
@@ -102,21 +102,24 @@ class Row:
         self._matcher = StopMatcher(options.stop)
         self._pieces: list[str] = []
         self._told = 0
-        """Tokens that went out with a piece."""
+        """Number of tokens already returned with a piece."""
 
     @property
     def unread_prompt(self) -> IntArray:
-        """What of the prompt is still to be computed: int64 [m], m at least 1."""
+        """The tokens of the prompt that are not reused: int64 [m], m at least 1."""
         return self.prompt[self.cached :]
 
     def advance(self, logits: RowLogits) -> Piece:
-        """Choose the next token, and take those that a grammar lets follow it without a choice.
+        """Choose the next token, then append the tokens that a grammar forces after it.
+
+        Does nothing while earlier tokens are still `unfed`.
 
         Args:
-            logits: those behind what was said; not read while some of that is `unfed`.
+            logits: the logits after the last token; not read while tokens are `unfed`.
 
         Returns:
-            The text that is now certain, often ""; all pieces together are the completion's text.
+            The text that no later token changes, often ""; all pieces together are the text of
+            the completion.
         """
         if self.unfed:
             return Piece("")
@@ -133,7 +136,7 @@ class Row:
         return self.finish_reason is not None
 
     def next_tokens(self, most: int) -> list[int]:
-        """Take what is to be computed next: at most so many of the tokens that are `unfed`."""
+        """Remove and return the first `most` tokens of `unfed`, for the model to compute."""
         tokens, self.unfed = self.unfed[:most], self.unfed[most:]
         return tokens
 
@@ -154,13 +157,13 @@ class Row:
         return piece
 
     def cancel(self) -> Piece:
-        """End here, as the caller wants no more; the text that was held back."""
+        """End the row as "cancelled"; returns the text that was held back."""
         self.finish_reason = "cancelled"
         return self._given(self._held_back())
 
     def _given(self, text: str) -> Piece:
         if not text:
-            return Piece("")  # its tokens go with the next text
+            return Piece("")  # its tokens are returned with the next text
         self._pieces.append(text)
         told, self._told = self._told, len(self.choices)
         return Piece(text, self.choices[told:])
@@ -199,16 +202,16 @@ def make_rows(
     prefix: Prefix | None = None,
     first_copy: int = 0,
 ) -> list[Row]:
-    """The rows of a prompt, `num_return_sequences` of them; nothing is computed yet.
+    """The `num_return_sequences` rows of a prompt; nothing is computed yet.
 
     Args:
-        model: whose tokenizer makes the text.
+        model: its tokenizer decodes the text.
         prompt: int64 [n], the prefix included.
-        options: what was asked for.
-        total: tokens of prompt and continuation together, at most.
-        index: of the prompt among those of the request; chooses its seed.
-        prefix: what the prompt begins with, if that is computed already.
-        first_copy: number of the first row among all continuations of the prompt, for its draws.
+        options: the options of the request.
+        total: most tokens of prompt and continuation together.
+        index: index of the prompt in the request; chooses its seed.
+        prefix: the precomputed beginning of the prompt, if any.
+        first_copy: index of the first row among all continuations of the prompt, for its draws.
     """
     rows = []
     for copy in range(first_copy, first_copy + options.num_return_sequences):
@@ -221,7 +224,7 @@ def make_rows(
 def cancelled_completions(
     model: CachedModel, prompt: IntArray, options: GenerationOptions
 ) -> list[Completion]:
-    """Of a prompt that nobody waits for any more: without a token."""
+    """Completions without tokens, for a prompt cancelled before it began."""
     rows = make_rows(model, prompt, options, len(prompt), 0)
     for row in rows:
         row.cancel()
@@ -231,6 +234,6 @@ def cancelled_completions(
 def total_lengths(
     model: CachedModel, prompts: Sequence[IntArray], options: GenerationOptions
 ) -> list[int]:
-    """Tokens that each prompt and a continuation may have together; errors name the prompt."""
+    """Most tokens of each prompt and its continuation together; errors name the prompt."""
     most = model.manifest.max_length
     return of_each(prompts, lambda ids: options.total_length(len(ids), most))

@@ -1,17 +1,18 @@
-"""Speculative decoding: guesses are checked several at a time, in one run over the weights.
+"""Speculative decoding: several draft tokens are verified in one call of the model.
 
     text    Once upon a time there was
     guess                              a little girl who
     scored  the model's logits after "was", "a", "little", "girl", "who": one call
     chosen                             a little boy               "girl" was wrong: crop the cache
 
-Each token is chosen as ever, by the same rules and draws from the logits after the text before it;
-a guess that equals it only means that the next logits are there already. So texts are those without
-guesses, up to rounding: several positions are computed by another graph than one, and where
-activations are rounded to 8 bits a last digit can choose another token at a near tie.
+Each token is chosen as without a drafter, by the same rules and random draws from the logits after
+the text before it. A draft token that equals the chosen token only means that the next logits are
+already computed. So the text is the same as without drafts, up to rounding: several positions are
+computed by another graph than one, and where activations are rounded to 8 bits, a difference in the
+last digit can change the choice at a near tie.
 
-The idea: arXiv 2211.17192. A guess that is certain is accepted there with the probability that the
-model gives it, which is what drawing and comparing does.
+The method is that of arXiv 2211.17192. There, a draft token proposed with certainty is accepted
+with the probability that the model gives it; drawing a token and comparing does the same.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ if TYPE_CHECKING:
 __all__ = ["check_drafter", "drafted_completions", "drafted_steps"]
 
 _FIRST = 2
-"""Tokens of a first guess. After a right one it may be twice as long; after a wrong one, one longer
-than what of it was right: guesses cost little where they fail, and grow where a text is copied."""
+"""Most tokens of the first draft. After a draft that was accepted whole, the limit doubles; after
+any other, it is the number of accepted tokens plus one. So drafts stay short where they fail, and
+grow where text is copied."""
 
 
 def drafted_steps(
@@ -57,14 +59,14 @@ def drafted_steps(
     drafter: Drafter,
     should_stop: Callable[[], bool],
 ) -> Generator[list[Piece], None, None]:
-    """As `generator.steps` for one row: yields its piece, token by token.
+    """`generator.steps` for one row with a drafter: yields a list of one piece per step.
 
     Args:
         model: computes the logits.
-        cache: empty, for one row.
+        cache: an empty cache for one row.
         row: the continuation.
-        drafter: guesses.
-        should_stop: asked after each token; then the row ends as "cancelled".
+        drafter: proposes draft tokens.
+        should_stop: called after each token; once it returns true, the row ends as "cancelled".
     """
     if row.total == len(row.prompt) + 1:
         yield from steps(model, cache, [[row]], should_stop)  # nothing to guess
@@ -77,7 +79,7 @@ def drafted_steps(
         while True:
             piece = row.advance(logits[right])
             same = shared_length(row.unfed, guess[right:])
-            row.next_tokens(same)  # computed already
+            row.next_tokens(same)  # already computed
             row.accepted += same
             right += same
             yield [piece]
@@ -97,7 +99,7 @@ def drafted_steps(
 
 
 def _scored(model: CachedModel, cache: KVCache, row: Row, guess: list[int]) -> StepLogits:
-    """The logits behind what was said, and, row by row, behind each token of a guess."""
+    """The logits after the last emitted token, then after each draft token, one row for each."""
     if not guess:
         return feed(model, cache, [row], len(row.unfed))
     said = row.next_tokens(len(row.unfed))
@@ -105,7 +107,7 @@ def _scored(model: CachedModel, cache: KVCache, row: Row, guess: list[int]) -> S
 
 
 def _guess(model: CachedModel, cache: KVCache, row: Row, propose: Propose, limit: int) -> list[int]:
-    """Tokens that may be fed behind the last one: as many as can be taken away again."""
+    """Draft tokens to verify after the last token; no more than can be cropped again."""
     ids = row.sampler.ids.view()
     ids.flags.writeable = False
     most = min(row.total - len(ids) - 1, cache.room_to_crop - len(row.unfed), limit)
@@ -146,10 +148,10 @@ def drafted_completions(
 
 
 def check_drafter(drafter: Drafter, options: GenerationOptions) -> None:
-    """Refuse what is no drafter, and options that guesses are of no use to.
+    """Refuse a value that is not a drafter, and options that do not work with one.
 
     Raises:
-        RequestError: says what to change.
+        RequestError: the message says what to change.
     """
     if not isinstance(drafter, Drafter):
         raise RequestError(

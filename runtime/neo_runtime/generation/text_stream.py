@@ -2,8 +2,8 @@
 
     token ids ──StreamDecoder──▶ text ──StopMatcher──▶ text that is certainly part of the result
 
-Both hold back what the next token may still change: an incomplete character, and the beginning of a
-stop string. All pieces together are the text of the completion.
+Both hold back text that the next token may still change: an incomplete character, or the beginning
+of a stop string. All pieces together are the text of the completion.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 __all__ = ["Piece", "StopMatcher", "StreamDecoder", "TextStream"]
 
 _IN_USE = "generator already executing"
-"""What Python says of a generator that two threads ask for its next item."""
+"""Python's message if two threads advance one generator at once."""
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Piece(str):
-    """Text that is certain, and the tokens that made it certain.
+    """A piece of text that no later token changes, and its tokens.
 
-    Tokens that no text comes of, as those inside a character, are with the next piece; what is
-    behind the last piece, such as the end-of-sequence token, only the completion has.
+    Tokens that complete no text, such as those inside a character, belong to the next piece. Tokens
+    after the last piece, such as the end-of-sequence token, are only in the completion.
     """
 
     __slots__ = ("choices",)
@@ -53,9 +53,9 @@ class StreamDecoder:
     """Decode token by token; the pieces together are `tokenizer.decode` of all tokens.
 
     A token's text may depend on the tokens before it, so a window of tokens is decoded twice:
-    up to the last token whose text was given out, and up to the newest one. The difference is
+    up to the last token whose text was returned, and up to the newest one. The difference is
     the new text. (The technique of text-generation-inference.) The window moves on whenever the
-    text does not end inside a character, so the work for a token does not grow with the text.
+    text does not end inside a character, so the work per token does not grow with the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
@@ -115,12 +115,12 @@ class StopMatcher:
         return passed
 
     def finish(self) -> str:
-        """What was held back for a stop string that did not come."""
+        """The text held back for a stop string that did not follow."""
         passed, self._held = self._held, ""
         return passed
 
     def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins `stop`."""
+        """Length of the longest suffix of the held text that is a prefix of `stop`."""
         longest = min(len(stop) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
@@ -128,8 +128,8 @@ class StopMatcher:
 class TextStream(Iterator[Piece], Closable):
     """The pieces of one completion, in order. Also a context manager that closes it.
 
-    Tokens are computed as pieces are asked for: a consumer that stops asking stops the work, and
-    `close` (also called by leaving `with`, or when the stream is garbage) frees the cache.
+    Tokens are computed only when pieces are requested: a consumer that stops iterating stops the
+    work. `close`, leaving a `with` block or garbage collection of the stream frees the KV cache.
     """
 
     def __init__(
@@ -138,8 +138,8 @@ class TextStream(Iterator[Piece], Closable):
         """Wrap a generator.
 
         Args:
-            pieces: yields text and returns the completion; None where it was closed before.
-            closed: set by `close`, for `pieces` to look at after each token.
+            pieces: yields text and returns the completion, or None if it was closed before the end.
+            closed: set by `close`; `pieces` checks it after each token.
         """
         self._pieces = pieces
         self._closed = closed
@@ -171,7 +171,7 @@ class TextStream(Iterator[Piece], Closable):
 
     @property
     def completion(self) -> Completion:
-        """The whole result, once the last piece has come.
+        """The whole result, available after the last piece.
 
         Raises:
             NeoError: the stream was not read to its end.
@@ -186,10 +186,10 @@ class TextStream(Iterator[Piece], Closable):
         raise NeoError("the stream has not ended yet; read all its pieces first")
 
     def close(self) -> None:
-        """Stop and free the cache; from another thread: before the next token."""
+        """Stop and free the KV cache; called from another thread, before the next token."""
         self._closed.set()
         try:
             self._pieces.close()
         except ValueError:
-            # Another thread is computing a token right now; it closes when that is done.
+            # Another thread is computing a token; it closes the stream when that is done.
             return

@@ -1,4 +1,4 @@
-"""How probable given tokens are."""
+"""Log probabilities of given tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def scored_tokens(model: CachedModel, ids: NDArray[np.int64], most: int) -> list
 
     Args:
         model: computes the logits.
-        ids: int64 [n], checked.
+        ids: int64 [n], validated.
         most: `top_logprobs`.
     """
     read, targets = ids[:-1], ids[1:]

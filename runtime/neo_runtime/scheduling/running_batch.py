@@ -201,7 +201,7 @@ class RunningBatch:
                 request.keep(cache, row)
 
     def _look_around(self) -> None:
-        """End unwanted requests; waiting ones at intervals and when their turn comes."""
+        """End unwanted requests; waiting ones are checked at intervals and when they begin."""
         for request in self._active:
             request.end_if_unwanted(is_closing=self._is_cancelled)
         if self._prefilling is not None:
