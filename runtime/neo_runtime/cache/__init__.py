@@ -1,1 +1,1 @@
-"""The key/value cache as callers see it, and the account of all caches."""
+"""The public KV cache, the prefix cache, and the account of their memory."""

@@ -1,4 +1,4 @@
-"""The key/value cache as callers see it."""
+"""The KV cache, as users of the library see it."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ __all__ = ["KVCache", "row_numbers"]
 
 
 class KVCache(Closable):
-    """Keys and values of `batch` sequences of up to `length` positions. One thread at a time.
+    """Keys and values of `batch` sequences of up to `length` positions.
 
-    Made by `Model.new_cache`. The memory is allocated once, and freed by `close`, at the end of a
-    `with` block, or when the object is garbage-collected. On a CPU the model keeps the memory of
-    the last closed cache for the next one, until `Model.close`.
+    Made by `Model.new_cache`; only one thread may use it at a time. The memory is allocated once,
+    and freed by `close`, at the end of a `with` block, or when the object is garbage-collected. On
+    a CPU the model keeps the memory of the last closed cache for the next one, until `Model.close`.
     """
 
     def __init__(self, backend: Backend, ledger: CacheLedger, batch: int, length: int) -> None:
-        """Allocate.
+        """Allocate the memory.
 
         Raises:
-            CacheLimitError: the ledger has no room, or the system has no memory.
+            CacheLimitError: the ledger's limit would be exceeded, or the system has no memory.
         """
         self._backend = backend
         self._max_batch = batch
         self._is_changing = self._is_closing = False
         self._call = threading.Lock()
-        """Held by the call that changes the cache, to its end."""
+        """Held by a call that uses the cache, until it returns."""
         self._length = length
         self._nbytes = backend.cache_bytes(batch, length)
         what = f"a cache of {batch} x {length} positions"
@@ -55,22 +55,23 @@ class KVCache(Closable):
         self._release.atexit = False
 
     def renew_lock(self) -> None:
-        """In a forked child, where the threads that may hold the old one are not there."""
+        """Replace the lock, in a forked child: a thread that holds the old one is not there."""
         self._call = threading.Lock()
 
     def is_of(self, backend: Backend) -> bool:
-        """Whether the cache is one of this engine's."""
+        """Whether the cache was allocated by this backend."""
         return self._backend is backend
 
     @contextmanager
     def changing(self) -> Iterator[CacheStore]:
-        """Around each call that changes what the cache holds.
+        """A context manager for each call that changes the contents.
 
         Graphs write into the cache while they run, so a call that ended early (Ctrl-C, no memory)
-        leaves undefined contents: local layers may have evicted positions, lengths do not agree.
+        leaves undefined contents: local layers may have evicted positions, and lengths do not
+        agree.
 
         Raises:
-            NeoError: the cache is closed, another call uses it, or an earlier one ended early.
+            NeoError: the cache is closed, another call uses it, or an earlier call ended early.
         """
         with self.reading() as store:
             self._is_changing = True
@@ -79,10 +80,10 @@ class KVCache(Closable):
 
     @contextmanager
     def reading(self) -> Iterator[CacheStore]:
-        """Around each call that looks at what the cache holds.
+        """A context manager for each call that reads the contents.
 
         Raises:
-            NeoError: as `changing`.
+            NeoError: as for `changing`.
         """
         store = self.store
         if not self._call.acquire(blocking=False):
@@ -104,7 +105,7 @@ class KVCache(Closable):
 
     @property
     def store(self) -> CacheStore:
-        """The engine's part of the cache.
+        """The backend's part of the cache.
 
         Raises:
             NeoError: the cache is closed.
@@ -134,13 +135,14 @@ class KVCache(Closable):
         return self._nbytes
 
     def reorder(self, rows: Sequence[int] | NDArray[np.int64]) -> None:
-        """Replace sequence `i` by what sequence `rows[i]` was; only positions in use are copied.
+        """Replace sequence `i` by the former sequence `rows[i]`; only positions in use are copied.
 
         Rows may be left out (finished sequences), permuted or repeated (beams). The new batch is
-        `len(rows)`, at most the batch that the cache was made for; with none, `extend` goes on.
+        `len(rows)`, at most the batch that the cache was made for. `rows` may be empty; `extend`
+        then adds sequences.
 
         Raises:
-            RequestError: a row that does not exist, or too many.
+            RequestError: a row does not exist, or there are too many rows.
         """
         chosen = row_numbers("reorder", rows, self.batch)
         if len(chosen) > self._max_batch:
@@ -152,14 +154,14 @@ class KVCache(Closable):
             store.reorder(chosen)
 
     def crop(self, length: int) -> None:
-        """Keep at most the first `length` positions of each sequence, and go on from there.
+        """Keep at most the first `length` positions of each sequence.
 
         Args:
             length: 0 or more; shorter sequences stay as they are.
 
         Raises:
-            RequestError: not an integer of at least 0, or local layers have evicted what they
-                would need: see `room_to_crop`.
+            RequestError: `length` is not an integer of at least 0, or local layers have evicted
+                positions that they would need again (see `room_to_crop`).
         """
         most = min(count(0)("length", length), self._length)
         with self.reading() as store:
@@ -178,10 +180,10 @@ class KVCache(Closable):
 
     @property
     def room_to_crop(self) -> int:
-        """Positions that every sequence may get and `crop` can take away again.
+        """Positions that may be appended to every sequence such that `crop` can remove them again.
 
-        Local layers of a bundle for the CPU hold a window and a quarter, and move the window to the
-        front when that is full; behind such a move there is no way back.
+        In a bundle for the CPU, the buffers of local layers hold one and a quarter windows. When a
+        buffer is full, its last window moves to the front; `crop` cannot go back past such a move.
         """
         with self.reading() as store:
             slots = self._length if store.local_slots is None else store.local_slots
@@ -189,12 +191,12 @@ class KVCache(Closable):
             return int((slots - held).min(initial=slots))
 
     def extend(self, sequences: int) -> None:
-        """Add empty sequences behind those in use, for requests that join a running batch.
+        """Add empty sequences after those in use, for requests that join a running batch.
 
-        `Model.prefill` with `rows` gives them their first tokens.
+        `Model.prefill` with `rows` appends their first tokens.
 
         Raises:
-            RequestError: fewer than 1, or more than the cache was made for.
+            RequestError: `sequences` is below 1, or exceeds the batch that the cache was made for.
         """
         count(1)("sequences", sequences)
         if self.batch + sequences > self._max_batch:
@@ -207,11 +209,11 @@ class KVCache(Closable):
             store.extend(sequences)
 
     def copy_from(self, source: KVCache, rows: Sequence[int] | NDArray[np.int64]) -> None:
-        """Make empty sequences what the first sequence of another cache is.
+        """Copy the first sequence of another cache to empty sequences of this one.
 
         Args:
             source: a cache of the same model, whose first sequence fits into this one.
-            rows: the sequences.
+            rows: indices of the empty sequences.
 
         Raises:
             RequestError: a row does not exist or is not empty, or the source does not fit.
@@ -239,7 +241,7 @@ class KVCache(Closable):
         return self._open_store is None or self._is_closing
 
     def close(self) -> None:
-        """Free the memory, after any call that another thread makes; later calls do nothing."""
+        """Free the memory, after a call still running in another thread; closing again is safe."""
         self._is_closing = True
         if not self._call.acquire(blocking=False):
             return  # that call closes the cache at its end
@@ -255,15 +257,15 @@ class KVCache(Closable):
 def row_numbers(
     call: str, rows: Sequence[int] | NDArray[np.int64], batch: int
 ) -> NDArray[np.int64]:
-    """Rows as int64 [n], each of them one of `batch`.
+    """Validated row indices, int64 [n], each from 0 to `batch` - 1.
 
     Args:
-        call: what got them, for messages.
-        rows: what was given.
-        batch: rows that there are.
+        call: name of the method that got them, for messages.
+        rows: the given indices.
+        batch: number of rows.
 
     Raises:
-        RequestError: they are not a flat sequence of integers, or one does not exist.
+        RequestError: `rows` is not a flat sequence of integers, or a row does not exist.
     """
     try:
         found = np.asarray(rows)

@@ -1,4 +1,4 @@
-"""The account of all caches of a model."""
+"""The account of the memory of all caches of a model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ in_every_child(_renew_ledgers)
 
 
 class CacheLedger:
-    """Bytes of all open caches of a model, and their limit. Safe for threads and finalizers."""
+    """Counts the bytes of all open caches of a model against a limit.
+
+    Threads and finalizers may call it at any time.
+    """
 
     def __init__(self, limit: int | None) -> None:
         _ledgers.add(self)
@@ -41,10 +44,10 @@ class CacheLedger:
         self._lock = threading.Lock()
         self._taken = 0
         self._returned: deque[int] = deque()
-        """What was given back since `_taken` was last brought up to date."""
+        """Sizes released since `_taken` was last updated."""
 
     def renew_lock(self) -> None:
-        """In a forked child, where the threads that may hold the old one are not there."""
+        """Replace the lock, in a forked child: a thread that holds the old one is not there."""
         self._lock = threading.Lock()
 
     @property
@@ -59,15 +62,15 @@ class CacheLedger:
         return None if self._limit is None else max(0, self._limit - self.in_use)
 
     def reserve(self, size: int, what: str, ask: str = _ASK) -> None:
-        """Take `size` bytes.
+        """Reserve `size` bytes.
 
         Args:
             size: bytes.
-            what: needs them, for the message.
-            ask: for less, as the message advises.
+            what: what needs them, for the message.
+            ask: the message's advice on how to need less.
 
         Raises:
-            CacheLimitError: the limit would be passed; nothing was taken.
+            CacheLimitError: the limit would be exceeded; nothing is reserved.
         """
         with self._lock:
             in_use = self._settled()
@@ -82,13 +85,13 @@ class CacheLedger:
     def allocate(
         self, size: int, what: str, make: Callable[[], Memory], ask: str = _ASK
     ) -> tuple[Memory, Callable[[], object]]:
-        """Take `size` bytes and make what needs them.
+        """Reserve `size` bytes and call `make`, which allocates them.
 
         Returns:
-            What was made, and what gives the bytes back.
+            The result of `make`, and a function that releases the reservation.
 
         Raises:
-            CacheLimitError: the limit would be passed, or the system has not so much.
+            CacheLimitError: the limit would be exceeded, or the system has too little memory.
         """
         too_much = f"{what} needs {size} bytes, more than the system has; {ask}"
         if size > sys.maxsize:
@@ -103,10 +106,10 @@ class CacheLedger:
             raise
 
     def release(self, size: int) -> None:
-        """Give `size` bytes back.
+        """Release `size` bytes.
 
-        Takes no lock: a cache becomes garbage at any moment, and its finalizer may interrupt this
-        thread while it holds the lock.
+        Takes no lock: the finalizer of a cache may run at any moment, also in a thread that holds
+        the lock.
         """
         self._returned.append(size)
 

@@ -1,4 +1,4 @@
-"""Keys and values of what requests began with, for others that begin alike (prefix caching)."""
+"""Prefix cache: keys and values of earlier requests, reused by requests that begin alike."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ if TYPE_CHECKING:
 __all__ = ["CachedBeginning", "PrefixCache"]
 
 _MAX_BLOCK_SIZE = 32
-"""Positions; fewer where less is read at once."""
+"""Positions; a block is smaller if fewer are computed at once."""
 
 
 class PrefixCache(Closable):
     """Blocks of tokens with their keys and values in all layers. One thread at a time.
 
-    Local layers of a cache hold little more than a window, but a text may go on from any block, so
-    every block holds its positions in all layers. They are copied while the cache still has them:
-    a prompt is to be read at most `chunk` tokens at once.
+    Another text may continue after any block, so a block holds its positions in all layers. Local
+    layers of a KV cache hold little more than a window, so blocks must be copied before these
+    layers evict them: prompts must be computed at most `chunk` tokens at a time.
     """
 
     def __init__(self, backend: Backend, ledger: CacheLedger, size: int, chunk: int) -> None:
-        """Allocate.
+        """Allocate the memory.
 
         Args:
-            backend: whose caches these are copied from and to.
+            backend: the backend whose KV caches are copied from and to.
             ledger: counts the memory until `close`.
-            size: bytes, at most.
-            chunk: tokens of a prompt that the model reads at once.
+            size: most bytes.
+            chunk: most prompt tokens that the model computes at once.
 
         Raises:
-            RequestError: the size is less than a block's.
+            RequestError: the size is less than that of one block.
             CacheLimitError: the ledger, the device or the system has no room.
         """
         at_once = min(chunk, backend.manifest.cache.window or chunk)
         self.block_size = min(_MAX_BLOCK_SIZE, at_once)
         """Positions of a block."""
         self.chunk = at_once // self.block_size * self.block_size
-        """Tokens of a prompt that may be read at once."""
+        """Most prompt tokens that may be computed at once."""
         self.queries = self.hits = 0
-        """Tokens of prompts that were begun, and those of them that were here."""
+        """Prompt tokens looked up, and those found."""
         block = self.block_size * position_bytes(backend.manifest)
         if size < block:
             raise RequestError(
@@ -74,17 +74,20 @@ class PrefixCache(Closable):
         self._tree = PrefixTree(slots)
 
     def find(self, ids: NDArray[np.int64]) -> CachedBeginning:
-        """What is there of a prompt, int64 [n]: never all of it, as its last token gives logits."""
+        """Look up a prompt, int64 [n].
+
+        The last token is never taken from the cache: it must be computed for its logits.
+        """
         whole = (len(ids) - 1) // self.block_size
         found = self._tree.find([self.key(ids, index) for index in range(whole)])
         return CachedBeginning(self, ids, found, found[-1] if found else self._tree.root)
 
     def key(self, ids: NDArray[np.int64], index: int) -> bytes:
-        """What block `index` of a text, int64 [n], is known by."""
+        """The key of block `index` of a text, int64 [n]."""
         return ids[index * self.block_size : (index + 1) * self.block_size].tobytes()
 
     def load(self, blocks: list[Block], cache: KVCache, row: int) -> None:
-        """Make an empty row of a cache what some blocks hold, one behind the other."""
+        """Copy consecutive blocks to an empty row of a KV cache."""
         assert all(block.is_kept for block in blocks), "they are read right after they were found"
         if blocks:
             with cache.changing() as store:
@@ -93,17 +96,17 @@ class PrefixCache(Closable):
     def save(
         self, parent: Block, index: int, ids: NDArray[np.int64], cache: KVCache, row: int
     ) -> Block | None:
-        """Keep block `index` of a text behind the one before it.
+        """Store block `index` of a text as a child of the block before it.
 
         Args:
-            parent: the one before.
-            index: of the block.
-            ids: the text's, int64 [n], the block's included.
-            cache: has the text.
-            row: where.
+            parent: the block before.
+            index: index of the block in the text.
+            ids: the tokens of the text, int64 [n], including those of the block.
+            cache: the KV cache to copy from.
+            row: row of the text in that cache.
 
         Returns:
-            The block; None where it cannot be kept.
+            The block; None if it cannot be stored.
         """
         tokens, start = self.key(ids, index), index * self.block_size
         if not parent.is_kept:
@@ -123,54 +126,58 @@ class PrefixCache(Closable):
         return block
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._pool.close()
         self._release()
 
 
 class CachedBeginning:
-    """What a prefix cache has of one text. More is added as the text is computed."""
+    """The blocks of one text in the prefix cache; more are added as the text is computed."""
 
     def __init__(
         self, cache: PrefixCache, prompt: NDArray[np.int64], found: list[Block], last: Block
     ) -> None:
-        """Hold what was found.
+        """Hold the blocks that were found.
 
         Args:
-            cache: where.
-            prompt: the text as far as it is known, int64 [n].
-            found: the blocks, from the first on.
-            last: the last of them, or the root.
+            cache: the prefix cache.
+            prompt: the tokens of the prompt, int64 [n].
+            found: the cached blocks, from the first on.
+            last: the last of them, or the root of the tree.
         """
         self._cache, self._prompt, self._found = cache, prompt, found
         self._last: Block | None = last
-        """None where the text's next block cannot be kept, and so no other behind it."""
+        """None if the next block of the text cannot be stored, and therefore no later one."""
         self._count = len(found)
 
     @property
     def length(self) -> int:
-        """Tokens that were found."""
+        """Number of tokens that were found."""
         return len(self._found) * self._cache.block_size
 
     @property
     def ahead(self) -> tuple[Block, bytes] | None:
-        """The block that this text adds next, if others could use it before their last token."""
+        """Parent and key of the block that this prompt stores next.
+
+        None if no block can be stored, or if the block would contain the prompt's last token, which
+        is never taken from the cache.
+        """
         if self._last is None or (self._count + 1) * self._cache.block_size >= len(self._prompt):
             return None
         return self._last, self._cache.key(self._prompt, self._count)
 
     def load(self, cache: KVCache, row: int) -> None:
-        """Let an empty row begin with what was found; right behind `PrefixCache.find`."""
+        """Copy what was found to an empty row. Must directly follow `PrefixCache.find`."""
         self._cache.load(self._found, cache, row)
         self._cache.queries += len(self._prompt)
         self._cache.hits += self.length
 
     def has_more(self, length: int) -> bool:
-        """Whether a text of `length` tokens has blocks that are not here yet."""
+        """Whether a text of `length` tokens has whole blocks that are not stored yet."""
         return self._last is not None and length // self._cache.block_size > self._count
 
     def extend(self, ids: NDArray[np.int64], cache: KVCache, row: int) -> None:
-        """Keep the whole blocks of a text, int64 [n], of which a row of a cache has all."""
+        """Store the whole blocks of a text, int64 [n], that a row of a KV cache holds."""
         last, whole = self._last, len(ids) // self._cache.block_size
         self._last = None  # for good, if a copy fails
         while last is not None and self._count < whole:

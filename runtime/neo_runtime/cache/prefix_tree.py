@@ -1,11 +1,11 @@
-"""Which beginnings of texts are kept, and in which slots: a tree of blocks of tokens.
+"""Index of the prefix cache: a tree of blocks of tokens, each with its slot.
 
     root ─ "Q: What is the sky? A:" ─ " blue Q: What is grass? A:" ─ …
          └ "Once upon a time there w" ─ …
 
-What a block holds depends on all tokens before it, so a block belongs to the one that it follows.
-When slots run out, the block that was used longest ago makes room. A block counts as used after
-those behind it, so that one is always a leaf.
+Keys and values of a block depend on all tokens before it, so a block is a child of the one that it
+follows. When slots run out, the least recently used block is evicted. Each use of a block also
+uses its ancestors, and these last, so the least recently used block is always a leaf.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Block", "PrefixTree"]
 
 
 class Block:
-    """Some tokens behind others, and where their keys and values are."""
+    """A block of tokens after its parent, and the slot of its keys and values."""
 
     __slots__ = ("children", "is_kept", "parent", "slot", "tokens")
 
@@ -26,30 +26,30 @@ class Block:
         """None for the root."""
         self.slot = slot
         self.is_kept = True
-        """Until the block has made room for another."""
+        """False once the block was evicted."""
         self.children: dict[bytes, Block] = {}
 
 
 class PrefixTree:
-    """See the module. It knows nothing of what is in the slots. One thread at a time."""
+    """See the module docstring. Does not access the slots' contents. One thread at a time."""
 
     def __init__(self, slots: int) -> None:
-        """Begin with nothing.
+        """Begin with an empty tree.
 
         Args:
-            slots: how many blocks can be kept.
+            slots: most blocks that can be stored.
         """
         self.root = Block(b"", None, -1)
         self._free = list(range(slots))[::-1]
         self._by_use: OrderedDict[Block, None] = OrderedDict()
-        """Those used longest ago first."""
+        """All blocks, least recently used first."""
 
     def __len__(self) -> int:
-        """Blocks that are kept."""
+        """Number of blocks stored."""
         return len(self._by_use)
 
     def find(self, blocks: list[bytes]) -> list[Block]:
-        """The longest beginning of some blocks that is kept; it counts as used now."""
+        """The longest stored prefix of a sequence of blocks; this counts as a use of it."""
         found: list[Block] = []
         block = self.root
         for tokens in blocks:
@@ -61,11 +61,10 @@ class PrefixTree:
         return found
 
     def add(self, parent: Block, tokens: bytes) -> Block | None:
-        """Keep a block behind another that is kept.
+        """Add a block after another.
 
         Returns:
-            A new block, whose slot the caller fills; None where every slot is part of what the
-            block follows.
+            The new block, whose slot the caller fills; None if all slots hold its ancestors.
         """
         assert parent.is_kept
         assert tokens not in parent.children
@@ -79,7 +78,7 @@ class PrefixTree:
         return block
 
     def remove(self, block: Block) -> None:
-        """Forget a leaf."""
+        """Remove a leaf and free its slot."""
         assert block.parent is not None
         assert not block.children
         del self._by_use[block], block.parent.children[block.tokens]
@@ -88,7 +87,7 @@ class PrefixTree:
 
     def _evict(self, parent: Block) -> int | None:
         oldest = next(iter(self._by_use), None)
-        if oldest is None or oldest is parent:  # as all that is left leads to it
+        if oldest is None or oldest is parent:  # then all blocks left are ancestors of the new one
             return None
         self.remove(oldest)
         return self._free.pop()
