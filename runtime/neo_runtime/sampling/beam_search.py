@@ -1,8 +1,8 @@
-"""Beam search as a state machine: logits in, which beams go on with which tokens out.
+"""Beam search as a state machine: takes logits, returns which beams continue with which tokens.
 
 The arithmetic is `GenerationMixin._beam_search` of transformers 5, step by step and in float32,
-for one prompt. Where candidates have equal scores the lower beam and then the lower token id
-comes first (torch's `topk` promises no order).
+for one prompt. Among candidates of equal score, the lower beam comes first, then the lower token
+id (torch's `topk` promises no order).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class BeamResult(NamedTuple):
 
 
 class _Hypotheses(NamedTuple):
-    """Finished or not, a row each."""
+    """Hypotheses, one per row, finished or not."""
 
     ids: IntArray
     """[rows, max_length], of which the first `length` are written."""
@@ -55,7 +55,7 @@ class _Hypotheses(NamedTuple):
     finished: BoolArray
 
     def best_with(self, new: _Hypotheses) -> _Hypotheses:
-        """As many rows as `self` has: the best of both, by score."""
+        """The rows of both with the best scores, as many as `self` has."""
         scores = np.concatenate([self.score, new.score])
         order = np.argsort(-scores, kind="stable")[: self.score.size]
         return _Hypotheses(
@@ -69,17 +69,17 @@ class _Hypotheses(NamedTuple):
 class BeamSearch:
     """The search for one prompt.
 
-    Drive it so: run the model over the prompt and give `step` its logits as [1, V]; then, while
-    `step` returns (parents, tokens): let beam i go on from the cache of beam `parents[i]` with
-    `tokens[i]`, and give `step` the logits [num_beams, V].
+    Usage: run the model on the prompt and pass the logits [1, V] to `step`. Then, while `step`
+    returns (parents, tokens), continue beam i from the KV cache of beam `parents[i]` with
+    `tokens[i]`, and pass the logits [num_beams, V] to `step`.
 
     Args:
-        options: `num_beams` and the rest of what was asked for.
+        options: the options of the request.
         prompt_ids: int64 [n], at least one.
-        max_length: tokens of prompt and continuation together, at most
+        max_length: most tokens of prompt and continuation together
             (`GenerationOptions.total_length`).
-        is_stopped: tells whether a hypothesis (prompt and continuation, int64 [n]) ends for a
-            reason other than its end-of-sequence token or its length: a stop string.
+        is_stopped: (prompt and continuation, int64 [n]) → whether the hypothesis ends with a stop
+            string. End-of-sequence tokens and the length limit are checked here.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class BeamSearch:
         ids = np.zeros((self._num_beams, max_length), np.int64)
         ids[:, : self._length] = prompt_ids
         self._running = ids
-        # All beams are the prompt: only the first may go on, or they would all be the same.
+        # All beams are the prompt: only the first may continue, or all would stay the same.
         self._scores = np.full(self._num_beams, _OUT, np.float32)
         self._scores[0] = 0.0
         self._done = _Hypotheses(
@@ -113,10 +113,10 @@ class BeamSearch:
         )
         self._is_finished = False
         self.ends_early = False
-        """Whether `end_soon` has made the search shorter."""
+        """Whether `end_soon` shortened the search."""
 
     def step(self, logits: FloatArray) -> tuple[IntArray, IntArray] | None:
-        """Take the next tokens.
+        """Choose the next tokens.
 
         Args:
             logits: float32 [num_beams, V], a row for each beam in the order last returned; for
@@ -148,7 +148,7 @@ class BeamSearch:
         return None if self._is_finished else (parents[order], tokens[order])
 
     def end_soon(self) -> None:
-        """End with the next step, as if no hypothesis might be longer."""
+        """End with the next step, as if the length limit were reached there."""
         if self._length + 1 < self._max_length:
             self._max_length = self._length + 1
             self.ends_early = True
@@ -156,8 +156,8 @@ class BeamSearch:
     def results(self) -> list[BeamResult]:
         """The best finished hypotheses, best first: `num_return_sequences` of them.
 
-        Fewer where the options left no more ways to go on (the reference fills such places with
-        copies of the prompt, or of a hypothesis, at a score of -1e9).
+        There are fewer if the options allowed no more continuations (the reference fills such
+        places with copies of the prompt, or of a hypothesis, at a score of -1e9).
         """
         done = self._done
         new_tokens = done.length - self._prompt_length
@@ -177,7 +177,7 @@ class BeamSearch:
         usable_maximum(logits)
         log_probs = log_softmax(logits.astype(np.float32, copy=False))
         for row, ids in enumerate(self._running[: len(log_probs), : self._length]):
-            with np.errstate(over="ignore", invalid="ignore"):  # told by `_candidates`
+            with np.errstate(over="ignore", invalid="ignore"):  # `_candidates` reports it
                 for processor in self._processors:
                     log_probs[row] = processor(ids, log_probs[row])
         return log_probs
@@ -185,8 +185,8 @@ class BeamSearch:
     def _candidates(self, log_probs: FloatArray) -> tuple[FloatArray, IntArray, IntArray]:
         """The best continuations of all beams: scores, parents, tokens, best first.
 
-        There are (end-of-sequence ids + 1) for each beam, so that `num_beams` of them can go on
-        where all the end-of-sequence tokens come first.
+        There are (end-of-sequence ids + 1) for each beam, so that at least `num_beams` of them
+        continue even if every end-of-sequence candidate ranks higher.
         """
         vocab_size = log_probs.shape[1]
         count = max(2, 1 + self._eos.size) * self._num_beams
@@ -219,12 +219,12 @@ class BeamSearch:
     def _update_done(self, ids: IntArray, scores: FloatArray, hits: BoolArray) -> None:
         """Merge the candidates that just ended into the best finished hypotheses.
 
-        What has not ended has no score here, where the reference gives it -1e9: a length penalty
-        far below 0 makes real scores smaller than that. What goes on from no candidate counts
-        where it is better than the -1e9, as there.
+        Unfinished candidates get the score -inf. The reference gives them -1e9, but a strongly
+        negative length penalty makes real scores smaller than that. As in the reference, an ended
+        continuation of a beam that is no candidate counts if its score is above -1e9.
         """
         ended = hits.copy()
-        ended[self._num_beams :] = False  # the rest is there to go on with, not to be returned
+        ended[self._num_beams :] = False  # lower ranks only serve to continue beams
         new_tokens = self._length + 1 - self._prompt_length
         with np.errstate(over="ignore"):  # of non-candidates, at -1e9
             found = scores / np.float32(new_tokens**self._options.length_penalty)

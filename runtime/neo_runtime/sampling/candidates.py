@@ -1,27 +1,29 @@
 """Picks a token from only a row's best ones, where that provably gives the same token.
 
-A graph gives the K largest logits of a row, Σ exp over all of them, and the *edge*: the smallest of
-the K, which no other logit passes. `CandidatePicker.scores` answers with exactly the scores that
-the rules would leave of the whole row, or with None: then the whole row is needed. Why the same:
+A graph gives the K largest logits of a row, Σ exp over the whole row, and the *edge*: the smallest
+of the K; no other logit is larger. `CandidatePicker.scores` returns exactly the scores that the
+rules leave of the whole row, or None if that takes the whole row. Why the result is the same:
 
-- **Ties.** An engine may choose any of several equal logits for the last places. Only those above
-  the edge are *certain*: all tokens with such a logit are candidates. Nothing is decided by others.
-- **Processors** change the scores of tokens that they name. One that makes a score smaller leaves
-  every other token at or below the edge. One that may make a score larger (`raises`) is followed
-  where its tokens are candidates; otherwise None.
-- **temperature** divides every score, the edge as well. Rounding keeps order: a score above the
-  edge may become equal to it, and then no longer counts as certain.
+- **Ties.** An engine may choose any of several equal logits for the last places. A candidate above
+  the edge is *certain*: all tokens with such a logit are candidates. Only certain candidates decide
+  anything.
+- **Processors** change the scores of specific tokens. One that only lowers scores leaves every
+  other token at or below the edge. One that may raise scores (`raises`) is applied if all tokens
+  that it may raise are candidates; otherwise the result is None.
+- **temperature** divides every score, and the edge as well. Rounding keeps the order: a score above
+  the edge may become equal to it, and is then no longer certain.
 - **greedy** takes the largest score, the lowest id among equals: decided if it is certain.
-- **top_k** keeps what is at least the k-th largest. With k certain scores that one is known, and
-  all that is kept is certain. From there on the row *is* the few scores that are left, in ascending
-  order of ids, and all later rules and the draw compute on the same array as with the whole row.
+- **top_k** keeps all scores of at least the k-th largest. With k certain scores, the k-th largest
+  is known, and all scores kept are certain. From there on the row *is* the few scores left, in
+  ascending order of ids, and all later rules and the draw compute on the same array as with the
+  whole row.
 - **top_p** without top_k compares partial sums of probabilities with a limit. Only their
-  normalizer depends on the rest of the row. It is known within bounds (`_normalizer`), and the
-  number of tokens kept is decided where both bounds, widened by what float32 may round, agree.
-- **min_p** compares exponentials with that of the largest, so that the normalizer cancels but for
-  rounding: decided where no candidate lies that near to the limit, and the edge lies below.
-- The rules that need an entropy, a draw from everything, log probabilities and beam search need
-  the whole row.
+  normalizer depends on the rest of the row. It is known within bounds (`_normalizer`); the number
+  of tokens kept is decided if both bounds, widened by float32 rounding, give the same number.
+- **min_p** compares exponentials with that of the largest score, so the normalizer cancels except
+  for rounding: decided if no candidate lies that near to the limit, and the edge lies below it.
+- Rules that need an entropy, draws without top_k, top_p or min_p, log probabilities and beam
+  search need the whole row.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ to spare. Device: float64 sum of float32 exponentials, 2^(x · log₂e) with the
 is off by |x| · 7e-8: 1.4e-6 at x = −20, and terms below that hardly count. numpy: 3 ulp, float32
 pairwise sum (30 roundings of 2⁻²⁴ = 2e-6)."""
 _ROUNDING = 1e-5
-"""Bound of what float32 rounding changes in a sum of probabilities near 1: as above."""
+"""Bound of the change that float32 rounding makes in a sum of probabilities near 1; see above."""
 
 
 class CandidatePicker:
@@ -72,7 +74,7 @@ class CandidatePicker:
     def scores(
         self, history: IntArray, found: Candidates, vocab_size: int
     ) -> tuple[IntArray, FloatArray] | None:
-        """What the rules leave of the row, or None where only the whole row tells.
+        """The scores that the rules leave of the row; None if the whole row is needed.
 
         Args:
             history: prompt and continuation, int64 [n].
@@ -80,7 +82,8 @@ class CandidatePicker:
             vocab_size: tokens of the whole row.
 
         Returns:
-            Token ids, ascending, and their scores, float32: to draw from, or (greedy) the best.
+            Token ids, ascending, and their scores, float32: those to draw from, or the best one
+            with greedy decoding.
         """
         scores = self._processed(history, found, vocab_size)
         if scores is None:
@@ -94,7 +97,7 @@ class CandidatePicker:
     def _processed(
         self, history: IntArray, found: Candidates, vocab_size: int
     ) -> FloatArray | None:
-        """The candidates' scores after the processors; None where another token may rise."""
+        """The candidates' scores after the processors; None if another token may be raised."""
         if not self._processors:
             return found.values.copy()
         for rule in self._processors:
@@ -106,7 +109,7 @@ class CandidatePicker:
         row = self._row
         row[found.ids] = found.values
         for rule in self._processors:
-            row = rule(history, row)  # of the other tokens none leaves -inf: none is raised
+            row = rule(history, row)  # no other token is raised, so all others stay at -inf
         scores: FloatArray = row[found.ids]
         row[found.ids] = -np.inf
         return scores
@@ -115,7 +118,7 @@ class CandidatePicker:
         self, history: IntArray, found: Candidates, scores: FloatArray, vocab_size: int
     ) -> tuple[IntArray, FloatArray] | None:
         ids, edge, is_whole = found.ids, found.edge, False
-        # Σ exp is that of the logits: it holds as long as nothing has changed them.
+        # Σ exp is that of the unchanged logits.
         exp_sum = None if self._processors else found.exp_sum
         for warper in self._warpers:
             if is_whole:
@@ -147,7 +150,7 @@ def _kept(
     others: int,
     exp_sum: float | None,
 ) -> FloatArray | None:
-    """The scores with -inf for what the warper removes of the whole row; None if not decided."""
+    """The scores, with -inf where the warper removes one from the whole row; None if undecided."""
     certain = np.where(scores > edge, scores, np.float32(-np.inf))
     count = int(np.count_nonzero(certain > -np.inf))
     if not count:
@@ -170,7 +173,7 @@ def _normalizer(
 ) -> tuple[float, float]:
     """Bounds of Σ exp(score − largest) over the whole row.
 
-    The other tokens add at least nothing and at most `others` times the edge's exponential.
+    The other tokens add at least 0 and at most `others` times the edge's exponential.
     """
     top = scores.max()
     known = float(np.exp(scores - top).sum(dtype=np.float64))
@@ -181,11 +184,11 @@ def _normalizer(
 
 
 def _top_p_count(ordered: FloatArray, limit: np.float32, low: float, high: float) -> int | None:
-    """How many of the whole row `TopP` keeps; None where the bounds do not decide it.
+    """How many tokens of the whole row `TopP` keeps; None if the bounds do not decide it.
 
     Args:
         ordered: the certain scores, descending.
-        limit: 1 - top_p: the i-th is kept while 1 − (sum of the probabilities before it) is above.
+        limit: 1 - top_p; a score is kept while 1 − (sum of the probabilities before it) is above.
         low: smallest possible normalizer.
         high: largest possible normalizer.
     """
@@ -193,9 +196,9 @@ def _top_p_count(ordered: FloatArray, limit: np.float32, low: float, high: float
     before = np.cumsum(exponentials) - exponentials
     is_kept = 1 - before / low > limit + _ROUNDING
     is_removed = 1 - before / high < limit - _ROUNDING
-    is_kept[0], is_removed[0] = True, False  # one at least stays
+    is_kept[0], is_removed[0] = True, False  # at least one is kept
     count = int(np.count_nonzero(is_kept))
-    # All of the kept come first, and the next one is certainly removed.
+    # The kept ones come first. The result is decided if the next one is certainly removed.
     return count if count < ordered.size and is_removed[count] else None
 
 

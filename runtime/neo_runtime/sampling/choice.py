@@ -1,4 +1,4 @@
-"""The token picked at one step, and how probable it and others were."""
+"""The token picked at one step, with log probabilities."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Choice(NamedTuple):
     token: int
     logprob: float | None
     top_logprobs: tuple[TokenLogprob, ...] | None
-    """The most probable tokens, best first (ascending ids among equals), `logprobs` of them."""
+    """The `logprobs` most probable tokens, best first (ascending ids among equals)."""
 
 
 def with_logprobs(token: int, logits: FloatArray, count: int) -> Choice:
-    """A token with its log probability by log-softmax of `logits` [V], and the `count` best."""
+    """A token with its log probability (log-softmax of `logits` [V]) and the `count` best ones."""
     top = logits.max()
     normalizer = float(top) + float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
     best: tuple[TokenLogprob, ...] = ()

@@ -1,4 +1,4 @@
-"""A caller's own rule over logits, checked at every call: the option `logits_processor`."""
+"""A caller's logits processor, whose result is checked (option `logits_processor`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CustomProcessor"]
 
 
 class CustomProcessor:
-    """A rule that may do anything, so that steps fetch all logits for it."""
+    """Wraps a caller's function. It may change any score, so each step fetches all logits."""
 
     def __init__(self, function: Processor) -> None:
         self._function = function
@@ -26,13 +26,14 @@ class CustomProcessor:
         """Apply the rule.
 
         Raises:
-            RequestError: it gave no scores, not one for each token, or NaN or +inf.
+            RequestError: the function did not return one score per token, or a score is NaN or
+                +inf.
         """
         history = ids.view()
-        history.flags.writeable = False  # it is the sequence itself
+        history.flags.writeable = False  # a view of the sequence itself
         try:
             given = self._function(history, scores)
-        except StopIteration as error:  # it would end a loop somewhere, as if all were well
+        except StopIteration as error:  # it would silently end a loop of a caller
             raise RuntimeError(f"{self._name} raised StopIteration") from error
         try:
             found = np.asarray(given)

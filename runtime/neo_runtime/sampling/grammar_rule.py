@@ -1,4 +1,4 @@
-"""The option `grammar`: only tokens with which the text can still take the form."""
+"""Constrained decoding (option `grammar`): only tokens with which the text can still match."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ __all__ = ["GrammarRule"]
 
 
 class GrammarRule:
-    """Forbids all other tokens. The beams of a search may take turns with one rule."""
+    """Forbids all tokens that the grammar does not allow. All beams of a search share one rule."""
 
     def __init__(self, grammar: Grammar, eos: Sequence[int], prompt_length: int) -> None:
-        """Begin with nothing written.
+        """Begin with an empty text.
 
         Args:
-            grammar: what is followed.
-            eos: end-of-sequence ids, allowed where the text is a whole one.
-            prompt_length: tokens that are not part of the text.
+            grammar: the compiled grammar.
+            eos: end-of-sequence ids, allowed where the text is complete.
+            prompt_length: tokens of the prompt, which is not part of the text.
         """
         self._grammar, self._prompt_length = grammar, prompt_length
         self._matcher, self._is_own = grammar.matcher(), False
         self._eos = np.array(eos, np.int64)
         self._no_text = np.array([*grammar.special_tokens, *eos], np.int64)
         self._read: list[int] = []
-        """Tokens that the matcher has."""
+        """Tokens that the matcher has consumed."""
 
     def __call__(self, ids: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Apply the rule to scores, which it may change in place.
+        """Apply the rule to scores, which it changes in place.
 
         Raises:
             RequestError: the grammar cannot be followed.
@@ -53,20 +53,22 @@ class GrammarRule:
         return scores
 
     def is_complete(self, ids: NDArray[np.int64]) -> bool:
-        """Whether the text is a whole one, and nothing may come behind it."""
+        """Whether the text is complete and cannot be continued."""
         return bool(self._ask(ids, _is_complete))
 
     def forced(self, ids: NDArray[np.int64]) -> list[int]:
-        """Tokens that come next in every text of the form; none where there is a choice."""
+        """Tokens that come next in every text that matches; empty where there is a choice."""
         tokens: list[int] = self._ask(ids, _forced)
         no_text = np.flatnonzero(np.isin(tokens, self._no_text))
         return tokens[: no_text[0]] if no_text.size else tokens
 
     def _ask(self, ids: NDArray[np.int64], question: Callable[[Any], Any]) -> Any:
-        """What a matcher says at the end of a text.
+        """The answer of the matcher at the end of a text.
+
+        If the shared matcher fails, a matcher of this rule's own is tried.
 
         Raises:
-            RequestError: it cannot, though no other text has filled its states.
+            RequestError: the matcher of its own fails as well.
         """
         found = self._asked(ids, question)
         if self._matcher.is_error() and not self._is_own:
@@ -81,9 +83,9 @@ class GrammarRule:
         return None if self._matcher.is_error() else question(self._matcher)
 
     def _follow(self, ids: NDArray[np.int64]) -> None:
-        """Bring the matcher to the end of a text: most often what it has, and one token more."""
+        """Bring the matcher to the end of a text, usually by one more token."""
         written = ids[self._prompt_length :]
-        ends = np.flatnonzero(np.isin(written, self._eos))  # of a beam that is out
+        ends = np.flatnonzero(np.isin(written, self._eos))  # a beam that has ended has one
         tokens: list[int] = written[: ends[0] if ends.size else None].tolist()
         same = len(self._read)
         if tokens[:same] != self._read:

@@ -1,11 +1,11 @@
-"""The rules that change logits before a token is picked.
+"""Logits processors: rules that change logits before a token is picked.
 
 Each rule is a small class called with one row:
 
     ids     int64 [n]      the prompt and what was generated after it
     scores  float32 [V]    changed in place where that is possible; the result is returned
 
-`rules` says which of them options ask for.
+`rules` builds the processors for given options.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class LogitsProcessor(Protocol):
 
 
 def raised_tokens(rule: LogitsProcessor, ids: IntArray) -> IntArray | None:
-    """Token ids whose scores the rule may make larger after `ids`; None: it may be any.
+    """Token ids whose scores the rule may raise after `ids`; None: any token.
 
-    A rule says so by a method `raises`; one without it counts as one that may raise any score.
+    A rule has a method `raises` for this; a rule without it may raise any score.
     """
     find = getattr(rule, "raises", None)
     return None if find is None else find(ids)
 
 
 class SequenceBias:
-    """Adds a bias to the last id of a sequence where `ids` ends with those before it.
+    """Adds a bias to the last id of a sequence where `ids` ends with the ids before it.
 
-    Thousands of sequences cost little: a step looks at those alone whose last id but one has just
-    come, and adds the biases of single ids at once.
+    Thousands of sequences cost little: a step checks only those whose last id but one was just
+    generated, and adds the biases of single ids in one operation.
     """
 
     def __init__(self, biases: Sequence[tuple[tuple[int, ...], float]]) -> None:
@@ -58,7 +58,7 @@ class SequenceBias:
         self._always: dict[int, np.float32] = {}
         """Biases of single ids."""
         self._behind: dict[int, list[tuple[IntArray, int, np.float32]]] = {}
-        """By the last id of those before: these, the id that gets the bias, and the bias."""
+        """Last id but one → [(all ids but the last, the last id, its bias)]."""
         for ids, bias in sorted(biases, key=lambda item: len(item[0])):
             if len(ids) == 1:
                 before = self._always.get(ids[0], np.float32(0))
@@ -76,10 +76,10 @@ class SequenceBias:
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         found: dict[int, np.float32] = {}
         for prefix, token, bias in self._behind.get(int(ids[-1]), ()) if ids.size else ():
-            if np.array_equal(ids[ids.size - prefix.size :], prefix):  # no, where ids are fewer
+            if np.array_equal(ids[ids.size - prefix.size :], prefix):  # False if ids are fewer
                 before = found.get(token, self._always.get(token, np.float32(0)))
                 found[token] = before + bias
-        # A bias is added once, whatever it is the sum of.
+        # Biases are summed first and then added once, as rounding depends on the order.
         sums = {token: scores[token] + bias for token, bias in found.items()}
         scores[self._tokens] += self._totals
         for token, score in sums.items():
@@ -99,13 +99,13 @@ class RepetitionPenalty:
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         seen = scores[ids]
-        # A token that comes twice is written twice with the same value.
+        # A token that occurs twice is written twice with the same value.
         scores[ids] = np.where(seen < 0, seen * self._penalty, seen / self._penalty)
         return scores
 
 
 class NoRepeatNGram:
-    """Forbids each token that would complete an n-gram that `ids` already hold."""
+    """Forbids each token that would complete an n-gram already in `ids`."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -144,14 +144,14 @@ class MinLength:
 
 
 class ForcedEos:
-    """Leaves only `eos` for the last token that the length limit allows."""
+    """Allows only `eos` as the last token before the length limit."""
 
     def __init__(self, max_length: int, eos: Sequence[int]) -> None:
         self._max_length = max_length
         self._eos = np.array(eos, np.int64)
 
     def raises(self, ids: IntArray) -> IntArray | None:
-        """See `raised_tokens`: in the last step the forced ones pass every other."""
+        """See `raised_tokens`: any token in the last step, as the forced ones outrank all."""
         return None if ids.size == self._max_length - 1 else _NONE
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
@@ -162,7 +162,7 @@ class ForcedEos:
 
 
 class RemoveInvalidValues:
-    """NaN becomes 0, infinities become the largest numbers of float32."""
+    """Replaces NaN by 0 and infinities by the largest float32 numbers."""
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         np.nan_to_num(scores, copy=False, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
@@ -210,7 +210,7 @@ class SuppressTokens:
 
 
 class CountPenalty:
-    """logit -= frequency · count + presence · (count > 0), counts over the generated tokens.
+    """logit -= frequency · count + presence · (count > 0), counted over the generated tokens.
 
     The formula of OpenAI's API reference, "Frequency and presence penalties".
     """
@@ -256,6 +256,6 @@ class Renormalize:
 
 
 def _inside(tokens: IntArray, scores: FloatArray) -> IntArray:
-    """Those of `tokens` that the vocabulary has: an end-of-sequence id may lie outside."""
+    """The `tokens` within the vocabulary; an end-of-sequence id may lie outside."""
     inside: IntArray = tokens[tokens < scores.shape[0]]
     return inside

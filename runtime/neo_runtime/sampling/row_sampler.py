@@ -3,7 +3,7 @@
 A draw takes exactly one float64 u from the row's own generator (PCG64, whose stream numpy keeps
 across versions) and inverts the cumulative distribution of the candidates, in ascending order of
 their ids: the token is the first whose cumulative weight is above u · total. `Generator.choice`
-and `multinomial` promise no stable results across numpy versions; this does what it says.
+and `multinomial` are not used, since their results may change between numpy versions.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ __all__ = ["RowSampler"]
 
 
 _LEAVE_ONE_ALLOWED = (GrammarRule, CountPenalty, MinLength, RepetitionPenalty)
-"""Rules beside which the only text token that a grammar allows is what is chosen."""
+"""Processors beside which a token is certainly chosen if it is the only one a grammar allows."""
 
 
 class RowSampler:
-    """One sequence: what was said so far, and how the next token is picked.
+    """One sequence: its tokens so far, and the choice of the next one.
 
     Args:
-        options: what was asked for.
+        options: the options of the request.
         prompt_ids: int64 [n], at least one.
         generator: the row's own; see `row_generator`. Greedy decoding draws nothing from it.
-        max_length: tokens of prompt and continuation together, at most
+        max_length: most tokens of prompt and continuation together
             (`GenerationOptions.total_length`).
     """
 
@@ -72,22 +72,22 @@ class RowSampler:
 
     @property
     def ids(self) -> IntArray:
-        """Prompt and continuation, int64 [n]: a view that the next pick makes stale."""
+        """Prompt and continuation, int64 [n]: a view without the tokens of later picks."""
         return self._history[: self._length]
 
     @property
     def is_complete(self) -> bool:
-        """Whether the grammar that was asked for lets nothing come behind the continuation."""
+        """Whether there is a grammar and it allows no further text."""
         return self._grammar is not None and self._grammar.is_complete(self.ids)
 
     def forced(self) -> list[int]:
-        """Tokens that `pick` would choose next whatever the logits are; may be none of them."""
+        """Tokens that `pick` would choose next whatever the logits are; may be empty."""
         if self._grammar is None or not self._may_force:
             return []
         return self._grammar.forced(self.ids)
 
     def take(self, token: int) -> Choice:
-        """Append a token of `forced`, as `pick` would: with a draw for it, where it draws."""
+        """Append a token of `forced`. When sampling, consume one random draw, as `pick` would."""
         if self._do_sample:
             self._generator.random()
         self._append(token)
@@ -97,12 +97,12 @@ class RowSampler:
         """Choose the next token and append it to the history.
 
         Args:
-            row: the model's scores after the last token: not changed, and fetched only if the
-                candidates do not decide.
+            row: the logits after the last token; not changed, and fetched only if the candidates do
+                not decide.
 
         Raises:
             VerificationError: the logits hold NaN or +inf.
-            RequestError: the options forbid every token, or take scores out of float32.
+            RequestError: the options forbid every token, or make scores overflow float32.
         """
         best = self._pick_candidate(row)
         if best is not None:
@@ -111,13 +111,13 @@ class RowSampler:
         logits = scores = row.full()
         if self._processors or self._warpers:
             scores = logits.astype(np.float32)
-            with np.errstate(over="ignore", invalid="ignore"):  # told below
+            with np.errstate(over="ignore", invalid="ignore"):  # reported below
                 for processor in self._processors:
                     scores = processor(self.ids, scores)
         try:
             token = self._draw(scores) if self._do_sample else _greedy(scores)
         except VerificationError as error:
-            usable_maximum(logits)  # whether it is the model's
+            usable_maximum(logits)  # raises if the model's logits are the cause
             raise overflowed() from error
         choice = Choice(token, None, None)
         if self._logprobs is not None:
@@ -126,7 +126,7 @@ class RowSampler:
         return choice
 
     def _pick_candidate(self, row: RowLogits) -> int | None:
-        """The token that `pick` gets from all logits; None where it needs them."""
+        """The token that `pick` would choose from all logits; None if it needs them."""
         found = row.candidates if self._logprobs is None else None
         left = found and self._picker.scores(self.ids, found, row.vocab_size)
         if not left:
@@ -147,7 +147,7 @@ class RowSampler:
         return place if candidates is None else int(candidates[place])
 
     def _place(self, scores: FloatArray) -> int:
-        """Where in `scores` the draw falls."""
+        """Index in `scores` of the token drawn."""
         weights: NDArray[np.float64] = scores.astype(np.float64)
         cumulative = np.cumsum(np.exp(weights - weights.max()))
         target = self._generator.random() * cumulative[-1]
@@ -159,7 +159,7 @@ class RowSampler:
 
 
 def _greedy(scores: FloatArray) -> int:
-    token = int(scores.argmax())  # of a NaN, if there is one
+    token = int(scores.argmax())  # index of a NaN, if there is one
     if not np.isfinite(scores[token]):
         usable_maximum(scores)
     return token

@@ -1,11 +1,11 @@
-"""Which rules options ask for, in the order of Hugging Face `generate`.
+"""Builds the logits processors for given options, in the order of Hugging Face `generate`.
 
 Order (`GenerationMixin._get_logits_processor`, transformers 5): sequence_bias,
 repetition_penalty, no_repeat_ngram_size, bad_words_ids, min_length / min_new_tokens,
 forced_eos_token_id, remove_invalid_values, exponential_decay_length_penalty, suppress_tokens,
-begin_suppress_tokens; then what `generate` does not know, where it puts the processors that its
-caller adds: presence and frequency penalty, logit_bias, logits_processor, grammar; then `warpers`;
-then renormalize_logits.
+begin_suppress_tokens. Then, where `generate` puts custom processors, those that it does not have:
+presence and frequency penalty, logit_bias, logits_processor, grammar. Then `warpers`; then
+renormalize_logits.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ __all__ = ["build_processors"]
 def build_processors(
     options: GenerationOptions, prompt_length: int, max_length: int
 ) -> list[LogitsProcessor]:
-    """The rules that `options` ask for, in order, without the warpers and the renormalization.
+    """The processors for `options`, in order, without warpers and renormalization.
 
     Args:
-        options: what was asked for; its `active_eos` are the end-of-sequence ids.
+        options: the options; `active_eos` are the end-of-sequence ids.
         prompt_length: tokens of the prompt.
-        max_length: tokens of prompt and continuation together, at most.
+        max_length: most tokens of prompt and continuation together.
     """
     eos = options.active_eos
     rules: list[LogitsProcessor] = []
@@ -54,7 +54,7 @@ def build_processors(
         rules.append(RepetitionPenalty(options.repetition_penalty))
     if options.no_repeat_ngram_size > 0:
         rules.append(NoRepeatNGram(options.no_repeat_ngram_size))
-    # As in `generate`: a bad word that is end-of-sequence itself is ignored.
+    # As in `generate`: a bad word that is an end-of-sequence token is ignored.
     bad_words = [ids for ids in options.bad_words_ids if len(ids) > 1 or ids[0] not in eos]
     if bad_words:
         rules.append(SequenceBias([(ids, -np.inf) for ids in dict.fromkeys(bad_words)]))

@@ -1,4 +1,4 @@
-"""The scores of a row: their types, their softmax, and whether a token can be chosen from them."""
+"""Scores of a row: types, log-softmax, and the check that a token can be chosen."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def log_softmax(scores: FloatArray) -> FloatArray:
 
 
 def usable_maximum(scores: FloatArray) -> float:
-    """The largest of `scores`, after making sure that a token can be chosen.
+    """The largest of `scores`, if a token can be chosen from them.
 
     Raises:
-        VerificationError: NaN or +inf among the scores.
-        RequestError: all are -inf.
+        VerificationError: a score is NaN or +inf.
+        RequestError: all scores are -inf.
     """
     top = float(scores.max())
     if np.isnan(top) or top == np.inf:
@@ -45,7 +45,7 @@ def usable_maximum(scores: FloatArray) -> float:
 
 
 def overflowed() -> RequestError:
-    """For finite logits that the options' rules have made infinite, or NaN."""
+    """The error for finite logits that the options turned into infinity or NaN."""
     return RequestError(
         "the options take scores beyond float32; use smaller numbers for logit_bias, "
         "sequence_bias, presence_penalty, frequency_penalty, repetition_penalty, "

@@ -10,10 +10,10 @@ __all__ = ["check_seeds", "row_generator"]
 
 
 def check_seeds(seed: int | tuple[int, ...] | None, prompts: int) -> None:
-    """Refuse a seed for each of some prompts where there are more of them, or fewer.
+    """Check that a sequence of seeds has one entry for each prompt.
 
     Raises:
-        RequestError: there are.
+        RequestError: the numbers differ.
     """
     if isinstance(seed, tuple) and len(seed) != prompts:
         raise RequestError(
@@ -32,8 +32,8 @@ def row_generator(
 
     Args:
         seed: the option `seed`; a sequence has one seed per prompt, None is fresh entropy.
-        prompt_index: place of the prompt in the batch.
-        sequence_index: which of its `num_return_sequences` this is.
+        prompt_index: index of the prompt in the request.
+        sequence_index: index of the sequence among the prompt's `num_return_sequences`.
     """
     if isinstance(seed, tuple):
         seed = seed[prompt_index]

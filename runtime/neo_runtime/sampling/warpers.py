@@ -1,13 +1,13 @@
-"""The rules that shape the distribution that a token is drawn from, in the order of `generate`.
+"""Logits warpers: rules that shape the distribution to draw from, in the order of `generate`.
 
 temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff (transformers 5). They
-look at the scores only, so that what an earlier one removed may be taken out of the row before
-the next one: the result is the same, and 50 scores cost less than 50 257.
+use only the scores, so tokens that one rule removed are taken out of the row before the next rule:
+the result is the same, and 50 scores cost less than 50 257.
 
-A rule that needs the largest scores in order sorts a few of them, and more only until they cover
-the mass that was asked for. Masses are summed as the reference does (float32 probabilities,
-float64 sum, compared in float32), so that a limit that is met exactly is met here as well. Among
-equal scores at the edge of top_p the higher ids stay: a stable sort, where torch promises none.
+A rule that needs the largest scores in order sorts a few of them, and then more until they cover
+the required probability mass. Masses are summed as in the reference (float32 probabilities, float64
+sum, compared in float32), so a mass exactly at the limit gives the same result. Among equal scores
+at the edge of top_p, the higher ids stay: the sort is stable, which torch does not promise.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Temperature:
     def __init__(self, temperature: float) -> None:
         self._temperature = np.float32(temperature)
         self._largest = _LARGEST * min(temperature, 1.0)
-        """Of a score that does not become infinite."""
+        """Largest score whose quotient is finite."""
 
     def __call__(self, ids: IntArray, scores: FloatArray) -> FloatArray:
         highest = scores.max()
@@ -51,7 +51,7 @@ class Temperature:
 
 
 class TopK:
-    """Removes what is smaller than the k-th largest score (ties with it stay)."""
+    """Removes scores below the k-th largest (ties with it stay)."""
 
     def __init__(self, top_k: int) -> None:
         self.top_k = top_k
@@ -65,9 +65,9 @@ class TopK:
 
 
 class TopP:
-    """Keeps the fewest largest scores whose probabilities reach `top_p`, one at least.
+    """Keeps the fewest largest scores whose probabilities sum to `top_p`, at least one.
 
-    The reference removes, from the smallest score up, while the sum is at most 1 - top_p.
+    The reference removes scores from the smallest up, while their sum is at most 1 - top_p.
     """
 
     def __init__(self, top_p: float) -> None:
@@ -89,7 +89,7 @@ class TopP:
 
 
 class MinP:
-    """Removes what has less than `min_p` times the largest probability."""
+    """Removes tokens with less than `min_p` times the largest probability."""
 
     def __init__(self, min_p: float) -> None:
         self.min_p = np.float32(min_p)
@@ -100,7 +100,7 @@ class MinP:
 
 
 class TypicalP:
-    """Keeps the scores nearest to the entropy whose probabilities reach `mass`."""
+    """Keeps the scores nearest to the entropy until their probabilities sum to `mass`."""
 
     def __init__(self, mass: float) -> None:
         self._mass = np.float32(mass)
@@ -115,11 +115,11 @@ class TypicalP:
             last = int(np.count_nonzero(sums < self._mass))
             if last < order.size:
                 return _remove(scores, distance > distance[order[last]])
-        return scores  # the mass is reached by all of them together, up to rounding
+        return scores  # up to rounding, only all of them together reach the mass
 
 
 class EpsilonCutoff:
-    """Removes what has a probability below `epsilon`, but not the largest."""
+    """Removes probabilities below `epsilon`, but not the largest."""
 
     def __init__(self, epsilon: float) -> None:
         self._epsilon = np.float32(epsilon)
@@ -144,7 +144,7 @@ class EtaCutoff:
 
 
 def build_warpers(options: GenerationOptions) -> list[LogitsProcessor]:
-    """The warpers that `options` ask for, in order; none without `do_sample`."""
+    """The warpers for `options`, in order; none without `do_sample`."""
     warpers: list[LogitsProcessor] = []
     if not options.do_sample:
         return warpers
@@ -201,7 +201,7 @@ def _smallest(values: FloatArray) -> Iterator[IntArray]:
 
 
 def keep_largest(scores: FloatArray, kept: FloatArray) -> FloatArray:
-    """Set all but the `kept` scores (descending) to -inf, in place; of equals the last stay."""
+    """Set all but the `kept` scores (descending) to -inf, in place; of equals the last are kept."""
     edge = kept[-1]
     ties = int(np.count_nonzero(kept == edge))
     removed = scores <= edge
@@ -210,6 +210,6 @@ def keep_largest(scores: FloatArray, kept: FloatArray) -> FloatArray:
 
 
 def _remove(scores: FloatArray, removed: NDArray[np.bool_]) -> FloatArray:
-    """Set what is `removed` to -inf, in place."""
+    """Set the scores marked in `removed` to -inf, in place."""
     np.copyto(scores, -np.inf, where=removed)
     return scores
