@@ -1,4 +1,4 @@
-"""What generation options must agree on: with each other, and with a model's vocabulary."""
+"""Consistency of generation options, with each other and with a model's vocabulary."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["check_vocabulary", "refuse_contradictions"]
 
 
 def refuse_contradictions(options: GenerationOptions) -> None:
-    """Refuse options that cannot go together.
+    """Refuse options that contradict each other.
 
     Raises:
-        RequestError: names them.
+        RequestError: the message names them.
     """
     if options.num_beams > 1 and options.do_sample:
         raise RequestError(
@@ -58,7 +58,7 @@ def refuse_contradictions(options: GenerationOptions) -> None:
             "forced_eos_token_id would cut a text that has not the form of the grammar; leave one "
             "of them out"
         )
-    # Without an eos_token_id it is the model's, and this is asked again with that.
+    # If eos_token_id is None, the model's own is set later, and this check runs again.
     is_known = options.eos_token_id is not None or options.ignore_eos
     is_endless = is_known and not options.active_eos
     if options.grammar is not None and options.num_beams > 1 and is_endless:
@@ -71,10 +71,10 @@ def refuse_contradictions(options: GenerationOptions) -> None:
 def check_vocabulary(options: GenerationOptions, vocab_size: int) -> None:
     """Refuse token ids that the model does not have.
 
-    End-of-sequence ids are not checked: one that is never generated harms nothing.
+    End-of-sequence ids are not checked: one that is never generated does no harm.
 
     Raises:
-        RequestError: names the option and the id.
+        RequestError: the message names the option and the id.
     """
     used: dict[str, list[int]] = {
         "logit_bias": list(options.logit_bias),

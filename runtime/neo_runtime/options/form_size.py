@@ -1,7 +1,8 @@
-"""How long the regular expressions of a grammar are, before a library compiles them.
+"""Limits the length of the regular expressions of a grammar before a library compiles them.
 
-Compiling takes time and memory by the square of that: 10,000 characters a few seconds and 0.8 GB,
-four times as many a minute and gigabytes (llguidance 1.9, whose limits come too late).
+Time and memory of compiling grow with the square of the length: 10,000 characters take a few
+seconds and 0.8 GB, four times as many a minute and gigabytes (llguidance 1.9, whose own limits
+apply too late).
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 __all__ = ["MOST_OF_EXPRESSIONS", "check_lark", "parse_schema"]
 
 MOST_OF_EXPRESSIONS = 10_000
-"""Characters of the regular expressions of one grammar together."""
+"""Most characters of all regular expressions of one grammar together."""
 
-# No pattern goes back (possessive quantifiers): it is the client's text, which may be of any kind.
+# Possessive quantifiers: no pattern may backtrack, as clients can send any text.
 _DEFINITION = re.compile(r"^[ \t]*+[?!]?([A-Za-z_][\w-]*+)[^\n:\"/]*+:(?!:)", re.MULTILINE)
 _PART = re.compile(
     r"""(?P<string>"(?:\\.|[^"\\\n])*+"?)"""
@@ -29,10 +30,10 @@ _PART = re.compile(
 
 
 def parse_schema(text: str) -> Any:
-    """A JSON schema.
+    """Parse a JSON schema and check the length of its patterns.
 
     Raises:
-        ValueError: it is no JSON, or its regular expressions are too long.
+        ValueError: the text is not JSON, or its regular expressions are too long.
     """
     size = 0
 
@@ -49,14 +50,14 @@ def parse_schema(text: str) -> Any:
 
 
 def check_lark(text: str) -> str:
-    """The text of a Lark grammar, as it is.
+    """Check the length of the expressions of a Lark grammar, and return its text unchanged.
 
-    What counts is each terminal (in capitals) with those that it names written out, so that a few
-    lines, each of which names the one before twice, are as long as what they stand for; and the
-    regular expressions of rules.
+    The length is that of each terminal (in capitals) with the terminals that it names expanded,
+    plus the regular expressions of rules. Expansion matters because a few lines, each naming the
+    line before twice, stand for a very long expression.
 
     Raises:
-        ValueError: they are too long.
+        ValueError: the expressions are too long, or terminals name each other in a cycle.
     """
     size = 0
     own: Counter[str] = Counter()
@@ -70,7 +71,7 @@ def check_lark(text: str) -> str:
                 part["name"] for part in parts if part["name"] and part["name"].isupper()
             )
             own[this[1]] += sum(len(part[0]) for part in parts if part["string"] or part["regex"])
-        elif "%" in body:  # a grammar within
+        elif "%" in body:  # a nested grammar
             size += len(body)
         else:
             size += sum(len(part["regex"]) for part in parts if part["regex"])

@@ -1,11 +1,11 @@
 """Which entries of a Hugging Face `generation_config.json` are honoured, and which are refused.
 
 The file holds the settings of the model's authors, so silently ignoring an entry would change the
-model's text. Every entry is one of three: an option of this runtime, an entry that
-cannot change the text (a cache's kind, what `generate` returns …), or an error that names it.
+model's text. Every entry is one of three: an option of this runtime, an entry that cannot change
+the text (the kind of cache, what `generate` returns …), or an error that names it.
 Names and neutral values: transformers 5, `GenerationConfig` and `_get_default_generation_params`.
 
-What a request gives by itself is taken out before: a file with one bad entry serves every request
+Entries that a request replaces are not checked: a file with one bad entry serves every request
 that replaces it.
 """
 
@@ -58,7 +58,7 @@ _IRRELEVANT = frozenset(
         "return_legacy_cache",
         "transformers_version",
         "use_cache",
-        # Read only where an assistant model is given, which a file cannot do.
+        # Read only with an assistant model, which a file cannot give.
         "assistant_confidence_threshold",
         "assistant_ensemble_weight",
         "assistant_lookbehind",
@@ -71,7 +71,7 @@ _IRRELEVANT = frozenset(
     }
 )
 
-# Not supported; with one of these values (or null) the entry changes nothing.
+# Not supported; an entry with one of these values (or null) has no effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (),
     "constraints": ([],),
@@ -91,12 +91,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (),
 }
 
-# Of those, what only sampling reads.
+# Entries of `_NEUTRAL` that only sampling reads.
 _OF_SAMPLING = frozenset({"top_h"})
 
 
 def file_error(problem: str, *names: str) -> GenerationConfigError:
-    """An error that says where the value comes from, and how to do without it.
+    """An error that names the file, and says how a request can replace the value.
 
     Args:
         problem: what was found and what was expected.
@@ -112,9 +112,9 @@ def file_error(problem: str, *names: str) -> GenerationConfigError:
 
 
 def foreign_entries(overrides: Mapping[str, Any], config: Mapping[str, Any]) -> set[str]:
-    """Names in a request that are no options here and switch off what the file says.
+    """Names in a request that are not options here, given to drop an entry of the file.
 
-    `max_time=None` does, as in transformers, and so does any other neutral value.
+    Their value is None, as in `max_time=None` (also accepted by transformers), or neutral.
     """
     return {
         name
@@ -139,9 +139,9 @@ def supported_entries(
         config: the parsed file.
         options: names of the runtime's options.
         aliases: other names for some of them.
-        replaced: names that the request gives by itself.
-        samples: whether the request draws its tokens.
-        warn: is told of entries that are left out because nothing reads them.
+        replaced: names that the request gives itself.
+        samples: whether the request samples.
+        warn: called with a message about each entry ignored because the request does not read it.
 
     Raises:
         GenerationConfigError: an entry that is not supported has a value that changes the result,
@@ -175,13 +175,13 @@ def usable_entries(
     model_max_length: int | None,
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The entries with what depends on the model in the form that it has for this bundle.
+    """The entries, with end-of-sequence ids and length limits adapted to this bundle.
 
     Args:
         entries: by the options' names.
-        eos_token_id: the model's own, for a file that names none.
-        model_max_length: positions that the bundle has: a longer limit of the file is lowered.
-        warn: is told of what was changed, unless it is a `max_length`.
+        eos_token_id: the model's own ids, for a file that has none.
+        model_max_length: positions of the bundle; a higher limit in the file is lowered to it.
+        warn: called with a message about each change, except of `max_length`.
     """
     usable = dict(entries)
     if "eos_token_id" not in usable and eos_token_id:
@@ -208,17 +208,17 @@ def checked_entries(
     unread: Callable[[str], str | None],
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The entries in the form that options have.
+    """The entries, validated.
 
     Args:
         entries: by the options' names.
-        checks: of each option.
-        unread: says why a request does not read an option, None where it does. A bad value is
-            then left out, as in transformers, where it may be read by another request.
-        warn: is told of what is left out.
+        checks: the check of each option.
+        unread: option → why the request does not read it; None if it does. An invalid value of an
+            unread option is ignored, as in transformers: another request may replace it.
+        warn: called with a message about each value that is ignored.
 
     Raises:
-        GenerationConfigError: a value that is read is out of range.
+        GenerationConfigError: a value that the request reads is invalid.
     """
     checked: dict[str, Any] = {}
     for name, value in entries.items():

@@ -1,6 +1,6 @@
-"""Forms that text must have: JSON schemas, regular expressions, choices, grammars.
+"""Constrained decoding: JSON schemas, regular expressions, choices and context-free grammars.
 
-Compiled and followed by llguidance, which the extra `grammar` installs.
+They are compiled and matched by llguidance, which the extra `grammar` installs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["Grammar", "GrammarCompiler", "as_grammar", "why"]
 
 _SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-"""How JSON is written where the schema does not say: a model that may write spaces without end
-does. `x-guidance` of the schema takes precedence."""
+"""The default whitespace of generated JSON: a model that is allowed endless spaces writes them.
+`x-guidance` in the schema takes precedence."""
 _MOST_CHARACTERS = 100_000
-"""Of a source."""
+"""Most characters of a source."""
 _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 200_000,
     "max_grammar_size": 20_000,
@@ -33,13 +33,13 @@ _LIMITS: dict[str, Any] = {
     "step_max_items": 5_000,
     "verbose_errors": False,
 }
-"""A tenth of the library's own, or less: a step must not hold up everybody else. Enough for schemas
-of hundreds of properties and thousands of values."""
+"""A tenth of the library's defaults, or less: one request's step must not delay all others. Enough
+for schemas with hundreds of properties and thousands of values."""
 _SAID = 200
-"""Characters of the library's words, from their beginning and from their end."""
+"""Characters to quote from the beginning and from the end of the library's messages."""
 
 _of_parents: list[Any] = []
-"""Matchers that a forked child must not free."""
+"""Matchers of the parent process, kept here because a forked child must not free them."""
 _END: dict[str, Any] = {
     "content": "\ue000end\ue000",
     "single_word": False,
@@ -48,44 +48,44 @@ _END: dict[str, Any] = {
     "normalized": False,
     "special": True,
 }
-"""What stands for the end of a text in a `tokenizer.json`."""
+"""The entry of a `tokenizer.json` for an artificial end-of-text token."""
 
 
 class Grammar:
-    """A form that continuations must have: the option `grammar`. Threads may share it.
+    """A compiled grammar that continuations must match: the value of the option `grammar`.
 
-    Made by `Model.grammar`.
+    Made by `Model.grammar`. Several threads may use one at once.
     """
 
     def __init__(self, compiler: GrammarCompiler, source: str, matcher: Any) -> None:
-        """Take a source as the library compiles it, and what came of it, which is only copied."""
+        """Take the source, in the library's syntax, and its compiled matcher, only to be copied."""
         self._compiler, self._source = compiler, source
         self._compiled = os.getpid(), matcher
 
     def check(self, compiler: GrammarCompiler | None) -> None:
-        """Refuse what another model's compiler has made.
+        """Check that the grammar was made by this compiler.
 
         Raises:
-            RequestError: it has.
+            RequestError: it belongs to another model.
         """
         if compiler is not self._compiler:
             raise RequestError("the grammar is another model's; make one with this one's grammar")
 
     def matcher(self) -> Any:
-        """An `LLMatcher` for one sequence, of which nothing was written yet."""
+        """A new `LLMatcher` for one sequence."""
         process, matcher = self._compiled
         if process != os.getpid():
-            # Copies share a lock, which another thread may have held when this child was forked
-            # off; to free what it locks would wait for it as well.
+            # Copies share a lock, which another thread may have held at the fork. Freeing a copy
+            # would wait for that lock too, so the parent's matcher is kept.
             _of_parents.append(matcher)
             matcher = self._renewed()
         return matcher.deep_copy()
 
     def own_matcher(self) -> Any:
-        """One that shares nothing, for a text for which the others' table is full.
+        """A new `LLMatcher` that shares no state, for use when the shared table is full.
 
-        Copies share a table of states. It grows by the texts that are followed, up to a limit.
-        Later ones share another.
+        Copies share a table of states, which grows with the texts matched, up to a limit. Copies
+        made after this call share a new table.
         """
         self._renewed()
         return self._compiler.compiled(self._source)
@@ -97,11 +97,11 @@ class Grammar:
 
     @property
     def special_tokens(self) -> tuple[int, ...]:
-        """Tokens that are no text, whatever a form allows."""
+        """Special tokens, which are not text; a grammar never allows them."""
         return self._compiler.special_tokens
 
     def __deepcopy__(self, _: dict[int, Any]) -> Self:
-        """Itself: nothing of it changes."""
+        """The object itself, as it is immutable."""
         return self
 
     def __reduce__(self) -> NoReturn:
@@ -113,15 +113,15 @@ class GrammarCompiler:
     """Compiles grammars for the tokens of one model."""
 
     def __init__(self, tokenizer: str, vocab_size: int) -> None:
-        """Prepare; a tokenizer of 50,000 tokens takes a quarter of a second.
+        """Prepare the tokenizer; one of 50,000 tokens takes a quarter of a second.
 
         Args:
-            tokenizer: of the model, as `tokenizer.json` has it.
-            vocab_size: tokens that the model has.
+            tokenizer: contents of the model's `tokenizer.json`.
+            vocab_size: size of the model's vocabulary.
 
         Raises:
             DependencyError: llguidance is missing.
-            RequestError: it is a tokenizer of another kind.
+            RequestError: the tokenizer is not byte-level BPE.
         """
         try:
             import llguidance
@@ -142,8 +142,8 @@ class GrammarCompiler:
 
     def _read(self, tokenizer: dict[str, Any], vocab_size: int) -> None:
         end = 1 + max(tokenizer["model"]["vocab"].values())
-        # Text is text: what looks like a special token is written with other tokens. And the end
-        # is a token of its own here, as a request may end with any.
+        # Special tokens are left out: text that looks like one is written with ordinary tokens.
+        # The end of text is an artificial token, as a request may set any end-of-sequence ids.
         added = tokenizer.get("added_tokens") or []
         self.special_tokens = (end, *(each["id"] for each in added if each["special"]))
         text = json.dumps(tokenizer | {"added_tokens": [_END | {"id": end}]})
@@ -166,7 +166,7 @@ class GrammarCompiler:
             raise RequestError(f"{name} cannot be used: {error}") from error
         matcher = self.compiled(source)
         if not matcher.is_error():
-            matcher.compute_bitmask()  # the dearest one of a grammar that is too much
+            matcher.compute_bitmask()  # the most expensive one, if the grammar exceeds the limits
         if matcher.is_error():
             raise RequestError(f"{name} cannot be used: {why(matcher)}")
         return Grammar(self, source, matcher)
@@ -176,13 +176,13 @@ class GrammarCompiler:
         return self._library.LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
 
     def _source(self, name: str, value: Any) -> str:
-        """What the library compiles."""
+        """The grammar in the form that the library compiles."""
         make = self._library.LLMatcher
         if name == "choices":
             quoted = [json.dumps(text) for text in _checked(name, strings(name, value))]
             if not quoted:
                 raise ValueError("there are none")
-            # A terminal (in capitals): a rule may have 2000 alternatives.
+            # A terminal (in capitals), since a rule may have only 2000 alternatives.
             return str(make.grammar_from_lark("start: TEXT\nTEXT: " + " | ".join(quoted)))
         if name == "json_schema":
             text = value if isinstance(value, str) else _as_json(value)
@@ -198,13 +198,13 @@ class GrammarCompiler:
 
 
 def why(matcher: Any) -> str:
-    """What went wrong with an `LLMatcher`, in one line, without all of the source."""
+    """The error of an `LLMatcher` in one line, shortened as it may quote the whole source."""
     said = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
     return said if len(said) <= 2 * _SAID else f"{said[:_SAID]} … {said[-_SAID:]}"
 
 
 def as_grammar(name: str, value: Any) -> Grammar | None:
-    """None, or what `Model.grammar` gave."""
+    """The check of the option `grammar`: None, or a result of `Model.grammar`."""
     if value is None or isinstance(value, Grammar):
         return value
     raise RequestError(f"{name} is {value!r}, expected what Model.grammar(…) gives")
@@ -218,7 +218,7 @@ def _as_json(value: Any) -> str:
 
 
 def _object(value: Any) -> dict[Any, Any]:
-    """Any mapping as the object that it stands for."""
+    """Any mapping as a JSON object."""
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
