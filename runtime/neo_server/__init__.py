@@ -7,27 +7,27 @@
 
 Its parts; each imports only itself and those above it:
 
-errors         what a client is told
-log_lines      what the operator is told
-forms          the form that text must have
-asked          a request's JSON, read and checked
-encoding       its prompts as token ids
-logprobs       log probabilities as the interface writes them
+errors         error responses
+log_lines      format of the log
+forms          constrained decoding in requests: schemas, regular expressions, grammars
+asked          parsing and validation of a request's JSON
+encoding       token ids of a request's prompts
+logprobs       log probabilities in OpenAI's format
 answers        completions as JSON: whole, and as events of a stream
-metrics        what is counted for Prometheus
-follow         a request from its first byte to its last: its id, its line in the log
-bodies         the bodies of requests, read
-limits         how much is taken at once
-one_thread     what takes long, one piece at a time
+metrics        metrics for Prometheus
+follow         middleware for each request: its id, its line in the log
+bodies         reading of request bodies
+limits         limits on sizes and numbers of requests
+one_thread     long work, one piece at a time in one thread
 scoring        log probabilities of prompts
-work           who is let in, and one request while it is computed
+work           admission of requests, and one request while it is computed
 service        requests that share one scheduler
-streaming      events while they are computed
-app            paths, keys, and who has gone
-connections    clients that do not write, or do not read
+streaming      whole answers, and server-sent events
+app            routes, API keys, and disconnected clients
+connections    clients that stop sending or reading
 listening      a socket, and uvicorn on it
 command        `neo-serve`
-entry          where the command begins
+entry          entry point of the command
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["DONE", "ChoiceWriter", "Echo", "Frame", "Usage", "event"]
 
 DONE = "data: [DONE]\n\n"
-"""What ends a stream."""
+"""The last event of a stream."""
 
 _Json = dict[str, Any]
 
@@ -35,16 +35,16 @@ def event(content: Mapping[str, Any]) -> str:
 
 @dataclass
 class Usage:
-    """Tokens of a request: each prompt once, and all that was generated."""
+    """Tokens of a request: each prompt counted once, and all generated tokens."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int | None = None
-    """Of the prompts' tokens those that the prefix cache had; None where there is none."""
+    """Prompt tokens found in the prefix cache; None if there is no prefix cache."""
 
     @property
     def json(self) -> _Json:
-        """As the interface has it."""
+        """In OpenAI's format."""
         told: _Json = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -57,7 +57,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Frame:
-    """What an answer says beside its choices; the same in all events of a stream."""
+    """The fields of an answer except its choices; the same in all events of a stream."""
 
     model: str
     fingerprint: str
@@ -79,19 +79,19 @@ class Frame:
 
 @dataclass(frozen=True)
 class Echo:
-    """A prompt that is repeated before its continuation."""
+    """A prompt repeated before its continuation (option `echo`)."""
 
     text: str
     first_token: int
     scores: list[Choice] | None
-    """Of the other tokens, where log probabilities were asked for."""
+    """Scores of all tokens after the first, if log probabilities were requested."""
 
 
 class ChoiceWriter:
     """Writes one choice: `begin`, a `piece` at a time, `end`; or `whole`."""
 
     def __init__(self, index: int, asked: Asked, tokenizer: Tokenizer) -> None:
-        """Nothing is written yet; `index` is the choice's place in the answer."""
+        """Begin with nothing written; `index` is that of the choice in the answer."""
         self._index = index
         self._writer = None
         if asked.logprobs is not None:
@@ -99,7 +99,7 @@ class ChoiceWriter:
         self._told = 0
 
     def whole(self, echo: Echo | None, completion: Completion | None) -> _Json:
-        """All of a choice; without a completion only the prompt was asked for."""
+        """A whole choice; without a completion, only the prompt."""
         begun = self.begin(echo)
         ended = self.end(completion)
         text = begun["text"] + (completion.text or "" if completion is not None else "")
@@ -109,7 +109,7 @@ class ChoiceWriter:
         return ended | {"text": text, "logprobs": logprobs}
 
     def begin(self, echo: Echo | None) -> _Json:
-        """The prompt, or nothing."""
+        """The beginning of a choice: the prompt if it is echoed, or empty text."""
         if echo is None:
             return self._choice("", ())
         begun = self._choice(echo.text, ())
@@ -118,15 +118,15 @@ class ChoiceWriter:
         return begun
 
     def piece(self, piece: Piece) -> _Json:
-        """Text as it comes."""
+        """One piece of generated text."""
         self._told += len(piece.choices)
         return self._choice(piece, piece.choices)
 
     def end(self, completion: Completion | None) -> _Json:
-        """Tokens behind the last piece, and why it ended.
+        """The end of a choice: tokens after the last piece, and the finish reason.
 
         Raises:
-            ApiError: the scheduler was closed before its end.
+            ApiError: the scheduler was closed before the completion was finished.
         """
         if completion is None:
             return self._choice("", (), "length")

@@ -1,4 +1,4 @@
-"""The application: paths, keys, sizes, errors as JSON, and clients that have gone."""
+"""The ASGI application: routes, API keys, errors as JSON, and disconnected clients."""
 
 from __future__ import annotations
 
@@ -59,19 +59,20 @@ def create_app(
 ) -> Starlette:
     """Make an ASGI application that serves OpenAI's text completions.
 
-    `POST /v1/completions`, `GET /v1/models`, `GET /v1/models/{name}`, `GET /health`,
-    `GET /livez`, `GET /version` and `GET /metrics`. The graphs are loaded and the cache is
-    allocated when the server starts the application (its lifespan), so in the process that serves;
-    both are freed when it ends.
+    It serves `POST /v1/completions`, `GET /v1/models`, `GET /v1/models/{name}`, `GET /health`,
+    `GET /livez`, `GET /version` and `GET /metrics`. The graphs are loaded and the KV cache is
+    allocated when the server starts the application (its lifespan), in the process that serves;
+    the cache is freed when the lifespan ends.
 
     Args:
         model: must stay open while the application runs.
-        name: what clients call the model; by default the name of the bundle's folder.
-        api_keys: clients of `/v1` must send one of these as a bearer token; none: everybody may.
-        limits: how much is taken at once.
+        name: the model's name for clients; by default the name of the bundle's folder.
+        api_keys: requests to `/v1` need one of these as a bearer token; if empty, no key is needed.
+        limits: limits on sizes and numbers of requests; by default those of `Limits`.
 
     Raises:
-        RequestError: the bundle has no tokenizer, or its generation_config.json cannot be honoured.
+        RequestError: the bundle has no tokenizer, its generation_config.json cannot be honoured, or
+            `name` is empty.
     """
     service = Service(model, model.name if name is None else name, limits or Limits())
 
@@ -95,10 +96,10 @@ def application(
     """See `create_app`; without `lifespan` the caller starts and closes the service.
 
     Args:
-        service: what answers.
+        service: computes the answers.
         api_keys: as for `create_app`.
         lifespan: starts and closes the service.
-        bodies: reads the bodies of requests, where the caller is to end that early.
+        bodies: reads request bodies; given by a caller that may have to end this early.
     """
     handlers = _Handlers(service, bodies or Bodies(service.limits.max_body_bytes))
     guarded = _guard(api_keys)
@@ -124,7 +125,7 @@ def application(
 
 
 class _Handlers:
-    """What is done for each path."""
+    """The handler of each route."""
 
     def __init__(self, service: Service, bodies: Bodies) -> None:
         self._service, self._bodies = service, bodies
@@ -136,7 +137,7 @@ class _Handlers:
             return await self._completions(request)
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
-        except asyncio.CancelledError:  # when the server's patience is at its end
+        except asyncio.CancelledError:  # the server's time to shut down is over
             return _error_response(shutting_down())
         except Exception as error:
             return _error_response(api_error(error))
@@ -149,7 +150,7 @@ class _Handlers:
         try:
             await _unless_gone(request, work.in_time(service.begin(work)))
             if work.asked.stream:
-                return EventStream(work, one)  # which ends it
+                return EventStream(work, one)  # calls `work.end`
             answer = await _unless_gone(request, work.in_time(whole_answer(work)))
         except BaseException:
             work.end()
@@ -158,18 +159,18 @@ class _Handlers:
         return Response(answer, media_type="application/json")
 
     async def models(self, _: Request) -> Response:
-        """The list of the one model."""
+        """The list of models, which has one entry."""
         return _json_response({"object": "list", "data": [self._model]})
 
     async def model(self, request: Request) -> Response:
-        """The one model, by its name."""
+        """The model, if the name is right."""
         name = request.path_params["name"]
         if name != self._service.name:
             raise unknown_model(name, self._service.name)
         return _json_response(self._model)
 
     async def unknown(self, request: Request) -> Response:
-        """What OpenAI has and this has not."""
+        """404 for paths of OpenAI's API that are not served here."""
         raise ApiError(
             404,
             f"{request.method} {request.url.path} is not served: GPT-Neo continues text, with "
@@ -177,20 +178,20 @@ class _Handlers:
         )
 
     async def alive(self, _: Request) -> Response:
-        """200 while the process answers, also while it loads or ends."""
+        """200 while the process answers, including while it starts or shuts down."""
         return _json_response({"status": "ok"})
 
     async def version(self, _: Request) -> Response:
-        """Of the package."""
+        """The version of the package."""
         return _json_response({"version": neo_runtime.__version__})
 
     async def health(self, _: Request) -> Response:
-        """200 while requests are taken, and others may be sent."""
+        """200 while new requests are welcome; 503 before the start and while shutting down."""
         is_ready = self._service.is_ready and not self._service.is_leaving
         return _json_response({"status": "ok" if is_ready else "ending"}, 200 if is_ready else 503)
 
     async def metrics(self, _: Request) -> Response:
-        """For Prometheus."""
+        """Metrics in Prometheus's text format."""
         return Response(self._service.metrics.text(), media_type=_METRICS_FORMAT)
 
     @property
@@ -234,10 +235,10 @@ def _parsed(body: bytearray) -> Asked:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """The result of `work`, which is cancelled where nobody waits for it any more.
+    """The result of `work`, which is cancelled if the client disconnects.
 
     Raises:
-        ClientDisconnect: the client has gone.
+        ClientDisconnect: the client has disconnected.
     """
     working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
@@ -271,5 +272,5 @@ def _error_response(error: ApiError) -> Response:
 def _json_response(
     content: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    # In ASCII: a client's unpaired surrogate, which an error quotes, has no UTF-8.
+    # ASCII only: an error may quote a client's unpaired surrogate, which UTF-8 cannot encode.
     return Response(json.dumps(content), status, headers, media_type="application/json")

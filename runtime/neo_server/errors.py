@@ -1,4 +1,4 @@
-"""What a client is told when it cannot be served: OpenAI's form of an error, and its status."""
+"""Error responses: OpenAI's JSON format of an error, and its HTTP status."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ __all__ = [
 ]
 
 CLIENT_GONE = 499
-"""nginx's status for it; nobody reads the answer, but it is logged and counted."""
+"""nginx's status for a client that disconnected; it is never read, but logged and counted."""
 _LOG = logging.getLogger("neo_server")
 _LONGEST = 1000
-"""Characters of a message, which may quote what a client sent."""
+"""Most characters of a message, which may quote what a client sent."""
 _RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
-"""Options by the names that requests have for them."""
+"""Options whose names differ in requests: name of the option → field of the request."""
 _SAID = _RENAMED | {"set do_sample=False": "set temperature to 0"}
 _OPTIONS = {field.name for field in fields(GenerationOptions)}
 _OPTIONS |= {"bad_words", *_RENAMED.values()}
 
 
 class ApiError(Exception):
-    """An answer with an error's status."""
+    """An error that is returned to the client."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
-        """Make it.
+        """Make an error; a long message is shortened.
 
         Args:
-            status: of HTTP.
+            status: HTTP status.
             message: what was found, what was expected, what to do.
             param: the field of the request that is wrong.
-            code: for programs, where the interface has one.
+            code: OpenAI's code for programs, if there is one.
         """
         super().__init__(message if len(message) <= _LONGEST else f"{message[: _LONGEST - 1]}…")
         self.status = status
@@ -53,7 +53,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON object of the answer."""
+        """The JSON object of the response."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {
             "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
@@ -61,35 +61,35 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Those that the status calls for."""
+        """The headers that the status requires."""
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
         return {"Retry-After": "1"} if self.status == 503 else {}
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:
-    """An error of the client's."""
+    """The request is invalid (400)."""
     return ApiError(400, message, param=param)
 
 
 def unknown_model(asked: str, served: str) -> ApiError:
-    """Another model than the one that is here."""
+    """The request names another model than the one served (404)."""
     message = f"the model {asked!r} is not here; this server has {served!r}"
     return ApiError(404, message, param="model", code="model_not_found")
 
 
 def overloaded(message: str) -> ApiError:
-    """No room now; clients may try again."""
+    """There is no room now; clients may try again (503)."""
     return ApiError(503, message, code="overloaded")
 
 
 def shutting_down() -> ApiError:
-    """What was begun is not finished any more."""
+    """The request is not finished because the server is shutting down (503)."""
     return overloaded("the server is shutting down; try again")
 
 
 def too_late(seconds: float) -> ApiError:
-    """It took longer than a request may."""
+    """The request took longer than `Limits.request_seconds` (504)."""
     return ApiError(
         504,
         f"the request took longer than the {seconds:g} s that this server gives; ask for fewer "
@@ -99,7 +99,7 @@ def too_late(seconds: float) -> ApiError:
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What a client is told of an error; whatever is not the client's is logged."""
+    """The response for an error; errors that are not the client's fault are logged."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError) and not isinstance(error, GenerationConfigError):
@@ -109,7 +109,7 @@ def api_error(error: BaseException) -> ApiError:
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
         param = message.partition(" ")[0].partition("=")[0]  # messages begin with an option's name
         return ApiError(400, message, code=code, param=param if param in _OPTIONS else None)
-    if isinstance(error, MemoryError):  # CacheLimitError and DeviceMemoryError are such
+    if isinstance(error, MemoryError):  # includes CacheLimitError and DeviceMemoryError
         _LOG.warning("no memory for a request: %s", error)
         return overloaded("there is no memory for this request now; try again later")
     _LOG.error("a request failed", exc_info=error)

@@ -1,4 +1,4 @@
-"""Every request from its first byte to its last: its id, its line in the log, its counts."""
+"""Middleware that follows each request to its end: its id, its line in the log, its metrics."""
 
 from __future__ import annotations
 
@@ -25,33 +25,34 @@ _ACCESS = logging.getLogger("neo_server.access")
 _KEY = "neo_server.followed"
 _HEADER = "X-Request-Id"
 _USABLE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
-"""What may stand in a line of the log and in a header."""
+"""Request ids that are safe in a line of the log and in a header."""
 _QUIET = {"/health", "/livez", "/metrics"}
-"""Asked every few seconds: only failures are logged."""
+"""Polled every few seconds, so only failures are logged."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Followed:
-    """What is known of a request."""
+    """What the log and the metrics report about a request."""
 
     id: str
-    """The client's `X-Request-Id`, or one of our own."""
+    """The client's `X-Request-Id`, or a generated one."""
     method: str
     path: str
     client: str
     status: int | None = None
-    """Of the answer; for a stream that failed, what its last event said. None: not yet known."""
+    """Status of the answer; for a failed stream, that of the error in its last event. None: not yet
+    known."""
     usage: Usage | None = None
     begun: float = field(default_factory=time.monotonic)
 
     @property
     def seconds(self) -> float:
-        """Since its first byte, or so."""
+        """Seconds since the application received the request."""
         return time.monotonic() - self.begun
 
     @property
     def line(self) -> str:
-        """For the log."""
+        """The line in the log."""
         said = f'{self.client} "{self.method} {self.path}" {self.status} {self.seconds:.3f} s'
         if self.usage is not None:
             prompt, generated = self.usage.prompt_tokens, self.usage.completion_tokens
@@ -60,7 +61,7 @@ class Followed:
 
     @property
     def facts(self) -> dict[str, object]:
-        """The same for programs."""
+        """The contents of `line` as fields, for structured logs."""
         usage = {} if self.usage is None else self.usage.json
         return {
             "request_id": self.id,
@@ -74,7 +75,7 @@ class Followed:
 
 
 def followed(request: Request) -> Followed:
-    """What is known of a request that came through `Follow`."""
+    """The `Followed` of a request that passed through `Follow`."""
     found: Followed = request.scope[_KEY]
     return found
 
@@ -93,8 +94,8 @@ class Follow:
 
         Args:
             app: the application.
-            is_leaving: whether clients shall come back on another connection.
-            done: called once for each request, whatever became of it.
+            is_leaving: whether to close connections, so that clients reconnect elsewhere.
+            done: called once for each request, successful or not.
         """
         self._app, self._is_leaving, self._done = app, is_leaving, done
 
@@ -131,8 +132,8 @@ def _begun(scope: Scope) -> Followed:
     return Followed(
         id=given if _USABLE_ID.fullmatch(given) else uuid.uuid4().hex,
         method=scope["method"],
-        # As it came, so that nothing of it can break the line; without the query, which may hold
-        # what is nobody's business.
+        # The raw path, still percent-encoded, cannot break the line. The query is left out, as it
+        # may hold secrets.
         path=scope.get("raw_path", scope["path"].encode()).decode("latin-1"),
         client="-" if client is None else f"{client[0]}:{client[1]}",
     )

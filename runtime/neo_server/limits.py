@@ -1,4 +1,4 @@
-"""How much a server takes at once."""
+"""Limits on sizes and numbers of requests."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ __all__ = ["Limits"]
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much is taken at once."""
+    """Limits of a server."""
 
     max_batch_size: int | None = None
-    """Sequences that are computed together; None: what suits the machine."""
+    """Most sequences computed together; None: as suits the machine."""
     max_length: int | None = None
-    """Tokens of a prompt and its continuation; None: the model's positions."""
+    """Most tokens of a prompt and its continuation together; None: the model's positions."""
     max_queue: int = 256
-    """Sequences that are in the house, computed or waiting; more are refused with status 503."""
+    """Most sequences being computed or waiting; requests beyond it are refused with status 503."""
     max_sequences: int | None = None
-    """Continuations of one request; None: half of `max_queue`, so that no request fills it."""
+    """Most sequences of one request; None: half of `max_queue`, so that no request fills it."""
     request_seconds: float | None = None
-    """From a request's arrival to the end of its answer; None: as long as it takes."""
+    """Most seconds from the arrival of a request to the end of its answer; None: no limit."""
     prefix_cache_bytes: int = 0
-    """Memory for what requests began with, so that others compute only the rest."""
+    """Bytes of the prefix cache, with which requests reuse the beginnings of earlier prompts; 0:
+    none."""
     max_body_bytes: int = 4 * 2**20
-    """Of a request."""
+    """Most bytes of a request's body."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no size."""
+        """Validate the values."""
         for name in ("max_batch_size", "max_length", "max_sequences"):
             count(1, optional=True)(name, getattr(self, name))
         number(above=0, optional=True)("request_seconds", self.request_seconds)
@@ -39,5 +40,5 @@ class Limits:
 
     @property
     def most_sequences(self) -> int:
-        """That one request may ask for."""
+        """Most sequences of one request."""
         return min(self.max_queue, self.max_sequences or max(1, self.max_queue // 2))

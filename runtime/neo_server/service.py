@@ -1,4 +1,4 @@
-"""Requests that share one scheduler: what is computed for each."""
+"""Computes requests, which share one scheduler."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ __all__ = ["Service"]
 _LOG = logging.getLogger("neo_server")
 _COMPLETIONS = "/v1/completions"
 _WORTH_SHARING = 64
-"""Tokens of a prompt from which on several continuations share what is computed of it."""
+"""A prompt of more tokens than this is computed once for all of its continuations."""
 
 
 class Service(Closable):
     """A model, and the scheduler that its requests share. Called from one event loop."""
 
     def __init__(self, model: Model, name: str, limits: Limits) -> None:
-        """Check what would fail at every request; nothing is allocated before `start`.
+        """Check for problems that every request would have; nothing is allocated before `start`.
 
         Raises:
             RequestError: the bundle has no tokenizer, its generation_config.json cannot be
@@ -66,7 +66,7 @@ class Service(Closable):
         if not name:
             raise RequestError("the model's name is empty; expected what clients are to call it")
         self.model, self.name, self.limits = model, name, limits
-        for temperature in (0, 1):  # what requests use of the bundle's generation_config.json
+        for temperature in (0, 1):  # check generation_config.json for greedy and sampling requests
             self._options(read_request({"prompt": "x", "temperature": temperature}))
         self.max_length = limits.max_length or model.manifest.max_length
         self.tokenizer = model.tokenizer
@@ -74,7 +74,7 @@ class Service(Closable):
         self.metrics = Metrics()
         self._watch()
         self.is_leaving = False
-        """Set before the end: requests are taken, and others should be sent elsewhere."""
+        """Set before shutdown: requests are still accepted, but new ones should go elsewhere."""
         self._scheduler: Scheduler | None = None
         self.room = Room(limits.max_queue, lambda: getattr(self._scheduler, "unfinished", 0))
         self._sharing = Lock()
@@ -83,7 +83,7 @@ class Service(Closable):
         self._scorer: PromptScorer | None = None
 
     def _watch(self) -> None:
-        """Let the metrics ask for what is known here."""
+        """Register the metrics whose values are read from here."""
         metrics, manifest = self.metrics, self.model.manifest
         metrics.watch("neo_sequences_waiting", "Sequences that wait", lambda: self._waiting)
         metrics.watch("neo_sequences_active", "Sequences being computed", lambda: self._active)
@@ -115,7 +115,7 @@ class Service(Closable):
         Raises:
             CacheLimitError: there is no room for it.
         """
-        # Room for one more sequence stays: for log probabilities of prompts, and what is shared.
+        # Leave room for one more sequence: for log probabilities of prompts, and shared prompts.
         with self.model.new_cache(1, self.max_length):
             self._scheduler = Scheduler(
                 self.model,
@@ -140,7 +140,7 @@ class Service(Closable):
             )
 
     def close(self) -> None:
-        """Free the cache; what is not finished ends."""
+        """Free the cache; unfinished requests end."""
         scheduler, self._scheduler = self._scheduler, None
         if scheduler is not None:
             scheduler.close(cancel=True)
@@ -150,24 +150,25 @@ class Service(Closable):
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         return self._scheduler is not None
 
     def check_started(self) -> None:
-        """Raises ApiError where nobody has started the service."""
+        """Raise ApiError if the service was not started."""
         if self._scorer is None:
             raise ApiError(500, "the application was not started: the server must run its lifespan")
 
     def answered(self, request: Followed) -> None:
-        """A request has come to its end."""
+        """Count a request that has ended."""
         if request.method == "POST" and request.path.endswith(_COMPLETIONS):
             self.metrics.answered(request.status or 500, request.seconds)
 
     def open(self, asked: Asked, request: Followed) -> Work:
-        """Let a request in.
+        """Admit a request.
 
         Raises:
-            ApiError: another model's, too many sequences, or no room for them now.
+            ApiError: it names another model, has too many sequences, or there is no room for them
+                now.
         """
         if asked.model is not None and asked.model != self.name:
             raise unknown_model(asked.model, self.name)
@@ -199,7 +200,7 @@ class Service(Closable):
         """Start computing.
 
         Raises:
-            RequestError: a prompt or an option that cannot be honoured.
+            RequestError: a prompt or an option cannot be honoured.
         """
         grammar = None
         if (form := work.asked.form) is not None:
@@ -208,7 +209,7 @@ class Service(Closable):
         await asyncio.to_thread(self._submit, work, grammar)
 
     def _submit(self, work: Work, grammar: Grammar | None) -> None:
-        """In another thread: to check and to tokenize may take a while."""
+        """Validate, tokenize and submit; runs in a worker thread, as this may take a while."""
         asked, scheduler = work.asked, self._scheduler
         if scheduler is None:
             raise shutting_down()
@@ -234,7 +235,7 @@ class Service(Closable):
         options["max_new_tokens"] = max(asked.max_tokens, 1)
         options["logprobs"] = asked.logprobs
         if asked.best_of > asked.n and asked.logprobs is None:
-            options["logprobs"] = 0  # by which the best are chosen
+            options["logprobs"] = 0  # the best are chosen by them
         if grammar is not None:
             options["grammar"] = grammar
             # The bundle's own would cut the form, and is nothing that the client asked for.
@@ -247,14 +248,15 @@ class Service(Closable):
 
     @contextmanager
     def _shared(self, ids: NDArray[np.int64], asked: Asked) -> Iterator[Prefix | None]:
-        """All of a prompt but its last token, computed once for several continuations.
+        """A prefix of all tokens of a prompt but the last, shared by its continuations.
 
-        One at a time, as it takes memory until the last of them has begun; others do without. A
-        prefix cache that has room for the prompt does the same.
+        None if it is not worth it, if there is no room, if another prompt is being shared (one at a
+        time, as it takes memory until its last continuation has begun), or if the prefix cache has
+        room for the prompt and so has the same effect.
         """
         prefix = None
         is_worth_it = asked.best_of > 1 and len(ids) > _WORTH_SHARING
-        # Where memory is limited, what is left is for the prompts that are scored.
+        # With a limit on cache memory, the rest is reserved for log probabilities of prompts.
         has_room = self.model.cache_bytes_left is None
         is_kept = len(ids) * position_bytes(self.model.manifest) <= self.limits.prefix_cache_bytes
         if is_worth_it and has_room and not is_kept and self._sharing.acquire(blocking=False):
@@ -272,7 +274,7 @@ class Service(Closable):
 
     @property
     def described(self) -> str:
-        """What is taken at once, in a line."""
+        """The limits, in one line."""
         size = self.model.cache_bytes(self.batch, self.max_length) / 1e6
         limits = self.limits
         more = "" if limits.request_seconds is None else f", each for {limits.request_seconds:g} s"
@@ -284,7 +286,7 @@ class Service(Closable):
 
     @property
     def batch(self) -> int:
-        """Sequences that are computed together; 0 before the start and behind the end."""
+        """Most sequences computed together; 0 before `start` and after `close`."""
         return self._scheduler.max_batch_size if self._scheduler is not None else 0
 
     @property

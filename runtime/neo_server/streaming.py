@@ -1,4 +1,4 @@
-"""The answer to a request that was begun: whole, or as events while it is computed."""
+"""The answer to a request: whole, or as server-sent events while it is computed."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _Item = TypeVar("_Item")
 
 _LOG = logging.getLogger("neo_server")
 _LAST_SECONDS = 1.0
-"""For the last event of a stream that is cut."""
+"""Seconds to send the last event of a stream that is cut off by shutdown."""
 
 
 async def whole_answer(work: Work) -> bytes:
-    """Wait for all choices; the answer's JSON."""
+    """Wait for all choices, and return the JSON of the answer."""
     echoes = await work.echoes()
     completions = await asyncio.gather(*(asyncio.wrap_future(one) for one in work.pending))
     for completion in completions:
@@ -43,7 +43,7 @@ async def whole_answer(work: Work) -> bytes:
 
 
 def _written(work: Work, echoes: Sequence[Echo | None], completions: Sequence[Completion]) -> bytes:
-    """In another thread, as log probabilities of many tokens take a while to write."""
+    """The JSON; made in a worker thread, as log probabilities of many tokens take a while."""
     asked = work.asked
     choices: list[dict[str, Any]] = []
     for index, echo in enumerate(echoes):
@@ -56,7 +56,10 @@ def _written(work: Work, echoes: Sequence[Echo | None], completions: Sequence[Co
 
 
 def _best(completions: Sequence[Completion], n: int) -> list[Completion]:
-    """Those with the highest log probability per token first, where some are left out."""
+    """The `n` completions with the highest log probability per token, best first.
+
+    With no more than `n`, all of them in their order.
+    """
     if len(completions) <= n:
         return list(completions)
     return sorted(completions, key=_mean_logprob, reverse=True)[:n]
@@ -68,10 +71,10 @@ def _mean_logprob(completion: Completion) -> float:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; ends the work also where the client goes before the first of them."""
+    """Server-sent events. Ends the work even if the client disconnects before the first event."""
 
     def __init__(self, work: Work, request: Followed) -> None:
-        """Send what `work` computes; `request` learns what became of it."""
+        """Send the results of `work`, and record the final status in `request`."""
         super().__init__(
             _events(work, request),
             media_type="text/event-stream",
@@ -85,7 +88,7 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
             if not self._work.is_told:
                 self._request.status = CLIENT_GONE
-        except asyncio.CancelledError:  # when the server's patience is at its end
+        except asyncio.CancelledError:  # the server's time to shut down is over
             _LOG.warning("a stream was cut: the server is shutting down")
             error = shutting_down()
             self._request.status = error.status
@@ -114,7 +117,7 @@ async def _events(work: Work, request: Followed) -> AsyncGenerator[str]:
         work.is_told = True
         yield DONE
     except Exception as error:
-        # The status has been sent; clients take this as an error.
+        # The status line has been sent; clients recognize an error by this event.
         told = api_error(error)
         request.status, work.is_told = told.status, True
         yield event(told.body)
@@ -137,7 +140,7 @@ async def _sequence(
 
 
 async def _merged(sources: Sequence[AsyncIterator[_Item]], work: Work) -> AsyncGenerator[_Item]:
-    """The items of several iterators, as they come in time; an error of one ends all."""
+    """The items of several iterators, in order of arrival; an error of one ends all."""
     items: asyncio.Queue[_Item | Exception | None] = asyncio.Queue()
 
     async def read(source: AsyncIterator[_Item]) -> None:

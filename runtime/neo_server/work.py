@@ -1,4 +1,4 @@
-"""Who is let in, and one request while it is computed."""
+"""Admission of requests, and the state of one request while it is computed."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ _Result = TypeVar("_Result")
 
 
 class Room:
-    """For so many sequences at once."""
+    """Admission control: limits the number of sequences at once."""
 
     def __init__(self, most: int, unfinished: Callable[[], int]) -> None:
-        """Nobody is in.
+        """Begin with none.
 
         Args:
-            most: sequences.
-            unfinished: those that the scheduler still has.
+            most: most sequences at once.
+            unfinished: the number of sequences in the scheduler.
         """
         self.most = most
         self.counting = Lock()
-        """Held for moments: the event loop takes it."""
+        """Held only for moments, as the event loop takes it."""
         self._let_in = 0
-        """Sequences that have not ended."""
+        """Sequences that entered and have not left."""
         self._unfinished = unfinished
 
     def enter(self, sequences: int) -> None:
-        """Let them in, all or none.
+        """Admit all sequences of a request, or none.
 
         Raises:
             ApiError: there is no room for all of them now.
@@ -64,31 +64,34 @@ class Room:
             self._let_in += sequences
 
     def leave(self, sequences: int) -> None:
-        """They have ended."""
+        """Count sequences that have ended."""
         with self.counting:
             self._let_in -= sequences
 
     @property
     def let_in(self) -> int:
-        """Sequences that were let in and have not left."""
+        """Sequences that entered and have not left."""
         with self.counting:
             return self._let_in
 
     @property
     def inside(self) -> int:
-        """Sequences that are computed, wait, or are about to."""
+        """Sequences that are computed, wait, or are about to be submitted."""
         with self.counting:
             return self._now_inside
 
     @property
     def _now_inside(self) -> int:
-        """Those that were let in; or, if these are more, those with what was cancelled just now."""
+        """The larger of two counts: admitted sequences, and those still in the scheduler.
+
+        A cancelled sequence leaves here at once, but the scheduler only before its next step.
+        """
         return max(self._let_in, self._unfinished())
 
 
 @dataclass(eq=False, kw_only=True)
 class Work:
-    """One request while it is computed; `end` must be called, however it ends."""
+    """One request while it is computed; `end` must always be called."""
 
     asked: Asked
     frame: Frame
@@ -96,25 +99,25 @@ class Work:
     metrics: Metrics
     tokenizer: Tokenizer
     scorer: PromptScorer | None
-    """None before the service was started."""
+    """None before the service is started."""
     places: int
-    """Sequences of it that are not among `pending`; each of those leaves by itself."""
+    """Admitted sequences not yet in `pending`; those in it leave the `Room` by themselves."""
     seconds: float | None
-    """That it may take."""
+    """Most seconds it may take; None: no limit."""
     tells_cached: bool
-    """Whether the usage says how many tokens a prefix cache had."""
+    """Whether the usage includes the number of tokens found in the prefix cache."""
     prompts: list[NDArray[np.int64]] = field(default_factory=list)
     pending: list[PendingCompletion] = field(default_factory=list)
-    """`best_of` for each prompt, those of a prompt together; none where no token is asked for."""
+    """`best_of` for each prompt, those of a prompt adjacent; empty if `max_tokens` is 0."""
     usage: Usage = field(default_factory=Usage)
     deadline: float | None = None
-    """By the event loop's clock; None: it may take as long as it takes."""
+    """By the event loop's clock; None: no limit."""
     has_ended: bool = False
     is_told: bool = False
-    """The answer, or what became of it, was written to its end."""
+    """Whether the stream has delivered the whole answer or its error."""
 
     def add(self, pending: PendingCompletion) -> None:
-        """One more continuation; from a thread, beside which `end` may be called."""
+        """Add a continuation; called from a worker thread, while `end` may be called in another."""
         with self.room.counting:
             self.pending.append(pending)
             is_late = self.has_ended
@@ -127,7 +130,7 @@ class Work:
             pending.add_done_callback(lambda _: self.room.leave(1))
 
     def end(self) -> None:
-        """Cancel what is still computed, and make room."""
+        """Cancel unfinished continuations, and leave the `Room`."""
         with self.room.counting:
             if self.has_ended:
                 return
@@ -141,7 +144,7 @@ class Work:
         """Wait for something until the deadline.
 
         Raises:
-            ApiError: it came.
+            ApiError: the deadline has passed.
         """
         limit = asyncio.timeout_at(self.deadline)
         try:
@@ -153,7 +156,7 @@ class Work:
             raise too_late(self.seconds or 0) from None
 
     def _count(self, pending: Future[Completion]) -> None:
-        """In the thread that ended it."""
+        """Update the metrics; runs in the thread that ended the continuation."""
         if isinstance(pending, PendingCompletion):
             self.metrics.left(pending)
 
@@ -163,18 +166,21 @@ class Work:
         return self.pending[index * best_of : (index + 1) * best_of]
 
     def finished(self, completion: Completion) -> None:
-        """Count it."""
+        """Count the tokens of a completion."""
         self.usage.completion_tokens += len(completion.token_ids)
 
     def whole_usage(self) -> dict[str, Any]:
-        """What was used, once all continuations are done; each prompt as its first one found it."""
+        """The usage, once all continuations are done.
+
+        The cached tokens of a prompt are those of its first continuation.
+        """
         if self.tells_cached:
             first = [one.result() for one in self.pending[:: self.asked.best_of]]
             self.usage.cached_tokens = sum(one.timings.cached_prompt_tokens for one in first)
         return self.usage.json
 
     async def echoes(self) -> list[Echo | None]:
-        """What stands before the continuations of each prompt."""
+        """The echo of each prompt; None for all if the request has no `echo`."""
         asked = self.asked
         if not asked.echo:
             return [None] * len(self.prompts)
