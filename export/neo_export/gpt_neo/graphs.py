@@ -1,15 +1,15 @@
-"""The entry points, each a graph of its own over the same parameters.
+"""The entry points: separate graphs over the same parameters.
 
-They differ in the positions whose logits come out:
+They differ in the positions whose logits they return:
 
-    prefill     each row's last valid new one
-    decode      the only new one
-    score       every new one
-    selective   those that `logit_positions` names, for prompts and for scoring
+    prefill     the last valid new position of each row
+    decode      the only new position
+    score       every new position
+    selective   the positions in `logit_positions`, for prompts and for scoring
 
-For other positions prefill's last layer computes keys and values, and nothing after its attention.
-Selective chooses after the final norm: TensorRT would store the weights of a layer that takes
-fewer rows than the others twice, in the order that suits each of its profiles.
+In prefill's last layer, all other positions get keys and values, but nothing after attention.
+Selective selects only after the final norm. If one layer processed fewer rows than the others,
+TensorRT would store its weights twice, in a layout for each of its profiles.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ __all__ = ["GRAPH_NAMES", "OPSET", "build_graph", "drop_builder_notes"]
 
 GRAPH_NAMES = ("prefill", "decode", "score")
 OPSET = 18
-"""LayerNormalization came with 17; 18 is old enough for every runtime in use.
+"""LayerNormalization needs opset 17; every runtime in use supports 18.
 
-Passes may ask for more."""
+Passes may raise it."""
 IR_VERSION = 10
 _SELECTED = "logits_sequence"
 
 
 def drop_builder_notes(graph: ir.Graph) -> None:
-    """Take out what onnxscript notes at each node of who wrote it: a third of a graph's bytes."""
+    """Remove the provenance metadata that onnxscript adds to nodes: a third of a graph's bytes."""
     for node in graph:
         for key in list(node.metadata_props):
             if key == "namespace" or key.startswith("pkg.onnxscript."):
@@ -63,7 +63,7 @@ def build_graph(name: str, spec: ModelSpec) -> ir.Model:
 
 @lru_cache(maxsize=16)
 def _built(name: str, spec: ModelSpec) -> ir.Model:
-    """The graph that callers get copies of: a search for a plan exports one model many times."""
+    """The cached original that callers get copies of: a plan search exports one model many times."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
     op = GraphBuilder(graph).op
     sequence: int | str = 1 if name == "decode" else "sequence"
@@ -100,13 +100,13 @@ def _built(name: str, spec: ModelSpec) -> ir.Model:
 
 
 def _at(op: OpBuilder, positions: ir.Value) -> Select:
-    """Takes of [B, S, H] the positions [B, M]."""
+    """A function that selects the positions [B, M] from [B, S, H]."""
     indices = op.Unsqueeze(positions, [2])
     return lambda hidden: op.GatherND(hidden, indices, batch_dims=1)
 
 
 def _last_valid(op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> ir.Value:
-    """Index of each row's last new position that the mask lets through: [B, 1]."""
+    """Index of each row's last new position that is not masked: [B, 1]."""
     new = op.Shape(input_ids, start=1, end=2)
     total = op.Shape(attention_mask, start=1, end=2)
     valid = op.Slice(attention_mask, op.Sub(total, new), total, [1])

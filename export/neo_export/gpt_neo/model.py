@@ -1,8 +1,8 @@
 """GPT-Neo, written once, in standard ONNX operators: the portable graph.
 
 Read it beside `transformers/models/gpt_neo/modeling_gpt_neo.py`: modules, their order and the
-names of their parameters are the same, so a parameter's name *is* the checkpoint's. Everything
-that a target wants different is done by `neo_export.passes`, never here.
+names of their parameters are the same, so a parameter's name *is* the checkpoint's. Changes for
+a particular target are made by `neo_export.passes`, never here.
 
 Shapes: B batch, S new tokens ("sequence"), P cached tokens ("past_sequence"), T = P + S
 ("total_sequence"), H hidden size, N heads, D head size, V vocabulary.
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["WINDOW_KEY", "CausalLM", "Masks", "Select", "mark_place", "place_name"]
 
 WINDOW_KEY = "neo.window"
-"""Metadata of a mask or of a past: how many last positions its layer sees, -1 for all."""
+"""Metadata of a mask or past: how many of the last positions its layer attends to, -1 for all."""
 
 Select: TypeAlias = "Callable[[ir.Value], ir.Value]"
-"""From [B, S, H] to [B, M, H]: the positions for which more is computed."""
+"""Selects from [B, S, H] the M positions that computation goes on with: [B, M, H]."""
 
 
 def _every_position(x: ir.Value) -> ir.Value:
@@ -40,7 +40,7 @@ def _every_position(x: ir.Value) -> ir.Value:
 
 
 def place_name(layer: int | None, place: str) -> str:
-    """Name of the value that tools look at; it stays the same through every pass and target."""
+    """Name of a value that tools inspect; it is the same after every pass and for every target."""
     prefix = "transformer" if layer is None else f"transformer.h.{layer}"
     return f"{prefix}.{place}"
 
@@ -83,7 +83,7 @@ class SelfAttention(nn.Module):
     def _attend(
         self, op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value
     ) -> ir.Value:
-        # Scores are unscaled and overflow half precision: the reference, too, takes float32 here.
+        # Unscaled scores overflow half precision; the reference computes them in float32, too.
         query = op.Cast(query, to=ir.DataType.FLOAT)
         key = op.Cast(key, to=ir.DataType.FLOAT)
         scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
@@ -111,7 +111,7 @@ class SelfAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """`GPTNeoAttention`: only a level in the parameters' names."""
+    """`GPTNeoAttention`: only adds a level to the parameters' names."""
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(spec.hidden_size, spec.layer_norm_epsilon)
 
     def _masks(self, op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> Masks:
-        """Every mask at once: layers differ only in whether they have a window."""
+        """Both masks, shared by all layers: a layer has the window or it has none."""
         total = op.Shape(attention_mask, start=1, end=2)
         new = op.Shape(input_ids, start=1, end=2)
         slots = op.Range(0, op.Squeeze(total), 1)
@@ -215,7 +215,7 @@ class Transformer(nn.Module):
             self.spec.attention_layers, self.h, past_key_values, strict=True
         ):
             mask = masks.windowed if kind == "local" else masks.causal
-            # The next layer's attention reads every position; after the last one nothing does.
+            # The next layer's attention needs every position; after the last layer nothing does.
             kept = select if block is self.h[-1] else _every_position
             residual, key, value = block(op, residual, mask, past, kept)
             present.append((key, value))
@@ -223,7 +223,7 @@ class Transformer(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """`GPTNeoForCausalLM`; the head is the token table itself unless the checkpoint unties it."""
+    """`GPTNeoForCausalLM`; the head is the token embedding unless the checkpoint unties them."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -242,8 +242,8 @@ class CausalLM(nn.Module):
     ) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
         """Hidden states after the final norm [B, M, H], and the present keys and values.
 
-        `select` takes [B, S, H] and gives the M positions that are wanted, by default all: the last
-        layer computes nothing after its attention for the others.
+        `select` maps [B, S, H] to the M wanted positions [B, M, H], by default all positions. For
+        the others the last layer computes nothing after its attention.
         """
         return self.transformer(
             op,
@@ -257,8 +257,8 @@ class CausalLM(nn.Module):
     def logits(self, op: OpBuilder, hidden: ir.Value) -> ir.Value:
         """[B, M, H] → float32 [B, M, V].
 
-        Gemm reads the table as it lies ([V, H], transposed in the product), so that a tied head
-        shares its bytes with the embedding instead of being folded into a second copy.
+        Gemm reads the table as it is stored ([V, H], with transB=1), so a tied head shares its
+        bytes with the embedding. A Transpose would be constant-folded into a second copy.
         """
         table = self.transformer.wte.weight if self.lm_head is None else self.lm_head(op)
         rows = op.Reshape(hidden, [-1, self.spec.hidden_size])

@@ -1,4 +1,4 @@
-"""What GPT-Neo is made of that is not its own: PyTorch's modules, in standard ONNX operators.
+"""The generic PyTorch modules that GPT-Neo is built from, in standard ONNX operators.
 
 Shapes: B batch, S new tokens, H hidden size, V vocabulary.
 """
@@ -57,7 +57,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """`lm_head` of an untied checkpoint: gives its weight as it lies, [V, H]."""
+    """`lm_head` of an untied checkpoint: returns its weight as stored, [V, H]."""
 
     def __init__(self, rows: int, size: int) -> None:
         super().__init__()

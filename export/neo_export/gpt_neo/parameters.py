@@ -1,6 +1,7 @@
-"""GPT-Neo's parameters by the checkpoint's names: shapes, and which place a matrix reads and gives.
+"""GPT-Neo's parameters by their names in the checkpoint: shapes, each matrix's input and output.
 
-Places are the values that tools look at, as `transformer.h.{i}.PLACE` (`neo_export.gpt_neo.model`).
+Inputs and outputs are places: values that tools inspect, named `transformer.h.{i}.PLACE`
+(`neo_export.gpt_neo.model`).
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ POSITIONS = "transformer.wpe.weight"
 HEAD = "lm_head.weight"
 _PARENTS = ("transformer.", "lm_head.")
 HEAD_INPUT = "transformer.final_norm"
-"""The place that the head reads."""
+"""The place that is the head's input."""
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-"""Attention's matrices that one packed matrix may hold, one below the other in this order."""
+"""Attention's matrices that may be packed into one matrix, stacked by rows in this order."""
 
 ReadParameter = Callable[[str], NDArray[np.float32]]
-"""Name of a parameter → its values, mapped where possible."""
+"""Name of a parameter → its values, memory-mapped where possible."""
 
 _PACKED = "qkv_proj"
 _OF_LAYER = re.compile(r"(transformer\.h\.\d+)\.(.+)")
@@ -54,14 +55,14 @@ _OF_LAYER = re.compile(r"(transformer\.h\.\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class LayerMatrix:
-    """A matrix of every layer."""
+    """A weight matrix that every layer has."""
 
     module: str
-    """Its linear module, within the layer."""
+    """Name of its linear module within the layer."""
     reads: str
-    """The place that it multiplies."""
+    """The place that is its input."""
     gives: str
-    """The place that its product is, bias included."""
+    """The place that is its output, bias included."""
     has_bias: bool = True
 
     @property
@@ -81,11 +82,11 @@ LAYER_MATRICES = (
 """In the order of computation."""
 
 LAYER_INPUTS = tuple(dict.fromkeys(matrix.reads for matrix in LAYER_MATRICES))
-"""Places of a layer that matrices read, in the order of computation."""
+"""Places of a layer that are inputs of matrices, in the order of computation."""
 
 
 def full_name(name: str) -> str:
-    """The name in `GPTNeoForCausalLM` of a tensor of it, or of `GPTNeoModel` alone."""
+    """A tensor's name in `GPTNeoForCausalLM`, given that name or the one in `GPTNeoModel`."""
     return name if name.startswith(_PARENTS) else f"transformer.{name}"
 
 
@@ -121,16 +122,16 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def head_name(*, tied: bool) -> str:
-    """The matrix that gives the logits: a tied head is the embedding."""
+    """Name of the matrix that produces the logits: a tied head is the embedding."""
     return EMBEDDING if tied else HEAD
 
 
 def input_place(name: str) -> str:
-    """The place whose values a matrix is multiplied with.
+    """The place that is the input of a matrix.
 
     Args:
-        name: the checkpoint's name of a matrix, such as "transformer.h.3.mlp.c_fc.weight", or a
-            packed one's; the embedding counts as the (tied) head.
+        name: a matrix's name in the checkpoint, such as "transformer.h.3.mlp.c_fc.weight", or the
+            name of a packed matrix; the embedding counts as the (tied) head.
 
     Raises:
         ValueError: no matrix of that name multiplies activations.
@@ -151,13 +152,14 @@ def readers_of(place: str) -> tuple[str, ...]:
 
 
 def place_in_packed(name: str) -> tuple[str, int] | None:
-    """Where a projection may be stored with its siblings.
+    """Where a query, key or value projection is in the packed matrix of its layer.
 
     Args:
         name: the checkpoint's name of any matrix.
 
     Returns:
-        Name of the packed matrix, and which third of its rows; None for what is never packed.
+        Name of the packed matrix, and which third of its rows; None for a matrix that is never
+        packed.
     """
     for third, part in enumerate(PROJECTIONS):
         if f".{part}." in name:
@@ -166,7 +168,7 @@ def place_in_packed(name: str) -> tuple[str, int] | None:
 
 
 def parts_of_packed(name: str) -> tuple[str, ...]:
-    """Names of the three projections that a packed matrix holds; any other name as it is."""
+    """Names of the three projections in a packed matrix; any other name is returned unchanged."""
     if f".{_PACKED}." not in name:
         return (name,)
     return tuple(name.replace(_PACKED, part) for part in PROJECTIONS)
