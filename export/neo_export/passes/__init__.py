@@ -1,7 +1,7 @@
-"""Graph rewrites, one per file: each shows its before and after, and says when it must not fire.
+"""Graph rewrite passes, one per file: each shows before and after, and when it must not fire.
 
-A pass is a function from a model to how often it fired; it changes the model in place. Places
-that tools look at (`neo_export.gpt_neo.model.place_name`) keep their names through every pass.
+A pass is a function that changes a model in place and returns how often it fired. Places that
+tools inspect (`neo_export.gpt_neo.model.place_name`) keep their names through every pass.
 """
 
 from __future__ import annotations

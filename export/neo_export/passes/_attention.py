@@ -1,4 +1,4 @@
-"""Attention and its cache as the model writes them, for passes that replace both."""
+"""The pattern of attention and its cache as the model writes them, for passes that replace it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["AttentionRule"]
 
 
 class AttentionRule(Rule):
-    """Matches from the projections' outputs to the merged heads, the present included."""
+    """Matches from the projections' outputs to the merged heads and the present key and value."""
 
     def pattern(
         self,

@@ -1,4 +1,4 @@
-"""onnxruntime's two operators on integers that share one scale per block: a product, and rows."""
+"""onnxruntime's two operators on block-wise quantized weights: a product, and a row lookup."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def block_product(
         x: [..., in].
         stored: uint8 [out, in / block_size, bytes of a block].
         scales: [out, in / block_size].
-        bits: of a weight.
+        bits: bits of a weight.
         block_size: inputs that share a scale.
-        attributes: more of the operator's.
+        attributes: further attributes of the operator.
     """
     rows, blocks, _ = static_shape(stored)
     product: ir.Value = op.MatMulNBits(
@@ -55,10 +55,10 @@ def block_rows(
 
     Args:
         op: the builder.
-        table: the same bytes as a product's, uint8 [out, bytes of a row].
-        ids: rows, of any shape.
+        table: the same bytes as `stored` of `block_product`, uint8 [out, bytes of a row].
+        ids: indices of rows, of any shape.
         scales: [out, in / block_size].
-        bits: of a weight.
+        bits: bits of a weight.
         block_size: inputs that share a scale.
     """
     rows: ir.Value = op.GatherBlockQuantized(

@@ -1,4 +1,4 @@
-"""New nodes in a graph that is already built."""
+"""Inserts new nodes into a graph that is already built."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ __all__ = ["insert_before"]
 def insert_before(
     node: ir.Node, scope: str, build: Callable[[OpBuilder], tuple[ir.Value, ...]]
 ) -> tuple[ir.Value, ...]:
-    """Put what `build` writes before `node`; returns what `build` returns.
+    """Insert the nodes that `build` writes before `node`; returns what `build` returns.
 
-    It is written into a scratch graph first: a builder names its constants afresh, and they would
-    collide with those that are there. `scope` goes before every new name that `build` left alone.
+    They are written into a scratch graph first: each builder starts its own numbering of
+    constants, and their names would collide with existing ones. `scope` prefixes every new name
+    except those of the returned values.
     """
     graph = node.graph
     assert isinstance(graph, ir.Graph)

@@ -1,7 +1,8 @@
 """onnxscript's rewrite rules, as the passes use them.
 
-The library types `check` and `rewrite` by position, while rules name what their pattern captured;
-so the base class is untyped here, once, instead of an exception at every rule.
+The library types the parameters of `check` and `rewrite` by position, but rules take them by the
+names in their pattern. The base class is therefore `Any` here, once, which saves a type-checker
+exception at every rule.
 """
 
 from __future__ import annotations

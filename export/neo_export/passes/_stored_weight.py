@@ -1,4 +1,4 @@
-"""The three places that read a weight matrix, for passes that store it another way.
+"""The three patterns that read a weight matrix, for passes that change how it is stored.
 
 MatMul(x, Transpose(w))      a projection
 Gemm(x, table, transB=1)     the head
@@ -22,7 +22,7 @@ __all__ = ["WeightFormat", "store_weights"]
 
 
 class WeightFormat(Protocol):
-    """How a pass writes the two operations on a weight [out, in]."""
+    """How a pass rewrites the two operations on a weight [out, in]."""
 
     def product(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
         """X · weightᵀ."""
@@ -75,10 +75,10 @@ class _Embedding(_StoreWeight):
 
 
 def store_weights(model: ir.Model, weights: WeightFormat, wanted: Callable[[str], bool]) -> int:
-    """Rewrite every matrix whose name is `wanted`.
+    """Rewrite every reader of a matrix for whose name `wanted` is true.
 
     Returns:
-        How many places were rewritten.
+        How many readers were rewritten.
     """
     rules = (_Projection, _Head, _Embedding)
     return sum(apply(rule, model, weights, wanted) for rule in rules)

@@ -1,4 +1,4 @@
-"""Tensors whose data is made when it is written, so that no pass ever holds the weights."""
+"""Lazy tensors: their data is computed when it is written, so passes never hold the weights."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ __all__ = [
 ]
 
 ALIAS_KEY = "neo.alias"
-"""Metadata of an initializer that is the bytes of another one in another shape: its name."""
+"""Metadata of an initializer over the bytes of another one in another shape: the other's name."""
 
 
 def read(value: ir.Value) -> NDArray[Any]:
-    """The data of an initializer, computed or mapped now."""
+    """The data of an initializer, computed or memory-mapped by this call."""
     if value.const_value is None:
         raise ValueError(f"{value.name} has no data yet: bind the checkpoint's tensors first")
     return value.const_value.numpy()
 
 
 def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """Register `tensor` as the initializer `name`; one that is there already is returned."""
+    """Register `tensor` as the initializer `name`; if that exists already, it is returned."""
     if name in graph.initializers:
         return graph.initializers[name]
     value = ir.Value(
@@ -57,7 +57,7 @@ def add_lazy_initializer(
     dtype: ir.DataType,
     shape: tuple[int, ...],
 ) -> ir.Value:
-    """Register an initializer whose data `make` computes each time that it is asked for."""
+    """Register an initializer whose data `make` computes at every read."""
     return add_initializer(graph, name, lazy_tensor(name, make, dtype=dtype, shape=shape))
 
 
@@ -68,7 +68,7 @@ def lazy_tensor(
     dtype: ir.DataType,
     shape: tuple[int, ...],
 ) -> ir.LazyTensor:
-    """A tensor whose data `make` computes each time that it is asked for."""
+    """A tensor whose data `make` computes at every read."""
     return ir.LazyTensor(
         lambda: ir.tensor(make(), dtype=dtype, name=name),
         dtype=dtype,
@@ -88,7 +88,7 @@ def add_lazy_parts(
     Args:
         graph: where they are registered.
         parts: name → type and shape, in the order in which `make` returns them.
-        make: called when the first part is asked for; the others are kept until they are, too.
+        make: called when a part is read; the other parts are kept until they are read, too.
     """
     kept: dict[int, NDArray[Any]] = {}
 
@@ -120,7 +120,7 @@ def alias_of(value: ir.Value, name: str, shape: tuple[int, ...]) -> ir.Value:
 
 
 def logits_of(graph: ir.Graph) -> tuple[ir.Value, int]:
-    """The output of that name, [batch, rows, vocabulary], and its vocabulary."""
+    """The output "logits", [batch, rows, vocabulary], and the size of its vocabulary."""
     logits = next(value for value in graph.outputs if value.name == "logits")
     assert logits.shape is not None
     vocabulary = logits.shape[2]
@@ -137,12 +137,12 @@ def static_shape(value: ir.Value) -> tuple[int, ...]:
 
 
 def is_parameter(value: ir.Value | None) -> bool:
-    """Whether the value is an initializer of the graph (and not computed by it)."""
+    """Whether the value is an initializer of the graph, not computed by it."""
     return value is not None and value.is_initializer()
 
 
 def constant_value(value: ir.Value | None) -> float | None:
-    """The number in a scalar (or one-element) constant; None for anything else."""
+    """The number in a constant of one element; None for anything else."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     if tensor is None or tensor.size != 1:
         return None

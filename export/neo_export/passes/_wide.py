@@ -1,12 +1,12 @@
-"""What stays float32 in a half-precision graph, and the casts around it.
+"""Tensors that stay float32 ("wide") in a half-precision graph, and the casts around them.
 
     before                                   after, for wide weights {w} and no wide place
     y = Add(MatMul(x, Transpose(w)), b)      y32 = Add(MatMul(Cast(x, f32), Transpose(w)), b)
     z = Add(y, residual)                     z   = Add(Cast(y32, f16), residual)
 
-A product computes in the type of its weight. What follows computes in float32 as far as the next
-product or place (`neo_export.gpt_neo.model.place_name`), where it is narrowed unless the place is
-wide. A sum is wide where its place is, or where something wide goes into it.
+A product computes in the type of its weight. The nodes after a wide product compute in float32 up
+to the next product or place (`neo_export.gpt_neo.model.place_name`); there the value is cast to
+half precision unless the place is wide. A sum is wide if its place or one of its inputs is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["MIDDLE_PLACE", "Wide", "unify_inputs"]
 
 MIDDLE_PLACE = "middle"
-"""The residual stream between attention and MLP: no value of the graph has this name."""
+"""The residual stream between attention and MLP; no value in the graph has this name."""
 
 _FLOAT = ir.DataType.FLOAT
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -36,18 +36,18 @@ _PLACE = re.compile(
 
 @dataclass(frozen=True)
 class Wide:
-    """Tensors that stay float32; empty: none."""
+    """The tensors that stay float32; by default none."""
 
     places: frozenset[str] = frozenset()
     """Names of places."""
     weights: frozenset[str] = frozenset()
-    """The checkpoint's names of parameters: a product with one, or a norm, computes in float32."""
+    """Names of parameters in the checkpoint; a product or norm that reads one is float32."""
 
     def __bool__(self) -> bool:
         return bool(self.places or self.weights)
 
     def computes_in(self, node: ir.Node, half: ir.DataType) -> ir.DataType | None:
-        """Type that a node must compute in; None where nothing here decides it."""
+        """Type that a node must compute in; None if these tensors do not decide it."""
         if not self or node.op_type in ("Cast", "CastLike"):
             return None
         stored = [v for v in node.inputs if v is not None and v.is_initializer()]
@@ -65,7 +65,7 @@ class Wide:
         return _FLOAT if any(v.dtype == _FLOAT for v in computed) else None
 
     def narrow_places(self, graph: ir.Graph, node: ir.Node, half: ir.DataType) -> None:
-        """Cast the node's outputs that are places and need not be wide, for all that reads them."""
+        """Cast those outputs of the node that are places but not wide, for all their readers."""
         for value in list(node.outputs):
             name = value.name or ""
             if value.dtype != _FLOAT or name in self.places or not _PLACE.fullmatch(name):
@@ -81,7 +81,7 @@ class Wide:
 
 
 def unify_inputs(graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:
-    """Cast the computed floating inputs of a node that have another type than `dtype`."""
+    """Cast the computed floating-point inputs of a node to `dtype` where their type differs."""
     if node.op_type in ("Cast", "CastLike"):
         return
     for index, value in enumerate(node.inputs):
@@ -102,7 +102,7 @@ def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
 
 
 def _is_weight(value: ir.Value) -> bool:
-    """A parameter, or one that is transposed."""
+    """Whether the value is a parameter or the Transpose of one."""
     node = value.producer()
     if node is None:
         return value.is_initializer()
@@ -111,7 +111,7 @@ def _is_weight(value: ir.Value) -> bool:
 
 
 def _sums(node: ir.Node) -> Iterable[str]:
-    """Places that the result of an addition is."""
+    """Names of the places that the result of an addition stands for."""
     yield node.outputs[0].name or ""
     for value in node.inputs:
         name = value.name if value is not None else None

@@ -1,12 +1,12 @@
-"""The best tokens, found where the logits are: what sampling needs of them is then a few bytes.
+"""The best tokens, selected on the device, so that sampling copies only a few bytes.
 
     before                    after
     logits [B, 1, V]          logits, and
                               top_values [B, 1, K], top_ids [B, 1, K] = TopK(logits)
                               exp_sum [B, 1] = Σ exp(logits − the largest), in float64
 
-A row of GPT-Neo's logits is 200 kB, its candidates are 1.5 kB. What can be decided by them,
-and when the logits are fetched after all, is `neo_runtime.sampling.candidates`.
+A row of GPT-Neo's logits is 200 kB, its candidates are 1.5 kB. `neo_runtime.sampling.candidates`
+says what they suffice for, and when all logits are fetched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["CANDIDATES", "candidates"]
 
 CANDIDATES = 128
-"""Candidates a row: Hugging Face's default top_k is 50, and ties at its edge must fit as well."""
+"""Candidates per row. Hugging Face's default top_k is 50, and ties for the last rank must fit."""
 
 
 def candidates(model: ir.Model) -> int:
@@ -57,7 +57,7 @@ def _candidates(op: OpBuilder, logits: ir.Value, count: int) -> tuple[ir.Value, 
     values, ids = op.TopK(logits, [count], axis=-1, largest=1, sorted=1, _outputs=2)
     # Not ReduceMax: over 32 rows it took a GPU longer than all layers of the 1.3B shape.
     largest = op.Slice(values, [0], [1], [2])
-    # A float32 sum of 50,257 numbers could be off by 50,257 · 2⁻²⁴; top_p is decided by it.
+    # top_p depends on this sum; in float32, 50,257 numbers could be off by 50,257 · 2⁻²⁴.
     exponentials = op.Exp(op.Sub(logits, largest))
     total = op.ReduceSum(op.Cast(exponentials, to=ir.DataType.DOUBLE), [-1], keepdims=0)
     return values, ids, total

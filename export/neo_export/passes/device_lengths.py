@@ -1,17 +1,18 @@
-"""Lengths and the mask's guard for a graph that a GPU runs, and that it can replay.
+"""Sequence lengths and mask guard for a graph that a GPU runs and can replay as a CUDA graph.
 
     before (`fuse_attention`)                        after
     seqlens_k from the mask and from shapes,         seqlens_k only from the mask
     a guard that fails by an index out of bounds     a guard that makes the row's logits NaN
 
-Two things are different on a GPU. A kernel raises nothing: `Gather` reads 0 where an index is out
-of bounds. And a CUDA graph replays kernels only: a value that is compared with a shape would have
-to be copied from the host, which ends the capture. So nothing here that depends on the mask's
-values meets one that depends on shapes, in the decode graph; `total_sequence_length`, which the
-attention reads on the host, is the mask's width and needs no values. Shapes are guarded on the host
-(the node `GUARD_NODE`), values on the device: where a row's mask is not ones, then zeros, its
-logits are NaN, which the samplers refuse. The lengths that the attention gets are then still
-inside the buffers, so that it writes nowhere else.
+Two things are different on a GPU. A kernel raises no error: `Gather` reads 0 where an index is out
+of bounds. And a CUDA graph replays kernels only: shapes are values on the host, and comparing one
+with a value on the device takes a copy, which ends the capture. So the decode graph never combines
+the mask's values with shapes; `total_sequence_length`, which the attention reads on the host, is
+the mask's width and needs no values.
+
+Shapes are checked on the host (the node `GUARD_NODE`), values on the device: if a row's mask is
+not ones followed by zeros, its logits are NaN, which the samplers refuse. The lengths that the
+attention gets stay within the buffers even then, so it writes nowhere else.
 
 Must not fire where the attention was not fused.
 """
@@ -62,12 +63,12 @@ def device_lengths(model: ir.Model) -> int:
 def _lengths(
     op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """seqlens_k int32 [B], total_sequence_length int32 [], and which rows are broken, bool [B]."""
+    """seqlens_k int32 [B], total_sequence_length int32 [], and rows with a bad mask, bool [B]."""
     assert input_ids.shape is not None
     new, width = op.Shape(input_ids, start=1, end=2), op.Shape(attention_mask, start=1, end=2)
     ones = op.Cast(op.Cast(attention_mask, to=ir.DataType.BOOL), to=ir.DataType.INT64)
     lengths = op.ReduceSum(ones, [1], keepdims=0)
-    # A one after a zero: compare each slot with the one before it (the first with itself).
+    # Finds a one after a zero: compares each slot with the one before it (the first with itself).
     before = op.Concat(op.Slice(ones, [0], [1], [1]), op.Slice(ones, [0], [-1], [1]), axis=1)
     rising = op.ReduceSum(op.Cast(op.Greater(ones, before), to=ir.DataType.INT64), [1], keepdims=0)
     broken = op.Or(op.Greater(rising, [0]), op.Less(lengths, [1]))
@@ -91,14 +92,14 @@ def _lengths(
 
 
 def _poison(op: OpBuilder, hidden: ir.Value, broken: ir.Value) -> tuple[ir.Value]:
-    """Hidden states [B, M, H]; NaN in the rows that are broken."""
+    """Hidden states [B, M, H], with NaN in the broken rows."""
     nan = op.initializer(ir.tensor(np.array([np.nan], dtype=np.float32), name="nan"))
     zero = op.initializer(ir.tensor(np.array([0], dtype=np.float32), name="zero"))
     return (op.Add(hidden, op.Where(op.Unsqueeze(broken, [1, 2]), nan, zero)),)
 
 
 def _rows_of_the_head(graph: ir.Graph) -> ir.Node:
-    """The Reshape that makes rows of the hidden states, in front of the head's product."""
+    """The Reshape of the hidden states to rows, before the head's product."""
     node = logits_of(graph)[0].producer()
     for op_type, place in (("Cast", 0), ("Reshape", 0), ("Gemm", 0)):
         assert node is not None
@@ -112,7 +113,7 @@ def _rows_of_the_head(graph: ir.Graph) -> ir.Node:
 
 
 def _rename_away(graph: ir.Graph, name: str) -> None:
-    """Give what the other guard named so another name; the unused nodes are removed later."""
+    """Rename what `fuse_attention` gave this name; its unused nodes are removed later."""
     for node in graph:
         if node.name == name:
             node.name = f"replaced.{name}"

@@ -1,10 +1,10 @@
-"""Activations that are not rounded to 8 bits.
+"""Products that do not round their activations to 8 bits.
 
     before                                  after
     MatMulNBits(…, accuracy_level=4)        MatMulNBits(…)
 
-On a GPU the operator dequantizes weights in registers and multiplies in half precision whatever
-the attribute says; without it the CPU does the same, so that both compute one thing.
+On a GPU the operator ignores the attribute: it dequantizes weights in registers and multiplies in
+half precision. Without the attribute the CPU does not round activations either, so both agree.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """Half precision: weights, activations and cache become float16, scores and logits stay float32.
 
-`bfloat16` does the same with bfloat16: eight bits of float32's precision, all of its range.
+`bfloat16` does the same with bfloat16, which has 8 bits of precision and all of float32's range.
 
     before                     after
-    every float32 tensor       float16, but for what an explicit Cast to float32 feeds:
+    every float32 tensor       float16, except what is computed from an explicit Cast to float32:
                                in the standard-operator form the attention scores (the model
                                casts q and k, as the reference does), and the logits
 
-Types are carried forward from the graph's inputs: a Cast decides its own output, every other node
-computes in the type of its first floating input, and constants follow the node that reads them.
-A weight that float16 cannot hold (beyond ±65504) is an error when it is written, never clipped.
+Types are propagated forward from the graph's inputs: a Cast decides its own output, every other
+node computes in the type of its first floating-point input, and constants follow the node that
+reads them. A weight that float16 cannot hold (beyond ±65504) is an error when it is written; it is
+never clipped.
 
 `float16` keeps some tensors in float32: see `neo_export.passes._wide`.
 """
@@ -35,7 +36,7 @@ __all__ = ["bfloat16", "float16", "to_bfloat16", "to_float16"]
 
 _FLOAT = ir.DataType.FLOAT
 _STATISTICS = {"SkipLayerNormalization": (1, 2)}
-"""Outputs (mean, inverse deviation) that the operator defines as float32 in any case."""
+"""Outputs (mean, inverse standard deviation) that the operator always defines as float32."""
 
 
 def to_float16(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
@@ -72,7 +73,7 @@ def to_bfloat16(values: NDArray[np.float32], name: str) -> NDArray[Any]:
 
 
 def float16(wide: Wide) -> Pass:
-    """The pass, for all but some tensors, which stay float32."""
+    """The pass for all tensors but those in `wide`, which stay float32."""
 
     def float16(model: ir.Model) -> int:
         """Apply to the whole model; returns how many weights became float16."""
@@ -110,7 +111,7 @@ def _to_half(model: ir.Model, half: ir.DataType, wide: Wide) -> int:
 
 
 def _computes_in(node: ir.Node, half: ir.DataType) -> ir.DataType | None:
-    """Type of the node's floating outputs; None where it has no floating input."""
+    """Type of the node's floating-point outputs; None if it has no floating-point input."""
     if node.op_type == "Cast":
         return ir.DataType(node.attributes.get_int("to"))
     if node.op_type == "CastLike":
@@ -127,7 +128,7 @@ def _computes_in(node: ir.Node, half: ir.DataType) -> ir.DataType | None:
 def _halve_parameters(
     graph: ir.Graph, node: ir.Node, halves: dict[str, ir.Value], half: ir.DataType
 ) -> None:
-    """Let every float32 initializer that the node reads be its twin in half precision."""
+    """Replace every float32 initializer that the node reads by its copy in half precision."""
     for index, value in enumerate(node.inputs):
         if value is None or not value.is_initializer() or value.dtype != _FLOAT:
             continue

@@ -1,15 +1,15 @@
-"""The bias of the product before a residual sum, in the operator that adds and normalizes.
+"""Folds the bias of a product into the operator that adds the residual and normalizes.
 
     before                                          after
     y = Add(product, bias)
     SkipLayerNormalization(y, x, γ, β)              SkipLayerNormalization(product, x, γ, β, bias)
 
-onnxruntime does the same when it loads a graph, but only after `MatMul`: after the product of a
-quantized weight the sum stays a kernel of its own, two per layer and token.
+onnxruntime does the same when it loads a graph, but only after `MatMul`. After the product of a
+quantized weight, the sum would stay a kernel of its own: two per layer and token.
 
-`y` is a place that tools look at. Nothing in the graph computes it any more, so the operator keeps
-its name, and `hidden_sums` says what it is the sum of. Must not fire where something else reads
-`y`, or where the bias is computed.
+`y` is a place that tools inspect, and the graph no longer computes it. Its name is kept in the
+operator's metadata, and `hidden_sums` returns the two values that it is the sum of. Must not fire
+where something else reads `y`, or where the bias is computed.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 __all__ = ["fold_bias", "hidden_sums"]
 
 _SUM_KEY = "neo.sum"
-"""Metadata of the operator: the name of what its first input and its bias add up to."""
+"""Metadata of the operator: the name of the sum of its first input and its bias."""
 _BIAS = 4  # place among the operator's inputs
 
 
 def fold_bias(model: ir.Model) -> int:
-    """Apply to the whole model; returns how many sums went."""
+    """Apply to the whole model; returns how many additions were folded."""
     nodes = [node for node in model.graph if node.op_type == "SkipLayerNormalization"]
     return sum(_fold(node) for node in nodes if len(node.inputs) == _BIAS)
 
 
 def hidden_sums(graph: ir.Graph) -> dict[str, tuple[ir.Value, ir.Value]]:
-    """Names that the pass took out of a graph → product and bias."""
+    """Name of each value that the pass removed from a graph → product and bias."""
     found = {}
     for node in graph:
         if name := node.metadata_props.get(_SUM_KEY):

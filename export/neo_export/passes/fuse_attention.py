@@ -8,12 +8,13 @@
                        value))
 
 com.microsoft.GroupQueryAttention writes the new keys and values into the past's own buffer when
-both are bound to one address. `local_window_size` counts the current position, as GPT-Neo's
-window does. It knows only right padding, so the pass also puts a guard at the head of the graph
-(`_lengths` below): a mask that the operator cannot honour fails there, by an index out of bounds
-in the node named `attention_mask_must_be_right_padded`; it never gives a wrong answer.
+past and present are bound to one address. `local_window_size` counts the current position, as
+GPT-Neo's window does. The operator supports only right padding, so the pass also inserts a guard
+at the start of the graph (`_lengths` below): a mask that the operator does not support fails there,
+by an index out of bounds in the node `attention_mask_must_be_right_padded`, instead of giving a
+wrong answer.
 
-Must not fire when the head size is not a multiple of 8 (the kernels want that), or on a mask
+Must not fire when the head size is not a multiple of 8 (the kernels require that), or on a mask
 that is not the model's own.
 """
 
@@ -102,7 +103,7 @@ def fuse_attention(model: ir.Model) -> int:
 
 
 def _longest_past(graph: ir.Graph) -> ir.Value:
-    """The past keys of the first global layer: local ones may come to keep only their window."""
+    """Past keys of the first global layer; a later pass may cut local layers to their window."""
     pasts = [value for value in graph.inputs if (value.name or "").endswith(".key")]
     return next((past for past in pasts if past.metadata_props[WINDOW_KEY] == "-1"), pasts[0])
 
@@ -110,14 +111,20 @@ def _longest_past(graph: ir.Graph) -> ir.Value:
 def _lengths(
     op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value, past_key: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """Valid positions a row (minus one: what the operator takes) and in all, once a graph.
+    """The operator's `seqlens_k` (valid positions of each row − 1) and the mask's width.
 
-    The operator reads the mask's width W against the new tokens S and the cache's length P:
-    W = S is a first prompt, and whatever lies in the cache is overwritten; otherwise row b's new
-    tokens are the last S of its n_b valid positions, and its past is the n_b − S before them. So:
-    every row is ones, then zeros; 1 ≤ n_b; with a past also S ≤ n_b ≤ P + S. There n_b = W, too,
-    where the cache is exactly the past (W = P + S: a shorter row would mean padded new tokens),
-    and for several new tokens (the model looks for the last valid one at the end of the mask).
+    Computed once per graph: int32 [B] and int32 [].
+
+    The operator compares the mask's width W with the number of new tokens S. W = S is a first
+    prompt: the cache's content is overwritten. Otherwise row b's new tokens are the last S of its
+    n_b valid positions, and its past is the n_b − S positions before them. With P the length of
+    the cache, the guard requires:
+
+    - every row of the mask is ones, then zeros, and 1 ≤ n_b;
+    - with a past, S ≤ n_b ≤ P + S;
+    - with a past, n_b = W if the cache is exactly the past (W = P + S: a shorter row would mean
+      padded new tokens), or if there are several new tokens (the model looks for the last valid
+      one at the end of the mask).
     """
     new, width = op.Shape(input_ids, start=1, end=2), op.Shape(attention_mask, start=1, end=2)
     past = op.Shape(past_key, start=2, end=3)
@@ -133,7 +140,7 @@ def _lengths(
     most = op.Where(first_prompt, width, op.Add(past, new))
     broken = op.Or(op.Less(shortest, least), op.Greater(longest, most))
     broken = op.Or(broken, op.Greater(op.ReduceMax(misplaced, keepdims=0), 0))
-    # Index 0 of a table of one reads the 1 to subtract; index 1 is the error.
+    # The table has one entry: index 0 reads the 1 to subtract, index 1 raises the error.
     one = ir.tensor(np.array([1], dtype=np.int64), name="one_to_subtract")
     table = op.initializer(one)
     subtract = op.Gather(table, op.Cast(broken, to=ir.DataType.INT64), axis=0)

@@ -1,12 +1,12 @@
-"""Bias and `gelu_new` in one operator, or in two.
+"""Fuses bias and `gelu_new` into one operator, or into two.
 
     before                                     fuse_gelu           fuse_gelu_behind_bias
     x = Add(y, bias)                           FastGelu(y, bias)   FastGelu(Add(y, bias))
     0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))
 
-com.microsoft.FastGelu computes the same tanh approximation in one sweep over memory. With a bias
-its kernel for CPUs takes memory for one more array of the result's size, and for a prompt getting
-those pages from the system takes longer than the activation.
+com.microsoft.FastGelu computes the same tanh approximation in one pass over memory. With a bias,
+its CPU kernel allocates one more array of the result's size; for a prompt, getting those pages
+from the operating system takes longer than the activation itself.
 Must not fire when a constant differs (another activation), or when the bias is computed.
 """
 
@@ -60,5 +60,5 @@ def fuse_gelu(model: ir.Model) -> int:
 
 
 def fuse_gelu_behind_bias(model: ir.Model) -> int:
-    """The same, with the bias left to an operator of its own."""
+    """The same, with the bias added by an operator of its own."""
     return apply(_FastGeluBehindBias, model)

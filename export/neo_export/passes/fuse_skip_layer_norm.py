@@ -1,11 +1,11 @@
-"""Residual addition and the layer norm after it in one operator.
+"""Fuses a residual addition and the layer norm after it into one operator.
 
     before                                   after
     sum = Add(a, b)                          norm, _, _, sum = SkipLayerNormalization(a, b, γ, β)
     norm = LayerNormalization(sum, γ, β)
 
 The sum (the residual stream) stays an output under its own name, for the next addition and for
-the tools. Must not fire when one addend broadcasts: the operator wants equal shapes.
+the tools. Must not fire when one addend is broadcast: the operator requires equal shapes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _SkipLayerNorm(Rule):
 
 
 def _known(size: int | ir.SymbolicDim) -> bool:
-    """Shape inference loses the name of the sequence in attention's Reshape: None is any size."""
+    """Whether a size is known: shape inference loses the sequence's name at attention's Reshape."""
     return isinstance(size, int) or size.value is not None
 
 

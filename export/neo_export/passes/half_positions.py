@@ -1,10 +1,10 @@
-"""The position table in float16: half the bytes of what quantized graphs would leave wide.
+"""Stores the position table in float16, which saves half of its bytes in quantized graphs.
 
     before                            after
     Gather(wpe, position_ids)         Cast(Gather(wpe.float16, position_ids), float32)
 
-Positions are added to embeddings of the same size, so 2⁻¹¹ of a position is far below what
-int8 or int4 do to the embedding. A table that float16 cannot hold stays as it is.
+Positions are added to embeddings of the same magnitude, so a relative error of 2⁻¹¹ is far below
+the error of int8 or int4 in the embedding. A table that float16 cannot hold stays float32.
 """
 
 from __future__ import annotations
@@ -55,5 +55,5 @@ class _HalfPositions(Rule):
 
 
 def half_positions(model: ir.Model) -> int:
-    """Apply to the whole model; returns 1, or 0 where the table is stored otherwise."""
+    """Apply to the whole model; returns 1, or 0 if the table stays as it is."""
     return apply(_HalfPositions, model)

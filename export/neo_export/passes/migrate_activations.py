@@ -1,13 +1,13 @@
-"""Activation channels shifted and divided before a product, where no norm is there to do it.
+"""Shifts and divides activation channels before a product, where no norm can do it.
 
     before                            after
     MatMul(x, Transpose(w))           MatMul((x − z) · (1/s), Transpose(w))
     Gemm(x, table, transB=1)          Gemm(x · (1/s), table, transB=1)
     Gather(table, ids)                Gather(table, ids) · (1/s)
 
-The weight itself is multiplied by s when it is read, and the bias holds W z
-(`neo_export.quantize.migration`), so that the sum is the same. Without a shift there is no
-subtraction. Must not fire for a place that is not rescaled, or whose norm divides already.
+The weight is multiplied by s when it is read, and W z is added to the bias
+(`neo_export.quantize.migration`), so the result is the same. Without a shift there is no
+subtraction. Must not fire for a place that is not rescaled, or that a norm rescales.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["migrate_activations"]
 
 class _Migrate(Rule):
     inverse = "inverse_scale"
-    """What the vector 1/s of this reader is called; it also says that the rule has fired."""
+    """Suffix of the name of the vector 1/s; its presence shows that the rule has fired."""
 
     def __init__(self, migration: Migration) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _Embedding(_Migrate):
 
 
 def _stored(weight: ir.Value, kind: str, values: NDArray[np.float32]) -> ir.Value:
-    """A vector in the weight file, beside the matrix that it belongs to."""
+    """An initializer for a vector, named after the matrix that it belongs to."""
     assert weight.graph is not None
     return add_lazy_initializer(
         weight.graph,
@@ -106,7 +106,7 @@ def _place(name: str) -> str:
 
 
 def migrate_activations(migration: Migration) -> Pass:
-    """The pass, for the places that `migration` changes in the graph."""
+    """The pass for the places that `migration` rescales in the graph."""
 
     def migrate(model: ir.Model) -> int:
         return sum(apply(rule, model, migration) for rule in (_Product, _Head, _Embedding))

@@ -1,13 +1,14 @@
-"""One product for queries, keys and values.
+"""Packs the products for queries, keys and values into one.
 
     before                                       after
     GroupQueryAttention(MatMul(x, Wqᵀ),          GroupQueryAttention(MatMul(x, packedᵀ), …)
                         MatMul(x, Wkᵀ),
                         MatMul(x, Wvᵀ), …)
 
-`packed` is [3·hidden, hidden]: Wq, Wk and Wv one below the other. New keys and values are then
-channels of the packed value (`Probe.channels`). Must not fire when the three read different inputs,
-where the plan stores them differently, or in a layer whose queries are selected (`select_query`).
+`packed` is [3·hidden, hidden]: Wq, Wk and Wv stacked by rows. New keys and values are then
+channels of the packed product (`Probe.channels`). Must not fire when the three read different
+inputs, when the plan stores them differently, or in a layer whose queries are selected
+(`select_query`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["PACKED_PLACE", "pack_qkv"]
 
 PACKED_PLACE = "qkv"
-"""Stable name of the packed value, in place of "key" and "value"."""
+"""Place name of the packed product; it replaces "key" and "value"."""
 
 
 class _PackQKV(Rule):

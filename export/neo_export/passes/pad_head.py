@@ -1,14 +1,14 @@
-"""As many rows of the head's matrix as a GPU's kernels want.
+"""Pads the rows of the head's matrix to a multiple that suits a GPU's kernels.
 
     before                               after
     logits = Gemm(x, table, transB=1)    logits = Slice(Gemm(x, table and rows of zeros, transB=1))
     logits = MatMulNBits(x, w, scales)   the same, with rows of zeros in both
 
-GPT-2's vocabulary of 50,257 is odd. CUDA's int4 kernel for one token takes multiples of 8 and
-otherwise unpacks all of the table first, and cuBLAS has no fast kernel for odd widths of several
-rows. The embedding reads the same stored table, whose new rows no token names.
-Must run when the weights have the form in which they are stored; must not fire for a table in
-float32, which is the checkpoint's own, nor where the vocabulary is a multiple already.
+GPT-2's vocabulary of 50,257 is odd. onnxruntime's int4 CUDA kernel for one token needs a multiple
+of 8, otherwise the whole table is unpacked first; for several rows, cuBLAS has no fast kernel for
+odd widths. The embedding reads the same stored table; no token id refers to the new rows.
+Must run after the passes that decide how the weights are stored. Must not fire for a table in
+float32, which is the checkpoint's own, or when the vocabulary is a multiple already.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["MULTIPLE", "pad_head"]
 
 MULTIPLE = 64
-"""Rows: what the widest tile of the kernels is."""
+"""The rows are padded to a multiple of this, the width of the kernels' widest tile."""
 
 
 def pad_head(model: ir.Model) -> int:
@@ -54,7 +54,7 @@ def pad_head(model: ir.Model) -> int:
 
 
 def _product(logits: ir.Value) -> ir.Node:
-    """The product that the logits are the result of, in another type and shape."""
+    """The product that computes the logits, before casts and reshapes."""
     node = logits.producer()
     while node is not None and node.op_type in ("Cast", "Reshape"):
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
@@ -64,12 +64,12 @@ def _product(logits: ir.Value) -> ir.Node:
 
 
 def _is_table(value: ir.Value, rows: int) -> bool:
-    """Whether a pass stores it; a table in float32 is the checkpoint's own, and stays as it is."""
+    """Whether a pass stores the value; the checkpoint's own float32 table has no data here."""
     return value.const_value is not None and static_shape(value)[0] == rows
 
 
 def _cut(product: ir.Value, vocabulary: int, rows: int) -> None:
-    """Leave the new columns out of what is read."""
+    """Slice the padded columns off the product for its reader."""
     (user,) = product.uses()
     (short,) = insert_before(
         user.node, "pad_head", lambda op: (op.Slice(product, [0], [vocabulary], [-1]),)
@@ -81,14 +81,14 @@ def _cut(product: ir.Value, vocabulary: int, rows: int) -> None:
 
 
 def _grow(value: ir.Value, rows: int) -> None:
-    """Append rows of zeros to an initializer, when it is read."""
+    """Append rows of zeros to an initializer, lazily."""
     tensor = value.const_value
     assert tensor is not None
     _replace(value, rows, lambda: _padded(tensor, rows))
 
 
 def _follow(alias: ir.Value, value: ir.Value, rows: int) -> None:
-    """An initializer over the bytes of one that has grown has its rows."""
+    """Give an alias of a padded initializer the same number of rows."""
     shape = (rows, *static_shape(alias)[1:])
     _replace(alias, rows, lambda: read(value).reshape(shape))
 

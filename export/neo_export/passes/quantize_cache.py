@@ -1,4 +1,4 @@
-"""Keys and values in int8, in the cache and for every product with them.
+"""Quantizes keys and values to int8, in the cache and in every product with them.
 
     before                             after, decode (one new token)
     y, pk, pv = GroupQueryAttention(   y', pk, pv = GroupQueryAttention(qkv · in, int8 pasts,
@@ -11,15 +11,16 @@
                                            Cast(past_key), Cast(past_value), …)
                                        y = y' · out;  pk = QuantizeLinear(a);  pv = …(b)
 
-`in` is [3·hidden]: a query's channel times the step of the key's channel, a key's and a value's
-divided by their own, so that the cache holds plain integers and the operator needs no scales; `out`
-[hidden] gives what was attended to its steps back. Scores do not change, and the operator's kernels
-run faster with one scale per tensor than with one per channel.
+Every key and value channel has a quantization step. `in` [3·hidden] multiplies a query's channel
+by the step of its key's channel, and divides keys and values by their own steps. The cache then
+holds plain integers, and the operator needs no scales (they are 1). `out` [hidden] multiplies the
+attention's output by the steps of the values. Scores do not change, and the operator's kernels run
+faster with one scale per tensor than with one per channel.
 
-Decode reads int8 in the operator: a quarter of the bytes. For several queries that kernel takes
-three to five times as long as the float32 one (it multiplies row by row), so there the integers are
-widened first. Both see the same integers: new keys and values are rounded before they are attended
-to, in prefill and score as well, so that scoring measures what generation does.
+In decode the operator itself reads int8: a quarter of the bytes. For several queries that kernel
+takes three to five times as long as the float32 one (it multiplies row by row), so prefill and
+score convert the integers to float32 first. All graphs use the same integers: prefill and score,
+too, round new keys and values before attention, so scoring measures what generation does.
 
 Must not fire on attention that is not the fused operator over float32 caches.
 """
@@ -56,8 +57,8 @@ def quantize_cache_steps(steps: CacheSteps, *, single: bool) -> Pass:
     """The pass for one graph of a bundle.
 
     Args:
-        steps: of this model.
-        single: the graph takes one new token a row: decode.
+        steps: the quantization steps of this model.
+        single: whether the graph takes one new token per row (decode).
     """
 
     def quantize_cache(model: ir.Model) -> int:
@@ -101,7 +102,7 @@ def _quantize(node: ir.Node, steps: CacheSteps, *, single: bool) -> None:
 def cache_factors(layer: int) -> tuple[str, str]:
     """Names of a layer's initializers `in` and `out`, float32 [3·hidden] and [hidden].
 
-    The first third of `in` are the steps of the keys, `out` are those of the values.
+    The first third of `in` is the steps of the keys; `out` is the steps of the values.
     """
     prefix = f"transformer.h.{layer}.attn.attention.cache"
     return f"{prefix}.in", f"{prefix}.out"
@@ -175,7 +176,7 @@ def _widened(node: ir.Node, layer: int, into: ir.Value) -> None:
 def _narrow_output(
     graph: ir.Graph, node: ir.Node, present: ir.Value, unit: ir.Value, zero: ir.Value
 ) -> None:
-    """Let the graph return `present` as int8, under its name."""
+    """Make the graph return `present` as int8, under the same name."""
     name = present.name
     present.name = f"{name}.float32"
     narrow = ir.Value(name=name, type=_INTEGER, shape=present.shape)
@@ -188,7 +189,7 @@ def _narrow_output(
 def _scale_output(node: ir.Node, out: ir.Value) -> None:
     graph, attended = node.graph, node.outputs[0]
     assert isinstance(graph, ir.Graph)
-    # The name belongs to what tools expect to see there.
+    # The scaled value takes the name: it is what tools expect at this place.
     scaled = ir.Value(name=attended.name, type=attended.type, shape=attended.shape)
     attended.name = f"{attended.name}.in_steps"
     uses = list(attended.uses())

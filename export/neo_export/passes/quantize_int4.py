@@ -1,13 +1,13 @@
-"""int4 weights in blocks.
+"""Stores weights in block-wise int4.
 
     before                            after
     MatMul(x, Transpose(w))           MatMulNBits(x, w.int4, scales)
     Gemm(x, table, transB=1)          the same
     Gather(table, ids)                GatherBlockQuantized over the same bytes and scales
 
-`accuracy_level=4` lets the kernel quantize activations to int8, a block of a row at a time, so
-that no row depends on its neighbours. The tied table is stored once: the two operators want its
-bytes in two shapes, so two initializers refer to one place of the weight file.
+`accuracy_level=4` lets the kernel quantize activations to int8, with a scale for each block of a
+row, so no row depends on its neighbours. The tied table is stored once: the two operators need its
+bytes in different shapes, so two initializers refer to the same range of the weight file.
 Must not fire for a weight that is kept wider, or that is computed.
 """
 
@@ -61,9 +61,9 @@ class _Int4:
     def _stored(
         self, weight: ir.Value, shape: tuple[int, ...] | None = None
     ) -> tuple[ir.Value, ir.Value, int]:
-        """Packed integers, scales, block size; made once, however often the weight is read.
+        """Packed integers, scales and block size; made once for all readers of the weight.
 
-        The first reader's `shape` is that of the integers; None for a product's.
+        The first reader's `shape` becomes the shape of the integers; None is a product's shape.
         """
         graph, name = weight.graph, str(weight.name)
         assert graph is not None
@@ -90,7 +90,7 @@ class _Int4:
 
 
 def quantize_int4_weights(plan: WeightPlan, quantizer: WeightQuantizer | None = None) -> Pass:
-    """The pass, for the matrices that the plan stores in int4."""
+    """The pass for the matrices that the plan stores in int4."""
 
     def quantize_int4(model: ir.Model) -> int:
         weights = _Int4(plan, quantizer or RoundToNearest())

@@ -1,4 +1,4 @@
-"""int8 weights, activations quantized a row at a time.
+"""Stores weights in int8 and quantizes activations dynamically, with one scale per row.
 
     before                            after
     MatMul(x, Transpose(w))           row = max(max|x| along the row, tiny)
@@ -8,14 +8,16 @@
     Gemm(x, table, transB=1)          the same, with the table stored [hidden, vocabulary]
     Gather(table, ids)                rows of Transpose(that same table) · their scales
 
-One scale a row (token), so that no row depends on its neighbours or on padding. GELU is never
-below -0.171, so the larger of that and a row's largest value bounds every magnitude in it; a row
-whose values are all smaller has steps of 0.0013. The tied table is stored once, as the head reads
-it. onnxruntime transposes it when it loads a graph, and keeps that where it keeps prepacked
-weights: a column lies in as many cache lines as it has channels. (The table beside an untied head
-is stored the same way, though nothing but the embedding reads it.)
+Every row (token) has its own scale, so no row depends on its neighbours or on padding. GELU is
+never below -0.171, so the maximum of 0.171 and the row's largest value bounds every magnitude in
+the row; a row whose values are all smaller has steps of 0.0013.
 
-`quantize_rows` then joins division and rounding where there are many rows. Must not fire for a
+The tied table is stored once, in the head's layout. For the embedding onnxruntime transposes it
+when it loads the graph, and keeps the copy with its prepacked weights: reading a token's column
+directly would touch one cache line per channel. (The embedding of an untied model is stored the
+same way, though the head does not read it.)
+
+`quantize_rows` then merges division and rounding where there are many rows. Must not fire for a
 weight that is kept wider, or that is computed.
 """
 
@@ -79,7 +81,7 @@ class _Int8:
         return scaled
 
     def _largest(self, op: Any, x: ir.Value, weight: ir.Value) -> ir.Value:
-        """The magnitude that 127 stands for in each row, [..., 1]; never 0."""
+        """The magnitude that 127 represents in each row, [..., 1]; never 0."""
         graph, axis = weight.graph, _last_axis(weight)
         assert graph is not None
         node = x.producer()
@@ -90,7 +92,7 @@ class _Int8:
         return row
 
     def _stored(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The integers [in, out] and scales [out]; made once, however often the weight is read."""
+        """The integers [in, out] and scales [out]; made once for all readers of the weight."""
         graph, name = weight.graph, str(weight.name)
         assert graph is not None
         rows, columns = static_shape(weight)
@@ -120,7 +122,7 @@ def _scalar(value: np.generic) -> ir.TensorProtocol:
 
 
 def quantize_int8_weights(plan: WeightPlan, quantizer: WeightQuantizer | None = None) -> Pass:
-    """The pass, for the matrices that the plan stores in int8."""
+    """The pass for the matrices that the plan stores in int8."""
 
     def quantize_int8(model: ir.Model) -> int:
         weights = _Int8(quantizer or RoundToNearest())

@@ -1,12 +1,12 @@
-"""int8 weights for kernels that dequantize them: MatMulNBits, as for int4.
+"""Stores weights in int8 for a kernel that dequantizes them: MatMulNBits, as for int4.
 
     before                            after
     MatMul(x, Transpose(w))           MatMulNBits(x, w.int8, scales, bits=8)
     Gemm(x, table, transB=1)          the same
     Gather(table, ids)                GatherBlockQuantized over the same bytes and scales
 
-The operator wants one scale per block: a row's blocks all get the row's scale. Integers are stored
-with 128 added, the operator's zero point. The tied table is stored once, under two shapes.
+The operator needs one scale per block: all blocks of a row get the row's scale. Integers are stored
+with the operator's zero point, 128, added. The tied table is stored once, under two shapes.
 Must not fire for a weight that is kept wider, or that is computed.
 """
 
@@ -56,9 +56,9 @@ class _Int8Blocks:
     def _stored(
         self, weight: ir.Value, shape: tuple[int, ...] | None = None
     ) -> tuple[ir.Value, ir.Value, int]:
-        """Integers, scales, block size; made once, however often the weight is read.
+        """Integers, scales and block size; made once for all readers of the weight.
 
-        The first reader's `shape` is that of the integers; None for a product's.
+        The first reader's `shape` becomes the shape of the integers; None is a product's shape.
         """
         graph, name = weight.graph, str(weight.name)
         assert graph is not None
@@ -85,7 +85,7 @@ class _Int8Blocks:
 
 
 def quantize_int8_blocks(plan: WeightPlan, quantizer: WeightQuantizer | None = None) -> Pass:
-    """The pass, for the matrices that the plan stores in int8."""
+    """The pass for the matrices that the plan stores in int8."""
 
     def quantize_int8(model: ir.Model) -> int:
         weights = _Int8Blocks(quantizer or EightBits())

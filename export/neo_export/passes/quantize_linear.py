@@ -1,18 +1,18 @@
-"""Projections whose weights, and on request inputs, are in 4 or 8 bits: ONNX's own Q/DQ.
+"""Quantizes the weights of projections, and optionally their inputs, in ONNX's Q/DQ form.
 
     before                            after
     MatMul(x, Transpose(w))           MatMul(x, DequantizeLinear(w.int8, scales))
     with the scale of x known         MatMul(DequantizeLinear(QuantizeLinear(x, s), s), the same)
 
-The form in which TensorRT takes precision, since its networks are strongly typed: a weight that
-reaches a product through DequantizeLinear stays compressed in the plan, and with a quantized input
-the product itself is computed in that type. Weights lie as [in, out]; int8 and fp8 have a scale an
-output, int4 a scale for `block_size` inputs of each output. Scales are float16, which makes the
-product float16: `neo_export.passes.float16` runs after this pass.
+TensorRT's networks are strongly typed, and this is how a graph tells it the precision: a weight
+that reaches a product through DequantizeLinear stays compressed in the engine, and if the input is
+quantized, too, the product itself is computed in that type. Weights are stored as [in, out]; int8
+and fp8 have one scale per output, int4 one for every `block_size` inputs of an output. Scales are
+float16, which makes the product float16: `neo_export.passes.float16` runs after this pass.
 
-The embedding (and the head that is tied to it) stays float16, stored once: a table after
-DequantizeLinear would be expanded whole at every step to gather a few rows of it.
-Must not fire for a weight that is kept, computed, or the plan stores otherwise.
+The embedding (and a head that is tied to it) stays float16, stored once: a table behind
+DequantizeLinear would be expanded whole at every step, to gather a few of its rows.
+Must not fire for a weight that is computed, or that the plan stores in another form.
 """
 
 from __future__ import annotations
@@ -138,12 +138,12 @@ def quantize_linear_weights(plan: WeightPlan, largest_input: ActivationRange | N
 
     Args:
         plan: the storage of every matrix.
-        largest_input: quantizes the inputs of int8 and fp8 products too, where it knows their
-            range; None to quantize weights only.
+        largest_input: ranges of inputs; the inputs of int8 and fp8 products are quantized, too,
+            where their range is known. None to quantize weights only.
     """
 
     def quantize_linear_weights(model: ir.Model) -> int:
-        """Apply to the whole model; returns how many products read fewer bits."""
+        """Apply to the whole model; returns how many products have quantized weights."""
         return apply(_QuantizeLinear, model, plan, largest_input)
 
     return quantize_linear_weights

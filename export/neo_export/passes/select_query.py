@@ -1,16 +1,17 @@
-"""The last layer's queries, only for the positions that are selected after its attention.
+"""Computes the last layer's queries only for the positions that are selected after its attention.
 
     before                                     after
     q = MatMul(x, Wqᵀ)                         q = MatMul(GatherND(x, at), Wqᵀ)
     y = GroupQueryAttention(q, k, v, …)        y = GroupQueryAttention(Expand(q, Shape(k)), k, v, …)
     GatherND(y, at)                            GatherND(y, at)
 
-The operator takes as many queries as keys, so the chosen query is repeated at every position, and
-only the result of the chosen one is read. That spares a twelfth of the last layer's products: 0.3 %
-of a prompt of the 1.3B shape.
+The operator needs as many queries as keys, so the selected query is repeated at every position, and
+only the result at the selected position is read. This saves a twelfth of the last layer's products:
+0.3 % of a prompt of the 1.3B shape.
 
-Must not fire where more than one chosen position a row is read, or where queries, keys and values
-are one product: so targets leave the last layer's apart, in all graphs (they share the weights).
+Must not fire where more than one position per row is selected, or where queries, keys and values
+are one product. Targets therefore leave the last layer's projections unpacked, in all graphs (they
+share the weights).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def select_query(model: ir.Model) -> int:
 
 
 def _choice(attention: ir.Node) -> ir.Node | None:
-    """What takes one position per row of all that was attended to."""
+    """The GatherND that selects one position per row from the attention's output, if any."""
     query, key = attention.inputs[_QUERY], attention.inputs[_KEY]
     if query is None or key is None or _only_reader(query) is not attention:
         return None
@@ -81,6 +82,6 @@ def _select(attention: ir.Node, choice: ir.Node) -> None:
 
     (widened,) = insert_before(attention, name, widen)
     attention.replace_input_with(_QUERY, widened)
-    # The name belongs to what tools expect to see there: rows that the layer goes on with.
+    # The selected rows take the name: they are what tools expect at this place.
     attended = attention.outputs[0]
     attended.name, chosen.name = f"{attended.name}.everywhere", attended.name

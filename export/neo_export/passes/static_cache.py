@@ -1,4 +1,4 @@
-"""Attention over a cache of static length, in the standard operators of opset 24.
+"""Rewrites attention for a cache of static length, in the standard operators of opset 24.
 
     before                                         after
     key   = Concat(past_key, heads(k))             key   = TensorScatter(past_key, heads(k), first)
@@ -7,18 +7,19 @@
     out = merge(MatMul(Softmax(Where(mask, s,              f32(key), f32(value), mask, scale=1), v))
                        min)), value))
 
-`first` is `position_ids[:, 0]`: the position of a row's first new token is how many the row has
-cached, and the slot that it is written to. So `attention_mask` is no longer an input, and a row's
-new tokens may be padded on the right: what padding writes is after every valid position, where
-no valid query looks, until a later token overwrites it. A slot that was never written is masked,
-but its value is still multiplied by 0: buffers must be finite at first (zeros).
+`first` is `position_ids[:, 0]`: the position of a row's first new token is both the number of
+tokens that the row has cached and the slot that the new token is written to. So `attention_mask`
+is no longer an input, and a row's new tokens may be padded on the right: padding is written after
+every valid position, where no valid query attends, and later tokens overwrite it. A slot that was
+never written is masked, but its value is still multiplied by 0: buffers must be finite from the
+start (zeros).
 
-The form is the one that TensorRT imports: `TensorScatter` becomes its KVCacheUpdate layer, whose
-past and present are one address; `Attention` with past outputs or `softmax_precision` is refused
-by its parser. Attention scales by 1/√d unless told otherwise: `scale=1`. Its scores have its
-inputs' type, and unscaled ones pass 65504: in half precision all three inputs are cast to float32
-(TensorRT takes no mixture). Keys and values are folded to three axes and back after that cast:
-it moves nothing, and without it the builder of TensorRT for RTX crashes on an
+This is the form that TensorRT imports: `TensorScatter` becomes its KVCacheUpdate layer, whose past
+and present share one address; its parser refuses `Attention` with past outputs or
+`softmax_precision`. Attention scales by 1/√d by default, hence `scale=1`. Its scores have the type
+of its inputs, and unscaled scores exceed 65504: in half precision all three inputs are cast to
+float32 (TensorRT takes no mixed types). After that cast, keys and values are reshaped to three
+axes and back. This changes nothing, but without it the builder of TensorRT for RTX crashes on an
 attention that reads a half-precision cache through a cast.
 
 Must not fire on a mask that is not the model's own; fires for all layers or for none.
@@ -46,10 +47,10 @@ if TYPE_CHECKING:
 __all__ = ["IR_VERSION", "OPSET", "static_cache"]
 
 OPSET = 24
-"""The first with TensorScatter, and with an Attention that this form can use."""
+"""The first opset with TensorScatter and with an Attention that this form can use."""
 IR_VERSION = 12
 _SEQUENCE_AXIS = -2
-_FULL = -1  # `WINDOW_KEY` of a layer that sees everything
+_FULL = -1  # `WINDOW_KEY` of a layer without a window
 
 
 class _ScatterAndAttend(AttentionRule):
@@ -148,10 +149,10 @@ def _constant(graph: ir.Graph, name: str, values: list[Any]) -> ir.Value:
 def _slots_and_masks(
     op: OpBuilder, position_ids: ir.Value, windows: list[int], max_length: int
 ) -> tuple[ir.Value, ...]:
-    """Where each row's new tokens go (int64 [B]), and which slots its queries may see.
+    """The slot of each row's first new token, and the slots that its queries may attend to.
 
     Returns:
-        The first slot of each row, then for each of `windows` a mask, bool [B, 1, S, max_length].
+        The first slots, int64 [B], then for each of `windows` a mask, bool [B, 1, S, max_length].
     """
     first = op.Gather(position_ids, 0, axis=1)
     first.name = "write_indices"

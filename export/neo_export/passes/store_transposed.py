@@ -1,10 +1,10 @@
-"""Weights stored as the product reads them.
+"""Stores weights in the layout that the product reads.
 
     before                              after
     MatMul(x, Transpose(weight))        MatMul(x, weight.transposed)
 
-`weight` is [out, in], as the checkpoint has it. Done at export because a runtime would fold the
-Transpose at every load, into a private copy. Must not fire for a computed operand.
+`weight` is [out, in], as in the checkpoint. This is done at export because a runtime would
+constant-fold the Transpose into a private copy at every load. Must not fire for a computed operand.
 """
 
 from __future__ import annotations

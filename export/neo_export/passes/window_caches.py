@@ -1,16 +1,16 @@
-"""Local layers keep only their window in the cache.
+"""Limits the cache of local layers to their window.
 
     before                                    after
     GroupQueryAttention(local_window_size=W)  the same with sliding_window_cache=1, and with
                                               query_seqlens: how many new tokens are not padding
 
-The operator then evicts by itself: it takes buffers of any capacity C ≥ W for these layers, and
-keeps the most recent positions at their front, contiguous. Where C ≥ the positions in use nothing
-is evicted, so an engine that gives every layer full-length buffers runs the same graph. What it no
-longer takes for a local layer is an empty past (C = 0).
+The operator then evicts old positions itself: for these layers it takes buffers of any capacity
+C ≥ W, and keeps the most recent positions contiguous at their front. If C is at least the number
+of positions in use, nothing is evicted, so an engine that gives every layer full-length buffers
+runs the same graph. An empty past (C = 0) is no longer allowed for a local layer.
 
-Must not fire when no layer is global: the guard of `fuse_attention` reads the sequence's length
-off a full-length buffer.
+Must not fire when no layer is global: the guard of `fuse_attention` takes the sequence's length
+from a full-length buffer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["WINDOW_DIMENSION", "window_caches"]
 
 WINDOW_DIMENSION = "window_sequence"
-"""Name of the length of a local layer's cache, in the graphs' inputs and outputs."""
+"""Symbolic dimension of a local layer's cache length, in the graphs' inputs and outputs."""
 
 _ATTRIBUTE = "sliding_window_cache"
 _SEQLENS_K, _QUERY_SEQLENS = 5, 16  # places among the operator's inputs
@@ -62,10 +62,10 @@ def window_caches(model: ir.Model) -> int:
 def _query_seqlens(
     op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value, seqlens_k: ir.Value
 ) -> tuple[ir.Value]:
-    """New tokens of each row that are not padding, int32 [B].
+    """Number of new tokens of each row that are not padding, int32 [B].
 
-    A first prompt (mask as wide as the new tokens) may be padded: its rows have seqlens_k + 1.
-    Later tokens are never padded: the guard of `fuse_attention` sees to that.
+    A first prompt (mask as wide as the new tokens) may be padded: a row has seqlens_k + 1 tokens.
+    Later tokens are never padded: the guard of `fuse_attention` ensures that.
     """
     new, width = op.Shape(input_ids, start=1, end=2), op.Shape(attention_mask, start=1, end=2)
     valid = op.Add(op.Cast(seqlens_k, to=ir.DataType.INT64), 1)
