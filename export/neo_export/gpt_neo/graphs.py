@@ -63,7 +63,7 @@ def build_graph(name: str, spec: ModelSpec) -> ir.Model:
 
 @lru_cache(maxsize=16)
 def _built(name: str, spec: ModelSpec) -> ir.Model:
-    """The cached original that callers get copies of: a plan search exports one model many times."""
+    """The cached original of the graph; a plan search exports one model many times."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
     op = GraphBuilder(graph).op
     sequence: int | str = 1 if name == "decode" else "sequence"

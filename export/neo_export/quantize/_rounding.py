@@ -1,4 +1,4 @@
-"""Scales chosen by squared error, a slab of rows at a time so that the work stays in cache."""
+"""Scales of least squared error, computed in slabs of rows that fit into the CPU's cache."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Quantizer = Callable[[NDArray[np.float32]], tuple[NDArray[Any], ...]]
 
 
 def in_slabs(weight: NDArray[np.float32], quantize: Quantizer) -> tuple[NDArray[Any], ...]:
-    """Apply `quantize` to slabs of rows of `weight` [rows, columns], and join what it returns.
+    """Apply `quantize` to slabs of rows of `weight` [rows, columns], and concatenate the results.
 
-    numpy lets go of the interpreter lock, so the slabs run on all cores.
+    numpy releases the GIL, so the slabs run on all cores.
     """
     rows = max(1, _SLAB // weight.shape[1])
     slabs = [weight[start : start + rows] for start in range(0, len(weight), rows)]
@@ -38,18 +38,18 @@ def search_scale(
     high: int,
     factors: tuple[float, ...],
 ) -> NDArray[np.float32]:
-    """For each group the scale, among `base` × `factors`, of least squared error, then refined.
+    """Find each group's scale of least squared error among `base` × `factors`, then refine it.
 
     Args:
         groups: [n, size] numbers that share a scale.
         base: [n, 1] the scale of plain rounding, never 0.
         low: smallest integer.
         high: largest integer.
-        factors: candidates; 1.0 among them, so that the result is never worse than plain rounding.
+        factors: candidates. They include 1.0, so the result is never worse than plain rounding.
 
     Returns:
         [n, 1] scales. The refinement is the least-squares scale for the chosen integers,
-        Σ w·q / Σ q², taken where it lowers the error once more.
+        Σ w·q / Σ q², used where it lowers the error further.
     """
     best = base.copy()
     least = _error(groups, base, low, high)
@@ -73,13 +73,13 @@ def search_scale(
 def _error(
     groups: NDArray[np.float32], scale: NDArray[np.float32], low: int, high: int
 ) -> NDArray[np.float32]:
-    wide = np.repeat(scale, groups.shape[1], axis=1)  # broadcasting goes a short row at a time
+    wide = np.repeat(scale, groups.shape[1], axis=1)  # broadcasting over short rows is slow
     integers = groups / wide
     np.rint(integers, out=integers)
     np.clip(integers, low, high, out=integers)
     integers *= wide
     integers -= groups
     integers *= integers
-    # Not einsum: how it sums depends on the kind of processor, and a bundle's bytes with it.
+    # Not einsum: its order of summation, and so the bundle's bytes, would depend on the processor.
     result: NDArray[np.float32] = integers.sum(axis=1, keepdims=True)
     return result

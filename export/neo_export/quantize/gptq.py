@@ -1,19 +1,20 @@
-"""int4 and int8 by the error of a product's outputs, not of its weights.
+"""int4 and int8 quantization that minimizes the error of a product's outputs, not of its weights.
 
-A product's outputs for inputs x are off by E‖dW x‖² = tr(dW H dWᵀ), with H = E[x xᵀ]. Rows of W are
-independent of each other. For each, in this order:
+With H = E[x xᵀ] over the inputs x, the outputs' squared error is E‖dW x‖² = tr(dW H dWᵀ). Rows of W
+are independent of each other. For each row, in this order:
 
 1. GPTQ (Frantar et al., arXiv:2210.17323), in the form that QuIP gave it (Chee et al.,
    arXiv:2307.13304, theorem 6): with H = (U + I) D (U + I)ᵀ, U strictly upper triangular, column j
    becomes round(w_j + Σ_{i<j} (w_i − q_i) U_ij), and the error is Σ_j D_j (rounding error of j)².
-   So a column makes up for those before it. One triangular factor; H is never inverted.
-2. A block's scale is chosen while its columns are rounded: every candidate rounds the whole block,
-   and the one of least Σ D_j e_j² is kept.
-3. Refinement, each step of which lowers tr(dW H dWᵀ) (`neo_export.quantize.refinement`): all
+   So each column compensates for the errors of those before it. This takes one triangular factor;
+   H is never inverted.
+2. A block's scale is chosen while its columns are rounded: the whole block is rounded with each
+   candidate, and the candidate of least Σ D_j e_j² is kept.
+3. Refinement steps, each of which lowers tr(dW H dWᵀ) (`neo_export.quantize.refinement`): all
    scales of a row by least squares with the integers fixed, then each integer in turn with all
    others fixed.
 
-Work is done on Wᵀ, so that a column of W is contiguous, and a slab of rows at a time.
+The computation works on Wᵀ, so that a column of W is contiguous, in slabs of rows of W.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ if TYPE_CHECKING:
 __all__ = ["DAMPING", "damped", "gptq"]
 
 DAMPING = 0.03
-"""Share of the mean of H's diagonal that is added to it. The paper has 0.01; with the refinement
-that comes after it, 0.03 to 0.1 gave the least KL on text that H had not seen (neo-mini)."""
+"""Share of the mean of H's diagonal that is added to the diagonal. The paper uses 0.01; with the
+refinement after GPTQ, 0.03 to 0.1 gave the least KL divergence on held-out text (neo-mini)."""
 _ROUNDS = 3
-_SLAB = 1 << 21  # numbers of a slab of W: 8 MB of float32; about six arrays of the size are held
+_SLAB = 1 << 21  # numbers in a slab of W: 8 MB of float32; about six arrays of that size are held
 _PANEL = 128
 
 
 def damped(moment: NDArray[np.floating[Any]], damping: float = DAMPING) -> NDArray[np.float64]:
-    """H with a share of its mean diagonal added: positive definite, also with dead channels."""
+    """H with a share of its mean diagonal added: positive definite even with dead channels."""
     wide = moment.astype(np.float64)
     mean = float(np.trace(wide)) / len(wide)
     wide[np.diag_indices(len(wide))] += damping * mean if mean > 0 else 1.0
@@ -58,17 +59,17 @@ def gptq(
     own: OwnInputs | None = None,
     rounds: int = _ROUNDS,
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Quantize [out, in] so that outputs move little.
+    """Quantize [out, in] for a small error of the outputs.
 
     Args:
         weight: [out, in].
-        moment: [in, in] second moments of the inputs, `damped`; more is added where rounding has
-            left them indefinite.
+        moment: [in, in] second moments of the inputs, `damped`; if rounding errors have made them
+            indefinite, more is added to the diagonal.
         size: consecutive inputs that share a scale; divides `in`.
         levels: the integers, and candidates for scales.
-        own: inputs that count for single rows, on top of H. The refinement knows them, GPTQ itself
-            sees H alone.
-        rounds: refinements after GPTQ itself.
+        own: inputs that count for single rows, in addition to H. Only the refinement uses them,
+            GPTQ itself uses H alone.
+        rounds: refinement rounds after GPTQ.
 
     Returns:
         Integers [out, in] and scales [out, in / size].
@@ -85,7 +86,7 @@ def gptq(
             descend(turned, integers, scales, narrow, theirs, levels)
         return integers.T.astype(np.int8), np.ascontiguousarray(scales.T)
 
-    # Not by the number of cores: a sum in another order may turn an integer.
+    # Slabs do not depend on the number of cores: another order of summation may change an integer.
     rows = max(1, _SLAB // weight.shape[1])
     slabs = [slice(start, start + rows) for start in range(0, len(weight), rows)]
     with ThreadPoolExecutor(usable_processors()) as pool:
@@ -96,10 +97,10 @@ def gptq(
 def _definite(
     moment: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.float32]]:
-    """H with as much on its diagonal as it needs, and its factors.
+    """H, with enough added to its diagonal to be positive definite, and its factors U and D.
 
-    Moments about a large mean are differences of large float32 numbers, off by more than the
-    damping may be.
+    Moments that were shifted by a large mean are differences of large float32 numbers; their
+    error may exceed the damping.
     """
     more = DAMPING * float(np.trace(moment)) / len(moment)
     assert np.isfinite(more), "statistics are checked when they are opened"
@@ -113,7 +114,7 @@ def _definite(
 
 
 def _factor(moment: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(U [C, C], D [C]) of H = (U + I) D (U + I)ᵀ: a Cholesky factor from the last column on."""
+    """(U [C, C], D [C]) of H = (U + I) D (U + I)ᵀ: Cholesky, starting from the last column."""
     upper = np.linalg.cholesky(moment[::-1, ::-1])[::-1, ::-1]
     root = np.diagonal(upper).copy()
     unit = (upper / root[None, :]).astype(np.float32)
@@ -130,8 +131,8 @@ def _first(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """GPTQ: integers [in, n] and scales [in / size, n] of Wᵀ [in, n].
 
-    Scales of blocks that are longer than a panel are those of plain rounding, as a block has to
-    be rounded once for each candidate.
+    Blocks of more than two panels take the scales of plain rounding, because a search would round
+    the whole block once for each candidate.
     """
     inputs, count = weight.shape
     integers = np.empty_like(weight)
@@ -143,7 +144,7 @@ def _first(
         owed = feedback[:start, part].T @ off[:start]
         target = weight[part] + owed
         if step == size:
-            # Where the columns will be headed, if those between round without error.
+            # The columns' targets if the block's earlier columns were rounded without error.
             within = feedback[part, part] + np.eye(size, dtype=np.float32)
             base = levels.base(weight[part] + np.linalg.solve(within.T, owed))
         else:
@@ -169,13 +170,13 @@ def _round_block(
     scale: NDArray[np.float32],
     levels: Levels,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Some columns in turn, each making up for those before: integers, and Σ D e².
+    """Round columns in turn, each compensating for those before it: integers, and Σ D e².
 
     Args:
-        target: [size, n] what the columns should be, given those before this block.
-        weight: [size, n] what they are.
-        feedback: [size, size] of U.
-        diagonal: [size] of D.
+        target: [size, n] the columns, corrected for the errors before this block.
+        weight: [size, n] the columns themselves.
+        feedback: [size, size] part of U.
+        diagonal: [size] part of D.
         scale: [n].
         levels: the integers.
     """

@@ -1,4 +1,4 @@
-"""Quantization by what the model's inputs really are: GPTQ on statistics of text."""
+"""GPTQ with the statistics of calibration text."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = ["GptqQuantizer"]
 
 _PLAIN = (1.0,)
 _EMBEDDING_SHARE = 0.2
-"""What is added to H for a tied table, in shares of the mean of its diagonal. Row v serves as the
-head wherever v is likely, and as the embedding wherever v is read: both about as often, so that one
-share does for all rows. It is the ratio of two curvatures of the KL divergence, by the embedding
-and by the logits; from gradients (Fisher information) it is 0.09 to 0.15 on neo-mini, and 0.1 to
-0.3 gave the least KL there."""
+"""Share of the mean of H's diagonal that is added to the diagonal for a tied table. Row v is used
+as the head where v is likely, and as the embedding where v is read: about equally often, so one
+share suits all rows. It is the ratio of two curvatures of the KL divergence: with respect to the
+embedding and with respect to the logits. Computed from gradients (Fisher information) it is 0.09 to
+0.15 on neo-mini; 0.1 to 0.3 gave the least KL divergence there."""
 
 
 class GptqQuantizer:
-    """GPTQ for every matrix that multiplies activations; an untied embedding is rounded."""
+    """GPTQ for every matrix that multiplies activations; an untied embedding is plainly rounded."""
 
     def __init__(
         self,
@@ -47,13 +47,13 @@ class GptqQuantizer:
         """Prepare; nothing is read yet.
 
         Args:
-            second_moment: gives E[x xᵀ] at a place, such as `Statistics.second_moment`.
-            tied: the embedding is the head.
-            eight_bits: int8 uses −127…127, for kernels that multiply in floating point.
-            table_scale: [in] by which the table's channels are multiplied as it is stored, and
-                divided where its rows are looked up.
-            likely: gives the tokens that are likely in the text, such as `Statistics.likely`: rows
-                of an int4 head are rounded for the contexts of their token.
+            second_moment: returns E[x xᵀ] at a place, such as `Statistics.second_moment`.
+            tied: whether the embedding is the head.
+            eight_bits: whether int8 uses −127…127, for kernels that multiply in floating point.
+            table_scale: [in]; the stored table's channels are multiplied by it, and rows that are
+                looked up are divided by it.
+            likely: returns the tokens that are likely in the text, such as `Statistics.likely`:
+                each row of an int4 head is rounded for the contexts of its token.
         """
         self._second_moment = second_moment
         self._tied = tied
@@ -62,18 +62,18 @@ class GptqQuantizer:
         self._limit = 127 if eight_bits else LIMIT
 
     def int8(self, name: str, weight: NDArray[np.float32]) -> Int8Weight:
-        """[out, in] with a scale a row."""
+        """Quantize [out, in] with one scale per row."""
         moment = self._moment(name)
         if moment is None:
             return quantize_int8(weight, limit=self._limit)
         levels = Levels(-self._limit, self._limit, _PLAIN)
         integers, scales = gptq(weight, moment, weight.shape[1], levels)
-        # A fitted scale has either sign, and means the same with the integers turned round.
+        # A fitted scale may be negative; flipping its sign and the integers' changes nothing.
         turned = np.where(scales < 0, np.int8(-1), np.int8(1))
         return Int8Weight(integers * turned, np.abs(scales[:, 0]))
 
     def int4(self, name: str, weight: NDArray[np.float32], block_size: int) -> Int4Weight:
-        """[out, in] with a scale for each `block_size` consecutive inputs of a row."""
+        """Quantize [out, in] with a scale for each `block_size` consecutive inputs of a row."""
         own = self._own(name, len(weight))
         moment = self._moment(name, 1.0 if own is None else 1.0 + OWN_SHARE)
         if moment is None:
@@ -83,7 +83,7 @@ class GptqQuantizer:
         return Int4Weight(packed, scales)
 
     def _own(self, name: str, rows: int) -> OwnInputs | None:
-        """What counts for single rows of a head."""
+        """The inputs that count for single rows, for a head whose likely tokens are known."""
         is_head = name == head_name(tied=self._tied)
         likely = self._likely() if is_head and self._likely is not None else None
         return None if likely is None else own_inputs(likely, rows, self._table_scale)
@@ -93,7 +93,7 @@ class GptqQuantizer:
 
         Args:
             name: the matrix.
-            share: what a head's rows have in all, in multiples of H.
+            share: total weight of a head's inputs, in multiples of H: 1, plus their own inputs'.
         """
         if name == EMBEDDING and not self._tied:
             return None
@@ -101,7 +101,7 @@ class GptqQuantizer:
         moment = damped(self._second_moment(place))
         if name == EMBEDDING:
             scale = self._table_scale.astype(np.float64)
-            # ‖error / s‖² of a row that is looked up; the mean is that of the inputs before s.
+            # A row that is looked up has the error ‖dw / s‖²; the mean is of the inputs before s.
             mean = float(np.mean(np.diagonal(moment) * scale * scale))
             moment[np.diag_indices(len(moment))] += share * _EMBEDDING_SHARE * mean / scale**2
         return moment

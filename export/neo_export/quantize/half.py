@@ -1,4 +1,4 @@
-"""What float16 holds."""
+"""Whether numbers fit into float16."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 __all__ = ["fits_float16"]
 
 _ROUNDS_UP = 65520.0
-"""From half a unit past the largest number (65504) on a number rounds to infinity."""
+"""From here on numbers round to infinity: the largest number, 65504, plus half a unit."""
 
 
 def fits_float16(values: NDArray[np.float32]) -> bool:
-    """Whether no number becomes infinite; NaN fits."""
+    """Whether no number becomes infinite in float16; NaN is allowed."""
     largest = max(float(values.max()), -float(values.min())) if values.size else 0.0
     return not largest >= _ROUNDS_UP

@@ -1,7 +1,7 @@
 """int4: a signed scale for each block of consecutive inputs, integers from −8 to 7.
 
-The scale carries the sign of the block's largest weight, so that this one gets the ninth level
-(−8) on its side: the zero point is always 8, and no zero points are stored.
+The scale may be negative: its sign is chosen so that the block's largest weight is stored on the
+negative side, which has one more level (−8). The zero point is always 8, so none are stored.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Int4Weight:
     """A matrix in int4, in the layout of com.microsoft.MatMulNBits."""
 
     packed: NDArray[np.uint8]
-    """[out, in / block, block / 2]: two integers + 8 a byte, the first in the low half."""
+    """[out, in / block, block / 2]: a byte holds two integers + 8, the first in the low half."""
     scales: NDArray[np.float32]
-    """[out, in / block]; weight = (integer) · scale of its block."""
+    """[out, in / block]; weight = integer · scale of its block."""
 
     def read_back(self) -> NDArray[np.float32]:
-        """The matrix [out, in] that this stands for."""
+        """The dequantized matrix, [out, in]."""
         rows, blocks, half = self.packed.shape
         integers = np.empty((rows, blocks, 2 * half), np.float32)
         integers[..., 0::2] = self.packed & 15
@@ -53,10 +53,10 @@ class Int4Weight:
 
 
 def check_block_size(block_size: int, width: int, name: str) -> None:
-    """Refuse a block size that the operators do not take, or that does not divide the width.
+    """Refuse a block size that the operators do not support, or that does not divide the width.
 
     Raises:
-        RequestError: says which sizes would do.
+        RequestError: the block size is refused; the message lists the possible sizes.
     """
     if block_size not in BLOCK_SIZES or width % block_size:
         fitting = [str(size) for size in BLOCK_SIZES if width % size == 0]
@@ -69,14 +69,14 @@ def check_block_size(block_size: int, width: int, name: str) -> None:
 def largest_block_size(widths: tuple[int, ...], other: str = "--int8") -> int:
     """The largest usual block size (up to 128) that divides every width.
 
-    128 is what GPTQ, AWQ and OpenVINO take by default; fewer scales are fewer bytes a token.
+    128 is the default of GPTQ, AWQ and OpenVINO; fewer scales are fewer bytes per token.
 
     Args:
-        widths: inputs of the matrices.
-        other: what to export with where there is none, for the error.
+        widths: numbers of inputs of the matrices.
+        other: the option that the error suggests if no size fits.
 
     Raises:
-        RequestError: none does.
+        RequestError: no block size divides every width.
     """
     for size in (128, 64, 32, 16):
         if not any(width % size for width in widths):
@@ -96,7 +96,7 @@ def quantize_int4(weight: NDArray[np.float32], block_size: int) -> Int4Weight:
 
 
 def dequantize_int4(weight: NDArray[np.float32], block_size: int) -> NDArray[np.float32]:
-    """What [out, in] becomes when it is quantized and read back."""
+    """The matrix [out, in], quantized and dequantized."""
     return quantize_int4(weight, block_size).read_back()
 
 

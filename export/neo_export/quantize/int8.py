@@ -1,8 +1,8 @@
 """int8: a scale for each output channel, integers from −63 to 63.
 
-Seven of the eight bits: the u8×s8 kernels of x86 CPUs without VNNI add two products in a signed
-16-bit register, and 2 · 255 · 64 = 32640 is the most that fits. With −127…127 they saturate
-silently (docs/int8-saturation.md has the proof by extreme values).
+Only seven of the eight bits are used: the u8×s8 kernels of x86 CPUs without VNNI add two products
+in a signed 16-bit register, and 2 · 255 · 64 = 32640 is the most that fits. With −127…127 they
+saturate silently (docs/int8-saturation.md proves it with extreme values).
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Int8Weight:
     """[out]; weight = integers · scales[:, None]."""
 
     def read_back(self) -> NDArray[np.float32]:
-        """The matrix [out, in] that this stands for."""
+        """The dequantized matrix, [out, in]."""
         return self.integers.astype(np.float32) * self.scales[:, None]
 
 
 def quantize_int8(weight: NDArray[np.float32], limit: int = LIMIT) -> Int8Weight:
-    """Quantize [out, in]; a row's scale is the one of least squared error near max|w| / limit."""
+    """Quantize [out, in]; a row's scale is that of least squared error near max|w| / limit."""
     integers, scales = in_slabs(weight, lambda rows: _quantize(rows, limit))
     return Int8Weight(integers, scales.reshape(-1))
 
 
 def dequantize_int8(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What [out, in] becomes when it is quantized and read back."""
+    """The matrix [out, in], quantized and dequantized."""
     return quantize_int8(weight).read_back()
 
 

@@ -1,8 +1,8 @@
-"""int8 keys and values: which step each channel has, from what calibration saw.
+"""int8 keys and values: the quantization step of each channel, from calibration statistics.
 
-A channel of a layer's keys (or values) is stored as round(x / step), −128 … 127, ties to even, the
-same step at every position. Steps are static, because the cache is written once and read at every
-later step: they come from statistics over real text, never from the position at hand.
+A channel of a layer's keys (or values) is stored as round(x / step), −128 … 127, ties to even, with
+the same step at every position. Steps are static, because the cache is written once and read by
+every later token: they come from statistics over real text, never from the current position.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = [
 ]
 
 CACHE_FORMATS = ("float", "int8")
-"""`float`: as the activations are."""
+"""`float` is the type of the activations."""
 
 CACHE_LEVELS = 127
-"""Steps from zero to the largest value that can be stored."""
+"""Number of steps from zero to the largest value that can be stored."""
 HEADROOM = 1.5
 """The largest value that can be stored, as a multiple of the largest that calibration saw. Finer
-steps gain nothing, and values beyond the last one cost much. neo-mini, float32 weights, perplexity
-against the float cache's 11.0997, calibrated on this many tokens:
+steps gain nothing, and clipped values cost much. Perplexity of neo-mini with float32 weights,
+relative to 11.0997 with the float cache, by number of calibration tokens:
 
     headroom      0.6      0.8      1.0      1.25     1.5      2.0
     64 tokens                      +1.70 %  +0.15 %  +0.01 %  +0.00 %
@@ -50,30 +50,30 @@ against the float cache's 11.0997, calibrated on this many tokens:
 
 _HEAD_SIZE_MULTIPLE = 8
 _EVICTED_HEAD_SIZE_MULTIPLE = 16
-"""What onnxruntime's attention wants of integers in a cache that it evicts positions from."""
+"""onnxruntime's attention needs such head sizes for an int8 cache that it evicts positions from."""
 
 
 @dataclass(frozen=True)
 class CacheSteps:
-    """The value of one integer step, by layer and channel."""
+    """The quantization step of each layer and channel."""
 
     key: tuple[NDArray[np.float32], ...]
-    """One float32 [hidden] a layer, all above 0."""
+    """One array per layer, float32 [hidden], all above 0."""
     value: tuple[NDArray[np.float32], ...]
     """The same for values."""
 
 
 _NOTHING = 1e-30
-"""A range whose step, and one over it, float32 may not hold."""
+"""Below this, float32 may not hold a range's step or its reciprocal."""
 
 
 def steps_from_ranges(
     channel_max: Callable[[str], NDArray[np.float32]], spec: ModelSpec
 ) -> CacheSteps:
-    """`HEADROOM` times the largest value of each channel becomes `CACHE_LEVELS` steps.
+    """The step of each channel: `HEADROOM` times its largest value, divided by `CACHE_LEVELS`.
 
     Args:
-        channel_max: gives the largest |x| of each channel of a place, [hidden], such as
+        channel_max: returns the largest |x| of each channel of a place, [hidden], such as
             `Statistics.channel_max` of this very model.
         spec: the model.
 
@@ -94,7 +94,7 @@ def steps_from_ranges(
                 f"the statistics of {name} hold a range that is negative or not finite; "
                 "run neo-calibrate again"
             )
-        # A channel that was always 0, or next to it, has such weights, and any step will do.
+        # A channel that is always (almost) 0 has weights of that size, and any step will do.
         used = np.where(largest > _NOTHING, largest, 1)
         return (used * np.float32(HEADROOM / CACHE_LEVELS)).astype(np.float32)
 
@@ -106,10 +106,10 @@ def steps_from_ranges(
 
 
 def check_int8_cache(cache: CacheSpec, spec: ModelSpec) -> None:
-    """Refuse an int8 cache where there is none.
+    """Refuse an int8 cache where it is not supported.
 
     Args:
-        cache: how the target keeps keys and values otherwise.
+        cache: how the target keeps keys and values without it.
         spec: the model.
 
     Raises:
@@ -138,7 +138,7 @@ def calibrated_steps(statistics: Statistics | None, spec: ModelSpec) -> CacheSte
     """The steps of an int8 cache.
 
     Args:
-        statistics: of this very model; None where there was no calibration.
+        statistics: those of this very model; None if there was no calibration.
         spec: the model.
 
     Raises:
@@ -154,7 +154,7 @@ def calibrated_steps(statistics: Statistics | None, spec: ModelSpec) -> CacheSte
 
 
 def stored_cache(x: NDArray[np.float32], step: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What is left of keys or values after they were stored: float32, the shape of `x`.
+    """Keys or values, rounded to int8 and dequantized: float32, the shape of `x`.
 
     Args:
         x: float32 [..., hidden].

@@ -1,9 +1,9 @@
-"""int8, int4 and fp8 as QuantizeLinear and DequantizeLinear take them: symmetric, scales > 0.
+"""int8, int4 and fp8 for QuantizeLinear and DequantizeLinear: symmetric, scales > 0.
 
 Products are computed in floating point or by tensor cores that do not saturate, so int8 uses all
-levels that have a counterpart, −127 to 127. int4 has a scale a block of consecutive inputs, −8 to
-7. fp8 is E4M3 (OCP 8-bit floating point, 1.0): 448 is its largest number. Scales are float16, the
-type of the activations; what is rounded is divided by the scale that is stored.
+levels that have a negative counterpart, −127 to 127. int4 has a scale per block of consecutive
+inputs, and integers from −8 to 7. fp8 is E4M3 (OCP 8-bit floating point, 1.0): 448 is its largest
+number. Scales are float16, the type of the activations; weights are divided by the rounded scale.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ LEVELS = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 _LOW = {"int8": -127, "int4": -8}
 _FACTORS = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8)
 _SMALLEST = np.float32(2.0**-14)
-"""float16's smallest normal number: below it a scale would have fewer than 11 bits."""
+"""float16's smallest normal number: a smaller scale would have fewer than 11 bits of precision."""
 
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """A matrix in fewer bits."""
+    """A quantized matrix."""
 
     values: NDArray[Any]
-    """[out, in]: int8 (for int4 too, −8 to 7), or float8_e4m3fn."""
+    """[out, in]: int8 (also for int4, then −8 to 7), or float8_e4m3fn."""
     scales: NDArray[np.float16]
-    """[out, in / block], or [out, 1] where a row shares one; weight = values · scale."""
+    """[out, in / block], or [out, 1] with one scale per row; weight = values · scale."""
     distance: float
     """‖W − stored‖ / ‖W‖."""
 
@@ -67,7 +67,7 @@ def quantize_linear(
 def _quantize(
     slab: NDArray[np.float32], kind: str, group: int
 ) -> tuple[NDArray[Any], NDArray[np.float16], NDArray[np.float64]]:
-    """Values, scales, and of each row the squared error and size."""
+    """Values, scales, and each row's squared error and squared norm."""
     groups = slab.reshape(-1, group)
     base = np.abs(groups).max(axis=1, keepdims=True) / np.float32(LEVELS[kind])
     base[base == 0] = 1
@@ -89,12 +89,12 @@ def _quantize(
 
 
 class LinearQuantizer:
-    """What `neo_export.quantize.stored` asks to read a matrix back."""
+    """The quantizer of these formats, for `neo_export.quantize.stored`."""
 
     def int8(self, name: str, weight: NDArray[np.float32]) -> LinearWeight:
-        """A scale a row."""
+        """One scale per row."""
         return quantize_linear(weight, "int8")
 
     def int4(self, name: str, weight: NDArray[np.float32], block_size: int) -> LinearWeight:
-        """A scale a block."""
+        """One scale per block."""
         return quantize_linear(weight, "int4", block_size)

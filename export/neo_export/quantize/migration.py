@@ -1,14 +1,14 @@
-"""Activation outliers moved into the weights: the same function, easier to round.
+"""Outlier migration: moves activation outliers into the weights, without changing the function.
 
-    x · Wᵀ + b  =  ((x − z) / s) · (W · s)ᵀ + (b + W z)      s > 0 and z: one a channel of x
+    x · Wᵀ + b  =  ((x − z) / s) · (W · s)ᵀ + (b + W z)      s > 0 and z: one per channel of x
 
-One row of x shares a scale when it is rounded, so that a channel far larger than the rest costs
-all others their precision. Weights have room for what varies (s: SmoothQuant, arXiv:2211.10438,
-equation 3), the bias for what does not (z: Outlier Suppression+, arXiv:2304.09145). Where a layer
-norm gives x, both are folded into its weight and bias and cost nothing. The inputs of out_proj and
-c_proj are shifted and multiplied in the graph (`neo_export.passes.migrate_activations`): folding
-the former into v_proj would rescale cached values, whose scales and statistics others rely on. So
-no place that tools look at changes.
+All channels of a row of x share a scale when they are rounded, so a channel far larger than the
+rest costs the others their precision. The weights absorb the part that varies (s: SmoothQuant,
+arXiv:2211.10438, equation 3), the bias absorbs the constant part (z: Outlier Suppression+,
+arXiv:2304.09145). Where x is the output of a layer norm, both are folded into the norm's weight and
+bias and cost nothing. The inputs of out_proj and c_proj are shifted and multiplied in the graph
+(`neo_export.passes.migrate_activations`): folding out_proj's into v_proj would rescale the cached
+values, whose scales and statistics are used elsewhere. So no place that tools inspect changes.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ _NORMS = ("ln_1", "ln_2")
 
 @dataclass(frozen=True)
 class Migration:
-    """What happens to each place's channels."""
+    """The scale s and shift z of each place's channels."""
 
     scales: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
-    """Place → s [C]; places that stay as they are do not occur. A tied table's rows are divided by
-    its input's where they are looked up."""
+    """Place → s [C]; unchanged places are left out. Rows of a tied table are divided by the s of
+    the head's input when they are looked up."""
     shifts: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
-    """Place → z [C]; only places that have a scale, and readers with a bias."""
+    """Place → z [C]; only places that have a scale and whose readers have a bias."""
 
     @property
     def in_graph(self) -> tuple[str, ...]:
-        """Places that are shifted and multiplied in the graph: no norm does it."""
+        """Places that are shifted and multiplied in the graph, because no norm can do it."""
         return tuple(place for place in self.scales if not _is_norm(place))
 
     def reading(self, read: Read) -> Read:
-        """The checkpoint as it is stored: norms divided, matrices multiplied, biases shifted.
+        """The checkpoint with the migration applied: norms, matrices and biases.
 
         Args:
-            read: gives a weight of the checkpoint by name.
+            read: returns a weight of the checkpoint by name.
         """
 
         def migrated(name: str) -> NDArray[np.float32]:
@@ -72,10 +72,10 @@ class Migration:
         return migrated if self.scales else read
 
     def restoring(self, stored: Read) -> Read:
-        """Stored weights as the checkpoint would have them: what a reference computes with.
+        """Stored weights with the migration undone: what a reference computes with.
 
         Args:
-            stored: gives a weight as it was stored, read back: what `reading` gave, rounded.
+            stored: returns a weight as it was stored, dequantized: that of `reading`, rounded.
         """
 
         def restored(name: str) -> NDArray[np.float32]:
@@ -95,15 +95,15 @@ class Migration:
         return restored if self.scales else stored
 
     def second_moment(self, place: str, moment: Moments) -> NDArray[np.floating[Any]]:
-        """E[x xᵀ] of a place as its stored matrices see it.
+        """E[x xᵀ] of a place after the migration, as input of the stored matrices.
 
         Args:
             place: its name.
-            moment: (E[x xᵀ], E[x]) as the statistics have them.
+            moment: (E[x xᵀ], E[x]) before it, from the statistics.
         """
         if place not in self.scales:
             return moment[0]
-        # A large mean leaves little of what it is subtracted from.
+        # In float64: subtracting a large mean cancels most digits.
         second, mean = (values.astype(np.float64) for values in moment)
         if place in self.shifts:
             shift = self.shifts[place].astype(np.float64)

@@ -1,6 +1,6 @@
-"""A scale made better by slope: down to a minimum of the expected error of a rounded product.
+"""Improves a migration scale by gradient descent on the expected error of a rounded product.
 
-The error E(s) is that of `neo_export.quantize.migration_search`.
+`neo_export.quantize.migration_search` defines the error E(s).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Array = Any
 
 _STEPS = 40
 _NORM = 16
-"""A power mean of this order stands for the maximum, so that it has a slope."""
+"""A p-norm of this order replaces the maximum, to make it differentiable."""
 
 
 def descended(
@@ -62,7 +62,7 @@ def descended(
 
 
 def _soft_max(values: NDArray[np.float32]) -> tuple[Array, Array]:
-    """Square of the maximum along the last axis [n, blocks], and each entry's part in it."""
+    """Square of the smooth maximum along the last axis [n, blocks], and each entry's share."""
     top = np.maximum(values.max(axis=-1, keepdims=True), 1e-30)
     power = values / top
     for _ in range(_NORM.bit_length() - 1):
@@ -83,13 +83,13 @@ def _weighted(share: Array, largest: Array) -> Array:
 
 
 def positive(values: Array) -> Array:
-    """Never zero: a silent channel counts as the smallest of the others."""
+    """The values in float64, never 0: a zero channel gets the smallest value of the others."""
     values = np.asarray(values, np.float64)
     floor = values[values > 0].min() if (values > 0).any() else 1.0
     return np.maximum(values, max(floor, 1e-5 * values.max()))
 
 
 def normalized(scale: Array) -> NDArray[np.float32]:
-    """Geometric mean 1: only ratios matter."""
+    """The scale with geometric mean 1: only ratios matter."""
     result: NDArray[np.float32] = (scale / np.exp(np.log(scale).mean())).astype(np.float32)
     return result

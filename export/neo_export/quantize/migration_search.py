@@ -1,16 +1,16 @@
-"""Which channels to rescale, and by how much: chosen by measured error, place by place.
+"""Searches the scales and shifts of outlier migration, place by place, by measured error.
 
 For each place that quantized matrices read, candidates are tried on sampled activations of the
-calibration text and on the weights, both really rounded, and the one whose product is nearest to
-the exact one wins:
+calibration text and on the weights, both actually rounded. The candidate whose product is nearest
+to the exact one wins:
 
 - SmoothQuant's max|x|^α / max|w|^(1−α) for several α, and the same with root mean squares;
-- from the best of those down to a minimum of the expected error. For one rounding step a row (or
-  block) of x and of w, with m = max|x/s| of a row and M = max|w·s| of an output,
+- the best of those, improved by gradient descent on the expected error. With one rounding step per
+  row (or block) of x and of w, m = max|x/s| of a row and M = max|w·s| of an output:
 
       E(s) ∝ E[m²]/127² · Σ s²‖w‖²  +  Σ M²/L² · Σ E[x²]/s²          (L: largest weight integer)
 
-Candidates are fitted to one half of the samples and judged on the other, and a place is left alone
+Candidates are fitted to one half of the samples and judged on the other. A place is left unchanged
 unless a candidate is clearly better: a model without outliers keeps its weights.
 """
 
@@ -44,35 +44,36 @@ Array = Any
 
 _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _OUTPUTS = 384
-"""Rows of the weights that are tried; spread evenly."""
+"""Rows of the weights that candidates are tried on; evenly spaced."""
 _SHIFTED = ("attended", "ln_2", "gelu")
 """Places whose readers have a bias, which can hold a constant part."""
 _HARMLESS = 0.03
-"""A product that is within this of the exact one (‖y − ŷ‖ / ‖y‖) needs nothing. int8 without
-outliers is 0.6 to 2.5 % off (the demo model), and with them 6 % and more. Of y counts what varies
-where a bias can take the rest: a large constant that the bias cancels excuses no error."""
+"""A place whose product has at most this relative error, ‖y − ŷ‖ / ‖y‖, is left unchanged. int8
+without outliers has 0.6 to 2.5 % (the demo model), with outliers 6 % and more. Where the readers
+have a bias, ‖y‖ is taken without the mean of y: a large constant that the bias may cancel must not
+hide an error."""
 _PROMISING, _CLEAR = 0.75, 0.5
-"""A candidate's squared error, as a part of what it is without, must be below the first to be
-refined, and below the second to be used. Without outliers it stays above 0.55 (the demo model),
-and perplexity does not gain; with them it falls below 0.2."""
+"""A candidate's squared error, relative to that without rescaling, must be below the first to be
+refined, and at most the second to be used. Without outliers it stays above 0.55 (the demo model),
+and perplexity does not improve; with outliers it falls below 0.2."""
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a product is computed."""
+    """How a product's inputs and weights are rounded."""
 
     block_size: int | None
-    """Inputs that share a scale: int4; None where a whole row does: int8."""
+    """Inputs that share a scale (int4); None for one scale per row (int8)."""
 
     def activations(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """X [n, C] in 8 bits, read back."""
+        """X [n, C], quantized to 8 bits and dequantized."""
         blocks = x.reshape(len(x), -1, self.block_size or x.shape[1])
         step = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True), 1e-30) / np.float32(127)
         result: NDArray[np.float32] = (np.rint(blocks / step) * step).reshape(x.shape)
         return result
 
     def weights(self, w: NDArray[np.float32]) -> NDArray[np.float32]:
-        """W [out, C] as stored, read back."""
+        """W [out, C], quantized as it is stored and dequantized."""
         if self.block_size is None:
             return dequantize_int8(w)
         return dequantize_int4(w, self.block_size)
@@ -85,15 +86,15 @@ class Rounding:
 
 @dataclass(frozen=True)
 class MovedPlace:
-    """A place that is rescaled, and what it gains."""
+    """A place that is rescaled, and its errors before and after."""
 
     place: str
     error_before: float
-    """‖y − ŷ‖ / ‖y‖ of the product, on sampled activations, without the rescaling; less the mean of
-    y where a bias can take that."""
+    """‖y − ŷ‖ / ‖y‖ of the product on sampled activations, without the rescaling; where the readers
+    have a bias, ‖y‖ is taken without the mean of y."""
     error_after: float
     shifted: bool
-    """Whether its channels' constant part went into the bias as well."""
+    """Whether the constant part of its channels was moved into the bias, too."""
 
 
 def find_migration(
@@ -107,12 +108,12 @@ def find_migration(
     """Choose the scales of every place.
 
     Args:
-        read: gives a weight of the checkpoint by name, float32.
+        read: returns a weight of the checkpoint by name, float32.
         spec: the architecture.
-        statistics: of this checkpoint.
-        rounding_of: a matrix's name → how its product is rounded; None where it is not.
-        progress: called with places done and in all.
-        remembered: folder that keeps what is found with these statistics for the next export.
+        statistics: those of this checkpoint.
+        rounding_of: a matrix's name → how its product is rounded; None if it is not rounded.
+        progress: called with the number of places done and the total.
+        remembered: folder that caches the results for these statistics between exports.
     """
     scales: dict[str, NDArray[np.float32]] = {}
     shifts: dict[str, NDArray[np.float32]] = {}
@@ -142,7 +143,7 @@ def find_migration(
 
 
 def _file_name(place: str, names: list[str], rounding: Rounding) -> str:
-    """All that a search depends on beside the checkpoint and its statistics."""
+    """A file name with all that a search depends on besides the checkpoint and its statistics."""
     readers = "+".join(name.split(".")[-2] for name in names)
     steps = f"{rounding.block_size or 'row'}-{rounding.weight_limit}"
     return f"{place}.rescaled.{steps}.{readers}"
@@ -150,15 +151,15 @@ def _file_name(place: str, names: list[str], rounding: Rounding) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """What is known about a place and its readers, shifted by one candidate of z."""
+    """Data of a place and its readers for one candidate of z, which is already subtracted."""
 
     shift: NDArray[np.float32] | None
     fit: NDArray[np.float32]
-    """[n, C]: samples that candidates are made from."""
+    """[n, C]: samples that candidates are fitted to."""
     judge: NDArray[np.float32]
-    """[n, C]: samples that they are tried on."""
+    """[n, C]: samples that candidates are judged on."""
     exact: NDArray[np.float32]
-    """[n, rows]: products of `judge` with the rows of the weights that are tried."""
+    """[n, rows]: exact products of `judge` with the sampled rows of the weights."""
     largest: tuple[Array, Array]
     """Largest |x − z| and |w| of each channel."""
     typical: tuple[Array, Array]
@@ -172,7 +173,7 @@ def _search(
     statistics: Statistics,
     rounding: Rounding,
 ) -> dict[str, NDArray[Any]]:
-    """Scale, shift (if any), errors before and after; empty where the place stays as it is."""
+    """Scale, shift (if any), errors before and after; empty if the place stays unchanged."""
     weights = np.concatenate([read(name) for name in names])
     rows = np.linspace(0, len(weights) - 1, min(_OUTPUTS, len(weights))).astype(np.int64)
     some = np.ascontiguousarray(weights[rows])
@@ -211,7 +212,7 @@ def _kind(place: str) -> str:
 
 
 def _shifts(place: str, statistics: Statistics) -> Iterator[NDArray[np.float32] | None]:
-    """Candidates of z: none, the mean, and (OS+) the middle of the range."""
+    """Candidates for z: none, the mean, and the middle of the range (OS+)."""
     yield None
     if _kind(place) in _SHIFTED:
         low, high = statistics.channel_range(place)

@@ -1,4 +1,4 @@
-"""Which storage each weight matrix of a bundle has, and the small JSON file that says so.
+"""Weight plans: the storage of each weight matrix of a bundle, and the JSON file of a plan.
 
     {
      "schema_version": 1,
@@ -9,10 +9,10 @@
      }
     }
 
-A storage is `fp32`, `int8`, or `int4:` and its block size. Keys are names of the checkpoint or
-shell patterns of them; a name goes before a pattern, and two patterns that disagree about a weight
-are an error, so that the order of the file does not matter. A tied table is one weight: embedding
-and head read the same storage. The position table is no part of a plan.
+A storage is `fp32`, `fp16`, `int8`, or `int4:` and its block size. Keys are names in the checkpoint
+or shell patterns of names. A name takes precedence over patterns; two patterns that disagree about
+a weight are an error, so the order in the file does not matter. A tied table is one weight:
+embedding and head read the same storage. The position table is not part of a plan.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Storage:
     kind: str
     """"fp32", "fp16", "int8" or "int4"."""
     block_size: int | None = None
-    """int4: how many consecutive inputs share a scale; None for the other kinds."""
+    """Consecutive inputs that share a scale, for int4; None for the other kinds."""
 
     @classmethod
     def parse(cls, text: str) -> Storage:
@@ -75,7 +75,7 @@ class Storage:
         return self.kind if self.block_size is None else f"{self.kind}:{self.block_size}"
 
     def bytes_of(self, rows: int, columns: int) -> int:
-        """Bytes of a matrix [rows, columns] and its scales in the weight file."""
+        """Size in the weight file of a matrix [rows, columns] and its scales, in bytes."""
         if self.kind == "int4":
             assert self.block_size is not None
             return rows * columns // 2 + 4 * rows * (columns // self.block_size)
@@ -95,20 +95,20 @@ class WeightPlan:
 
     default: Storage
     weights: tuple[tuple[str, Storage], ...] = ()
-    """Names or shell patterns of the checkpoint's names; the first that matches counts."""
+    """(Name in the checkpoint or shell pattern, its storage); the first match counts."""
 
     @classmethod
     def uniform(
         cls, kind: str, block_size: int | None = None, keep: Iterable[str] = ()
     ) -> WeightPlan:
-        """The same for all but those that match one of `keep`, which stay float32."""
+        """A plan with one storage for all matrices but those that match `keep`: these are fp32."""
         return cls(Storage(kind, block_size)).keeping(keep)
 
     def of(self, name: str) -> Storage:
-        """The storage of a matrix, by the checkpoint's name of it.
+        """The storage of a matrix, by its name in the checkpoint.
 
-        The packed projection of a layer is stored as its parts are: it exists only where they
-        agree (`packs`).
+        A layer's packed projection is stored like its parts: it exists only if they agree
+        (`packs`).
         """
         name = parts_of_packed(name)[0]
         for pattern, storage in self.weights:
@@ -117,16 +117,16 @@ class WeightPlan:
         return self.default
 
     def packs(self, names: Iterable[str]) -> bool:
-        """Whether these matrices are stored alike, so that one may hold them all."""
+        """Whether these matrices have the same storage, so that they may be packed into one."""
         return len({self.of(name) for name in names}) == 1
 
     def keeping(self, patterns: Iterable[str]) -> WeightPlan:
-        """The same with the weights of these shell patterns in float32."""
+        """The same plan, with the weights that match these shell patterns in float32."""
         kept = tuple((pattern, Storage("fp32")) for pattern in patterns)
         return replace(self, weights=kept + self.weights)
 
     def replacing(self, old: str, new: Storage) -> WeightPlan:
-        """The same with another storage for everything of the kind `old`."""
+        """The same plan, with another storage for everything of the kind `old`."""
         return WeightPlan(
             new if self.default.kind == old else self.default,
             tuple((n, new if s.kind == old else s) for n, s in self.weights),
@@ -137,7 +137,7 @@ class WeightPlan:
         return kind in {self.default.kind, *(storage.kind for _, storage in self.weights)}
 
     def kinds(self, names: Iterable[str]) -> set[str]:
-        """The kinds of storage that these matrices have between them."""
+        """The kinds of storage that occur among these matrices."""
         return {self.of(name).kind for name in names}
 
     def bytes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -152,12 +152,12 @@ class WeightPlan:
         """Refuse a plan that does not fit a model.
 
         Args:
-            shapes: of the model's parameters, by name.
-            source: what to call the plan in errors.
+            shapes: shapes of the model's parameters, by name.
+            source: how errors refer to the plan.
 
         Raises:
-            RequestError: a name that the model does not have, two patterns that disagree, or a
-                mixture that no graph computes.
+            RequestError: a name does not exist in the model, two patterns disagree, or no graph
+                supports the mixture of kinds.
         """
         check_patterns((pattern for pattern, _ in self.weights), shapes, source)
         names = [name for name, shape in shapes.items() if is_planned(name, shape)]
@@ -171,10 +171,10 @@ class WeightPlan:
             )
 
     def refuse_half(self, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
-        """Refuse float16 where what is not quantized is float32.
+        """Refuse fp16 storage, for targets whose unquantized weights are float32.
 
         Raises:
-            RequestError: a matrix of the model has it.
+            RequestError: the plan stores a matrix of the model in fp16.
         """
         if "fp16" in self.kinds(name for name, shape in shapes.items() if is_planned(name, shape)):
             raise RequestError(
@@ -207,7 +207,7 @@ class WeightPlan:
         """Read a plan file.
 
         Raises:
-            RequestError: it cannot be read, or is no plan.
+            RequestError: the file cannot be read or is not a plan.
         """
         try:
             raw = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
@@ -257,12 +257,12 @@ def check_patterns(
     """Refuse shell patterns that no weight matrix matches.
 
     Args:
-        patterns: of names.
-        shapes: of the model's parameters, by name.
-        source: where they come from, for the error.
+        patterns: shell patterns of names.
+        shapes: shapes of the model's parameters, by name.
+        source: where the patterns come from, for the error.
 
     Raises:
-        RequestError: names the pattern, and what there is.
+        RequestError: a pattern matches nothing; the message says which, and lists the names.
     """
     names = [name for name, shape in shapes.items() if is_planned(name, shape)]
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""What turns the numbers of one matrix into integers and scales."""
+"""The protocol of weight quantizers, which compute a matrix's integers and scales."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["EightBits", "RoundToNearest", "WeightQuantizer"]
 
 
 class WeightQuantizer(Protocol):
-    """Quantizes a matrix, given its name: the same input gives the same integers and scales."""
+    """Quantizes a matrix, given its name; deterministic."""
 
     def int8(self, name: str, weight: NDArray[np.float32]) -> Int8Weight:
-        """[out, in] with a scale a row."""
+        """Quantize [out, in] with one scale per row."""
 
     def int4(self, name: str, weight: NDArray[np.float32], block_size: int) -> Int4Weight:
-        """[out, in] with a scale for each `block_size` consecutive inputs of a row."""
+        """Quantize [out, in] with a scale for each `block_size` consecutive inputs of a row."""
 
 
 class RoundToNearest:
-    """Each number to the nearest level, scales by squared error: needs no data."""
+    """Rounds to the nearest level, with scales of least squared error; needs no calibration."""
 
     def int8(self, name: str, weight: NDArray[np.float32]) -> Int8Weight:
         """See `neo_export.quantize.int8`."""

@@ -1,4 +1,4 @@
-"""The integers and scales that a bundle holds: for checks of what was written."""
+"""Reads the integers and scales in a bundle, for checks of what was written."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["ReadBack"]
 
 
 class ReadBack:
-    """A quantizer that makes nothing: it returns what a graph of a bundle refers to.
+    """A quantizer that computes nothing: it returns what a graph of a bundle refers to.
 
-    GPTQ is not repeated for a check: it takes minutes where models are large, and a sum in another
-    order can turn an integer.
+    A check does not repeat GPTQ: for large models it takes minutes, and another order of summation
+    can change an integer.
     """
 
     def __init__(self, graph: Path) -> None:
-        """Read the structure of a graph, such as `bundle/score.onnx`; weights stay mapped."""
+        """Read the structure of a graph, such as `bundle/score.onnx`; weights are memory-mapped."""
         self._initializers = ir.load(graph).graph.initializers
 
     def int8(self, name: str, weight: NDArray[np.float32]) -> Int8Weight:
@@ -41,7 +41,7 @@ class ReadBack:
         """
         integers, rows = self._find(name, "int8", len(weight))
         scales, _ = self._find(name, "int8.scales", len(weight))
-        if integers.dtype == np.uint8:  # in blocks that share their row's scale
+        if integers.dtype == np.uint8:  # stored in blocks, all with their row's scale
             flat = integers[rows].reshape(len(weight), -1).astype(np.int16) - 128
             stored = Int8Weight(flat.astype(np.int8), scales[rows, 0])
         else:
@@ -62,7 +62,7 @@ class ReadBack:
         return stored
 
     def _find(self, name: str, kind: str, rows: int) -> tuple[NDArray[Any], slice]:
-        """An array, and the rows of the matrix in it: all, or a third of a packed projection."""
+        """An array, and the matrix's rows in it: all, or a third of a packed projection."""
         place = place_in_packed(name)
         if self._stored_name(f"{name}.{kind}") is None and place is not None:
             packed, third = place
@@ -70,7 +70,7 @@ class ReadBack:
         return self._array(f"{name}.{kind}"), slice(0, rows)
 
     def _stored_name(self, name: str) -> str | None:
-        """The initializer of this name, or its twin in half precision (scales, for GPUs)."""
+        """The name of this initializer, or of its half-precision copy (scales, for GPUs)."""
         names = (name, f"{name}.float16")
         return next((found for found in names if found in self._initializers), None)
 

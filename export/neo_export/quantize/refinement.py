@@ -1,4 +1,4 @@
-"""Scales and integers made better, one kind with the other fixed; tr(dW H dWᵀ) never rises.
+"""Refines scales and integers in turn, with the other fixed; tr(dW H dWᵀ) never rises.
 
 All arrays are those of Wᵀ, [in, n], so that what belongs to one input is contiguous.
 """
@@ -27,14 +27,14 @@ def fit_scales(
     moment: NDArray[np.float32],
     own: OwnInputs | None,
 ) -> NDArray[np.float32]:
-    """For each row the scales of least error with these integers: normal equations.
+    """Each row's scales of least error for these integers, from the normal equations.
 
     Args:
         weight: [in, n].
         integers: [in, n].
-        scales: [in / size, n] up to now.
+        scales: [in / size, n], the current ones.
         moment: [in, in] H.
-        own: what counts for each of the n rows beside H.
+        own: inputs that count for single rows of the n, in addition to H.
 
     Returns:
         [in / size, n].
@@ -65,7 +65,7 @@ def _add_own(
     integers: NDArray[np.float32],
     own: OwnInputs,
 ) -> None:
-    """Each row's own inputs into its normal equations, [n, blocks, blocks] and [n, blocks]."""
+    """Add each row's own inputs to its normal equations, [n, blocks, blocks] and [n, blocks]."""
     blocks = normal.shape[1]
     for row in np.flatnonzero(np.diff(own.starts)).tolist():
         inputs, weights = own.row(row)
@@ -84,9 +84,9 @@ def descend(
     own: OwnInputs | None,
     levels: Levels,
 ) -> None:
-    """Each integer in turn to its best with all others fixed; changes `integers` in place.
+    """Set each integer in turn to its optimum with all others fixed; changes `integers` in place.
 
-    Arguments as of `fit_scales`.
+    Arguments are those of `fit_scales`, and the levels.
     """
     inputs = len(weight)
     size = inputs // len(scales)
@@ -112,11 +112,11 @@ def descend(
 
 
 class _OwnErrors:
-    """dw · x of each row's own inputs, kept up to date."""
+    """The errors dw · x of each row's own inputs, kept up to date."""
 
     def __init__(self, own: OwnInputs, off: NDArray[np.float32]) -> None:
         self._own, self._counts = own, np.diff(own.starts)
-        self._rows = np.flatnonzero(self._counts)  # reduceat wants no empty ones
+        self._rows = np.flatnonzero(self._counts)  # reduceat cannot sum empty groups
         self._errors = np.empty(len(own.which), np.float32)
         for row in self._rows:
             part = slice(own.starts[row], own.starts[row + 1])
@@ -129,7 +129,7 @@ class _OwnErrors:
         return self._sums(weighted * self._errors), self._sums(weighted * self._values)
 
     def move(self, step: NDArray[np.float32]) -> None:
-        """The column of W − Q that was looked at last became smaller by `step` [n]."""
+        """Subtract `step` [n] from W − Q in the column of the last call of `at`."""
         self._errors -= self._values * np.repeat(step, self._counts)
 
     def _sums(self, numbers: NDArray[np.float32]) -> NDArray[np.float32]:

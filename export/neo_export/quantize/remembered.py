@@ -1,4 +1,4 @@
-"""What exports of one model under several plans have in common, kept in a folder."""
+"""A cache folder for results that exports of one model under several plans share."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = ["Remembered", "remembered_arrays"]
 def remembered_arrays(
     folder: Path | None, name: str, make: Callable[[], Arrays]
 ) -> dict[str, NDArray[Any]]:
-    """Arrays of a name: read from the folder, or made, and left there.
+    """Read arrays from the folder, or make them and save them there.
 
     Args:
-        folder: of one set of statistics, which are one checkpoint's; None to make them every time.
-        name: of the file, without its ending: whatever else they depend on.
-        make: gives them.
+        folder: the cache of one set of statistics, which are one checkpoint's; None for no cache.
+        name: the file's name without its extension: everything else that the arrays depend on.
+        make: computes the arrays.
     """
     if folder is None:
         return dict(make())
@@ -43,9 +43,9 @@ def remembered_arrays(
 
 
 class Remembered:
-    """A quantizer that looks into a folder first, and leaves there what it had to make.
+    """A quantizer that caches the results of another one in a folder.
 
-    The folder belongs to one set of statistics. A file is found by the matrix's name, its values
+    The folder belongs to one set of statistics. The key of a file is the matrix's name, its values
     and its storage.
     """
 
@@ -83,4 +83,4 @@ def _save(path: Path, arrays: Arrays) -> None:
     part, named = path.with_suffix(".part"), dict[str, Any](arrays)
     with part.open("wb") as file:
         np.savez(file, **named)
-    part.replace(path)  # whole or not at all
+    part.replace(path)  # atomic rename

@@ -1,4 +1,4 @@
-"""The checkpoint's weights once a bundle has stored them: the reference to compare with."""
+"""The checkpoint's weights as a bundle stores them, for the reference of comparisons."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ __all__ = ["StoredWeights"]
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Reads weights as one graph of a bundle has them, in float32.
+    """Reads weights as one graph of a bundle has them, dequantized to float32.
 
-    float16 bundles are compared with the checkpoint itself: their rounding is what is judged.
+    float16 bundles are compared with the checkpoint itself, so their rounding counts as error.
     """
 
     read: Callable[[str], NDArray[np.float32]]
     """Reads a weight of the checkpoint."""
     plan: WeightPlan
-    """Of the graph."""
+    """The storage of every matrix in the graph."""
     quantizer: WeightQuantizer | LinearQuantizer = field(default_factory=RoundToNearest)
-    """What made the integers."""
+    """Computes or reads the integers."""
     half_positions: bool = False
-    """The position table is stored in float16, if that can hold it."""
+    """Whether the position table is stored in float16, if that can hold it."""
 
     def __call__(self, name: str) -> NDArray[np.float32]:
-        """The weight of this name, quantized and read back where the bundle quantizes it."""
+        """The weight of this name; quantized and dequantized if the bundle quantizes it."""
         weight = self.read(name)
         if not is_planned(name, weight.shape):
             if self.half_positions and weight.ndim == 2 and fits_float16(weight):
