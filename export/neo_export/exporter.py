@@ -1,4 +1,4 @@
-"""A checkpoint becomes a bundle: the order of things, each done elsewhere."""
+"""Exports a checkpoint as a bundle: calls the steps in order, which other modules implement."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ __all__ = ["ExportOptions", "ExportSummary", "export_bundle"]
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What an export did."""
+    """The results of an export."""
 
     bundle: str
     digest: str
@@ -56,7 +56,7 @@ class ExportSummary:
     cache_layout: str
     cache_dtype: str
     decode_weights: dict[str, int]
-    """Matrices by how decode reads them."""
+    """Number of matrices by how the decode graph stores them."""
     has_tokenizer: bool
     parameters: int
     weight_bytes: int
@@ -64,17 +64,17 @@ class ExportSummary:
     graphs: tuple[GraphSummary, ...]
     seconds: float
     peak_rss_bytes: int
-    """Largest resident memory, mapped files included."""
+    """Peak resident memory, memory-mapped files included."""
     peak_private_bytes: int
-    """Largest private (anonymous) memory: RssAnon."""
+    """Peak private (anonymous) memory: RssAnon."""
     verification: Verification | None
     moved_places: tuple[MovedPlace, ...] = ()
-    """Where activation outliers were moved into the weights."""
+    """Places whose activation outliers were moved into the weights."""
     kept_wide: tuple[WideTensor, ...] = ()
     """What stays float32 in a float16 bundle, and why."""
     largest_score: float = 0.0
-    """The largest unscaled q·k of a float16 bundle, where it is near the end of float16: attention
-    is in standard operators then, with float32 scores."""
+    """The largest unscaled q·k of a float16 bundle, if it is near float16's limit: attention then
+    uses standard operators with float32 scores."""
 
 
 def export_bundle(
@@ -83,16 +83,16 @@ def export_bundle(
     options: ExportOptions | None = None,
     progress: Progress | None = None,
 ) -> ExportSummary:
-    """Write the bundle of `model` to `output`, whole or not at all.
+    """Write the bundle of `model` to `output`, atomically.
 
     Args:
         model: a Hugging Face folder, a hub id, or `modelscope:` and an id.
         output: the folder to create.
-        options: what to make of it.
-        progress: called with a stage's name, done and total (0 where unknown).
+        options: the options of the export.
+        progress: called with a stage's name, done and total (0 if unknown).
 
     Raises:
-        NeoError: the model, the options or the output cannot be used; nothing is left.
+        NeoError: the model, the options or the output cannot be used; nothing is left behind.
     """
     options = options or ExportOptions()
     target = target_named(options.target)
@@ -148,7 +148,7 @@ def export_bundle(
 
 
 def _check_verifiable(precision: str) -> None:
-    """Before any work: the comparison comes last."""
+    """Refuse early what --verify cannot compare: the comparison itself is the last step."""
     if precision == "bf16":
         raise RequestError(
             "--verify computes on the CPU, where onnxruntime has no kernels for bfloat16; "
@@ -194,7 +194,7 @@ def _write(
 
 
 def _parameters(checkpoint: Checkpoint) -> int:
-    """How many numbers the checkpoint holds."""
+    """Number of parameters of the checkpoint."""
     return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
 
 

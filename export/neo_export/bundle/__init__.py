@@ -1,1 +1,1 @@
-"""The bundle: its graphs and weights, its other files, their checks, and how it is put in place."""
+"""Writes the bundle: graphs, weights and other files, checks, and the atomic rename into place."""

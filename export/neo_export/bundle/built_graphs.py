@@ -1,4 +1,4 @@
-"""The graphs of a bundle with their passes applied, and what the manifest says of them."""
+"""Builds the graphs of a bundle, applies their passes, and describes them for the manifest."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ __all__ = ["GraphSummary", "PassSummary", "build_graphs", "graph_spec"]
 
 @dataclass(frozen=True)
 class PassSummary:
-    """One pass on one graph."""
+    """The effect of one pass on one graph."""
 
     name: str
     fired: int
     nodes: int
-    """Operators of the graph after it."""
+    """Number of nodes in the graph after the pass."""
 
 
 @dataclass(frozen=True)
 class GraphSummary:
-    """One graph, from the portable form to what was written."""
+    """One graph, from its portable form to its file."""
 
     name: str
     bytes: int
@@ -46,10 +46,10 @@ class GraphSummary:
 def build_graphs(
     prepared: Prepared,
 ) -> tuple[dict[str, ir.Model], dict[str, Callable[[int], GraphSummary]]]:
-    """Every graph of the bundle; its weights are read when they are written.
+    """Build every graph of the bundle; weights are read lazily, when they are written.
 
     Returns:
-        The graphs by name, and what makes a summary of each of its size on disk, in bytes.
+        The graphs by name, and for each a function from its size on disk in bytes to its summary.
     """
     models, summaries = {}, {}
     for name, entry in prepared.target.graphs:
@@ -76,7 +76,7 @@ def _summarize(
 
 
 def graph_spec(name: str, model: ir.Model) -> GraphSpec:
-    """Inputs and outputs of a graph, as the manifest lists them."""
+    """A graph's inputs and outputs, for the manifest."""
     return GraphSpec(
         file=f"{name}.onnx",
         inputs=tuple(_tensor_spec(value) for value in model.graph.inputs),

@@ -1,4 +1,4 @@
-"""What every export checks of what it wrote, before it is put in place."""
+"""The checks of every written bundle, before it is put in place."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _INLINE = 1 << 16
 
 
 def check_bundle(folder: Path, manifest: Manifest) -> None:
-    """ONNX's checker, declared shapes, no weights inside, and a short run, for every graph.
+    """Check every graph: ONNX's checker, declared shapes, no weights inside, and a short run.
 
-    Graphs in bfloat16 are only checked, not run: onnxruntime's CPU provider has no kernels for it.
+    Graphs in bfloat16 are not run: onnxruntime's CPU provider has no kernels for it.
 
     Raises:
-        VerificationError: one of them fails; the message names the graph.
+        VerificationError: a check fails; the message names the graph.
     """
     for name, graph in manifest.graphs.items():
         path = folder / graph.file
@@ -43,17 +43,17 @@ def check_bundle(folder: Path, manifest: Manifest) -> None:
 
 
 def scoring_graph(graphs: Container[str]) -> str:
-    """Name of the graph that gives logits at every position: score, or prefill where it picks."""
+    """Name of the graph that can return logits at every position: score, or a selective prefill."""
     return "score" if "score" in graphs else "prefill"
 
 
 def open_session(path: Path) -> Any:
-    """A session for one look: nothing prepacked or optimized, so that memory stays small."""
+    """A session for a single run: no prepacking or optimization, which keeps memory small."""
     ort = require_onnxruntime()
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    # Casts of float16 weights, which this provider needs, then run one by one, not all at first.
+    # This provider casts float16 weights; in this order each cast runs when needed, not all first.
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 3
@@ -66,9 +66,9 @@ def run_graph(
     """Run on token ids [B, S] as a first prompt; returns every output by name.
 
     Args:
-        session: of the graph.
-        graph: its inputs.
-        ids: token ids.
+        session: a session of the graph.
+        graph: the graph's inputs and outputs.
+        ids: token ids, int64 [B, S].
         window: `CacheSpec.window`.
     """
     feeds = first_prompt_feeds(graph, ids, window)
@@ -79,7 +79,7 @@ def run_graph(
 def first_prompt_feeds(
     graph: GraphSpec, ids: np.ndarray[Any, np.dtype[np.int64]], window: int | None
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Inputs of token ids [B, S] as a first prompt: nothing in the cache, no padding."""
+    """Inputs for token ids [B, S] as a first prompt: empty cache, no padding."""
     batch, sequence = ids.shape
     positions = np.broadcast_to(np.arange(sequence), ids.shape).copy()
     given: dict[str, np.ndarray[Any, Any]] = {
@@ -100,7 +100,7 @@ def first_prompt_feeds(
 
 
 def _check_structure_only(path: Path, max_length: int) -> None:
-    """What a graph brings itself: numbers, and a table of the cache's slots, but no weights."""
+    """Check that a graph file holds only constants (scalars, the cache's slots), no weights."""
     most = max(_INLINE, 16 * max_length)
     for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
         if tensor.ByteSize() > most:
@@ -126,7 +126,7 @@ def _short_run(path: Path, name: str, graph: GraphSpec, manifest: Manifest) -> N
 
 
 def _overflow(activations: str) -> str:
-    """What overflows, and what to do about it."""
+    """The error message for logits that overflow, with the remedy."""
     if activations == "float16":
         return (
             "float16 ends at 65504; export with --fp16 --calibrate-text FILE, which keeps what "

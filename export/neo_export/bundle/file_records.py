@@ -1,4 +1,4 @@
-"""Sizes and checksums of the files of a bundle, and writes that yield them on the way."""
+"""Sizes and checksums of a bundle's files, some computed while they are written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CHUNK = 1 << 22
 
 
 def record_file(path: Path) -> FileRecord:
-    """Size and sha256 of one file, read in pieces of 4 MiB."""
+    """Size and sha256 of one file, read in chunks of 4 MiB."""
     digest = hashlib.sha256()
     size = 0
     buffer = memoryview(bytearray(_CHUNK))
@@ -34,14 +34,15 @@ def record_file(path: Path) -> FileRecord:
 def record_files(
     folder: Path, known: Mapping[str, FileRecord] | None = None
 ) -> dict[str, FileRecord]:
-    """Records of every file below `folder` but its `neo.json`, by relative path with `/`, sorted.
+    """Records of every file in `folder` except `neo.json`, by relative path with `/`, sorted.
 
     Args:
         folder: the bundle being written.
-        known: records made while writing; those files are not read again (their size is checked).
+        known: records made while writing; those files are not read again, only their size is
+            checked.
 
     Raises:
-        OutputError: `folder` holds a link or another thing that is not a file or folder, or a
+        OutputError: `folder` holds a link or something else that is not a file or folder, or a
             file of `known` is missing or has another size.
     """
     known = known or {}
@@ -68,7 +69,7 @@ def record_files(
 
 
 def copy_file(source: Path, target: Path) -> FileRecord:
-    """Copy contents to a new file in pieces of 4 MiB; OSError where either end fails."""
+    """Copy contents to a new file in chunks of 4 MiB; OSError if reading or writing fails."""
     digest = hashlib.sha256()
     size = 0
     buffer = memoryview(bytearray(_CHUNK))

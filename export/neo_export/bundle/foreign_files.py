@@ -1,4 +1,4 @@
-"""What lies in a bundle's folder and is not of the bundle: it would go with a bundle replaced."""
+"""Files in a bundle's folder that are not the bundle's: replacing the bundle would delete them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _USUAL = ("weights.bin", "config.json", "generation_config.json", "genai_config.
 _BUILT = re.compile(
     rf"{ENGINES_FOLDER}/([^/]+\.(plan|kernels|json)(\.\d+)?|\.?timing\.cache(\.\d+)?)"
 )
-"""What neo-engine and neo-kernels write; with a number while they do."""
+"""Files of neo-engine and neo-kernels; they have a number at the end while being written."""
 _LEFT_BY_THE_SYSTEM = {".DS_Store"}
 
 
 def foreign_files(bundle: Path) -> list[str]:
     """Paths inside `bundle` that its manifest does not list, sorted; links are not followed.
 
-    Plans and kernels in `engines/` are of the bundle, with their records and timings. Empty folders
-    do not count. A damaged manifest counts as listing what an export writes: a bundle is replaced
-    for being damaged, too.
+    Plans and kernels in `engines/`, with their records and timings, belong to the bundle. Empty
+    folders do not count. If the manifest is damaged, the usual files of an export count as listed:
+    a damaged bundle may be replaced, too.
 
     Raises:
         OSError: a folder cannot be read.
@@ -47,7 +47,7 @@ def foreign_files(bundle: Path) -> list[str]:
 
 
 def _listed(bundle: Path) -> set[str]:
-    """Names in the manifest of any schema, checked or not."""
+    """Names in the manifest, of any schema version and without validation."""
     listed = {MANIFEST_NAME, *_USUAL, *TOKENIZER_FILES}
     with suppress(ValueError, FileNotFoundError):
         raw = parse_json((bundle / MANIFEST_NAME).read_bytes())

@@ -1,23 +1,23 @@
 """`genai_config.json`: what onnxruntime-genai needs to know to run the bundle.
 
-The library reads it with the parser in its `src/config.cpp`; an unknown key is an error there, a
-key left out has the default in `src/config.h`. What was chosen, and why:
+The library's parser is in its `src/config.cpp`: an unknown key is an error, a missing key has the
+default in `src/config.h`. The choices, and their reasons:
 
-`model.type` is "decoder", its model class for any decoder-only graph with one past tensor each
-for keys and values. ("gpt2" wants both stacked in one tensor. "decoder-pipeline" with prefill and
-decode as two sessions works too, but holds the prepacked weights twice and cannot rewind.)
+`model.type` is "decoder", its model class for any decoder-only graph with separate past tensors
+for keys and values. ("gpt2" needs both stacked in one tensor. "decoder-pipeline" with prefill and
+decode as two sessions works, too, but holds the prepacked weights twice and cannot rewind.)
 
 `decoder.filename` is prefill.onnx, for the prompt and for every step: it takes a past and any
-number of new tokens, and it gives logits [B, 1, V]. The library recognizes that shape and uses it
-as it is. From logits at every position (score.onnx) it picks the last one that is not
-`pad_token_id` itself, and so goes wrong on a prompt that ends in `<|endoftext|>`, which is
-GPT-Neo's padding as well.
+number of new tokens, and returns logits [B, 1, V]. The library recognizes that shape and uses it
+as it is. From logits at every position (score.onnx) it would itself pick the last position that is
+not `pad_token_id`, which is wrong for a prompt that ends in `<|endoftext|>`: that is GPT-Neo's
+padding, too.
 
-`sliding_window` stays out, the window is inside the graph. Every layer gets a cache of full length,
-which the graphs take whether or not their local layers evict, and then a generator can be rewound
-to any position.
+`sliding_window` is left out, because the window is inside the graph. Every layer gets a cache of
+full length. The graphs accept that whether or not their local layers evict, and a generator can
+then be rewound to any position.
 
-docs/onnxruntime-genai.md says what can be done with it and what is refused.
+docs/onnxruntime-genai.md describes what is possible and what is refused.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ _SEARCH_DEFAULTS: dict[str, bool | int | float] = {
     "top_k": 50,
     "top_p": 1.0,
 }
-"""Options that mean the same there and in a `generation_config.json`, with the latter's defaults.
+"""Options with the same meaning in the library and in a `generation_config.json`, with the
+defaults of the latter.
 
-All are written: the library's own defaults for early_stopping (true) and top_p (0) are others.
+All are written: the library has other defaults for early_stopping (true) and top_p (0).
 """
 
 
@@ -55,14 +56,14 @@ def genai_config(
     max_length: int,
     generation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of `genai_config.json`, as of onnxruntime-genai 0.18.
+    """The content of `genai_config.json` for onnxruntime-genai 0.18.
 
     Args:
         spec: the model.
         cache: how the bundle keeps keys and values.
-        max_length: positions that a sequence may have, prompt and continuation together.
-        generation: the checkpoint's `generation_config.json`, whose defaults are taken over where
-            the library has an option of that name and meaning.
+        max_length: largest number of positions in a sequence, prompt and continuation together.
+        generation: the checkpoint's `generation_config.json`; its values are used where the
+            library has an option of the same name and meaning.
     """
     generation = generation or {}
     eos, pad = _eos_and_pad(spec, generation)
@@ -71,7 +72,7 @@ def genai_config(
         "eos_token_id": eos,
         "pad_token_id": pad,
         "vocab_size": spec.vocab_size,
-        # A generator whose max_length is larger is refused: the position table ends here.
+        # The library refuses a larger max_length of a generator: the position table ends here.
         "context_length": max_length,
         "decoder": _decoder(spec),
     }
@@ -80,15 +81,15 @@ def genai_config(
     search = {
         **_search(spec, generation),
         "max_length": max_length,
-        # One buffer of max_length positions, bound as past and as present of every step. Off,
-        # each step gets a past of exactly the positions so far and a present of its own.
+        # True: one buffer of max_length positions is bound as past and present of every step.
+        # False: each step gets a past of exactly the positions so far, and its own present.
         "past_present_share_buffer": cache.layout == "in_place",
     }
     return {"model": model, "search": search}
 
 
 def _decoder(spec: ModelSpec) -> dict[str, Any]:
-    """The graph: its file, its sizes, and what its inputs and outputs are called."""
+    """The graph: its file, its sizes, and the names of its inputs and outputs."""
     return {
         "filename": "prefill.onnx",
         # No provider named: the CPU.
@@ -100,7 +101,7 @@ def _decoder(spec: ModelSpec) -> dict[str, Any]:
         # … and two values that it only stores.
         "hidden_size": spec.hidden_size,
         "num_attention_heads": spec.num_heads,
-        # All of these are its defaults too; the names are the graphs' contract, so they are said.
+        # These are the library's defaults; they are written because the graphs rely on the names.
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",
@@ -119,10 +120,10 @@ def _decoder(spec: ModelSpec) -> dict[str, Any]:
 def _eos_and_pad(spec: ModelSpec, generation: Mapping[str, Any]) -> tuple[list[int], int]:
     """Tokens that end a text, and the token that fills up finished rows of a batch.
 
-    As for `generate`, `generation_config.json` goes before `config.json`, and the first end token
-    pads where nothing else is set. The library refuses an end token outside the vocabulary (a
-    small model may well carry 50256, the architecture's default) and cannot do without one: where
-    none is left it is the padding, at last the last token of the vocabulary.
+    As in `generate`, `generation_config.json` takes precedence over `config.json`, and the first
+    end token is the padding if none is set. The library needs an end token, and refuses one outside
+    the vocabulary (a small model may have 50256, the architecture's default). If none is left, the
+    padding token is used, or else the last token of the vocabulary.
     """
     eos = _in_vocabulary(spec, _ids(generation.get("eos_token_id")) or spec.eos_token_id)
     pads = (*_ids(generation.get("pad_token_id")), *_ids(spec.pad_token_id), *eos)
@@ -135,7 +136,7 @@ def _in_vocabulary(spec: ModelSpec, ids: Iterable[int]) -> list[int]:
 
 
 def _ids(value: object) -> tuple[int, ...]:
-    """Token ids of a configuration: one, a list, or None."""
+    """Token ids from a configuration's entry, which is one id, a list, or None."""
     values = value if isinstance(value, list | tuple) else (value,)
     return tuple(token for token in values if type(token) is int)
 
@@ -151,7 +152,7 @@ def _search(spec: ModelSpec, generation: Mapping[str, Any]) -> dict[str, bool | 
 
 
 def _same_kind(value: object, default: bool | int | float) -> bool | int | float:
-    """`value` as the type of `default`; `default` where it is null or of another kind."""
+    """`value` in the type of `default`; `default` if it is null or of another kind."""
     if type(value) is type(default):
         return value
     if type(value) is int and type(default) is float:

@@ -1,4 +1,4 @@
-"""Where tools look inside a graph, as the manifest lists it."""
+"""Probes: the values in a graph that tools inspect, for the manifest."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["probes_of"]
 
 
 def probes_of(model: ir.Model, spec: ModelSpec) -> tuple[Probe, ...]:
-    """Each place of each layer, as far up as down: a missing name is a defect of a pass.
+    """The probes of all places, in the order of computation.
 
     Raises:
-        AssertionError: a pass lost a name.
+        AssertionError: a pass lost the name of a place.
     """
     names = {value.name for node in model.graph for value in node.outputs}
     names |= hidden_sums(model.graph).keys()

@@ -1,4 +1,4 @@
-"""The bundle's files beside graphs and weights: config, tokenizer, generation defaults."""
+"""The bundle's files besides graphs and weights: config, tokenizer, generation defaults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["write_sidecars"]
 def write_sidecars(
     checkpoint: Checkpoint, spec: ModelSpec, cache: CacheSpec, max_length: int, folder: Path
 ) -> bool:
-    """Write everything but graphs, weights and manifest; returns whether a tokenizer is in."""
+    """Write everything but graphs, weights and manifest; returns whether there is a tokenizer."""
     _write_json(folder / "config.json", checkpoint.config_json)
     generation = generation_defaults(checkpoint)
     if generation is not None:
@@ -34,7 +34,7 @@ def write_sidecars(
     if tokenizer is not None:
         warn_of_strangers(tokenizer, spec.vocab_size, checkpoint.folder)
         (folder / "tokenizer.json").write_bytes(tokenizer)
-    if cache.layout != "static":  # onnxruntime-genai has no such cache
+    if cache.layout != "static":  # onnxruntime-genai does not support static caches
         _write_json(
             folder / "genai_config.json",
             genai_config(spec, cache, max_length, generation),

@@ -1,7 +1,7 @@
-"""A bundle's folder appears whole or not at all, and replaces nothing that is not a bundle.
+"""Puts a bundle's folder in place atomically, and replaces nothing that is not a bundle.
 
-`staged_folder` gives its caller an empty folder, and puts it in place under its final name once
-everything is written and on the disk.
+`staged_folder` gives its caller an empty folder, and renames it to its final name once everything
+is written and synced to disk.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ __all__ = ["check_destination", "staged_folder"]
 def staged_folder(destination: Path, *, force: bool, needed: int = 0) -> Iterator[Path]:
     """Yield an empty folder that becomes `destination` when the block ends normally.
 
-    When the block raises, everything written is removed and what was at `destination` stays as it
-    was. That includes KeyboardInterrupt, and a SIGTERM or SIGHUP, which are turned into
-    `SystemExit` meanwhile unless the program handles them itself. An OSError that is about
-    writing becomes an `OutputError`; every other exception passes as it is.
+    If the block raises, everything written is removed and `destination` stays as it was. That
+    includes KeyboardInterrupt, SIGTERM and SIGHUP; inside the block the two signals raise
+    `SystemExit`, unless the program handles them itself. An OSError that is about writing becomes
+    an `OutputError`; every other exception is passed on unchanged.
 
     Args:
-        destination: where the folder shall appear. Its parent must exist. A symbolic link is
-            followed: the folder that it names is written, the link stays.
-        force: replace a bundle, or an empty folder, that is there already; a bundle with files
-            that are not its own (plans aside) is left alone.
-        needed: bytes that will be written, where known: too small a disk is then an error now.
+        destination: the final path of the folder. Its parent must exist. A symbolic link is
+            followed: the folder that it points to is written, the link stays.
+        force: replace an existing bundle or empty folder; a bundle with files that are not its
+            own (except plans) is not replaced.
+        needed: bytes that will be written, if known: too little disk space is then an error at
+            once.
 
     Raises:
         OutputError: there is something at `destination` that may not be replaced, or writing
@@ -60,7 +61,7 @@ def staged_folder(destination: Path, *, force: bool, needed: int = 0) -> Iterato
                     yield root / NEW
                     sync_tree(root / NEW)
                     _put_in_place(root, target, force=force)
-                except OSError as error:  # Here, while what was written can still be measured.
+                except OSError as error:  # here, while the size of what was written is still known
                     if failure := as_output_error(error, destination, root):
                         raise failure from error
                     raise
@@ -71,16 +72,16 @@ def staged_folder(destination: Path, *, force: bool, needed: int = 0) -> Iterato
 
 
 def check_destination(destination: Path, *, force: bool) -> None:
-    """Raise at once what `staged_folder` would: for work that is long before it writes.
+    """Raise early what `staged_folder` would raise: for long work before the first write.
 
     Raises:
-        OutputError: there is something that may not be replaced, or no folder to write in.
+        OutputError: `destination` may not be replaced, or its parent does not exist.
     """
     _checked_target(Path(destination), force=force)
 
 
 def _checked_target(destination: Path, *, force: bool) -> Path:
-    """Follow links, tidy up after killed exports, refuse what may not be replaced."""
+    """Follow links, clean up after killed exports, refuse what may not be replaced."""
     target = Path(os.path.realpath(destination))
     parent = target.parent
     if not parent.exists():

@@ -1,7 +1,8 @@
-"""One weight file for all graphs of a bundle: `weights.bin`, as ONNX external data.
+"""The weight file that all graphs of a bundle share: `weights.bin`, as ONNX external data.
 
-Every tensor is made (mapped, transposed, rounded, …) at the moment it is written, so that private
-memory holds one at a time. Tensors of a page or more begin on a page, smaller ones on 64 bytes.
+Every tensor is computed (memory-mapped, transposed, rounded, …) when it is written, so private
+memory holds one at a time. Tensors of at least a page are aligned to pages, smaller ones to 64
+bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _CHUNK = 1 << 24
 
 
 def bind_parameters(model: ir.Model, read: ReadParameter) -> None:
-    """Let each initializer without data read itself from the checkpoint when it is written."""
+    """Bind each initializer without data to the checkpoint; it is read when it is written."""
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             value.const_value = _from_checkpoint(name, value, read)
@@ -53,9 +54,9 @@ def _from_checkpoint(name: str, value: ir.Value, read: ReadParameter) -> ir.Lazy
 def sort_initializers(graph: ir.Graph) -> None:
     """Order the initializers the same way in all graphs of a bundle: weights, then constants.
 
-    onnxruntime writes prepacked weights in this order, so that the files that it writes for
-    prefill, decode and score are the same bytes, and one of them serves all. Constants differ
-    from graph to graph; they come last because it fills the place of a folded one from the end.
+    onnxruntime writes prepacked weights in this order. So its files for prefill, decode and score
+    are byte-identical, and one of them serves all. Constants differ between graphs. They come last,
+    because onnxruntime fills the slot of an initializer that was folded away from the end.
     """
     values = sorted(
         graph.initializers.items(),
@@ -72,15 +73,15 @@ def write_weights(
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> FileRecord:
-    """Write each distinct lazy initializer once and let all models refer to it.
+    """Write each distinct lazy initializer once, and make all models refer to it.
 
-    Two initializers of the same name are the same tensor. Small constants that a graph brings
-    itself (shapes, scalars) stay inside the graph.
+    Initializers of the same name are the same tensor. A graph's small constants (shapes, scalars)
+    stay inside the graph.
 
     Args:
         models: by graph name; their lazy initializers become references into the file.
         folder: where `weights.bin` is created.
-        progress: called with bytes written and bytes in all.
+        progress: called with the bytes written and the total.
 
     Returns:
         Size and checksum of the file.
@@ -124,10 +125,10 @@ def _nbytes(value: ir.Value) -> int:
 
 
 def _chunks(value: ir.Value) -> list[memoryview]:
-    """The tensor's bytes, little endian, in pieces; the array lives until the last is used."""
+    """The tensor's bytes, little-endian, in chunks; they keep the array alive."""
     assert value.const_value is not None
     assert value.dtype is not None
-    if value.dtype.bitwidth < 8:  # numpy has one a byte, ONNX packs them
+    if value.dtype.bitwidth < 8:  # numpy has one element per byte, ONNX packs them
         flat = memoryview(value.const_value.tobytes())
     else:
         array = np.ascontiguousarray(value.const_value.numpy())

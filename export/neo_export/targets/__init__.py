@@ -1,4 +1,4 @@
-"""What each kind of machine runs: a file for each target, with the passes of its graphs."""
+"""Export targets: a file for each kind of machine, with the passes for its graphs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TARGETS: dict[str, Target] = {target.name: target for target in (CPU, CUDA, PORT
 
 
 def target_named(name: str) -> Target:
-    """Look a target up.
+    """The target of this name.
 
     Raises:
         RequestError: there is no such target.

@@ -1,4 +1,4 @@
-"""What the passes of one graph depend on."""
+"""The inputs that a target's passes for one graph depend on."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ __all__ = ["PassContext"]
 
 @dataclass(frozen=True, kw_only=True)
 class PassContext:
-    """One graph of an export, and what was decided for it."""
+    """One graph of an export, and the decisions for it."""
 
     graph: str
     """Name of the bundle's graph."""
     precision: str
-    """One of the target's."""
+    """One of the target's precisions."""
     spec: ModelSpec
     plan: WeightPlan
     """The storage of every matrix as this graph reads it."""
     cache: CacheSpec
     """How the bundle keeps keys and values."""
     max_length: int
-    """Positions that a sequence may have."""
+    """Largest number of positions in a sequence."""
     quantizer: WeightQuantizer | None = None
-    """What makes int8 and int4; None for rounding to nearest."""
+    """Computes int8 and int4 weights; None for rounding to nearest."""
     wide: Wide = field(default_factory=Wide)
-    """What stays float32 in half precision."""
+    """The tensors that stay float32 in half precision."""
     migration: Migration = field(default_factory=Migration)
-    """Outliers moved into the weights."""
+    """The activation outliers that are moved into the weights."""
     largest_input: ActivationRange | None = None
-    """The largest |x| of each matrix's input, for inputs that are quantized by a constant scale."""
+    """The largest |x| of each matrix's input, for inputs that are quantized with a static scale."""
     cache_steps: CacheSteps | None = None
-    """Of an int8 cache."""
+    """The quantization steps of an int8 cache."""
 
     @property
     def is_decode(self) -> bool:
-        """Whether the graph takes one new token a row; the others take many."""
+        """Whether the graph takes one new token per row; the others take many."""
         return self.graph == "decode"

@@ -35,15 +35,16 @@ def _passes(context: PassContext) -> list[Pass]:
     if context.migration.in_graph:
         passes.append(migrate_activations(context.migration))
     if context.cache.layout == "in_place":
-        # The last layer's projections are apart in every graph: they share the weights.
+        # The last layer stays unpacked in every graph, because graphs share weights: select_query.
         pack = pack_qkv(plan, apart=context.spec.num_layers - 1)
         passes += [fuse_attention, pack, select_query]
     if context.cache.window is not None:
         passes.append(window_caches)
     passes.append(fuse_gelu if context.is_decode else fuse_gelu_behind_bias)
-    # The kernel is half as exact as Add and LayerNormalization are (1.3B shape: logits 1.9e-5 from
-    # float64 with it, 1.1e-5 without, PyTorch 1.3e-5), and three times as slow for prompts. In half
-    # precision it spares the casts between the two, where residual stream and norm have one type.
+    # The fused kernel has twice the error of Add and LayerNormalization (1.3B shape: logits 1.9e-5
+    # from float64 with it, 1.1e-5 without, PyTorch 1.3e-5), and takes three times as long for
+    # prompts. In half precision it saves the casts between the two; it needs the residual stream
+    # and the norm to have one type.
     if half and not context.wide:
         passes.append(fuse_skip_layer_norm)
     if half:
@@ -64,7 +65,7 @@ CPU = Target(
     name="cpu",
     precisions=("fp32", "fp16", "int8", "int4", "mixed"),
     passes=_passes,
-    # The first whose GroupQueryAttention takes padded rows into window-sized caches.
+    # The first version whose GroupQueryAttention supports padded rows with window-sized caches.
     minimum_onnxruntime="1.32.0",
     attention="fused where exact",
     evicts=True,

@@ -1,4 +1,4 @@
-"""onnxruntime on an NVIDIA GPU: as on a CPU, in half precision, replayed as a CUDA graph."""
+"""onnxruntime on an NVIDIA GPU: like the CPU, in half precision, replayed as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = ["CUDA"]
 
 
 def _passes(context: PassContext) -> list[Pass]:
-    # No window_caches: CUDA's kernel takes padded rows into window-sized caches from 1.32 on, and
-    # the wheel for GPUs is 1.31. It reads no more than the window anyway.
+    # No window_caches: the CUDA kernel supports padded rows with window-sized caches from 1.32 on,
+    # and the wheel for GPUs is 1.31. It reads only the window in any case.
     plan = context.plan
     passes: list[Pass] = []
     if context.migration.in_graph:
@@ -54,7 +54,7 @@ CUDA = Target(
     precisions=("fp16", "bf16", "int8", "int4", "mixed"),
     passes=_passes,
     minimum_onnxruntime="1.31.0",
-    attention="fused",  # the kernels of NVIDIA's GPUs have float32 scores in any case
+    attention="fused",  # its CUDA kernels always compute scores in float32
     half_activations=True,
-    block_sizes=(16, 32, 64, 128),  # for one row the kernel has no other, and throws
+    block_sizes=(16, 32, 64, 128),  # with others the kernel for one row throws
 )

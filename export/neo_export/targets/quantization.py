@@ -1,4 +1,4 @@
-"""What is asked of the weights of a quantized bundle."""
+"""The requested weight storage of a quantized bundle."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Quantization"]
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How int8, int4 and mixed bundles store their weights; to the others it means nothing."""
+    """How int8, int4 and mixed bundles store their weights; other precisions ignore it."""
 
     block_size: int | None = None
     """int4: inputs that share a scale; None for the largest up to 128 that divides every width."""
     keep: tuple[str, ...] = ()
-    """Shell patterns of the checkpoint's names: these weights stay float32."""
+    """Shell patterns of names in the checkpoint: these weights stay float32."""
     int8_prefill: bool = False
     """int4, mixed: prefill and score read a second, int8 copy of the int4 weights."""
     plan: WeightPlan | None = None

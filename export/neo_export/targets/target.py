@@ -1,4 +1,4 @@
-"""A kind of machine: what a bundle for it may be, and the passes that make its graphs."""
+"""A target: a kind of machine, the options of a bundle for it, and the passes for its graphs."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ class Target:
     """Every pass that one graph goes through, in order."""
     minimum_onnxruntime: str
     graphs: tuple[tuple[str, str], ...] = tuple((name, name) for name in GRAPH_NAMES)
-    """Each graph of the bundle, and the entry point of `neo_export.gpt_neo.graphs` that it is made
-    of."""
+    """Each graph of the bundle, and its entry point in `neo_export.gpt_neo.graphs`."""
     attention: Literal["standard", "fused", "fused where exact"] = "standard"
-    """Fused is onnxruntime's own operator: right padding, cache updated in place."""
+    """Fused means onnxruntime's own operator: right padding, cache updated in place."""
     evicts: bool = False
-    """Caches of local layers keep only the window, beside global layers and in fused attention."""
+    """Whether caches of local layers keep only the window. This needs fused attention and a model
+    that has global layers, too."""
     static_cache: bool = False
-    """Caches of the bundle's own `max_length`, no more and no less."""
+    """Whether caches have exactly `max_length` positions, which is fixed in the bundle."""
     quantize_linear: bool = False
-    """Quantized weights reach their products through DequantizeLinear, activations are float16,
-    and the tables of tokens are not quantized."""
+    """Whether quantized weights reach their products through DequantizeLinear; then activations are
+    float16, and token embedding and head are not quantized."""
     block_sizes: tuple[int, ...] = BLOCK_SIZES
-    """Of int4."""
+    """The supported block sizes of int4."""
     half_activations: bool = False
-    """Quantized weights are dequantized in the kernel, for activations in float16."""
+    """Whether kernels dequantize the quantized weights, and activations are float16."""
 
     def check_precision(self, precision: str) -> None:
         """Refuse a precision that the target does not have.
 
         Raises:
-            RequestError: says which it has.
+            RequestError: the precision is refused; the message lists those that exist.
         """
         if precision not in self.precisions:
             raise RequestError(
@@ -68,10 +68,10 @@ class Target:
             )
 
     def check_block_size(self, size: int) -> None:
-        """Refuse blocks of int4 that the target's operators do not take.
+        """Refuse an int4 block size that the target's operators do not support.
 
         Raises:
-            RequestError: says which they take.
+            RequestError: the size is refused; the message lists the supported sizes.
         """
         if size not in self.block_sizes:
             sizes = ", ".join(map(str, self.block_sizes))
@@ -85,7 +85,7 @@ class Target:
         """The storage of every matrix as one graph of this target reads it.
 
         Raises:
-            RequestError: the target has one graph for prompts and for decoding.
+            RequestError: an int8 copy for prefill is asked for, and the target has none.
         """
         if quantization.int8_prefill and self.static_cache:
             raise RequestError(
@@ -96,12 +96,12 @@ class Target:
         return plan.keeping((EMBEDDING, HEAD)) if self.quantize_linear else plan
 
     def rounds_activations(self, precision: str) -> bool:
-        """Whether products may round activations to integers: only then are outliers moved."""
+        """Whether products may round activations to integers; only then outliers are migrated."""
         return not self.quantize_linear or precision == "int8"
 
     @property
     def quantizer(self) -> WeightQuantizer | LinearQuantizer:
-        """What makes integers of weights where nothing else was asked for."""
+        """The quantizer of weights that is used without calibration."""
         if self.quantize_linear:
             return LinearQuantizer()
         return EightBits() if self.half_activations else RoundToNearest()
@@ -113,9 +113,9 @@ class Target:
 
         Args:
             spec: the model.
-            precision: one of the target's.
-            max_length: most positions of a sequence.
-            large_scores: float16 might not hold the attention scores (`HalfRange.scores`).
+            precision: one of the target's precisions.
+            max_length: largest number of positions in a sequence.
+            large_scores: whether attention scores may exceed float16 (`HalfRange.scores`).
         """
         dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(precision, "float32")
         if self.half_activations and precision != "bf16":
@@ -125,7 +125,7 @@ class Target:
             return CacheSpec(layout="static", padding="right", dtype=dtype, window=None)
         if not self._fuses_attention(spec, large_scores=large_scores):
             return CacheSpec(layout="append", padding="left", dtype=dtype, window=None)
-        # The operator takes no buffer shorter than the window, whatever the sequence's length.
+        # The operator takes no buffer shorter than the window, even for shorter sequences.
         is_passed = max_length > spec.window_size
         evicts = self.evicts and is_passed and "global" in spec.attention_layers
         window = spec.window_size if evicts else None

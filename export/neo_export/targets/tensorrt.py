@@ -39,7 +39,7 @@ TENSORRT = Target(
     name="tensorrt",
     precisions=("fp32", "fp16", "bf16", "int8", "int4", "fp8"),
     passes=_passes,
-    # Older ones have no TensorScatter.
+    # Older versions have no TensorScatter.
     minimum_onnxruntime="1.24.0",
     graphs=(("prefill", "selective"), ("decode", "decode")),
     static_cache=True,
