@@ -1,1 +1,1 @@
-"""A Hugging Face GPT-Neo checkpoint: found, opened, checked and lazily read."""
+"""Finds, opens, checks and lazily reads a Hugging Face GPT-Neo checkpoint."""

@@ -1,4 +1,4 @@
-"""A LoRA adapter, merged into the tensors of its base model as they are read."""
+"""A LoRA adapter; it is merged into the tensors of its base model lazily, when they are read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PART = re.compile(
 
 @dataclass(frozen=True)
 class _Lora:
-    """What the adapter has of one module."""
+    """The adapter's tensors for one module."""
 
     down: LazyTensor
     """A, [rank, in]."""
@@ -43,12 +43,12 @@ class _Lora:
     """B, [out, rank]."""
     scale: float
     magnitudes: LazyTensor | None
-    """DoRA's, [out]."""
+    """DoRA's magnitudes, [out]."""
     is_table: bool
-    """The module is an embedding, whose matrix is transposed."""
+    """Whether the module is an embedding, whose matrix is transposed."""
 
     def merged(self, base: LazyTensor) -> NDArray[np.float32]:
-        """The module's matrix, float32."""
+        """The module's matrix with the adapter merged, float32."""
         product = self.scale * (self.up.read() @ self.down.read())
         whole: NDArray[np.float32] = base.read() + (product.T if self.is_table else product)
         if self.magnitudes is not None:
@@ -59,17 +59,17 @@ class _Lora:
 
 
 class Adapter(Closable):
-    """An open adapter: its configuration, and what it changes."""
+    """An open adapter: its configuration and its tensors."""
 
     def __init__(self, folder: Path, base: str | None = None) -> None:
         """Open the files.
 
         Args:
-            folder: what peft wrote.
-            base: the base model, in place of the one that the configuration names.
+            folder: the adapter's folder, as peft writes it.
+            base: the base model; None for the one that the configuration names.
 
         Raises:
-            CheckpointError: it is not a LoRA adapter that can be merged, or is damaged.
+            CheckpointError: the folder is damaged or not a LoRA adapter that can be merged.
             DependencyError: torch is needed and not installed.
         """
         self.folder = folder
@@ -80,22 +80,22 @@ class Adapter(Closable):
         """The tensors that the adapter changes or replaces, by the base model's names.
 
         Args:
-            base: all tensors of the base model, by the names of `GPTNeoForCausalLM`; a table that
-                is also the head under both names.
-            is_tied: it is.
+            base: all tensors of the base model, by the names of `GPTNeoForCausalLM`; a tied table
+                is there under both names.
+            is_tied: whether the embedding is also the head.
 
         Raises:
-            CheckpointError: they do not belong to one another.
+            CheckpointError: adapter and base model do not belong together.
         """
         parts, found = self._sorted()
         for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)) if is_tied else ():
-            # What peft has stored of a shared table is both, but where a copy was trained.
+            # A tied table that peft stored once counts for both names, unless a copy was trained.
             if name in found and not self._is_copy(name):
                 found.setdefault(other, found[name])
         for module, own in parts.items():
-            # Adapters of `GPTNeoModel` name modules without `transformer.`, patterns as well.
+            # Adapters of `GPTNeoModel` name modules without `transformer.`; patterns do so, too.
             weight, bias = full_name(f"{module}.weight"), full_name(f"{module}.bias")
-            before = found.get(weight, base.get(weight))  # peft may store what lies under it
+            before = found.get(weight, base.get(weight))  # peft may store the base weight, too
             if before is None:
                 raise self._error(f"has matrices for {module!r}, which the base model has not")
             lora = self._lora(module, own, before)
@@ -109,12 +109,12 @@ class Adapter(Closable):
         return found
 
     def _sorted(self) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
-        """Parts of modules, by the adapter's name and part; tensors that replace the base's."""
+        """Parts of modules, by module and part; and tensors that replace the base model's."""
         parts: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
         whole: dict[str, LazyTensor] = {}
         for name, tensor in self._files.tensors.items():
             if ".original_module." in name:
-                continue  # beside what was trained in its place
+                continue  # the untrained original, stored besides its trained copy
             plain = name.removeprefix(_PREFIX)
             for wrapped in (".base_layer.", ".modules_to_save."):
                 plain = plain.replace(wrapped, ".")
@@ -135,7 +135,7 @@ class Adapter(Closable):
         return weight.split(".")[-2] in self.config.modules_to_save
 
     def _lora(self, module: str, own: Mapping[str, LazyTensor], base: LazyTensor) -> _Lora:
-        """The module's parts, checked."""
+        """The tensors of one module, checked."""
         prefix = "embedding_" if "embedding_A" in own else ""
         known = {f"{prefix}A", f"{prefix}B"}
         known |= {"magnitude_vector"} if self.config.has_magnitudes else {"B.bias"}

@@ -1,4 +1,4 @@
-"""`adapter_config.json` of a LoRA adapter, as peft writes it → what merging needs to know."""
+"""Reads what merging needs from a LoRA adapter's `adapter_config.json`, as peft writes it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MERGE_WITH_PEFT = (
 )
 
 _KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base model's weights as they are."""
+"""Values of `init_lora_weights` that do not change the base model's weights."""
 _OF_TRAINING = frozenset(
     {
         "auto_mapping",
@@ -49,15 +49,15 @@ _OF_TRAINING = frozenset(
         "task_type",
     }
 )
-"""Entries that say what was trained, and how: what came of it is in the weights."""
+"""Entries about training only, which merging ignores: the result is in the weights."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """How the two matrices of a module are added to the one that it has.
+    """How a module's two LoRA matrices are merged into its weight matrix.
 
     W' = W + s · B A, with s = alpha / r, or alpha / √r for rank-stabilized LoRA (arXiv 2106.09685,
-    2312.03732). DoRA (arXiv 2402.09353) then gives each row of W' the length that it has learnt.
+    2312.03732). DoRA (arXiv 2402.09353) then scales each row of W' to a learned length.
     """
 
     base: str
@@ -68,23 +68,23 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float]
     is_rank_stabilized: bool
     has_magnitudes: bool
-    """DoRA."""
+    """Whether the adapter is DoRA."""
     modules_to_save: frozenset[str]
-    """Last names of modules that were trained as a whole, as copies."""
+    """Last part of the names of modules that were trained in full, as copies."""
 
     def rank_of(self, module: str) -> int:
         """Rank of a module's matrices."""
         return int(_by_pattern(self.rank_pattern, module, self.rank))
 
     def scale_of(self, module: str) -> float:
-        """What the product of a module's matrices is multiplied by."""
+        """The factor s of a module's product B A."""
         rank = self.rank_of(module)
         alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, otherwise: float) -> float:
-    """The first whose key is the end of the module's name, as a regular expression."""
+    """The first value whose key, as a regular expression, matches the end of the module's name."""
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
@@ -95,11 +95,11 @@ def read_adapter_config(folder: Path, base: str | None = None) -> LoraConfig:
     """Read the configuration of the adapter in `folder`.
 
     Args:
-        folder: of the adapter.
-        base: the base model, in place of the one that the file names.
+        folder: the adapter's folder.
+        base: the base model; None for the one that the file names.
 
     Raises:
-        CheckpointError: it is no LoRA adapter, names no base model, or has what cannot be merged.
+        CheckpointError: it is not a LoRA adapter, names no base model, or cannot be merged.
     """
     path = folder / ADAPTER_CONFIG_NAME
     raw = read_json_object(path)
@@ -120,7 +120,7 @@ def read_adapter_config(folder: Path, base: str | None = None) -> LoraConfig:
             has_magnitudes=bool(raw.get("use_dora")),
             modules_to_save=frozenset(raw.get("modules_to_save") or ()),
         )
-        if not math.isfinite(config.scale_of("a.b")):  # compiles the patterns
+        if not math.isfinite(config.scale_of("a.b")):  # this also compiles the patterns
             raise ValueError(f"lora_alpha is {config.alpha}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
         raise CheckpointError(

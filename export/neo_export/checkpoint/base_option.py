@@ -1,4 +1,4 @@
-"""`--base`: where the base model of an adapter is, for every command that takes a checkpoint."""
+"""The option `--base`, an adapter's base model, for every command that takes a checkpoint."""
 
 from __future__ import annotations
 

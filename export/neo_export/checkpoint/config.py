@@ -1,7 +1,7 @@
 """`config.json` of a Hugging Face GPT-Neo checkpoint → `ModelSpec`.
 
-Missing keys take the defaults of transformers' `GPTNeoConfig`, so that a configuration means
-here what it means there; what would change the result and is not supported is an error.
+Missing keys take the defaults of transformers' `GPTNeoConfig`, so a configuration has the same
+meaning here. Unsupported settings that would change the result are an error.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CONFIG_NAME = "config.json"
 GELU_TANH_NAMES = frozenset(
     {"gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"}
 )
-"""What transformers calls 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))): one function, five names."""
+"""transformers' five names of one function, 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))."""
 
 _DEFAULT_ATTENTION_TYPES = [[["global", "local"], 12]]
-# GPTNeoConfig.attribute_map: either name may stand in the file.
+# GPTNeoConfig.attribute_map: the file may use either name.
 _ALIASES = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
 _NO_DEFAULT = object()
 
@@ -54,8 +54,8 @@ def read_config(folder: Path) -> ModelSpec:
     """Read the architecture of the checkpoint in `folder`.
 
     Raises:
-        CheckpointError: there is no configuration, it is of another architecture, is quantized,
-            or a value is not one GPT-Neo can have.
+        CheckpointError: there is no configuration, it is of another architecture or of a quantized
+            model, or GPT-Neo cannot have one of its values.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -69,12 +69,12 @@ def read_config(folder: Path) -> ModelSpec:
 def parse_config(raw: dict[str, Any], source: str = CONFIG_NAME) -> ModelSpec:
     """Validate the contents of a `config.json`.
 
-    The activation is given as "gelu_new" whichever of its names (`GELU_TANH_NAMES`) the file
-    uses. `attention_layers` decides where present, else `attention_types` is expanded.
+    The activation is returned as "gelu_new" whichever of its names (`GELU_TANH_NAMES`) the file
+    uses. `attention_layers` is used if present, otherwise `attention_types` is expanded.
 
     Args:
         raw: the parsed JSON.
-        source: what to call the file in errors.
+        source: how errors refer to the file.
 
     Raises:
         CheckpointError: see `read_config`.
@@ -101,7 +101,7 @@ def parse_config(raw: dict[str, Any], source: str = CONFIG_NAME) -> ModelSpec:
     positions = values.integer("max_position_embeddings", 2048)
     window = values.integer("window_size", 256)
     kinds = _attention_layers(values, num_layers)
-    if window >= positions:  # nothing ever leaves it: such a layer needs no mask, and no such cache
+    if window >= positions:  # the window never ends: such a layer is global
         kinds = ("global",) * num_layers
     return ModelSpec(
         vocab_size=values.integer("vocab_size", 50257),
@@ -170,7 +170,7 @@ class _Values:
 
 
 def _without_aliases(raw: dict[str, Any], source: str) -> dict[str, Any]:
-    """Give each key of `_ALIASES` the name that `GPTNeoConfig` stores it under."""
+    """Rename each key of `_ALIASES` to the name that `GPTNeoConfig` stores."""
     plain = dict(raw)
     for alias, name in _ALIASES.items():
         value = plain.pop(alias, _NO_DEFAULT)
@@ -217,7 +217,7 @@ def _expand_attention_types(values: _Values) -> list[Any]:
             and type(item[1]) is int
         ):
             raise values.error(key, types, expected)
-        if len(item[0]) * item[1] > 100_000:  # a garbage count would fill the memory
+        if len(item[0]) * item[1] > 100_000:  # an absurd count would exhaust memory
             raise values.error(key, types, "a sane number of layers")
         layers.extend(item[0] * item[1])
     return layers

@@ -1,4 +1,4 @@
-"""Which checkpoint something was made from: a digest of every tensor, and one over them all."""
+"""Identifies a checkpoint: a digest of every tensor, and one over all of them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def tensor_digests(
     """sha256 (hex) of every tensor's type, shape and bytes, by name; reads the whole checkpoint.
 
     Args:
-        checkpoint: an open one.
-        progress: called with tensors done and in all.
+        checkpoint: an open checkpoint.
+        progress: called with the number of tensors done and the total.
     """
     digests: dict[str, str] = {}
-    with ThreadPoolExecutor(usable_processors()) as pool:  # hashing lets go of the lock
+    with ThreadPoolExecutor(usable_processors()) as pool:  # hashing releases the GIL
         for name, digest in zip(
             checkpoint.tensors, pool.map(_digest, checkpoint.tensors.values()), strict=True
         ):

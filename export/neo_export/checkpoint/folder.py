@@ -1,10 +1,10 @@
-"""A Hugging Face GPT-Neo, whole or a LoRA adapter of one → an open checkpoint.
+"""Opens a Hugging Face GPT-Neo checkpoint: a whole model, or a LoRA adapter of one.
 
     with open_model("EleutherAI/gpt-neo-1.3B") as checkpoint:
         for name, tensor in checkpoint.tensors.items():
             use(name, tensor.read())
 
-Tensors are known by the names of `GPTNeoForCausalLM`, whatever class wrote the file.
+Tensors have the names of `GPTNeoForCausalLM`, whatever class wrote the file.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ __all__ = ["open_checkpoint", "open_model"]
 
 
 def open_model(model: str, base: str | None = None) -> Checkpoint:
-    """Open and check what the user called the model, as `open_checkpoint` does.
+    """Open and check the model that the user named, as `open_checkpoint` does.
 
     Args:
         model: a folder, a hub id, or `modelscope:` and an id (`resolve_model`).
-        base: the base model of an adapter, likewise; default: the one that the adapter names.
+        base: the base model of an adapter, in the same forms; None for the one that the adapter
+            names.
 
     Raises:
-        CheckpointError: it is no GPT-Neo language model that can be exported.
+        CheckpointError: it is not a GPT-Neo language model that can be exported.
         DependencyError: the hub's client library or torch is needed and not installed.
         HubError: it cannot be downloaded.
         OutputError: the disk is full.
@@ -48,13 +49,13 @@ def open_model(model: str, base: str | None = None) -> Checkpoint:
 
 
 def open_checkpoint(folder: Path | str, base: str | None = None) -> Checkpoint:
-    """Open and check a checkpoint folder; no tensor is read but to compare tables that are tied.
+    """Open and check a checkpoint folder; tensors are only read to compare tied tables.
 
     Args:
         folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin`, one file or
             shards, with or without the `transformer.` prefix; or a LoRA adapter as peft writes it,
-            whose base model is opened with it.
-        base: the base model of an adapter (a folder or a hub id) in place of the one that the
+            whose base model is opened, too.
+        base: the base model of an adapter (a folder or a hub id); None for the one that the
             adapter names.
 
     Raises:
@@ -101,9 +102,9 @@ def _open_adapter(folder: Path, base: str | None) -> Checkpoint:
 
 
 def _adapted(base: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """The base model with other tensors, and what else the adapter's folder has.
+    """The base model with merged tensors, and with other files of the adapter's folder.
 
-    A table that is also the head stays so only where the adapter changes both alike.
+    A tied table stays tied only if the adapter changes embedding and head in the same way.
     """
     folder, spec = adapter.folder, base.spec
     tensors = dict(base.tensors)

@@ -1,11 +1,11 @@
-"""The generation settings of a checkpoint, looked at as the runtime will read them.
+"""Checks the generation settings of a checkpoint, as the runtime will read them.
 
-They stand in `generation_config.json`, or, as transformers wrote them before it had that file,
-among the entries of `config.json`, from where it still takes them.
+They are in `generation_config.json`, or among the entries of `config.json`: older versions of
+transformers wrote them there, and it still reads them from there.
 
-A bundle is written once and read by every request: what the runtime refuses in the file, it would
-refuse each time. So the export refuses it, while the file can still be corrected, and says what
-of it has no effect.
+A bundle is written once and read by every request: settings that the runtime refuses would fail
+every request. So the export refuses them, while the file can still be corrected, and warns of
+settings without effect.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ SETTINGS = frozenset(
         "watermarking_config",
     }
 )
-"""What `GenerationConfig` of transformers takes from a `config.json` and what changes the text."""
+"""Entries of a `config.json` that transformers' `GenerationConfig` takes, and that change texts."""
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LOG = logging.getLogger("neo_export")
@@ -83,15 +83,15 @@ _LOG = logging.getLogger("neo_export")
 
 @cache
 def warn_once(message: str) -> None:
-    """A warning in the log, the first time only: a search exports one checkpoint many times."""
+    """Log a warning the first time only: a plan search exports one checkpoint many times."""
     _LOG.warning("%s", message)
 
 
 def generation_defaults(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What the bundle's `generation_config.json` holds; None where the checkpoint has no settings.
+    """Content of the bundle's `generation_config.json`; None if the checkpoint has no settings.
 
-    Without that file they are those of `config.json`, as `GenerationConfig.from_pretrained` takes
-    them from there. Its token ids alone are no settings: the manifest has them.
+    If the checkpoint lacks that file, the settings come from `config.json`, as in
+    `GenerationConfig.from_pretrained`. Token ids alone do not count: the manifest has them.
     """
     if checkpoint.generation_config is not None:
         return checkpoint.generation_config
@@ -107,15 +107,15 @@ def generation_defaults(checkpoint: Checkpoint) -> dict[str, Any] | None:
 def check_generation_defaults(
     checkpoint: Checkpoint, max_length: int | None = None, warn: Callable[[str], None] = warn_once
 ) -> None:
-    """Refuse what no request could take as it stands.
+    """Refuse settings with which every request would fail.
 
     Args:
-        checkpoint: an opened one.
-        max_length: positions that the bundle will have, by default all of the model's.
-        warn: is told of what is there and not taken as it is.
+        checkpoint: an open checkpoint.
+        max_length: positions that the bundle will have; None for all of the model's.
+        warn: called with a message about settings that are ignored or changed.
 
     Raises:
-        CheckpointError: names file, entry and value.
+        CheckpointError: a setting is refused; the message has the file, the entry and the value.
     """
     config = generation_defaults(checkpoint)
     if config is None:

@@ -1,6 +1,6 @@
-"""MODEL on the command line → a folder: a local one, or one downloaded from a hub.
+"""Resolves MODEL on the command line to a folder: a local one, or a download from a hub.
 
-Each hub is reached through its own client library, which also owns the cache, the credentials,
+Each hub is reached through its own client library, which also manages the cache, the credentials,
 the retries and the progress bars.
 """
 
@@ -28,7 +28,7 @@ _HUB_ID = re.compile(
     r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII
 )
 _SMALL_FILES = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES)
-# Tried in this order until one is there: a repository often has its weights in several formats.
+# Tried in this order until one exists: a repository often has its weights in several formats.
 _WEIGHT_PATTERNS = (
     ("model.safetensors",),
     ("model.safetensors.index.json", "model-*.safetensors"),
@@ -39,20 +39,20 @@ _WEIGHT_PATTERNS = (
 
 
 def resolve_model(model: str) -> Path:
-    """Turn what the user called the model into a folder.
+    """Resolve the name that the user gave for the model to a folder.
 
     Args:
-        model: an existing folder; a Hugging Face id `owner/name`, or `owner/name@revision`; or
-            `modelscope:owner/name`, with `@revision` as well.
+        model: an existing folder; a Hugging Face id `owner/name` or `owner/name@revision`; or
+            `modelscope:owner/name`, optionally with `@revision`, too.
 
     Returns:
         The folder with `config.json`, the weights in one format and the tokenizer's files. Only
         those are downloaded.
 
     Raises:
-        CheckpointError: neither a folder nor a hub id.
+        CheckpointError: the name is neither a folder nor a hub id.
         DependencyError: the hub's client library is not installed.
-        HubError: the hub cannot be reached, or has no such model, or does not give it to us.
+        HubError: the hub cannot be reached, has no such model, or denies access to it.
         OutputError: the disk is full.
     """
     if model.startswith(MODELSCOPE_PREFIX):
@@ -84,7 +84,7 @@ def _local_path(model: str) -> Path | None:
     try:
         path = Path(model).expanduser()
         return path if model and path.exists() else None
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL, no such home
+    except (OSError, ValueError, RuntimeError):  # name too long, NUL byte, no such home directory
         return None
 
 
@@ -102,7 +102,7 @@ def _from_hugging_face(model_id: str, revision: str | None) -> Path:
                 model_id, revision=revision, allow_patterns=patterns
             )
         )
-    except Exception as error:  # the library lets its HTTP client's errors through
+    except Exception as error:  # the library passes on its HTTP client's errors
         raise _hugging_face_error(model_id, revision, error) from error
 
 
@@ -120,7 +120,7 @@ def _from_modelscope(model_id: str, revision: str | None) -> Path:
                 model_id, revision=revision, allow_file_pattern=patterns
             )
         )
-    except Exception as error:  # the library's errors share no base over its versions
+    except Exception as error:  # the library's errors have no common base across its versions
         _raise_if_disk_full(error, "MODELSCOPE_CACHE")
         raise HubError(
             f"{model_id} cannot be downloaded from ModelScope ({_brief(error)}); check the id and "
@@ -136,16 +136,16 @@ def _download(snapshot: Callable[[list[str]], str]) -> Path:
         folder = Path(snapshot([*_SMALL_FILES, *patterns]))
         if (folder / patterns[0]).is_file():
             break
-    return folder  # without weights as well: `open_checkpoint` says what is missing
+    return folder  # even without weights: `open_checkpoint` reports what is missing
 
 
 def _hugging_face_error(model_id: str, revision: str | None, error: Exception) -> HubError:
-    """Which of the known failures it is, and what to do about it."""
+    """The error for a known failure, with its remedy."""
     from huggingface_hub import errors
 
     _raise_if_disk_full(error, "HF_HOME")
     where = f"{model_id} on the Hugging Face hub"
-    if isinstance(error, errors.GatedRepoError):  # before its base class, "not found"
+    if isinstance(error, errors.GatedRepoError):  # checked before its base class, "not found"
         return HubError(
             f"{where} is gated; accept its terms on https://huggingface.co/{model_id}, then log in "
             "with `hf auth login` or set HF_TOKEN"

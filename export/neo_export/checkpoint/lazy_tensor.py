@@ -1,4 +1,4 @@
-"""A tensor of a checkpoint that is read when asked for, and no sooner."""
+"""A tensor of a checkpoint with lazy loading."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["FLOAT_DTYPES", "LazyTensor", "check_finite", "numpy_dtype"]
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
-"""Element types a weight may have."""
+"""Element types that a weight may have."""
 
 # Elements per step of a streaming pass: a few MB of temporaries whatever the tensor's size.
 _CHUNK = 1 << 20
@@ -34,14 +34,14 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
-    """Name, shape and element type of a tensor, with the way to its values."""
+    """Name, shape and element type of a tensor, and a function that loads its values."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     """A numpy name ("float32", "float16", "bfloat16"), or the file's own name of another type."""
     load: Callable[[], npt.NDArray[Any]]
-    """Returns the values as stored; a view of the mapped file where the format allows."""
+    """Returns the values as stored; a view of the memory-mapped file if the format allows it."""
 
     @property
     def size(self) -> int:
@@ -52,32 +52,32 @@ class LazyTensor:
         return total
 
     def read_raw(self) -> npt.NDArray[Any]:
-        """Values in the stored type (bfloat16 as `ml_dtypes.bfloat16`), read-only, `shape`."""
+        """The values in the stored type (bfloat16 as `ml_dtypes.bfloat16`), read-only, `shape`."""
         array = self.load()
         array.flags.writeable = False
         return array
 
     def read(self) -> npt.NDArray[np.float32]:
-        """Values as float32, `shape`: read-only, a view of the mapped file where it holds float32.
+        """The values as float32, `shape`, read-only; a view of the file if it holds float32.
 
-        Float16 and bfloat16 are converted (exactly) to float32 in new memory.
+        float16 and bfloat16 are converted (exactly) to float32 in new memory.
         """
         raw = self.read_raw()
-        # onnx and onnxruntime want aligned data, and in a file it need not be.
+        # onnx and onnxruntime need aligned data, and data in a file may be unaligned.
         array: npt.NDArray[np.float32] = np.require(raw, np.float32, "A")
         array.flags.writeable = False
         return array
 
     def check_finite(self) -> None:
-        """Look at every value, a few MB at a time.
+        """Check every value, a few MB at a time.
 
         Raises:
-            CheckpointError: there is a NaN or an infinity; the message counts them.
+            CheckpointError: there is a NaN or an infinity; the message has their number.
         """
         check_finite(self.name, self.read_raw())
 
     def same_values(self, other: LazyTensor) -> bool:
-        """True where shape and all values (bit patterns, after conversion to float32) are equal."""
+        """Whether shape and all values (as bit patterns in float32) are equal."""
         if self.shape != other.shape:
             return False
         one, two = self.read_raw().reshape(-1), other.read_raw().reshape(-1)
@@ -91,11 +91,11 @@ class LazyTensor:
 
 
 def check_finite(name: str, array: npt.NDArray[Any]) -> None:
-    """Raise `CheckpointError`, naming and counting, where `array` holds a NaN or an infinity.
+    """Raise `CheckpointError`, with name and number, if `array` holds a NaN or an infinity.
 
     Args:
-        name: what to call the tensor.
-        array: any floating type, any shape, contiguous.
+        name: the tensor's name in the error.
+        array: any floating-point type, any shape, contiguous.
     """
     flat = array.reshape(-1)
     bad = nan = 0

@@ -1,4 +1,4 @@
-"""A safetensors file, mapped: the header is parsed here, so that a tensor is a view of the file.
+"""A memory-mapped safetensors file; its header is parsed here, and tensors are views of the file.
 
 The layout (https://huggingface.co/docs/safetensors#format): 8 bytes with the header's length
 (little-endian), the header (JSON: name → dtype, shape, data_offsets), then the data, which the
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SafetensorsFile"]
 
-# The library's own limit: a larger length is garbage, not a header.
+# The limit of the safetensors library: a larger length is not from a valid file.
 _MAX_HEADER = 100_000_000
 
 _DTYPES = {
@@ -50,11 +50,11 @@ class _Record:
 
 
 class SafetensorsFile:
-    """One file, mapped read-only.
+    """One file, memory-mapped read-only.
 
     Attributes:
         path: the file.
-        tensors: what it holds, by the names in the file. Arrays that were read stay valid after
+        tensors: its tensors, by their names in the file. Arrays that were read stay valid after
             `close`: each keeps the mapping alive.
     """
 
@@ -79,7 +79,7 @@ class SafetensorsFile:
         }
 
     def close(self) -> None:
-        """Let go of the mapping; reading a tensor afterwards is a `ValueError`."""
+        """Release the mapping; reading a tensor afterwards raises `ValueError`."""
         self._data = None
 
     def _tensor(self, name: str, record: _Record, start: int) -> LazyTensor:

@@ -1,6 +1,6 @@
-"""The tokenizer's files of a checkpoint, and a `tokenizer.json` where there is only a GPT-2 pair.
+"""A checkpoint's tokenizer files; builds a `tokenizer.json` from GPT-2's two files if needed.
 
-Old checkpoints carry `vocab.json` and `merges.txt`. The tokenizer built from them is
+Old checkpoints have `vocab.json` and `merges.txt`. The tokenizer built from them is
 transformers' `GPT2Tokenizer`: byte-level BPE, no normalizer, special tokens matched whole.
 """
 
@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
 )
 """Every file that a tokenizer of GPT-Neo can have."""
 
-# In the order in which transformers gives ids to those that have none.
+# In the order in which transformers assigns ids to those without one.
 _NAMED = (
     "bos_token",
     "eos_token",
@@ -41,7 +41,7 @@ _NAMED = (
     "mask_token",
 )
 _DEFAULT_SPECIAL = "<|endoftext|>"
-# Classes that take a `tokenizer.json` as it stands; GPT-2's builds its own pre-tokenizer.
+# Classes that use a `tokenizer.json` unchanged; GPT-2's class builds its own pre-tokenizer.
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _LOG = logging.getLogger("neo_export")
 
@@ -52,10 +52,10 @@ def find_tokenizer_files(folder: Path) -> tuple[Path, ...]:
 
 
 def read_tokenizer_json(folder: Path) -> bytes | None:
-    """Bytes of a `tokenizer.json`: the file's own, or built; None where nothing is there.
+    """Bytes of a `tokenizer.json`: the existing file's or built; None without tokenizer files.
 
     Raises:
-        CheckpointError: a file is not what it should be, or one of the pair is missing.
+        CheckpointError: a file is invalid, or only one of `vocab.json` and `merges.txt` exists.
     """
     whole = folder / "tokenizer.json"
     if whole.is_file():
@@ -73,10 +73,10 @@ def read_tokenizer_json(folder: Path) -> bytes | None:
 
 
 def _completed(path: Path) -> bytes:
-    """The file's own bytes, unless the files beside it say more; they count as in transformers.
+    """The file's own bytes, with additions from the other tokenizer files, as in transformers.
 
-    A tokenizer that was enlarged and saved in the old form leaves the base model's file as it was,
-    and one that was given `add_prefix_space` may.
+    Saving an enlarged tokenizer in the old format leaves the base model's `tokenizer.json`
+    unchanged; setting `add_prefix_space` may do so, too.
     """
     from tokenizers import Tokenizer
 
@@ -96,9 +96,9 @@ def _completed(path: Path) -> bytes:
 
 
 def _set_prefix_space(tokenizer: Tokenizer, config: dict[str, Any], path: Path) -> bool:
-    """Let the first word have a space where `tokenizer_config.json` says so; whether that is new.
+    """Set `add_prefix_space` as in `tokenizer_config.json`; returns whether that changes anything.
 
-    GPT-2's class, which a GPT-Neo has where no other is named, has no space unless it is told so.
+    GPT-2's class, the default for GPT-Neo, adds no space before the first word by default.
     """
     from tokenizers import pre_tokenizers
 
@@ -121,7 +121,7 @@ def _set_prefix_space(tokenizer: Tokenizer, config: dict[str, Any], path: Path) 
 
 
 def _add_lacking(tokenizer: Tokenizer, path: Path) -> bool:
-    """Add tokens that the files beside `tokenizer.json` name; whether there were any."""
+    """Add tokens that only the other tokenizer files have; returns whether there were any."""
     folder = path.parent
     config = _settings(folder)
     added = _optional(folder / "added_tokens.json")
@@ -135,7 +135,7 @@ def _add_lacking(tokenizer: Tokenizer, path: Path) -> bool:
             if token.content not in known and tokenizer.token_to_id(token.content) in (None, i)
         }
         _add_numbered(tokenizer, lacking, folder)
-    except CheckpointError as error:  # left over from another time: the whole file counts
+    except CheckpointError as error:  # the other files are stale: only tokenizer.json counts
         _LOG.warning("%s. Only what %s holds is used", error, path.name)
         return False
     known |= {token.content for token in lacking.values()}
@@ -176,7 +176,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """`tokenizer_config.json`, with the older file of special tokens where it is still read."""
+    """`tokenizer_config.json`, with `special_tokens_map.json` where transformers still reads it."""
     config = _optional(folder / "tokenizer_config.json")
     older = _optional(folder / "special_tokens_map.json")
     return config if "added_tokens_decoder" in config else config | older
@@ -195,7 +195,7 @@ def _special_tokens(
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
     named = [config.get(name) for name in _NAMED] + (extra if isinstance(extra, list) else [])
-    # GPT2Tokenizer's default of bos, eos and unk, unless this vocabulary lacks it.
+    # GPT2Tokenizer's default for bos, eos and unk, unless this vocabulary lacks it.
     is_generic = config.get("tokenizer_class") in _GENERIC_CLASSES
     if tokenizer.token_to_id(_DEFAULT_SPECIAL) is not None and not is_generic:
         named.append(_DEFAULT_SPECIAL)
@@ -212,9 +212,9 @@ def _special_tokens(
 
 
 def warn_of_strangers(data: bytes, vocab_size: int, folder: Path) -> None:
-    """Say which tokens of a `tokenizer.json` the model has no row for.
+    """Warn of tokens in a `tokenizer.json` that are outside the model's vocabulary.
 
-    A prompt that holds one is refused; as in transformers, where it fails in the embedding.
+    The runtime refuses a prompt with such a token; transformers fails in the embedding.
     """
     from tokenizers import Tokenizer
 
@@ -237,7 +237,7 @@ def warn_of_strangers(data: bytes, vocab_size: int, folder: Path) -> None:
 def _add_tokens(
     tokenizer: Tokenizer, config: dict[str, Any], added: dict[str, Any], folder: Path
 ) -> None:
-    """Add the special tokens, and those beyond the vocabulary with the ids they were given."""
+    """Add the special tokens, and the tokens beyond the vocabulary with their ids."""
     special = _special_tokens(config, tokenizer, folder)
     numbered = _numbered_tokens(config, added, list(special), folder)
     _add_numbered(tokenizer, numbered, folder)
@@ -248,7 +248,7 @@ def _add_tokens(
 def _numbered_tokens(
     config: dict[str, Any], added: dict[str, Any], special: list[str], folder: Path
 ) -> dict[int, AddedToken]:
-    """The tokens that `added_tokens_decoder` or `added_tokens.json` gives ids."""
+    """The tokens with ids in `added_tokens_decoder` or `added_tokens.json`."""
     from tokenizers import AddedToken
 
     decoder = config.get("added_tokens_decoder")

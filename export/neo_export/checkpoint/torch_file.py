@@ -19,19 +19,19 @@ __all__ = ["TorchFile"]
 class TorchFile:
     """The tensors of one file.
 
-    Files in torch's zip format (since 1.6) are mapped; older ones cannot be, and are held in
-    private memory until `close`.
+    Files in torch's zip format (since 1.6) are memory-mapped; older ones cannot be, and are held
+    in private memory until `close`.
 
     Attributes:
         path: the file.
-        tensors: what it holds, by the names in the file.
+        tensors: its tensors, by their names in the file.
     """
 
     def __init__(self, path: Path) -> None:
         """Load the file's structure, tensors only: no code in it runs (`weights_only=True`).
 
         Raises:
-            CheckpointError: the file cannot be read or holds something else than tensors.
+            CheckpointError: the file cannot be read, or holds something other than tensors.
             DependencyError: torch is not installed.
         """
         self.path = path
@@ -41,7 +41,7 @@ class TorchFile:
         }
 
     def close(self) -> None:
-        """Let go of the file; reading a tensor afterwards is a `ValueError`."""
+        """Release the file; reading a tensor afterwards raises `ValueError`."""
         self._state = None
 
     def _tensor(self, name: str, value: Any) -> LazyTensor:
@@ -53,7 +53,7 @@ class TorchFile:
             if self._state is None:
                 raise ValueError(f"{self.path} is closed")
             tensor = self._state[name].detach().contiguous()
-            if dtype == "bfloat16":  # numpy has no such type of its own
+            if dtype == "bfloat16":  # not a type of numpy itself
                 return _array(tensor.view(torch.int16)).view(numpy_dtype(dtype))
             return _array(tensor)
 
@@ -62,7 +62,7 @@ class TorchFile:
 
 def _array(tensor: Any) -> npt.NDArray[Any]:
     array: npt.NDArray[Any] = tensor.numpy()
-    return array.view()  # its flags are the caller's own
+    return array.view()  # the caller may change the flags of a view
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _load(path: Path) -> dict[str, Any]:
         state = torch.load(
             path, map_location="cpu", weights_only=True, mmap=magic.startswith(b"PK\x03\x04")
         )
-    except Exception as error:  # torch and pickle raise whatever the bytes led them into
+    except Exception as error:  # on damaged bytes, torch and pickle may raise anything
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
             f"{path} cannot be loaded as PyTorch weights ({type(error).__name__}: {reason}); it "

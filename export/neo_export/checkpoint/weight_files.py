@@ -1,9 +1,9 @@
-"""Which files of a checkpoint folder hold the weights, and the tensors of all of them together.
+"""Finds the weight files of a checkpoint folder, and opens the tensors of all of them.
 
-A shard index is text from elsewhere: what it names must lie inside the folder, so absolute
-paths, `..` and subfolders that lead out are refused. A *file* of the folder may itself be a
-symbolic link to anywhere: the Hugging Face cache is made of such links (`snapshots/…/x` →
-`../../blobs/…`), and a link is the doing of whoever owns the folder, not of the index.
+A shard index is untrusted: the files that it names must be inside the folder, so absolute paths,
+`..` and subfolders that lead out are refused. A *file* in the folder may itself be a symbolic link
+to anywhere: the Hugging Face cache consists of such links (`snapshots/…/x` → `../../blobs/…`), and
+links are made by the owner of the folder, not by the index.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""Where weights may be, the preferred first (the order of transformers)."""
+"""Files that may hold the weights, in the order of preference (that of transformers)."""
 
 
 class WeightFiles(Closable):
@@ -46,10 +46,10 @@ class WeightFiles(Closable):
 
         Args:
             folder: where they are.
-            names: of a file, or of an index of several; the first that is there is read.
+            names: names of weight files or shard indexes; the first that exists is read.
 
         Raises:
-            CheckpointError: no weights, an index that cannot be followed, or a damaged file.
+            CheckpointError: there are no weights, or an index or a file is invalid.
             DependencyError: torch is needed and not installed.
         """
         self._files: list[SafetensorsFile | TorchFile] = []
@@ -67,7 +67,7 @@ class WeightFiles(Closable):
             raise
 
     def close(self) -> None:
-        """Let go of every file."""
+        """Release every file."""
         for file in self._files:
             file.close()
 
@@ -140,7 +140,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _shard_path(folder: Path, index: Path, name: str, suffix: str) -> Path:
-    """Where the shard lies, once its name is known to stay inside the folder."""
+    """The path of a shard, after checking that its name stays inside the folder."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     outside = (
         posix.is_absolute() or windows.anchor or ".." in windows.parts or "\0" in name or not name

@@ -1,6 +1,6 @@
-"""The folder of a whole GPT-Neo → its configuration and its tensors, checked, lazily read.
+"""Opens the folder of a whole GPT-Neo: its checked configuration and lazily loaded tensors.
 
-Tensors are known by the names of `GPTNeoForCausalLM`, whatever class wrote the file.
+Tensors have the names of `GPTNeoForCausalLM`, whatever class wrote the file.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ _QUANTIZED_MARKS = (".SCB", ".absmax", ".quant_state", ".qweight", ".qzeros", ".
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint(Closable):
-    """An open checkpoint: everything is known and checked but the values of the tensors."""
+    """An open checkpoint: everything but the values of the tensors is read and checked."""
 
     folder: Path
     spec: ModelSpec
     """The architecture."""
     tensors: Mapping[str, LazyTensor]
-    """Exactly the names of `expected_shapes(spec)`, in that order, with those shapes; float32,
-    float16 or bfloat16. Private memory holds no more than what the caller keeps."""
+    """The tensors of `expected_shapes(spec)`, in that order, with those shapes; float32, float16 or
+    bfloat16. Only tensors that the caller keeps take private memory."""
     config_json: dict[str, Any]
-    """`config.json` as it stands."""
+    """`config.json`, unchanged."""
     generation_config: dict[str, Any] | None
-    """`generation_config.json` as it stands, None where there is none."""
+    """`generation_config.json`, unchanged; None if there is none."""
     tokenizer_files: tuple[Path, ...]
     """The tokenizer's files that exist."""
     tokenizer_folder: Path
-    """Where the tokenizer's files are."""
+    """The folder of the tokenizer's files."""
     files: tuple[Closable, ...]
-    """Owners of the mapped files."""
+    """Owners of the memory-mapped files."""
 
     def tokenizer_json(self) -> bytes | None:
-        """Contents of a `tokenizer.json`, built from `vocab.json` and `merges.txt` where only
-        those exist; None for a checkpoint without a tokenizer.
+        """Content of a `tokenizer.json`, built from `vocab.json` and `merges.txt` if only those
+        exist; None for a checkpoint without a tokenizer.
 
         Raises:
             CheckpointError: the tokenizer's files cannot be used.
@@ -68,11 +68,11 @@ class Checkpoint(Closable):
 
     @functools.cached_property
     def _tokenizer_json(self) -> bytes | None:
-        # Once: it warns of what it leaves out.
+        # Cached, so that its warnings appear once.
         return read_tokenizer_json(self.tokenizer_folder)
 
     def close(self) -> None:
-        """Let go of the files. Arrays that were read stay valid."""
+        """Release the files. Arrays that were read stay valid."""
         for file in self.files:
             file.close()
 
@@ -104,7 +104,7 @@ def open_whole(folder: Path) -> Checkpoint:
 
 
 def read_generation_config(folder: Path) -> dict[str, Any] | None:
-    """`generation_config.json` as it stands, None where there is none.
+    """`generation_config.json`, unchanged; None if there is none.
 
     Raises:
         CheckpointError: it is not a JSON object.
@@ -116,11 +116,11 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
 def match_tensors(
     found: dict[str, LazyTensor], spec: ModelSpec, folder: Path
 ) -> dict[str, LazyTensor]:
-    """The tensors that the architecture has, renamed, each checked; the harmless rest dropped."""
+    """The architecture's tensors, renamed and checked; harmless other tensors are dropped."""
     expected = expected_shapes(spec)
     named = _canonical(found)
     if spec.tie_word_embeddings and EMBEDDING not in named and HEAD in named:
-        # safetensors.torch.save_model keeps the first name, by the alphabet, of a shared tensor.
+        # safetensors.torch.save_model keeps the alphabetically first name of a shared tensor.
         named[EMBEDDING] = named.pop(HEAD)
     unexpected = named.keys() - expected.keys() - {HEAD}
     if unexpected:
@@ -138,7 +138,7 @@ def match_tensors(
 
 
 def _canonical(found: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """By the names of `GPTNeoForCausalLM`; `GPTNeoModel` stores them without `transformer.`."""
+    """Tensors by the names of `GPTNeoForCausalLM`; `GPTNeoModel` omits `transformer.`."""
     named: dict[str, LazyTensor] = {}
     for name, tensor in found.items():
         if _OLD_BUFFER.fullmatch(name):
@@ -220,7 +220,7 @@ def _check_tensor(name: str, tensor: LazyTensor, shape: tuple[int, ...], folder:
 def _check_tied_head(
     head: LazyTensor, embedding: LazyTensor, shape: tuple[int, ...], folder: Path
 ) -> None:
-    """A tied checkpoint may store the head again; it may not store another one."""
+    """Check a head that a tied checkpoint stores as well: it must equal the embedding."""
     _check_tensor(HEAD, head, shape, folder)
     if not head.same_values(embedding):
         raise CheckpointError(

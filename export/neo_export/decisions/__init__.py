@@ -1,10 +1,10 @@
-"""What is asked of an export, and what it decides from that before anything is built.
+"""The options of an export, and the decisions from them before anything is built.
 
 Its parts; each imports only itself and those above it:
 
-options         what is asked for
-options_check   what is refused, by the options and the model's shape alone
-half_range      what float16 cannot hold, by the statistics
-calibrated      what statistics decide: outliers that move, GPTQ, what stays float32
+options         the options of an export
+options_check   refuses options, judging only by them and the model's shape
+half_range      what float16 cannot hold, found from statistics
+calibrated      decisions from statistics: outlier migration, GPTQ, what stays float32
 prepared        all decisions of one export
 """

@@ -1,4 +1,4 @@
-"""What an export makes of statistics: outliers moved into the weights, GPTQ for those."""
+"""Decisions from calibration statistics: outlier migration, GPTQ, and what stays float32."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ __all__ = ["Calibrated", "calibrated", "gptq_quantizer", "open_statistics", "use
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Decisions that rest on statistics; without any, none are taken."""
+    """Decisions from statistics; the defaults are those without statistics."""
 
     migration: Migration = field(default_factory=Migration)
     moved: tuple[MovedPlace, ...] = ()
     half: HalfRange = field(default_factory=HalfRange)
     quantizer: WeightQuantizer | None = None
-    """What makes integers; None for what the target does without statistics."""
+    """Quantizes the weights; None for the target's quantizer without statistics."""
     statistics: Statistics | None = None
 
     def largest_input(self, weight: str) -> float | None:
-        """The largest |x| that a matrix is multiplied with, outliers moved; None if not known."""
+        """The largest |x| of a matrix's input after outlier migration; None if unknown."""
         if self.statistics is None:
             return None
         place = input_place(weight)
@@ -65,16 +65,16 @@ def open_statistics(
     *,
     second_moments: bool,
 ) -> Statistics:
-    """Open a folder of statistics and make sure that they are this checkpoint's.
+    """Open a folder of statistics and check that they are this checkpoint's.
 
     Args:
-        folder: which.
+        folder: the folder of statistics.
         checkpoint: the model.
         progress: called with a stage's name, done and total.
-        second_moments: they have to have them: see `uses_gptq`.
+        second_moments: whether second moments are required (`uses_gptq`).
 
     Raises:
-        StatisticsError: they are not, or cannot be read, or lack what is needed.
+        StatisticsError: they are another checkpoint's, cannot be read, or lack what is required.
     """
     statistics = Statistics.open(folder)
     if second_moments:
@@ -95,20 +95,21 @@ def calibrated(
     progress: Callable[[str, int, int], None],
     remembered: Path | None = None,
 ) -> Calibrated:
-    """Decide.
+    """Make the decisions that depend on statistics.
 
     Args:
-        statistics: of `checkpoint`; None for an export without.
+        statistics: those of `checkpoint`; None for an export without calibration.
         checkpoint: the model.
-        read: gives its weights.
-        target: what was asked for.
-        precision: what was asked for.
+        read: returns a weight of the checkpoint by name.
+        target: the export's target.
+        precision: the export's precision.
         plan: how the decode graph stores each matrix.
         progress: called with a stage's name, done and total.
-        remembered: as `ExportOptions` has it.
+        remembered: see `ExportOptions.remembered`.
 
     Raises:
-        StatisticsError: float16 cannot hold what the model computes, and nothing here helps.
+        StatisticsError: float16 cannot hold what the model computes, and keeping tensors in
+            float32 does not help.
     """
     if statistics is None:
         return Calibrated()
@@ -152,13 +153,14 @@ def uses_gptq(target: Target, plan: WeightPlan, spec: ModelSpec) -> bool:
     """Whether an export with statistics chooses integers by the inputs' second moments.
 
     Args:
-        target: what was asked for.
-        plan: how the decode graph stores each matrix; the others store integers only where it does.
+        target: the export's target.
+        plan: how the decode graph stores each matrix; the other graphs store integers only for
+            matrices that decode stores as integers, too.
         spec: the model.
     """
     if target.quantize_linear:
         return False
-    tied = spec.tie_word_embeddings  # else the table is only looked up, and rounded
+    tied = spec.tie_word_embeddings  # an untied table is only looked up: it is plainly rounded
     names = [
         name
         for name, shape in expected_shapes(spec).items()
@@ -170,7 +172,7 @@ def uses_gptq(target: Target, plan: WeightPlan, spec: ModelSpec) -> bool:
 def gptq_quantizer(
     statistics: Statistics, migration: Migration, spec: ModelSpec, target: Target
 ) -> GptqQuantizer:
-    """GPTQ on the inputs as the stored matrices see them."""
+    """GPTQ for the inputs after outlier migration."""
 
     def second_moment(place: str) -> NDArray[np.floating[Any]]:
         both = statistics.second_moment(place), statistics.channel_mean(place)

@@ -1,9 +1,9 @@
-"""What float16 cannot hold, found from a checkpoint and its statistics: it stays float32.
+"""Finds what float16 cannot hold, from a checkpoint and its statistics: it stays float32.
 
-float16 ends at 65504 and has 11 bits down to 2⁻¹⁴, fewer below. Looked at are every weight, the
-largest value of every place with a margin (the text that was run is not the text to come), how
-small norms, gelu and the residual stream are (queries, keys and values are cached in float16 in
-any case), sums before their bias, and unscaled attention scores.
+float16 ends at 65504 and has 11 bits of precision down to 2⁻¹⁴, fewer below. The checks cover every
+weight; the largest value of every place, with a margin (other texts may reach more than the
+calibration text); how small norms, gelu and the residual stream are (not queries, keys and values,
+which are float16 in any case); sums before their bias; and unscaled attention scores.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ LARGEST = 65504.0
 MARGIN = 4.0
 """A place must stay below `LARGEST` by this factor on the calibration text."""
 _LEAST = 2.0**-14 / np.sqrt(12)
-"""Root mean square below which a place's values are, mostly, rounded more coarsely than by 2⁻¹¹:
-their spacing is 2⁻²⁴ then."""
+"""Below this root mean square, most values of a place have a relative rounding error above 2⁻¹¹:
+the spacing of such small float16 numbers is fixed at 2⁻²⁴."""
 _WEIGHT_ERROR = 2.0**-10
 """Largest ‖w − half(w)‖ / ‖w‖ of a row. Rounding to 11 bits gives about 2⁻¹²."""
 _SLAB = 1 << 22
@@ -47,10 +47,10 @@ _SLAB = 1 << 22
 
 @dataclass(frozen=True)
 class WideTensor:
-    """One finding."""
+    """A weight or place that stays float32, and why."""
 
     name: str
-    """Of the checkpoint's weight, or of the place."""
+    """Name of the weight in the checkpoint, or of the place."""
     reason: str
 
 
@@ -61,8 +61,8 @@ class HalfRange:
     wide: Wide = field(default_factory=Wide)
     tensors: tuple[WideTensor, ...] = ()
     scores: float = 0.0
-    """The largest |q·k|, where it is beyond the margin: no product of halves may hold it. 0.0
-    where all are small."""
+    """The largest |q·k| if it exceeds the margin: products with float16 results may overflow. 0.0
+    if all are small."""
 
 
 class _Findings:
@@ -72,12 +72,12 @@ class _Findings:
         self.tensors: list[WideTensor] = []
 
     def add(self, name: str, reason: str, *, places: tuple[str, ...] = ()) -> None:
-        """A weight and the product that it is in; with the places that stay wide besides."""
+        """Record a weight or place; its product and the given places stay float32."""
         self.tensors.append(WideTensor(name, reason))
         self.places.update(places)
 
     def product(self, weight: str) -> None:
-        """A matrix, or the vector of a norm, with its bias."""
+        """Keep a matrix, or the vector of a norm, in float32, with its bias."""
         owner = weight.rpartition(".")[0]
         self.weights.update((f"{owner}.weight", f"{owner}.bias"))
 
@@ -92,14 +92,14 @@ def find_half_range(
     """Decide what stays float32.
 
     Args:
-        read: gives a weight of the checkpoint by name.
-        names: all of them.
+        read: returns a weight of the checkpoint by name.
+        names: names of all weights.
         spec: the architecture.
-        statistics: of this checkpoint.
-        progress: called with weights done and in all.
+        statistics: those of this checkpoint.
+        progress: called with the number of weights done and the total.
 
     Raises:
-        StatisticsError: queries, keys or values do not fit; the cache is float16, so nothing in
+        StatisticsError: queries, keys or values do not fit; as the cache is float16, no change of
             the graph helps.
     """
     found = _Findings()
@@ -171,7 +171,7 @@ def _of_layer(
         name, weight = f"{prefix}.{matrix.gives}", f"{prefix}.{matrix.weight}"
         reason = _large(statistics, name)
         if reason is not None:
-            # What is behind c_fc has no name in the graph.
+            # The output of c_fc has no stable name in the graph.
             found.add(name, reason, places=() if matrix.gives == "c_fc" else (name,))
         else:
             bias = read(f"{prefix}.{matrix.module}.bias")
@@ -187,7 +187,7 @@ def _of_residual(found: _Findings, prefix: str, layer: int, statistics: Statisti
     before = f"transformer.h.{layer - 1}.residual" if layer else "transformer.embedding"
     if (reason := _unfit(statistics, f"{prefix}.residual")) is not None:
         found.add(f"{prefix}.residual", reason, places=(f"{prefix}.residual",))
-    # The sum between the two halves of a layer is no place; it is at most its addends' sum.
+    # The sum between attention and MLP is not a place; the sum of its addends' maxima bounds it.
     bound = sum(statistics.places[name].largest for name in (before, f"{prefix}.attention"))
     if (reason := _past_margin(bound, "may reach")) is not None:
         found.add(f"{prefix}.{MIDDLE_PLACE}", reason, places=(f"{prefix}.{MIDDLE_PLACE}",))

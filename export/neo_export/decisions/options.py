@@ -1,4 +1,4 @@
-"""What is asked of an export."""
+"""The options of an export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ExportOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to make of a checkpoint."""
+    """The options of an export."""
 
     base: str | None = None
     """The base model of a LoRA adapter; None for the one that the adapter names."""
@@ -24,14 +24,14 @@ class ExportOptions:
     precision: str = "fp32"
     quantization: Quantization = field(default_factory=Quantization)
     max_length: int | None = None
-    """Positions a sequence may have; None for all that the checkpoint has."""
+    """Largest number of positions in a sequence; None for all that the checkpoint has."""
     kv_cache: str = "float"
-    """How keys and values are kept: one of `CACHE_FORMATS`."""
+    """How keys and values are stored: one of `CACHE_FORMATS`."""
     calibration: Path | None = None
-    """Statistics of the checkpoint, which `neo-calibrate` wrote."""
+    """Folder with the checkpoint's statistics from `neo-calibrate`."""
     remembered: Path | None = None
-    """A folder that keeps what these statistics were used for, for the next export."""
+    """A folder that caches results computed from these statistics, for the next export."""
     verify: bool = False
     """Compare numbers with PyTorch before the bundle is put in place."""
     force: bool = False
-    """Replace a bundle that is there."""
+    """Replace an existing bundle."""

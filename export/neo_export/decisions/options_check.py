@@ -1,6 +1,6 @@
-"""Options that an export refuses, judged only from the options and the model's shape.
+"""Refuses options, judging only by the options themselves and the model's shape.
 
-Checked before calibration and the search for a plan, which may take hours.
+These checks come before calibration and the search for a plan, which may take hours.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def check_options(
 
     Args:
         spec: the model.
-        target: the one that the options name.
-        options: what is asked for.
-        searches: the plan is yet to be found by --auto.
+        target: the target that the options name.
+        options: the options of the export.
+        searches: whether --auto has yet to find the plan.
 
     Raises:
-        RequestError: names the option that does not fit.
+        RequestError: an option does not fit; the message names it.
     """
     if searches:
         found = replace(options.quantization, plan=WeightPlan.uniform("int8"))
@@ -65,17 +65,17 @@ def check_options(
 def check_export(
     checkpoint: Checkpoint, target: Target, options: ExportOptions, *, searches: bool = False
 ) -> None:
-    """`check_options`, and what would make the bundle's texts and defaults useless.
+    """`check_options`, and checks of the tokenizer and the generation defaults.
 
     Args:
         checkpoint: the model, opened.
-        target: the one that the options name.
-        options: what is asked for.
-        searches: the plan is yet to be found by --auto.
+        target: the target that the options name.
+        options: the options of the export.
+        searches: whether --auto has yet to find the plan.
 
     Raises:
-        RequestError: names the option that does not fit.
-        CheckpointError: names the file beside the weights that is damaged or wrong.
+        RequestError: an option does not fit; the message names it.
+        CheckpointError: a file besides the weights is damaged or wrong; the message names it.
     """
     check_options(checkpoint.spec, target, options, searches=searches)
     check_generation_defaults(checkpoint, options.max_length)
@@ -106,5 +106,5 @@ def _check_storages(spec: ModelSpec, target: Target, options: ExportOptions) -> 
             if storage.block_size is not None:
                 check_block_size(storage.block_size, shape[1], name)
                 target.check_block_size(storage.block_size)
-            elif storage.kind == "int8" and target.half_activations:  # a row's blocks share a scale
+            elif storage.kind == "int8" and target.half_activations:  # stored in blocks, too
                 largest_block_size((shape[1],), "--fp16")

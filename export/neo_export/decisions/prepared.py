@@ -1,4 +1,4 @@
-"""Everything that an export decides before it writes: what is kept how, and which passes run."""
+"""All decisions of an export before it writes: how everything is stored, and the passes."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ class Prepared:
     target: Target
     spec: ModelSpec
     max_length: int
-    """Positions that a sequence may have."""
+    """Largest number of positions in a sequence."""
     decided: Calibrated
     cache: CacheSpec
     steps: CacheSteps | None
-    """Of an int8 cache."""
+    """The quantization steps of an int8 cache."""
     read: ReadParameter
-    """Gives the checkpoint's weights, outliers moved into them."""
+    """Returns a weight of the checkpoint, with outlier migration applied."""
     fingerprint: str
-    """Of the checkpoint."""
+    """The checkpoint's fingerprint."""
     calibration_text: str | None
-    """sha256 of what the statistics are of."""
+    """sha256 of the text of the statistics."""
 
     def passes(self, graph: str) -> list[Pass]:
         """Every pass that one graph of the bundle goes through, in order."""
@@ -81,10 +81,10 @@ class Prepared:
         return self.target.passes(context)
 
     def stored_weights(self, graph: str, written: Path) -> ReadParameter:
-        """What gives each weight as a written graph has it, by the checkpoint's name.
+        """A function that returns each weight as a written graph stores it, by checkpoint name.
 
         Args:
-            graph: name of the bundle's graph.
+            graph: the graph's name in the bundle.
             written: its file.
         """
         stored = StoredWeights(
@@ -97,7 +97,7 @@ class Prepared:
 
     @cached_property
     def source(self) -> Source:
-        """What the bundle's manifest says of where it comes from."""
+        """The bundle's origin, for its manifest."""
 
         def counted(graph: str) -> dict[str, int]:
             plan, shapes = self._plan(graph), expected_shapes(self.spec)
@@ -122,23 +122,23 @@ def prepare(
     options: ExportOptions,
     say: Callable[[str, int, int], None],
 ) -> Prepared:
-    """Decide; statistics are read, and what they ask for is searched.
+    """Make all decisions; this reads the statistics and searches for outlier migrations.
 
     Args:
-        checkpoint: an opened one.
-        target: the one that the options name.
-        options: what to make of it; `check_export` has taken them.
+        checkpoint: an open checkpoint.
+        target: the target that the options name.
+        options: the options, which have passed `check_export`.
         say: called with a stage's name, done and total.
 
     Raises:
-        NeoError: the options do not fit the checkpoint or the target, or the statistics either.
+        NeoError: the options do not fit the checkpoint or the target, or the statistics do not.
     """
     spec, precision = checkpoint.spec, options.precision
     max_length = options.max_length or spec.max_position_embeddings
 
     def read(name: str) -> NDArray[np.float32]:
         tensor = checkpoint.tensors[name]
-        tensor.check_finite()  # here, where the checkpoint's own name is known
+        tensor.check_finite()  # here the error can use the tensor's name in the checkpoint
         return tensor.read()
 
     plan = target.plan_for(options.quantization, "decode", precision, spec)
@@ -171,7 +171,7 @@ def prepare(
 def _fingerprint(
     checkpoint: Checkpoint, statistics: Statistics | None, say: Callable[[str, int, int], None]
 ) -> str:
-    """Of the checkpoint; with statistics it was read before, to see that they are its own."""
+    """The checkpoint's fingerprint; with statistics it is known from checking that they match."""
     if statistics is not None:
         recorded = statistics.header.model["tensors"]
         return fingerprint({name: recorded[name] for name in checkpoint.tensors})

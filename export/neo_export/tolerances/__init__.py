@@ -1,8 +1,8 @@
-"""Every limit of the project's comparisons, each with its reason.
+"""The limits of all comparisons in the project, each with its reason.
 
-TOLERANCES   a bundle against PyTorch on the weights that it stores: tests, `--verify`
-LOCAL        one step of one layer, from the bundle's own inputs: is it a fault?
-ACCUMULATED  one bundle against another, errors of all layers before added up
+TOLERANCES   a bundle against PyTorch on the weights that the bundle stores: tests, `--verify`
+LOCAL        one step of one layer on the bundle's own inputs: is it a fault?
+ACCUMULATED  one bundle against another, with the accumulated errors of all earlier layers
 QUALITY      logits against PyTorch on the checkpoint's own weights: may the bundle ship?
 """
 

@@ -1,7 +1,7 @@
-"""How far hidden states of one bundle may be from another's, errors of all layers before added up.
+"""Limits for the difference of two bundles' hidden states, with the errors of all earlier layers.
 
-There is no telling from two bundles whether a step is wrong or its inputs were: `ACCUMULATED` is
-wide enough for what the coarser storage loses, its weights' rounding included.
+Comparing two bundles cannot tell whether a step or its inputs were wrong: `ACCUMULATED` allows all
+errors of the coarser storage, the rounding of its weights included.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["ACCUMULATED", "AccumulatedLimits", "accumulated_name"]
 
 @dataclass(frozen=True, kw_only=True)
 class AccumulatedLimits:
-    """Relative L2 of a place's hidden states, the coarser of two bundles against the other."""
+    """Relative L2 error of a place's hidden states: the coarser bundle against the other."""
 
     worst: float
-    """Of any position."""
+    """For the worst position."""
     median: float
-    """Over the positions of a region."""
+    """For the median over the positions of a region."""
     reason: str
 
 
@@ -65,7 +65,7 @@ ACCUMULATED["mixed"] = ACCUMULATED["int4"]
 
 
 def accumulated_name(manifest: Manifest) -> str:
-    """Which of `ACCUMULATED` a bundle is held to."""
+    """The key of `ACCUMULATED` that applies to a bundle."""
     if is_quantized(manifest.precision) or manifest.cache.dtype != "int8":
         return manifest.precision
     return "int8-cache"

@@ -1,4 +1,4 @@
-"""How far a single step of a single layer may be off before it is a fault: `LOCAL`."""
+"""Limits for the error of a single step of a single layer: `LOCAL`. More is a fault."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ __all__ = ["HALVES", "LOCAL", "LocalLimits", "limits_name"]
 class LocalLimits:
     """Limits for one step of one layer, computed from the bundle's own inputs of that step.
 
-    Relative L2 of a position's hidden state, against PyTorch on the checkpoint's own weights.
+    They limit the relative L2 error of a position's hidden state, against PyTorch on the
+    checkpoint's own weights.
     """
 
     exact: float
-    """Worst position, where no stored matrix leads to the place: the attention between its
-    projections, sums, norms, and what the cache holds."""
+    """Worst position, for places that are not the output of a stored matrix: the attention between
+    its projections, sums, norms, and the cache's content."""
     product: float
-    """Median over the positions of a region, where a stored matrix leads to the place."""
+    """Median over the positions of a region, for places that are the output of a stored matrix."""
     held: float
-    """The same where the step was computed from the integers that the bundle holds, so that only
-    the rounding of activations is left."""
+    """Like `product`, if the reference computes the step with the integers in the bundle: only the
+    rounding of activations is left."""
     worst: float
-    """Worst position, where a stored matrix leads to the place. A median does not see a fault of
-    fewer than half of a region's positions: rows of a table, what only some chunks compute."""
+    """Worst position, for places that are the output of a stored matrix. A median does not show a
+    fault in fewer than half of a region's positions, such as in some rows of a table or in some
+    chunks."""
     outlier: float
-    """Multiple of the median over the other layers' same place from which on a layer stands out.
-    Counts only from a tenth of `product` on, and where at least three other layers are there."""
+    """A layer stands out from this multiple of the median over the same place in the other layers.
+    Applies only from a tenth of `product` on, and with at least three other layers."""
     reason: str
 
 
@@ -122,10 +124,10 @@ for _kind in ("int8", "int4", "fp8"):
 
 
 HALVES = ("float16", "bfloat16")
-"""Types of a cache, and so of activations, in half precision."""
+"""Half-precision types of the cache, and so of the activations."""
 
 
 def limits_name(manifest: Manifest) -> str:
-    """Which of `LOCAL` a bundle is held to: its precision, and how it computes between products."""
+    """The key of `LOCAL` for a bundle: its precision, and the type of its activations."""
     kind = {"mixed": "int4"}.get(manifest.precision, manifest.precision)
     return f"{kind}-half" if is_quantized(kind) and manifest.cache.dtype in HALVES else kind

@@ -1,8 +1,8 @@
-"""How far a bundle may be off from PyTorch on the weights that it stores: `TOLERANCES`.
+"""Limits for a bundle's error against PyTorch on the weights that it stores: `TOLERANCES`.
 
-"Relative L2" of a position is ‖logits − reference‖ / ‖reference‖ over the vocabulary; the worst
-position counts. The reference is transformers' GPT-Neo, `attn_implementation="eager"`, float32; for
-int8 and int4 running on the dequantized weights, so that what the weights lost is not counted.
+The "relative L2" error of a position is ‖logits − reference‖ / ‖reference‖ over the vocabulary; the
+worst position counts. The reference is transformers' GPT-Neo, `attn_implementation="eager"`, in
+float32. For int8 and int4 it uses the dequantized weights, so their rounding does not count.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ class Tolerance:
     """Worst relative L2 error of a position's hidden state, at any place of any layer."""
     reason: str
     any_checkpoint: float
-    """What is allowed for `logits` and `hidden` on a checkpoint that nothing is known of. Some
-    amplify rounding: on the 1.3B shape with random weights (unscaled scores up to 47) PyTorch's
-    float32 is itself up to 1.9e-5 from float64, its float16 2.2e-2 and its bfloat16 1.5e-1 from
+    """Limit instead of `logits` and `hidden` for an unknown checkpoint. Some checkpoints amplify
+    rounding errors: on the 1.3B shape with random weights (unscaled scores up to 47), PyTorch's
+    own float32 is up to 1.9e-5 from float64, its float16 2.2e-2 and its bfloat16 1.5e-1 from
     float32."""
     any_attention: float | None = None
-    """The same for `attended` and `attention`, where that is more than `any_checkpoint`. A mean of
-    values is small where the tokens seen have little in common: in layer 17 of that checkpoint
-    PyTorch's float16 is up to 5.4e-2, its bfloat16 3.5e-1 from float32. (A wrong step is seen by
-    `LOCAL`, whatever came before it.)"""
+    """The same for `attended` and `attention`, if larger than `any_checkpoint`. A weighted mean of
+    values is small, and its relative error large, if the values have little in common: in layer 17
+    of that checkpoint, PyTorch's float16 is up to 5.4e-2 and its bfloat16 3.5e-1 from float32. (A
+    wrong step is found by `LOCAL`, whatever the errors before it.)"""
     of_reference: float | None = None
-    """Largest multiple of the reference's own distance from more exact arithmetic, where that is
-    known and passes `logits`: float32's from float64, float16's from float32. Two results of the
-    same quality are up to twice that apart."""
+    """Largest multiple of the reference's own error, relative to more exact arithmetic, if that
+    error is known and exceeds `logits`: float32's from float64, float16's from float32. Two results
+    of the same quality differ by up to twice that error."""
     typical: float | None = None
-    """Largest median over the positions of a text, where the worst one is much worse than most;
-    None where `logits` is a close limit for every position alike."""
+    """Limit for the median over the positions of a text, if the worst position is much worse than
+    most; None if `logits` is a tight limit for every position."""
 
     def of_place(self, place: str) -> float:
-        """What is allowed at one place of a checkpoint that nothing is known of."""
+        """The limit at one place of an unknown checkpoint."""
         wide = self.any_attention if place in ("attended", "attention") else None
         return self.any_checkpoint if wide is None else wide
 
@@ -145,13 +145,13 @@ TOLERANCES: dict[str, Tolerance] = {
 
 
 def tolerance_name(manifest: Manifest, *, rounds_activations: bool) -> str:
-    """Which of `TOLERANCES` a bundle is held to: next to int8 products an int8 cache adds nothing.
+    """The key of `TOLERANCES` for a bundle; an int8 cache needs no extra with int8 products.
 
     Args:
-        manifest: of the bundle.
-        rounds_activations: whether products round their inputs to integers or to 8-bit floats;
-            where only weights are quantized, and the reference has those weights, what is left
-            is float16.
+        manifest: the bundle's manifest.
+        rounds_activations: whether products round their inputs to integers or to 8-bit floats. If
+            only weights are quantized, the reference has the same weights, and only the error of
+            float16 is left.
     """
     if is_quantized(manifest.precision):
         return manifest.precision if rounds_activations else "fp16"

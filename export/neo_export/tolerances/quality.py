@@ -1,4 +1,4 @@
-"""What a bundle's logits must be like to ship, unless `neo-diff` is told otherwise: `QUALITY`."""
+"""Default limits of `neo-diff` for a bundle's logits: `QUALITY`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ __all__ = ["NEAR_TIE", "QUALITY", "Quality", "quality_of"]
 
 @dataclass(frozen=True)
 class Quality:
-    """What `neo-diff` asks of a bundle's logits unless told otherwise: may it ship?
+    """Default limits of `neo-diff` for a bundle's logits: may it ship?
 
-    Against PyTorch in float32 on the checkpoint's own weights, over all scored positions.
+    The logits are compared with those of PyTorch in float32 on the checkpoint's own weights, over
+    all scored positions.
     """
 
     max_kl: float
@@ -32,9 +33,9 @@ class Quality:
 
 
 NEAR_TIE = 1e-5
-"""Tokens whose logits, in PyTorch's float32, are this share of the position's largest |logit| apart
-are equally good: the order of sums decides which is the best. It moves logits by 1e-6 of a row on
-small checkpoints and by up to 2e-5 on the 1.3B shape."""
+"""Two tokens are equally good if their logits in PyTorch's float32 differ by at most this share of
+the position's largest |logit|: the order of summation decides which is the best. It changes logits
+by 1e-6 of a row on small checkpoints, and by up to 2e-5 on the 1.3B shape."""
 
 QUALITY: dict[str, Quality] = {
     "fp32": Quality(
@@ -100,7 +101,7 @@ QUALITY: dict[str, Quality] = {
 
 
 def quality_of(manifest: Manifest) -> Quality:
-    """What is asked of a bundle: of a mixed one what int4 is asked for."""
+    """The default limits for a bundle; a mixed bundle has those of int4."""
     if manifest.cache.dtype == "int8" and not is_quantized(manifest.precision):
         return QUALITY["int8-cache"]
     return QUALITY.get(manifest.precision, QUALITY["int4"])
