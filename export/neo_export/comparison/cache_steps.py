@@ -21,10 +21,10 @@ __all__ = ["read_cache_steps"]
 
 
 def read_cache_steps(folder: Path, manifest: Manifest) -> CacheSteps | None:
-    """The value of one integer step, by layer and channel; None for a cache that is not int8.
+    """The quantization step of each layer and channel; None for a cache that is not int8.
 
     Raises:
-        BundleDamagedError: the decode graph has no factors for the cache of a layer.
+        BundleDamagedError: the decode graph lacks the cache's steps for a layer.
     """
     if manifest.cache.dtype != "int8":
         return None

@@ -1,4 +1,4 @@
-"""Errors of every place at every position: of the step itself, and accumulated."""
+"""Errors of every place at every position: the step's local error, and the accumulated one."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ __all__ = ["PlaceErrors", "Series", "measure", "measure_logits"]
 
 @dataclass(frozen=True)
 class Series:
-    """Relative L2 errors of one place of one graph, over positions of all texts, [n] each."""
+    """Relative L2 errors of one place of one graph at the positions of all texts, [n] each."""
 
     positions: NDArray[np.int64]
     local: NDArray[np.float64]
-    """Of this step itself: the reference computed it from the bundle's own inputs."""
+    """Error of this step alone: the reference computes it from the bundle's own inputs."""
     cumulative: NDArray[np.float64]
-    """Against the reference's own run from the tokens on."""
+    """Error against the reference's own run, which starts from the tokens."""
 
 
 @dataclass
 class PlaceErrors:
-    """Series by graph and place; texts are appended to one another."""
+    """Series by graph and place; those of several texts are concatenated."""
 
     parts: dict[tuple[str, Place], list[Series]] = field(default_factory=dict)
     held: set[tuple[str, Place]] = field(default_factory=set)
-    """Places of graphs whose own step was computed from the very weights that the graph holds."""
+    """Graphs and places whose local error was computed with exactly the graph's own weights."""
 
     def add(self, graph: str, place: Place, series: Series) -> None:
-        """Append what was found in one text."""
+        """Append the errors of one text."""
         self.parts.setdefault((graph, place), []).append(series)
 
     @property
     def graphs(self) -> tuple[str, ...]:
-        """Names of the graphs that were looked at."""
+        """Names of the graphs that were compared."""
         return tuple(dict.fromkeys(graph for graph, _ in self.parts))
 
     def series(self, graph: str, place: Place) -> Series | None:
-        """All of one place; None where this graph does not show it."""
+        """The errors of one place; None if this graph does not show it."""
         parts = self.parts.get((graph, place))
         if not parts:
             return None
@@ -75,15 +75,15 @@ def measure(
     """Run the reference over all texts, a layer at a time, and compare at every place.
 
     Args:
-        reference: in float32.
-        texts: with the traces of the bundle, if any: a text without is only run.
-        progress: called with layers done and all.
-        cache: the steps of the bundle's int8 cache: the attention's own step is computed from keys
-            and values rounded so. The reference's own run is not.
-        held: the weights of a quantized bundle by graph, to compute steps from.
+        reference: the reference, float32.
+        texts: texts with the bundle's traces; a text without traces is run, but not compared.
+        progress: called with the number of layers done and the total.
+        cache: the steps of the bundle's int8 cache. The attention step for local errors uses keys
+            and values that are rounded to them; the reference's own run does not.
+        held: the weights of a quantized bundle by graph, for local errors.
 
     Returns:
-        The errors, and the reference's hidden states after the final norm, [S, H] a text.
+        The errors, and the reference's hidden states after the final norm, [S, H] for each text.
     """
     errors = PlaceErrors()
     held = held or {}
@@ -140,12 +140,12 @@ def _held_places(
 def measure_logits(
     errors: PlaceErrors, reference: LayeredReference, trace: Trace, expected: NDArray[np.float32]
 ) -> None:
-    """Compare a trace's logits with the head of its own last hidden state, and with `expected`.
+    """Compare a trace's logits with the head on its own last hidden state, and with `expected`.
 
     Args:
-        errors: to add to.
-        reference: whose head it is.
-        trace: with logits.
+        errors: the errors to add to.
+        reference: the reference with the head.
+        trace: a trace with logits.
         expected: the reference's own logits at the same positions, [rows, V].
     """
     assert trace.logits is not None

@@ -1,8 +1,7 @@
-"""What a fault looks like: the usual mistakes, each computed, and compared with what was found.
+"""Explains a fault: computes the usual mistakes, and compares each with the bundle's values.
 
-A step that is wrong is computed again as it would be with another layer's matrix, another window,
-scaled scores, shifted positions and so on. The mistake that gives what the bundle gave is named.
-Nothing is named where none does.
+The wrong step is computed again with another layer's matrix, another window, scaled scores, shifted
+positions and so on. If one of these mistakes reproduces the bundle's values, it is named.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ if TYPE_CHECKING:
 __all__ = ["explain"]
 
 _BETTER = 0.35
-"""A mistake explains a fault where it leaves no more than this share of its error."""
+"""A mistake explains a fault if it leaves at most this share of the fault's error."""
 _PROJECTIONS = ("query", "key", "value")
 
 
 def explain(
     faults: Sequence[Fault], reference: LayeredReference, texts: Sequence[Text]
 ) -> Fault | None:
-    """The first fault, with the mistake that would explain it, if a usual one does.
+    """The first fault, with the mistake that explains it, if a usual one does.
 
-    Where query, key and value of a layer are off together, and lie where the three projections
-    of *some* input would put them, the norm before them is named instead: place `ln_1`.
+    If query, key and value of a layer are wrong together, but are the three projections of *some*
+    common input, then the norm before them is reported instead: place `ln_1`.
     """
     if not faults:
         return None
@@ -65,7 +64,7 @@ def explain(
 
 
 def _trace_of(fault: Fault, texts: Sequence[Text]) -> tuple[Text, Trace] | None:
-    """The trace to look at: of an affected graph, in an affected region."""
+    """The trace to compare with: of an affected graph, in an affected region."""
     for text in texts:
         for trace in text.traces:
             if trace.graph in fault.graphs and len(_rows(fault, trace, None)):
@@ -74,7 +73,7 @@ def _trace_of(fault: Fault, texts: Sequence[Text]) -> tuple[Text, Trace] | None:
 
 
 def _rows(fault: Fault, trace: Trace, window: int | None) -> NDArray[np.int64]:
-    """Rows of the place in the affected regions; all where the window is not known."""
+    """Rows of the place in the affected regions; all rows if the window is unknown."""
     rows = trace.rows(fault.layer, fault.place)
     if window is None:
         return rows
@@ -107,7 +106,7 @@ def _best(
 def _around(
     fault: Fault, reference: LayeredReference, text: Text, trace: Trace
 ) -> Iterator[Candidate]:
-    """Embedding, final norm and head."""
+    """Candidates for embedding, final norm and head."""
     if fault.place != "embedding":
         return
     positions, last = trace.positions, reference.spec.max_position_embeddings - 1
@@ -122,9 +121,9 @@ def _around(
 
 
 def _is_norm(layer: ReferenceLayer, index: int, trace: Trace) -> bool:
-    """Whether query, key and value are the projections of one input, whatever it is.
+    """Whether query, key and value are the projections of one common input, whatever it is.
 
-    They are where their stacked vector lies in the column space of the stacked matrices.
+    They are if their stacked vector is in the column space of the stacked matrices.
     """
     if not all(trace.has(index, place) for place in _PROJECTIONS):
         return False
@@ -240,14 +239,14 @@ def _mlps(
 
 
 def _bias(layer: ReferenceLayer, name: str) -> NDArray[np.float32]:
-    """What a product gives for nothing, [1, out]."""
+    """The bias of a product, [1, out]: its result for zeros."""
     return layer.product(name, np.zeros((1, layer.matrix(name).shape[1]), dtype=np.float32))
 
 
 def _exchanged(
     layer: ReferenceLayer, other: ReferenceLayer, name: str, x: NDArray[np.float32]
 ) -> Callable[[], NDArray[np.float32]]:
-    """The other layer's matrix with this layer's bias."""
+    """A function that computes the other layer's matrix with this layer's bias."""
     return lambda: x @ other.matrix(name).T + _bias(layer, name)
 
 

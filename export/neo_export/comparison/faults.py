@@ -1,4 +1,4 @@
-"""Where a bundle goes wrong first: the place whose own step is off by more than its precision."""
+"""Finds faults: places whose local error exceeds the limit of the bundle's precision."""
 
 from __future__ import annotations
 
@@ -28,42 +28,42 @@ __all__ = ["Fault", "find_faults", "limits_for"]
 
 _LEAST_OTHERS = 3
 _LEAST_JUDGED = 8
-"""Positions that have a median to speak of: of one or two, in a text of one context, a clean bundle
-of rounded activations is past it in one text of five."""
+"""Fewest positions for which a median is judged. With one or two positions, a correct bundle with
+rounded activations exceeds the limit in one of five texts of one context."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A step whose result is wrong although its inputs were taken as they are."""
+    """A step that is wrong even on the bundle's own inputs."""
 
     layer: int | None
     place: str
     region: str
     """`everywhere`, or the first region that is affected: `below`, `at` or `past` the window."""
     regions: tuple[str, ...]
-    """All that are affected."""
+    """All regions that are affected."""
     graphs: tuple[str, ...]
     """The graphs that are affected."""
     error: float
-    """Relative L2 of this step in the worst region: its worst position where the place is exact, or
-    where few positions are off; else its median. Infinite where values are not finite."""
+    """Relative L2 error of this step in the worst region: the worst position if the place is exact
+    or few positions are off, otherwise the median. Infinite if values are not finite."""
     limit: float
     kind: str | None = None
-    """What would explain it, where one of the usual mistakes does."""
+    """The usual mistake that explains it, if one does."""
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """The place and the regions, for messages."""
         return place_text(self.layer, self.place)
 
 
 def limits_for(precision: str) -> LocalLimits:
-    """Those of a precision; of a mixed bundle those of its coarsest."""
+    """The limits of a precision; a mixed bundle has those of its coarsest storage."""
     return LOCAL.get(precision, LOCAL["int4"])
 
 
 def find_faults(errors: PlaceErrors, spec: ModelSpec, precision: str) -> list[Fault]:
-    """Every place whose step is off, in the order of computation."""
+    """Every place whose local error exceeds its limit, in the order of computation."""
     limits = limits_for(precision)
     found = []
     for place in all_places(spec):
@@ -74,12 +74,12 @@ def find_faults(errors: PlaceErrors, spec: ModelSpec, precision: str) -> list[Fa
 
 
 def _late_caches(fault: Fault, found: list[Fault]) -> tuple[int, bool]:
-    """Sorts a cache after its layer's attention if the attention is wrong without it.
+    """Sort key that puts a cache after its layer's attention if it cannot be the cause.
 
-    A wrong window also makes a graph keep too little. Score has no cache, prefill runs by itself
-    before it runs between stretches of decode: what is wrong there, and not in the cache that was
-    left there, is not the cache's fault. Nor is what is wrong at positions before those whose
-    cache is wrong.
+    A wrong window also makes a graph keep too few positions. Score has no cache, and prefill first
+    runs without one, before it runs between stretches of decode. So if the attention is wrong in
+    such a graph whose cache is right, the cache is not the cause. Nor is it the cause of errors at
+    positions before the first wrong one in the cache.
     """
     layer = fault.layer
     if layer is None:
@@ -107,7 +107,7 @@ def _fault_at(
             for region, figures in by_region.items()
             if (excess := _excess(*figures, usual, limits.worst)) is not None
         }
-        # A region of few positions is no evidence that it is right there.
+        # A region with few positions is no evidence that the step is right there.
         seen += [name for name, (judged, _) in by_region.items() if judged is not None]
         seen += off
         if off:
@@ -117,7 +117,7 @@ def _fault_at(
     if not graphs:
         return None
     affected = tuple(region for region in REGIONS if region in regions)
-    # Of texts that do not reach the window there is one region only: no more can be said.
+    # Texts that do not reach the window have one region only, which then means everywhere.
     everywhere = set(affected) == set(seen)
     layer, name = place
     return Fault(
@@ -157,18 +157,18 @@ def _limit(
 def _by_region(
     series: Series, place: Place, spec: ModelSpec
 ) -> dict[str, tuple[float | None, float]]:
-    """What is judged, if anything, and the worst position, of each region that texts reach."""
+    """The judged figure (or None) and the worst position of each region that the texts reach."""
     statistic = np.max if place[1] in EXACT else np.median
     result: dict[str, tuple[float | None, float]] = {}
     for region, mask in region_masks(series.positions, spec.window_size).items():
         chosen = series.local[mask]
         if place[1].startswith("cached"):
-            chosen = chosen[~np.isnan(chosen)]  # left the cache before anyone looked
+            chosen = chosen[~np.isnan(chosen)]  # positions evicted from the cache before the check
         elif np.isnan(chosen).any():
             result[region] = float("inf"), float("inf")
             continue
         if len(chosen):
-            # The median of a few is a worst position, which has a limit of its own.
+            # A median of few positions is almost the worst one, which has its own limit.
             is_judged = place[1] in EXACT or len(chosen) >= _LEAST_JUDGED
             judged = float(statistic(chosen)) if is_judged else None
             result[region] = judged, float(chosen.max())
@@ -178,13 +178,14 @@ def _by_region(
 def _excess(
     judged: float | None, worst: float, usual: float, most: float
 ) -> tuple[float, float] | None:
-    """A figure that is past its limit, and that limit; None where both are within theirs.
+    """A figure that exceeds its limit, and that limit; None if both are within theirs.
 
     Args:
-        judged: the worst position of an exact place, the median of another; None of too few.
+        judged: for an exact place the worst position, otherwise the median; None if there are too
+            few positions.
         worst: the worst position.
-        usual: limit of the first.
-        most: limit of the second, at places that are not exact.
+        usual: limit for `judged`.
+        most: limit for `worst`, at places that are not exact.
     """
     if judged is not None and not judged <= usual:
         return judged, usual

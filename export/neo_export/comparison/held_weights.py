@@ -1,9 +1,9 @@
-"""A checkpoint's matrices as a quantized bundle holds them, where that is plain rounding.
+"""A checkpoint's matrices as a quantized bundle holds them, if they are plainly rounded.
 
-What rounding took from the weights would hide a small mistake elsewhere. Where the integers in the
-bundle are exactly those that rounding to nearest makes of the checkpoint's matrix, a step is judged
-from them, and only the rounding of activations is left. Any other matrix (made by GPTQ, rescaled
-for outliers, or wrong) is compared with the checkpoint's own, more loosely.
+The rounding error of the weights would hide a small mistake elsewhere. If a bundle's integers are
+exactly the checkpoint's matrix rounded to nearest, a step is computed with them, and only the
+rounding of activations is left as error. For any other matrix (from GPTQ, rescaled for outliers, or
+wrong) the step is computed with the checkpoint's own matrix, and judged more loosely.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ class _Stored:
     """How a graph stores a matrix."""
 
     block_size: int | None
-    """Of int4; None for int8."""
+    """Block size of int4; None for int8."""
     eight_bits: bool
-    """int8 uses all of them, as kernels do that multiply in floating point."""
+    """Whether int8 uses all eight bits, for kernels that multiply in floating point."""
     half: bool
-    """Scales are float16."""
+    """Whether scales are float16."""
 
     def scales(self, exact: NDArray[np.float32]) -> NDArray[np.float32]:
-        """As they are stored."""
+        """The scales in the stored precision."""
         return exact.astype(np.float16).astype(np.float32) if self.half else exact
 
 
 def open_held_weights(
     folder: Path, manifest: Manifest, read: Callable[[str], NDArray[np.float32]]
 ) -> dict[str, HeldWeights]:
-    """By the graph that reads them, one for graphs that store all matrices alike.
+    """The held weights by graph; graphs that store all matrices alike share one object.
 
-    Empty for a bundle whose weights are not integers. The graph that scores is called "score" here,
-    as in traces.
+    Empty for a bundle without integer weights. The scoring graph is called "score" here, as in
+    traces.
 
     Args:
         folder: the bundle.
@@ -72,7 +72,7 @@ def open_held_weights(
     for name, spec in manifest.graphs.items():
         storages = _storages(folder / spec.file)
         same = next((held for known, held in made if known == storages), None)
-        if same is None:  # --int8-prefill: decode has int4 where the others have int8
+        if same is None:  # with --int8-prefill, decode has int4 where the other graphs have int8
             same = HeldWeights(folder / spec.file, storages, read)
             made.append((storages, same))
         found[name] = same
@@ -80,7 +80,7 @@ def open_held_weights(
 
 
 class HeldWeights:
-    """Reads weights by the checkpoint's names, float32."""
+    """Reads weights by their names in the checkpoint, as float32."""
 
     def __init__(
         self, graph: Path, storages: dict[str, _Stored], read: Callable[[str], NDArray[np.float32]]
@@ -88,8 +88,8 @@ class HeldWeights:
         """Read the structure of a graph.
 
         Args:
-            graph: its file.
-            storages: how it stores them, by the matrix' name.
+            graph: the graph's file.
+            storages: how it stores each matrix, by name.
             read: reads a weight of the checkpoint.
         """
         self._read = read
@@ -100,8 +100,8 @@ class HeldWeights:
         self._last: tuple[str, NDArray[np.float32]] | None = None
 
     def __call__(self, name: str) -> NDArray[np.float32]:
-        """The weight as the bundle holds it, or, where that is not known, the checkpoint's."""
-        if self._last is not None and self._last[0] == name:  # a table, for the next text
+        """The weight as the bundle holds it if it is plainly rounded, or the checkpoint's."""
+        if self._last is not None and self._last[0] == name:  # each text reads the table again
             return self._last[1]
         weight = self._read(name)
         held = self._rounded(name, weight) if weight.ndim == 2 else None
@@ -112,7 +112,7 @@ class HeldWeights:
         return held
 
     def covers(self, place: Place, *, tied: bool) -> bool:
-        """Whether all matrices that lead to a place were read as the bundle holds them."""
+        """Whether all matrices that lead to a place are known as the bundle holds them."""
         layer, kind = place
         if layer is not None:
             leading = ("c_fc", "mlp") if kind == "mlp" else (kind,)  # c_fc is not compared
@@ -124,11 +124,11 @@ class HeldWeights:
 
     @property
     def odd_ones(self) -> list[str]:
-        """Matrices whose integers are others than rounding makes, where those of most are not."""
+        """Matrices that are not plainly rounded, in a bundle where most are."""
         return sorted(self._others) if len(self._others) < len(self._held) else []
 
     def _rounded(self, name: str, weight: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        """The matrix [out, in] rounded to nearest, where the bundle holds exactly that."""
+        """The matrix [out, in] rounded to nearest, if the bundle holds exactly that; else None."""
         stored, place = self._blocks.get(name), place_in_packed(name)
         if stored is None and place is not None:
             stored = self._blocks.get(place[0])
@@ -153,7 +153,7 @@ class HeldWeights:
 
 
 def _storages(graph: Path) -> dict[str, _Stored]:
-    """By the matrix' name."""
+    """How a graph stores each matrix, by name."""
     initializers = ir.load(graph).graph.initializers
     found = {}
     for name, value in initializers.items():
@@ -166,7 +166,7 @@ def _storages(graph: Path) -> dict[str, _Stored]:
         block = None
         if kind == "int4":
             packed, blocks = (math.prod(static_shape(initializers[n])) for n in (name, scales))
-            block = 2 * packed // blocks  # two numbers a byte
+            block = 2 * packed // blocks  # two numbers per byte
         found[matrix] = _Stored(
             block_size=block,
             eight_bits=value.dtype == ir.DataType.UINT8,

@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 __all__ = ["find_jumps"]
 
 _JUMP, _LEAST = 8.0, 1 / 5
-"""An error has jumped that is this multiple of the largest before, and this part of the limit."""
+"""An error jumps if it is at least this multiple of the largest error at earlier places, and at
+least this share of its limit."""
 
 
 def find_jumps(errors: PlaceErrors, spec: ModelSpec, names: Sequence[str]) -> list[Fault]:
-    """Places whose accumulated error is past the coarser bundle's limit, or far past all before.
+    """Places whose accumulated error exceeds the coarser bundle's limit, or jumps.
 
-    Without the reference's weights there is no telling whether a step went wrong or its inputs
-    were wrong already: only the first is sure to be where it arose.
+    Without the reference's weights one cannot tell whether a step is wrong or its inputs already
+    were: only the first of these places is certain to be where an error arose.
 
     Args:
-        errors: of all places.
+        errors: errors of all places.
         spec: the model.
-        names: which of `ACCUMULATED` the two bundles are held to.
+        names: the keys of `ACCUMULATED` for the two bundles.
     """
     coarser = max((ACCUMULATED[name] for name in names), key=lambda limits: limits.worst)
     before = dict.fromkeys(errors.graphs, 0.0)
@@ -74,12 +75,12 @@ def find_jumps(errors: PlaceErrors, spec: ModelSpec, names: Sequence[str]) -> li
 
 
 def _by_region(series: Series, place: str, window: int) -> dict[str, tuple[float, float]]:
-    """Largest and median error of each region that there are positions of; NaN is infinite."""
+    """Largest and median error of each region that has positions; NaN counts as infinite."""
     result = {}
     for region, mask in region_masks(series.positions, window).items():
         chosen = series.cumulative[mask]
         if place.startswith("cached"):
-            chosen = chosen[~np.isnan(chosen)]  # left the cache before anyone looked
+            chosen = chosen[~np.isnan(chosen)]  # positions evicted from the cache before the check
         if len(chosen):
             finite = np.nan_to_num(chosen, nan=np.inf)
             result[region] = float(finite.max()), float(np.median(finite))

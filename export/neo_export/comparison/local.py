@@ -1,7 +1,7 @@
-"""What a layer should have made of what the bundle itself put into it.
+"""The expected result of each step of a layer on the bundle's own inputs of that step.
 
-Errors add up from layer to layer, and an error that one sees says little about where it arose. So
-each step of each layer is also computed by PyTorch from the bundle's *own* inputs of that step:
+Errors accumulate from layer to layer, so an error at a place says little about where it arose. So
+PyTorch also computes each step of each layer from the bundle's *own* inputs of that step:
 
     query, key, value   from the hidden state that entered the layer
     attended            from the bundle's own query, key and value
@@ -9,7 +9,7 @@ each step of each layer is also computed by PyTorch from the bundle's *own* inpu
     mlp                 from its own hidden state and attention
     residual            the sum of its own hidden state, attention and mlp
 
-A fault then shows only at its own place, whatever came before it. Where a graph does not show
+A fault then shows only at its own place, whatever the errors before it. If a graph does not show
 `query` or `attended`, the attention is computed from the hidden state in one step.
 """
 
@@ -34,7 +34,7 @@ __all__ = ["entering", "expected_embedding", "expected_in_layer"]
 def expected_embedding(
     reference: LayeredReference, trace: Trace, ids: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """[length, H] of the trace's positions; `ids` are those of the whole text."""
+    """The embedding at the trace's positions, [length, H]; `ids` are those of the whole text."""
     positions = trace.positions
     return reference.embed(ids[positions], positions)
 
@@ -47,7 +47,7 @@ def entering(trace: Trace, layer: int) -> NDArray[np.float32]:
 def expected_in_layer(
     layer: ReferenceLayer, index: int, trace: Trace, cache: CacheSteps | None = None
 ) -> dict[str, NDArray[np.float32]]:
-    """Place → [length, H], each from the bundle's own inputs of that step."""
+    """Place → expected values [length, H], each from the bundle's own inputs of that step."""
     hidden = entering(trace, index)
     expected = layer.project(hidden)
     query, attended = (trace.has(index, place) for place in ("query", "attended"))

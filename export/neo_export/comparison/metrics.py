@@ -1,4 +1,4 @@
-"""How far two sets of logits, or two hidden states, are apart: plain numpy, in float64.
+"""Metrics for the difference of two sets of logits or hidden states: plain numpy, in float64.
 
 Rows are positions: `[n, V]` logits over a vocabulary of V, `[n, C]` hidden states. Functions of
 logits work through the rows in slices, so that a text over a large vocabulary needs little memory.
@@ -28,10 +28,10 @@ __all__ = [
 ]
 
 _SLICE = 1 << 17
-"""Logits that are held in float64 at once: 1 MB, which stays in the cache of a core."""
+"""Logits that are held in float64 at once: 1 MB, which fits into a core's cache."""
 
 _BLOCK = 32
-"""Consecutive tokens that are drawn together: neighbours are not independent."""
+"""Consecutive tokens that the bootstrap draws together: neighbours are not independent."""
 _LEAST_BLOCKS = 16
 _RESAMPLES = 2000
 
@@ -54,7 +54,7 @@ def kl_divergence(reference_logits: NDArray[Any], logits: NDArray[Any]) -> NDArr
         logits: [n, V].
 
     Returns:
-        float64 [n]. Never negative: what rounding leaves below zero is zero.
+        float64 [n]. Never negative: negative rounding errors are set to 0.
     """
     _check_same_shape(reference_logits, logits)
 
@@ -96,8 +96,8 @@ def top_1_agreement(
     Args:
         reference_logits: [n, V], any floating type.
         logits: [n, V].
-        tie: a share of the row's largest |reference logit|: tokens that the reference has no
-            further below its best are equally good.
+        tie: a share of the row's largest |reference logit|; tokens that are within it of the
+            reference's best logit are equally good.
 
     Returns:
         bool [n]; False where the found logits are not finite.
@@ -117,7 +117,7 @@ def top_1_agreement(
 def top_k_overlap(
     reference_logits: NDArray[Any], logits: NDArray[Any], k: int
 ) -> NDArray[np.float64]:
-    """Share of the reference's best `k` tokens that are among the other's: float64 [n], 0 to 1."""
+    """Share of the reference's best `k` tokens that are in the other's: float64 [n], 0 to 1."""
     _check_same_shape(reference_logits, logits)
     k = min(k, logits.shape[-1])
 
@@ -133,8 +133,8 @@ def top_k_overlap(
 def relative_l2(found: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
     """‖found − reference‖ / ‖reference‖ along the last axis.
 
-    Differences are taken in the wider of the two types, at least float32 (of neighbouring values
-    they are exact), and their squares summed in float64.
+    Differences are computed in the wider of the two types, at least float32 (for close values they
+    are exact), and their squares are summed in float64.
     """
     wide = np.result_type(found.dtype, reference.dtype, np.float32)
     expected = reference.astype(wide, copy=False)
@@ -157,7 +157,7 @@ def _squares(values: NDArray[Any]) -> NDArray[np.float64]:
 def error_statistics(
     found: NDArray[Any], reference: NDArray[Any]
 ) -> dict[str, NDArray[np.float32]]:
-    """How far each row is off, over its columns, absolutely and relative to the reference.
+    """Statistics of each row's errors over its columns, absolute and relative to the reference.
 
     Args:
         found: [n, V].
@@ -206,12 +206,13 @@ def _check_same_shape(one: NDArray[Any], two: NDArray[Any]) -> None:
 
 
 def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
-    """A 95 % interval of the mean of values at consecutive tokens; None where they are too few.
+    """A 95 % interval for the mean of values at consecutive tokens; None if there are too few.
 
-    The percentile bootstrap over blocks of 32 consecutive tokens: 2000 times as many blocks as
-    there are, drawn with replacement, their Σ values / Σ tokens sorted. (Efron and Tibshirani 1993;
-    blocks because neighbouring tokens are dependent.) Of a few blocks such intervals are too short:
-    of 2 they hold the mean half of the time, of 4 in 81 %, of 8 in 90 %, of 16 in 92 %.
+    The percentile bootstrap over blocks of 32 consecutive tokens: 2000 samples, each of as many
+    blocks as there are, drawn with replacement; their Σ values / Σ tokens are sorted. (Efron and
+    Tibshirani 1993; blocks, because neighbouring tokens are dependent.) With few blocks such
+    intervals are too narrow: they contain the mean in half of all cases with 2 blocks, in 81 % with
+    4, in 90 % with 8, in 92 % with 16.
 
     Args:
         values: [n], n at least 1.

@@ -21,10 +21,10 @@ __all__ = [
 ]
 
 Place = tuple[int | None, str]
-"""Layer (None around them) and name."""
+"""Layer (None for places outside the layers) and name."""
 
 CACHED = {"cached_key": "key", "cached_value": "value"}
-"""What a graph left in its cache → the place that it is a copy of."""
+"""Place of the cache's content → the place that it is a copy of."""
 LAYER_PLACES = (
     "query",
     "key",
@@ -37,11 +37,11 @@ LAYER_PLACES = (
     "residual",
 )
 EXACT = frozenset({"cached_key", "cached_value", "attended", "residual", "final_norm"})
-"""Places that no stored weight matrix leads to: computed in the activations' own arithmetic, so
-that even a quantized bundle agrees closely."""
+"""Places that are not the output of a stored weight matrix: they are computed in the activations'
+precision, so even a quantized bundle agrees closely."""
 REGIONS = ("below", "at", "past")
-"""Positions whose local layers see less than a window; the first that sees a whole one; the rest,
-for which a local layer has to leave something out."""
+"""Positions whose local layers see less than a window; the first position that sees a whole window;
+and the rest, for which a local layer masks earlier positions."""
 
 
 def all_places(spec: ModelSpec) -> tuple[Place, ...]:
@@ -51,11 +51,11 @@ def all_places(spec: ModelSpec) -> tuple[Place, ...]:
 
 
 def place_text(layer: int | None, place: str) -> str:
-    """For messages."""
+    """The place's name in messages."""
     return place if layer is None else f"{place} of layer {layer}"
 
 
 def region_masks(positions: NDArray[np.int64], window: int) -> dict[str, NDArray[np.bool_]]:
-    """Which positions (counted from 0) lie in which region: bool arrays of their shape."""
+    """Masks of the positions (counted from 0) in each region: bool arrays of their shape."""
     full = window - 1
     return {"below": positions < full, "at": positions == full, "past": positions > full}

@@ -1,4 +1,4 @@
-"""A graph of a bundle with the values of its probes as outputs beside its own."""
+"""A bundle's graph with the values of its probes as additional outputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
 
 def probed_values(manifest: Manifest) -> list[str]:
-    """Names of the graph values that hold all places, each once."""
+    """Names of the graph values that hold the places, without duplicates."""
     return list(dict.fromkeys(probe.value for probe in manifest.probes))
 
 
@@ -34,9 +34,9 @@ def probed_model(folder: Path, manifest: Manifest, graph: str) -> bytes:
     """A serialized graph whose outputs include the probed values, bfloat16 ones as float32.
 
     Args:
-        folder: the bundle, where its weights stay.
+        folder: the bundle, which holds the weights.
         manifest: its manifest.
-        graph: "prefill", "decode" or "score" (whichever graph gives logits at every position).
+        graph: "prefill", "decode" or "score" (the graph that returns logits at every position).
 
     Raises:
         BundleError: the graph lacks a value that the manifest lists.
@@ -58,7 +58,7 @@ def probed_model(folder: Path, manifest: Manifest, graph: str) -> bytes:
 
 
 def _sums(model: ir.Model) -> dict[str, ir.Value]:
-    """Places that the graph does not compute by themselves: computed beside it."""
+    """Places that the graph does not compute separately; nodes that compute them are added."""
     found = {}
     for name, (product, bias) in hidden_sums(model.graph).items():
         add = ir.node("Add", [product, bias])
@@ -69,7 +69,7 @@ def _sums(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def _as_numpy_has_it(model: ir.Model, value: ir.Value) -> ir.Value:
-    """The value, or one of its name after a Cast: numpy has no bfloat16."""
+    """The value; a bfloat16 one is cast to float32 under its name: numpy has no bfloat16."""
     if value.dtype != ir.DataType.BFLOAT16:
         return value
     name, value.name = value.name, f"{value.name}.bfloat16"
@@ -81,13 +81,13 @@ def _as_numpy_has_it(model: ir.Model, value: ir.Value) -> ir.Value:
 
 
 def open_probed(folder: Path, manifest: Manifest, graph: str, *, threads: int = 0) -> Any:
-    """An onnxruntime session on the CPU of what `probed_model` gives.
+    """An onnxruntime session on the CPU for the graph of `probed_model`.
 
     Args:
         folder: the bundle.
         manifest: its manifest.
         graph: "prefill", "decode" or "score".
-        threads: of one operator; 0 for onnxruntime's choice.
+        threads: threads within an operator; 0 for onnxruntime's choice.
 
     Raises:
         BundleError: the graph lacks a value that the manifest lists.
@@ -100,9 +100,9 @@ def open_probed(folder: Path, manifest: Manifest, graph: str, *, threads: int = 
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = False
     if manifest.precision in ("fp32", "fp16"):
-        # Quantized products have other kernels for prepacked weights: look at those that will run.
+        # Only for float weights: quantized products use other kernels when weights are prepacked.
         options.add_session_config_entry("session.disable_prepacking", "1")
-    # A weight after DequantizeLinear says nothing of rounding activations, as onnxruntime would.
+    # onnxruntime would round the activations of a weight after DequantizeLinear: prevent that.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(folder)
@@ -111,11 +111,11 @@ def open_probed(folder: Path, manifest: Manifest, graph: str, *, threads: int = 
 
 
 def score_trace(session: Any, manifest: Manifest, ids: NDArray[np.int64]) -> Trace:
-    """Run the probed score graph on one text; the values may lie in a file without a name.
+    """Run the probed score graph on one text; the values may be in an unnamed temporary file.
 
     Args:
-        session: of `open_probed(…, "score")`.
-        manifest: of the bundle.
+        session: from `open_probed(…, "score")`.
+        manifest: the bundle's manifest.
         ids: token ids [S].
     """
     graph = manifest.graphs[scoring_graph(manifest.graphs)]

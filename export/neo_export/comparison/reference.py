@@ -1,7 +1,7 @@
 """PyTorch's GPT-Neo, one layer at a time: the reference without the whole model in memory.
 
 Uses transformers' own modules with `attn_implementation="eager"` (its flash-attention path
-ignores the window) in float32. Only the layer that is running has its weights loaded.
+ignores the window) in float32. Only the weights of the running layer are loaded.
 
     reference = LayeredReference(checkpoint)
     hidden = reference.embed(ids)
@@ -38,7 +38,7 @@ __all__ = ["LayeredReference", "ReferenceLayer"]
 
 
 class LayeredReference:
-    """The parts of a checkpoint's model, each loaded when it is asked for. float32."""
+    """The parts of a checkpoint's model in float32, each loaded lazily."""
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class LayeredReference:
 
         Args:
             checkpoint: the model.
-            read: gives a weight by name, in place of the checkpoint's own.
-            cache: the steps of an int8 cache: what is attended to is keys and values rounded so.
+            read: returns a weight by name; None for the checkpoint's own weights.
+            cache: the steps of an int8 cache; the attention uses keys and values rounded to them.
 
         Raises:
             DependencyError: torch or transformers is missing.
@@ -74,11 +74,11 @@ class LayeredReference:
         self._read = read or (lambda name: checkpoint.tensors[name].read())
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """A weight by the checkpoint's name."""
+        """A weight by its name in the checkpoint."""
         return self._read(name)
 
     def with_weights(self, read: Callable[[str], NDArray[np.float32]]) -> LayeredReference:
-        """The same model over other weights, read by the checkpoint's names."""
+        """The same model with other weights, read by their names in the checkpoint."""
         other = copy(self)
         other._read = read
         return other
@@ -86,7 +86,7 @@ class LayeredReference:
     def embed(
         self, ids: NDArray[np.int64], positions: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
-        """Token ids [S] → rows of both tables added, [S, H]; positions from 0 unless given."""
+        """Token ids [S] → token plus position embeddings [S, H]; by default from position 0."""
         chosen = np.arange(len(ids)) if positions is None else positions
         rows = self._read(EMBEDDING)[ids]
         result: NDArray[np.float32] = rows + self._read(POSITIONS)[chosen]
@@ -151,7 +151,7 @@ class LayeredReference:
 
 
 class ReferenceLayer:
-    """One `GPTNeoBlock`: whole, or step by step. All arrays are float32."""
+    """One `GPTNeoBlock`, run as a whole or step by step. All arrays are float32."""
 
     def __init__(
         self, torch: Any, block: Any, steps: dict[str, NDArray[np.float32]] | None = None
@@ -213,10 +213,11 @@ class ReferenceLayer:
 
         Args:
             query: [S, H], of the last S positions.
-            key: [T, H], of all positions from the text's first on.
+            key: [T, H], of all positions of the text.
             value: [T, H].
-            window: how many last positions each sees; None for all, −1 for what the layer has.
-            scale: what scores are multiplied by.
+            window: how many of the last positions each query sees; None for all, −1 for the layer's
+                own window.
+            scale: factor of the scores.
         """
         torch, attention = self._torch, self._attention
         own = attention.bias
@@ -269,12 +270,12 @@ class ReferenceLayer:
         return self.product("out_proj", attended)
 
     def mlp(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Hidden states [S, H] after the attention → what the MLP adds to them."""
+        """Hidden states [S, H] after the attention → the MLP's output, which is added to them."""
         return self._apply(self._block.mlp, self.norm("ln_2", hidden))
 
 
 def _mask(torch: Any, length: int, window: int | None) -> Any:
-    """Bool [1, 1, length, length], as `GPTNeoSelfAttention.bias`."""
+    """Bool [1, 1, length, length], like `GPTNeoSelfAttention.bias`."""
     mask = torch.tril(torch.ones((length, length), dtype=torch.bool))
     if window is not None:
         mask = torch.bitwise_xor(mask, torch.tril(mask, -window))
@@ -282,5 +283,5 @@ def _mask(torch: Any, length: int, window: int | None) -> Any:
 
 
 def _tensor(torch: Any, array: NDArray[np.float32]) -> Any:
-    """A tensor over the same memory where it may be written, else over a copy."""
+    """A tensor that shares the array's memory if it is writable, otherwise a copy."""
     return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -1,4 +1,4 @@
-"""What one graph computed at consecutive positions of a text, place by place."""
+"""The values that one graph computed at consecutive positions of a text, place by place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["CacheCheck", "Text", "Trace"]
 class Trace:
     """Hidden states of `length` positions from `start` on, all computed by one graph.
 
-    What was computed for positions before `start`, by whatever graph, is its history.
+    The values of the positions before `start`, from any graph, are its history.
     """
 
     graph: str
@@ -32,10 +32,10 @@ class Trace:
     length: int
     probes: Mapping[Place, Probe]
     values: Mapping[str, NDArray[Any]]
-    """By the probed value's name: [start + length or more, width], of the text's first position
-    on, in the graph's own type."""
+    """Values by the probed value's name: [start + length or more, width], from the text's first
+    position on, in the graph's own type."""
     logits: NDArray[np.float32] | None = None
-    """[rows, V], of the positions `logits_at`."""
+    """[rows, V], at the positions `logits_at`."""
     logits_at: NDArray[np.int64] | None = None
     """Positions in the text, [rows]."""
     selected: frozenset[str] = frozenset()
@@ -48,7 +48,7 @@ class Trace:
         values: Mapping[str, NDArray[Any]],
         logits: NDArray[np.float32],
     ) -> Trace:
-        """All positions of a text by the score graph; `logits` [S, V]."""
+        """The trace of all positions of a text in the score graph; `logits` [S, V]."""
         length = len(logits)
         return cls(
             graph="score",
@@ -61,7 +61,7 @@ class Trace:
         )
 
     def rest(self) -> None:
-        """Leave resident memory until something is read again."""
+        """Release the values from resident memory until they are read again."""
         drop_pages(*self.values.values())
 
     @property
@@ -74,19 +74,19 @@ class Trace:
         return (layer, place) in self.probes
 
     def rows(self, layer: int | None, place: str) -> NDArray[np.int64]:
-        """Rows of `get` that the graph computed at this place, [n]; the others are zeros."""
-        probe = self.probes.get((layer, place))  # None of what a cache holds
+        """Rows of `get` that the graph computed at this place, [n]; the other rows are zeros."""
+        probe = self.probes.get((layer, place))  # None for the cache's content
         if probe is None or probe.value not in self.selected:
             return np.arange(self.length, dtype=np.int64)
         assert self.logits_at is not None
         return self.logits_at - self.start
 
     def get(self, layer: int | None, place: str) -> NDArray[np.float32]:
-        """float32 [length, width]; a view where the graph computes in float32."""
+        """Values of a place, float32 [length, width]; a view if the graph computes in float32."""
         return self.with_history(layer, place)[self.start :]
 
     def with_history(self, layer: int | None, place: str) -> NDArray[np.float32]:
-        """The same of all positions from the text's first on, [start + length, width]."""
+        """The same for all positions from the text's first on, [start + length, width]."""
         probe = self.probes[layer, place]
         value = self.values[probe.value][: self.start + self.length]
         chosen = value if probe.channels is None else value[:, slice(*probe.channels)]
@@ -95,21 +95,21 @@ class Trace:
 
 @dataclass(frozen=True)
 class CacheCheck:
-    """What a cache held after a call of one graph, against what was computed for it."""
+    """The cache's content after a call of one graph, compared with the computed values."""
 
     graph: str
     positions: NDArray[np.int64]
-    """Of the text, [n]."""
+    """Positions in the text, [n]."""
     errors: Mapping[Place, NDArray[np.float64]]
-    """`cached_key` and `cached_value` of layers: relative L2, [n]; NaN where the position had
-    left the cache, or was found to be wrong after an earlier call."""
+    """Relative L2 errors [n] of `cached_key` and `cached_value` of layers; NaN for a position that
+    was evicted, or was already found to be wrong after an earlier call."""
     late: frozenset[Place] = frozenset()
-    """Places that held each position's entry one slot further than it belongs."""
+    """Places whose entries are all one slot too late."""
 
 
 @dataclass
 class Text:
-    """Token ids, and what the graphs of a bundle computed for them."""
+    """Token ids, and the values that the graphs of a bundle computed for them."""
 
     ids: NDArray[np.int64]
     traces: Sequence[Trace] = ()

@@ -1,4 +1,4 @@
-"""`neo-export --verify`: the bundle's numbers against PyTorch, place by place."""
+"""`neo-export --verify`: compares the bundle's values with PyTorch's, place by place."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ class PlaceError:
 
 @dataclass(frozen=True)
 class Verification:
-    """How far the bundle is off."""
+    """The errors of a bundle."""
 
     tokens: int
     window_size: int
     logits_error: float
     """Worst relative L2 error of a position's logits."""
     typical_error: float
-    """The median over positions."""
+    """Median of the same error over positions."""
     argmax_disagreements: int
-    """Positions whose best token differs although the reference's lead exceeds the error."""
+    """Positions whose best token differs, although the reference's margin exceeds the error."""
     worst_place: PlaceError
     places: tuple[PlaceError, ...]
     first_fault: Fault | None
-    """The first step that is off although its inputs were taken as they are."""
+    """The first step that is wrong even on the bundle's own inputs."""
 
 
 def verify_bundle(
@@ -69,18 +69,19 @@ def verify_bundle(
 ) -> Verification:
     """Score one text of token ids that crosses the window, and compare every place of every layer.
 
-    The ids are seeded random ones: they need no tokenizer, and reach any row of the table.
+    The ids are random with a fixed seed: they need no tokenizer, and may be any row of the table.
 
     Args:
         folder: the bundle.
         manifest: its manifest.
-        checkpoint: what it was made of.
-        weights: gives each weight as the score graph has it, by the checkpoint's name.
+        checkpoint: the checkpoint of the bundle.
+        weights: returns each weight as the score graph stores it, by its name in the checkpoint.
         cache: the steps of an int8 cache.
         progress: called with a stage's name, done and total.
 
     Raises:
-        VerificationError: an error is past the tolerance of this precision; the first is named.
+        VerificationError: an error exceeds the tolerance of this precision; the message names the
+            first.
         DependencyError: torch or transformers is missing.
     """
     reference = LayeredReference(checkpoint, weights, cache)
@@ -120,7 +121,7 @@ def verify_bundle(
 
 
 def _rounds_activations(folder: Path, manifest: Manifest) -> bool:
-    """Whether the products of a bundle with quantized weights round what they are given, too."""
+    """Whether the products of a bundle with quantized weights round their inputs, too."""
     if manifest.cache.dtype not in HALVES:
         return True
     graph = ir.load(folder / manifest.graphs[scoring_graph(manifest.graphs)].file).graph
@@ -157,7 +158,7 @@ def _judge(verification: Verification, manifest: Manifest, rounds_activations: b
                 f"worst of {verification.tokens} positions), the limit of {name} is {allowed:g}"
             )
     limit = tolerance.any_checkpoint
-    # Where activations are rounded, the best two tokens move apart or together at will.
+    # Rounded activations may change the order of the best two tokens even in a correct bundle.
     judged = tolerance.typical is None
     disagreements = verification.argmax_disagreements if judged else 0
     if not verification.logits_error <= limit or disagreements:
