@@ -1,4 +1,4 @@
-"""One place's statistics, gathered a context at a time in memory that does not grow."""
+"""Accumulates one place's statistics, a context at a time, in constant memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["OUTLIER_RATIO", "PERCENTILES", "Accumulator", "PlaceResult"]
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9, 99.99, 99.999)
 OUTLIER_RATIO = 6.0
-"""A channel is an outlier whose largest |x| is this many times the median channel's."""
+"""A channel is an outlier if its largest |x| is this many times that of the median channel."""
 
 _SHIFT = 17
-"""Float32 bits dropped for the histogram: the exponent and 6 bits of the mantissa stay."""
+"""float32 bits that the histogram drops; the exponent and 6 bits of the mantissa remain."""
 _BINS = 1 << (31 - _SHIFT)
 _BLOCK = 1024
 _ROWS = 512
@@ -27,31 +27,31 @@ _ROWS = 512
 
 @dataclass(frozen=True)
 class PlaceResult:
-    """A finished place: what the JSON says, and the arrays."""
+    """The results of a place: the entries for the JSON, and the arrays."""
 
     place: str
     summary: PlaceStatistics
     arrays: dict[str, NDArray[np.float32] | NDArray[np.int32]]
-    """By "PLACE.KIND"."""
+    """Arrays by "PLACE.KIND"."""
 
 
 class Accumulator:
-    """Takes values [n, C] of one place.
+    """Accumulates values [n, C] of one place.
 
     Ranges are exact. Means and mean squares are summed in float64. Percentiles of |x| come from a
-    histogram of all values whose bins are 1/64 of an octave (the leading 15 bits of the float32),
-    read at the middle of a bin: at most 2⁻⁷ (0.8 %) off. Second moments are summed in float32, a
+    histogram of all values, with 64 bins per octave (the leading 15 bits of the float32), read at
+    the middle of a bin: their error is at most 2⁻⁷ (0.8 %). Second moments are summed in float32, a
     context at a time, the lower triangle only.
     """
 
     def __init__(self, place: str, channels: int, *, inputs: bool, second_moment: bool) -> None:
-        """Empty.
+        """Start without values.
 
         Args:
-            place: its name, for errors.
+            place: the place's name, for errors.
             channels: C.
-            inputs: a matrix reads this place: sampled values are kept.
-            second_moment: keep E[x xᵀ].
+            inputs: whether a matrix reads this place; then sampled values are kept.
+            second_moment: whether to keep E[x xᵀ].
         """
         import torch
 
@@ -67,7 +67,7 @@ class Accumulator:
         self._samples: list[Any] | None = [] if inputs else None
 
     def add(self, values: Any, sampled: NDArray[np.int64]) -> None:
-        """Take a torch tensor [n, C], float32; `sampled` are the rows of it to keep.
+        """Add a torch tensor [n, C], float32; `sampled` are its rows to keep.
 
         Raises:
             StatisticsError: a value is NaN or infinite.
@@ -97,7 +97,7 @@ class Accumulator:
             self._samples.append(values[torch.from_numpy(sampled)])
 
     def finish(self, file: str) -> PlaceResult:
-        """The result; the accumulator is used up.
+        """Return the result; the accumulator cannot be used afterwards.
 
         Args:
             file: name of the safetensors file that will hold the arrays.
@@ -146,7 +146,7 @@ class Accumulator:
         return found
 
     def _symmetric(self) -> NDArray[np.float32]:
-        """Divide, and copy the lower triangle over the upper one, in place."""
+        """Divide by the count, and copy the lower triangle to the upper one, in place."""
         moment: NDArray[np.float32] = self._moment.numpy()
         moment /= np.float32(self._count)
         for start in range(0, len(moment), _BLOCK):

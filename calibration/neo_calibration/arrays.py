@@ -1,4 +1,4 @@
-"""Write safetensors files: the same arrays give the same bytes, and no second copy is made."""
+"""Writes safetensors files deterministically, without a second copy of the arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TYPES = {"float32": "F32", "int32": "I32"}
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.float32] | NDArray[np.int32]]) -> None:
-    """Write float32 and int32 arrays as one safetensors file that appears whole, in this order.
+    """Write float32 and int32 arrays to one safetensors file, in this order, with atomic rename.
 
     Format: https://huggingface.co/docs/safetensors#format.
     """
@@ -46,7 +46,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.float32] | NDArray[
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears whole."""
+    """Write a text file with atomic rename."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""`neo-calibrate`: text through a checkpoint, statistics out."""
+"""`neo-calibrate`: runs text through a checkpoint and writes statistics."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    # Slow imports come only now, so that --help and wrong usage answer at once.
+    # Slow imports are here, so that --help and usage errors answer at once.
     from neo_export.checkpoint.folder import open_model
     from neo_export.reports.memory import PeakMemory
 

@@ -1,9 +1,9 @@
-"""Text through a model, one layer at a time: every place's statistics, in little memory.
+"""Collects every place's statistics by running text through a model, one layer at a time.
 
-All positions go through a layer before the next layer's weights are loaded. Hidden states lie in
-a mapped scratch file between layers; with each finished layer the work folder is consistent again:
+All positions go through a layer before the next layer's weights are loaded. Between layers the
+hidden states are in a memory-mapped scratch file. After each layer the work folder is consistent:
 
-    .NAME.calibrating/            beside the destination; a killed run goes on from here
+    .NAME.calibrating/            beside the destination; a killed run resumes from here
         lock                      held while a run works on it
         request.json              what is being collected; another request starts anew
         hidden.{i}                input of layer i, float32 [tokens, hidden]
@@ -48,13 +48,13 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLES", "collect"]
 
 SAMPLES = 256
-"""Positions whose values are kept whole, at the places that a matrix reads."""
+"""Number of sampled positions whose values are kept, at the places that a matrix reads."""
 _HEAD_ROWS = 256
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What every step needs."""
+    """The state that all steps share."""
 
     checkpoint: Checkpoint
     text: CalibrationText
@@ -64,7 +64,7 @@ class _Run:
     say: Callable[[str, int, int], None]
 
     def contexts(self, samples: int = SAMPLES) -> Iterator[tuple[slice, NDArray[np.int64]]]:
-        """Rows of each context in the scratch files, and which of its own rows are sampled."""
+        """Each context's rows in the scratch files, and the sampled rows within the context."""
         wanted = np.unique(np.linspace(0, self.text.tokens - 1, samples).astype(np.int64))
         start = 0
         for context in self.text.contexts:
@@ -91,26 +91,26 @@ def collect(
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> StatisticsHeader:
-    """Write the folder of statistics; it appears whole, or not at all.
+    """Write the folder of statistics, atomically.
 
-    Killed at any moment, the same call goes on from the last finished layer, and ends with the
-    same bytes (on the same machine and versions).
+    If killed at any moment, the same call resumes from the last finished layer, and its result has
+    the same bytes (on the same machine and versions).
 
     Args:
         checkpoint: the model.
-        text: what to run.
+        text: the text to run.
         output: the folder to write.
-        second_moments: keep E[x xᵀ] of the places that matrices read.
-        force: replace a folder of statistics that is there.
+        second_moments: whether to keep E[x xᵀ] of the places that matrices read.
+        force: replace an existing folder of statistics.
         progress: called with a stage, done and total (positions, summed over layers).
 
     Raises:
-        StatisticsError: a value is NaN or infinite; the place is named.
-        OutputError: `output` is taken, or cannot be written.
+        StatisticsError: a value is NaN or infinite; the message names the place.
+        OutputError: `output` exists, or cannot be written.
         DependencyError: torch or transformers is missing.
     """
     say = progress or (lambda stage, done, total: None)
-    say("reading the model", 0, 0)  # no part of the positions that are counted afterwards
+    say("reading the model", 0, 0)  # not part of the positions that are counted later
     digests = tensor_digests(checkpoint)
     reference = LayeredReference(checkpoint)
     request = {
@@ -171,7 +171,7 @@ def _layer(run: _Run, layer: int) -> None:
 
 
 def _head(run: _Run) -> None:
-    """The final norm, and what the head makes of it."""
+    """The final norm, and the head's likely tokens."""
     spec, name = run.checkpoint.spec, "transformer.final_norm"
     if run.work.has_part(name):
         return

@@ -1,4 +1,4 @@
-"""Where the commands of this package begin."""
+"""The entry points of this package's commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One layer of PyTorch's GPT-Neo, with every place inside it looked at."""
+"""One layer of PyTorch's GPT-Neo, with hooks at every place inside it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ObservedLayer:
         """Load the layer's weights.
 
         Args:
-            reference: gives the block, float32, `attn_implementation="eager"`.
+            reference: provides the block, float32, `attn_implementation="eager"`.
             spec: the architecture.
             layer: its index.
         """
@@ -48,13 +48,13 @@ class ObservedLayer:
         self._hooks.append(hook)
 
     def close(self) -> None:
-        """Let go of the weights: the hooks refer to this object, which refers to the layer."""
+        """Release the weights: the hooks refer to this object, which refers to the layer."""
         for hook in self._hooks:
             hook.remove()
         self._block, self._seen = None, {}
 
     def run(self, hidden: NDArray[np.float32]) -> dict[str, Any]:
-        """One context, hidden states [S, H] → torch tensors [S, C] by place, in no order."""
+        """Run one context, hidden states [S, H] → torch tensors [S, C] by place, unordered."""
         self._seen = {}
         with self._torch.inference_mode():
             output = self._block(self._torch.from_numpy(hidden)[None])
@@ -62,7 +62,7 @@ class ObservedLayer:
         return self._seen
 
     def score_max(self, query: Any, key: Any) -> NDArray[np.float32]:
-        """Largest |q·k| of each head [N] over the pairs that attend to each other.
+        """Largest |q·k| of each head [N], over the pairs of positions that are not masked.
 
         Args:
             query: [S, H].

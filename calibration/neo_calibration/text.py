@@ -1,4 +1,4 @@
-"""Calibration text → contexts of token ids, packed full."""
+"""Reads calibration text as contexts of token ids, packed to full length."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FEW = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationText:
-    """What will be run."""
+    """The contexts of a calibration run, and the files that they are from."""
 
     contexts: tuple[NDArray[np.int64], ...]
     """Token ids; each context starts at position 0. All but the last are `max_length` long."""
@@ -38,7 +38,7 @@ class CalibrationText:
 
     @property
     def tokens(self) -> int:
-        """Positions in all."""
+        """Total number of positions."""
         return sum(len(context) for context in self.contexts)
 
     @property
@@ -53,18 +53,18 @@ class CalibrationText:
 def read_text(
     files: Sequence[Path], checkpoint: Checkpoint, tokens: int, max_length: int | None
 ) -> CalibrationText:
-    """Tokenize, and pack into full contexts until there are `tokens` of them.
+    """Tokenize files and pack them into full contexts, up to a number of tokens.
 
     Args:
-        files: as `neo_runtime.text.documents.read_documents` takes them.
-        checkpoint: gives the tokenizer and the position table's length.
-        tokens: how many positions to take at most.
-        max_length: positions a context has; None for all that the model has.
+        files: files that `neo_runtime.text.documents.read_documents` can read.
+        checkpoint: provides the tokenizer and the position table's length.
+        tokens: largest number of positions in all.
+        max_length: positions per context; None for all that the model has.
 
     Raises:
-        StatisticsError: a file cannot be read, there is no text, or no tokenizer.
-        RequestError: `max_length` or `tokens` is out of range, a file holds something else than
-            documents, or the tokenizer is another model's.
+        StatisticsError: a file cannot be read, or there is no text or no tokenizer.
+        RequestError: `max_length` or `tokens` is out of range, a file does not hold documents, or
+            the tokenizer is another model's.
         CheckpointError: the model has no usable tokenizer.
     """
     spec = checkpoint.spec

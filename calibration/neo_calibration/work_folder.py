@@ -1,4 +1,4 @@
-"""Where an unfinished calibration lies, so that the next call can go on with it."""
+"""The folder of an unfinished calibration, from which the next call resumes."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class WorkFolder:
     @classmethod
     @contextmanager
     def acquire(cls, output: Path, request: Mapping[str, Any], *, force: bool) -> Iterator[Self]:
-        """Take up the unfinished work of the same request, or begin.
+        """Resume the unfinished work of the same request, or start anew.
 
-        The folder stays when the block raises: what is finished in it is finished.
+        If the block raises, the folder stays, with all finished parts.
 
         Raises:
-            OutputError: `output` is taken, another process works on it, or it cannot be written.
+            OutputError: `output` exists, another process works on it, or it cannot be written.
         """
         target = Path(os.path.realpath(output))
         _check_target(target, force=force)
@@ -81,7 +81,7 @@ class WorkFolder:
         same = file.is_file() and file.read_text(encoding="utf-8") == request
         if same and self.new.is_dir():
             return
-        file.unlink(missing_ok=True)  # first: what is half removed belongs to no request
+        file.unlink(missing_ok=True)  # first, so that a half-removed folder matches no request
         for entry in self.root.iterdir():
             if entry.name != "lock":
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -90,7 +90,7 @@ class WorkFolder:
         write_whole(file, request)
 
     def file_name(self, name: str) -> str:
-        """The safetensors file of a part, relative to the folder of statistics."""
+        """Path of a part's safetensors file, relative to the folder of statistics."""
         return f"{name}.safetensors"
 
     def has_part(self, name: str) -> bool:
@@ -103,7 +103,7 @@ class WorkFolder:
         results: Sequence[PlaceResult],
         scores: NDArray[np.float32] | None = None,
     ) -> None:
-        """Finish a part: its arrays, then its summary, whose presence says that it is finished."""
+        """Write a part's arrays, then its summary, whose presence marks the part as finished."""
         arrays = {key: array for result in results for key, array in result.arrays.items()}
         write_arrays(self.new / self.file_name(name), arrays)
         places = {r.place: asdict(r.summary) for r in results}
@@ -113,7 +113,7 @@ class WorkFolder:
         )
 
     def read_part(self, name: str) -> tuple[dict[str, PlaceStatistics], tuple[float, ...]]:
-        """Summaries by place, and the largest score of each head (none where there are none)."""
+        """Summaries by place, and the largest score of each head (empty if the part has none)."""
         raw = parse_json((self._parts / f"{name}.json").read_text(encoding="utf-8"))
         places = {
             place: PlaceStatistics(**(s | {"outlier_channels": tuple(s["outlier_channels"])}))
@@ -122,18 +122,18 @@ class WorkFolder:
         return places, tuple(raw["score_max"])
 
     def hidden(self, layer: int, tokens: int, width: int) -> NDArray[np.float32]:
-        """Input of a layer, float32 [tokens, width], mapped."""
+        """Input of a layer, float32 [tokens, width], memory-mapped."""
         return np.memmap(self.root / f"hidden.{layer}", np.float32, "r", shape=(tokens, width))
 
     @contextmanager
     def hidden_to_write(self, layer: int, tokens: int, width: int) -> Iterator[NDArray[np.float32]]:
-        """The same, to be filled; it is there once the block has ended normally."""
+        """The same array to be filled; it becomes visible when the block ends normally."""
         partial = self.root / f"hidden.{layer}.partial"
         try:
             with partial.open("wb") as file:
                 take_room(file, 4 * tokens * width, str(self.root.parent))
         except OutputError:
-            partial.unlink()  # what it got is room that somebody needs
+            partial.unlink()  # free its disk space
             raise
         rows: np.memmap[Any, Any] = np.memmap(partial, np.float32, "r+", shape=(tokens, width))
         yield rows
@@ -141,7 +141,7 @@ class WorkFolder:
         partial.replace(self.root / f"hidden.{layer}")
 
     def forget_hidden(self, layer: int) -> None:
-        """Remove the input of a layer that is finished."""
+        """Remove the input of a finished layer."""
         (self.root / f"hidden.{layer}").unlink(missing_ok=True)
 
     def finish(self, *, force: bool) -> None:
@@ -150,7 +150,7 @@ class WorkFolder:
             rename_exclusive(self.new, self.target)
         except FileExistsError:
             _check_target(self.target, force=force)
-            # What lies here once they have traded places belongs to no request.
+            # After the exchange the old folder is here, and it must not match a request.
             (self.root / _REQUEST).unlink()
             if not exchange(self.new, self.target):
                 shutil.rmtree(self.target)
@@ -174,14 +174,14 @@ def _check_target(target: Path, *, force: bool) -> None:
 
 
 def _foreign_files(target: Path) -> list[str]:
-    """What `WorkFolder` does not write, sorted."""
+    """Files that `WorkFolder` does not write, sorted."""
     header = target / STATISTICS_NAME
     found = [
         path
         for path in files_inside(target)
         if path != STATISTICS_NAME and not _ARRAYS.fullmatch(path)
     ]
-    # Damaged ones are replaced for being damaged; what was never of this kind is somebody's own.
+    # Damaged statistics may be replaced; files that never were statistics are the user's.
     with suppress(ValueError, OSError):
         raw = parse_json(header.read_bytes())
         if not (isinstance(raw, dict) and "schema_version" in raw) and header.is_file():

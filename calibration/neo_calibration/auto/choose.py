@@ -1,4 +1,4 @@
-"""The plan that keeps a limit, by measuring plans of the frontier until it is found."""
+"""Chooses the plan that keeps a limit, by measuring plans of the frontier."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 __all__ = ["Chooser", "Chosen"]
 
 _ATTEMPTS, _BUNDLES = 6, 12
-"""Guesses from the estimate, and with halving."""
+"""Most measurements that are guided by the estimate, and most including bisection."""
 _CLOSE = 0.002
-"""A plan holds, and one that is smaller by at most this share does not: good enough."""
+"""The search stops when a plan keeps the limit and one smaller by at most this share does not."""
 _DOUBT = 1.3
-"""How far the estimates of two plans may be off against each other."""
+"""Factor by which the ratio of two plans' estimates may be wrong."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A plan, and what its bundle was measured to be."""
+    """A plan, and the measurements of its bundle."""
 
     plan: FrontierPlan
     measured: Measured
@@ -36,8 +36,8 @@ class Chosen:
 class Chooser:
     """Measures plans, each once.
 
-    Plans with all matrices alike compete as well: the frontier beats them by the estimate, and the
-    bundle itself decides.
+    Uniform plans (one storage for all matrices) compete, too: by the estimate the frontier is
+    better, but the measured bundle decides.
     """
 
     def __init__(self, frontier: Frontier, measure: Callable[[FrontierPlan], Measured]) -> None:
@@ -45,28 +45,28 @@ class Chooser:
 
         Args:
             frontier: the plans.
-            measure: makes a bundle of one and measures it.
+            measure: exports a bundle by a plan and measures it.
         """
         self._frontier = frontier
         self._measure = measure
         self.measured: dict[WeightPlan, Chosen] = {}
-        """All that was measured, in that order."""
+        """All measured plans, in the order of measurement."""
 
     def of(self, plan: FrontierPlan) -> Chosen:
-        """A plan, measured."""
+        """A plan with its measurements."""
         if plan.plan not in self.measured:
             self.measured[plan.plan] = Chosen(plan, self._measure(plan))
         return self.measured[plan.plan]
 
     def at(self, index: int) -> Chosen:
-        """The plan at a place of the frontier, measured."""
+        """The plan at an index of the frontier, with its measurements."""
         return self.of(self._frontier.at(index))
 
     def within_divergence(self, limit: float) -> Chosen:
         """The smallest plan found whose measured divergence is within the limit.
 
-        Between a plan that holds and one that does not; the first guesses correct the budget by how
-        far the estimate was off, the others halve.
+        The search narrows the range between a plan that keeps the limit and one that does not. The
+        first guesses scale the budget by the error of the estimate, the others bisect.
 
         Raises:
             RequestError: not even float32 matrices keep the limit.
@@ -94,10 +94,10 @@ class Chooser:
         return best
 
     def within_size(self, limit: int) -> Chosen:
-        """The plan found of least measured divergence whose weight file has at most `limit` bytes.
+        """The plan found with the least measured divergence and at most `limit` bytes of weights.
 
         Raises:
-            RequestError: the smallest is larger.
+            RequestError: the smallest plan is larger.
         """
         best = self._fitting(limit)
         other = best.measured.size - best.plan.size
@@ -109,15 +109,15 @@ class Chooser:
         return best
 
     def _between(self, good: int, bad: int, budget: float | None) -> int | None:
-        """The next place to measure.
+        """The next index of the frontier to measure.
 
         Args:
-            good: a place that holds, or -1.
-            bad: a place that does not, or one past the last.
-            budget: nats by the estimate to go to, as far as they lie between; None to halve.
+            good: index of a plan that keeps the limit, or -1.
+            bad: index of a plan that does not, or one past the last.
+            budget: estimated divergence in nats to go to, if it is in between; None to bisect.
 
         Returns:
-            None where the two are as good as neighbours.
+            None if the two plans are close enough to stop.
         """
         frontier, low, high = self._frontier, good + 1, bad - 1
         step = int(_CLOSE * (frontier.sizes[max(0, good)] + frontier.rest))
@@ -131,7 +131,7 @@ class Chooser:
         return min(max(guess, low), high)
 
     def _fitting(self, limit: int) -> Chosen:
-        """The plan of least estimated divergence that fits."""
+        """The plan with the least estimated divergence that fits."""
         best: Chosen | None = None
         tried: set[int] = set()
         other = self._frontier.rest
@@ -153,7 +153,7 @@ class Chooser:
         )
 
     def _alike(self, divergence: float) -> Iterator[FrontierPlan]:
-        """Plans with all matrices alike that may be at most so bad."""
+        """Uniform plans whose divergence may be at most this."""
         for storage in self._frontier.storages:
             plan = self._frontier.uniform(storage)
             if plan.divergence <= divergence:

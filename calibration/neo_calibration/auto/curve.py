@@ -1,4 +1,4 @@
-"""The trade-off curve: plans along the frontier, beside bundles with all matrices alike."""
+"""The trade-off curve: plans along the frontier, and uniform bundles to compare with."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["Point", "curve_points"]
 
 _PLANS = 10
-"""Plans of the frontier that are measured besides those that the search measured."""
+"""Plans of the frontier that are measured in addition to those of the search."""
 _HEADROOM = 1.1
-"""The largest of them, in shares of all int8. Beyond it matrices go back to float32, one by one:
-much larger bundles that few will ask for."""
+"""Size of the largest of them, relative to the uniform int8 plan. In larger plans matrices are
+float32 again, one after the other: much larger bundles, which few need."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Point:
 
     name: str
     kind: str
-    """"auto", "calibrated" (all alike) or "rounded" (all alike)."""
+    """"auto", "calibrated" (uniform) or "rounded" (uniform)."""
     size: int
     """Bytes of weights.bin."""
     divergence: float
@@ -43,12 +43,12 @@ def curve_points(
     judge: Judge,
     progress: Callable[[str, int, int], None],
 ) -> list[Point]:
-    """Measure what the search did not, and name it all.
+    """Measure the points that the search did not measure, and name all points.
 
     Args:
         frontier: the plans.
-        chooser: what measured them.
-        chosen: the plan that was taken.
+        chooser: the chooser of the search, with its measurements.
+        chosen: the chosen plan.
         judge: measures bundles without statistics.
         progress: called with a stage's name.
     """
@@ -65,12 +65,12 @@ def curve_points(
     plans = [found for found in chooser.measured.values() if found not in rivals]
     plans.sort(key=lambda found: found.plan.size)
     for number, found in enumerate(plans, start=1):
-        if found.plan.divergence > 0:  # all of float32 has no place on a logarithmic scale
+        if found.plan.divergence > 0:  # a logarithmic scale has no place for float32's 0
             name = "chosen" if found == chosen else f"plan {number}"
             points.append(_point_of(name, "auto", found.measured))
     return points
 
 
 def _point_of(name: str, kind: str, measured: Measured) -> Point:
-    """The point of a bundle that was measured."""
+    """The point of a measured bundle."""
     return Point(name, kind, measured.size, measured.divergence, measured.interval)

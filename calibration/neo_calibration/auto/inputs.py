@@ -1,4 +1,4 @@
-"""What a search reads, and what it refuses before any long work."""
+"""The inputs of a search, and their checks before any long work."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class TextParts:
     judge: NDArray[np.int64]
     """Token ids [n, S] to measure bundles on."""
     found: int
-    """Tokens that there were, of `wanted`."""
+    """Tokens that the text has, at most `wanted`."""
     wanted: int
-    """Tokens of both parts and of what statistics have seen before them."""
+    """Tokens of both parts, and of the text before them that the statistics are of."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchInputs:
-    """What is known before there are statistics."""
+    """The inputs that are known before there are statistics."""
 
     text: tuple[Path, ...]
     base: str | None = None
@@ -50,20 +50,20 @@ class SearchInputs:
     keep: tuple[str, ...] = ()
     """Shell patterns: these matrices stay float32."""
     max_divergence: float | None = None
-    """Nats."""
+    """Limit of the KL divergence, nats."""
     max_size: str | None = None
-    """Bytes of the weight file, or a fraction below 1 of float32's."""
+    """Limit of the weight file: bytes, or a fraction below 1 of float32's size."""
     tokens: int = 4096
-    """About how many positions each part of the text has."""
+    """Approximate number of positions in each part of the text."""
     report: Path | None = None
-    """Folder."""
+    """Folder of the report."""
 
     def check(self) -> None:
-        """Refuse a limit that is none, and a report that cannot be written.
+        """Refuse an invalid limit, and a report that cannot be written.
 
         Raises:
-            RequestError: the limit.
-            OutputError: the report.
+            RequestError: the limit is invalid.
+            OutputError: the report cannot be written.
         """
         if self.max_divergence is not None:
             check_divergence(self.max_divergence)
@@ -71,16 +71,16 @@ class SearchInputs:
             check_report_folder(self.report)
 
     def check_model(self, checkpoint: Checkpoint) -> None:
-        """Refuse what does not fit the model, and a text that is too short.
+        """Refuse inputs that do not fit the model, and a text that is too short.
 
         Raises:
-            NeoError: says what.
+            NeoError: an input is refused; the message says which.
         """
         self.limit(checkpoint.spec)
         self.parts(checkpoint)
 
     def limit(self, spec: ModelSpec) -> int | None:
-        """The most bytes of weights, or None.
+        """The limit of the weights in bytes, or None.
 
         Raises:
             RequestError: `max_size` is not a size, no plan can be that small, or a pattern of
@@ -103,12 +103,12 @@ class SearchInputs:
         return limit
 
     def parts(self, checkpoint: Checkpoint, seen: int = 0) -> TextParts:
-        """Cut the text.
+        """Split the text into two parts.
 
         Args:
-            checkpoint: gives the tokenizer and the length of a context.
-            seen: tokens of the same text that statistics have seen; the parts lie behind them
-                where there is enough text.
+            checkpoint: provides the tokenizer and the length of a context.
+            seen: tokens of the same text that the statistics are of; the parts come after them if
+                there is enough text.
 
         Raises:
             RequestError: the text is too short for two parts, or cannot be read.
@@ -129,7 +129,7 @@ class SearchInputs:
 
 
 def candidate_storages(spec: ModelSpec) -> tuple[Storage, ...]:
-    """int8, and int4 in the largest block that fits and smaller ones down to 16."""
+    """int8, and int4 with the largest possible block size and smaller ones down to 16."""
     widths = (spec.hidden_size, spec.intermediate_size)
     largest = largest_block_size(widths)
     blocks = sorted({size for size in BLOCK_SIZES if size in (16, 32)} | {largest})

@@ -1,4 +1,4 @@
-"""What a bundle really has: bytes of its weight file, and KL divergence on text kept for it."""
+"""Measures a bundle: bytes of its weight file, and KL divergence on held-out text."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = ["Judge", "Measured"]
 
 @dataclass(frozen=True)
 class Measured:
-    """One bundle."""
+    """The measurements of one bundle."""
 
     size: int
     """Bytes of weights.bin."""
     divergence: float
     """Mean KL(float32 ‖ bundle) over all positions of all contexts, nats."""
     interval: tuple[float, float] | None
-    """95 %, by bootstrap over blocks of positions."""
+    """95 % interval of the divergence, by bootstrap over blocks of positions."""
 
 
 class Judge:
-    """Exports, loads and scores one bundle after the other, and deletes it again."""
+    """Exports, loads and scores one bundle after the other, deleting each afterwards."""
 
     def __init__(
         self,
@@ -49,13 +49,13 @@ class Judge:
         """Prepare.
 
         Args:
-            model: what neo-export takes.
+            model: MODEL of neo-export.
             contexts: token ids [n, S] that no decision was based on.
-            reference: float32 logits [S, V] of each.
-            statistics: of this model.
-            remembered: folder for matrices that were quantized with these statistics.
-            base: as `ExportOptions` has it.
-            kv_cache: as `ExportOptions` has it; bundles are judged with it.
+            reference: float32 logits [S, V] of each context.
+            statistics: folder with this model's statistics.
+            remembered: folder that caches matrices quantized with these statistics.
+            base: see `ExportOptions.base`.
+            kv_cache: see `ExportOptions.kv_cache`; bundles are measured with it.
         """
         self._model = model
         self._contexts = contexts
@@ -66,11 +66,11 @@ class Judge:
         )
 
     def plan(self, plan: WeightPlan) -> Measured:
-        """A calibrated bundle of this plan."""
+        """Measure a calibrated bundle of this plan."""
         return self._measure(replace(self._calibrated, quantization=Quantization(plan=plan)))
 
     def rounded(self, plan: WeightPlan) -> Measured:
-        """A bundle of this plan without statistics, its cache in float."""
+        """Measure a bundle of this plan without statistics, with a float cache."""
         return self._measure(replace(self._rounded, quantization=Quantization(plan=plan)))
 
     def _measure(self, options: ExportOptions) -> Measured:

@@ -1,4 +1,4 @@
-"""The trade-off as an SVG: bytes of the weight file against KL divergence."""
+"""Draws the trade-off curve as SVG: bytes of the weight file against KL divergence."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _NAMES = {
 
 
 def to_svg(points: Sequence[Point], title: str) -> str:
-    """Draw all points but exact ones, whose divergence is 0.
+    """Draw all points except exact ones, whose divergence is 0.
 
-    A line joins what a search would answer: of plans and calibrated bundles with all matrices alike
-    those that none of as few bytes is as good as.
+    A line joins the possible answers of a search: the Pareto-optimal ones among the plans and the
+    uniform calibrated bundles.
     """
     drawn = [point for point in points if point.divergence > 0]
     x, step = _size_axis([point.size for point in drawn])
@@ -53,7 +53,7 @@ def to_svg(points: Sequence[Point], title: str) -> str:
 
 
 def _size_axis(sizes: Sequence[int]) -> tuple[svg.Axis, float]:
-    """Bytes, and how many lie between two ticks."""
+    """The axis of sizes, and the bytes between two ticks."""
     step = svg.round_step(max(sizes) - min(sizes) or max(sizes))
     low = step * math.floor(min(sizes) / step - 1e-9)
     high = step * math.ceil(max(sizes) / step + 1e-9)
@@ -61,7 +61,7 @@ def _size_axis(sizes: Sequence[int]) -> tuple[svg.Axis, float]:
 
 
 def _divergence_axis(values: Sequence[float]) -> tuple[svg.Axis, list[float]]:
-    """Nats, and the axis's ticks: 1, 2 and 5 times powers of ten."""
+    """The axis of divergences in nats, and its ticks: 1, 2 and 5 times powers of ten."""
     around = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
     marks = [factor * 10.0**power for power in around for factor in (1, 2, 5)]
     first = max(i for i, mark in enumerate(marks) if mark <= min(values))
@@ -76,7 +76,7 @@ def _interval(point: Point) -> tuple[float, float]:
 
 
 def _pareto_optimal(points: Sequence[Point]) -> list[Point]:
-    """By rising size."""
+    """The Pareto-optimal points, by increasing size."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.size, p.divergence)):
         if point.kind != "rounded" and (not best or point.divergence < best[-1].divergence):
@@ -97,7 +97,7 @@ def _point(x: svg.Axis, y: svg.Axis, point: Point) -> str:
 
 
 def _shape(kind: str) -> dict[str, bool]:
-    """Shapes differ as well as colours."""
+    """The marker of a kind: kinds differ in shape as well as in colour."""
     return {"square": kind != "auto", "hollow": kind == "rounded"}
 
 

@@ -1,4 +1,4 @@
-"""What a search found: one JSON file, and the picture of it."""
+"""The report of a search: the plan, one JSON file, and a chart."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_report(
     divergences: Mapping[tuple[Group, Storage], float],
     points: Sequence[Point],
 ) -> None:
-    """Write `plan.json`, `auto.json` and `auto.svg`, each whole or not at all.
+    """Write `plan.json`, `auto.json` and `auto.svg`, each atomically.
 
     Raises:
         OutputError: writing failed.

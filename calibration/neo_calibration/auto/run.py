@@ -1,4 +1,4 @@
-"""The order of a search: sensitivities, frontier, the plan that holds, the curve."""
+"""Runs all steps of a search: sensitivities, frontier, choice of the plan, curve."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ __all__ = ["AutoOptions", "run_auto"]
 
 @dataclass(frozen=True, kw_only=True)
 class AutoOptions(SearchInputs):
-    """What to search for, with what, and what to write."""
+    """The options of a search: its inputs and outputs."""
 
     statistics: Path
     output: Path
     """The plan file to write."""
     kv_cache: str = "float"
-    """How the bundles that are judged keep keys and values."""
+    """How the measured bundles store keys and values."""
     remembered: Path | None = None
 
 
@@ -58,7 +58,7 @@ def run_auto(
     """Search, and write the plan.
 
     Returns:
-        What was chosen and measured, ready for JSON.
+        The chosen plan and the measurements, ready for JSON.
 
     Raises:
         NeoError: bad input, or no plan keeps the limit.
@@ -116,7 +116,7 @@ def run_auto(
 
 
 def _chosen(chooser: Chooser, options: AutoOptions, size: int | None) -> Chosen:
-    """The plan that keeps the limit: `size` bytes, or without it the options' divergence."""
+    """The plan that keeps the limit: `size` bytes, or if None the options' divergence."""
     if size is not None:
         return chooser.within_size(size)
     assert options.max_divergence is not None
@@ -138,7 +138,7 @@ def _sensitivities(
     folder: Path,
     progress: Callable[[str, int, int], None],
 ) -> dict[tuple[Group, Storage], float]:
-    """What each group costs in each storage, nats."""
+    """KL divergence of each group in each storage, nats."""
     spec = checkpoint.spec
     return measure_sensitivities(
         checkpoint,
@@ -153,7 +153,7 @@ def _sensitivities(
 def _reported(
     judge: Judge, progress: Callable[[str, int, int], None]
 ) -> Callable[[FrontierPlan], Measured]:
-    """Measuring that says what it is at, and what it found."""
+    """A measuring function that also reports its progress and its results."""
     count = 0
 
     def measure(plan: FrontierPlan) -> Measured:

@@ -1,7 +1,7 @@
-"""From what each group costs in each storage to plans: the frontier of size against divergence.
+"""Computes the Pareto frontier of plans, size against divergence, from the groups' sensitivities.
 
-Divergences of single groups are added up. That is not exact, so plans that matter are measured
-(`judge`), and the budget is corrected until the measured one holds.
+A plan's divergence is estimated as the sum over its groups. That is not exact, so relevant plans
+are measured (`judge`), and the budget is corrected until a measured plan keeps the limit.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = ["Candidate", "Frontier", "FrontierPlan", "frontier_of", "rest_of"]
 
 EXACT = Storage("fp32")
 _BUCKETS = 1 << 15
-"""Sizes that are told apart between the smallest and the largest plan. Each group rounds by at most
-one of them: 0.3 % of the range for the 97 groups of 24 layers, and far less as a rule."""
+"""Number of distinct sizes between the smallest and the largest plan. Each group rounds by at most
+one step: 0.3 % of the range for the 97 groups of 24 layers, and usually far less."""
 
 
 @dataclass(frozen=True)
@@ -37,73 +37,74 @@ class Candidate:
     size: int
     """Bytes."""
     divergence: float
-    """Mean KL from float32 with only this group stored so, nats."""
+    """Mean KL divergence from float32 with only this group in this storage, nats."""
 
 
 @dataclass(frozen=True)
 class FrontierPlan:
-    """One plan, and what it is by the estimate."""
+    """One plan, with its size and its estimated divergence."""
 
     plan: WeightPlan
     size: int
     """Bytes of its matrices."""
     divergence: float
-    """Sum of the groups' divergences: an estimate."""
+    """Estimated divergence: the sum over the groups, nats."""
 
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """Plans from the most exact to the smallest: each smaller and worse than the one before."""
+    """Plans from the most exact to the smallest; each is smaller and worse than the one before."""
 
     groups: tuple[tuple[Group, tuple[Candidate, ...]], ...]
     kept: tuple[tuple[str, int], ...]
-    """Matrices in no group, which stay float32 in every plan, and their bytes."""
+    """Names and bytes of matrices in no group, which stay float32 in every plan."""
     rest: int
-    """Approximate bytes of all but the matrices (alignment, an int4 table's vector)."""
+    """Bytes of everything but the matrices, approximately: alignment and the vector of an int4
+    table are not counted exactly."""
     sizes: NDArray[np.int64]
-    """[plans]: bytes of the matrices, kept ones included; falling."""
+    """[plans]: bytes of the matrices, kept ones included; decreasing."""
     divergences: NDArray[np.float64]
-    """[plans]: estimates in nats; rising."""
+    """[plans]: estimates in nats; increasing."""
     choices: NDArray[np.int8]
-    """[plans, groups]: which of a group's candidates."""
+    """[plans, groups]: index of the group's candidate."""
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def at(self, index: int) -> FrontierPlan:
-        """The plan at a place."""
+        """The plan at an index."""
         return self._plan(
             [c[i] for (_, c), i in zip(self.groups, self.choices[index], strict=True)]
         )
 
     def last_within(self, budget: float) -> int:
-        """The place of the smallest plan whose estimate is within a budget (nats); at least 0."""
+        """Index of the smallest plan whose estimate is within a budget (nats); at least 0."""
         return max(0, int(np.searchsorted(self.divergences, budget, side="right")) - 1)
 
     def first_fitting(self, limit: int) -> int:
-        """The place of the best plan of at most this many bytes; the smallest if none fits."""
+        """Index of the best plan of at most this many bytes; of the smallest if none fits."""
         return min(int(np.searchsorted(-self.sizes, -limit)), len(self) - 1)
 
     def uniform(self, storage: Storage) -> FrontierPlan:
-        """All groups alike, which need not be on the frontier."""
+        """The plan with one storage for all groups; it may be off the frontier."""
         return self._plan(
             [next(c for c in found if c.storage == storage) for _, found in self.groups]
         )
 
     @property
     def storages(self) -> tuple[Storage, ...]:
-        """Those that every group has a candidate for, but float32."""
+        """The storages that every group has a candidate for, except float32."""
         sets = [{c.storage for c in found} for _, found in self.groups]
         return tuple(sorted(set.intersection(*sets) - {EXACT})) if sets else ()
 
     def _plan(self, chosen: Sequence[Candidate]) -> FrontierPlan:
-        """The most frequent storage is the default, all others by name."""
+        """A plan with the most frequent storage as default, and all others by name."""
         storages = {
             name: candidate.storage
             for (group, _), candidate in zip(self.groups, chosen, strict=True)
             for name in group.names
         } | {name: EXACT for name, _ in self.kept}
-        # Of two as frequent ones the one that sorts first: a plan does not depend on chance.
+        # Ties are broken by name, so that the plan is deterministic.
         counted = Counter(storages.values()).items()
         default = min(counted, key=lambda item: (-item[1], str(item[0])))[0]
         named = tuple((name, s) for name, s in storages.items() if s != default)
@@ -119,17 +120,17 @@ def frontier_of(
     shapes: Mapping[str, tuple[int, ...]],
     divergences: Mapping[tuple[Group, Storage], float],
 ) -> Frontier:
-    """All plans that no other beats in both bytes and the sum of divergences.
+    """All plans that no other plan beats in both bytes and the sum of divergences.
 
-    Groups are added one after the other, and of the sums only those kept that none beats: exact up
-    to `_BUCKETS`. (Steps along each group's convex hull would leave out the plans between two steps
-    of a large matrix. A tied table can be half a small model: all of int4 in smaller blocks would
-    then be better than any plan of its size on the hull.)
+    Groups are added one after the other, keeping only the Pareto-optimal sums: exact up to the
+    rounding of `_BUCKETS`. (Steps along each group's convex hull would miss the plans between two
+    steps of a large matrix. A tied table can be half of a small model: int4 in smaller blocks for
+    everything would then be better than any plan of its size on the hull.)
 
     Args:
-        groups: of matrices that share a storage; matrices in none stay float32.
-        shapes: of the model's parameters, by name.
-        divergences: of each group in each storage but float32, nats.
+        groups: groups of matrices that share a storage; matrices in no group stay float32.
+        shapes: shapes of the model's parameters, by name.
+        divergences: divergence of each group in each storage except float32, nats.
     """
     options = tuple((group, _candidates(group, shapes, divergences)) for group in groups)
     grouped = {name for group in groups for name in group.names}
@@ -149,10 +150,10 @@ def frontier_of(
 
 
 def rest_of(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes of what a plan does not speak of: vectors, and the position table in float16.
+    """Bytes of parameters that are not in a plan: vectors, and the position table in float16.
 
     Args:
-        shapes: of the model's parameters, by name.
+        shapes: shapes of the model's parameters, by name.
     """
     others = [shape for name, shape in shapes.items() if not is_planned(name, shape)]
     return sum(math.prod(shape) * (4 if len(shape) == 1 else 2) for shape in others)
@@ -176,7 +177,7 @@ def _candidates(
 def _pareto_optimal(
     sizes: NDArray[np.int64], costs: NDArray[np.float64], bucket: int
 ) -> NDArray[np.intp]:
-    """Places of what is not beaten in both, by rising size; one for each `bucket` bytes."""
+    """Indices of the Pareto-optimal entries by increasing size; at most one per `bucket` bytes."""
     order = np.lexsort((costs, sizes))
     lowest = np.minimum.accumulate(costs[order])
     better = np.ones(len(order), bool)

@@ -1,10 +1,10 @@
-"""What it costs to quantize only one group of matrices: KL divergence from float32.
+"""Measures sensitivities: the KL divergence from float32 with only one group quantized.
 
-One sweep over the layers, with one layer's weights in memory. At layer i each of its groups is
-replaced by what each candidate storage makes of it, activations rounded as the kernels round them;
-the hidden states that come out are a *variant*, which continues through the later float32 layers.
-At the end every variant has logits to compare. So all variants together cost half as many passes
-over the model as there are variants, and hidden states of `variants × positions` are held.
+This takes one sweep over the layers, with one layer's weights in memory. At layer i, each of its
+groups is quantized in each candidate storage, with activations rounded as the kernels round them.
+The resulting hidden states are a *variant*, which continues through the later layers in float32. At
+the end every variant has logits to compare. All variants together cost half as many passes over
+the model as there are variants, and hidden states of `variants × positions` are held in memory.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Group:
 
     names: tuple[str, ...]
     layer: int | None
-    """None: the table, or an untied head."""
+    """None for the token embedding or an untied head."""
 
 
 def groups_of(spec: ModelSpec, keep: Sequence[str] = ()) -> tuple[Group, ...]:
-    """Every matrix of the model, in groups, but those that match a shell pattern of `keep`."""
+    """All matrices of the model in groups, except those that match a shell pattern in `keep`."""
     groups = [Group((EMBEDDING,), None)]
     if not spec.tie_word_embeddings:
         groups.append(Group((HEAD,), None))
@@ -77,10 +77,10 @@ def measure_sensitivities(
     Args:
         checkpoint: the model.
         contexts: token ids [n, S], each from position 0.
-        stored: what a storage makes of a matrix and of its inputs.
-        candidates: storages but fp32, which costs nothing.
-        groups: what to quantize, one at a time.
-        progress: called with layers done and in all.
+        stored: rounds matrices and inputs for a storage.
+        candidates: storages other than fp32, whose divergence is 0.
+        groups: the groups to quantize, one at a time.
+        progress: called with the number of layers done and the total.
     """
     reference = LayeredReference(checkpoint)
     spec = checkpoint.spec
@@ -122,7 +122,7 @@ def _of_tables(
     stored: StoredForm,
     candidates: Sequence[Storage],
 ) -> Iterator[_Variant]:
-    """Variants that begin at the embedding; an untied head changes nothing before the end."""
+    """Variants that start at the embedding; those of an untied head differ only at the end."""
     import torch
 
     for group in groups:
@@ -145,7 +145,7 @@ def _of_layer(
     stored: StoredForm,
     candidates: Sequence[Storage],
 ) -> Iterator[_Variant]:
-    """Variants that begin in one layer; the block is as before afterwards."""
+    """Variants that start in one layer; the block's weights are restored afterwards."""
     import torch
 
     for group in groups:
@@ -169,7 +169,7 @@ def _of_layer(
 
 
 def _module(block: Any, name: str) -> Any:
-    """The linear module of a checkpoint's name, inside its block."""
+    """The linear module inside a block, by its name in the checkpoint."""
     return block.get_submodule(".".join(name.split(".")[3:-1]))
 
 

@@ -1,4 +1,4 @@
-"""What a storage makes of one matrix, and of the inputs of its product: as an export does it."""
+"""Rounds a matrix, and the inputs of its product, as an export with a given storage would."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = ["StoredForm"]
 class StoredForm:
     """Quantizes with statistics, for the CPU target.
 
-    Outliers that an export moves are left where they are: bundles that are measured have them
-    moved, so that a model with outliers is estimated too badly, and never too well.
+    Outliers are not migrated here, but they are in the bundles that are measured. So for a model
+    with outliers the estimated divergence is too high, never too low.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class StoredForm:
         """Prepare; nothing is quantized yet.
 
         Args:
-            read: gives a weight of the checkpoint.
+            read: returns a weight of the checkpoint by name.
             spec: the architecture.
-            statistics: of this checkpoint.
-            remembered: folder that keeps what is quantized.
+            statistics: those of this checkpoint.
+            remembered: folder that caches quantized matrices.
         """
         every = WeightPlan(Storage("int4", 16))
         self._scales = balanced(Migration(), read, spec, every)
@@ -55,10 +55,10 @@ class StoredForm:
     def weights(
         self, weights: Mapping[str, NDArray[np.float32]], storage: Storage
     ) -> dict[str, NDArray[np.float32]]:
-        """Matrices [out, in] of one group as their products have them, read back.
+        """Matrices [out, in] of one group, quantized and dequantized.
 
-        Queries, keys and values that are stored alike are quantized as the one matrix that an
-        export makes of them, so that it finds it among what is remembered.
+        Query, key and value projections are quantized as one packed matrix, as in an export, so
+        that the export finds it in the cache.
         """
         place = place_in_packed(next(iter(weights)))
         if place is None or len(weights) < len(PROJECTIONS):
@@ -76,7 +76,7 @@ class StoredForm:
         return self._scales.restoring(lambda _: made)(name)
 
     def inputs(self, name: str, x: Any, storage: Storage) -> Any:
-        """A tensor of activations in 8 bits, one scale per row (int8) or a block (int4)."""
+        """A tensor of activations rounded to 8 bits; one scale per row (int8) or block (int4)."""
         import torch
 
         scale: Any = 1.0
