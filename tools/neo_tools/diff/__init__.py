@@ -1,26 +1,26 @@
-"""`neo-diff`: what a bundle computes, against PyTorch or another bundle.
+"""`neo-diff`: compares the values of a bundle with PyTorch's or another bundle's.
 
 Its parts; each imports only itself and those above it:
 
-results            what was found, as plain data: JSON is this
+results            the results as plain data, which JSON output contains
 thresholds         limits, and whether they are kept
-settings           what is asked for
+settings           the settings of a comparison
 texts              the text, and which of its positions are decoded
-progress           how far it is
-position_metrics   KL divergence, agreement, perplexity: from logits to one figure a position
-probed_backend     the CPU's backend with its places shown
+progress           reports progress
+position_metrics   KL divergence, agreement, perplexity: from logits to one figure per position
+probed_backend     the CPU backend with probed places
 cached_path        a text through prefill, decode and one cache, with its places
-probed_cuda        the CUDA backend with its places shown
-engine             what runs the bundle here
-findings           arrays that are left to be summarized
+probed_cuda        the CUDA backend with probed places
+engine             the backend that runs the bundle on this machine
+findings           arrays that the summary is made from
 shipped            logits of the bundle as it ships, through each of its graphs
-references         what is compared with: PyTorch, or another bundle
-summary            from findings to results: what a report says of places, tokens and greedy texts
-run                the order of things
+references         the reference: PyTorch, or another bundle
+summary            from findings to results: places, tokens and greedy texts
+run                all steps of a comparison
 report             the summary for a terminal
 page_parts         sections, tables and numbers of the page
-charts             its plots as SVG
-page_plots         what is plotted
+charts             plots as SVG
+page_plots         the plots of the page
 html               the page
 cli_options        the options
 cli                the command

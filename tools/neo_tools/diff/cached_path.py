@@ -1,4 +1,4 @@
-"""A text through prefill and decode and one cache, with everything looked at on the way."""
+"""Runs a text through prefill and decode with one cache, recording every place on the way."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 __all__ = ["Segment", "segments_of", "spoil", "trace_cached_path", "trace_scored"]
 
 _WRONG = 0.1
-"""Relative L2 from which on a cached position counts as wrong in later checks, too."""
+"""A cached position with this relative L2 error also counts as wrong in later checks."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Positions that one graph computes: prefill in one call, decode token by token."""
+    """Consecutive positions that one graph computes: prefill in one call, decode token by token."""
 
     graph: str
     start: int
@@ -41,7 +41,7 @@ class Segment:
 
 
 def segments_of(length: int, decoded: Sequence[tuple[int, int]], chunk: int) -> tuple[Segment, ...]:
-    """Decode where asked for, prefill in chunks elsewhere, in the order of positions."""
+    """The given ranges as decode segments, the rest as chunks of prefill, ordered by position."""
     segments: list[Segment] = []
     at = 0
     for start, stop in [*decoded, (length, length)]:
@@ -56,7 +56,7 @@ def segments_of(length: int, decoded: Sequence[tuple[int, int]], chunk: int) -> 
 
 
 def spoil(store: CacheStore) -> None:
-    """Make an empty cache unlike any that a text leaves, where the engine shows its cache."""
+    """Fill an empty cache with values that no text leaves, if the engine exposes its cache."""
     with contextlib.suppress(NotImplementedError):
         store.spoil()
 
@@ -70,14 +70,14 @@ def trace_cached_path(
     """Run one text through one cache.
 
     Args:
-        backend: with probed sessions.
+        backend: a backend with probed sessions.
         ids: token ids [S].
-        segments: that cover the positions from 0 on without a gap.
+        segments: segments that cover the positions from 0 on without a gap.
         step: called with the number of tokens done since the last call.
 
     Returns:
-        A trace a segment, and a check of the cache after each segment and after the first token
-        of each decode.
+        One trace per segment, and a check of the cache after each segment and after the first
+        token of each decode segment.
     """
     recorder = _Recorder(backend.manifest, segments[-1].stop, backend.cache_steps)
     backend.sink = recorder.take
@@ -105,7 +105,7 @@ def trace_cached_path(
 
 
 def trace_scored(backend: Probed, ids: NDArray[np.int64]) -> Trace:
-    """Run one text through the score graph, in as many calls as the runtime makes of it."""
+    """Run one text through the score graph, in as many calls as the runtime would use."""
     recorder = _Recorder(backend.manifest, len(ids), None)
     backend.sink = recorder.take
     store = backend.open_cache(1, len(ids))
@@ -136,7 +136,7 @@ class _Recorder:
         self.checks: list[CacheCheck] = []
 
     def take(self, values: dict[str, NDArray[Any]]) -> None:
-        """Values [1, S, width] of the positions that follow, or [1, 1, width] of the last one."""
+        """Record values [1, S, width] of the next S positions, or [1, 1, width] of the last one."""
         stop = self._done + max(value.shape[1] for value in values.values())
         for name, value in values.items():
             if name not in self._values:
@@ -149,16 +149,16 @@ class _Recorder:
         self._done = stop
 
     def keep_logits(self, logits: NDArray[np.float32], at: int) -> None:
-        """[1, V], of the position `at`."""
+        """Record the logits [1, V] of the position `at`."""
         self._logits.append(logits[0].copy())
         self._logits_at.append(at)
 
     def rest(self) -> None:
-        """Leave resident memory."""
+        """Release the recorded values from resident memory."""
         drop_pages(*self._values.values())
 
     def close(self, segment: Segment) -> None:
-        """End a segment: its trace is whole."""
+        """End a segment: its trace is complete."""
         self.traces.append(
             Trace(
                 graph=segment.graph,
@@ -181,7 +181,7 @@ class _Recorder:
         return Trace.scored(self._probes, self._values, kept)
 
     def check(self, store: CacheStore, graph: str) -> None:
-        """Compare what the cache holds with what was computed for it."""
+        """Compare the cache's content with the keys and values that were computed for it."""
         try:
             contents = store.contents()
         except NotImplementedError:
@@ -210,7 +210,7 @@ class _Recorder:
         computed: NDArray[np.float32],
         slots: NDArray[np.int64],
     ) -> NDArray[np.float64]:
-        """[T]; NaN where position t has no slot, or was wrong before."""
+        """Errors [T]; NaN if position t has no slot, or was already found to be wrong."""
         result = np.full(len(computed), np.nan)
         kept = slots >= 0
         rows = cached[:, slots[kept]].transpose(1, 0, 2).reshape(kept.sum(), -1)
@@ -219,8 +219,8 @@ class _Recorder:
         else:
             result[kept] = relative_l2(rows, computed[kept])
             if len(computed) <= cached.shape[1]:
-                # Nobody wrote it. Of a buffer that was full, a graph with a smaller window has kept
-                # too little, which is a fault of its attention.
+                # NaN: the slot was never written. (In a buffer that was full it stays NaN: a graph
+                # with too small a window keeps too little, which is a fault of its attention.)
                 result[kept] = np.nan_to_num(result[kept], nan=np.inf)
         known = self._known_wrong.setdefault(place, np.zeros(self._length, dtype=np.bool_))
         known = known[: len(result)]
@@ -231,10 +231,10 @@ class _Recorder:
     def _slots(
         self, layer: int, cached: NDArray[Any], computed: NDArray[np.float32]
     ) -> NDArray[np.int64]:
-        """Slot of each position [T], −1 where it need not be there any more.
+        """Slot of each position [T]; −1 for positions that may have been evicted.
 
-        Until a buffer is full, slot = position. Then a local layer's graph moves what it keeps to
-        the front, as it likes: the newest position is found by its key, the others lie before it.
+        Until a buffer is full, slot = position. After that, a local layer's graph may move the kept
+        positions to the front: the newest one is found by its key, the others are before it.
         """
         total, capacity = len(computed), cached.shape[1]
         positions = np.arange(total)
@@ -254,14 +254,14 @@ class _Recorder:
 def _stored(
     pair: tuple[NDArray[np.float32], ...], steps: tuple[NDArray[np.float32], ...]
 ) -> tuple[NDArray[np.float32], ...]:
-    """Keys and values [T, H] as an int8 cache keeps them."""
+    """Keys and values [T, H], rounded as an int8 cache stores them."""
     return tuple(stored_cache(x, step) for x, step in zip(pair, steps, strict=True))
 
 
 def _widened(
     pair: tuple[NDArray[Any], ...], steps: tuple[NDArray[np.float32], ...]
 ) -> tuple[NDArray[np.float32], ...]:
-    """What an int8 cache holds, [heads, slots, D], times the steps [H] of its channels."""
+    """The integers of an int8 cache, [heads, slots, D], times the steps [H] of its channels."""
     return tuple(
         (x * step.reshape(x.shape[0], 1, x.shape[2])).astype(np.float32)
         for x, step in zip(pair, steps, strict=True)
@@ -274,7 +274,7 @@ def _is_late(
     computed: NDArray[np.float32],
     slots: NDArray[np.int64],
 ) -> bool:
-    """Whether the positions that are wrong lie one slot behind their own."""
+    """Whether the wrong positions are one slot behind their own."""
     wrong = np.flatnonzero(~(np.nan_to_num(errors) <= _WRONG))
     wrong = wrong[slots[wrong] + 1 < cached.shape[1]]
     if not len(wrong):

@@ -1,4 +1,4 @@
-"""Plots as inline SVG, coloured by the page's own style sheet: light and dark alike."""
+"""Plots as inline SVG, coloured by the page's style sheet, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["Chart", "Line", "Marker", "histogram", "lines"]
 _WIDTH, _HEIGHT = 760, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 16, 26, 44
 _SERIES = 8
-"""Colours that the style sheet has: classes s0 to s7."""
+"""Number of colours in the style sheet: classes s0 to s7."""
 _FLOOR = 1e-12
-"""What a logarithmic axis shows of zero."""
+"""Value at which a logarithmic axis shows zero."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Marker:
 
 @dataclass(frozen=True)
 class Chart:
-    """What all plots have."""
+    """The frame that all plots share."""
 
     identifier: str
     title: str
-    """For readers who cannot see it."""
+    """Text alternative for screen readers."""
     x_label: str
     y_label: str
     markers: tuple[Marker, ...] = ()
@@ -57,10 +57,10 @@ def lines(
     """Lines over a logarithmic axis.
 
     Args:
-        chart: its frame.
-        x: of each value.
-        series: at most eight.
-        labels: under each x; by default numbers at round distances.
+        chart: the plot's frame.
+        x: x of each value.
+        series: at most eight lines.
+        labels: label of each x; by default numbers at round intervals.
     """
     found = [v for line in series for v in line.values if v is not None and math.isfinite(v)]
     across, up = _across(min(x), max(x)), _over(found)
@@ -91,7 +91,7 @@ def lines(
 
 
 def histogram(chart: Chart, edges: Sequence[float], counts: Sequence[float]) -> str:
-    """Bars over a logarithmic axis; the first bin takes everything down to zero."""
+    """Bars over a logarithmic axis; the first bin includes everything down to zero."""
     positive = [max(edge, _FLOOR) for edge in edges]
     if len(positive) > 2:
         positive[0] = positive[1] ** 2 / positive[2]
@@ -126,7 +126,7 @@ def _across(low: float, high: float, *, log: bool = False) -> svg.Axis:
 
 
 def _over(values: Sequence[float]) -> svg.Axis:
-    """Upwards, between powers of ten around all values; zeros lie a decade below the rest."""
+    """The vertical axis, between powers of ten around all values; zeros are a decade below."""
     positive = [max(value, _FLOOR) for value in values if value > 0]
     low, high = -1, 0
     if positive:

@@ -48,7 +48,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> Results:
-    # Slow imports come only now, so that --help and wrong usage answer at once.
+    # Slow imports are here, so that --help and usage errors answer at once.
     from neo_tools.diff.run import compare
 
     with StageLine("neo-diff") as line:
@@ -86,7 +86,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _json_file(arguments: argparse.Namespace) -> Path | None:
-    """Where JSON goes; None for nowhere or stdout."""
+    """The file for JSON; None for no JSON or stdout."""
     return Path(arguments.json) if arguments.json not in (None, "-") else None
 
 
@@ -95,9 +95,9 @@ def _write(results: Results, arguments: argparse.Namespace) -> None:
     from neo_tools.diff.report import report
 
     found = _finite(results.to_json())
-    # First, and to stdout: minutes of work are not lost because a file cannot be written.
+    # stdout first: if a file cannot be written, minutes of work are not lost.
     sys.stdout.write(f"{json_text(found)}\n" if arguments.json == "-" else report(results))
-    with ExitStack() as files:  # each, whatever becomes of the other
+    with ExitStack() as files:  # each file is tried, even if writing the other one fails
         if arguments.html is not None:
             files.callback(write_text_file, arguments.html, page(results))
         if path := _json_file(arguments):
@@ -106,7 +106,7 @@ def _write(results: Results, arguments: argparse.Namespace) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for what JSON cannot hold: NaN and infinities."""
+    """The same value with null for NaN and infinities, which JSON cannot represent."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -117,7 +117,7 @@ def _finite(value: Any) -> Any:
 
 
 def _require_writable(path: Path) -> None:
-    """Say so before minutes of work: raises OutputError."""
+    """Raise OutputError before minutes of work if the file cannot be written."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise OutputError(f"cannot write {path}: its folder does not exist, or it is one itself")
 

@@ -113,7 +113,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     for option, limit, text in (
         ("--max-kl", number_from(0), "largest mean KL(reference ‖ bundle), nats"),
         ("--min-top1", number_from(0, 1), "smallest share of positions with the same best token"),
-        # Below 0: the bundle has to be better.
+        # A negative limit requires the bundle to be better.
         ("--max-ppl-increase", number_from(-1), increase),
         ("--max-logit-error", number_from(0), median),
     ):

@@ -1,4 +1,4 @@
-"""What runs the bundle, and what shows its places there."""
+"""The backend that runs the bundle, and the one that shows its places."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Engine:
     """"cpu", "cuda" or "tensorrt"."""
     device: int = 0
     threads: int
-    """Of one operator on a CPU."""
+    """Threads within an operator on a CPU."""
     runs_on: str = "CPU"
-    """For the reader: a GPU's name, a plan."""
+    """Description for reports: a GPU's name, a plan."""
 
     @classmethod
     def of(cls, model: Model, device: int, threads: int) -> Engine:
-        """What a model that was loaded with these runs on."""
+        """The engine of a model that was loaded with this device and these threads."""
         return cls(backend=model.backend, device=device, threads=threads, runs_on=model.runs_on)
 
 
 def why_not_shown(bundle: Bundle, engine: Engine) -> str | None:
-    """Why no engine here shows a bundle's places, or None."""
+    """The reason why no engine here can show a bundle's places; None if one can."""
     if engine.backend != "cuda" and bundle.manifest.cache.dtype == "bfloat16":
         return (
             "a plan shows no values inside, and onnxruntime has no kernels for bfloat16 on the CPU"
@@ -45,7 +45,7 @@ def why_not_shown(bundle: Bundle, engine: Engine) -> str | None:
 
 
 def shown_elsewhere(bundle: Bundle, engine: Engine) -> str | None:
-    """A warning where a bundle's places are not looked at on the engine that gives its logits."""
+    """A warning if a bundle's places come from another engine than its logits; otherwise None."""
     reason = why_not_shown(bundle, engine)
     if reason is not None:
         return f"places are not looked at: {reason}"
@@ -59,9 +59,10 @@ def shown_elsewhere(bundle: Bundle, engine: Engine) -> str | None:
 
 @contextmanager
 def open_probed_backend(bundle: Bundle, engine: Engine) -> Iterator[Probed]:
-    """Graphs that show their places, on the GPU where that is what runs the CUDA form.
+    """Open a backend with probed graphs: on the GPU if the CUDA backend runs the bundle.
 
-    A plan shows nothing inside; the graph that it was built from runs on the CPU in its place.
+    A TensorRT plan does not show its places; the graph that it was built from runs on the CPU
+    instead.
 
     Raises:
         NeoError: the backend cannot be opened.

@@ -1,4 +1,4 @@
-"""What the comparison leaves to be summarized."""
+"""The raw findings of a comparison, from which the summary is made."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Written:
 
     context: int
     prompt: int
-    """Tokens of the prompt."""
+    """Number of tokens of the prompt."""
     ids: NDArray[np.int64]
     """[prompt + new]."""
 
 
 @dataclass
 class Findings:
-    """Arrays; `results.Results` is made of them."""
+    """Arrays from which `results.Results` is made."""
 
     metrics: dict[str, PositionMetrics]
-    """By graph."""
+    """Metrics by graph."""
     errors: PlaceErrors
     faults: list[Fault]
     localized_tokens: int

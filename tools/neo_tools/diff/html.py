@@ -1,4 +1,4 @@
-"""One page with everything: no script, no font, no picture from elsewhere."""
+"""One self-contained HTML page: no external scripts, fonts or images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["page"]
 
 
 def page(results: Results) -> str:
-    """HTML, complete in itself."""
+    """The page as HTML."""
     style = files("neo_tools.diff").joinpath("page.css").read_text(encoding="utf-8")
     name = escape(results.bundle.path.rstrip("/").rsplit("/", 1)[-1])
     body = "\n".join(

@@ -12,14 +12,14 @@ __all__ = ["number", "section", "table"]
 
 
 def section(title: str, *parts: str) -> str:
-    """A headed section around HTML."""
+    """A section with a heading around HTML."""
     anchor = f"section-{title.lower().replace(' ', '-')}"
     inside = f'<h2 id="{anchor}">{title}</h2>{"".join(parts)}'
     return f'<section aria-labelledby="{anchor}">{inside}</section>'
 
 
 def table(identifier: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML already; the first of a row is its head."""
+    """A table; its cells are HTML already, and the first of a row is the row's heading."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
@@ -32,5 +32,5 @@ def table(identifier: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) 
 
 
 def number(value: float) -> str:
-    """Three digits, as the plain text."""
+    """A number with three digits, as in the plain-text report."""
     return "not finite" if not math.isfinite(value) else f"{value:.3g}"

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 __all__ = ["by_layer", "by_position", "kl_distribution"]
 
 _POINTS = 256
-"""Most points of the plot by position: neighbours are averaged."""
+"""Largest number of points in the plot by position; neighbours are averaged."""
 
 
 def by_layer(results: Results) -> str:
-    """Two plots: what accumulates, and what each step adds by itself."""
+    """Two plots: the accumulated error, and the local error of each step."""
     places = [place for place in results.places if place.graph == "score"]
     if not places:
         return ""
@@ -174,7 +174,7 @@ def by_position(results: Results) -> str:
 
 
 def kl_distribution(results: Results) -> str:
-    """The histogram, with the limit of the mean marked."""
+    """The histogram of KL, with the limit of the mean marked."""
     limit = next(check.limit for check in results.checks if check.option == "--max-kl")
     return section(
         "KL divergence",

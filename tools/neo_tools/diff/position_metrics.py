@@ -1,4 +1,4 @@
-"""Logits against logits: one figure a position, and what they come to together."""
+"""Compares logits: one figure per position, and their summaries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["PositionMetrics", "compare_rows", "joined", "perplexity", "summaries
 
 @dataclass(frozen=True)
 class PositionMetrics:
-    """One entry a position, [n] each."""
+    """Metrics of the compared positions, [n] each."""
 
     context: NDArray[np.int64]
     position: NDArray[np.int64]
@@ -34,7 +34,7 @@ class PositionMetrics:
     logit_error: NDArray[np.float64]
     """Relative L2 over the vocabulary."""
     nll_reference: NDArray[np.float64]
-    """−log probability of the token that follows, nats; NaN where none does."""
+    """−log probability of the next token, nats; NaN at the last position of a context."""
     nll_bundle: NDArray[np.float64]
     best_reference: NDArray[np.int64]
     best_bundle: NDArray[np.int64]
@@ -81,7 +81,7 @@ def joined(parts: Sequence[PositionMetrics]) -> PositionMetrics:
 
 
 def summaries(graph: str, found: PositionMetrics, window: int) -> list[GraphSummary]:
-    """Of all positions, and of each region that there are positions of."""
+    """Summaries of all positions, and of each region that has positions."""
     masks = {"all": np.ones(len(found.position), dtype=np.bool_)}
     masks |= region_masks(found.position, window)
     return [_summary(graph, name, found, mask) for name, mask in masks.items() if mask.any()]
@@ -113,8 +113,8 @@ def _summary(
 def perplexity(found: PositionMetrics) -> Perplexity:
     """Perplexity, exp of the mean −log probability, over every token but the first of each context.
 
-    The increase is exp(mean d) − 1 with d = nll_bundle − nll_reference, token by token (paired).
-    Its interval is that of the mean of d: see `bootstrap_interval`.
+    The increase is exp(mean d) − 1 with d = nll_bundle − nll_reference for each token (paired). Its
+    interval follows from that of the mean of d: see `bootstrap_interval`.
     """
     known = ~np.isnan(found.nll_reference)
     reference, bundle = found.nll_reference[known], found.nll_bundle[known]

@@ -1,7 +1,7 @@
-"""The runtime's own loop over graphs whose probed values are outputs as well.
+"""The runtime's own loop over graphs that also output their probed values.
 
-Prefill and decode go through `neo_runtime`'s stores, so that what is looked at is the cache that
-they really leave, in whatever layout the bundle has.
+Prefill and decode use `neo_runtime`'s cache stores, so the checks see the actual cache, in the
+bundle's own layout.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Probed(Protocol):
 
     manifest: Manifest
     cache_steps: CacheSteps | None
-    """Of an int8 cache."""
+    """The steps of an int8 cache."""
     sink: Sink
-    """Gets the values of every call, [1, S, width] each."""
+    """Receives the values of every call, [1, S, width] each."""
     scored_at_once: int
     """See `Backend.scored_at_once`."""
 
@@ -44,7 +44,7 @@ class Probed(Protocol):
         """See `Backend.open_cache`."""
 
     def score_trace(self, ids: NDArray[np.int64]) -> Trace:
-        """Places and logits of every position, by the score graph."""
+        """Places and logits of every position, from the score graph."""
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -58,7 +58,7 @@ class ProbedBackend(OnnxRuntimeBackend):
         self._bundle_folder = bundle.path
         self._threads = threads
         self.cache_steps = read_cache_steps(bundle.path, bundle.manifest)
-        """Of an int8 cache."""
+        """The steps of an int8 cache."""
         self._probed: dict[str, _ProbedSession] = {}
         self._scoring: Any = None
         self.sink: Sink = lambda values: None
@@ -87,7 +87,7 @@ class ProbedBackend(OnnxRuntimeBackend):
 
 
 class _ProbedSession:
-    """As much of an `InferenceSession` as the runtime's bound calls use."""
+    """The part of `InferenceSession` that the runtime's IO binding calls use."""
 
     def __init__(self, session: Any, names: list[str], sink: Sink) -> None:
         self._session = session
@@ -98,7 +98,7 @@ class _ProbedSession:
         return self._session.io_binding()
 
     def run_with_iobinding(self, binding: Any) -> None:
-        # Behind those that the store has bound; anew each time, for their shape is the call's.
+        # Bound after the store's outputs, and at each call, because their shapes differ.
         for name in self._names:
             binding.bind_output(name)
         self._session.run_with_iobinding(binding)

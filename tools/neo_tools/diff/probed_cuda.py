@@ -1,4 +1,4 @@
-"""As `probed_backend`, on a GPU: the CUDA backend's own loop over graphs that show their places."""
+"""Like `probed_backend`, on a GPU: the CUDA backend's own loop over graphs with probed places."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ __all__ = ["ProbedCudaBackend"]
 
 
 class ProbedCudaBackend(CudaBackend):
-    """Every call runs its kernels one by one, and `sink` gets the values, [1, S, width] each."""
+    """Calls are not captured as CUDA graphs; `sink` gets the values, [1, S, width] each."""
 
     captures = False
-    """What is shown leaves the device at every step."""
+    """False, because the probed values are copied from the device at every step."""
 
     def __init__(self, bundle: Bundle, device: Device) -> None:
-        # A graph from memory has no folder; onnxruntime looks for its weights before it takes ours.
+        # A graph from memory has no folder, and onnxruntime looks for its weights before it takes
+        # ours.
         folder = {"session.model_external_initializers_file_folder_path": str(bundle.path)}
         super().__init__(bundle, device, folder)
         self.cache_steps: CacheSteps | None = None
-        """There are no int8 caches here."""
+        """None: this backend has no int8 caches."""
         self._names = probed_values(self.manifest)
         self.sink: Sink = lambda values: None
 
@@ -45,7 +46,7 @@ class ProbedCudaBackend(CudaBackend):
 
     def run_bound(self, graph: str, binding: Any) -> None:
         """See `CudaBackend.run_bound`."""
-        # Behind those that the store has bound; anew each time, for their shape is the call's.
+        # Bound after the store's outputs, and at each call, because their shapes differ.
         for name in self._names:
             binding.bind_output(name)
         super().run_bound(graph, binding)
@@ -54,5 +55,5 @@ class ProbedCudaBackend(CudaBackend):
         self.sink({n: o.numpy() for n, o in zip(self._names, outputs, strict=True)})
 
     def score_trace(self, ids: NDArray[Any]) -> Trace:
-        """Places and logits of every position, by the score graph."""
+        """Places and logits of every position, from the score graph."""
         return trace_scored(self, ids)

@@ -1,4 +1,4 @@
-"""How far a comparison is."""
+"""Reports the progress of a comparison."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Progress = Callable[[str, int, int], None]
 
 
 class Count:
-    """Adds up what was done of one stage, and reports it."""
+    """Counts the work done in one stage, and reports it."""
 
     def __init__(self, stage: str, total: int, say: Progress) -> None:
         self._stage, self._total, self._say, self._done = stage, total, say, 0
         say(stage, 0, total)
 
     def __call__(self, done: int) -> None:
-        """So much more is done."""
+        """Add to the work done."""
         self._done = min(self._total, self._done + done)
         self._say(self._stage, self._done, self._total)

@@ -1,4 +1,4 @@
-"""What a bundle is compared with: a checkpoint in PyTorch, or another bundle."""
+"""The reference that a bundle is compared with: a checkpoint in PyTorch, or another bundle."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ _BEHAVIOUR = ("window_size", "attention_layers", "layer_norm_epsilon", "activati
 
 
 class Reference(ABC):
-    """Hidden states and logits to compare with."""
+    """Provides hidden states and logits to compare with."""
 
     subject: Subject
     spec: ModelSpec
     warnings: list[str]
-    """What a reader has to know of the last `run`."""
+    """Warnings about the last `run`, for the report."""
 
     @abstractmethod
     def run(self, texts: Sequence[Text], progress: LayersDone, bundle: Bundle) -> PlaceErrors:
-        """Run all texts, comparing the traces of those that have some.
+        """Run all texts, and compare the traces of those that have some.
 
         Args:
-            texts: those with traces, and others.
-            progress: called with steps done and all.
-            bundle: that the traces are of.
+            texts: texts, with or without traces.
+            progress: called with the number of steps done and the total.
+            bundle: the bundle of the traces.
         """
 
     @abstractmethod
@@ -74,11 +74,11 @@ class Reference(ABC):
 
     @abstractmethod
     def add_logits(self, errors: PlaceErrors, text: Text, expected: NDArray[np.float32]) -> None:
-        """Compare the logits of a text's traces; `expected` are those of `logits`, [S, V]."""
+        """Compare the logits of a text's traces with `expected`, the result of `logits`, [S, V]."""
 
     @abstractmethod
     def faults(self, errors: PlaceErrors, bundle: Manifest, texts: Sequence[Text]) -> list[Fault]:
-        """Places that are off, in the order of computation; the first with its explanation."""
+        """Faults in the order of computation; the first one with its explanation."""
 
 
 class PyTorchReference(Reference):
@@ -139,7 +139,7 @@ class PyTorchReference(Reference):
 
 
 class BundleReference(Reference):
-    """Another bundle's score graph: there are accumulated errors only, place against place."""
+    """Another bundle's score graph; it gives accumulated errors only, place by place."""
 
     def __init__(self, bundle: Bundle, threads: int, device: int) -> None:
         manifest = bundle.manifest
@@ -213,12 +213,12 @@ class BundleReference(Reference):
 def open_reference(
     model: str, threads: int, device: int = 0, base: str | None = None
 ) -> Iterator[Reference]:
-    """A bundle's folder, a checkpoint's folder, or a hub id.
+    """Open a bundle or a checkpoint as reference.
 
     Args:
-        model: one of these.
-        threads: of one operator on a CPU.
-        device: the GPU of a bundle for one; a checkpoint runs on the CPU.
+        model: a bundle's folder, a checkpoint's folder, or a hub id.
+        threads: threads within an operator on a CPU.
+        device: the GPU, for a bundle that runs on one; a checkpoint runs on the CPU.
         base: the base model of a LoRA adapter; None for the one that the adapter names.
 
     Raises:
@@ -242,10 +242,10 @@ def open_reference(
 
 
 def require_same_shape(bundle: ModelSpec, reference: ModelSpec) -> list[str]:
-    """Warnings about what else differs.
+    """Refuse models of different shapes; return warnings about other differences.
 
     Raises:
-        RequestError: they are models of different shapes.
+        RequestError: the models have different shapes.
     """
 
     def differing(names: tuple[str, ...]) -> list[str]:

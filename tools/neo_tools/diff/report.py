@@ -20,7 +20,7 @@ _PATHS = GRAPHS | {"batch": "ragged batch"}
 
 
 def report(results: Results) -> str:
-    """Lines, with a newline at the end."""
+    """The report's lines, with a newline at the end."""
     parts = [
         _head(results),
         _logits(results),
@@ -33,12 +33,12 @@ def report(results: Results) -> str:
 
 
 def path_text(graph: str) -> str:
-    """The name of a row of logits."""
+    """The name of a row in the table of logits."""
     return _PATHS[graph]
 
 
 def faultless_text(results: Results) -> str:
-    """What can be said where no place is at fault."""
+    """The conclusion if no place has a fault."""
     if results.reference.kind == "PyTorch":
         return "every step of every layer is right"
     return "no place stands out from those before it"
@@ -97,7 +97,7 @@ def _logits(results: Results) -> list[str]:
 
 
 def interval_text(found: Perplexity) -> str:
-    """Of the increase."""
+    """The interval of the perplexity's increase, as text."""
     if found.low is None or found.high is None:
         return "too few for an interval"
     return f"95 % {found.low:+.3%} to {found.high:+.3%}"
@@ -122,7 +122,7 @@ def _continuations(found: tuple[Continuation, ...]) -> list[str]:
 
 
 def _layers(results: Results) -> list[str]:
-    """Accumulated error of hidden states after each layer, by region, of the score graph."""
+    """Accumulated error of the score graph's hidden states after each layer, by region."""
     rows = [
         place
         for place in results.places
@@ -150,7 +150,7 @@ def _layers(results: Results) -> list[str]:
 
 
 def _worst_step(results: Results, layer: int | None, name: str) -> str:
-    """The place of this layer whose own step is off most, of all graphs."""
+    """The place of this layer with the largest local error in any graph."""
     own = [
         place
         for place in results.places

@@ -1,4 +1,4 @@
-"""What a comparison found, as plain data: the terminal, JSON and the page use only this."""
+"""The results of a comparison as plain data; the terminal, JSON and the page use only these."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Subject:
-    """A bundle, or a reference."""
+    """The bundle or the reference of a comparison."""
 
     path: str
     kind: str
@@ -33,14 +33,14 @@ class Subject:
     target: str | None = None
     digest: str | None = None
     backend: str | None = None
-    """What ran a bundle: "cpu", "cuda" or "tensorrt"."""
+    """Backend of a bundle: "cpu", "cuda" or "tensorrt"."""
     runs_on: str | None = None
-    """The same for the reader: "CPU", a GPU's name, a plan on one."""
+    """Its description for reports: "CPU", a GPU's name, a plan on a GPU."""
 
 
 @dataclass(frozen=True)
 class GraphSummary:
-    """Logits of one graph over all positions that were compared, or those of one region."""
+    """Errors of one graph's logits over all compared positions, or over those of one region."""
 
     graph: str
     region: str
@@ -56,18 +56,18 @@ class GraphSummary:
     top_5: float
     """Mean share of the reference's best five that are among the bundle's."""
     logit_error_median: float
-    """Relative L2 of a position's logits: the median."""
+    """Median over positions of the relative L2 error of the logits."""
     logit_error_max: float
     absolute: dict[str, float]
-    """max, mean, median, p99 of |logit − reference|: of each position over the vocabulary; here
-    the largest maximum, and the medians over positions of the others."""
+    """max, mean, median and p99 of |logit − reference| over the vocabulary; summarized over
+    positions by the largest maximum, and by the median for the others."""
     relative: dict[str, float]
     """The same of |logit − reference| / |reference|."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of the score graph, over every token but the first of each context."""
+    """Perplexity with the score graph, over every token but the first of each context."""
 
     tokens: int
     reference: float
@@ -76,12 +76,13 @@ class Perplexity:
     """bundle / reference − 1."""
     low: float | None
     high: float | None
-    """95 % confidence interval of `increase`: see `perplexity`. None: too few tokens for one."""
+    """`low` to `high` is the 95 % confidence interval of `increase` (see `perplexity`); both are
+    None if there are too few tokens."""
 
 
 @dataclass(frozen=True)
 class PlaceSummary:
-    """Hidden states at one place, in one region. Relative L2 of positions."""
+    """Relative L2 errors of the hidden states at one place, in one region."""
 
     graph: str
     layer: int | None
@@ -89,32 +90,32 @@ class PlaceSummary:
     region: str
     positions: int
     local_median: float
-    """Of this step itself, from the bundle's own inputs; the accumulated one where the reference is
-    a bundle."""
+    """Local error of this step, computed from the bundle's own inputs; the accumulated error if the
+    reference is a bundle."""
     local_max: float
     cumulative_median: float
-    """Against the reference's own run."""
+    """Accumulated error, against the reference's own run."""
     cumulative_max: float
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Where greedy texts part."""
+    """Where the greedy texts of bundle and reference diverge."""
 
     context: int
     prompt_tokens: int
     tokens: int
-    """How many were written."""
+    """Number of generated tokens."""
     parted_after: int | None
-    """Equal tokens before the first that differs; None where none does."""
+    """Number of equal tokens before the first difference; None if all are equal."""
     bundle_text: str
     reference_token: str | None
-    """What the reference would have written there."""
+    """The reference's token there."""
 
 
 @dataclass(frozen=True)
 class TokenError:
-    """A position that is affected much, in its text."""
+    """A position with a large error, in its text."""
 
     context: int
     position: int
@@ -128,7 +129,7 @@ class TokenError:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One limit."""
+    """One limit, and whether it is kept."""
 
     name: str
     option: str
@@ -138,20 +139,20 @@ class Check:
     passed: bool
     meaning: str
     graph: str | None = None
-    """Whose logits it was found in; None: it is not of one graph."""
+    """The graph whose logits it is about; None if it is not about one graph."""
     positions: int | None = None
-    """Of that graph, that were looked at."""
+    """Number of compared positions of that graph."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """All of it."""
+    """All results of a comparison."""
 
     bundle: Subject
     reference: Subject
     text: str
     contexts: tuple[int, ...]
-    """Tokens of each."""
+    """Number of tokens of each context."""
     window_size: int
     attention_layers: tuple[str, ...]
     settings: dict[str, Any]
@@ -166,11 +167,11 @@ class Results:
     passed: bool
     worst_tokens: tuple[TokenError, ...]
     positions: dict[str, list[Any]]
-    """One entry a scored position: context, position, token, kl, top_1, top_5, nll_reference,
-    nll_bundle (null at a context's last position: what follows is unknown), logit_error, and
-    absolute_ and relative_ max, mean, median and p99 over the vocabulary."""
+    """Columns with one entry per scored position: context, position, token, kl, top_1, top_5,
+    nll_reference, nll_bundle (null at a context's last position, which has no next token),
+    logit_error, and absolute_ and relative_ max, mean, median and p99 over the vocabulary."""
     kl_histogram: dict[str, list[float]]
-    """`edges` [n + 1], in nats, the first bin beginning at 0, and `counts` [n]."""
+    """`edges` [n + 1] in nats, where the first bin includes 0, and `counts` [n]."""
     warnings: tuple[str, ...]
     seconds: float
     peak_rss_bytes: int
@@ -179,5 +180,5 @@ class Results:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """For `json.dumps`."""
+        """The results as a dictionary for `json.dumps`."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""The comparison: the bundle as it ships, then with its places shown, then the reference."""
+"""Runs a comparison: the bundle as it ships, then with probed places, then the reference."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ if TYPE_CHECKING:
 __all__ = ["compare", "trace"]
 
 _LONGEST_PROBED_DECODE = 64
-"""Tokens of a stretch of decode whose places are looked at; the logits of all are compared."""
+"""Longest stretch of decode whose places are compared, in tokens; all logits are compared."""
 
 
 def compare(settings: Settings, progress: Progress | None = None) -> Results:
-    """Do all of it.
+    """Run the whole comparison.
 
     Args:
-        settings: what to compare, and how closely.
+        settings: the settings of the comparison.
         progress: called with a stage's name, done and total.
 
     Raises:
@@ -80,11 +80,11 @@ def compare(settings: Settings, progress: Progress | None = None) -> Results:
             )
             shipped, written = score_graph(bundle, texts, engine, say), []
         else:
-            # Loaded twice: a session maps the weights, and so no more than two are open at once.
+            # Loaded twice: a session maps the weights; so at most two sessions are open at once.
             with _load(settings) as model:
                 engine = Engine.of(model, settings.device, threads)
                 shipped = score_all(model, texts, say)
-            # Named now: "auto" would say once more what it took.
+            # With the backend named: "auto" would report its choice a second time.
             with _load(replace(settings, backend=engine.backend)) as model:
                 warnings += run_steps(model, texts, settings, shipped, say)
                 written = write_texts(model, texts, settings, say)
@@ -124,7 +124,7 @@ def _load(settings: Settings) -> Model:
 
 
 def _why_not_here(bundle: Bundle, settings: Settings) -> str | None:
-    """Why a bundle that needs a plan is not run: no plan, no GPU, or not asked for."""
+    """Why a bundle that needs a plan is not run: no plan, no GPU, or another backend requested."""
     if bundle.manifest.cache.layout != "static" or settings.backend not in ("auto", "cpu"):
         return None
     if settings.backend == "cpu" and bundle.manifest.cache.dtype != "bfloat16":
@@ -132,7 +132,7 @@ def _why_not_here(bundle: Bundle, settings: Settings) -> str | None:
     try:
         _load(settings).close()
     except BundleUnsupportedError as error:
-        if bundle.manifest.cache.dtype == "bfloat16":  # nor does its graph run
+        if bundle.manifest.cache.dtype == "bfloat16":  # the graph does not run on a CPU, either
             raise
         return str(error)
     return None
@@ -145,7 +145,7 @@ def trace(
     engine: Engine,
     say: Progress,
 ) -> list[Text]:
-    """The first contexts with their places shown, the others without."""
+    """Texts for all contexts; the first ones have traces of their places."""
     window = bundle.manifest.model.window_size
     result = [Text(ids) for ids in contexts]
     chosen = result[: len(_localized(contexts, settings.localize_tokens))]
@@ -165,7 +165,7 @@ def trace(
             whole, checks = trace_cached_path(backend, text.ids, chunks, count)
             mixed = path_of(text.ids, window, settings, _LONGEST_PROBED_DECODE)
             parts, more = trace_cached_path(backend, text.ids, mixed, count)
-            # Prefill is compared where it runs by itself; here it only leads to the next stretch.
+            # Prefill is compared in its own run; here it only leads to the next stretch of decode.
             decoded = [trace for trace in parts if trace.graph == "decode"]
             text.traces = [*text.traces, *whole, *decoded]
             text.cache_checks = [*checks, *more]
@@ -173,7 +173,7 @@ def trace(
 
 
 def _localized(contexts: Sequence[NDArray[np.int64]], tokens: int) -> list[NDArray[np.int64]]:
-    """As many contexts as fit `tokens`, at least the first; none for 0."""
+    """The first contexts that fit into `tokens`, at least one; none for 0."""
     if tokens <= 0:
         return []
     chosen = [contexts[0]]

@@ -1,4 +1,4 @@
-"""What `neo-diff` was asked for."""
+"""The settings of a comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is compared, and how closely."""
+    """The settings of a comparison."""
 
     bundle: Path
     reference: str
@@ -23,22 +23,22 @@ class Settings:
     base: str | None = None
     """The base model of a LoRA adapter; None for the one that the adapter names."""
     text: Path | None = None
-    """None for the texts that come with the package."""
+    """File with texts; None for those that come with the package."""
     tokens: int = 4096
     context: int | None = None
-    """Tokens of a context; None for as many as the bundle has positions."""
+    """Tokens per context; None for as many as the bundle has positions."""
     decode_positions: int | None = 32
-    """Of each context; None for all."""
+    """Positions of each context that go through decode; None for all."""
     prefill_chunk: int = 512
     localize_tokens: int = 2048
-    """Tokens of the contexts whose places are looked at: at least one context is; 0 for none."""
+    """Number of tokens in contexts whose places are compared (at least one context); 0 for none."""
     continuations: int = 4
-    """Greedy texts that are compared."""
+    """Number of greedy texts that are compared."""
     new_tokens: int = 32
-    """Of each greedy text."""
+    """New tokens of each greedy text."""
     backend: str = "auto"
-    """What runs the bundle: `neo_runtime.load`'s."""
+    """Backend of the bundle, as in `neo_runtime.load`."""
     device: int = 0
-    """Which GPU."""
+    """Number of the GPU."""
     threads: int | None = None
     limits: Limits = field(default_factory=Limits)

@@ -47,17 +47,17 @@ _BATCH_STEPS = 8
 
 @dataclass(frozen=True)
 class Logits:
-    """What one graph gave at some positions of one text."""
+    """Logits of one graph at some positions of one text."""
 
     graph: str
     positions: NDArray[np.int64]
     """[n]"""
     values: NDArray[np.float32]
-    """[n, V]; large ones lie in a file."""
+    """[n, V]; large arrays are memory-mapped from a file."""
 
 
 def score_logits(model: Model, ids: NDArray[np.int64]) -> Logits:
-    """Every position, in one call."""
+    """Logits of every position, in one call."""
     values = scratch_array((len(ids), model.manifest.model.vocab_size), "float32")
     values[:] = model.logits(ids)
     return Logits("score", np.arange(len(ids), dtype=np.int64), values)
@@ -69,12 +69,12 @@ def stepwise_logits(
     segments: Sequence[Segment],
     step: Callable[[int], None] = lambda tokens: None,
 ) -> list[Logits]:
-    """Through one cache: the last position of each prefill call, and every decoded one.
+    """Logits with one cache: at the last position of each prefill call, and all decoded positions.
 
     Args:
         model: the bundle.
         ids: token ids [S].
-        segments: that cover positions from 0 on without a gap.
+        segments: segments that cover the positions from 0 on without a gap.
         step: called with the number of tokens done since the last call.
     """
     found: dict[str, list[tuple[int, NDArray[np.float32]]]] = {"prefill": [], "decode": []}
@@ -100,9 +100,9 @@ def stepwise_logits(
 def batch_logits(
     model: Model, contexts: Sequence[NDArray[np.int64]]
 ) -> tuple[dict[int, Logits], str | None]:
-    """Beginnings of contexts as one ragged batch: a prompt each, then decode, fed the true tokens.
+    """Logits of a ragged batch of contexts' beginnings: a prompt each, then decode of true tokens.
 
-    One prompt ends just before a step of decode evicts from a local layer's cache, one within the
+    One prompt ends just before a decode step evicts from a local layer's cache, one within the
     window, one after a few tokens.
 
     Args:
@@ -110,7 +110,7 @@ def batch_logits(
         contexts: token ids [S] each, at least two tokens.
 
     Returns:
-        Logits by the context's number, and why there are none, where there are none.
+        Logits by the context's number; if there are none, the reason, otherwise None.
     """
     window = model.manifest.model.window_size
     new = min(_BATCH_STEPS, *(len(ids) - 1 for ids in contexts))
@@ -153,7 +153,7 @@ def greedy_continuation(model: Model, prompt: NDArray[np.int64], tokens: int) ->
 def path_of(
     ids: NDArray[np.int64], window: int, settings: Settings, longest: int | None = None
 ) -> tuple[Segment, ...]:
-    """The path with decode in it; stretches of decode cut to `longest`."""
+    """Segments that include decode, with stretches of decode cut to `longest` tokens."""
     decoded = decode_segments(len(ids), window, settings.decode_positions)
     if longest is not None:
         decoded = tuple((start, min(stop, start + longest)) for start, stop in decoded)
@@ -161,7 +161,7 @@ def path_of(
 
 
 def score_graph(bundle: Bundle, texts: Texts, engine: Engine, say: Progress) -> list[list[Logits]]:
-    """Logits of every text at every position, by onnxruntime from the scoring graph."""
+    """Logits of every text at every position, with onnxruntime and the scoring graph."""
     count = Count("the graph's logits", texts.tokens, say)
     found = []
     with open_probed_backend(bundle, engine) as backend:
@@ -188,7 +188,7 @@ def score_all(model: Model, texts: Texts, say: Progress) -> list[list[Logits]]:
 def run_steps(
     model: Model, texts: Texts, settings: Settings, found: list[list[Logits]], say: Progress
 ) -> list[str]:
-    """Adds logits through prefill only, with decode in between, and of a batch; warnings."""
+    """Add logits of prefill alone, of prefill with decode, and of a batch; returns warnings."""
     window = model.manifest.model.window_size
     count = Count("the bundle's logits: prefill and decode", 2 * texts.tokens, say)
     for ids, logits in zip(texts.contexts, found, strict=True):

@@ -1,4 +1,4 @@
-"""Arrays of findings → plain results."""
+"""Summarizes the arrays of the findings as plain results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["summarize"]
 
 _WORST_TOKENS = 12
 _AROUND = 24
-"""Tokens of text that are shown on either side of an affected one."""
+"""Tokens of context that are shown on either side of an affected token."""
 _BINS = 40
 _PACKAGES = (
     "neo-onnx",
@@ -56,7 +56,7 @@ def summarize(
     settings: Settings,
     engine: Engine,
 ) -> Results:
-    """Seconds and memory are left at zero."""
+    """The results, with seconds and memory still zero."""
     manifest = bundle.manifest
     model, scored = manifest.model, findings.metrics["score"]
     graphs = [
@@ -108,10 +108,10 @@ def summarize(
 
 
 def _continuations(findings: Findings, tokenizer: Tokenizer) -> list[Continuation]:
-    """Where the texts part.
+    """Where the greedy texts of bundle and reference diverge.
 
-    Up to the first difference both have read the same, so one run of the reference over the
-    bundle's text tells what it would have written.
+    Up to the first difference both have the same input, so one run of the reference over the
+    bundle's text gives its own greedy tokens.
     """
     result = []
     for one, best in zip(findings.written, findings.best_of_reference, strict=True):
@@ -206,7 +206,7 @@ def _positions(found: PositionMetrics) -> dict[str, list[Any]]:
 
 
 def _histogram(found: PositionMetrics) -> dict[str, list[float]]:
-    """Bins of equal width in log10, from the smallest to the largest; the first takes 0 as well."""
+    """Bins of equal width in log10, from the smallest to the largest; the first includes 0."""
     kl = found.kl[np.isfinite(found.kl)]
     positive = kl[kl > 0]
     if not len(positive):

@@ -20,7 +20,7 @@ __all__ = ["Texts", "built_in_texts", "decode_segments", "read_texts"]
 
 @dataclass(frozen=True)
 class Texts:
-    """Contexts of a text, none longer than the model's."""
+    """The contexts of a text, none longer than the model allows."""
 
     source: str
     contexts: tuple[NDArray[np.int64], ...]
@@ -29,7 +29,7 @@ class Texts:
 
     @property
     def tokens(self) -> int:
-        """Of all contexts together."""
+        """Number of tokens in all contexts."""
         return sum(map(len, self.contexts))
 
 
@@ -48,18 +48,19 @@ def read_texts(
     tokens: int,
     context: int,
 ) -> Texts:
-    """Read and cut into contexts.
+    """Read texts and cut them into contexts.
 
     Args:
-        path: a file as `neo_runtime.text.documents.read_documents` takes it; None for the texts
+        path: a file that `neo_runtime.text.documents.read_documents` can read; None for the texts
             that come with the package.
-        tokenizer: of the bundle.
-        model: the bundle's.
-        tokens: how many to take at most.
-        context: longest context.
+        tokenizer: the bundle's tokenizer.
+        model: the bundle's model.
+        tokens: largest number of tokens in all.
+        context: largest number of tokens per context.
 
     Raises:
-        RequestError: no tokenizer or another model's, a file that cannot be read, or no text in it.
+        RequestError: there is no tokenizer or another model's, or the file cannot be read or has
+            no text.
     """
     chosen = built_in_texts() if path is None else path
     if tokenizer is None:
@@ -80,16 +81,16 @@ def read_texts(
 
 
 def decode_segments(length: int, window: int, positions: int | None) -> tuple[tuple[int, int], ...]:
-    """Which positions of a context go through decode, one token at a time: (start, stop) each.
+    """The positions of a context that go through decode, one token at a time: (start, stop) each.
 
-    A fifth of them at the start, around the window's end, from just before the first step that
-    evicts from a local layer's cache (`neo_runtime.backends.base.layer_lengths`), and at the end
-    of the context; the rest one by one, evenly over all of it.
+    A fifth of them is at the start, a fifth around the window's end, a fifth from just before the
+    first step that evicts from a local layer's cache (`neo_runtime.backends.base.layer_lengths`),
+    and a fifth at the end of the context. The rest are single positions, evenly spaced.
 
     Args:
-        length: of the context.
-        window: of local layers.
-        positions: how many in all; None for every position.
+        length: length of the context.
+        window: window of local layers.
+        positions: number of positions in all; None for every position.
     """
     if positions is None or positions >= length:
         return ((0, length),)
@@ -102,7 +103,7 @@ def decode_segments(length: int, window: int, positions: int | None) -> tuple[tu
         *around[:fifth],
         *range(evicts - 2, evicts - 2 + fifth),
         *((number + 1) * length // (alone + 1) for number in range(alone)),
-        *around,  # where some of these are the same, or lie behind the context
+        *around,  # replacements for duplicates and for positions after the context
     ]
     inside = dict.fromkeys(at for at in wanted if 0 <= at < length)
     chosen = np.zeros(length + 2, dtype=np.int8)

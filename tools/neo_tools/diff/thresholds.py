@@ -1,4 +1,4 @@
-"""May it ship? Limits for what was found, by default those of the bundle's precision."""
+"""May the bundle ship? Checks the results against limits, by default those of its precision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Limits", "checks"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What was asked for; None for the precision's own."""
+    """The limits that the user gave; None for the precision's own."""
 
     max_kl: float | None = None
     min_top_1: float | None = None
@@ -35,17 +35,18 @@ def checks(
     found: Perplexity,
     faults: Sequence[Fault],
 ) -> tuple[Check, ...]:
-    """Every limit.
+    """Check every limit.
 
-    Means and medians are judged on the worst of the graphs, the share of positions on the score
-    graph, which has every position: of the few that prefill shows, one is several percents.
+    Means and medians are judged on the worst graph. The share of positions with the same best token
+    is judged on the score graph, which has every position: prefill shows so few that a single one
+    is several percent.
 
     Args:
-        limits: what was asked for.
-        own: for all that was not.
-        graphs: with their regions.
+        limits: the limits that the user gave.
+        own: the precision's own limits, for all others.
+        graphs: summaries of the graphs and their regions.
         found: the perplexities.
-        faults: places that are off.
+        faults: the faults.
     """
     whole = [graph for graph in graphs if graph.region == "all"]
     return (
