@@ -1,14 +1,14 @@
-"""What the machine can do at best: bytes read a second, products a second, in native code.
+"""Measures the machine's limits in native code: bytes read and operations per second.
 
-Reading is tried in several ways over a buffer far larger than the last-level cache, each with all
-threads at once; the best counts:
+Reading is measured with several kernels over a buffer far larger than the last-level cache, each
+on all threads at once; the fastest counts:
 
-- `memchr`: the C library's search for a byte that is not there;
-- `numpy max`: its SIMD reduction of float32;
-- `numpy dot`: the BLAS product of a vector with itself, one BLAS thread a thread;
+- `memchr`: the C library's search for a byte that does not occur;
+- `numpy max`: numpy's SIMD reduction of float32;
+- `numpy dot`: the BLAS product of a vector with itself, each call single-threaded;
 - `onnxruntime MatMul`: one row of float32 times a matrix, as in a decode step, on its own threads.
 
-Runs as a process of its own (`python -m neo_tools.bench.bandwidth`), which answers as in
+Runs as a process of its own (`python -m neo_tools.bench.bandwidth`) with the protocol of
 `neo_tools.worker.protocol`: {"op": "read"} and {"op": "peak"} → rates.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["default_buffer_bytes", "main", "time_threads"]
 
 _ROWS = 2048
-"""Of the matrix in the MatMul: its columns follow from the buffer's size."""
+"""Rows of the matrix in the MatMul; the number of columns follows from the buffer's size."""
 _PASSES = 3
 _PEAK_SHAPE = (256, 2048, 2048)
 """m, k, n of the products that measure the arithmetic peak."""
@@ -42,14 +42,14 @@ _PEAK_RUNS = 5
 
 
 def default_buffer_bytes() -> int:
-    """16 times the last-level cache, 1 GiB at least, a quarter of the free memory at most."""
+    """16 times the last-level cache, at least 1 GiB, at most a quarter of the free memory."""
     wanted = max(1 << 30, 16 * (l3_bytes() or 0))
     free = memory_bytes("MemAvailable")
     return wanted if free is None else max(32 << 20, min(wanted, free // 4))
 
 
 class Probe:
-    """The buffer and the ways to read it."""
+    """The buffer, and the measurements of reading it and of products."""
 
     def __init__(self, size: int, threads: int) -> None:
         """Allocate and fill `size` bytes."""
@@ -83,7 +83,7 @@ class Probe:
         return found
 
     def peak(self) -> dict[str, float]:
-        """Operations a second of large products, by element type: the best of a few runs."""
+        """Operations per second of large products, by element type: the best of a few runs."""
         import numpy as np
 
         m, k, n = _PEAK_SHAPE
@@ -105,9 +105,10 @@ class Probe:
 
 
 def _distinct_values(count: int) -> Any:
-    """Random float32 between 1 and 2 without a byte 1, [count].
+    """Random float32 between 1 and 2, [count], in which no byte has the value 1.
 
-    Random, because a hypervisor may keep equal pages once, and then they fit the cache.
+    They are random because a hypervisor may store equal pages only once, so that they fit into the
+    cache.
     """
     import numpy as np
 
@@ -118,12 +119,12 @@ def _distinct_values(count: int) -> Any:
     for start in range(0, count, chunk):
         part = bits[start : start + chunk]
         part[:] = random.integers(0, 1 << 23, len(part), dtype=np.uint32)
-        part |= 0x3F800202  # the exponent of 1, and bits that keep every byte from being 1
+        part |= 0x3F800202  # the exponent of 1.0, and bits so that no byte has the value 1
     return values
 
 
 def time_threads(work: Sequence[Callable[[], Any]]) -> float:
-    """Seconds from a common start until the last of the functions, a thread each, has ended."""
+    """Run each function in its own thread; seconds from the common start to the end of the last."""
     barrier = threading.Barrier(len(work) + 1)
     ends = [0.0] * len(work)
     errors: list[BaseException] = []
@@ -149,7 +150,7 @@ def time_threads(work: Sequence[Callable[[], Any]]) -> float:
 
 
 def _kernels() -> dict[str, Callable[[Any], Any]]:
-    """Each reads a contiguous float32 array once, without holding Python's lock."""
+    """Kernels by name; each reads a contiguous float32 array once and releases the GIL."""
     import numpy as np
 
     kernels: dict[str, Callable[[Any], Any]] = {
@@ -158,7 +159,7 @@ def _kernels() -> dict[str, Callable[[Any], Any]]:
     }
     try:
         memchr = ctypes.CDLL(None).memchr
-    except (AttributeError, OSError, TypeError):  # no C library to open this way
+    except (AttributeError, OSError, TypeError):  # the C library cannot be opened this way
         return kernels
     memchr.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
     memchr.restype = ctypes.c_void_p
@@ -168,7 +169,7 @@ def _kernels() -> dict[str, Callable[[Any], Any]]:
 
 
 def _matmul_session(rows: int, columns: int, threads: int) -> Any:
-    """The product x [1, rows] · w [rows, columns], both inputs: nothing is copied or packed."""
+    """The product x [1, rows] · w [rows, columns]; w is an input, so it is not copied or packed."""
     from onnx import TensorProto, helper
 
     def value(name: str, *shape: int) -> Any:
@@ -180,7 +181,7 @@ def _matmul_session(rows: int, columns: int, threads: int) -> Any:
 
 
 def _constant_product(operator: str, left: Any, weight: Any, threads: int) -> Any:
-    """The product x [m, k] · a constant, which onnxruntime may pack as it likes."""
+    """The product x [m, k] · a constant, which onnxruntime may prepack."""
     from onnx import TensorProto, helper, numpy_helper
 
     kind = helper.np_dtype_to_tensor_dtype(weight.dtype.type(0).astype(left).dtype)
@@ -224,7 +225,7 @@ def main(argv: list[str]) -> None:
 
     @cache
     def probe() -> Probe:
-        # Not before a request asks for it: what goes wrong is then its answer.
+        # Created at the first request, so that an error becomes its answer.
         return Probe(arguments.bytes or default_buffer_bytes(), arguments.threads)
 
     handlers: dict[str, Handler] = {

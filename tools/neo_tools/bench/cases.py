@@ -1,4 +1,4 @@
-"""What is measured: one case a combination of prompt or depth, new tokens, batch and threads."""
+"""The cases to measure: combinations of prompt or depth, new tokens, batch and threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One thing to time, the same for every participant."""
+    """One test to time, the same for every participant."""
 
     kind: Literal["prefill", "decode"]
     threads: int
@@ -39,14 +39,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As llama-bench writes it: "pp128" or "tg32 @ d128"."""
+        """The name in llama-bench's notation: "pp128" or "tg32 @ d128"."""
         if self.kind == "prefill":
             return f"pp{self.prompt}"
         return f"tg{self.new_tokens} @ d{self.depth}"
 
     @property
     def title(self) -> str:
-        """With everything that tells it from the others."""
+        """The name with everything that distinguishes this case from others."""
         return f"{self.name}, batch {self.batch}, {threads_text(self.threads)}"
 
     @property
@@ -64,13 +64,13 @@ class PeerChoice:
 
     @property
     def label(self) -> str:
-        """How reports call it."""
+        """The peer's name in reports."""
         return f"{self.name}:{self.precision}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A whole run."""
+    """The settings of a run."""
 
     bundles: tuple[Path, ...]
     peers: tuple[PeerChoice, ...] = ()
@@ -83,35 +83,35 @@ class Settings:
     batches: tuple[int, ...] = (1,)
     threads: tuple[int, ...] = (1,)
     repetitions: int = 5
-    """Rounds a case; in each, every participant has one turn."""
+    """Rounds per case; in each, every participant has one turn."""
     seed: int = 1
-    """Of the token ids, see `neo_tools.worker.engine.context_ids`."""
+    """Seed of the token ids, see `neo_tools.worker.engine.context_ids`."""
     warmup: bool = True
-    """A first turn that does not count."""
+    """Whether each participant has a first turn that does not count."""
     keep_context: bool = False
     """Decode continues the previous round instead of filling the cache again."""
     prefill_chunk: int | None = None
-    """Of our runtime; None: its default."""
+    """Chunk size of prefill in our runtime; None for its default."""
     keep_prepacked: bool = False
-    """Our runtime keeps float32's prepacked weights as well."""
+    """Whether our runtime also keeps the prepacked weights of float32."""
     probe_bytes: int | None = None
-    """Buffer of the bandwidth measurement; None: `bandwidth.default_buffer_bytes`."""
+    """Buffer of the bandwidth measurement; None for `bandwidth.default_buffer_bytes`."""
     backend: str = "auto"
-    """Of the bundles, as `neo_runtime.load` takes it."""
+    """Backend of the bundles, as in `neo_runtime.load`."""
     device: int = 0
-    """Which GPU."""
+    """Number of the GPU."""
     timeout: float = 3600.0
-    """Seconds that one answer of a participant may take."""
+    """Longest time for one answer of a participant, in seconds."""
     cases: tuple[Case, ...] = ()
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU was asked for: it is the machine then, whose limit is measured."""
+        """Whether the run is on a GPU; then the GPU's limits are measured."""
         return self.backend in ("cuda", "tensorrt")
 
 
 def threads_text(threads: int) -> str:
-    """Text for a reader, such as "2 threads"."""
+    """Text for reports, such as "2 threads"."""
     return f"{threads} thread{'' if threads == 1 else 's'}"
 
 
@@ -125,7 +125,7 @@ def make_cases(
 ) -> tuple[Case, ...]:
     """Every combination: threads × batch × (each prompt; each depth × new tokens).
 
-    A prompt or number of new tokens of 0 stands for nothing to measure, as in llama-bench.
+    A prompt of 0 or 0 new tokens means that there is nothing to measure, as in llama-bench.
 
     Raises:
         RequestError: nothing is left to measure.
@@ -145,14 +145,14 @@ def make_cases(
 
 
 def positions_needed(case: Case, repetitions: int, *, keep_context: bool) -> int:
-    """Positions that a cache must have for this case."""
+    """Positions that a cache needs for this case."""
     if case.kind == "prefill":
         return case.prompt
     return case.depth + case.new_tokens * (repetitions if keep_context else 1)
 
 
 def check_lengths(settings: Settings, max_length: int, name: str) -> None:
-    """Refuse cases that a model has no positions for, before anything is started.
+    """Refuse cases that need more positions than a model has, before anything is started.
 
     Raises:
         ContextLengthError: a case needs more than `max_length` positions.

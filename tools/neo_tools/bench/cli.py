@@ -1,4 +1,4 @@
-"""`neo-bench BUNDLE`: measure a bundle on this machine, beside other engines."""
+"""`neo-bench BUNDLE`: measures a bundle on this machine, and other engines for comparison."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def _terminable(arguments: argparse.Namespace) -> int:
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """End as an exception, so that stopped workers are woken and ended too."""
+    """Raise an exception, so that stopped workers are woken up and ended, too."""
     raise SystemExit(_TERMINATED)
 
 
 def _first_and_last_line(message: str) -> str:
-    """A message whose tail is a worker's last lines: the first of all, and the last of those."""
+    """The first and the last line of a message that ends with a worker's last lines."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return lines[0] if len(lines) < 2 else f"{lines[0]} {lines[-1]}"
 
@@ -61,7 +61,7 @@ def _run(arguments: argparse.Namespace) -> None:
         from neo_tools.bench.plot import check_plot
 
         check_plot(arguments.plot)
-    # Slow imports come only now, so that --help and wrong usage answer at once.
+    # Slow imports are here, so that --help and usage errors answer at once.
     from neo_tools.bench.report import write
     from neo_tools.bench.run import run
 
@@ -78,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 class _Progress:
-    """Lines on stderr."""
+    """Writes progress lines to stderr."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -89,7 +89,7 @@ class _Progress:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    """Raises RequestError or DependencyError for what cannot be measured."""
+    """The settings; raises RequestError or DependencyError for what cannot be measured."""
     lists = {
         "prompts": _chosen(arguments.prompt, (128,)),
         "new_tokens": _chosen(arguments.new_tokens, (32,)),
@@ -123,7 +123,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _chosen(given: list[list[int]] | None, default: tuple[int, ...]) -> tuple[int, ...]:
-    """The numbers of all uses of an option, each once."""
+    """The numbers from all uses of an option, without duplicates."""
     if not given:
         return default
     return tuple(dict.fromkeys(number for numbers in given for number in numbers))

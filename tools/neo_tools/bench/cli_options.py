@@ -63,7 +63,7 @@ def _seconds(text: str) -> float:
     return number
 
 
-_seconds.__name__ = "number"  # what argparse calls it in its message
+_seconds.__name__ = "number"  # argparse uses this name in its error message
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -46,12 +46,12 @@ CSV_COLUMNS = (
     "python_seconds",
     "generate_python_seconds",
 )
-"""Of the CSV, before three for each bundle that ratios were taken against (`ratio to NAME`,
-`… min`, `… max`). Seconds, bytes, bytes per second; empty where there is no such number."""
+"""Columns of the CSV, in seconds, bytes and bytes per second; empty if a number does not exist.
+Three more follow for each bundle with ratios (`ratio to NAME`, `… min`, `… max`)."""
 
 
 def to_csv(results: Results) -> str:
-    """A line a participant and case."""
+    """One line per participant and case."""
     bundles = sorted({ratio.bundle for ratio in results.ratios})
     ratio_columns = [f"ratio to {b}{end}" for b in bundles for end in ("", " min", " max")]
     stream = io.StringIO()
@@ -77,7 +77,7 @@ def _flat(results: Results, row: Row) -> dict[str, Any]:
 
 
 def _flat_spread(name: str, spread: Spread | None, joint: str = "_") -> dict[str, float | None]:
-    """A column for the median, and one each for the smallest and the largest."""
+    """Columns for the median, the smallest and the largest value."""
     values = (None,) * 3 if spread is None else (spread.median, spread.min, spread.max)
     return dict(zip((name, f"{name}{joint}min", f"{name}{joint}max"), values, strict=True))
 

@@ -1,8 +1,8 @@
-"""What a GPU's memory can do at best: bytes per second of a copy inside it.
+"""Measures the bandwidth of a GPU's memory: bytes per second of a copy inside it.
 
-A copy reads and writes each byte: both count, as in every figure that vendors give. The block is a
-gigabyte, far larger than any cache. Answers the requests of `bandwidth`: {"op": "read"}; there is
-no measurement of arithmetic ({"op": "peak"} answers with none).
+A copy reads and writes each byte; both count, as in vendors' figures. The block is a gigabyte, far
+larger than any cache. Has the protocol of `bandwidth`: {"op": "read"}. Arithmetic is not measured
+({"op": "peak"} returns no rates).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _COPIES, _PASSES = 8, 5
 
 
 def copy_rate(device: Any, size: int, *, copies: int = _COPIES, passes: int = _PASSES) -> float:
-    """Bytes read and written a second; the best of `passes`.
+    """Bytes read and written per second; the best of `passes`.
 
     Args:
         device: a `neo_runtime.backends.device.base.Device`.
         size: bytes of a block; two are allocated.
-        copies: of a pass, one after the other.
-        passes: of which the best counts.
+        copies: number of copies in a pass, one after the other.
+        passes: number of passes.
     """
     source, target = device.allocate(size), device.allocate(size)
     try:

@@ -1,7 +1,7 @@
-"""Memory of a GPU that one process holds, as the driver counts it: CUDA's context is part of it.
+"""GPU memory that one process holds, as counted by the driver; this includes CUDA's context.
 
-Free memory before and after would count what other processes take in between. NVML's structures and
-versions are those of its header, nvml.h.
+Comparing free memory before and after would also count what other processes allocate in between.
+NVML's structures and versions are those of its header, nvml.h.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["ProcessMemory", "bus_id"]
 _LIBRARY = "libnvidia-ml.so.1"
 _MOST_PROCESSES = 256
 _NOT_AVAILABLE = (1 << 64) - 1
-"""NVML_VALUE_NOT_AVAILABLE: what a driver answers that does not count."""
+"""NVML_VALUE_NOT_AVAILABLE: the answer of a driver that does not count memory per process."""
 
 
 class _ProcessInfo(ctypes.Structure):
@@ -33,9 +33,9 @@ class _ProcessInfo(ctypes.Structure):
 
 
 def bus_id(device: int) -> str:
-    """Where a GPU sits, as the driver's tools name it; CUDA may count GPUs in another order.
+    """PCI bus id of a GPU, as in the driver's tools; CUDA may number GPUs in another order.
 
-    Makes CUDA's context of the device, if there is none.
+    Creates CUDA's context for the device, if there is none.
 
     Raises:
         DeviceError: there is no such device.
@@ -51,13 +51,13 @@ def bus_id(device: int) -> str:
 
 
 class ProcessMemory:
-    """What this process holds of one GPU."""
+    """The memory that this process holds on one GPU."""
 
     def __init__(self, device: int) -> None:
-        """Make CUDA's context of the device, the first of this process.
+        """Create CUDA's context for the device; this process must not have one yet.
 
-        Its number may be another one for the driver, outside of a container. Then it is the process
-        that has come with the context: no other may begin to use a GPU meanwhile.
+        In a container, the driver may know this process by another id. It is then found as the
+        process that appears with the context, so no other one may start to use a GPU meanwhile.
 
         Raises:
             DeviceError: there is no such device.
@@ -71,14 +71,14 @@ class ProcessMemory:
             [self._pid] = new
 
     def bytes(self) -> int | None:
-        """Held now; None where the driver does not say."""
+        """Bytes held now; None if the driver does not tell."""
         return _used_bytes(self._bus_id).get(self._pid)
 
 
 def _used_bytes(bus_id: str | None) -> dict[int, int | None]:
-    """Process number → bytes on one GPU (such as "0000:00:06.0"), or on any; {} without a driver.
+    """Process id → bytes on one GPU (such as "0000:00:06.0"), or on any; {} without a driver.
 
-    None for a process that the driver does not count.
+    The bytes are None for a process that the driver does not count.
     """
     try:
         nvml: Any = ctypes.CDLL(_LIBRARY)
@@ -96,7 +96,7 @@ def _used_bytes(bus_id: str | None) -> dict[int, int | None]:
             for process in processes[: count.value]:
                 used = int(process.used)
                 found[int(process.pid)] = None if used == _NOT_AVAILABLE else used
-    except AttributeError:  # a driver older than these functions
+    except AttributeError:  # an old driver without these functions
         return {}
     finally:
         nvml.nvmlShutdown()

@@ -1,4 +1,4 @@
-"""The machine that was measured on, and whether it had anything else to do."""
+"""Facts about the measured machine, and its load by other programs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 BUSY_SHARE = 0.15
-"""Of the processors: what others may use before a report warns."""
+"""A report warns if other programs use more than this share of the processors."""
 
 _FLAGS = (
     "avx2",
@@ -53,13 +53,13 @@ _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "neo-onnx", "numpy")
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Facts for a report."""
+    """Facts about the machine, for a report."""
 
     cpu: str
     flags: tuple[str, ...]
-    """Of the instruction sets that matter here, those it has."""
+    """Those of the relevant instruction sets that the processor has."""
     cores: int
-    """Physical ones that this process may use."""
+    """Physical cores that this process may use."""
     processors: int
     """Hardware threads that this process may use."""
     l3_bytes: int | None
@@ -68,11 +68,11 @@ class Machine:
     python: str
     versions: dict[str, str]
     load_average: float | None
-    """Of the last minute before the run; None where the system has none."""
+    """Load average of the last minute before the run; None if the system has none."""
 
 
 def machine_facts() -> Machine:
-    """Look at /proc and the installed packages; what is not there is left out."""
+    """Facts from /proc and the installed packages; unavailable ones are left out."""
     cpu, flags = _cpu()
     versions = versions_of(_PACKAGES)
     return Machine(
@@ -90,7 +90,7 @@ def machine_facts() -> Machine:
 
 
 def busy_warning(machine: Machine) -> str | None:
-    """A line for the report where the load average says that others compute here."""
+    """A line for the report if the load average shows that other programs compute here."""
     load = machine.load_average
     if load is None or load <= BUSY_SHARE * machine.processors:
         return None
@@ -101,7 +101,7 @@ def busy_warning(machine: Machine) -> str | None:
 
 
 def small_buffer_warning(machine: Machine, probe_bytes: int | None) -> str | None:
-    """A line for the report where a buffer that the user chose measures the cache."""
+    """A line for the report if the user's buffer is so small that it measures the cache."""
     if probe_bytes is None or probe_bytes >= 4 * (machine.l3_bytes or 0):
         return None
     return (
@@ -112,10 +112,10 @@ def small_buffer_warning(machine: Machine, probe_bytes: int | None) -> str | Non
 
 
 def cached_weights_warning(machine: Machine, weights: Mapping[str, int]) -> str | None:
-    """A line for the report where a step's weights need not come from memory.
+    """A line for the report if a step's weights may fit into the cache.
 
     Args:
-        machine: that computes.
+        machine: the machine.
         weights: bytes that a decode step reads, by bundle.
     """
     cache = machine.l3_bytes or 0
@@ -129,7 +129,7 @@ def cached_weights_warning(machine: Machine, weights: Mapping[str, int]) -> str 
 
 
 def hidden_warning() -> str | None:
-    """A line for the report where `neo_tools.older_cpu` runs this."""
+    """A line for the report if `neo_tools.older_cpu` runs this process."""
     hidden = os.environ.get(ENVIRONMENT_VARIABLE)
     if not hidden:
         return None
@@ -154,7 +154,7 @@ def _cpu() -> tuple[str, tuple[str, ...]]:
 
 
 def l3_bytes() -> int | None:
-    """Bytes of the last-level cache of the first processor; None where the system hides it."""
+    """Bytes of the first processor's last-level cache; None if the system does not tell."""
     folder = Path("/sys/devices/system/cpu/cpu0/cache")
     sizes = []
     for path in folder.glob("index*/size"):
@@ -179,7 +179,7 @@ def memory_bytes(field: str) -> int | None:
 
 
 class CpuWatch:
-    """How much of the processors other programs used between construction and `others`."""
+    """Measures the processor time of other programs between construction and `others`."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -187,9 +187,9 @@ class CpuWatch:
         self._own = _own_seconds()
 
     def others(self) -> float | None:
-        """Processors that others kept busy on average; call it when all children have ended.
+        """Average number of processors that others kept busy; call it after all children ended.
 
-        Time that the hypervisor gave to others counts. None where the system does not tell.
+        Time that the hypervisor gave to other machines counts. None if the system does not tell.
         """
         system = _system_seconds()
         elapsed = time.monotonic() - self._started
@@ -198,7 +198,7 @@ class CpuWatch:
         return max(0.0, (system - self._system) - (_own_seconds() - self._own)) / elapsed
 
     def warning(self, processors: int) -> str | None:
-        """A line for the report where that was much."""
+        """A line for the report if others used more than `BUSY_SHARE`."""
         others = self.others()
         if others is None or others <= BUSY_SHARE * processors:
             return None
@@ -209,13 +209,13 @@ class CpuWatch:
 
 
 def _own_seconds() -> float:
-    """Processor time of this process and of its children that have ended."""
+    """Processor time of this process and of its ended children, in seconds."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def _system_seconds() -> float | None:
-    """Processor time of all programs since the start, steal included (proc_stat(5))."""
+    """Processor time of all programs since boot, in seconds, steal included (proc_stat(5))."""
     try:
         first = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""How long onnxruntime's own code runs, call by call: the rest of a step is Python."""
+"""Measures the time in onnxruntime's native code, call by call; the rest of a step is Python."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["native_seconds"]
 
 @contextmanager
 def native_seconds() -> Iterator[list[float]]:
-    """Collect the seconds of every native run of onnxruntime, a number a call.
+    """Collect the seconds of every native run of onnxruntime, one number per call.
 
-    The wrapper sits below onnxruntime's own Python, on its extension class, so that all Python
-    counts as Python, whichever way the runtime calls a session.
+    The wrapper is on onnxruntime's extension class, below its Python code, so all Python code
+    counts as Python, however the runtime calls a session.
     """
     from onnxruntime.capi import onnxruntime_pybind11_state
 

@@ -28,7 +28,7 @@ __all__ = ["BundleInfo", "check_peers_model", "open_bundles"]
 
 @dataclass(frozen=True, kw_only=True)
 class BundleInfo:
-    """A bundle that takes part."""
+    """A participating bundle."""
 
     label: str
     path: Path
@@ -40,11 +40,11 @@ def open_bundles(settings: Settings) -> tuple[Settings, list[BundleInfo]]:
     """Open all bundles of a run.
 
     Returns:
-        The settings with the backend named, and what was opened.
+        The settings with the chosen backend, and the bundles.
 
     Raises:
-        BundleError: one cannot be used.
-        RequestError: a case does not fit one, or they are different models.
+        BundleError: a bundle cannot be used.
+        RequestError: a case does not fit a bundle, or the bundles are of different models.
         DependencyError: onnx, which reads the graphs, is not installed.
     """
     found = []
@@ -71,10 +71,10 @@ def open_bundles(settings: Settings) -> tuple[Settings, list[BundleInfo]]:
 
 
 def _common(chosen: dict[str, str], *, peers: bool) -> str:
-    """The one backend that all bundles would run on: the machine's limit depends on it.
+    """The backend that all bundles would run on; the machine's limit depends on it.
 
     Raises:
-        RequestError: it is not the same for all of them, or for the peers.
+        RequestError: it is not the same for all bundles, or for the peers.
     """
     listed = ", ".join(f"{label} on {name}" for label, name in chosen.items())
     if len(set(chosen.values())) > 1:
@@ -92,7 +92,7 @@ def _common(chosen: dict[str, str], *, peers: bool) -> str:
 
 
 def _refuse_without_gpu(settings: Settings, path: Path, manifest: Manifest) -> None:
-    """Before workers start: bundles that no CPU runs."""
+    """Refuse bundles that do not run on a CPU, before workers start."""
     if not manifest.needs_gpu:
         return
     why = "the CPU was asked for"
@@ -108,11 +108,11 @@ def _refuse_without_gpu(settings: Settings, path: Path, manifest: Manifest) -> N
 
 
 def check_peers_model(settings: Settings, manifest: Manifest) -> None:
-    """The checkpoint that peers run is the model that was exported.
+    """Check that the peers' checkpoint is the model that was exported.
 
     Raises:
-        RequestError: peers without a checkpoint.
-        CheckpointError: it is no checkpoint, or another model.
+        RequestError: there are peers, but no checkpoint.
+        CheckpointError: it is not a checkpoint, or is of another model.
     """
     if not settings.peers:
         return

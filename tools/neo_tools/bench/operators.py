@@ -1,4 +1,4 @@
-"""`python -m neo_tools.bench.operators`: time the candidates for a quantized matrix product.
+"""`python -m neo_tools.bench.operators`: times the candidates for a quantized matrix product.
 
 Each candidate multiplies activations [rows, 2048] with several matrices [2048, 8192] one after the
 other, so that one row is memory-bound as in a model. Candidates take turns within a round; a figure
@@ -112,7 +112,7 @@ CANDIDATES: dict[str, tuple[Callable[[_Graph, np.random.Generator], None], bool]
         for bits, block in ((8, 32), (8, 128), (4, 32), (4, 64), (4, 128))
     },
 }
-"""Name → what writes it, and whether onnxruntime may prepack its weights."""
+"""Name → function that writes the graph, and whether onnxruntime may prepack its weights."""
 
 
 def measure(
@@ -131,7 +131,7 @@ def measure(
         write(graph, rng)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        # Or the threads of the candidate before would spin beside the one that is measured.
+        # Otherwise the previous candidate's threads would spin while this one is measured.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
         sessions[name] = ort.InferenceSession(graph.serialized(), options)

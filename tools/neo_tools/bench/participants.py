@@ -1,4 +1,4 @@
-"""Who takes part: a process each, of which only one computes at a time."""
+"""The participants of a run: a process each, of which only one computes at a time."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Overhead:
     """Seconds per token outside of onnxruntime: see `worker.NeoEngine`."""
 
     step: float
-    """Of a decode step as the rounds time it: `Model.decode_step` and the greedy choice."""
+    """For a decode step as the rounds time it: `Model.decode_step` and the greedy choice."""
     generate: float
-    """Around everything that `Model.generate` does."""
+    """For all of `Model.generate`."""
 
 
 class NeoWorker(EngineWorker):
@@ -61,28 +61,28 @@ class NeoWorker(EngineWorker):
         )
 
     def reserve(self, batch: int, length: int) -> int:
-        """Make the next cache for this many positions; returns its bytes."""
+        """Set the number of positions of the next cache; returns its bytes."""
         answer = self.ask("reserve", batch=batch, length=length)
         return int(answer["cache_bytes"])
 
     def score(self, length: int) -> float:
-        """Run the score graph; seconds."""
+        """Run the score graph; returns the seconds."""
         return float(self.ask("score", length=length)["seconds"])
 
     def device_bytes(self) -> int | None:
-        """Memory of the GPU that the worker holds; None on the CPU, or where no driver says."""
+        """GPU memory that the worker holds; None on the CPU, or if the driver does not tell."""
         found = self.ask("device_memory")["bytes"]
         return None if found is None else int(found)
 
     def overhead(self, batch: int, steps: int) -> Overhead | None:
-        """What Python costs a token; None on a GPU, which works while Python does."""
+        """Python's overhead per token; None on a GPU, which computes while Python runs."""
         answer = self.ask("overhead", batch=batch, steps=steps)
         if answer["step"] is None:
             return None
         return Overhead(step=answer["step"], generate=answer["generate"])
 
     def first_token(self, length: int) -> tuple[float, float]:
-        """Seconds from `load()` to the first token, and of the same request again."""
+        """Seconds from `load()` to the first token, and for the same request again."""
         answer = self.ask("first_token", length=length)
         return float(answer["seconds"]), float(answer["prefill"])
 
@@ -102,15 +102,15 @@ class BandwidthWorker(Worker):
         super().__init__(command, title="the measurement of bandwidth", timeout=timeout)
 
     def rates(self, op: Literal["read", "peak"]) -> dict[str, float]:
-        """Bytes or operations a second, by kernel."""
+        """Bytes or operations per second, by kernel."""
         rates: dict[str, float] = self.ask(op)["rates"]
         return rates
 
 
 class Guard:
-    """A small process that wakes the workers if this one is killed.
+    """A small process that wakes the workers (SIGCONT) if this process is killed.
 
-    A stopped worker could not notice the end of its input, and would stay with all its memory.
+    A stopped worker could not notice the end of its input, and would remain with all its memory.
     """
 
     _CODE = """
@@ -130,7 +130,7 @@ for pid in pids:
         )
 
     def watch(self, pid: int) -> None:
-        """Wake this process too."""
+        """Add a process to wake."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{pid}\n")
         self._process.stdin.flush()
@@ -148,30 +148,30 @@ for pid in pids:
 class Participant:
     """A worker with its name; it is stopped (SIGSTOP) whenever it is not its turn.
 
-    So no idle one can burn processor time, whatever its threads do while they wait.
+    So an idle worker uses no processor time, even if its threads spin while they wait.
     """
 
     label: str
     kind: Literal["bundle", "peer", "machine"]
     worker: Any
-    """An `EngineWorker` (the machine's: a `BandwidthWorker`), or anything with its methods."""
+    """An `EngineWorker` (for the machine a `BandwidthWorker`), or anything with its methods."""
     precision: str = ""
-    """Of a bundle or a peer."""
+    """Precision of a bundle or a peer."""
     guard: Guard | None = None
     loaded: LoadResult | None = None
 
     @contextmanager
     def turn(self) -> Iterator[Any]:
-        """Let it run; inside, `worker` answers.
+        """Let the worker run inside the block.
 
         Raises:
-            NeoError: it does not run any more.
+            NeoError: the worker has ended.
         """
         self._signal("SIGCONT")
         try:
             yield self.worker
         finally:
-            with suppress(NeoError):  # what went wrong inside matters more
+            with suppress(NeoError):  # an exception from the block is more important
                 self._signal("SIGSTOP")
 
     def __enter__(self) -> Participant:
@@ -182,7 +182,7 @@ class Participant:
 
     def __exit__(self, *_: object) -> None:
         with suppress(NeoError):
-            self._signal("SIGCONT")  # it must run to hear that it should end
+            self._signal("SIGCONT")  # it must run to receive the request to end
         self.worker.close()
 
     def _signal(self, name: str) -> None:
@@ -193,9 +193,10 @@ class Participant:
 
 
 def rotated(items: Sequence[Participant], by: int) -> list[Participant]:
-    """The order of a round: everyone begins in turn, and every second round runs backwards.
+    """The order of a round: the first participant rotates, and every second round is reversed.
 
-    So nobody always follows the same other one, who may have pressed weights out of memory.
+    So no participant always follows the same other one, which may have evicted its weights from
+    memory.
     """
     start = by % max(1, len(items))
     order = [*items[start:], *items[:start]]

@@ -1,7 +1,7 @@
-"""A roofline picture: what arithmetic intensity allows on this machine, and what was reached.
+"""A roofline plot: the limits of this machine by arithmetic intensity, and the measured rates.
 
-Both axes are logarithmic. A point is one participant in one test: operations a byte (counted, see
-`traffic`) and operations a second (measured). Under the slope memory is the limit, under a flat
+Both axes are logarithmic. A point is one participant in one test: operations per byte (counted, see
+`traffic`) and operations per second (measured). Under the slope memory is the limit, under a flat
 roof arithmetic is (Williams, Waterman, Patterson, "Roofline", 2009).
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Point", "check_plot", "points_of", "to_svg"]
 
 _WIDTH, _HEIGHT = 960, 560
-"""Pixels; the picture gets higher where the legend needs it."""
+"""Pixels; the picture is higher if the legend needs it."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 268, 56, 62
 
 
@@ -37,19 +37,19 @@ class Point:
     label: str
     test: str
     intensity: float
-    """Operations a byte read."""
+    """Operations per byte read."""
     rate: float
-    """Operations a second."""
+    """Operations per second."""
     is_decode: bool
     is_peer: bool
 
 
 def check_plot(path: Path) -> None:
-    """Refuse what could not be written, before anything is measured.
+    """Refuse a path that cannot be written, before anything is measured.
 
     Raises:
-        RequestError: not a name that ends in .svg.
-        OutputError: the folder is not there.
+        RequestError: the name does not end in .svg.
+        OutputError: the folder does not exist.
     """
     if path.suffix.lower() != ".svg":
         raise RequestError(f"--plot {path}: expected a name that ends in .svg")
@@ -58,7 +58,7 @@ def check_plot(path: Path) -> None:
 
 
 def points_of(results: Results) -> list[Point]:
-    """A point for each row. A prefill's bytes are its weights, read once, as a decode step's."""
+    """A point for each row. The bytes of a prefill are its weights, read once."""
     found = []
     for row in results.rows:
         read = row.step_bytes or row.weight_bytes
@@ -81,7 +81,7 @@ def _name(results: Results, row: Row) -> str:
 
 
 def _axes(points: Sequence[Point], limits: Limits) -> tuple[svg.Axis, svg.Axis]:
-    """From power of ten to power of ten, around the points and the corners of the roof."""
+    """The axes, between powers of ten around the points and the corners of the roof."""
     peaks = list(limits.peak.values())
     xs = [p.intensity for p in points] + [peak / limits.bandwidth for peak in peaks]
     ys = [p.rate for p in points] + peaks
@@ -148,7 +148,7 @@ def _roof(x: svg.Axis, y: svg.Axis, limits: Limits) -> list[str]:
     """The slope of the memory, and a flat line for each type's peak."""
     peaks = sorted(limits.peak.items(), key=lambda pair: pair[1])
     start = max(x.low, y.low / limits.bandwidth)
-    # Without a peak (none is measured on a GPU) the slope goes on to the picture's edge.
+    # Without a peak (none is measured on a GPU) the slope continues to the picture's edge.
     top = peaks[-1][1] if peaks else min(y.high, x.high * limits.bandwidth)
     x1, y1, x2, y2 = x(start), y(start * limits.bandwidth), x(top / limits.bandwidth), y(top)
     turn = -math.degrees(math.atan2(y1 - y2, x2 - x1))
@@ -172,7 +172,7 @@ def _mark(x: svg.Axis, y: svg.Axis, point: Point, color: str) -> str:
 
 
 def _legend(points: Sequence[Point], colors: dict[str, str]) -> list[str]:
-    """Everyone's tests and rates, and what the shapes are."""
+    """The legend: each participant's tests and rates, and the meaning of the shapes."""
     found = []
     x, y = _WIDTH - _RIGHT + 22.0, _TOP + 8.0
     for label, color in colors.items():
@@ -190,7 +190,7 @@ def _legend(points: Sequence[Point], colors: dict[str, str]) -> list[str]:
 
 
 def _colors(points: Sequence[Point]) -> dict[str, str]:
-    """A colour a participant, in the order of the points; bundles and peers from the first on."""
+    """A colour for each participant; bundles and peers each start with the first colour."""
     found: dict[str, str] = {}
     for is_peer in (False, True):
         labels = dict.fromkeys(point.label for point in points if point.is_peer == is_peer)

@@ -26,12 +26,12 @@ def write(results: Results, form: Literal["md", "json", "csv"]) -> str:
 
 
 def to_json(results: Results) -> str:
-    """Everything, the seconds of every round included."""
+    """All results as JSON, the seconds of every round included."""
     return f"{json_text(results.to_dict(), indent=1)}\n"
 
 
 def to_markdown(results: Results) -> str:
-    """Tables for a reader."""
+    """The results as Markdown tables."""
     parts = [
         "\n".join(f"**Warning: {warning}**  " for warning in results.warnings),
         _machine_lines(results.machine, results.limits),
@@ -196,7 +196,7 @@ def _rate_cells(row: Row) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned for reading as text too; "" without rows."""
+    """A Markdown table with aligned columns, readable as plain text, too; "" without rows."""
     if not rows:
         return ""
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]

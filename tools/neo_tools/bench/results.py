@@ -1,4 +1,4 @@
-"""What a run found: everything that reports, pictures and tests read."""
+"""The results of a run, for reports, plots and tests."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ SCHEMA = "neo-bench/1"
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the machine can do at best; rates are the best of all rounds."""
+    """The limits of the machine; rates are the best of all rounds."""
 
     threads: int
     read: dict[str, float]
-    """Bytes per second by kernel, see `bandwidth`; with "float32 decode" where a float32 bundle
-    took part."""
+    """Bytes per second by kernel, see `bandwidth`; includes "float32 decode" if a float32 bundle
+    takes part."""
     rounds: tuple[float, ...]
-    """The best kernel's bytes per second in each measurement: before anything was loaded; then, of
-    each case, before the first round and after each. On a machine that shares its memory with
-    others they differ."""
+    """The best kernel's bytes per second in each measurement: one before anything is loaded, and
+    for each case one before the first round and one after each round. They differ on a machine that
+    shares its memory with others."""
     peak: dict[str, float]
-    """Operations a second by element type."""
+    """Operations per second by element type."""
     buffer_bytes: int | None
-    """Of the read measurement; None: the default for the machine."""
+    """Buffer of the read measurement; None for the machine's default."""
 
     @property
     def bandwidth(self) -> float:
@@ -38,7 +38,7 @@ class Limits:
 
     @property
     def kernel(self) -> str:
-        """Where `bandwidth` comes from."""
+        """Name of the kernel with the rate `bandwidth`."""
         return max(self.read, key=lambda name: self.read[name])
 
 
@@ -53,28 +53,28 @@ class ParticipantFacts:
     source: str
     """The bundle or the checkpoint."""
     load_seconds: float
-    """A bundle: `load()` to the sessions of prefill and decode ready, the files in the page cache.
-    A peer: its own loading, imports of its libraries included."""
+    """Bundles: from `load()` until the sessions of prefill and decode are ready, with the files in
+    the page cache. Peers: their own loading, imports of their libraries included."""
     first_load_seconds: float | None = None
-    """A bundle: the same in the run's first process, before which nothing may have been in the
-    page cache, nor prepacked."""
+    """Bundles: the same in the run's first process, where the files may not be in the page cache,
+    nor prepacked yet."""
     import_seconds: float | None = None
-    """A bundle: importing neo_runtime, before."""
+    """Bundles: importing neo_runtime, before loading."""
     first_token_seconds: float | None = None
-    """A bundle: from `load()` to the first token of a 16-token prompt; a new process, the files
-    in the page cache."""
+    """Bundles: from `load()` to the first token of a 16-token prompt, in a new process with the
+    files in the page cache."""
     first_token_prefill_seconds: float | None = None
-    """The same request again in that process: what of it is prefill."""
+    """The same request again in that process: prefill's part of `first_token_seconds`."""
     weights_bytes: int | None = None
-    """A bundle: size of its weight file."""
+    """Bundles: size of the weight file."""
     prepacked_bytes: int | None = None
-    """A bundle: what is kept prepacked for it on disk, besides."""
+    """Bundles: size of the prepacked weights on disk, which come in addition."""
     versions: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def first_token_excess_seconds(self) -> float | None:
-        """What loading adds to the first token."""
+        """Time that loading adds to the first token."""
         if self.first_token_seconds is None or self.first_token_prefill_seconds is None:
             return None
         return self.first_token_seconds - self.first_token_prefill_seconds
@@ -94,46 +94,46 @@ class Row:
     new_tokens: int
     depth: int
     round_seconds: tuple[float, ...]
-    """A round each: the prefill, or all decode steps together."""
+    """One entry per round: the prefill, or all decode steps together."""
     tokens_per_second: Spread
-    """Of all rows of the batch together; over the rounds."""
+    """Rate of all rows of the batch together; spread over the rounds."""
     first_token_seconds: float | None
-    """Prefill: from token ids in to the next token known, median."""
+    """Prefill: from the token ids to the next token, median."""
     token_p50_seconds: float | None
-    """Decode: of all steps of all rounds."""
+    """Decode: median over all steps of all rounds."""
     token_p99_seconds: float | None
     private_bytes: int | None
     """RssAnon of the process after the case; a bundle has prefill, decode and score loaded."""
     proportional_bytes: int | None
-    """Pss of it."""
+    """Pss of the process after the case."""
     cache_bytes: int | None
-    """A bundle: allocated for keys and values in this case."""
+    """Bundles: bytes allocated for keys and values in this case."""
     weight_bytes: int
     """Bytes of weights that a step reads, see `traffic`."""
     step_bytes: float | None
     """Decode: bytes that a step reads: weights, keys and values."""
     bytes_are_nominal: bool
-    """Counted from the precision's nominal width (peers), not from the graph."""
+    """Whether bytes are computed from the precision's nominal width (peers), not from the graph."""
     flops: float
     """Operations of a step, or of the whole prefill."""
     read_rate: float | None
     """Decode: step_bytes / the median round's seconds per step."""
     limit_share: float | None
-    """read_rate / the machine's bandwidth, the best reading of the whole run."""
+    """read_rate / the machine's bandwidth, which is the best measurement of the whole run."""
     round_limit_share: Spread | None
-    """Decode: each round's rate / the best kernel's reading beside it, the larger of those right
-    before and right after. What others do on the machine slows both."""
+    """Decode: each round's rate / the machine's bandwidth at that time: the larger of the
+    measurements right before and right after the round. Other programs slow both alike."""
     python_seconds: float | None = None
-    """Decode of a bundle: of a step, outside of onnxruntime, median."""
+    """Decode of a bundle: time of a step outside of onnxruntime, median."""
     generate_python_seconds: float | None = None
-    """The same a token of `Model.generate`."""
+    """The same per token of `Model.generate`."""
     device_bytes: int | None = None
-    """A bundle on a GPU: device memory taken since loading began (weights, caches, activations;
-    not CUDA's own context), after the case."""
+    """Bundles on a GPU: device memory after the case that was allocated since loading began
+    (weights, caches, activations; not CUDA's own context)."""
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Decode: bytes read a token; a step's bytes serve all rows of the batch."""
+        """Decode: bytes read per token; a step's bytes serve all rows of the batch."""
         return None if self.step_bytes is None else self.step_bytes / self.batch
 
 
@@ -152,11 +152,11 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A finished run."""
+    """The results of a finished run."""
 
     machine: Machine
     limits: tuple[Limits, ...]
-    """One a number of threads."""
+    """One entry per number of threads."""
     settings: dict[str, Any]
     participants: tuple[ParticipantFacts, ...]
     rows: tuple[Row, ...]
@@ -164,12 +164,12 @@ class Results:
     warnings: tuple[str, ...]
 
     def facts_of(self, row: Row) -> ParticipantFacts:
-        """Of the participant that a row is of."""
+        """The facts of a row's participant."""
         [facts] = [p for p in self.participants if (p.label, p.threads) == (row.label, row.threads)]
         return facts
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: fields as they are, and what follows from them."""
+        """The fields, and values that are derived from them, for JSON."""
         found = {"schema": SCHEMA, **asdict(self)}
         for raw, limit in zip(found["limits"], self.limits, strict=True):
             raw |= {"bandwidth": limit.bandwidth, "kernel": limit.kernel}

@@ -1,4 +1,4 @@
-"""One case, in rounds: every participant once a round, in an order that rotates."""
+"""Measures one case in rounds: each participant once per round, in rotating order."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _OVERHEAD_STEPS = 24
 
 @dataclass(kw_only=True)
 class CaseRecord:
-    """One participant in one case, as measured."""
+    """The measurements of one participant in one case."""
 
     rounds: list[list[float]] = field(default_factory=list)
     """[round][step] seconds; a prefill is one step."""
     readings: list[float] = field(default_factory=list)
-    """The machine's read bandwidth beside each round, bytes per second: the larger of the readings
-    right before and right after it."""
+    """The machine's read bandwidth around each round, bytes per second: the larger of the
+    measurements right before and right after it."""
     memory: MemoryResult | None = None
     cache_bytes: int | None = None
     overhead: Overhead | None = None
@@ -38,12 +38,12 @@ class CaseRecord:
 
     @property
     def seconds(self) -> tuple[float, ...]:
-        """A round each."""
+        """Seconds of each round."""
         return tuple(sum(steps) for steps in self.rounds)
 
     @property
     def steps(self) -> list[float]:
-        """All of them, of all rounds."""
+        """Seconds of all steps of all rounds."""
         return [seconds for steps in self.rounds for seconds in steps]
 
 
@@ -59,16 +59,16 @@ def measure_case(
     """Time `case`; only one participant runs at any moment.
 
     Args:
-        case: what to do.
-        participants: loaded and stopped.
-        settings: of the run.
-        vocab_size: of the model, for the token ids.
-        progress: told what happens next.
-        between: called before the first round and after each, when nobody runs; measures the
-            machine's read bandwidth.
+        case: the case.
+        participants: loaded and stopped participants.
+        settings: the run's settings.
+        vocab_size: size of the model's vocabulary, for the token ids.
+        progress: called with a line about the next step.
+        between: called before the first round and after each, when no participant runs; measures
+            the machine's read bandwidth.
 
     Returns:
-        By label.
+        Measurements by label.
     """
     found = {participant.label: CaseRecord() for participant in participants}
     ids = context_ids(case.prompt, case.batch, settings.seed, vocab_size)
@@ -100,7 +100,7 @@ def measure_case(
 def _prepare(
     case: Case, worker: EngineWorker, settings: Settings, ids: list[list[int]], measured: CaseRecord
 ) -> None:
-    """Room in the cache, every graph loaded, and a turn that does not count."""
+    """Reserve the cache, load every graph, and run a warm-up turn that does not count."""
     if isinstance(worker, NeoWorker):
         length = positions_needed(case, settings.repetitions, keep_context=settings.keep_context)
         measured.cache_bytes = worker.reserve(case.batch, length)
@@ -110,14 +110,14 @@ def _prepare(
     if case.kind == "prefill":
         worker.prefill(ids)
     else:
-        # On a GPU the whole depth costs little, and a compiler may want to see it.
+        # On a GPU the whole depth takes little time, and a compiling peer may depend on it.
         depth = case.depth if settings.on_gpu else min(case.depth, _WARMUP_DEPTH)
         worker.context(depth, batch=case.batch, seed=settings.seed)
         worker.decode(min(case.new_tokens, 2))
 
 
 def _conclude(case: Case, worker: EngineWorker, measured: CaseRecord) -> None:
-    """Memory with the case's cache still there; then what Python costs."""
+    """Measure memory while the case's cache still exists, then Python's overhead."""
     measured.memory = worker.memory()
     if isinstance(worker, NeoWorker):
         measured.device_bytes = worker.device_bytes()

@@ -1,4 +1,4 @@
-"""From what was measured to what is reported: rates, shares of the limit, ratios."""
+"""Computes the reported figures from the measurements: rates, shares of the limit, ratios."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ __all__ = ["FLOAT32_DECODE", "make_ratios", "make_row", "with_limits"]
 FLOAT32_DECODE = "float32 decode"
 
 _PEER_CACHE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp16-compiled": 2}
-"""Of a cache element, where the peer does not tell."""
+"""Bytes of a cache element by precision, if the peer does not tell."""
 _OPENVINO_TYPES = {"f32": 4, "float32": 4, "f16": 2, "float16": 2, "bf16": 2, "u8": 1, "uint8_t": 1}
 
 
 def make_row(
     case: Case, participant: Participant, measured: CaseRecord, bundles: Sequence[BundleInfo]
 ) -> Row:
-    """What one participant did in one case; shares of the limit come later (`with_limits`)."""
+    """The row of one participant in one case; `with_limits` adds shares of the limit later."""
     seconds = measured.seconds
     is_decode = case.kind == "decode"
     memory, overhead = measured.memory, measured.overhead
@@ -81,17 +81,17 @@ def with_limits(
 ) -> tuple[list[Row], dict[str, float]]:
     """Fill in the shares of the limit.
 
-    The float32 decode's own rate is a measurement of the machine too, and the limit where it is
-    higher than the kernels'. (It counts with the bytes that it must read at least.) The kernels'
-    rates are the best of all their readings, and a row's is that of its median round: a share of
-    less than 1 is in part this difference.
+    The rate of float32 decode is a measurement of the machine, too, and is the limit if it is
+    higher than the kernels' rates. (It counts only the bytes that must be read.) The kernels' rates
+    are the best of all their measurements, while a row's rate is that of its median round: this
+    difference explains part of a share below 1.
 
     Args:
-        rows: all of the run with one number of threads.
+        rows: all rows of the run with one number of threads.
         read: bytes per second by kernel.
 
     Returns:
-        The rows, and `read` with the float32 decode where there was one.
+        The rows, and `read` with the float32 decode if there is one.
     """
     rates = [row.read_rate for row in rows if row.kind == "bundle" and row.precision == "fp32"]
     known = [rate for rate in rates if rate is not None]
@@ -147,7 +147,7 @@ def _flops(case: Case, bundles: Sequence[BundleInfo]) -> float:
 def _reads(
     case: Case, participant: Participant, bundles: Sequence[BundleInfo]
 ) -> tuple[int, float]:
-    """Bytes of weights that a step reads, and of keys and values (none for a prefill)."""
+    """Bytes that a step reads: of weights, and of keys and values (0 for a prefill)."""
     if participant.kind == "bundle":
         [info] = [info for info in bundles if info.label == participant.label]
         weights, model = info.weights, info.manifest.model
@@ -167,7 +167,7 @@ def _reads(
 
 
 def _peer_cache_itemsize(precision: str, details: Mapping[str, Any]) -> int:
-    """Bytes of a peer's cache element: what it says (OpenVINO: `<Type: 'uint8_t'>`), or usual."""
+    """Bytes of a peer's cache element: as it reports (OpenVINO: `<Type: 'uint8_t'>`), or usual."""
     said = str(details.get("KV_CACHE_PRECISION", "")).lower()
     for name, size in _OPENVINO_TYPES.items():
         if name in said:

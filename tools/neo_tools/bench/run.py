@@ -1,4 +1,4 @@
-"""A whole run: open, load, take turns, count, compare."""
+"""Runs a benchmark: opens and loads everything, takes turns, counts and compares."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def run(settings: Settings, progress: Callable[[str], None]) -> Results:
     """Measure everything that `settings` names.
 
     Args:
-        settings: with at least one bundle and one case.
-        progress: told what happens next, a line each time.
+        settings: settings with at least one bundle and one case.
+        progress: called with a line about each next step.
 
     Raises:
         NeoError: a bundle, a checkpoint or a peer cannot be used, or a worker failed.
@@ -93,17 +93,17 @@ class _Part:
 
 
 class _Bandwidth:
-    """The machine's read bandwidth, measured again and again; bytes a second."""
+    """The machine's read bandwidth, measured repeatedly; bytes per second."""
 
     def __init__(self, probe: Participant) -> None:
         self._probe = probe
         self.best: dict[str, float] = {}
-        """By kernel, of all readings."""
+        """Best rate of each kernel over all measurements."""
         self.readings: list[float] = []
-        """The best kernel's of each."""
+        """The best kernel's rate in each measurement."""
 
     def measure(self) -> float:
-        """The best kernel's rate now."""
+        """Measure now; returns the best kernel's rate."""
         with self._probe.turn() as worker:
             rates: dict[str, float] = worker.rates("read")
         for kernel, rate in rates.items():
@@ -115,7 +115,7 @@ class _Bandwidth:
 def _run_threads(
     settings: Settings, bundles: list[BundleInfo], threads: int, progress: Callable[[str], None]
 ) -> _Part:
-    """All cases with this many threads: the number is fixed when a worker starts."""
+    """Run all cases with this number of threads, which is fixed when a worker starts."""
     loading = {info.label: _loading(settings, info, threads, progress) for info in bundles}
     with ExitStack() as stack:
         guard = stack.enter_context(Guard())
@@ -173,11 +173,11 @@ class _Loading:
 def _loading(
     settings: Settings, info: BundleInfo, threads: int, progress: Callable[[str], None]
 ) -> _Loading:
-    """Two new processes, one after the other."""
+    """Measure loading in two new processes, one after the other."""
     progress(f"load {info.label} for the first time")
     with neo_worker(settings, info, threads) as worker:
         first_load = worker.load().details["load_seconds"]
-        worker.score(1)  # whatever a first use leaves for later ones is there now
+        worker.score(1)  # so that everything that a first use stores for later ones exists
     progress(f"load {info.label} for a first token")
     with neo_worker(settings, info, threads) as worker:
         first, prefill = worker.first_token(_FIRST_TOKEN_PROMPT)
@@ -222,7 +222,7 @@ def _facts(
 
 
 def _plain_settings(settings: Settings) -> dict[str, Any]:
-    """For a report: without the cases, which its rows show."""
+    """The settings for a report, without the cases, which its rows show."""
     found = asdict(settings)
     del found["cases"]
     found["bundles"] = [str(path) for path in settings.bundles]

@@ -17,14 +17,14 @@ __all__ = ["Spread", "percentile", "round_ratios", "spread"]
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """What several rounds gave."""
+    """Median and range of the values of several rounds."""
 
     median: float
     min: float
     max: float
 
     def told(self, digits: int) -> str:
-        """Median and range, for a cell of a table."""
+        """Median and range as text, for a table's cell."""
         return f"{self.median:.{digits}f} ({self.min:.{digits}f} to {self.max:.{digits}f})"
 
 
@@ -54,7 +54,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def round_ratios(others: Sequence[float], ours: Sequence[float]) -> list[float]:
-    """Time of the other / our time, round by round: above 1, ours is faster.
+    """The other's time / our time, round by round: above 1, ours is faster.
 
     Raises:
         RequestError: the numbers of rounds differ.

@@ -1,4 +1,4 @@
-"""Whose processes a run starts, and with what options."""
+"""The processes that a run starts, and their options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["bandwidth_participant", "gpu_command", "make_participants", "neo_wor
 
 
 def bandwidth_participant(settings: Settings, threads: int, guard: Guard) -> Participant:
-    """Who measures the machine: the GPU's memory where one was asked for."""
+    """The participant that measures the machine: on a GPU run, the GPU's memory."""
     worker = BandwidthWorker(
         threads=threads,
         size=settings.probe_bytes,
@@ -32,7 +32,7 @@ def bandwidth_participant(settings: Settings, threads: int, guard: Guard) -> Par
 def make_participants(
     settings: Settings, bundles: list[BundleInfo], threads: int, guard: Guard
 ) -> list[Participant]:
-    """The bundles and the peers, not started."""
+    """The bundles and the peers, not started yet."""
     found = [
         Participant(
             label=info.label,
@@ -76,14 +76,14 @@ def _peer_worker(settings: Settings, choice: PeerChoice, threads: int) -> Engine
 
 
 def gpu_command(settings: Settings, choice: PeerChoice, threads: int) -> list[str]:
-    """The torch peer on the same GPU, in this environment."""
+    """The command of the torch peer on the same GPU, in this environment."""
     command = [sys.executable, "-m", "neo_tools.peers.worker_torch", "--model", str(settings.model)]
     command += ["--precision", choice.precision, "--threads", str(threads)]
     return [*command, "--device", f"cuda:{settings.device}"]
 
 
 def neo_worker(settings: Settings, info: BundleInfo, threads: int) -> NeoWorker:
-    """A bundle's process, not started."""
+    """A bundle's process, not started yet."""
     return NeoWorker(
         info.label,
         info.path,

@@ -1,10 +1,10 @@
-"""Bytes that a decode step must read, and arithmetic that a step takes: counted, not measured.
+"""The bytes that a decode step must read, and its arithmetic operations: counted, not measured.
 
-Weights are counted in the decode graph itself: the bytes of every tensor that a node reads, once
-each however many names it has. A table that only Gather nodes read counts for one row per sequence
-(positions), and so does one that they read transposed: onnxruntime transposes it at load. A tied
-table is the head's matrix too, so it counts whole, and once. The cache counts with what attention
-needs: every position in a global layer, the window in a local one.
+Weights are counted in the decode graph: the bytes of every tensor that a node reads, once each even
+if it has several names. A table that only Gather nodes read counts as one row per sequence
+(positions), also if they read it transposed: onnxruntime transposes it when it loads the graph. A
+tied table is also the head's matrix, so all of it counts, once. The cache counts with the positions
+that attention needs: all of them in a global layer, the window in a local one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ __all__ = [
 ]
 
 _GATHERS = {"Gather": ("axis", (0,)), "GatherBlockQuantized": ("gather_axis", (0, 2, 3))}
-"""Operators that read rows of a table: the axis' attribute, and which inputs are tables."""
+"""Operators that read rows of a table → the attribute with the axis, and the inputs that are
+tables."""
 
 NOMINAL_BYTES: dict[str, tuple[float, float]] = {
     "fp32": (4.0, 4.0),
@@ -46,7 +47,7 @@ NOMINAL_BYTES: dict[str, tuple[float, float]] = {
     # optimum-intel's int4: groups of 128 with a float16 scale and a 4-bit zero point; head int8.
     "int4": (0.5 + 2.5 / 128, 1.0),
 }
-"""Bytes a weight of a peer's precision: of the layers' matrices, of the head's."""
+"""Bytes per weight by a peer's precision: in the layers' matrices, and in the head's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,9 @@ class StepWeights:
     """Bytes of weights that one decode step reads."""
 
     dense: int
-    """Whatever the batch."""
+    """Bytes that do not depend on the batch."""
     per_row: int
-    """More for each sequence of the batch: rows of tables that are only looked up."""
+    """Additional bytes per sequence of the batch: rows of tables that are only looked up."""
 
     def total(self, batch: int) -> int:
         """Bytes for a batch."""
@@ -65,7 +66,7 @@ class StepWeights:
 
 @dataclass(frozen=True)
 class _Extent:
-    """Where a tensor's bytes are."""
+    """The range of a tensor's bytes in a file."""
 
     location: str
     start: int
@@ -89,7 +90,7 @@ def require_onnx() -> Any:
 
 
 def decode_weights(graph: Path) -> StepWeights:
-    """Count a decode graph.
+    """Count the weights of a decode graph.
 
     Args:
         graph: path of `decode.onnx`; its external data is not opened.
@@ -108,7 +109,7 @@ def decode_weights(graph: Path) -> StepWeights:
 
 
 def _read(nodes: Iterable[Any], tensors: Mapping[str, Any]) -> tuple[set[str], dict[str, int]]:
-    """Names of tensors that are read whole; of those that are looked up, with the axis of rows."""
+    """Names of tensors that are read whole; and of looked-up ones, with the axis of their rows."""
     dense: set[str] = set()
     looked_up: dict[str, int] = {}
     turned: dict[str, tuple[str, list[int] | None]] = {}
@@ -151,7 +152,7 @@ def _overlap(a: _Extent, b: _Extent) -> bool:
 
 
 def _union_bytes(extents: Iterable[_Extent]) -> int:
-    """Bytes that the extents cover together; overlaps count once."""
+    """Bytes that the extents cover; overlaps count once."""
     total = 0
     place, end = "", 0
     for extent in sorted(extents, key=lambda e: (e.location, e.start)):
@@ -163,7 +164,7 @@ def _union_bytes(extents: Iterable[_Extent]) -> int:
 
 
 def nominal_weights(model: ModelSpec, precision: str) -> StepWeights:
-    """Bytes that a peer's precision needs at least: its matrices at their nominal width."""
+    """Least bytes of a peer's precision: its matrices at their nominal width."""
     layer, head = NOMINAL_BYTES[precision]
     count = model.num_layers * _layer_weights(model)
     return StepWeights(
@@ -179,9 +180,9 @@ def cache_bytes_per_step(
     Args:
         model: the architecture.
         itemsize: bytes of a cache element.
-        batch: sequences.
-        depth: positions in the cache before the first of the steps.
-        steps: the step `i` attends to `depth + i + 1` positions, its own included.
+        batch: number of sequences.
+        depth: positions in the cache before the first step.
+        steps: number of steps; step `i` attends to `depth + i + 1` positions, its own included.
     """
     position = 2 * model.num_heads * model.head_dim * itemsize
     return position * batch * sum(_attended(model, depth + i + 1) for i in range(steps)) / steps
@@ -192,15 +193,15 @@ def decode_flops(model: ModelSpec, *, batch: int, depth: int, steps: int = 1) ->
     matrices = _layer_weights(model) * model.num_layers + model.vocab_size * model.hidden_size
     width = model.num_heads * model.head_dim
     attended = sum(_attended(model, depth + i + 1) for i in range(steps)) / steps
-    # Each attended position takes a product with the query and one with the weights.
+    # Each attended position needs a product with the query, and one of its value and weight.
     return batch * (2.0 * matrices + 4.0 * width * attended)
 
 
 def prefill_flops(model: ModelSpec, *, batch: int, length: int) -> float:
-    """Operations that a prompt into an empty cache needs at least.
+    """Least number of operations for a prompt with an empty cache.
 
-    The last layer keeps keys and values of every position; all else there, and the head, is for the
-    last one only.
+    The last layer computes keys and values for every position; the rest of it, and the head, only
+    for the last position.
     """
     width = model.num_heads * model.head_dim
     before = replace(model, attention_layers=model.attention_layers[:-1])
@@ -220,7 +221,7 @@ def _layer_weights(model: ModelSpec) -> int:
 
 
 def _attended(model: ModelSpec, positions: int) -> int:
-    """Positions that all layers together attend to, of a sequence of that length."""
+    """Positions that a query at the end of that many attends to, summed over all layers."""
     return sum(
         min(positions, model.window_size) if kind == "local" else positions
         for kind in model.attention_layers

@@ -3,9 +3,9 @@
 Besides the requests of `neo_tools.worker.engine`:
 
     {"op": "reserve", "length": 1056}     → the next cache has room for this many positions
-    {"op": "score", "length": 16}         → seconds; the score graph is loaded from then on
-    {"op": "overhead", "batch": 1, "steps": 32}   → what Python costs a token, see `_overhead`
-    {"op": "device_memory"}               → bytes of a GPU that it holds beside CUDA's context
+    {"op": "score", "length": 16}         → seconds; the score graph stays loaded afterwards
+    {"op": "overhead", "batch": 1, "steps": 32}   → Python's time per token, see `_overhead`
+    {"op": "device_memory"}               → bytes of a GPU that it holds besides CUDA's context
     {"op": "first_token", "length": 16}   → in a process that has loaded nothing: see `_first_token`
 """
 
@@ -40,7 +40,7 @@ _OVERHEAD_PROMPT = 16
 
 
 class NeoEngine:
-    """Our runtime as the protocol's `Engine`, as a caller of `Model` would use it."""
+    """Our runtime as the protocol's `Engine`; it uses `Model` like any caller."""
 
     packages = ("neo-onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
 
@@ -79,7 +79,7 @@ class NeoEngine:
 
     @property
     def max_length(self) -> int:
-        """Positions that a sequence may have."""
+        """Largest number of positions in a sequence."""
         return self._model.manifest.max_length
 
     def load(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class NeoEngine:
             self._cache = None
 
     def forward(self, ids: list[list[int]]) -> list[int]:
-        """Append rows of ids; a new sequence opens its cache, on the clock."""
+        """Append rows of ids; a new sequence opens its cache, which counts as measured time."""
         model = self._model
         if self._cache is None:
             length = model.rounded_length(self._length or model.manifest.max_length)
@@ -126,7 +126,7 @@ class NeoEngine:
         return _greedy_step(model.prefill_step(self._cache, ids))
 
     def handlers(self) -> dict[str, Handler]:
-        """Who answers what: the requests of every engine, and those that only this one knows."""
+        """Handlers of all requests: those of every engine, and those of this one only."""
         return {
             **engine_handlers(self),
             "reserve": self._reserve,
@@ -158,9 +158,9 @@ class NeoEngine:
 
         Returns:
             `step`: median seconds per step of `forward`, which is what the rounds time;
-            `generate`: the same for `Model.generate`, whose bookkeeping comes on top: (its seconds
-            − native seconds) / new tokens, prefill's own bookkeeping and the cache's allocation
-            included; `native`: median seconds per step inside onnxruntime.
+            `generate`: the same for `Model.generate` with its additional bookkeeping: (its seconds
+            − native seconds) / new tokens, including prefill's bookkeeping and the allocation of
+            the cache; `native`: median seconds per step inside onnxruntime.
         """
         from neo_runtime.options.generation_options import GenerationOptions
 
@@ -194,7 +194,7 @@ class NeoEngine:
 
     @contextmanager
     def _other_cache(self, length: int) -> Iterator[None]:
-        """`forward` begins anew, with room for `length` positions; then it goes on as before."""
+        """Inside the block `forward` uses a new cache of `length` positions, then the old one."""
         kept = self._cache, self._length
         self._cache, self._length = None, length
         try:
@@ -207,7 +207,7 @@ class NeoEngine:
         """From `load()` to the first token of a prompt, in a process that has not loaded anything.
 
         Returns:
-            `seconds`, and `prefill`: the same request again, now that all is loaded.
+            `seconds`, and `prefill`: seconds of the same request again, with everything loaded.
         """
         if self._opened is not None:
             raise ValueError("first_token wants a process that has loaded nothing")
@@ -226,7 +226,7 @@ class NeoEngine:
 
 
 def _greedy_step(step: StepLogits) -> list[int]:
-    """Each row's best token, from its candidates where they decide."""
+    """Each row's best token, from its candidates if they suffice."""
     tokens = []
     for row in step:
         found = row.candidates
@@ -239,7 +239,7 @@ def _greedy_step(step: StepLogits) -> list[int]:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """What the runtime warns of meanwhile."""
+    """Collect the runtime's warnings inside the block."""
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
