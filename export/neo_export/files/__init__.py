@@ -1,1 +1,1 @@
-"""Files, whatever is in them: written whole or not at all, and as room for large arrays."""
+"""Writes files and folders atomically, and memory-maps scratch files for large arrays."""

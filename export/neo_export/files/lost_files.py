@@ -1,4 +1,4 @@
-"""What would go with a folder that is replaced although it is not of it."""
+"""Refuses to replace a folder if files that do not belong to it would be lost."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def files_inside(folder: Path) -> Iterator[str]:
 
 
 def _raise(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # what is gone by now cannot be lost
+    if not isinstance(error, FileNotFoundError):  # a file that is gone cannot be lost
         raise error
 
 
 def refuse_to_lose(names: Sequence[str], destination: Path, whose: str) -> None:
-    """Refuse to replace a folder: whoever does means what it is for, not notes put beside that.
+    """Refuse to replace a folder with foreign files, such as the user's notes.
 
     Args:
-        names: of the files that would be lost.
-        destination: the folder, as the user called it.
-        whose: the others are, as in "files that are not …".
+        names: names of the files that would be lost.
+        destination: the folder, as the user named it.
+        whose: the owner of the folder's other files, as in "files that are not …".
 
     Raises:
-        OutputError: there are such files.
+        OutputError: `names` is not empty.
     """
     if not names:
         return

@@ -1,4 +1,4 @@
-"""Arrays that lie in files: room for what is larger than the memory one would like to use."""
+"""Memory-mapped scratch arrays, for data larger than the memory that should be used."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["drop_pages", "scratch_array", "take_room"]
 
 _LARGE = 1 << 24
-"""Bytes from which on an array lies in a file."""
+"""Arrays of at least this many bytes are memory-mapped."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DONT_NEED = getattr(mmap, "MADV_DONTNEED", None)
 
 
 def scratch_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """Zeros. A large array is a mapping of a file without a name, in the temporary folder.
+    """An array of zeros; a large one is memory-mapped from an unnamed file in the temporary folder.
 
-    The system writes it back when memory runs short, and drops it when the array is garbage.
+    The system writes it to disk if memory runs short, and frees it with the array.
     """
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     if size < _LARGE:
@@ -38,20 +38,20 @@ def scratch_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
 
 
 def take_room(file: IO[bytes], size: int, folder: str) -> None:
-    """Make a new file so long, with room on the disk for all of it.
+    """Extend a new file to this size, with disk space reserved for all of it.
 
-    A hole in a mapped file is filled when it is written to, and where the disk is full then the
-    process dies of it.
+    Otherwise, space in a memory-mapped file is allocated at the first write, and if the disk is
+    full then, the process is killed.
 
     Raises:
-        OutputError: there is no room.
+        OutputError: there is not enough space.
     """
     try:
         os.posix_fallocate(file.fileno(), 0, size)
-    except AttributeError:  # not every system has it
+    except AttributeError:  # not available on every system
         file.truncate(size)
     except OSError as error:
-        if error.errno not in _NO_ROOM:  # nor can every file system reserve
+        if error.errno not in _NO_ROOM:  # this file system cannot reserve space
             file.truncate(size)
             return
         raise OutputError(
@@ -61,10 +61,10 @@ def take_room(file: IO[bytes], size: int, folder: str) -> None:
 
 
 def drop_pages(*arrays: NDArray[Any]) -> None:
-    """Take the files that arrays are mapped from out of this process's resident memory.
+    """Remove memory-mapped arrays from this process's resident memory.
 
-    Nothing is lost: what is read again is mapped again, from the system's cache or the disk.
-    Arrays that lie in ordinary memory are left alone.
+    Nothing is lost: when read again, pages come from the page cache or the disk. Arrays in ordinary
+    memory are left alone.
     """
     if _DONT_NEED is None:
         return
@@ -73,7 +73,7 @@ def drop_pages(*arrays: NDArray[Any]) -> None:
 
 
 def _mappings(arrays: Iterable[NDArray[Any]]) -> list[mmap.mmap]:
-    """The files behind arrays, each once."""
+    """The mappings that hold the arrays, without duplicates."""
     found: dict[int, mmap.mmap] = {}
     for array in arrays:
         base: Any = array

@@ -1,4 +1,4 @@
-"""What a failed write means to the user: which disk, how much room, what to do."""
+"""Translates failed writes for the user: which disk, how much space, what to do."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["as_output_error", "require_space"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _ONLY_WRITING = {*_FULL, errno.EFBIG, errno.EROFS}
-"""Reading a file never ends with one of these."""
+"""Errors that reading a file never raises."""
 _NEARLY_NOTHING = 1 << 20
 
 
 def require_space(destination: Path, parent: Path, needed: int) -> None:
-    """Refuse at once what cannot fit.
+    """Refuse early what does not fit on the disk.
 
     Raises:
         OutputError: fewer than `needed` bytes are free in `parent`.
@@ -42,11 +42,11 @@ def as_output_error(
     """Translate a failure to write `destination`; None for every other exception.
 
     Args:
-        error: what was raised.
-        destination: what the user asked for.
-        staging: the hidden folder being written, or None if there is none yet. (From then on
-            other files are being read as well, and their errors are not ours.)
-        left: what there is now, in words.
+        error: the exception.
+        destination: the path that the user gave.
+        staging: the hidden folder being written, or None if there is none yet. (Once there is one,
+            other files are read, too, and their errors are not about writing.)
+        left: what remains on disk, in words.
     """
     if not isinstance(error, OSError) or isinstance(error, NeoError):
         return None

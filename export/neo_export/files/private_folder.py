@@ -1,4 +1,4 @@
-"""The hidden folder in which another one is written, and from which it is put in place.
+"""The hidden folder in which a folder is written before it is renamed to its final name.
 
     parent/
         .NAME.partial-<pid>-<random>/     hidden, private to one export
@@ -7,8 +7,8 @@
             old/                          only without an atomic swap: see `swap_in`
         NAME/                             whole at every instant, or nothing
 
-An export that is killed leaves its hidden folder. The next export to the same destination
-finds that nobody holds its lock any more and removes it. (A lock, not the pid: pids are reused.)
+A killed export leaves its hidden folder. The next export to the same destination finds that no
+process holds its lock, and removes it. (It checks the lock, not the pid: pids are reused.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["NEW", "private_folder", "swap_in", "tidy_up"]
 
 NEW = "new"
-"""The folder inside it that is written."""
+"""Name of the folder inside the hidden one that is written."""
 _LOCK, _OLD = "lock", "old"
 _NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
@@ -52,7 +52,7 @@ def private_folder(target: Path) -> Iterator[Path]:
 
 
 def _make_private_folder(target: Path) -> tuple[Path, int] | None:
-    """Make and lock it; None if another export took it for a leftover in between."""
+    """Create and lock it; None if another export removed it as a leftover before it was locked."""
     name = f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     root = target.with_name(name)
     root.mkdir(mode=0o700)
@@ -70,11 +70,11 @@ def _make_private_folder(target: Path) -> tuple[Path, int] | None:
 
 
 def swap_in(root: Path, target: Path) -> None:
-    """Replace `target` with what was written.
+    """Replace `target` with the written folder.
 
-    In two renames on systems without an atomic swap. Between the two there is nothing at `target`.
-    When the second one fails `_remove` puts the old bundle back; after a kill just there the next
-    export to `target` does (`tidy_up`).
+    Without an atomic swap this takes two renames, and between them `target` does not exist. If the
+    second one fails, `_remove` puts the old bundle back; if the process is killed between them, the
+    next export to `target` does so (`tidy_up`).
     """
     if exchange(root / NEW, target):
         return
@@ -83,11 +83,11 @@ def swap_in(root: Path, target: Path) -> None:
 
 
 def tidy_up(target: Path) -> None:
-    """Remove what killed exports to `target` left; put back an old bundle that one took away."""
+    """Remove leftovers of killed exports to `target`; put back an old bundle that one moved."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.partial-[0-9]+-[0-9a-f]{{8}}")
     try:
         names = sorted(n for n in os.listdir(target.parent) if pattern.fullmatch(n))  # noqa: PTH208
-    except OSError:  # A parent that may be written but not listed: the leftovers stay.
+    except OSError:  # The parent may be writable but not listable: the leftovers stay.
         return
     for name in names:
         root = target.with_name(name)
@@ -96,7 +96,7 @@ def tidy_up(target: Path) -> None:
         try:
             lock = os.open(root / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
-            with suppress(OSError):  # Killed before it had a lock: empty. Otherwise not ours.
+            with suppress(OSError):  # An empty folder: killed before it was locked. Else not ours.
                 root.rmdir()
             continue
         try:
@@ -109,7 +109,7 @@ def tidy_up(target: Path) -> None:
 def _remove(root: Path, target: Path) -> None:
     """Remove a hidden folder whose lock is held; put back an old bundle if nothing replaced it.
 
-    The lock goes last: a removal cut short is then finished by the next export.
+    The lock is removed last, so that the next export finishes an interrupted removal.
     """
     old = root / _OLD
     with suppress(OSError):

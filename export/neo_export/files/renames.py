@@ -1,8 +1,8 @@
 """Two atomic renames that `os` does not offer: one that never replaces, and one that swaps.
 
-Linux: renameat2(2); macOS: renamex_np(2). Elsewhere, and on file systems that know neither,
-`rename_exclusive` falls back on plain rename (which replaces nothing but an *empty* folder), and
-`exchange` says that it did nothing.
+Linux: renameat2(2); macOS: renamex_np(2). Elsewhere, and on file systems that support neither,
+`rename_exclusive` falls back on plain rename (which can replace only an *empty* folder), and
+`exchange` returns False and does nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def exchange(first: Path, second: Path) -> bool:
     """Swap two paths in one step, so that neither is ever missing.
 
     Returns:
-        False where the system or the file system cannot: nothing was changed.
+        False if the system or the file system does not support it; then nothing was changed.
 
     Raises:
         OSError: any other failure, such as FileNotFoundError where one of them is missing.

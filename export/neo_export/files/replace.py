@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writes files atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["replace_file"]
 
 
 def replace_file(path: Path, data: memoryview | bytes) -> None:
-    """Write `data` to the disk, then put it in the place of `path`."""
+    """Write and sync `data` to the disk, then atomically rename it to `path`."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with scratch.open("wb") as file:

@@ -1,4 +1,4 @@
-"""What was written is on the disk, not only in the system's memory."""
+"""Syncs files and folders to the disk (fsync)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOTSUP
 
 
 def sync_tree(folder: Path) -> None:
-    """Wait until every file below `folder`, and every folder's list of names, is on the disk."""
+    """Sync every file below `folder`, and every folder's entries, to the disk."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             path = Path(parent, name)
@@ -23,7 +23,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until a folder's list of names is on the disk; some systems cannot be asked to."""
+    """Sync a folder's entries to the disk, on systems that support it."""
     try:
         _sync(path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Signals that end a program, so that what it has half written is removed."""
+"""Turns terminating signals into exceptions, so that half-written files are removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A text that the user asked for, in a file of the user's choice."""
+"""Writes a text to the file that the user named."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["write_text_file"]
 
 
 def write_text_file(path: Path, text: str) -> None:
-    """Write a file, or replace it, whole or not at all.
+    """Write or replace a file atomically.
 
-    A link stays a link: its target is replaced. Other things than files (a pipe), and this process'
-    own output (`/dev/stdout`, wherever it goes), are written to as they are.
+    A link stays a link: its target is replaced. What is not a regular file (such as a pipe), and
+    this process's own output (`/dev/stdout`, wherever it goes), is written to directly.
 
     Raises:
         OutputError: writing failed.
     """
     if path.exists() and (stream := _output(path)) is not None:
         (sys.stdout, sys.stderr)[stream - 1].flush()
-        # The same place in the file as the stream's own, which continues writing after this.
+        # Shares the file offset with the stream, which continues after this text.
         with os.fdopen(os.dup(stream), "w", encoding="utf-8") as file:
             file.write(text)
         return
@@ -44,7 +44,7 @@ def write_text_file(path: Path, text: str) -> None:
 
 
 def _output(path: Path) -> int | None:
-    """Whether a file is what stdout (1) or stderr (2) goes to."""
+    """1 or 2 if stdout or stderr goes to this file; otherwise None."""
     status = path.stat()
     for stream in (1, 2):
         with contextlib.suppress(OSError):

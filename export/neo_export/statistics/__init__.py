@@ -1,1 +1,1 @@
-"""What real text does inside a model: the statistics that `neo-calibrate` wrote, read."""
+"""Reads the statistics of a model's activations on real text that `neo-calibrate` wrote."""

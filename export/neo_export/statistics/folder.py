@@ -1,11 +1,11 @@
-"""A folder of statistics, open.
+"""Opens a folder of statistics.
 
     statistics = Statistics.open("stats")
     statistics.check_model(checkpoint)
     statistics.channel_max("transformer.h.0.key")      # float32 [hidden]
 
 The folder's format is described in docs/design/statistics.md: `statistics.json`, and one
-safetensors file a layer. Arrays are views of the mapped files.
+safetensors file per layer. Arrays are views of the memory-mapped files.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ __all__ = ["LikelyTokens", "Statistics"]
 
 @dataclass(frozen=True)
 class LikelyTokens:
-    """Positions of the text: what the head reads there, and what it expects next."""
+    """The head's input at some positions of the text, and its likeliest next tokens there."""
 
     inputs: NDArray[np.float32]
-    """[n, C] of the head."""
+    """[n, C]: inputs of the head."""
     tokens: NDArray[np.int32]
-    """[n, k] the likeliest, in falling order."""
+    """[n, k]: the likeliest tokens, in decreasing order."""
     probabilities: NDArray[np.float32]
-    """[n, k] theirs."""
+    """[n, k]: probabilities of `tokens`."""
 
 
 class Statistics:
-    """A folder of statistics, open.
+    """An open folder of statistics.
 
     Attributes:
-        folder: where it lies.
+        folder: its path.
         header: `statistics.json`.
     """
 
@@ -62,10 +62,10 @@ class Statistics:
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Open a folder that `neo-calibrate` wrote; arrays are read when asked for.
+        """Open a folder that `neo-calibrate` wrote; arrays are loaded lazily.
 
         Raises:
-            StatisticsError: it is none, or damaged.
+            StatisticsError: it is not a folder of statistics, or is damaged.
         """
         folder = Path(path)
         file = folder / STATISTICS_NAME
@@ -87,20 +87,20 @@ class Statistics:
 
     @property
     def tokens(self) -> int:
-        """Positions that were run."""
+        """Number of positions that were run."""
         return int(self.header.text["tokens"])
 
     def check_model(
         self, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None
     ) -> None:
-        """Make sure that these are this checkpoint's statistics; reads the whole checkpoint.
+        """Check that these are this checkpoint's statistics; reads the whole checkpoint.
 
         Args:
-            checkpoint: the model at hand.
-            progress: called with tensors done and in all.
+            checkpoint: the checkpoint to compare with.
+            progress: called with the number of tensors done and the total.
 
         Raises:
-            StatisticsError: they are another model's; says what differs.
+            StatisticsError: they are another model's; the message says what differs.
         """
         theirs, ours = self.header.model["spec"], json.loads(json.dumps(asdict(checkpoint.spec)))
         for field in ours:
@@ -136,25 +136,25 @@ class Statistics:
         return self._array(place, "mean_square")
 
     def second_moment(self, place: str) -> NDArray[np.float32]:
-        """E[x xᵀ] over all positions, [C, C], exactly symmetric; mapped.
+        """E[x xᵀ] over all positions, [C, C], exactly symmetric; memory-mapped.
 
         Raises:
-            StatisticsError: it was not kept: only places that a matrix reads have one, and only
+            StatisticsError: it was not kept; only places that a matrix reads have one, and only
                 with `--second-moments full`.
         """
         return self._array(place, "second_moment")
 
     def sample(self, place: str) -> NDArray[np.float32]:
-        """Values at some positions, spread evenly over the text, [n, C]; mapped.
+        """Values at some positions, evenly spaced over the text, [n, C]; memory-mapped.
 
         The positions are the same at every place. Only places that a matrix reads have them.
         """
         return self._array(place, "sample")
 
     def likely(self) -> LikelyTokens | None:
-        """What the head reads and expects at some positions, or None: not kept.
+        """The head's inputs and likely tokens at some positions; None if they were not kept.
 
-        A folder without second moments has none, nor has one of an earlier version.
+        Folders without second moments, and folders of earlier versions, do not have them.
         """
         file = self.places[HEAD_INPUT].file
         if "transformer.logits.likely" not in self._tensors(file):
@@ -170,7 +170,7 @@ class Statistics:
         return self.header.score_max[f"transformer.h.{layer}"]
 
     def require_second_moments(self) -> None:
-        """Say at once what would otherwise fail behind long work: every matrix's input has one.
+        """Check early that every matrix's input has second moments, before long work needs them.
 
         Raises:
             StatisticsError: they were not kept.

@@ -1,4 +1,4 @@
-"""`statistics.json`: what a folder of statistics says of itself, of its text and of each place.
+"""`statistics.json`: the model, the text and the places of a folder of statistics.
 
 The format is described in docs/design/statistics.md.
 """
@@ -27,7 +27,7 @@ __all__ = [
 STATISTICS_NAME = "statistics.json"
 SCHEMA_VERSION = 1
 FEWEST_POSITIONS = 2
-"""One to choose by, one to judge the choice by."""
+"""Least number of positions: one to choose by, one to judge the choice by."""
 
 MEASURED_PLACES = (
     "ln_1",
@@ -50,7 +50,7 @@ INPUT_PLACES = (*LAYER_INPUTS, "final_norm")
 
 @dataclass(frozen=True, kw_only=True)
 class PlaceStatistics:
-    """What `statistics.json` says of one place."""
+    """The entry of one place in `statistics.json`."""
 
     channels: int
     low: float
@@ -59,8 +59,8 @@ class PlaceStatistics:
     """Largest value seen."""
     mean_square: float
     percentiles: dict[str, float]
-    """Of |x| over all values: "50", "90", "99", "99.9", "99.99", "99.999"; each is at most 0.8 %
-    off, see docs/design/statistics.md."""
+    """Percentiles of |x| over all values: "50", "90", "99", "99.9", "99.99", "99.999"; the error of
+    each is at most 0.8 %, see docs/design/statistics.md."""
     outlier_channels: tuple[int, ...]
     """Channels whose largest |x| is at least 6 times the median channel's."""
     file: str
@@ -84,7 +84,7 @@ class StatisticsHeader:
     text: dict[str, Any]
     """`digest`: sha256 of the token ids; `tokens`, `contexts`, `max_length`, `files`."""
     places: dict[str, PlaceStatistics]
-    """In the order of computation."""
+    """Places in the order of computation."""
     score_max: dict[str, tuple[float, ...]]
     """Layer ("transformer.h.0") → largest |q·k|, unscaled and causal, of each head."""
     tools: dict[str, str]
@@ -99,7 +99,7 @@ class StatisticsHeader:
         """Parse and check.
 
         Raises:
-            StatisticsError: not what `to_json` writes, or a newer schema.
+            StatisticsError: the text is not from `to_json`, or has a newer schema.
         """
         try:
             raw = parse_json(text)
