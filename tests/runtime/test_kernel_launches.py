@@ -153,6 +153,15 @@ def spoiled_kernels(bundle: Path, image: bytes, digest: str) -> None:
     path.write_text(kernels.to_json())
 
 
+def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine seems to have a GPU, whose device the test stands in for."""
+    gpu = GpuFacts(
+        index=0, name="GPU", compute_capability="9.0", memory_bytes=1, driver_cuda=(13, 0)
+    )
+    monkeypatch.setattr("neo_runtime.machine.gpu.require_gpu", lambda index: gpu)
+    monkeypatch.setattr("neo_runtime.machine.gpu.require_cuda_provider", lambda gpu: None)
+
+
 @pytest.mark.parametrize(
     ("digest", "message"),
     [
@@ -182,11 +191,7 @@ def test_auto_does_without_kernels_that_do_not_load(
 
     bundle = shutil.copytree(cuda_bundle, tmp_path / "bundle")
     spoiled_kernels(bundle, b"image", digest)
-    gpu = GpuFacts(
-        index=0, name="GPU", compute_capability="9.0", memory_bytes=1, driver_cuda=(13, 0)
-    )
-    monkeypatch.setattr("neo_runtime.machine.gpu.require_gpu", lambda index: gpu)
-    monkeypatch.setattr("neo_runtime.machine.gpu.require_cuda_provider", lambda gpu: None)
+    with_a_gpu(monkeypatch)
     monkeypatch.setattr("neo_runtime.backends.device.nvidia.CudaDevice", make)
     with pytest.raises(EngineError, match=message):
         neo_runtime.load(bundle, backend="cuda")
@@ -195,3 +200,20 @@ def test_auto_does_without_kernels_that_do_not_load(
         assert model.generate([1], max_new_tokens=3).token_ids
     assert "decode steps run by the bundle's graph: " in caplog.text
     assert all(device.closed for device in made)
+
+
+def test_what_fails_without_kernels_is_not_put_down_to_them(
+    cuda_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened: list[int] = []
+
+    def fail(index: int) -> HostDevice:
+        opened.append(index)
+        raise EngineError("nothing runs here")
+
+    with_a_gpu(monkeypatch)
+    monkeypatch.setattr("neo_runtime.backends.device.nvidia.CudaDevice", fail)
+    neo_runtime.load(cuda_bundle).close()
+    assert opened == [0], "tried once"
+    assert "nothing runs here" in caplog.text
+    assert "decode steps" not in caplog.text

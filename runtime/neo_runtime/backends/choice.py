@@ -206,7 +206,8 @@ def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
 
     try:
         kernels = fitting_kernels(bundle, gpu.compute_capability)
-        return _on_cuda(bundle, gpu, options, kernels)
+        if kernels is not None:
+            return _on_cuda(bundle, gpu, options, kernels)
     except (EngineError, BundleUnsupportedError) as error:
         # Damaged, another bundle's, older, or not for this driver.
         if not options.automatic:
