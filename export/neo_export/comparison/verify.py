@@ -52,7 +52,8 @@ class Verification:
     typical_error: float
     """Median of the same error over positions."""
     argmax_disagreements: int
-    """Positions whose best token differs, although the reference's margin exceeds the error."""
+    """Positions whose best token differs, although the reference's lead over its second best
+    exceeds what the tolerance lets two logits be off."""
     worst_place: PlaceError
     places: tuple[PlaceError, ...]
     first_fault: Fault | None
@@ -106,17 +107,19 @@ def verify_bundle(
     assert logits is not None
     assert trace.logits is not None
     faults = find_faults(errors, manifest.model, limits_name(manifest))
+    rounds_activations = _rounds_activations(folder, manifest)
+    tolerance = TOLERANCES[tolerance_name(manifest, rounds_activations=rounds_activations)]
     verification = Verification(
         tokens=length,
         window_size=manifest.model.window_size,
         logits_error=float(logits.cumulative.max()),
         typical_error=float(np.median(logits.cumulative)),
-        argmax_disagreements=_disagreements(trace.logits, expected),
+        argmax_disagreements=_disagreements(trace.logits, expected, tolerance.any_checkpoint),
         worst_place=max(places, key=lambda place: place.error),
         places=places,
         first_fault=explain(faults, reference, texts),
     )
-    _judge(verification, manifest, _rounds_activations(folder, manifest))
+    _judge(verification, manifest, rounds_activations)
     return verification
 
 
@@ -128,14 +131,20 @@ def _rounds_activations(folder: Path, manifest: Manifest) -> bool:
     return any(node.op_type == "QuantizeLinear" for node in graph)
 
 
-def _disagreements(found: NDArray[Any], expected: NDArray[np.float32]) -> int:
+def _disagreements(found: NDArray[Any], expected: NDArray[np.float32], limit: float) -> int:
+    """Positions whose best token differs, although its lead in `expected` is clear.
+
+    An error of `limit` (relative L2), spread evenly, puts each logit off by `limit` times the root
+    mean square of its row, and so may swap two that are less than twice that apart. The norm hides
+    an error that only a few of many logits have; this finds it.
+    """
     if expected.shape[-1] < 2:
         return 0
     best = np.partition(expected, -2, axis=-1)
     lead = best[:, -1] - best[:, -2]
-    off = np.abs(found.astype(np.float64) - expected).max(axis=-1)
+    size = np.sqrt(np.mean(np.square(expected, dtype=np.float64), axis=-1))
     differs = found.argmax(axis=-1) != expected.argmax(axis=-1)
-    return int(np.count_nonzero(differs & (lead > off)))
+    return int(np.count_nonzero(differs & (lead > 2 * limit * size)))
 
 
 def _judge(verification: Verification, manifest: Manifest, rounds_activations: bool) -> None:
@@ -158,12 +167,16 @@ def _judge(verification: Verification, manifest: Manifest, rounds_activations: b
                 f"worst of {verification.tokens} positions), the limit of {name} is {allowed:g}"
             )
     limit = tolerance.any_checkpoint
-    # Rounded activations may change the order of the best two tokens even in a correct bundle.
-    judged = tolerance.typical is None
-    disagreements = verification.argmax_disagreements if judged else 0
-    if not verification.logits_error <= limit or disagreements:
+    if not verification.logits_error <= limit:
         raise VerificationError(
             f"the logits are off by {verification.logits_error:.3g} (relative L2, worst of "
-            f"{verification.tokens} positions; limit of {name}: {limit:g}), with "
-            f"{disagreements} positions whose best token differs"
+            f"{verification.tokens} positions), the limit of {name} is {limit:g}"
+        )
+    # Rounded activations may change the order of the best two tokens even in a correct bundle.
+    judged = tolerance.typical is None
+    if judged and verification.argmax_disagreements:
+        raise VerificationError(
+            f"the best token differs from PyTorch's at {verification.argmax_disagreements} of "
+            f"{verification.tokens} positions where its lead exceeds what the limit of {name} "
+            f"({limit:g}) allows two logits to be off: a few logits are wrong"
         )
