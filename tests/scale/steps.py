@@ -120,27 +120,28 @@ def _verified(session: Session, form: str, *options: str) -> list[Figure]:
         done = session.bundle(f"{form.replace(' ', '-')}-verified", *options, "--verify")
     except NeoError as error:
         return [_failed_verification(session, form, options, error)]
-    pattern = rf"verified +(\d+) positions.*?off by {_NUMBER}, worst place (.*?) {_NUMBER} \("
+    pair = rf"{_NUMBER} \({_NUMBER}\)"
+    pattern = rf"verified +(\d+) positions.*?: logits {pair}, (.*?) {pair}"
     match = re.search(pattern, done.measured.output)
     if match is None:
         raise ValueError(f"no result of --verify in:\n{done.measured.output}")
     session.drop(done.bundle)
-    tokens, logits, place, hidden = match.groups()
+    tokens, logits, worst_logits, place, hidden, worst_hidden = match.groups()
     # Of the forms for GPUs weights alone are quantized: what is left is half precision.
-    tolerance = TOLERANCES["fp32" if form == "fp32" else "fp16"]
+    limit = TOLERANCES["fp32" if form == "fp32" else "fp16"].any_checkpoint
     return [
-        Figure(
-            name=f"{form}: logits, worst relative L2 of {tokens} positions",
-            value=float(logits),
-            limit=tolerance.any_checkpoint,
-            command=done.command,
-        ),
-        Figure(
-            name=f"{form}: worst place of all layers, relative L2",
-            value=float(hidden),
-            limit=tolerance.of_place(place.split()[-1]),
-            command=done.command,
-            note=place,
+        *(
+            Figure(
+                name=f"{form}: {what}, median relative L2 of {tokens} positions",
+                value=float(value),
+                limit=limit,
+                command=done.command,
+                note=note,
+            )
+            for what, value, note in (
+                ("logits", logits, f"worst {worst_logits}"),
+                ("worst place of all layers", hidden, f"{place}, worst {worst_hidden}"),
+            )
         ),
         *cost(done.measured, done.command),
     ]
@@ -150,9 +151,7 @@ def _failed_verification(
     session: Session, form: str, options: Sequence[str], error: NeoError
 ) -> Figure:
     """The first place past its limit, as `neo-export --verify` names it; other errors go on."""
-    pattern = (
-        rf"neo-export: (.*?) (?:is|are) off by {_NUMBER} \(.*?limit of \w+:? (?:is )?{_NUMBER}"
-    )
+    pattern = rf"neo-export: (.*?) is off by {_NUMBER} \(.*?limit of \w+ is {_NUMBER}"
     match = re.search(pattern, str(error))
     if match is None:
         raise error
@@ -160,7 +159,7 @@ def _failed_verification(
     export = ("-m", "neo_export.command.cli", str(session.checkpoint), "-o", "BUNDLE")
     command = (*export, *options, "--verify")
     return Figure(
-        name=f"{form}: {place}: worst relative L2",
+        name=f"{form}: {place}: relative L2",
         value=float(value),
         limit=float(limit),
         command=shown(command),

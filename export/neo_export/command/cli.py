@@ -235,9 +235,10 @@ def _report(summary: ExportSummary, *, verbose: bool) -> str:
         worst = check.worst_place
         where = worst.place if worst.layer is None else f"layer {worst.layer} {worst.place}"
         lines.append(
-            f"verified    {check.tokens} positions against PyTorch (window {check.window_size}): "
-            f"logits off by {check.logits_error:.2g}, worst place {where} {worst.error:.2g} "
-            "(relative L2)"
+            f"verified    {check.tokens} positions against PyTorch (window {check.window_size}), "
+            "every step on its own inputs; accumulated relative L2, median (worst) of positions: "
+            f"logits {check.logits.typical:.2g} ({check.logits.worst:.2g}), {where} "
+            f"{worst.typical:.2g} ({worst.worst:.2g})"
         )
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from neo_export.bundle.check import scoring_graph
 from neo_export.comparison.errors import measure, measure_logits
 from neo_export.comparison.explanations import explain
 from neo_export.comparison.faults import Fault, find_faults
+from neo_export.comparison.metrics import logit_error
 from neo_export.comparison.places import all_places, place_text
 from neo_export.comparison.probed import open_probed, score_trace
 from neo_export.comparison.reference import LayeredReference
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from neo_export.checkpoint.whole import Checkpoint
+    from neo_export.comparison.errors import PlaceErrors
+    from neo_export.comparison.places import Place
     from neo_export.quantize.kv_cache import CacheSteps
 
 __all__ = ["PlaceError", "Verification", "verify_bundle"]
@@ -34,11 +38,14 @@ __all__ = ["PlaceError", "Verification", "verify_bundle"]
 
 @dataclass(frozen=True)
 class PlaceError:
-    """Worst relative L2 error over positions, at one place."""
+    """Relative L2 error at one place, accumulated from the first layer on."""
 
     layer: int | None
     place: str
-    error: float
+    worst: float
+    """Largest over positions; NaN or infinite if any is."""
+    typical: float
+    """Median over positions."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +54,12 @@ class Verification:
 
     tokens: int
     window_size: int
-    logits_error: float
-    """Worst relative L2 error of a position's logits."""
-    typical_error: float
-    """Median of the same error over positions."""
+    logits: PlaceError
     argmax_disagreements: int
     """Positions whose best token differs, although the reference's lead over its second best
     exceeds what the tolerance lets two logits be off."""
     worst_place: PlaceError
+    """The place whose `typical` error is largest."""
     places: tuple[PlaceError, ...]
     first_fault: Fault | None
     """The first step that is wrong even on the bundle's own inputs."""
@@ -81,8 +86,8 @@ def verify_bundle(
         progress: called with a stage's name, done and total.
 
     Raises:
-        VerificationError: an error exceeds the tolerance of this precision; the message names the
-            first.
+        VerificationError: a step is wrong on its own inputs at some position, or the errors that
+            accumulate exceed the tolerance of this precision; the message names the first place.
         DependencyError: torch or transformers is missing.
     """
     reference = LayeredReference(checkpoint, weights, cache)
@@ -98,13 +103,9 @@ def verify_bundle(
     )
     expected = reference.logits(final)
     measure_logits(errors, reference, trace, expected)
-    places = tuple(
-        PlaceError(layer, place, float(series.cumulative.max()))
-        for layer, place in all_places(manifest.model)
-        if place != "logits" and (series := errors.series("score", (layer, place))) is not None
-    )
-    logits = errors.series("score", (None, "logits"))
-    assert logits is not None
+    found = [error for at in all_places(manifest.model) if (error := _error_at(errors, at))]
+    [logits] = [error for error in found if error.place == "logits"]
+    places = tuple(error for error in found if error is not logits)
     assert trace.logits is not None
     faults = find_faults(errors, manifest.model, limits_name(manifest))
     rounds_activations = _rounds_activations(folder, manifest)
@@ -112,10 +113,9 @@ def verify_bundle(
     verification = Verification(
         tokens=length,
         window_size=manifest.model.window_size,
-        logits_error=float(logits.cumulative.max()),
-        typical_error=float(np.median(logits.cumulative)),
+        logits=logits,
         argmax_disagreements=_disagreements(trace.logits, expected, tolerance.any_checkpoint),
-        worst_place=max(places, key=lambda place: place.error),
+        worst_place=max(places, key=lambda place: place.typical),
         places=places,
         first_fault=explain(faults, reference, texts),
     )
@@ -131,8 +131,16 @@ def _rounds_activations(folder: Path, manifest: Manifest) -> bool:
     return any(node.op_type == "QuantizeLinear" for node in graph)
 
 
+def _error_at(errors: PlaceErrors, at: Place) -> PlaceError | None:
+    series = errors.series("score", at)
+    if series is None:
+        return None
+    found = series.cumulative
+    return PlaceError(*at, worst=float(found.max()), typical=float(np.median(found)))
+
+
 def _disagreements(found: NDArray[Any], expected: NDArray[np.float32], limit: float) -> int:
-    """Positions whose best token differs, although its lead in `expected` is clear.
+    """Positions within `limit` whose best token differs, although its lead in `expected` is clear.
 
     An error of `limit` (relative L2), spread evenly, puts each logit off by `limit` times the root
     mean square of its row, and so may swap two that are less than twice that apart. The norm hides
@@ -143,8 +151,9 @@ def _disagreements(found: NDArray[Any], expected: NDArray[np.float32], limit: fl
     best = np.partition(expected, -2, axis=-1)
     lead = best[:, -1] - best[:, -2]
     size = np.sqrt(np.mean(np.square(expected, dtype=np.float64), axis=-1))
+    suspect = (lead > 2 * limit * size) & (logit_error(found, expected) <= limit)
     differs = found.argmax(axis=-1) != expected.argmax(axis=-1)
-    return int(np.count_nonzero(differs & (lead > 2 * limit * size)))
+    return int(np.count_nonzero(suspect & differs))
 
 
 def _judge(verification: Verification, manifest: Manifest, rounds_activations: bool) -> None:
@@ -159,19 +168,23 @@ def _judge(verification: Verification, manifest: Manifest, rounds_activations: b
         )
     name = tolerance_name(manifest, rounds_activations=rounds_activations)
     tolerance = TOLERANCES[name]
-    for place in verification.places:
-        allowed = tolerance.of_place(place.place)
-        if not place.error <= allowed:
-            raise VerificationError(
-                f"{place_text(place.layer, place.place)} is off by {place.error:.3g} (relative L2, "
-                f"worst of {verification.tokens} positions), the limit of {name} is {allowed:g}"
-            )
     limit = tolerance.any_checkpoint
-    if not verification.logits_error <= limit:
-        raise VerificationError(
-            f"the logits are off by {verification.logits_error:.3g} (relative L2, worst of "
-            f"{verification.tokens} positions), the limit of {name} is {limit:g}"
-        )
+    for place in (*verification.places, verification.logits):
+        where = place_text(place.layer, place.place)
+        if not math.isfinite(place.worst):
+            raise VerificationError(
+                f"{where} holds values that are not finite, where PyTorch's are; export with "
+                "a wider precision, such as --fp32"
+            )
+        # The worst position has no limit: a checkpoint with sharp attention amplifies any rounding
+        # at some positions, and a wrong step is found by its own inputs, at every position.
+        if not place.typical <= limit:
+            raise VerificationError(
+                f"{where} is off by {place.typical:.3g} (relative L2, median of "
+                f"{verification.tokens} positions), the limit of {name} is {limit:g}. Every step "
+                "is right on its own inputs: this checkpoint amplifies their rounding; export "
+                "it in a wider precision, or without --verify, and measure on text with neo-diff"
+            )
     # Rounded activations may change the order of the best two tokens even in a correct bundle.
     judged = tolerance.typical is None
     if judged and verification.argmax_disagreements:
