@@ -1,8 +1,8 @@
-"""The JSON of `POST /v1/completions`, read and checked.
+"""Parsing and validation of the JSON body of `POST /v1/completions`.
 
-Names, meanings and defaults are OpenAI's; names that it lacks are those of `GenerationOptions`, and
-vLLM's `min_tokens`, `top_k=-1`, `stop_token_ids`, `truncate_prompt_tokens`, `structured_outputs`
-and `return_tokens_as_token_ids`.
+Names, meanings and defaults are those of OpenAI's API. Fields that it lacks have the names of
+`GenerationOptions`, or are vLLM's: `min_tokens`, `top_k=-1`, `stop_token_ids`,
+`truncate_prompt_tokens`, `structured_outputs` and `return_tokens_as_token_ids`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ _MOST_CONTINUATIONS = 128
 _MOST_LOGPROBS = 20
 _MOST_TOKENS = 1_000_000
 _MOST_POSITIONS = 2048
-"""That any GPT-Neo has been published with; a request for more is refused elsewhere."""
+"""Positions of the published GPT-Neo models. A `max_tokens` beyond the model's own positions is
+refused elsewhere, so the limit on log probabilities counts at most this many tokens."""
 _MOST_STOPS, _MOST_CHARACTERS = 16, 1000
 _MOST_ENTRIES = 4096
-"""Of an option that is a list or an object, inner ones included: each costs time at every step."""
+"""Most entries of an option that is a list or an object, nested ones included; each costs time at
+every step."""
 _DEEPEST = 8
-"""Lists in lists of an option: what is deeper is refused like what is too long."""
+"""Most levels of nested lists in an option; deeper ones are refused as too long."""
 _MOST_ALTERNATIVES = 500_000
-"""Log probabilities of an answer: 10 MB of JSON."""
+"""Most log probabilities in an answer: about 10 MB of JSON."""
 _SAMPLING = ("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Without effect at temperature 0."""
+"""Fields that have no effect at temperature 0."""
 _PASSED = (
     "stop",
     "logit_bias",
@@ -49,7 +51,7 @@ _PASSED = (
     "eos_token_id",
     "ignore_eos",
 )
-"""Names that `Scheduler.submit` has as well."""
+"""Fields passed to `Scheduler.submit` under the same name."""
 _NEUTRAL = {
     "add_special_tokens": True,
     "include_stop_str_in_output": False,
@@ -57,43 +59,44 @@ _NEUTRAL = {
     "spaces_between_special_tokens": True,
     "use_beam_search": False,
 }
-"""Fields of vLLM's that only these values of mean what is done here."""
+"""Fields of vLLM, each with the only value that is supported: the one that describes what this
+server does anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One request, as it is to be computed."""
+    """One validated request."""
 
     model: str | None
     prompts: tuple[str | list[int], ...]
     n: int
-    """Continuations of each prompt that are returned."""
+    """Continuations returned for each prompt."""
     best_of: int
-    """Continuations of each prompt that are computed."""
+    """Continuations computed for each prompt; the `n` best are returned."""
     max_tokens: int
     echo: bool
     logprobs: int | None
     stream: bool
     include_usage: bool
     as_token_ids: bool
-    """Tokens are named "token_id:123" beside their log probabilities."""
+    """Whether tokens are named "token_id:123" in log probabilities."""
     form: Form | None
-    """None where any text will do."""
+    """Constraint on the text; None: unconstrained."""
     truncate_prompt_tokens: int | None
-    """The last tokens that prompts keep; -1: as many as there is room for; None: all."""
+    """Keep only this many tokens at the end of each prompt; -1: as many as fit; None: all."""
     stop_token_ids: tuple[int, ...]
-    """End the text beside those that do so anyhow."""
+    """Token ids that end the text, in addition to end of sequence."""
     options: Mapping[str, Any]
-    """Of `Scheduler.submit`."""
+    """Options of `Scheduler.submit`."""
 
     @property
     def sequences(self) -> int:
-        """Continuations that are computed."""
+        """Continuations computed for all prompts together."""
         return len(self.prompts) * self.best_of
 
 
 class _Fields:
-    """The fields of a request that nobody has read yet; null is as good as absent."""
+    """The fields of a request that have not been read yet. A null field counts as absent."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         self._left = {name: value for name, value in body.items() if value is not None}
@@ -116,7 +119,7 @@ class _Fields:
     def count(self, name: str, default: int, least: int, most: int | None = None) -> int:
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise bad_request(f"{name} is {value!r}, expected an integer from {least} on", name)
+            raise bad_request(f"{name} is {value!r}, expected an integer of at least {least}", name)
         if most is not None and value > most:
             raise bad_request(f"{name} is {value}, expected at most {most}", name)
         return value
@@ -128,22 +131,27 @@ class _Fields:
         if self._left:
             names = ", ".join(sorted(self._left))
             raise bad_request(
-                f"unknown fields in the request: {names}; leave them out", sorted(self._left)[0]
+                f"unknown fields in the request: {names}; remove them", sorted(self._left)[0]
             )
 
 
 def read_request(body: object) -> Asked:
-    """Check a request's fields; values of options are checked when it is submitted.
+    """Parse and validate the fields of a request, except the values of most options.
+
+    `Scheduler.submit` validates those values.
+
+    Args:
+        body: the parsed JSON.
 
     Raises:
-        ApiError: status 400 names the field.
+        ApiError: (400) a field is unknown or has an invalid value; the message names it.
     """
     if not isinstance(body, dict):
-        raise bad_request("the request's body is no JSON object")
+        raise bad_request("the request's body is not a JSON object; send a prompt in one")
     fields = _Fields(body)
     model = fields.get("model")
     if model is not None and not isinstance(model, str):
-        raise bad_request(f"model is {model!r}, expected a name", "model")
+        raise bad_request(f"model is {model!r}, expected a name (a string)", "model")
     n = fields.count("n", 1, 1, _MOST_CONTINUATIONS)
     best_of = fields.count("best_of", n, n, _MOST_CONTINUATIONS)
     asked = Asked(
@@ -166,27 +174,39 @@ def read_request(body: object) -> Asked:
     for name, value in _NEUTRAL.items():
         if fields.get(name, value) is not value:
             said = str(value).lower()
-            raise bad_request(f"{name} can only be {said} here; leave it out", name)
+            raise bad_request(f"{name} must be {said} on this server; leave it out", name)
     if fields.get("suffix"):
-        raise bad_request("GPT-Neo writes no text before a suffix; leave suffix out", "suffix")
+        raise bad_request("GPT-Neo cannot insert text before a suffix; leave suffix out", "suffix")
     fields.refuse_rest()
-    # Texts are counted once they are tokenized; each has at least one.
+    # A first check, before tokenization: a text counts as one token. `encoded` checks again.
     refuse_alternatives(asked, [1 if isinstance(one, str) else len(one) for one in asked.prompts])
     if asked.stream and asked.best_of > asked.n:
-        raise bad_request("best_of chooses among whole texts; leave it out or stream", "best_of")
+        raise bad_request(
+            "best_of cannot be used with stream, as it compares whole texts; leave one out",
+            "best_of",
+        )
     return asked
 
 
 def refuse_alternatives(asked: Asked, lengths: Sequence[int]) -> None:
-    """Raises ApiError where log probabilities of all tokens, prompts' too, are too many."""
+    """Refuse a request whose answer could have too many log probabilities.
+
+    Args:
+        asked: the request.
+        lengths: tokens of each prompt; they count if the prompts are echoed.
+
+    Raises:
+        ApiError: (400) more than 500,000 log probabilities.
+    """
     if asked.logprobs is None:
         return
     prompts = sum(lengths) if asked.echo else 0
     tokens = asked.n * (prompts + len(asked.prompts) * min(asked.max_tokens, _MOST_POSITIONS))
     if tokens * (asked.logprobs + 1) > _MOST_ALTERNATIVES:
         raise bad_request(
-            f"up to {tokens} tokens with {asked.logprobs + 1} log probabilities each, expected at "
-            f"most {_MOST_ALTERNATIVES} in all; ask for fewer prompts, tokens or logprobs at once",
+            f"the answer may have {tokens} tokens with {asked.logprobs + 1} log probabilities "
+            f"each, expected at most {_MOST_ALTERNATIVES} in all; ask for fewer prompts, "
+            "continuations, tokens or logprobs",
             "logprobs",
         )
 
@@ -202,8 +222,8 @@ def _prompts(given: object) -> tuple[str | list[int], ...]:
         if all(isinstance(item, list) and all(_is_id(i) for i in item) for item in given):
             return tuple(given)
     raise bad_request(
-        "prompt is missing, empty, or of a wrong form; expected text, a list of token ids, or a "
-        "list of texts or of lists of token ids",
+        "prompt is missing, empty, or of the wrong type; expected a text, a list of token ids, a "
+        "list of texts, or a list of lists of token ids",
         "prompt",
     )
 
@@ -225,14 +245,14 @@ def _stop_token_ids(given: object) -> tuple[int, ...]:
 
 
 def _truncation(fields: _Fields) -> int | None:
-    """vLLM's: -1 is as many as fit."""
+    """Read vLLM's `truncate_prompt_tokens`: -1, or at least 1."""
     if fields.peek("truncate_prompt_tokens") == -1:
         return int(fields.get("truncate_prompt_tokens"))
     return fields.optional_count("truncate_prompt_tokens", 1, _MOST_TOKENS)
 
 
 def _include_usage(given: object) -> bool:
-    """OpenAI's obfuscation changes nothing that a client relies on."""
+    """Read `stream_options`. `include_obfuscation` is ignored: no client depends on it."""
     known = {"include_usage", "include_obfuscation", "continuous_usage_stats"}
     if not isinstance(given, dict) or given.keys() - known:
         raise bad_request(
@@ -240,7 +260,7 @@ def _include_usage(given: object) -> bool:
         )
     if given.get("continuous_usage_stats"):
         raise bad_request(
-            "continuous_usage_stats can only be false here; use include_usage", "stream_options"
+            "continuous_usage_stats is not supported; use include_usage", "stream_options"
         )
     include = given.get("include_usage") or False
     if not isinstance(include, bool):
@@ -249,14 +269,17 @@ def _include_usage(given: object) -> bool:
 
 
 def _options(fields: _Fields) -> dict[str, Any]:
-    """OpenAI's defaults, whatever the bundle's generation_config.json says of these options."""
+    """Options of `Scheduler.submit`.
+
+    OpenAI's defaults apply, even if the bundle's generation_config.json sets these options.
+    """
     options: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}
     options |= {"stop": (), "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
     temperature = fields.get("temperature", 1)
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not is_number or not temperature >= 0:  # nor NaN
+    if not is_number or not temperature >= 0:  # also true of NaN
         raise bad_request(
-            f"temperature is {temperature!r}, expected a number from 0 on", "temperature"
+            f"temperature is {temperature!r}, expected a number of at least 0", "temperature"
         )
     sampling = {"top_p": 1.0, "top_k": 0} | _given(fields, _SAMPLING)
     if sampling["top_k"] == -1:
@@ -272,20 +295,24 @@ def _options(fields: _Fields) -> dict[str, Any]:
 
 
 def _refuse_long(options: Mapping[str, Any]) -> None:
-    """Raises ApiError for what would hold up everybody else."""
+    """Raises ApiError for options so long that they would slow down every other request."""
     given = options.get("stop")
     stops = given if isinstance(given, list) else [given]
     if len(stops) > _MOST_STOPS:
         raise bad_request(f"stop has {len(stops)} strings, expected at most {_MOST_STOPS}", "stop")
     if any(isinstance(stop, str) and len(stop) > _MOST_CHARACTERS for stop in stops):
-        raise bad_request(f"stop has more than {_MOST_CHARACTERS} characters", "stop")
+        raise bad_request(f"stop has more than {_MOST_CHARACTERS} characters; shorten it", "stop")
     for name, value in options.items():
         if _entries(value) > _MOST_ENTRIES:
             raise bad_request(f"{name} has more than {_MOST_ENTRIES} entries; give fewer", name)
 
 
 def _entries(value: object, depth: int = 0) -> int:
-    """Items of a list or an object, those of inner ones included; a text is one for each 100."""
+    """Entries of a list or an object, nested ones included.
+
+    A string counts as one entry, plus one for each 100 characters. What is nested deeper than
+    `_DEEPEST` counts as too many.
+    """
     if isinstance(value, str):
         return 1 + len(value) // 100
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The bodies of requests: how much of them is read at once, and for how long."""
+"""Reading of request bodies, with limits on memory and, during shutdown, on time."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ if TYPE_CHECKING:
 __all__ = ["Bodies"]
 
 _ALL_BODIES = 16
-"""So many bodies of the largest size are read at once."""
+"""The bodies being read may together have as many bytes as this many of the largest size."""
 _LAST_SECONDS = 1.0
-"""For bodies to arrive when the server ends."""
+"""Seconds for bodies to arrive once the server shuts down."""
 
 
 class Bodies:
-    """Reads bodies of one event loop."""
+    """Reads the request bodies of one event loop."""
 
     def __init__(self, most: int) -> None:
-        """Read nothing yet; `most`: bytes of one body."""
+        """Begin with no bodies; `most`: most bytes of one body."""
         self._most = most
         self._held = 0
         self._open: set[asyncio.Timeout] = set()
         self._is_ending = False
 
     async def read(self, request: Request) -> bytearray:
-        """The whole body.
+        """Read the whole body of a request.
 
         Raises:
-            ApiError: it is too large, encoded, or there is no room or no time for it.
-            ClientDisconnect: the client has gone.
+            ApiError: the body is compressed (415) or too large (413); or too many bodies are being
+                read, or the server is shutting down (503).
+            ClientDisconnect: the client has disconnected.
         """
         if request.headers.get("content-encoding", "identity").lower() != "identity":
-            raise ApiError(415, "the request's body has a Content-Encoding; send plain JSON")
+            raise ApiError(415, "the request's body has a Content-Encoding; send it uncompressed")
         length = request.headers.get("content-length", "")
         if length.isdecimal():
-            self._refuse(int(length))  # before a client is told to go on
+            self._refuse(int(length))  # before the client gets "100 Continue"
         if self._is_ending:
             raise shutting_down()
         body, limit = bytearray(), asyncio.timeout(None)
@@ -49,7 +50,7 @@ class Bodies:
                 async for part in request.stream():
                     self._refuse(len(body) + len(part))
                     if self._held + len(part) > self._most * _ALL_BODIES:
-                        raise overloaded("too many requests are being read; try again")
+                        raise overloaded("too many request bodies are being read; try again")
                     body += part
                     self._held += len(part)
         except TimeoutError:
@@ -60,7 +61,7 @@ class Bodies:
         return body
 
     def end(self) -> None:
-        """What has not arrived in a moment will not be served."""
+        """Refuse new bodies, and those that have not arrived in one second."""
         self._is_ending = True
         when = asyncio.get_running_loop().time() + _LAST_SECONDS
         for limit in self._open:
@@ -69,5 +70,5 @@ class Bodies:
     def _refuse(self, size: int) -> None:
         if size > self._most:
             raise ApiError(
-                413, f"the request's body has more than {self._most} bytes; ask for less"
+                413, f"the request's body has more than {self._most} bytes; send a smaller one"
             )

@@ -1,4 +1,4 @@
-"""`neo-serve BUNDLE`: a bundle behind OpenAI's HTTP interface."""
+"""`neo-serve BUNDLE`: serves a bundle through OpenAI's HTTP API."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ __all__ = ["main"]
 
 _PROGRAM = "neo-serve"
 _KEYS = "NEO_API_KEYS"
-_EPILOG = f"""Requests are those of OpenAI's POST /v1/completions, so its clients can be used:
+_EPILOG = f"""Existing clients of OpenAI's API can be used, with POST /v1/completions:
 
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
       -d '{{"prompt": "Once upon a time", "max_tokens": 20}}'
 
-Also GET /v1/models, /health, /livez, /version, and /metrics for Prometheus. {_KEYS}
-(environment): keys, separated by commas, one of which clients of /v1 must send. Ctrl-C or SIGTERM
-finishes what was begun; once more ends --drain-delay early, and another Ctrl-C ends at once.
+Also GET /v1/models, /health, /livez, /version, and /metrics for Prometheus. If the environment
+variable {_KEYS} has keys, separated by commas, clients of /v1 must send one of them. Ctrl-C or
+SIGTERM shuts down after running requests have finished. During --drain-delay, a second signal ends
+the delay. After it, another Ctrl-C ends the server at once.
 
-exit status: 2 wrong usage, or a bundle that cannot be served; else that of the signal"""
+exit status: 2 wrong usage, or a bundle that cannot be served; else 128 + number of the signal"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status."""
+    """Run the command and return its exit status."""
     arguments = _parser().parse_args(argv)
     extras = "gpu,serve" if arguments.backend in ("cuda", "tensorrt") else "cpu,serve"
     return run_command(_PROGRAM, lambda: _serve(arguments), extras=extras)
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=_PROGRAM,
-        description="Serve the model of a bundle over HTTP, as OpenAI's text completions.",
+        description="Serve the model of a bundle over HTTP, through OpenAI's text completions API.",
         epilog=_EPILOG,
     )
     add_version(parser)
@@ -53,55 +54,59 @@ def _parser() -> argparse.ArgumentParser:
     address.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen to (default: %(default)s, this machine only; 0.0.0.0 for all)",
+        help="address to listen on (default: %(default)s, this machine only; 0.0.0.0: all "
+        "interfaces)",
     )
     address.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="(default: %(default)s; 0: any)"
+        "--port", type=int, default=8000, metavar="N", help="port (default: %(default)s; 0: any)"
     )
     address.add_argument(
-        "--name", help="what clients call the model (default: the bundle's folder name)"
+        "--name", help="name of the model for clients (default: the bundle's folder name)"
     )
-    work = parser.add_argument_group("how much at once")
+    work = parser.add_argument_group("limits")
     work.add_argument(
         "--max-batch-size",
         type=int,
         metavar="N",
-        help="sequences computed together (default: 16 on a CPU, 32 on a GPU, fewer where memory "
+        help="most sequences computed together (default: 16 on a CPU, 32 on a GPU, fewer if memory "
         "is short)",
     )
     work.add_argument(
         "--max-length",
         type=int,
         metavar="N",
-        help="tokens of a prompt and its continuation (default: the model's positions)",
+        help="most tokens of a prompt and its continuation together (default: the model's "
+        "positions)",
     )
     work.add_argument(
         "--max-queue",
         type=int,
         default=256,
         metavar="N",
-        help="sequences computed or waiting; more get status 503 (default: %(default)s)",
+        help="most sequences computed or waiting; requests beyond them get status 503 (default: "
+        "%(default)s)",
     )
     work.add_argument(
         "--max-sequences",
         type=int,
         metavar="N",
-        help="continuations of one request, prompts times best_of (default: half of --max-queue)",
+        help="most continuations of one request, prompts times best_of (default: half of "
+        "--max-queue)",
     )
     work.add_argument(
         "--request-timeout",
         type=float,
         metavar="S",
-        help="seconds from a request's arrival to the end of its answer; then status 504 (default: "
-        "as long as it takes)",
+        help="most seconds from a request's arrival to the end of its answer; later ones get "
+        "status 504 (default: no limit)",
     )
     work.add_argument(
         "--prefix-cache-mb",
         type=int,
         default=0,
         metavar="MB",
-        help="memory in 10^6 bytes for what requests begin with; others that begin alike compute "
-        "only the rest (default: %(default)s, none)",
+        help="size of the prefix cache in 10^6 bytes; prompts that begin like earlier ones compute "
+        "only the rest (default: %(default)s, no prefix cache)",
     )
     machine = parser.add_argument_group("machine")
     add_loading_flags(machine)
@@ -115,7 +120,7 @@ def _add_operation(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=0,
         metavar="S",
-        help="when told to stop, first take requests for so many seconds more while /health says "
+        help="on a signal, first accept requests for so many more seconds while /health answers "
         "503, so that load balancers turn away (default: %(default)s)",
     )
     group.add_argument(
@@ -123,24 +128,24 @@ def _add_operation(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=20,
         metavar="S",
-        help="then seconds to finish what was begun (default: %(default)s)",
+        help="then finish running requests for up to so many seconds (default: %(default)s)",
     )
     group.add_argument(
         "--keep-alive",
         type=int,
         default=75,
         metavar="S",
-        help="seconds that an idle connection is kept: more than a proxy in front of it keeps it "
-        "(default: %(default)s)",
+        help="seconds for which idle connections are kept; choose more than a proxy in front "
+        "keeps them (default: %(default)s)",
     )
     group.add_argument(
         "--log-format",
         choices=LOG_FORMATS,
         default="text",
-        help="lines on stderr for people, or JSON objects (default: %(default)s)",
+        help="format of the log on stderr: plain text, or JSON lines (default: %(default)s)",
     )
     group.add_argument(
-        "--no-access-log", action="store_true", help="no line on stderr for each request"
+        "--no-access-log", action="store_true", help="do not log a line for each request"
     )
 
 
@@ -158,7 +163,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _end)
     for flag in ("drain_delay", "grace", "keep_alive"):
         count(0)(f"--{flag.replace('_', '-')}", getattr(arguments, flag))
-    # A second series for each, of no use here.
+    # Otherwise each counter and histogram gets a second series, with its time of creation.
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     configure_logging(form=arguments.log_format, access=not arguments.no_access_log)
     limits = Limits(
@@ -206,24 +211,31 @@ def _serve(arguments: argparse.Namespace) -> int:
                     close=service.close,
                 ),
             )
-        finally:  # signals are raised again
+        finally:  # uvicorn raises the signals again at the end
             _say("stopped")
     return 0
 
 
 def _end(number: int, _: FrameType | None) -> NoReturn:
-    """Leave as the signal would, but through the `with` blocks."""
+    """Exit with the signal's status, but through the `with` blocks, which clean up."""
     raise SystemExit(128 + number)
 
 
 def _keys() -> list[str]:
-    """Raises RequestError for a variable that is set and names no key: nobody is let in unasked."""
+    """The API keys in the environment; empty if the variable is not set.
+
+    Raises:
+        RequestError: the variable is set but has no key. Serving without keys would then be a
+            surprise.
+    """
     given = os.environ.get(_KEYS)
     if given is None:
         return []
     keys = [key.strip() for key in given.split(",") if key.strip()]
     if not keys:
-        raise RequestError(f"{_KEYS} is set and holds no key; unset it, or give keys")
+        raise RequestError(
+            f"{_KEYS} is set but has no key; unset it, or set it to keys separated by commas"
+        )
     return keys
 
 

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 connections, with an end for clients that do not write, or do not read."""
+"""HTTP/1.1 connections of uvicorn that drop clients which stop sending or reading."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["Connection"]
 
 _LOG = logging.getLogger("neo_server")
 _READ_SECONDS = 60.0
-"""For a request to arrive whole: 4 MiB at 70 kB/s."""
+"""Seconds for a request to arrive completely: enough for 4 MiB at 70 kB/s."""
 _UNREAD_SECONDS = 60.0
-"""That a client may read nothing of what waits for it."""
+"""Seconds for which a client may read nothing while data is waiting for it."""
 _LAST_SECONDS = 5.0
-"""For a client to read what is left when the server ends."""
+"""Seconds for a client to read the remaining data once the server shuts down."""
 
 
 class Connection(H11Protocol):
-    """A connection that is dropped where its client stalls: uvicorn itself waits for ever."""
+    """A connection that is dropped if its client stalls; uvicorn itself would wait forever."""
 
     _arriving: asyncio.TimerHandle | None = None
-    """Runs while a request is awaited or has come in part."""
+    """Runs until a request has arrived, from the start of the connection or of a later request."""
     _unread: asyncio.TimerHandle | None = None
-    """Runs while the client is not reading as fast as it is told."""
+    """Runs while the write buffer is full because the client reads too slowly."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See the base class."""
@@ -40,11 +40,11 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._stop_awaiting()
-        elif self._arriving is None:  # the next one on this connection
+        elif self._arriving is None:  # the next request on this connection
             self._await_request()
 
     def pause_writing(self) -> None:
-        """See the base class: the client has not read enough of what was written."""
+        """See the base class: the write buffer is full."""
         super().pause_writing()
         self._watch_reading()
 
@@ -54,7 +54,7 @@ class Connection(H11Protocol):
         self._stop_watching()
 
     def timeout_keep_alive_handler(self) -> None:
-        """See the base class; what the client has not read by now is not kept for it."""
+        """See the base class; data that the client has not read by now is discarded."""
         super().timeout_keep_alive_handler()
         if self.transport.get_write_buffer_size():
             self.transport.abort()
@@ -80,9 +80,9 @@ class Connection(H11Protocol):
 
     def _drop_unless_read(self, before: int) -> None:
         if self.transport.get_write_buffer_size() < before:
-            self._watch_reading()  # slow, but it reads
+            self._watch_reading()  # slow, but still reading
             return
-        _LOG.warning("%s does not read its answer and was dropped", self.client)
+        _LOG.warning("%s stopped reading its answer; its connection was closed", self.client)
         self.transport.abort()
 
     def _stop_awaiting(self) -> None:

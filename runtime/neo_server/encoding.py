@@ -1,4 +1,4 @@
-"""The prompts of a request as token ids, each with room for what is asked for."""
+"""Tokenization of a request's prompts, and the check that prompt and continuation fit together."""
 
 from __future__ import annotations
 
@@ -21,24 +21,27 @@ if TYPE_CHECKING:
 __all__ = ["encoded"]
 
 _MOST_SHORTENED = 2**18
-"""Characters of a text of which only the last tokens are kept. All of it is tokenized, which takes
-250 bytes for each: a client could fill the memory with a few texts of megabytes."""
+"""Most characters of a text that is truncated to its last tokens, unless texts that fit may have
+more. The whole text is tokenized first, which takes 250 bytes of memory per character: without this
+limit, a client could exhaust the memory with a few texts of several megabytes."""
 
 
 def encoded(
     model: Model, asked: Asked, chosen: GenerationOptions, max_length: int
 ) -> list[NDArray[np.int64]]:
-    """Ids of all prompts.
+    """Token ids of all prompts, an array [length] for each, truncated if requested.
 
     Args:
-        model: with a tokenizer.
+        model: must have a tokenizer.
         asked: the request.
         chosen: its options.
-        max_length: tokens of a prompt and its continuation that the server takes.
+        max_length: most tokens of a prompt and its continuation together.
 
     Raises:
-        ApiError: more log probabilities than an answer may have, or no room for a prompt.
-        ContextLengthError: a prompt is too long.
+        ApiError: (400) the answer could have too many log probabilities, `max_tokens` leaves no
+            room for a prompt, or a text to be truncated is too long to be tokenized.
+        ContextLengthError: a prompt, or a prompt and its continuation, is too long.
+        RequestError: a prompt is empty or has an invalid token id.
     """
     assert model.tokenizer is not None
     longest = max_length * model.tokenizer.longest_token
@@ -54,43 +57,47 @@ def encoded(
             chosen.total_length(len(ids), max_length, "the server")
         elif len(ids) > max_length:
             raise ContextLengthError(
-                f"a prompt has {len(ids)} tokens and the server {max_length} positions; shorten it"
+                f"a prompt has {len(ids)} tokens, expected at most {max_length} on this server; "
+                "shorten it"
             )
     return prompts
 
 
 def _whole(model: Model, asked: Asked, longest: int, max_length: int) -> list[NDArray[np.int64]]:
     for prompt in asked.prompts:
-        if len(prompt) > longest:  # which need not be tokenized to know
+        if len(prompt) > longest:  # certainly too long; no need to tokenize it
             raise ContextLengthError(
-                f"a prompt of {len(prompt)} characters or tokens has more than the {max_length} "
-                "tokens that this server takes; shorten it"
+                f"a prompt of {len(prompt)} characters or token ids has more than {max_length} "
+                "tokens, the most that this server accepts; shorten it"
             )
     return model.encode_prompts(asked.prompts)
 
 
 def _ends(model: Model, asked: Asked, kept: int, longest: int) -> list[NDArray[np.int64]]:
-    """The last tokens; one prompt after the other: what is cut off is not kept meanwhile."""
+    """The last `kept` tokens of each prompt.
+
+    Prompts are tokenized one by one, so that at most one is held at full length.
+    """
     for prompt in asked.prompts:
         if isinstance(prompt, str) and len(prompt) > longest:
             raise bad_request(
                 f"a prompt of {len(prompt)} characters is too long to be tokenized, expected at "
-                f"most {longest}; send its end",
+                f"most {longest}; send only the end of it",
                 "prompt",
             )
     return of_each(asked.prompts, lambda one: model.encode_prompts([one])[0][-kept:].copy())
 
 
 def _kept(asked: Asked, max_length: int) -> int | None:
-    """Tokens that each prompt keeps, the last ones; None: all."""
+    """How many of its last tokens each prompt keeps; None: all."""
     most = asked.truncate_prompt_tokens
     if most != -1:
         return most
     room = max_length - asked.max_tokens
     if room < 1:
         raise bad_request(
-            f"max_tokens is {asked.max_tokens} and the server takes {max_length} tokens: no room "
-            "for a prompt",
+            f"max_tokens is {asked.max_tokens}, which leaves no room for a prompt: this server "
+            f"accepts {max_length} tokens of a prompt and its continuation; lower max_tokens",
             "max_tokens",
         )
     return room

@@ -1,4 +1,4 @@
-"""The form that text must have: vLLM's `structured_outputs`, OpenAI's `response_format`."""
+"""Constrained decoding in requests: vLLM's `structured_outputs`, OpenAI's `response_format`."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ __all__ = ["Form", "asked_form"]
 _STRUCTURED = "structured_outputs"
 _FORMAT = "response_format"
 _NAMES = {"json": "json_schema", "regex": "regex", "choice": "choices", "grammar": "lark"}
-"""vLLM's names, and those of `Model.grammar`."""
+"""vLLM's names, and the arguments of `Model.grammar` that they correspond to."""
 _ANY_OBJECT = {"type": "object"}
 
 
 @dataclass(frozen=True)
 class Form:
-    """What was asked for, and where."""
+    """A requested constraint, not yet compiled."""
 
     field: str
+    """The field of the request that has it."""
     name: str
-    """Of it, within the field."""
+    """Its name within the field."""
     source: tuple[str, Any]
-    """An argument of `Model.grammar`."""
+    """Name and value of an argument of `Model.grammar`."""
 
     def compiled(self, model: Model) -> Grammar:
-        """What `Model.grammar` makes of it.
+        """Compile it with `Model.grammar`.
 
         Raises:
-            ApiError: it cannot be used.
+            ApiError: (400) it is invalid or not supported.
         """
         argument, value = self.source
         try:
@@ -47,18 +48,20 @@ class Form:
 
 
 def asked_form(structured: object, response_format: object) -> Form | None:
-    """The form that a request asks for.
+    """The constraint that a request asks for; None if it asks for none.
 
     Args:
         structured: the field `structured_outputs`, None if absent.
         response_format: the field `response_format`, None if absent.
 
     Raises:
-        ApiError: one of them has a form that is not known, or both ask for one.
+        ApiError: (400) a field is malformed, or both ask for a constraint.
     """
     one, other = _structured(structured), _formatted(response_format)
     if one is not None and other is not None:
-        raise bad_request(f"{_STRUCTURED} and {_FORMAT} both ask for a form; give one", _FORMAT)
+        raise bad_request(
+            f"{_STRUCTURED} and {_FORMAT} both constrain the text; give only one", _FORMAT
+        )
     return one or other
 
 

@@ -1,4 +1,4 @@
-"""A socket, and uvicorn on it."""
+"""A listening socket, uvicorn on it, and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -24,20 +24,26 @@ __all__ = ["Leaving", "bound", "run"]
 
 _LAST_PORT = 65535
 _LAST_ANSWERS = 10
-"""Seconds for clients to read that the server ends."""
+"""Seconds for clients to read the errors that tell them that the server is shutting down."""
 _BACKLOG = 512
-"""Connections that may wait to be accepted."""
+"""Most connections that may wait to be accepted."""
 _OPEN_FILES = 65536
+"""Open files that the process asks for."""
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that has the address, and takes no connection before it is listened to.
+    """A socket bound to an address. It accepts no connections before it listens.
+
+    Args:
+        host: name or address of a local interface.
+        port: 0 to 65535; 0: any free port.
 
     Raises:
-        NeoError: the address is in use, or not this machine's.
+        NeoError: the port is out of range, or the address is in use, unknown, or not one of this
+            machine's.
     """
-    if not 0 <= port <= _LAST_PORT:  # the resolver would take it modulo 65536
-        raise NeoError(f"port {port} does not exist; choose --port from 0 to {_LAST_PORT}")
+    if not 0 <= port <= _LAST_PORT:  # the resolver would reduce it modulo 65536
+        raise NeoError(f"port is {port}, expected 0 to {_LAST_PORT}; choose another --port")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -48,26 +54,26 @@ def bound(host: str, port: int) -> socket.socket:
             sock.bind(address)
     except OSError as error:
         raise NeoError(
-            f"{host} port {port} cannot be listened to ({error}); choose another --host or --port"
+            f"cannot listen on {host} port {port} ({error}); choose another --host or --port"
         ) from error
     return sock
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leaving:
-    """How a server ends when it is told to; times in seconds."""
+    """How the server shuts down after a signal; times in seconds."""
 
     drain: float
-    """Requests are still taken, while /health says that others should be asked."""
+    """First, requests are still accepted for this long, while /health answers 503."""
     grace: float
-    """What was begun may finish."""
+    """Then running requests may finish for this long."""
     announce: Callable[[], None]
-    """Called first, within a signal's handler: /health is to say so from now on."""
+    """Called first, in the signal handler: from now on, /health should answer 503."""
     stopping: Callable[[], None]
-    """Called when no connections are taken any more."""
+    """Called when the drain delay is over and no more connections are accepted."""
     close: Callable[[], None]
-    """Called in a thread when the grace is over: ends what is still computed, whose clients get an
-    answer that says so."""
+    """Called in a thread when the grace period is over: must end the remaining requests, whose
+    clients then get an error."""
 
 
 def run(
@@ -78,14 +84,14 @@ def run(
     ready: Callable[[], None],
     leaving: Leaving,
 ) -> None:
-    """Serve until a signal; then finish what was begun.
+    """Serve until a signal arrives; then shut down gracefully.
 
     Args:
         app: the application.
-        sock: bound.
-        keep_alive: seconds that an idle connection is kept.
-        ready: called when requests are taken.
-        leaving: how it ends.
+        sock: a bound socket.
+        keep_alive: seconds for which an idle connection is kept open.
+        ready: called once requests are accepted.
+        leaving: how to shut down.
     """
     import uvicorn
 
@@ -103,7 +109,7 @@ def run(
             if self.leaves_at is None and leaving.drain > 0:
                 self._captured_signals.append(sig)
                 self.leaves_at = time.monotonic() + leaving.drain
-            else:  # at once, also where it is told again
+            else:  # at once: there is no drain delay, or this is a second signal
                 super().handle_exit(sig, frame)
 
         async def on_tick(self, counter: int) -> bool:
@@ -139,7 +145,7 @@ def run(
 
 
 def _raise_open_files() -> None:
-    """As many as the process may have: the usual 1024 are few for connections that wait."""
+    """Raise the limit of open files up to 65536: each connection needs one, and 1024 are usual."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

@@ -1,4 +1,4 @@
-"""The log of `neo-serve`: lines for people, or JSON for collectors."""
+"""The log of `neo-serve`: plain text, or JSON lines for log collectors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["LOG_FORMATS", "configure_logging"]
 LOG_FORMATS = ("text", "json")
 _NO_SOCKETS = "socket.accept() out of system resource"
 _RARELY = 10.0
-"""Seconds between two lines of the event loop about that; it has hundreds a second."""
+"""Seconds between two lines about it; the event loop logs hundreds a second."""
 
 
 class JsonLines(logging.Formatter):
-    """An object a line: time, level, logger, message, and what is known of a request."""
+    """One JSON object per line: time, level, logger, message, and facts about the request."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See the base class."""
@@ -33,7 +33,7 @@ class JsonLines(logging.Formatter):
 
 
 class Rarely(logging.Filter):
-    """Lets a line about sockets that are short pass now and then, without its traceback."""
+    """Limits the rate of lines about a lack of sockets, and removes their traceback."""
 
     _last = -_RARELY
 
@@ -45,7 +45,7 @@ class Rarely(logging.Filter):
         if now - self._last < _RARELY:
             return False
         self._last = now
-        record.msg = "no more connections can be accepted (%s): raise the limit of open files"
+        record.msg = "cannot accept more connections (%s); raise the limit of open files"
         record.args, record.exc_info = (record.exc_info[1] if record.exc_info else "",), None
         return True
 
@@ -55,7 +55,7 @@ def configure_logging(*, form: str, access: bool) -> None:
 
     Args:
         form: one of `LOG_FORMATS`.
-        access: with a line for each request.
+        access: whether to log a line for each request.
     """
     line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.config.dictConfig(

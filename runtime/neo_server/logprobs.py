@@ -1,4 +1,4 @@
-"""Log probabilities in the form of OpenAI's text completions."""
+"""Log probabilities in the format of OpenAI's text completions."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ __all__ = ["LogprobWriter"]
 
 
 class LogprobWriter:
-    """Writes the tokens of one choice, in order: those of an echoed prompt, then the new ones.
+    """Writes the tokens of one choice in order: those of an echoed prompt, then the generated ones.
 
-    Four lists as long as there are tokens: `tokens`, their text; `token_logprobs`; `top_logprobs`,
-    an object {text: log probability} with the token itself and the most probable ones; and
-    `text_offset`, the characters of the choice's text before it. The first token of a prompt has
-    no probability: null.
+    Each call returns four lists with one entry per token: `tokens`, its text; `token_logprobs`, its
+    log probability; `top_logprobs`, an object {text: log probability} of the most probable tokens
+    and the token itself; and `text_offset`, the number of characters of the choice's text before
+    it. For the first token of a prompt, which has no probability, `token_logprobs` and
+    `top_logprobs` are None.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, as_token_ids: bool) -> None:
         """Begin at offset 0.
 
         Args:
-            tokenizer: makes the text.
-            as_token_ids: name tokens "token_id:123": several may have the same text, as parts of
-                characters have.
+            tokenizer: decodes the tokens.
+            as_token_ids: name tokens "token_id:123" instead of by their text. Texts can be
+                ambiguous: tokens that are parts of characters have the same text.
         """
         self._tokenizer = tokenizer
         self._as_token_ids = as_token_ids
@@ -38,19 +39,25 @@ class LogprobWriter:
         self._offset = 0
 
     def prompt(self, text: str, first: int, others: Iterable[Choice]) -> dict[str, list[Any]]:
-        """Of an echoed prompt: its text, its first token, and the others with probabilities."""
+        """The lists for an echoed prompt.
+
+        Args:
+            text: the text of the prompt.
+            first: its first token.
+            others: its other tokens, with log probabilities.
+        """
         shown, self._decoder = (
             self._decoder,
             StreamDecoder(self._tokenizer, skip_special_tokens=False),
         )
         lists = self._written([Choice(first, None, None), *others])
         lists["top_logprobs"][0] = None
-        # What follows is decoded by itself, as its text is.
+        # The continuation is decoded separately from the prompt, as its text is.
         self._decoder, self._offset = shown, len(text)
         return lists
 
     def tokens(self, choices: Iterable[Choice]) -> dict[str, list[Any]]:
-        """Of the next tokens."""
+        """The lists for the next generated tokens."""
         return self._written(choices)
 
     def _written(self, choices: Iterable[Choice]) -> dict[str, list[Any]]:
@@ -72,7 +79,7 @@ class LogprobWriter:
         }
 
     def _top(self, choice: Choice) -> dict[str, float | None]:
-        """Of tokens with the same text the best one."""
+        """The most probable tokens; of several with the same text, only the best."""
         top: dict[str, float | None] = {}
         for token, logprob in choice.top_logprobs or ():
             top.setdefault(self._name(token), logprob)

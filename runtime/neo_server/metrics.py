@@ -1,4 +1,4 @@
-"""What is counted for Prometheus, in a registry of its own."""
+"""Metrics for Prometheus, in a registry of their own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 class _Total(Collector):
-    """A counter that somebody else counts."""
+    """A counter whose value is kept elsewhere and read when the metrics are collected."""
 
     def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
         self._name, self._text, self._value = name, text, value
@@ -39,74 +39,79 @@ class _Total(Collector):
 
 
 class Metrics:
-    """Counters of one application."""
+    """The metrics of one application."""
 
     def __init__(self) -> None:
-        """All zero."""
+        """Create the metrics, all zero."""
         self._registry = registry = CollectorRegistry()
-        with suppress(ValueError):  # for Linux alone
+        with suppress(ValueError):  # process_* metrics exist on Linux only
             ProcessCollector(registry=registry)
         self._requests = Counter(
             "neo_requests",
-            "Requests for completions that ended, by HTTP status; 499: whose client had gone",
+            "Completed requests for completions, by HTTP status; 499: the client had disconnected",
             ["status"],
             registry=registry,
         )
         self._whole = Histogram(
             "neo_request_seconds",
-            "From a request for completions to the end of its answer",
+            "Seconds from the arrival of a request for completions to the end of its answer",
             buckets=_SECONDS,
             registry=registry,
         )
-        self._prompt = Counter("neo_prompt_tokens", "Tokens of prompts", registry=registry)
+        self._prompt = Counter("neo_prompt_tokens", "Prompt tokens", registry=registry)
         self._ended = Counter(
             "neo_sequences",
-            "Sequences that ended, by finish reason, cancelled or error",
+            'Completed sequences, by finish reason, "cancelled" or "error"',
             ["finish_reason"],
             registry=registry,
         )
         self._queued = Histogram(
             "neo_queue_seconds",
-            "From a sequence's arrival in the queue to the beginning of its prompt",
+            "Seconds from a sequence's arrival in the queue to the start of its prompt",
             buckets=_SECONDS,
             registry=registry,
         )
         self._first = Histogram(
             "neo_time_to_first_token_seconds",
-            "From a sequence's arrival in the queue to its first token",
+            "Seconds from a sequence's arrival in the queue to its first token",
             buckets=_SECONDS,
             registry=registry,
         )
         self._between = Histogram(
             "neo_time_per_token_seconds",
-            "Seconds between two tokens of a sequence, on average over the sequence",
+            "Seconds between two tokens, averaged over each sequence",
             buckets=_PER_TOKEN,
             registry=registry,
         )
 
     def tell(self, name: str, text: str, **facts: str) -> None:
-        """Report what does not change, as labels of a 1."""
+        """Add a gauge that is always 1, whose labels are constant facts."""
         Gauge(name, text, list(facts), registry=self._registry).labels(**facts).set(1)
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Report what a function says when asked."""
+        """Add a gauge whose value a function returns when the metrics are collected."""
         Gauge(name, text, registry=self._registry).set_function(value)
 
     def watch_total(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """The same of what only grows."""
+        """Add a counter whose value a function returns when the metrics are collected."""
         self._registry.register(_Total(name, text, value))
 
     def begun(self, prompt_tokens: int) -> None:
-        """A prompt was taken."""
+        """Count the tokens of a prompt that was accepted."""
         self._prompt.inc(prompt_tokens)
 
     def answered(self, status: int, seconds: float) -> None:
-        """A request for completions has come to its end."""
+        """Count a completed request for completions.
+
+        Args:
+            status: HTTP status of the answer.
+            seconds: from its arrival to the end of its answer.
+        """
         self._requests.labels(status).inc()
         self._whole.observe(seconds)
 
     def left(self, pending: PendingCompletion) -> None:
-        """A sequence has come to its end, whatever became of it."""
+        """Count a sequence that has finished, failed or been cancelled."""
         if pending.queue_seconds is not None:
             self._queued.observe(pending.queue_seconds)
         if pending.time_to_first_token is not None:
@@ -123,5 +128,5 @@ class Metrics:
                 self._between.observe(completion.timings.decode_seconds / after_first)
 
     def text(self) -> bytes:
-        """In Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""Work that is done one piece at a time, beside everything else."""
+"""Long work, one piece at a time, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ Result = TypeVar("Result")
 
 
 class OneThread(Closable):
-    """A thread of its own for work that takes long or much memory, in the order in which it comes.
+    """A thread for work that takes much time or memory, done in the order in which it is submitted.
 
-    Others do not wait for it, as they would if it took all threads of the event loop.
+    In the event loop's own threads, such work could occupy all of them and delay everything else.
     """
 
     def __init__(self, name: str) -> None:
-        """Start nothing yet."""
+        """Create the executor; the thread starts with the first piece of work."""
         self._pool = ThreadPoolExecutor(1, name)
         self._closed = Event()
 
     async def run(self, work: Callable[..., Result], *args: object) -> Result:
-        """What `work(*args)` returns; a caller that is cancelled while it waits is forgotten.
+        """Run `work(*args)` in the thread and return its result.
+
+        If the caller is cancelled before the work has begun, the work is dropped.
 
         Raises:
-            ApiError: the server ends.
+            ApiError: (503) the server is shutting down.
         """
         if self._closed.is_set():
             raise shutting_down()
@@ -47,6 +49,6 @@ class OneThread(Closable):
             raise
 
     def close(self) -> None:
-        """Finish what is being done; who waits gets an error."""
+        """Finish the current piece of work; callers whose work has not begun get an error."""
         self._closed.set()
         self._pool.shutdown(cancel_futures=True)

@@ -19,23 +19,27 @@ if TYPE_CHECKING:
 __all__ = ["PromptScorer"]
 
 _PATIENCE = 30.0
-"""Seconds that a prompt waits for room."""
+"""Most seconds that a prompt waits for room in the KV caches."""
 
 
 class PromptScorer(Closable):
-    """A thread that scores prompts beside the scheduler, in the order in which they come."""
+    """Scores prompts in a thread of its own, beside the scheduler, in order of arrival."""
 
     def __init__(self, model: Model) -> None:
-        """Start nothing yet."""
+        """Begin with no prompts; the thread starts with the first."""
         self._model = model
         self._thread = OneThread("neo-scores")
 
     async def scores(self, ids: NDArray[np.int64], top_logprobs: int) -> list[Choice]:
-        """See `Model.token_logprobs`.
+        """`Model.token_logprobs` of one prompt.
+
+        Args:
+            ids: the prompt's token ids, [length].
+            top_logprobs: how many of the most probable tokens to add at each position.
 
         Raises:
-            CacheLimitError: there was no room for longer than half a minute.
-            ApiError: the server ends.
+            CacheLimitError: there was no room in the KV caches for half a minute.
+            ApiError: (503) the server is shutting down.
         """
         return await self._thread.run(self._score, ids, top_logprobs)
 
@@ -44,11 +48,11 @@ class PromptScorer(Closable):
         while True:
             try:
                 return self._model.token_logprobs(ids, top_logprobs=top_logprobs)
-            except CacheLimitError:  # a long prompt that is being read may have it
+            except CacheLimitError:  # a long prompt that is being prefilled may hold the room
                 if monotonic() > end:
                     raise
                 sleep(0.05)
 
     def close(self) -> None:
-        """Finish the prompt that is being scored; who waits gets an error."""
+        """Finish the prompt that is being scored; callers that wait for others get an error."""
         self._thread.close()

@@ -135,7 +135,7 @@ def test_what_is_done_anyhow_may_be_asked_for(server: Served) -> None:
     for name, value in neutral.items():
         status, answer, _ = server.answer({"prompt": "a", name: not value})
         assert (status, answer["error"]["param"]) == (400, name)
-        assert f"can only be {str(value).lower()} here" in answer["error"]["message"]
+        assert f"must be {str(value).lower()} on this server" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -253,15 +253,15 @@ def test_what_is_not_served(client: Any) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 600}, "max_tokens=600 after a prompt of 1 tokens needs 601 positions"),
-    ({"temperature": -1}, "temperature is -1, expected a number from 0 on"),
+    ({"temperature": -1}, "temperature is -1, expected a number of at least 0"),
     ({"top_p": 3}, "top_p is 3, expected"),
-    ({"n": 0}, "n is 0, expected an integer from 1 on"),
-    ({"n": 3, "best_of": 2}, "best_of is 2, expected an integer from 3 on"),
+    ({"n": 0}, "n is 0, expected an integer of at least 1"),
+    ({"n": 3, "best_of": 2}, "best_of is 2, expected an integer of at least 3"),
     ({"n": 129}, "n is 129, expected at most 128"),
     ({"logprobs": 21}, "logprobs is 21, expected at most 20"),
     ({"stop": ""}, "stop is '', expected"),
     ({"logit_bias": {"999999": 1}}, "logit_bias names token 999999"),
-    ({"stream": True, "best_of": 2}, "best_of chooses among whole texts"),
+    ({"stream": True, "best_of": 2}, "best_of cannot be used with stream"),
     ({"stop": ["a"] * 17}, "stop has 17 strings, expected at most 16"),
     ({"stop": "a" * 1001}, "stop has more than 1000 characters"),
     ({"logit_bias": {str(i): 1 for i in range(4097)}}, "logit_bias has more than 4096 entries"),
@@ -269,16 +269,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"extra_body": {"eos_token_id": [1] * 4097}}, "eos_token_id has more than 4096 entries"),
     ({"extra_body": {"bad_words": ["a" * 500_000]}}, "bad_words has more than 4096 entries"),
     ({"prompt": [[5] * 400] * 9, "n": 20, "echo": True, "logprobs": 20}, "ask for fewer prompts"),
-    ({"suffix": "end"}, "no text before a suffix"),
+    ({"suffix": "end"}, "cannot insert text before a suffix"),
     ({"extra_body": {"num_beams": 2}}, "unknown fields in the request: num_beams"),
     ({"extra_body": {"seed": "x"}}, "seed is 'x', expected an integer"),
     ({"extra_body": {"echo": "yes"}}, "echo is 'yes', expected true or false"),
     ({"extra_body": {"min_tokens": 9, "max_tokens": 2}}, "min_tokens is 9 and max_tokens is 2"),
     ({"extra_body": {"stream_options": {"x": 1}}}, "stream_options is"),
     ({"prompt": ""}, "empty"),
-    ({"prompt": []}, "prompt is missing, empty, or of a wrong form"),
-    ({"prompt": [1, "a"]}, "prompt is missing, empty, or of a wrong form"),
-    ({"prompt": [True]}, "prompt is missing, empty, or of a wrong form"),
+    ({"prompt": []}, "prompt is missing, empty, or of the wrong type"),
+    ({"prompt": [1, "a"]}, "prompt is missing, empty, or of the wrong type"),
+    ({"prompt": [True]}, "prompt is missing, empty, or of the wrong type"),
     ({"prompt": [10**6]}, "1000000"),
     ({"prompt": ["a"] * 300}, "asks for 300 sequences, and at most 128 are taken of one"),
 ]

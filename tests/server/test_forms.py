@@ -102,7 +102,7 @@ def test_any_object(server: Served) -> None:
                 "response_format": {"type": "json_object"},
                 "structured_outputs": {"regex": "a"},
             },
-            "structured_outputs and response_format both ask for a form",
+            "structured_outputs and response_format both constrain the text",
         ),
     ],
     ids=str,

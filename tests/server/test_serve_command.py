@@ -239,9 +239,10 @@ def test_a_port_that_is_taken(mini_bundle: Path, capsys: pytest.CaptureFixture[s
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         line = refused(capsys, str(mini_bundle), "--port", port)
-    assert line.startswith(f"127.0.0.1 port {port} cannot be listened to")
+    assert line.startswith(f"cannot listen on 127.0.0.1 port {port} (")
     assert line.endswith("choose another --host or --port")
-    assert "port 70000 does not exist" in refused(capsys, str(mini_bundle), "--port", "70000")
+    line = refused(capsys, str(mini_bundle), "--port", "70000")
+    assert "port is 70000, expected 0 to 65535" in line
     assert "no.such.host" in refused(capsys, str(mini_bundle), "--host", "no.such.host.invalid")
 
 
@@ -259,7 +260,7 @@ def test_what_cannot_be_served(
     assert "1000000" in line
     assert "513 positions" in refused(capsys, str(mini_bundle), "--max-length", "513", *port)
     monkeypatch.setenv("NEO_API_KEYS", " ,")
-    assert "NEO_API_KEYS is set and holds no key" in refused(capsys, str(mini_bundle), *port)
+    assert "NEO_API_KEYS is set but has no key" in refused(capsys, str(mini_bundle), *port)
 
 
 def test_without_a_tokenizer(
