@@ -136,7 +136,7 @@ def test_a_gate_that_checks_nothing_is_closed(outcomes: dict[str, Outcome]) -> N
     found = outcomes["nothing to check"]
     assert found.status == 2
     assert "| whole | bits_per_byte ↓ |" in found.out, "what was measured is not lost"
-    assert "--max-drop checks means over samples of which more is better" in found.err
+    assert "--max-drop checks metrics that are means over samples and better if higher" in found.err
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_gate_that_checks_nothing_is_closed(outcomes: dict[str, Outcome]) -> N
     [
         ("no task", "there is no task no_such; `lm_eval ls tasks`"),
         ("no bundle", "NOWHERE"),
-        ("no baseline", "--max-drop compares with a baseline; name one"),
+        ("no baseline", "--max-drop needs a baseline: give it"),
         ("no checkpoint", "cannot be loaded"),
         ("no id", "the reference no/such/model cannot be loaded"),
     ],

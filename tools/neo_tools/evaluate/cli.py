@@ -1,4 +1,4 @@
-"""`neo-eval BUNDLE [BUNDLE …] --tasks LIST`: the field's tasks, and what quantization took."""
+"""`neo-eval BUNDLE [BUNDLE …] --tasks LIST`: scores on tasks, and the loss by quantization."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ __all__ = ["main"]
 _WORSE = 1
 _EPILOG = """Tasks are those of lm-evaluation-harness (`lm_eval ls tasks`): lambada_openai, piqa,
 winogrande, hellaswag, wikitext, …; their data sets are downloaded from the Hugging Face hub, unless
-a task of your own, in --include-path, names local files.
+a task of your own (--include-path) reads local files.
 
-The first BUNDLE, or --reference, is the baseline. The others answer the same questions, so their
-differences from it are paired: the standard error is of the mean difference by sample.
+The baseline is --reference if given, else the first BUNDLE. The other models answer the same
+questions, so the differences are paired: the standard error is that of the mean per-sample
+difference.
 
   neo-eval gpt-neo-fp32 gpt-neo-int4 --tasks lambada_openai,piqa --max-drop 0.01
 
-exit status: 0 done; 1 a mean, such as an accuracy, is lower than the baseline's by more than
---max-drop; 2 wrong usage, or something that cannot be run; 130 interrupted"""
+exit status: 0 success; 1 a mean, such as an accuracy, is lower than the baseline's by more than
+--max-drop; 2 wrong usage, or a model or task that cannot be run; 130 interrupted"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status."""
+    """Run the command and return its exit status."""
     arguments = _parser().parse_args(argv)
     return run_command("neo-eval", lambda: _run(arguments), extras="cpu,eval")
 
@@ -50,11 +51,13 @@ def _run(arguments: argparse.Namespace) -> int:
     names = dict(zip(labels_of(arguments.bundles), arguments.bundles, strict=True))
     if arguments.max_drop is not None and arguments.reference is None and len(names) < 2:
         raise RequestError(
-            "--max-drop compares with a baseline; name one, a second bundle before this one or "
+            "--max-drop needs a baseline: give it as a first bundle before this one, or as "
             "--reference MODEL"
         )
     if arguments.include_path is not None and not arguments.include_path.is_dir():
-        raise RequestError(f"--include-path {arguments.include_path} is no folder")
+        raise RequestError(
+            f"--include-path {arguments.include_path} is not a folder; give one with YAML tasks"
+        )
     from neo_tools.evaluate.gate import NOTHING_CHECKED, checks, verdict
     from neo_tools.evaluate.lm import NeoLM
     from neo_tools.evaluate.paired import tabulated
@@ -116,23 +119,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_version(parser)
     parser.add_argument(
-        "bundles", metavar="BUNDLE", nargs="+", type=Path, help="folders with neo.json"
+        "bundles", metavar="BUNDLE", nargs="+", type=Path, help="folders written by neo-export"
     )
-    parser.add_argument("--tasks", metavar="LIST", required=True, help="names, with commas")
+    parser.add_argument("--tasks", metavar="LIST", required=True, help="tasks, separated by commas")
     parser.add_argument(
         "--reference",
         metavar="MODEL",
-        help="a checkpoint, folder or Hugging Face id, as the baseline, in PyTorch float32 (needs "
+        help="baseline: a checkpoint (folder or Hugging Face id), run by PyTorch in float32 (needs "
         "lm_eval[hf])",
     )
     parser.add_argument(
-        "--include-path", metavar="FOLDER", type=Path, help="a folder of more tasks, as YAML"
+        "--include-path", metavar="FOLDER", type=Path, help="folder with further tasks, as YAML"
     )
     parser.add_argument(
         "--num-fewshot",
         metavar="N",
         type=at_least(0),
-        help="examples before each question (default: the task's)",
+        help="examples before each question (default: set by the task)",
     )
     parser.add_argument(
         "--limit", metavar="N", type=at_least(1), help="only the first N samples of each task"
@@ -140,10 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-drop",
         metavar="X",
-        type=number_from(-1),  # below 0: better by so much
+        type=number_from(-1),  # below 0: a required gain
         help="fail if a mean is lower than the baseline's by more than X (default: never)",
     )
-    add_backend(parser, "what runs the bundles (default: auto)")
+    add_backend(parser, "backend that runs the bundles (default: auto)")
     parser.add_argument(
         "--threads",
         metavar="N",
@@ -151,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         help="threads per operator (default: physical cores)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument("--quiet", action="store_true", help="show no progress on stderr")
     return parser
 
 

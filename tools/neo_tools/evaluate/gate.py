@@ -1,4 +1,4 @@
-"""May it ship? What `--max-drop` says of each score."""
+"""The check of scores against `--max-drop`."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ if TYPE_CHECKING:
 __all__ = ["NOTHING_CHECKED", "Check", "checks", "verdict"]
 
 NOTHING_CHECKED = (
-    "--max-drop checks means over samples of which more is better, such as an accuracy, and these "
-    "tasks have none; leave it out, or add a task that has one"
+    "--max-drop checks metrics that are means over samples and better if higher, such as an "
+    "accuracy; these tasks have none. Leave it out, or add a task that has one"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One mean over samples, of one model."""
+    """The check of one metric of one model; the metric is a mean over samples."""
 
     task: str
     metric: str
     model: str
     found: float
-    """The mean minus the baseline's, in the metric's own unit."""
+    """Mean of the model minus mean of the baseline, in the unit of the metric."""
     limit: float
-    """What it must be at least: −`max_drop`."""
+    """Minimum of `found`: −`max_drop`."""
     passed: bool
 
 
 def checks(table: Table, max_drop: float) -> list[Check]:
-    """Of metrics where larger is better, such as accuracy; a perplexity has another unit.
+    """Check all metrics that are means over samples and better if higher, such as accuracy.
+
+    A perplexity is not checked: it is exp(−mean), in another unit.
 
     Args:
-        table: scores with differences.
-        max_drop: by so much a mean may be lower than the baseline's; below 0: must be higher.
+        table: scores and their differences from the baseline.
+        max_drop: how much lower than the baseline's a mean may be; below 0, it must be higher.
     """
     return [
         Check(
@@ -55,10 +57,10 @@ def checks(table: Table, max_drop: float) -> list[Check]:
 
 
 def verdict(checked: Sequence[Check]) -> str:
-    """A line each, and what they come to."""
+    """One line per check, then the overall result."""
     lines = [
         f"{'ok  ' if one.passed else 'PAST'} {one.task} {one.metric}, {one.model}: "
-        f"{one.found:+.4f} ≥ {one.limit:+g}"
+        f"{one.found:+.4f}, limit ≥ {one.limit:+g}"
         for one in checked
     ]
     passed = all(one.passed for one in checked)

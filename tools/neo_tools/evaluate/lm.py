@@ -5,8 +5,8 @@
 
     lm_eval.simple_evaluate(model=NeoLM("gpt-neo-1.3b"), tasks=["lambada_openai"])
 
-Contexts are cut on the left, and texts that are longer than the model are scored in windows, as the
-harness's own `HFLM` does.
+As in the harness's own `HFLM`, contexts are truncated on the left, and texts longer than the
+context length are scored in windows.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 __all__ = ["NeoLM"]
 
 _Scored = tuple[float, bool]
-"""Log-likelihood of a continuation, and whether greedy decoding gives it."""
+"""Log-likelihood of a continuation (natural logarithm), and whether greedy decoding gives it."""
 _MAX_GEN_TOKS = 256
-"""The harness's own default."""
+"""Default of the harness."""
 
 
 @register_model("neo-onnx")
 class NeoLM(TemplateLM):
-    """See the module. Several evaluations may use one."""
+    """A loaded bundle that the harness can evaluate, also several times."""
 
     def __init__(
         self,
@@ -53,16 +53,16 @@ class NeoLM(TemplateLM):
         """Load a bundle.
 
         Args:
-            pretrained: the bundle; the harness calls it so.
+            pretrained: folder of the bundle; the harness prescribes the name.
             backend: as for `neo_runtime.load`.
             device: index of the GPU.
-            threads: per operator.
-            max_gen_toks: new tokens where a task names no limit.
-            show_progress: bars on stderr.
+            threads: threads per operator; None: one per physical core.
+            max_gen_toks: new tokens if a task sets no limit.
+            show_progress: whether to show progress bars on stderr.
 
         Raises:
             NeoError: see `neo_runtime.load`.
-            RequestError: the bundle has no tokenizer, or no token that separates texts.
+            RequestError: the bundle has no tokenizer or no end-of-sequence token.
         """
         super().__init__()
         self.bundle = Path(pretrained)
@@ -71,7 +71,9 @@ class NeoLM(TemplateLM):
         if self.model.tokenizer is None or not separator:
             self.model.close()
             lacking = "tokenizer" if self.model.tokenizer is None else "end-of-sequence token"
-            raise RequestError(f"{pretrained} has no {lacking}, which tasks need; export with one")
+            raise RequestError(
+                f"{pretrained} has no {lacking}, which tasks need; export it with one"
+            )
         self._tokenizer = self.model.tokenizer
         self._separator = separator[0]
         self._max_gen_toks = max_gen_toks
@@ -80,31 +82,31 @@ class NeoLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What stands between texts."""
+        """Id of the token that separates texts."""
         return self._separator
 
     @property
     def max_length(self) -> int:
-        """Positions of the model."""
+        """Context length of the model, in tokens."""
         return self.model.manifest.max_length
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness's cache of requests is kept under."""
+        """Name under which the harness caches requests."""
         return str(self.bundle.resolve()).replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids of a text; without special ones, unless asked for."""
+        """Token ids of a text, by default without special tokens."""
         return self._tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
 
     def close(self) -> None:
-        """Free the bundle."""
+        """Close the model."""
         self.model.close()
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[_Scored]:
-        """Of continuations behind contexts."""
+        """Log-likelihoods of continuations after their contexts."""
         scored: list[_Scored] = super().loglikelihood(
             requests, disable_tqdm=disable_tqdm or self._is_quiet
         )
@@ -117,7 +119,8 @@ class NeoLM(TemplateLM):
         **_: Any,
     ) -> list[_Scored]:
         found: list[_Scored | None] = [None] * len(requests)
-        # Answers of one token share their input, and lie side by side so.
+        # Answers of one token to the same question have the same input; sorting makes them
+        # adjacent, so that the last logits can be reused.
         order = sorted(range(len(requests)), key=lambda i: self._input(*requests[i][1:]))
         for index in tqdm(order, desc="log-likelihoods", disable=disable_tqdm):
             key, context, continuation = requests[index]
@@ -127,15 +130,16 @@ class NeoLM(TemplateLM):
         return [one for one in found if one is not None]
 
     def _input(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[int, ...]:
-        """What the model reads: all but the last token, as much of the end as it has room for."""
+        """Input of the model: all tokens but the last, truncated on the left to fit."""
         return tuple([*context, *continuation][-self.max_length - 1 : -1])
 
     def _score(self, context: Sequence[int], continuation: Sequence[int]) -> _Scored:
         ids = self._input(context, continuation)
         if len(continuation) > len(ids):
             raise RequestError(
-                f"a continuation of {len(continuation)} tokens behind a context of {len(context)}, "
-                f"but the model has {self.max_length} positions; take a task with shorter answers"
+                f"a continuation of {len(continuation)} tokens after a context of {len(context)} "
+                f"does not fit in the model's {self.max_length} positions; choose a task with "
+                "shorter answers"
             )
         if self._last is None or self._last[0] != ids:
             self._last = ids, self.model.logits(ids)
@@ -149,7 +153,7 @@ class NeoLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihoods of whole texts, in windows that do not overlap in what they score."""
+        """Log-likelihoods of whole texts, in windows; each token is scored in exactly one."""
         found = []
         for request in tqdm(requests, desc="texts", disable=disable_tqdm or self._is_quiet):
             (text,) = request.args
@@ -166,7 +170,7 @@ class NeoLM(TemplateLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the stop strings of a task, computed together."""
+        """Continuations up to the stop strings of a task, generated in shared batches."""
         found = []
         with neo_runtime.Scheduler(self.model) as scheduler:
             pending = []
@@ -187,7 +191,7 @@ class NeoLM(TemplateLM):
         return found
 
     def _options(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """A task's `generation_kwargs` as ours; Hugging Face's names are the same."""
+        """A task's `generation_kwargs` as options of `Scheduler.submit`."""
         options = dict(asked)
         until = options.pop("until", ())
         options["stop"] = [until] if isinstance(until, str) else [text for text in until if text]
@@ -197,5 +201,5 @@ class NeoLM(TemplateLM):
             options["do_sample"] = False
         if not options.get("do_sample", False):
             for name in ("temperature", "top_p", "top_k", "min_p"):
-                options.pop(name, None)  # a greedy task may name them without effect
+                options.pop(name, None)  # no effect in greedy decoding
         return options

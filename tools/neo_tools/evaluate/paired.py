@@ -1,8 +1,8 @@
-"""What tells two models apart that answered the same questions.
+"""Scores of models, and paired differences between models that answered the same questions.
 
-Most of the uncertainty of a score is in which questions were asked, and both models got the same
-ones: the standard error is that of the mean of their differences, sample by sample. (Miller,
-"Adding Error Bars to Evals", arXiv 2411.00640, section 4.2.)
+Most of the uncertainty of a score comes from the choice of the questions, which is the same for
+both models. So the standard error of a difference is that of the mean of the per-sample differences
+(Miller, "Adding Error Bars to Evals", arXiv 2411.00640, section 4.2).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["Difference", "Results", "Score", "Table", "difference", "scores", "tabulated"]
 
 Results = Mapping[str, Any]
-"""What `lm_eval.simple_evaluate` returns, with samples."""
+"""Return value of `lm_eval.simple_evaluate`, with samples."""
 Table = list[tuple["Score", list[tuple[str, "Score", "Difference | None"]]]]
-"""For each metric the baseline's score, and the others' with what tells them from it."""
+"""For each metric: the baseline's score, and name, score and difference of each other model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,31 +33,31 @@ class Score:
     filter: str
     value: float
     error: float | None
-    """Standard error, of a score that is a mean over samples or exp(−mean); else None."""
+    """Standard error; None if the score is neither a mean over samples nor exp(−mean)."""
     higher_is_better: bool
     samples: int
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What it is the score of."""
+        """Task, metric and filter."""
         return self.task, self.metric, self.filter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A model's score minus the baseline's, as far as it is a mean over samples."""
+    """A model's score minus the baseline's, where scores are means over samples."""
 
     is_log: bool
-    """Of the score's natural logarithm: a perplexity is exp(−mean)."""
+    """Whether it is the difference of the natural logarithms: a perplexity is exp(−mean)."""
     mean: float
     error: float
     """Standard error of `mean`."""
     changed: int
-    """Samples that are judged otherwise."""
+    """Number of samples whose values differ."""
 
 
 def scores(results: Results) -> list[Score]:
-    """All metrics, in the order of the harness."""
+    """The scores of all tasks and metrics, in the order of the harness."""
     found = []
     for task, entries in results["results"].items():
         for name, value in entries.items():
@@ -97,7 +97,17 @@ def _is_log(value: float, samples: Sequence[float]) -> bool | None:
 
 
 def difference(baseline: Results, other: Results, score: Score) -> Difference | None:
-    """By sample; None where the score is no mean of a number for each sample, nor exp(−mean)."""
+    """The paired difference between two models in one score.
+
+    Args:
+        baseline: the results of the baseline.
+        other: the results of the other model.
+        score: the baseline's score.
+
+    Returns:
+        None if the score is neither a mean over samples nor exp(−mean), or if the models have
+        different samples.
+    """
     first, second = (_values(results, *score.key) for results in (baseline, other))
     if not first or first.keys() != second.keys():
         return None
@@ -115,7 +125,7 @@ def difference(baseline: Results, other: Results, score: Score) -> Difference | 
 
 
 def tabulated(results: Mapping[str, Results]) -> Table:
-    """The first is the baseline."""
+    """Scores and differences of several models, by name; the first is the baseline."""
     (_, baseline), *others = results.items()
     theirs = {name: {score.key: score for score in scores(found)} for name, found in others}
     return [
@@ -143,7 +153,7 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def _values(results: Results, task: str, metric: str, filtered: str) -> dict[Any, float]:
-    """By sample."""
+    """Values of one metric by sample, with the harness's `doc_id` as key."""
     found = {}
     for sample in results.get("samples", {}).get(task, ()):
         value = sample.get(metric)

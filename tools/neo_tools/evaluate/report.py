@@ -16,9 +16,9 @@ __all__ = ["markdown", "plain"]
 
 
 def markdown(table: Table, baseline: str) -> str:
-    """A line for each metric and model."""
+    """A Markdown table with a row for each metric and model."""
     lines = [
-        "| task | metric | model | score | difference (paired) | samples judged otherwise |",
+        "| task | metric | model | score | difference (paired) | samples that differ |",
         "|---|---|---|---|---|---|",
     ]
     for score, others in table:
@@ -40,7 +40,13 @@ def _value(score: Score) -> str:
 
 
 def plain(table: Table, baseline: str, checked: Sequence[Check] | None = None) -> dict[str, Any]:
-    """For JSON; `checked`: the limits, None where there are none."""
+    """The same contents for JSON.
+
+    Args:
+        table: scores and differences.
+        baseline: name of the baseline.
+        checked: results of the checks; None without `--max-drop`.
+    """
     limits: dict[str, Any] = {}
     if checked is not None:
         limits["checks"] = [asdict(one) for one in checked]

@@ -1,4 +1,4 @@
-"""One model, some tasks: what `neo-eval` asks lm-evaluation-harness for."""
+"""A run of lm-evaluation-harness: one model, some tasks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ __all__ = ["evaluated", "reference_model"]
 
 
 def reference_model(checkpoint: str) -> LM:
-    """PyTorch's GPT-Neo, as the harness runs it; eager attention, which keeps to the window.
+    """A checkpoint in PyTorch float32 on the CPU, as a model of the harness.
+
+    Attention is eager, which applies the window of local layers correctly.
 
     Args:
         checkpoint: a folder, or a Hugging Face id.
 
     Raises:
-        RequestError: it is no checkpoint.
+        RequestError: it cannot be loaded.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -53,10 +55,17 @@ def evaluated(
     num_fewshot: int | None,
     limit: int | None,
 ) -> Results:
-    """Run tasks, with every sample in the result.
+    """Run tasks; the results include every sample.
+
+    Args:
+        model: the model.
+        tasks: names of tasks.
+        include_path: a folder with further tasks, as YAML.
+        num_fewshot: examples before each question; None: set by each task.
+        limit: use only so many first samples of each task; None: all.
 
     Raises:
-        RequestError: there is no such task.
+        RequestError: a task does not exist.
     """
     manager = _manager(include_path)
     unknown = [task for task in tasks if task not in manager.all_tasks]
@@ -66,7 +75,7 @@ def evaluated(
             f"there is no task {names}; `lm_eval ls tasks` lists the harness's own, and "
             "--include-path names a folder of your own"
         )
-    # The harness asks git about the current folder, which says on stderr where that is none of its.
+    # The harness calls git, which writes to stderr if the current folder is not a repository.
     with patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None):
         found: dict[str, Any] | None = lm_eval.simple_evaluate(
             model=model,
@@ -77,11 +86,11 @@ def evaluated(
             log_samples=True,
             bootstrap_iters=0,
         )
-    assert found is not None  # None is for the other ranks of a distributed run
+    assert found is not None  # it is None only on other ranks of a distributed run
     return found
 
 
 @cache
 def _manager(include_path: Path | None) -> TaskManager:
-    """Knows all tasks; reading them takes seconds."""
+    """The index of all tasks; cached, because reading them takes seconds."""
     return TaskManager(include_path=None if include_path is None else str(include_path))
