@@ -235,7 +235,7 @@ def test_what_was_measured_before_an_interruption_stays(
     assert list(found["runs"]["cuda"]["benches"]) == ["PyTorch eager"]
     assert found["runs"]["cuda"]["missing"] == ["torch.compile"]
     assert [v["verdict"] for v in found["runs"]["cuda"]["targets"]][2] == "met"
-    assert "tests: left out" in (tmp_path / "gpu-report.md").read_text()
+    assert "tests: not run (--no-tests)" in (tmp_path / "gpu-report.md").read_text()
     assert {entry.name for entry in tmp_path.iterdir()} == {"gpu-report.json", "gpu-report.md"}
 
 

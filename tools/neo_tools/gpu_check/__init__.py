@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: `make gpu-check`.
+"""All checks that need a GPU, in one command: `make gpu-check`.
 
-Correctness first, then speed beside PyTorch on the same GPU, then one report.
+It runs the tests, then benchmarks against PyTorch on the same GPU, and writes one report.
 """

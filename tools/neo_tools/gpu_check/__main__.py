@@ -1,4 +1,4 @@
-"""`python -m neo_tools.gpu_check CHECKPOINT`: see the package."""
+"""`python -m neo_tools.gpu_check [MODEL]`: run the GPU tests and benchmarks, and write a report."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _DONE, _WRONG_NUMBERS = 0, 1
-_EPILOG = """The report is rewritten after the tests and after each part of the benchmark: an
-interruption loses nothing that was already measured.
+_EPILOG = """The report is written after the tests and again after each part of the benchmark, so an
+interruption loses no finished measurement.
 
-exit status: 0 the tests passed (or were skipped) and the report is complete, whether or not the
-targets are met; 1 a test failed (the report says so, nothing is measured); 2 no usable GPU, wrong
-usage, or a bundle that cannot be exported or run"""
+exit status: 0 the tests passed (or --no-tests) and the report is complete, whether or not the
+targets are met; 1 a test failed, or none ran (the report says so, and nothing is measured); 2 no
+usable GPU, wrong usage, or a bundle that cannot be exported or run"""
 _TESTS = Path(__file__).parents[3] / "tests" / "gpu"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status."""
+    """Run the command and return its exit status."""
     parser = OneLineParser(
         prog="python -m neo_tools.gpu_check",
-        description="Run everything that needs an NVIDIA GPU, and report.",
+        description="Run all tests and benchmarks that need an NVIDIA GPU, and write a report.",
         epilog=_EPILOG,
     )
     parser.add_argument(
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kernels",
         action="store_true",
-        help="measure the backend cuda with kernels of its own for decode steps (neo-kernels)",
+        help="measure the backend cuda with compiled kernels for decode steps (neo-kernels)",
     )
     parser.add_argument(
         "--no-tests",
@@ -111,11 +111,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def run_suite(tests: Path, device: int = 0) -> Suite:
-    """The tests that need a GPU, in a process of their own; their output goes to stderr.
+    """Run the tests that need a GPU in a subprocess; their output goes to stderr.
 
     Args:
-        tests: their folder.
-        device: the GPU that they see, as their first.
+        tests: folder of the tests.
+        device: index of the GPU; the tests see no other.
     """
     from neo_tools.gpu_check.report import Suite
 
@@ -142,7 +142,11 @@ def run_suite(tests: Path, device: int = 0) -> Suite:
 
 
 def _measure(arguments: argparse.Namespace, backend: str, folder: Path) -> Iterator[BackendRun]:
-    """Export, run neo-bench beside PyTorch, and compare with the targets: more each time."""
+    """Export bundles, benchmark them against PyTorch, and compare with the targets.
+
+    Yields:
+        The results so far: first none, then once after each part of the benchmark.
+    """
     from neo_export.command.cli import DEMO
     from neo_export.exporter import ExportOptions, export_bundle
 
@@ -176,7 +180,10 @@ def _measure(arguments: argparse.Namespace, backend: str, folder: Path) -> Itera
 def _parts(
     arguments: argparse.Namespace, backend: str, model: Path, bundles: dict[str, Path]
 ) -> Iterator[tuple[str, Settings]]:
-    """What the targets speak of; then `torch.compile`, which takes minutes to start."""
+    """The parts of the benchmark, by title.
+
+    First the one for the targets; then `torch.compile`, whose first calls take minutes.
+    """
     from neo_tools.bench.cases import PeerChoice, Settings, make_cases
     from neo_tools.gpu_check.targets import LONG_PROMPT, MANY, SHORT
 
@@ -210,17 +217,27 @@ def _positions(bundle: Path) -> int:
 
 
 def _only_gpu(device: int) -> dict[str, str]:
-    """Environment of a child that shall use this GPU, whatever it asks for."""
+    """Environment variables of a subprocess that sees only this GPU, as device 0."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     seen = visible[device] if device < len(visible) and visible[device] else str(device)
     return {"CUDA_VISIBLE_DEVICES": seen}
 
 
 def _build(command: str, bundle: Path, device: int, *options: str) -> None:
-    """A plan or kernels for the GPU, by a command's module in a process of its own."""
+    """Build a TensorRT plan or kernels for the GPU.
+
+    Args:
+        command: module of the command that builds; run in a subprocess.
+        bundle: the bundle to build for.
+        device: index of the GPU.
+        options: further arguments of the command.
+
+    Raises:
+        NeoError: the command failed.
+    """
     words = [sys.executable, "-m", command, str(bundle), *options]
     if subprocess.run(words, stdout=sys.stderr, env=os.environ | _only_gpu(device)).returncode:
-        raise NeoError(f"{command} could not build for {bundle}; its output is above")
+        raise NeoError(f"{command} failed for {bundle}; see its output above")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The report of a check, as JSON and as Markdown."""
+"""The report of a GPU check, as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ _TARGET_GPU = "H100"
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """What the tests that need a GPU said."""
+    """Results of the tests that need a GPU."""
 
     passed: int
     failed: int
     skipped: int
     exit_status: int
-    """pytest's."""
+    """Exit status of pytest."""
 
     @property
     def is_correct(self) -> bool:
-        """Whether something ran, and nothing failed."""
+        """Whether at least one test ran and none failed."""
         return self.exit_status == 0 and self.failed == 0 and self.passed > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendRun:
-    """What was measured with one backend so far."""
+    """Measurements of one backend so far."""
 
     planned: tuple[str, ...]
-    """Titles of the benchmark's parts: the peers."""
+    """Titles of the parts of the benchmark, which name the peers."""
     benches: dict[str, Results] = field(default_factory=dict)
-    """Those that were measured, by title."""
+    """Results of the finished parts, by title."""
     verdicts: list[Verdict] = field(default_factory=list)
 
     @property
     def missing(self) -> list[str]:
-        """Parts that were not measured, or not yet."""
+        """Titles of the parts that were not measured (yet)."""
         return [title for title in self.planned if title not in self.benches]
 
 
@@ -65,10 +65,13 @@ def write_report(
     """Write `gpu-report.json` and `gpu-report.md`.
 
     Args:
-        folder: where to; made if it is not there.
-        gpu: what everything ran on.
-        suite: the tests; None where they were left out.
-        runs: by backend; empty where the tests failed.
+        folder: folder of the report; created if it does not exist.
+        gpu: the GPU that everything ran on.
+        suite: results of the tests; None if they were not run.
+        runs: measurements by backend; empty if the tests failed.
+
+    Returns:
+        The paths of both files.
     """
     raw: dict[str, Any] = {
         "schema": SCHEMA,
@@ -92,7 +95,7 @@ def write_report(
 
 def _suite_text(suite: Suite | None) -> str:
     if suite is None:
-        return "left out"
+        return "not run (--no-tests)"
     return (
         f"{suite.passed} passed, {suite.failed} failed, {suite.skipped} skipped "
         f"({'correct' if suite.is_correct else 'NOT CORRECT: nothing was measured'})"
@@ -115,7 +118,7 @@ def _markdown(gpu: GpuFacts, suite: Suite | None, runs: dict[str, BackendRun]) -
         lines += [
             f"## {backend}",
             "",
-            "| target | wanted | measured | verdict |",
+            "| metric | target | measured | verdict |",
             "|---|---|---|---|",
             *(f"| {v.name} | {v.wanted} | {v.measured} | {v.verdict} |" for v in run.verdicts),
             "",

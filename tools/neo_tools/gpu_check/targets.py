@@ -1,7 +1,7 @@
-"""What the project wants of an H100, beside what a run measured. Nothing here is a result.
+"""Performance targets for an H100, and their comparison with a run of `neo-bench`.
 
-Every verdict is computed from the rows and limits of `neo-bench`; a figure that the run does not
-have is "not measured", which is not "met".
+The numbers in this module are targets, not results. Each verdict is computed from the rows and
+limits of `neo-bench`; if the run lacks the figure, the verdict is "not measured".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EAGER = "torch:fp16"
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One target."""
+    """One target, and how a run compares with it."""
 
     name: str
     wanted: str
@@ -36,9 +36,9 @@ def judge(results: Results, half: str, int4: str | None) -> list[Verdict]:
     """Compare a run with the targets for the 1.3B shape on an H100.
 
     Args:
-        results: of one run.
+        results: results of one run.
         half: label of the float16 bundle.
-        int4: label of the int4 bundle; None where it was not run.
+        int4: label of the int4 bundle; None if it was not run.
     """
     decode = _row(results.rows, half, depth=SHORT, batch=1)
     return [
@@ -65,7 +65,15 @@ def _row(
 def _verdict(
     name: str, wanted: str, value: float | None, shown: str, met: Callable[[float], bool]
 ) -> Verdict:
-    """Judge a figure; `shown` is how it is written, as `str.format` takes it."""
+    """The verdict on a figure.
+
+    Args:
+        name: what was measured.
+        wanted: the target, in words.
+        value: the figure; None if it was not measured.
+        shown: format string of the figure, for `str.format`.
+        met: whether a figure meets the target.
+    """
     if value is None:
         return Verdict(name=name, wanted=wanted, measured="-", verdict="not measured")
     verdict: Literal["met", "not met"] = "met" if met(value) else "not met"
@@ -80,7 +88,7 @@ def _share(row: Row | None) -> Verdict:
 
 
 def _decode_ratio(results: Results, other: str, bundle: str | None) -> float | None:
-    """Median of the rounds' ratios of one sequence's decode; None where they did not run."""
+    """Median over rounds of the decode speed ratio at batch 1; None if it was not measured."""
     found = [
         ratio.spread.median
         for ratio in results.ratios
