@@ -144,7 +144,7 @@ def test_a_command_runs_in_the_copy(
 @possible
 def test_a_command_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main([str(tmp_path / "folder"), "neo-nothing"]) == 2
-    assert "neo-nothing not found; COMMAND is a program of this environment" in (
+    assert "neo-nothing not found; COMMAND must be a program of this environment" in (
         capsys.readouterr().err
     )
     assert not (tmp_path / "folder").exists()
@@ -156,7 +156,7 @@ def test_without_a_virtual_environment(
 ) -> None:
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)
     assert __main__.main([str(tmp_path / "folder"), "python"]) == 2
-    assert "belongs to no virtual environment" in capsys.readouterr().err
+    assert "is not in a virtual environment" in capsys.readouterr().err
     assert not (tmp_path / "folder").exists()
 
 

@@ -1,8 +1,8 @@
 """`python -m neo_tools.older_cpu FOLDER COMMAND …`: run a command without the newest instructions.
 
-FOLDER keeps copies of this environment and of the peers' ($NEO_PEERS, else build/peers), made at
-the first run (minutes; hard links, so they take little room) and used again by later ones. Delete
-it after an environment has changed.
+FOLDER keeps copies of this environment and of the peers' ($NEO_PEERS, else build/peers), made in
+the first run (minutes; hard links, so they take little space) and reused by later ones. Delete it
+after an environment has changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PROGRAM = "python -m neo_tools.older_cpu"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status is returned, 2 if it could not be run."""
+    """Run a command and return its exit status; 2 if it cannot be run."""
     parser = OneLineParser(prog=_PROGRAM, description=__doc__)
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     parser.add_argument("command", metavar="COMMAND", help='"neo-bench", "python", "pytest", …')
@@ -46,11 +46,12 @@ def _run(folder: Path, command: str, arguments: list[str]) -> int:
     require_tools()
     if sys.prefix == sys.base_prefix:
         raise RequestError(
-            f"{sys.executable} belongs to no virtual environment that could be copied; use one"
+            f"{sys.executable} is not in a virtual environment, and only such environments can be "
+            "copied; run this command in one"
         )
     program = Path(sys.prefix, "bin", command)
     if not program.is_file():
-        raise RequestError(f"{program} not found; COMMAND is a program of this environment")
+        raise RequestError(f"{program} not found; COMMAND must be a program of this environment")
     folder.mkdir(parents=True, exist_ok=True)
     answers = build_answers(folder)
     here = folder / "environment"
@@ -60,9 +61,9 @@ def _run(folder: Path, command: str, arguments: list[str]) -> int:
     script = [] if command.startswith("python") else [str(here / "bin" / command)]
     environ = os.environ | {
         "LD_PRELOAD": str(answers),
-        "NEO_CACHE_DIR": str(folder / "cache"),  # kernels of another kind, packed another way
+        "NEO_CACHE_DIR": str(folder / "cache"),  # other kernels, whose prepacked weights differ
         "NEO_PEERS": str(peers),
-        "PYTHONFAULTHANDLER": "",  # it would take the signal
+        "PYTHONFAULTHANDLER": "",  # its handler would replace the one for the trap
         ENVIRONMENT_VARIABLE: HIDDEN,
     }
     return subprocess.run([str(python), *script, *arguments], env=environ, check=False).returncode
@@ -73,7 +74,7 @@ def _copy(environment: Path, to: Path) -> None:
 
 
 def _copy_peers(to: Path) -> Path:
-    """The peers that are set up, and a link to what was exported for them."""
+    """Copy the environments of the peers that are set up, and link to their exported models."""
     root = root_folder(None)
     to.mkdir(exist_ok=True)
     for name in PEERS:

@@ -1,4 +1,4 @@
-"""Copies of virtual environments whose libraries ask `answer_cpuid.c` instead of the CPU."""
+"""Copies of virtual environments in whose libraries the CPUID instruction traps."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _LOAD_SEGMENT = 1
 
 
 def require_tools() -> None:
-    """Check that this can be done here.
+    """Check the operating system, the CPU's architecture and the needed programs.
 
     Raises:
-        DependencyError: it cannot.
+        DependencyError: this is not Linux on x86-64, or `cc` or `objdump` is missing.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise DependencyError(
-            f"this is {platform.system()} on {platform.machine()}; instructions are hidden on "
-            "Linux on x86-64 only"
+            f"this is {platform.system()} on {platform.machine()}, but instructions can be hidden "
+            "on Linux on x86-64 only"
         )
     missing = [tool for tool in ("cc", "objdump") if shutil.which(tool) is None]
     if missing:
@@ -44,7 +44,10 @@ def require_tools() -> None:
 
 
 def build_answers(folder: Path) -> Path:
-    """Compile the library that answers, to be preloaded.
+    """Compile the library that handles the trap, for LD_PRELOAD.
+
+    Returns:
+        Its path, in `folder`.
 
     Raises:
         DependencyError: the compiler fails.
@@ -58,14 +61,15 @@ def build_answers(folder: Path) -> Path:
 
 
 def copied(environment: Path, to: Path, tell: Callable[[str], None]) -> None:
-    """Copy a virtual environment, unless that has been done; it appears whole or not at all.
+    """Copy a virtual environment and replace CPUID in its libraries, unless `to` exists.
 
-    Files are hard links where the file system allows it, but for libraries that contain CPUID.
+    The copy appears complete or not at all. Files are hard links if the file system allows it,
+    except for libraries that contain CPUID.
 
     Args:
-        environment: is not changed.
-        to: where the copy is.
-        tell: told which library is read; large ones take a minute.
+        environment: folder of the environment; it is not changed.
+        to: folder of the copy.
+        tell: called with the path of each library before it is read; large ones take a minute.
     """
     if to.exists():
         return
@@ -90,7 +94,7 @@ def _link_or_copy(source: str, to: str) -> None:
 
 
 def _may_ask(library: Path) -> bool:
-    """Whether the bytes of CPUID occur; they may be data, or within another instruction."""
+    """Whether the bytes of CPUID occur, possibly as data or within another instruction."""
     with library.open("rb") as file:
         if file.read(4) != b"\x7fELF":
             return False
@@ -99,7 +103,7 @@ def _may_ask(library: Path) -> bool:
 
 
 def _replace(library: Path) -> None:
-    """Put UD2 in the place of every CPUID instruction, in a file of its own."""
+    """Replace every CPUID instruction by UD2, in a new file: the old one may be a hard link."""
     data = bytearray(library.read_bytes())
     segments = list(_segments(data))
     for address in _instructions(library):
@@ -114,7 +118,7 @@ def _replace(library: Path) -> None:
 
 
 def _instructions(library: Path) -> Iterator[int]:
-    """Addresses of the CPUID instructions, as binutils disassembles."""
+    """Addresses of the CPUID instructions, according to objdump."""
     command = ["objdump", "--disassemble", "--no-show-raw-insn", str(library)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
@@ -124,7 +128,7 @@ def _instructions(library: Path) -> Iterator[int]:
 
 
 def _segments(data: bytearray) -> Iterator[tuple[int, int, int]]:
-    """Address, offset in the file and bytes of each loaded segment of an ELF file of 64 bits."""
+    """Address, file offset and size in bytes of each loaded segment of a 64-bit ELF file."""
     (table,) = struct.unpack_from("<Q", data, 32)
     size, count = struct.unpack_from("<HH", data, 54)
     for place in range(table, table + count * size, size):

@@ -1,4 +1,4 @@
-"""Start a worker and ask it: `with Worker(command, title="the bundle mini") as worker: …`."""
+"""Client of a worker: `with Worker(command, title="the bundle mini") as worker: …`."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 __all__ = ["Command", "Worker"]
 
 Command = Sequence[str] | Callable[[], Sequence[str]]
-"""Program and arguments, or a function that finds them when they are needed."""
+"""Program and arguments, or a function that returns them when the worker starts."""
 
 _TAIL_LINES = 15
 
 
 class Worker(Closable):
-    """One worker process, from `__enter__` to `__exit__`.
+    """One worker process; it runs while the `with` block does.
 
     Args:
-        command: what speaks the protocol; a function is called on entering.
-        title: what messages call it ("the peer openvino").
-        environ: its environment variables; `environ.worker_environ()` if None.
-        timeout: seconds that one request may take.
-        advice: what to do where it does not start, or ends.
+        command: program and arguments; a function is called when the block is entered.
+        title: name of the worker in messages ("the peer openvino").
+        environ: its environment variables; None: `environ.worker_environ()`.
+        timeout: most seconds of one request.
+        advice: what to do if it does not start, or ends early.
 
     Raises:
-        DependencyError: (on entering) it does not start.
+        DependencyError: (on entering the block) it does not start.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Worker(Closable):
         return self
 
     def close(self) -> None:
-        """End the worker; calling it again does nothing."""
+        """End the worker, by force after five seconds; further calls have no effect."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -113,15 +113,16 @@ class Worker(Closable):
         return self._running().pid
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """One request and its answer.
+        """Send a request and return its answer.
 
         Args:
-            op: what is asked for.
-            arguments: of it, as JSON holds them.
+            op: the operation.
+            arguments: its arguments, which JSON can represent.
 
         Raises:
-            NeoError: it refused, did not answer in time or not in JSON, or is not running.
-            DependencyError: it ended instead.
+            NeoError: the request failed, the answer took too long or is not JSON, or the worker is
+                not running.
+            DependencyError: the worker ended instead of answering.
         """
         process = self._running()
         try:
@@ -133,11 +134,11 @@ class Worker(Closable):
         try:
             line = self._answers.get(timeout=self._timeout)
         except queue.Empty:
-            process.kill()  # whatever it answers later would be taken for another answer
+            process.kill()  # a late answer would be taken for that of the next request
             self.close()
             raise NeoError(
                 f"{self._title} did not answer {op} in {self._timeout:.0f} s; "
-                "give it a longer timeout or a smaller request"
+                "choose a longer timeout or a smaller request"
             ) from None
         if line is None:
             raise self._ended(op)
@@ -145,8 +146,8 @@ class Worker(Closable):
             answer: dict[str, Any] = json.loads(line)
         except ValueError as error:
             raise NeoError(
-                f"{self._title} answered {op} with {line[:200]!r}, which is no JSON; something in "
-                "its process writes to its standard output"
+                f"{self._title} answered {op} with {line[:200]!r}, expected JSON; something "
+                "in its process writes to stdout"
             ) from error
         if not answer.get("ok"):
             raise NeoError(f"{self._title} could not {op}: {answer.get('error')}")

@@ -1,4 +1,4 @@
-"""What the process of a model answers, a peer's and ours alike.
+"""Requests to the worker of a model, whether a peer's or ours, and their answers.
 
     {"op": "load"}                        → seconds, versions, details
     {"op": "prefill", "ids": [[…], …]}    → seconds, tokens [batch]
@@ -6,7 +6,7 @@
     {"op": "context", "length": 1024, "batch": 1, "seed": 0}   → seconds, tokens [batch]
     {"op": "memory"}                      → rss, rss_anon, pss (bytes)
 
-Standard library only: a peer's worker runs in its own environment.
+Only the standard library is used: a peer's worker runs in an environment of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["CONTEXT_CHUNK", "Engine", "context_ids", "engine_handlers"]
 
 CONTEXT_CHUNK = 256
-"""Positions that `context` feeds at once, so that no engine needs memory for length squared."""
+"""Tokens that `context` feeds at once, so that no engine needs memory for [length, length]."""
 
 _MASK = (1 << 64) - 1
 
@@ -32,7 +32,7 @@ class Engine(Protocol):
     """A loaded model with one running cache."""
 
     def load(self) -> dict[str, Any]:
-        """Load the model; returns details worth reporting (options in force)."""
+        """Load the model; returns details for reports, such as the options in effect."""
         ...
 
     @property
@@ -42,31 +42,37 @@ class Engine(Protocol):
 
     @property
     def max_length(self) -> int:
-        """Positions that the model has."""
+        """Context length of the model, in tokens."""
         ...
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """Distributions whose versions belong in a report."""
+        """Distributions whose versions are reported."""
         ...
 
     def reset(self) -> None:
-        """Forget the cache: the next `forward` starts new sequences."""
+        """Empty the cache: the next `forward` starts new sequences."""
         ...
 
     def forward(self, ids: list[list[int]]) -> list[int]:
-        """Append equally long rows to the cache; returns each row's greedy next token."""
+        """Process rows of token ids of equal length, after those in the cache.
+
+        Returns:
+            The greedy next token of each row.
+        """
         ...
 
 
 def context_ids(length: int, batch: int, seed: int, vocab_size: int) -> list[list[int]]:
-    """Token ids that every engine gets alike: splitmix64 of (seed, row, position) mod vocabulary.
+    """Pseudorandom token ids, the same for every engine.
+
+    An id is splitmix64 of (seed, row, position), modulo the vocabulary size.
 
     Args:
-        length: positions a row.
-        batch: rows; each has its own ids.
-        seed: any number.
-        vocab_size: ids are below it.
+        length: tokens per row.
+        batch: number of rows; their ids differ.
+        seed: an integer of at least 0.
+        vocab_size: upper bound of the ids, exclusive.
 
     Returns:
         [batch][length] token ids.
@@ -89,10 +95,10 @@ def _splitmix64(value: int) -> int:
 
 
 def engine_handlers(engine: Engine) -> dict[str, Handler]:
-    """Who answers the requests above, for `protocol.serve`.
+    """Handlers of the requests above, for `protocol.serve`.
 
-    A step's seconds run from token ids in to the next token known: the logits' way to the host
-    and the greedy choice are part of it, for every engine alike.
+    For every engine, the seconds of a step include the copy of the logits to the host and the
+    greedy choice of the next token.
     """
     session = _Session(engine)
     return {
@@ -105,7 +111,7 @@ def engine_handlers(engine: Engine) -> dict[str, Handler]:
 
 
 class _Session:
-    """The state between requests: whether a model is loaded, how deep the cache is."""
+    """The state between requests: whether the model is loaded, and the tokens in the cache."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -114,7 +120,7 @@ class _Session:
         self.last: list[int] = []
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Seconds, versions, details."""
+        """Load the model; answers seconds, versions and details."""
         started = time.perf_counter()
         details = self.engine.load()
         seconds = time.perf_counter() - started
@@ -126,12 +132,12 @@ class _Session:
         }
 
     def prefill(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Seconds, and tokens [batch]; the prompt in one call."""
+        """Process a prompt in one call; answers seconds and tokens [batch]."""
         self._require_load(request)
         return self._fill(request["ids"], chunk=None)
 
     def context(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Seconds, and tokens [batch]; in pieces of `CONTEXT_CHUNK`."""
+        """Fill the cache in chunks of `CONTEXT_CHUNK`; answers seconds and tokens [batch]."""
         self._require_load(request)
         length, batch, seed = request["length"], request["batch"], request["seed"]
         ids = context_ids(length, batch, seed, self.engine.vocab_size)
@@ -140,7 +146,9 @@ class _Session:
     def _fill(self, ids: list[list[int]], chunk: int | None) -> dict[str, Any]:
         length = len(ids[0]) if ids else 0
         if length == 0 or any(len(row) != length for row in ids):
-            raise ValueError("prefill wants one or more rows of the same length, at least one id")
+            raise ValueError(
+                "prefill needs rows of the same length, at least one with at least one id"
+            )
         self._check_room(0, length)
         self.last, self.depth = [], 0
         self.engine.reset()
@@ -153,11 +161,11 @@ class _Session:
         return {"seconds": seconds, "tokens": self.last}
 
     def decode(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Seconds [n], and tokens [n][batch]."""
+        """Run n greedy steps; answers seconds [n] and tokens [n][batch]."""
         self._require_load(request)
         n = request["n"]
         if not self.last:
-            raise ValueError("decode before prefill or context")
+            raise ValueError("decode before prefill or context; send one of them first")
         self._check_room(self.depth, n)
         seconds, tokens = [], []
         for _ in range(n):
@@ -170,7 +178,7 @@ class _Session:
 
     def _require_load(self, request: dict[str, Any]) -> None:
         if not self.loaded:
-            raise ValueError(f"{request['op']} before load")
+            raise ValueError(f"{request['op']} before load; send load first")
 
     def _check_room(self, depth: int, more: int) -> None:
         if depth + more > self.engine.max_length:

@@ -1,4 +1,4 @@
-"""Talk to a model's process, which answers as `engine` says."""
+"""Client of a model's worker, whose requests `engine` describes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class LoadResult:
     """A loaded model."""
 
     seconds: float
-    """Imports of its libraries included, start of the interpreter not."""
+    """Includes the import of its libraries, but not the start of the interpreter."""
     versions: dict[str, str]
     details: dict[str, Any]
-    """Options in force, as the worker found them."""
+    """Options in effect, as reported by the worker."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillResult:
-    """A cache that holds a prompt."""
+    """A prompt processed into the cache."""
 
     seconds: float
-    """From token ids to the next token known."""
+    """From the token ids to the next token."""
     tokens: list[int]
     """[batch]: each row's greedy next token."""
 
@@ -37,38 +37,38 @@ class DecodeResult:
     """Greedy steps."""
 
     seconds: list[float]
-    """[n], one per step, whatever the batch."""
+    """[n]: one per step of the whole batch."""
     tokens: list[list[int]]
-    """[n][batch]: what each step found; the first follows the prefill's."""
+    """[n][batch]: the token that each step chose; the first follows that of the prefill."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryResult:
-    """Bytes of the worker's process."""
+    """Memory of the worker's process, in bytes."""
 
     rss: int
-    """All resident."""
+    """All resident memory."""
     rss_anon: int
-    """Private: not backed by a file."""
+    """Anonymous memory: resident and not backed by a file."""
     pss: int
-    """Pages shared with other processes divided among them."""
+    """Proportional share: shared pages are divided among the processes that map them."""
 
 
 class EngineWorker(Worker):
-    """A process that holds a model and one running cache.
+    """A worker with a model and one cache.
 
-    Each method raises what `Worker.ask` raises.
+    Errors of its methods are those of `Worker.ask`.
     """
 
     def load(self) -> LoadResult:
-        """Load the model; everything else needs it."""
+        """Load the model; other requests except `memory` need it."""
         answer = self.ask("load")
         return LoadResult(
             seconds=answer["seconds"], versions=answer["versions"], details=answer["details"]
         )
 
     def prefill(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> PrefillResult:
-        """Start over with a prompt (or a batch of equally long ones), in one call to the model."""
+        """Start over with a prompt, or a batch of equally long ones, in one call of the model."""
         rows = [list(row) if isinstance(row, Sequence) else [row] for row in ids]
         if ids and not isinstance(ids[0], Sequence):
             rows = [[token for row in rows for token in row]]
@@ -76,16 +76,16 @@ class EngineWorker(Worker):
         return PrefillResult(seconds=answer["seconds"], tokens=answer["tokens"])
 
     def decode(self, n: int) -> DecodeResult:
-        """Greedy steps after the last prefill, context or decode."""
+        """Run `n` greedy steps after the last prefill, context or decode."""
         answer = self.ask("decode", n=n)
         return DecodeResult(seconds=answer["seconds"], tokens=answer["tokens"])
 
     def context(self, length: int, *, batch: int = 1, seed: int = 0) -> PrefillResult:
-        """Fill the cache to a depth with `engine.context_ids`, in pieces of 256."""
+        """Start over with `length` tokens of `engine.context_ids`, in chunks of `CONTEXT_CHUNK`."""
         answer = self.ask("context", length=length, batch=batch, seed=seed)
         return PrefillResult(seconds=answer["seconds"], tokens=answer["tokens"])
 
     def memory(self) -> MemoryResult:
-        """What the worker's process holds now."""
+        """The current memory of the worker's process."""
         answer = self.ask("memory")
         return MemoryResult(rss=answer["rss"], rss_anon=answer["rss_anon"], pss=answer["pss"])

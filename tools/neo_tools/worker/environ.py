@@ -8,7 +8,11 @@ __all__ = ["worker_environ"]
 
 
 def worker_environ(threads: int | None = None) -> dict[str, str]:
-    """This process's variables, and: offline, no telemetry, `threads` threads."""
+    """This process's environment variables, with libraries offline and without telemetry.
+
+    Args:
+        threads: value of OMP_NUM_THREADS; None: unchanged.
+    """
     environ = dict(os.environ)
     environ.update(
         HF_HUB_OFFLINE="1",

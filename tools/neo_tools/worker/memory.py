@@ -1,4 +1,4 @@
-"""Bytes of a process as Linux counts them. Standard library only."""
+"""Memory of a process in bytes, as Linux counts it. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -8,28 +8,34 @@ __all__ = ["memory_of", "resident_of"]
 
 
 def resident_of(pid: int | str = "self") -> dict[str, int]:
-    """Bytes of a process that are in memory; cheap, so that it may be polled.
+    """Resident memory of a process; cheap enough for polling.
+
+    Args:
+        pid: process id; by default this process.
 
     Returns:
-        rss (all resident), rss_anon (private: not backed by a file); 0 for a process that has
-        ended and was not waited for.
+        `rss` (all resident memory) and `rss_anon` (the part not backed by a file), in bytes; 0 for
+        a process that has ended but was not waited for.
 
     Raises:
-        OSError: no such process, or no Linux /proc.
+        OSError: the process does not exist, or the system is not Linux.
     """
     status = _kilobytes(Path(f"/proc/{pid}/status"), ("VmRSS", "RssAnon"))
     return {"rss": status["VmRSS"], "rss_anon": status["RssAnon"]}
 
 
 def memory_of(pid: int | str = "self") -> dict[str, int]:
-    """The same, and what of shared pages falls to the process.
+    """Resident memory of a process, and its share of shared pages.
+
+    Args:
+        pid: process id; by default this process.
 
     Returns:
-        rss and rss_anon, see `resident_of`, and pss (shared pages divided by the number of
-        processes that map them).
+        `rss` and `rss_anon` of `resident_of`, and `pss` (each shared page divided by the number of
+        processes that map it), in bytes.
 
     Raises:
-        OSError: no such process, or no Linux /proc.
+        OSError: the process does not exist, or the system is not Linux.
     """
     rollup = _kilobytes(Path(f"/proc/{pid}/smaps_rollup"), ("Pss",))
     return {**resident_of(pid), "pss": rollup["Pss"]}

@@ -1,8 +1,8 @@
-"""How a worker answers: a JSON object a line, in the order of the requests.
+"""A worker's protocol: requests and, in the same order, answers, one JSON object per line.
 
-A request is {"op": NAME, …}; `{"op": "quit"}`, which has no answer, ends the process, as does the
-end of the input. An answer has `"ok": true` and what the operation found, or `"ok": false` and
-`error`. Standard library only: a worker may run in another environment than this project.
+A request is {"op": NAME, …}. An answer has `"ok": true` and the results, or `"ok": false` and
+`error`. `{"op": "quit"}` has no answer and ends the process, as does the end of the input. Only the
+standard library is used: a worker may run in an environment without this project.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 __all__ = ["Handler", "claim_stdout", "serve"]
 
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
-"""Takes a request, returns what the answer holds besides `ok`."""
+"""Takes a request, and returns the fields of the answer except `ok`."""
 
 
 def claim_stdout() -> TextIO:
-    """Keep the real stdout for answers; send all that anyone else prints there to stderr.
+    """Reserve stdout for answers; everything else that is printed there goes to stderr.
 
-    On the level of file descriptors, because native libraries print without asking Python. From now
-    on Ctrl-C, which a terminal sends to workers too, ends this process without a traceback.
+    The file descriptors are changed, because native libraries do not print through Python. Also,
+    Ctrl-C, which a terminal sends to workers too, now ends this process without a traceback.
+
+    Returns:
+        The stream for answers.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
@@ -41,9 +44,9 @@ def serve(handlers: Mapping[str, Handler], requests: TextIO, answers: TextIO) ->
     """Answer requests until `quit` or the end of the input.
 
     Args:
-        handlers: who answers, by operation; what one raises becomes the answer's `error`.
-        requests: a JSON object a line.
-        answers: written to, a JSON object a line.
+        handlers: by operation; an exception of a handler becomes the `error` of the answer.
+        requests: stream with a JSON object per line.
+        answers: stream for the answers.
     """
     for line in requests:
         if not line.strip():
@@ -56,15 +59,15 @@ def serve(handlers: Mapping[str, Handler], requests: TextIO, answers: TextIO) ->
             if op not in handlers:
                 raise ValueError(f"unknown op {op!r}, expected one of {', '.join(handlers)}")
             answer = {"ok": True, **handlers[op](request)}
-        except Exception as error:  # a worker outlives a request that fails
+        except Exception as error:  # a failed request does not end the worker
             answer = _refusal(error)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
 def _refusal(error: Exception) -> dict[str, Any]:
-    """The answer to a request that failed; what was not expected leaves its traceback on stderr."""
-    if type(error).__module__ == "neo_runtime.errors":  # by name: peers do not have that package
+    """The answer to a failed request; unexpected errors also print a traceback to stderr."""
+    if type(error).__module__ == "neo_runtime.errors":  # by name: peers lack the package
         return {"ok": False, "error": str(error)}
     traceback.print_exception(error, file=sys.stderr)
     return {"ok": False, "error": f"{type(error).__name__}: {error}"}

@@ -1,4 +1,4 @@
-"""Versions of installed packages. Standard library only."""
+"""Versions of installed packages. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["versions_of"]
 
 
 def versions_of(packages: Sequence[str]) -> dict[str, str]:
-    """Python's version as "python", then those of distributions; absent ones are left out."""
+    """Versions of Python (as "python") and of the distributions that are installed, by name."""
     found = {"python": sys.version.split()[0]}
     for name in packages:
         try:
