@@ -1,4 +1,4 @@
-"""`python -m neo_tools.peers`: set up the other engines and run them from a shell."""
+"""`python -m neo_tools.peers`: set up the peers, and run their exporters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: its result is one JSON object on stdout, progress goes to stderr."""
+    """Run one command and return its exit status; its result is a JSON object on stdout."""
     arguments = _parser().parse_args(argv)
     root = arguments.root.absolute() if arguments.root else None
 
@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="python -m neo_tools.peers", description="Set up the other engines and run them."
+        prog="python -m neo_tools.peers",
+        description="Set up the other engines (peers), and run their exporters.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -50,21 +51,36 @@ def _parser() -> argparse.ArgumentParser:
 
     peers = sorted(environments.PEERS)
     precisions = "; ".join(f"{p}: {', '.join(environments.PEERS[p].precisions)}" for p in peers)
-    command = add("setup", _setup, "create a peer's environment")
+    command = add("setup", _setup, "create the environment of a peer")
     command.add_argument("peer", choices=peers, help="which engine")
-    command = add("export", _export, "export a checkpoint for a peer, once")
+    command = add(
+        "export", _export, "export a checkpoint with a peer's exporter, unless that was done"
+    )
     command.add_argument("peer", choices=peers, help="which engine")
     command.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint")
     command.add_argument(
-        "--precision", metavar="P", help=f"one of the peer's (default: its first; {precisions})"
+        "--precision",
+        metavar="P",
+        help=f"precision (default: the first of the peer's; {precisions})",
     )
-    command = add("export-time", _export_time, "time `optimum-cli export onnx`")
+    command = add("export-time", _export_time, "measure `optimum-cli export onnx`")
     command.add_argument("model", type=Path, metavar="MODEL", help="folder of the checkpoint")
     command.add_argument(
-        "out", type=Path, metavar="OUT", nargs="?", help="keep the result there (default: delete)"
+        "out",
+        type=Path,
+        metavar="OUT",
+        nargs="?",
+        help="folder for the export (default: it is deleted)",
     )
-    command = add("load-portable", _load_portable, "run a portable bundle under Optimum")
-    command.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder with neo.json")
+    command = add(
+        "load-portable", _load_portable, "compare a portable bundle in Optimum with PyTorch"
+    )
+    command.add_argument(
+        "bundle",
+        type=Path,
+        metavar="BUNDLE",
+        help="a folder written by neo-export --target portable",
+    )
     command.add_argument(
         "--model", type=Path, help="folder of its checkpoint (default: the demo model)"
     )

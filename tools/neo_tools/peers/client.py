@@ -1,4 +1,4 @@
-"""Talk to a peer: `with Peer("openvino", model, precision="int8", threads=2) as peer: …`."""
+"""Client of a peer: `with Peer("openvino", model, precision="int8", threads=2) as peer: …`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ _START = Path(__file__).resolve().parent / "worker_start.py"
 
 
 class Peer(EngineWorker):
-    """A peer's process, in its own environment, on its own export.
+    """A peer's worker, in the peer's environment, with a model that the peer exported.
 
     Args:
         name: "torch", "optimum" or "openvino".
-        model: a checkpoint's folder; exported (once, on entering) where the peer needs it.
-        precision: one of the peer's; its first if None.
-        threads: that the peer may compute with.
-        root: where the peers live; see `environments.root_folder`.
-        timeout: seconds that one request may take.
+        model: folder of a checkpoint; exported on entering the `with` block, if the peer needs that
+            and it was not done before.
+        precision: one of the peer's precisions; None: the first.
+        threads: compute threads.
+        root: folder of the peers' environments; see `environments.root_folder`.
+        timeout: most seconds of one request.
 
     Raises:
-        RequestError: no threads.
-        DependencyError: there is no such peer; on entering, its environment is not set up, or the
-            worker does not start.
-        CheckpointError, RequestError, NeoError: (on entering) see `exports.ensure_export`.
+        RequestError: `threads` is below 1.
+        DependencyError: the peer does not exist; (on entering) its environment is not set up, or
+            the worker does not start.
+        CheckpointError, RequestError, NeoError: (on entering) as for `exports.ensure_export`.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Peer(EngineWorker):
         timeout: float = 600.0,
     ) -> None:
         if threads < 1:
-            raise RequestError(f"threads is {threads}; expected 1 or more")
+            raise RequestError(f"threads is {threads}, expected at least 1")
         spec = spec_of(name)
         chosen = precision or spec.precisions[0]
 

@@ -1,8 +1,8 @@
-"""One virtual environment a peer: `python -m neo_tools.peers setup openvino`.
+"""Virtual environments of the peers: `python -m neo_tools.peers setup openvino`.
 
-Each has a file of pinned versions beside this module, which were seen working together. torch is
-installed first, by itself: a looser requirement of a later package could otherwise bring a CUDA
-build of several gigabytes.
+For each peer, a constraints file beside this module pins versions that are known to work together.
+torch is installed first, by itself: otherwise, a looser requirement of a later package could bring
+a CUDA build of several gigabytes.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = [
 ]
 
 GPU_PRECISIONS = ("fp16", "fp16-compiled")
-"""What the torch peer can do on a GPU: eager, and `torch.compile`. It runs in the environment of
-the caller then, whose torch must be a CUDA build."""
+"""Precisions of the torch peer on a GPU: eager, and `torch.compile`. There it runs in the caller's
+environment, whose torch must be a CUDA build."""
 _FOLDER = Path(__file__).resolve().parent
 _MARKER = "neo-peer.json"
 _TAIL_LINES = 15
@@ -46,38 +46,38 @@ _TAIL_LINES = 15
 
 @dataclass(frozen=True, kw_only=True)
 class PeerSpec:
-    """One peer and what its environment is made of."""
+    """A peer and the contents of its environment."""
 
     name: str
     requirements: tuple[str, ...]
-    """What pip installs after torch, within the peer's constraints."""
+    """Requirements that pip installs after torch, with the peer's constraints."""
     probe: str
-    """A statement that fails where the environment does not work."""
+    """A statement that fails if the environment does not work."""
     worker: str
-    """Module of this folder that its interpreter runs."""
+    """Name of the module in this folder that the peer's interpreter runs."""
     precisions: tuple[str, ...]
-    """What the worker can load; the first is the default."""
+    """Precisions that the worker can load; the first is the default."""
     exports: bool
-    """Whether a checkpoint has to be exported before the worker can load it."""
+    """Whether checkpoints must be exported before the worker can load them."""
     remove: tuple[str, ...] = ()
-    """Packages to take out again once all is installed."""
+    """Packages to uninstall at the end."""
 
     @property
     def constraints(self) -> Path:
-        """The file of pinned versions."""
+        """Path of the constraints file."""
         return _FOLDER / f"constraints-{self.name}.txt"
 
     def check_precision(self, precision: str) -> None:
-        """Raises RequestError for a precision that the worker cannot load."""
+        """Raise RequestError for a precision that the worker cannot load."""
         if precision not in self.precisions:
             raise RequestError(
-                f"the peer {self.name} has no precision {precision!r}; "
-                f"it has {', '.join(self.precisions)}"
+                f"the peer {self.name} has no precision {precision!r}, "
+                f"expected one of {', '.join(self.precisions)}"
             )
 
     @property
     def fingerprint(self) -> str:
-        """Changes with anything that `setup` would install."""
+        """A digest that changes whenever `setup` would install something else."""
         text = repr((self.requirements, self.remove)) + self.constraints.read_text("utf-8")
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -108,8 +108,8 @@ PEERS: dict[str, PeerSpec] = {
             worker="worker_openvino",
             precisions=("int8", "int4", "fp32"),
             exports=True,
-            # optimum-intel requires it, transformers imports it where it finds it, and the build
-            # from the registry does not load beside a CPU build of torch. Nothing here needs it.
+            # optimum-intel requires it, and transformers imports it if installed. But the build
+            # from the registry does not load with a CPU build of torch. Nothing here needs it.
             remove=("torchvision",),
         ),
     )
@@ -117,27 +117,29 @@ PEERS: dict[str, PeerSpec] = {
 
 
 def root_folder(root: Path | None = None) -> Path:
-    """Where the environments and their exported models live.
+    """The folder of the peers' environments and their exported models.
 
     Args:
-        root: what the user asked for; otherwise $NEO_PEERS, otherwise `build/peers`.
+        root: the folder that the user chose; None: $NEO_PEERS, else `build/peers`.
     """
     return (root or Path(os.environ.get("NEO_PEERS") or Path("build", "peers"))).absolute()
 
 
 def spec_of(name: str) -> PeerSpec:
-    """The peer of that name.
+    """The peer with a name.
 
     Raises:
-        DependencyError: there is none.
+        DependencyError: no peer has that name.
     """
     if name not in PEERS:
-        raise DependencyError(f"no peer is called {name!r}; there are {', '.join(sorted(PEERS))}")
+        raise DependencyError(
+            f"no peer is called {name!r}, expected one of {', '.join(sorted(PEERS))}"
+        )
     return PEERS[name]
 
 
 def is_ready(name: str, root: Path | None = None) -> bool:
-    """Whether `setup` has finished for this peer."""
+    """Whether the peer's environment is set up and up to date."""
     try:
         python_of(name, root)
     except DependencyError:
@@ -146,10 +148,11 @@ def is_ready(name: str, root: Path | None = None) -> bool:
 
 
 def python_of(name: str, root: Path | None = None) -> Path:
-    """The peer's interpreter.
+    """Path of the peer's Python interpreter.
 
     Raises:
-        DependencyError: its environment is not set up, or was set up for other versions.
+        DependencyError: no peer has that name, or its environment is not set up, or was set up with
+            other versions.
     """
     spec = spec_of(name)
     folder = root_folder(root) / name
@@ -159,31 +162,32 @@ def python_of(name: str, root: Path | None = None) -> Path:
         raise DependencyError(f"the peer {name} has no environment in {folder}; run `{command}`")
     if _fingerprint_in(marker) != spec.fingerprint:
         raise DependencyError(
-            f"the environment in {folder} was set up for other versions than "
-            f"{spec.constraints.name} names; run `{command}` again"
+            f"the environment in {folder} was set up for other versions than those in "
+            f"{spec.constraints.name}; run `{command}` again"
         )
     return _interpreter(folder)
 
 
 def _fingerprint_in(marker: Path) -> str | None:
-    """Of what an environment was set up for; None where the file says nothing of it."""
+    """The fingerprint with which an environment was set up; None if the file has none."""
     try:
         found: object = json.loads(marker.read_text("utf-8"))["fingerprint"]
-    except (ValueError, KeyError, TypeError):  # half written, or somebody else's
+    except (ValueError, KeyError, TypeError):  # incomplete, or of another program
         return None
     return found if isinstance(found, str) else None
 
 
 def setup(name: str, root: Path | None = None) -> Path:
-    """Create the peer's environment, or complete one; does nothing where it is up to date.
+    """Create, complete or update the peer's environment, unless it is up to date.
 
-    Takes minutes and one to two gigabytes the first time. Progress goes to stderr.
+    The first time takes minutes and one to two gigabytes. Progress goes to stderr.
 
     Returns:
-        The peer's interpreter.
+        Path of the peer's Python interpreter.
 
     Raises:
-        DependencyError: a step failed; the message ends with the last lines that it printed.
+        DependencyError: no peer has that name, or a step failed; the message then ends with the
+            last lines of its output.
     """
     spec = spec_of(name)
     if is_ready(name, root):
@@ -206,7 +210,7 @@ def setup(name: str, root: Path | None = None) -> Path:
 
 
 def peer_environ(threads: int | None = None) -> dict[str, str]:
-    """`worker_environ` for an interpreter of its own: without what is said to this one."""
+    """`worker_environ` without the variables that configure this process's own interpreter."""
     return {
         name: value
         for name, value in worker_environ(threads).items()
@@ -224,7 +228,7 @@ def _setup_command(name: str, root: Path | None) -> str:
 
 
 def _run(command: Sequence[str], what: str) -> None:
-    """Run one step, its output on our stderr."""
+    """Run one step; its output goes to stderr."""
     print(f"{what} …", file=sys.stderr, flush=True)
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     environ = {"ORT_DISABLE_TELEMETRY": "1", **os.environ, "PYTHONWARNINGS": "ignore"}
@@ -236,7 +240,7 @@ def _run(command: Sequence[str], what: str) -> None:
             for line in process.stdout:
                 tail.append(line.rstrip())
                 print(f"  {line.rstrip()}", file=sys.stderr, flush=True)
-        except BaseException:  # Ctrl-C, above all: nobody would wait for it any more
+        except BaseException:  # mostly Ctrl-C: the step must not go on without us
             process.kill()
             raise
     if process.returncode:

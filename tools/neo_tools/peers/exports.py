@@ -1,4 +1,4 @@
-"""Export a checkpoint with a peer's own exporter, once: later calls find the folder."""
+"""Exports of checkpoints by the peers' own exporters, each kept for later calls."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _SAMPLE = 1 << 20
 _OPTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("optimum", "fp32"): ("onnx",),
     ("openvino", "fp32"): ("openvino", "--weight-format", "fp32"),
-    # One scale and zero point a row of every matrix, embeddings and head included.
+    # One scale and zero point per row of every matrix, embeddings and head included.
     ("openvino", "int8"): ("openvino", "--weight-format", "int8"),
-    # optimum-intel's own defaults for int4, spelled out: asymmetric, group 128, every layer but
-    # the embeddings and the head, which take int8. `adjust` only matters where 128 does not
-    # divide a width (neo-mini).
+    # optimum-intel's defaults for int4, written out: asymmetric, groups of 128, all layers except
+    # the embeddings and the head, which get int8. `adjust` matters only if 128 does not divide a
+    # width (neo-mini).
     ("openvino", "int4"): (
         "openvino",
         "--weight-format",
@@ -41,27 +41,31 @@ _OPTIONS: dict[tuple[str, str], tuple[str, ...]] = {
         "adjust",
     ),
 }
-"""`optimum-cli export` and its arguments, by peer and precision."""
+"""Arguments of `optimum-cli export`, by peer and precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """One export, measured."""
+    """Measurements of one export."""
 
     seconds: float
     peak_rss: int
-    """Bytes resident at most."""
+    """Peak resident memory in bytes (polled, so a lower bound)."""
     peak_rss_anon: int
-    """Private bytes at most (polled)."""
+    """Peak anonymous memory in bytes (polled, so a lower bound)."""
     folder_bytes: int
-    """Size of what was written."""
+    """Total size of the files written."""
     command: tuple[str, ...]
 
 
 def exported_folder(peer: str, model: Path, precision: str, root: Path | None = None) -> Path:
-    """Where the export of this model lives, by the versions that made it.
+    """The folder of a model's export, which depends on the versions of the peer's packages.
 
     `ROOT/models/<name>-<digest>/<peer>-<precision>-<fingerprint>`
+
+    Raises:
+        CheckpointError: `model` is not a checkpoint.
+        DependencyError: no peer has that name.
     """
     name = f"{model.resolve().name}-{_digest(model)}"
     made_by = spec_of(peer).fingerprint[:8]
@@ -69,20 +73,26 @@ def exported_folder(peer: str, model: Path, precision: str, root: Path | None = 
 
 
 def ensure_export(peer: str, model: Path, precision: str, root: Path | None = None) -> Path:
-    """The folder that the peer's worker loads: exported now, or found from an earlier call.
+    """The folder that the peer's worker loads; the model is exported unless that was done before.
 
-    A peer that loads checkpoints gets `model` itself.
+    For a peer that loads checkpoints, that is `model` itself.
+
+    Args:
+        peer: name of the peer.
+        model: folder of a checkpoint.
+        precision: one of the peer's precisions.
+        root: folder of the peers' environments; see `environments.root_folder`.
 
     Raises:
-        CheckpointError: `model` holds no checkpoint.
-        DependencyError: the peer's environment is not set up.
-        RequestError: a precision that the peer does not have.
+        CheckpointError: `model` is not a checkpoint.
+        DependencyError: no peer has that name, or its environment is not set up.
+        RequestError: the peer does not have the precision.
         NeoError: the exporter failed.
     """
     spec = spec_of(peer)
     spec.check_precision(precision)
     if not spec.exports:
-        _digest(model)  # raises where there is no checkpoint
+        _digest(model)  # raises if it is not a checkpoint
         return model
     folder = exported_folder(peer, model, precision, root)
     if folder.is_dir():
@@ -103,19 +113,21 @@ def ensure_export(peer: str, model: Path, precision: str, root: Path | None = No
 
 
 def export_time(model: Path, out: Path, root: Path | None = None) -> ExportReport:
-    """Measure `optimum-cli export onnx --task text-generation-with-past` once.
+    """Measure one run of `optimum-cli export onnx --task text-generation-with-past`.
 
     Args:
-        model: a checkpoint's folder.
+        model: folder of a checkpoint.
         out: folder to write; it must not exist.
-        root: where the peers live.
+        root: folder of the peers' environments.
 
     Raises:
         RequestError: `out` exists.
-        CheckpointError, DependencyError, NeoError: see `ensure_export`.
+        CheckpointError, DependencyError, NeoError: as for `ensure_export`.
     """
     if out.exists():
-        raise RequestError(f"{out} exists; name a folder that does not, so that none is mixed up")
+        raise RequestError(
+            f"{out} exists; name a folder that does not, so that no other files count"
+        )
     _digest(model)
     python = python_of("optimum", root)
     measured = _export("optimum", python, model, "fp32", out)
@@ -138,7 +150,7 @@ def _export(peer: str, python: Path, model: Path, precision: str, out: Path) -> 
     expected = "model.onnx" if peer == "optimum" else "openvino_model.xml"
     if not (out / expected).is_file():
         raise NeoError(
-            f"{peer} exported {model} without an error, but {out / expected} is not there; "
+            f"{peer} exported {model} without an error, but did not write {out / expected}; "
             f"its last lines:\n{measured.output}"
         )
     return measured
@@ -158,13 +170,13 @@ def _command(peer: str, python: Path, model: Path, precision: str, out: Path) ->
 
 
 def _digest(model: Path) -> str:
-    """8 hex digits that tell checkpoints apart: config, and each weight file's size and samples."""
+    """Digest (8 hex digits) of the config, and of size and samples of each weight file."""
     config = model / "config.json"
     files = sorted({path for pattern in _WEIGHTS for path in model.glob(pattern)})
     if not config.is_file() or not files:
         raise CheckpointError(
             f"{model} is not a checkpoint: expected config.json and *.safetensors or "
-            "pytorch_model.bin in it; name a Hugging Face model folder"
+            "pytorch_model*.bin in it; name a Hugging Face model folder"
         )
     digest = hashlib.sha256(config.read_bytes())
     for path in files:

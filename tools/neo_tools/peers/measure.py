@@ -1,4 +1,4 @@
-"""Run another program to its end: how long it took and how much memory its processes held."""
+"""Runs another program, and measures its time and the memory of its processes."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ _TAIL_LINES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A finished program."""
+    """Measurements of a finished program."""
 
     seconds: float
-    """Wall clock, start of the interpreter included."""
+    """Wall time, including the start of the process."""
     peak_rss: int
-    """Bytes resident at most, summed over the program and its children."""
+    """Peak resident memory in bytes, summed over the program and its descendants: polled
+    every 50 ms, so a lower bound."""
     peak_rss_anon: int
-    """The private part of it: not backed by a file. Polled every 50 ms, so a lower bound."""
+    """The same of anonymous memory, which is not backed by a file."""
     output: str
-    """Last lines of stdout and stderr together."""
+    """The last lines of stdout and stderr, interleaved."""
 
 
 def run_measured(
@@ -45,16 +46,17 @@ def run_measured(
     environ: Mapping[str, str] | None = None,
     timeout: float = 3600.0,
 ) -> Measured:
-    """Run `command`, its output on our stderr, and watch its memory.
+    """Run a program, with its output on our stderr, and measure it.
 
     Args:
         command: program and arguments.
-        what: a verb and its object for errors ("export neo-mini").
-        environ: its environment variables; ours if None.
-        timeout: seconds until it is killed.
+        what: what it does, for error messages ("export neo-mini").
+        environ: its environment variables; None: ours.
+        timeout: seconds after which it is killed.
 
     Raises:
-        NeoError: it failed or took too long; the message ends with its last lines.
+        NeoError: it does not start, takes too long, or fails; then the message ends with its last
+            lines.
     """
     started = time.perf_counter()
     try:
@@ -68,7 +70,9 @@ def run_measured(
             env=None if environ is None else dict(environ),
         )
     except OSError as error:
-        raise NeoError(f"could not {what}: {command[0]} does not start ({error})") from error
+        raise NeoError(
+            f"could not {what}: {command[0]} does not start ({error}); install it"
+        ) from error
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     reader = threading.Thread(target=_forward, args=(process, tail), daemon=True)
     reader.start()
@@ -78,7 +82,7 @@ def run_measured(
             rss, anon = _tree_memory(process.pid)
             peak_rss, peak_anon = max(peak_rss, rss), max(peak_anon, anon)
             if time.perf_counter() - started > timeout:
-                raise NeoError(f"could not {what}: not done after {timeout:.0f} s")
+                raise NeoError(f"could not {what} in {timeout:.0f} s; choose a longer timeout")
             time.sleep(_POLL_SECONDS)
     finally:
         if process.poll() is None:
@@ -105,7 +109,7 @@ def _forward(process: subprocess.Popen[str], tail: deque[str]) -> None:
 
 
 def _tree_memory(pid: int) -> tuple[int, int]:
-    """Resident and private bytes of a process and its descendants; 0 for one that is gone."""
+    """Resident and anonymous bytes of a process and its descendants; 0 for ended ones."""
     rss = anon = 0
     try:
         own = resident_of(pid)

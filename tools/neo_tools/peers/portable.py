@@ -1,4 +1,4 @@
-"""Show that any runtime loads a portable bundle: Optimum's `ORTModelForCausalLM`, for one."""
+"""A check that portable bundles work in another runtime: Optimum's `ORTModelForCausalLM`."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ _NEW_TOKENS = 80
 
 @dataclass(frozen=True, kw_only=True)
 class PortableReport:
-    """Greedy tokens of a bundle under Optimum against PyTorch eager."""
+    """Comparison of greedy tokens: a bundle in Optimum, and its checkpoint in PyTorch eager."""
 
     prompts: int
     new_tokens: int
     alone_equal: int
-    """Prompts whose tokens equal PyTorch's, generated one by one."""
+    """Prompts whose tokens are equal if both models process them one by one."""
     batch_equal: int
-    """Prompts whose tokens equal PyTorch's own left-padded batch."""
+    """Prompts whose tokens are equal if both models process them in one left-padded batch."""
     batch_equals_alone: int
-    """Prompts whose tokens in the bundle's left-padded batch equal PyTorch's alone."""
+    """Prompts whose tokens are equal in the bundle's batch and in PyTorch one by one."""
     versions: dict[str, str]
     bundle_io: dict[str, list[Any]]
     """Type and dimensions of every input and output, as onnxruntime reports them."""
 
     @property
     def passed(self) -> bool:
-        """Whether every token is equal everywhere."""
+        """Whether all tokens are equal in all three comparisons."""
         return self.alone_equal == self.batch_equal == self.batch_equals_alone == self.prompts
 
 
@@ -57,22 +57,22 @@ def load_portable(
     root: Path | None = None,
     timeout: float = 1800.0,
 ) -> PortableReport:
-    """Generate greedily from a portable bundle with Optimum, and from its checkpoint with PyTorch.
+    """Compare greedy tokens of a portable bundle in Optimum and of its checkpoint in PyTorch.
 
-    Prompts of different lengths run one by one and in one left-padded batch, past the local
-    window of neo-mini.
+    Prompts of different lengths are continued one by one and in one left-padded batch, beyond the
+    local window of neo-mini.
 
     Args:
         bundle: written by `neo-export --target portable`.
-        checkpoint: what it was exported from; the demo model if None.
-        root: where the peers live.
-        timeout: seconds.
+        checkpoint: folder of the checkpoint that it was exported from; None: the demo model.
+        root: folder of the peers' environments.
+        timeout: most seconds of the comparison.
 
     Raises:
-        BundleError: not a bundle, or not a portable one.
-        CheckpointError: no checkpoint there, or one of another shape than the bundle.
-        DependencyError: the optimum environment is not set up.
-        NeoError: Optimum or PyTorch failed; the message ends with the last lines.
+        BundleError: `bundle` is not a bundle, or not a portable one.
+        CheckpointError: `checkpoint` is not a checkpoint, or its shape is not that of the bundle.
+        DependencyError: the environment of the peer optimum is not set up.
+        NeoError: Optimum or PyTorch failed, or took too long.
     """
     manifest = _portable_manifest(bundle)
     checkpoint = checkpoint or DEMO
@@ -116,8 +116,8 @@ def _portable_manifest(bundle: Path) -> Manifest:
     manifest = Manifest.from_json(text, str(path))
     if manifest.target != "portable" or "score" not in manifest.graphs:
         raise BundleUnsupportedError(
-            f"{bundle} was exported for {manifest.target!r}; Optimum needs standard operators and "
-            "the score graph: export it with `--target portable`"
+            f"{bundle} was exported for {manifest.target!r}, but Optimum needs standard operators "
+            "and the score graph; export it with `--target portable`"
         )
     return manifest
 
@@ -134,7 +134,9 @@ def _run(command: list[str], request: str, timeout: float) -> dict[str, Any]:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise NeoError(f"Optimum was not done with the bundle after {timeout:.0f} s") from error
+        raise NeoError(
+            f"Optimum and PyTorch did not finish in {timeout:.0f} s; choose a longer timeout"
+        ) from error
     except OSError as error:
         raise DependencyError(
             f"the optimum environment does not start ({error}); "

@@ -1,10 +1,11 @@
-"""OpenVINO on the CPU: optimum-intel's stateful model, run through OpenVINO's own API.
+"""Worker of the peer openvino: optimum-intel's stateful model on the CPU, through OpenVINO's API.
 
-The cache lives inside the inference request (no copies, fused into its attention kernel), and
-the head runs on the last position only, as OpenVINO GenAI rewrites the model: the fastest way in
-which this engine's users run it. Weights int8 or int4 leave activations, attention and cache to
-the plugin's defaults, which it picks for speed on the machine at hand (bfloat16 and a uint8 cache
-where the CPU has the instructions); `load` reports what it picked. fp32 asks for accuracy instead.
+The cache is state of the inference request, used by the attention kernel without copies. The head
+computes only the last position, as in OpenVINO GenAI. This is the fastest way to run this engine.
+
+With int8 or int4 weights, the types of activations, attention and cache are the plugin's defaults,
+chosen for speed on the machine (bfloat16 and a uint8 cache if the CPU has the instructions); `load`
+reports them. With fp32, the plugin is told to prefer accuracy.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _REPORTED = (
 
 
 class OpenVinoEngine:
-    """One inference request; its state variables are the cache."""
+    """An inference request, whose state variables are the cache."""
 
     packages = ("openvino", "optimum-intel", "nncf", "transformers", "torch")
 
@@ -54,12 +55,12 @@ class OpenVinoEngine:
 
     @property
     def max_length(self) -> int:
-        """Positions that the model has."""
+        """Context length of the model, in tokens."""
         return int(self._config["max_position_embeddings"])
 
     def load(self) -> dict[str, Any]:
-        """Read, rewrite and compile the exported model."""
-        # By name: these packages exist in the peer's environment only.
+        """Read, modify and compile the exported model."""
+        # Imported by name, as these packages exist only in the peer's environment.
         openvino = importlib.import_module("openvino")
         self._numpy = importlib.import_module("numpy")
         self._config = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
@@ -80,18 +81,18 @@ class OpenVinoEngine:
         return {**details, "head": head, "cache": "inside the request"}
 
     def reset(self) -> None:
-        """Forget the cache: a new request.
+        """Empty the cache, by creating a new request.
 
-        `reset_state()` would keep the old one, but OpenVINO 2026.4.1 then returns NaN for the
-        second row of a batch that follows a single row (bfloat16 with a uint8 cache, fed in more
-        than one piece).
+        `reset_state()` would reuse the request. But then OpenVINO 2026.4.1 returns NaN for the
+        second row of a batch after a batch of one (bfloat16 with a uint8 cache, prompt in several
+        chunks).
         """
         self._request = None
         self._request = self._compiled.create_infer_request()
         self._depth = 0
 
     def forward(self, ids: list[list[int]]) -> list[int]:
-        """Append rows of ids."""
+        """Process rows of ids."""
         np = self._numpy
         batch, length = len(ids), len(ids[0])
         total = self._depth + length
@@ -111,7 +112,11 @@ class OpenVinoEngine:
 
 
 def _last_position_only(openvino: Any, model: Any) -> str:
-    """Gather the last position before the head's product, as OpenVINO GenAI does."""
+    """Gather the last position before the head's matrix product, as OpenVINO GenAI does.
+
+    Returns:
+        The positions for which the head computes logits, in words.
+    """
     opset = importlib.import_module("openvino.opset15")
     result = model.output("logits").get_node()
     head = result.input(0).get_source_output().get_node()
@@ -130,7 +135,7 @@ def _last_position_only(openvino: Any, model: Any) -> str:
 def _plain(compiled: Any, name: str) -> str:
     try:
         return str(compiled.get_property(name))
-    except RuntimeError:  # a property that this version of the plugin does not have
+    except RuntimeError:  # this version of the plugin lacks the property
         return "unknown"
 
 

@@ -1,7 +1,7 @@
-"""Optimum's `ORTModelForCausalLM` on ONNX Runtime's CPU provider, from an exported folder.
+"""Worker of the peer optimum: `ORTModelForCausalLM` on ONNX Runtime's CPU provider.
 
-The exported graph computes logits at every position, prefill included; that is part of what its
-users get, so it is part of what is measured.
+The exported graph computes logits at every position, also in prefill. Its users pay for that, so it
+is part of the measurement.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PRECISIONS = ("fp32",)
 
 
 class OptimumEngine:
-    """Calls the model itself, not `generate`: the same graph without generate's bookkeeping."""
+    """Calls the model directly, without the bookkeeping of `generate`."""
 
     packages = ("optimum", "optimum-onnx", "onnxruntime", "transformers", "torch")
 
@@ -39,12 +39,12 @@ class OptimumEngine:
 
     @property
     def max_length(self) -> int:
-        """Positions that the model has."""
+        """Context length of the model, in tokens."""
         return int(self._model.config.max_position_embeddings)
 
     def load(self) -> dict[str, Any]:
-        """Open one session over the exported graph."""
-        # By name: these packages exist in the peer's environment only.
+        """Open a session for the exported graph."""
+        # Imported by name, as these packages exist only in the peer's environment.
         onnxruntime = importlib.import_module("onnxruntime")
         optimum = importlib.import_module("optimum.onnxruntime")
         self._torch = importlib.import_module("torch")
@@ -60,11 +60,11 @@ class OptimumEngine:
         return {"threads": self._threads, "cache": "append", "logits": "every position"}
 
     def reset(self) -> None:
-        """Forget the cache."""
+        """Empty the cache."""
         self._past, self._depth = None, 0
 
     def forward(self, ids: list[list[int]]) -> list[int]:
-        """Append rows of ids."""
+        """Process rows of ids."""
         torch = self._torch
         batch, length = len(ids), len(ids[0])
         total = self._depth + length

@@ -1,4 +1,4 @@
-"""The command line of the peers' workers. Standard library only, as they are."""
+"""The command line of the peers' workers. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ __all__ = ["parse_arguments"]
 
 
 def parse_arguments(argv: Sequence[str], precisions: Sequence[str]) -> argparse.Namespace:
-    """What all workers share: `model` (Path), `precision`, `threads`, `device`."""
+    """Parse the arguments that all workers share.
+
+    Args:
+        argv: the arguments.
+        precisions: precisions that the worker can load; the first is the default.
+
+    Returns:
+        `model` (Path), `precision`, `threads` and `device`.
+    """
     parser = argparse.ArgumentParser(description="A peer's worker: JSON lines on stdin and stdout.")
     parser.add_argument("--model", type=Path, required=True, help="folder to load")
     parser.add_argument("--precision", choices=precisions, default=precisions[0])

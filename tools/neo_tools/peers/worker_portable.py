@@ -1,8 +1,8 @@
-"""Load a portable bundle with Optimum and compare its greedy tokens with PyTorch's.
+"""Worker for `portable`: greedy tokens of a portable bundle in Optimum, and of PyTorch.
 
-Runs in the optimum peer's environment, on two folders: the bundle, of which Optimum opens
-`score.onnx` (logits at every position), and the checkpoint that it was exported from. Reads one
-JSON object from stdin (`prompts`: lists of token ids, `new_tokens`) and answers with one.
+It runs in the environment of the peer optimum. Of the bundle, Optimum loads `score.onnx`, which
+computes logits at every position; PyTorch loads the checkpoint. The request on stdin is a JSON
+object with `prompts` (lists of token ids) and `new_tokens`; the answer on stdout is another.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ _PACKAGES = ("optimum", "optimum-onnx", "onnxruntime", "transformers", "torch")
 
 
 def main(argv: list[str]) -> None:
-    """Compare and print one JSON line."""
+    """Answer the request on stdin."""
     answers = claim_stdout()
-    parser = argparse.ArgumentParser(description="A bundle under Optimum, against PyTorch.")
+    parser = argparse.ArgumentParser(
+        description="A bundle in Optimum, and its checkpoint in PyTorch."
+    )
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--file-name", default="score.onnx")
     parser.add_argument("--checkpoint", type=Path, required=True)
@@ -37,13 +39,13 @@ def main(argv: list[str]) -> None:
 def compare(
     arguments: argparse.Namespace, prompts: list[list[int]], new_tokens: int
 ) -> dict[str, Any]:
-    """Greedy continuations of both models: each prompt alone, then all in one left-padded batch.
+    """Greedy continuations by both models: each prompt alone, then all in one left-padded batch.
 
     Returns:
-        versions, `alone` and `batch`: each `bundle` and `torch`, [prompts][new_tokens] token ids;
-        and `bundle_io`, the names and shapes that Optimum found.
+        `versions` of packages; `alone` and `batch`, each with the token ids of `bundle` and `torch`
+        as [prompts][new_tokens]; and `bundle_io`, type and shape of each input and output by name.
     """
-    # By name: these packages exist in the peer's environment only.
+    # Imported by name, as these packages exist only in the peer's environment.
     torch = importlib.import_module("torch")
     transformers = importlib.import_module("transformers")
     optimum = importlib.import_module("optimum.onnxruntime")
@@ -71,7 +73,7 @@ def compare(
 
 
 def _generate(model: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """Greedy, eos held back, rows padded on the left."""
+    """Greedy continuations without end of sequence; rows are padded on the left."""
     torch = importlib.import_module("torch")
     eos = model.config.eos_token_id
     width = max(map(len, prompts))

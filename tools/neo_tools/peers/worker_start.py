@@ -1,11 +1,10 @@
-"""Starts a worker of this folder in an interpreter where this project is not installed.
+"""Starts a worker of this folder in an environment where this project is not installed.
 
     peer_python worker_start.py worker_torch --model DIR --precision fp32 --threads 2
 
-The parent packages are made up on the spot and point only at this folder and at `worker` beside
-it, which holds what they share with our own workers. Putting a folder on `sys.path` instead would
-also offer the peer everything else that is installed beside this project, in versions that are not
-the peer's.
+The parent packages are created as empty modules, whose paths contain only this folder and the
+folder `worker` beside it, which has the code that all workers share. With a folder on `sys.path`
+instead, the peer could also import packages installed beside this project, in the wrong versions.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from types import ModuleType
 
 
 def main() -> None:
-    """Run `neo_tools.peers.<first argument>` as the main module."""
+    """Run the module `neo_tools.peers.NAME` as `__main__`; NAME is the first argument."""
     folder = Path(__file__).resolve().parent
     for package, path in (
         ("neo_tools", []),
@@ -27,7 +26,7 @@ def main() -> None:
         sys.modules[package] = ModuleType(package)
         sys.modules[package].__path__ = path
     if sys.path and Path(sys.path[0] or ".").resolve() == folder:
-        del sys.path[0]  # where Python puts a script's own folder
+        del sys.path[0]  # the folder of the script, which Python adds
     name = sys.argv[1]
     sys.argv = [str(folder / f"{name}.py"), *sys.argv[2:]]
     runpy.run_module(f"neo_tools.peers.{name}", run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""The reference: GPT-Neo in PyTorch, eager, with its own dynamic key/value cache."""
+"""Worker of the peer torch: GPT-Neo in PyTorch, with transformers' dynamic key/value cache."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp16-compiled")
-"""The last two are for GPUs; "compiled" is `torch.compile` with its dynamic shapes."""
+"""The last two are for GPUs; "compiled" is `torch.compile` with dynamic shapes."""
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp16-compiled": "float16"}
 
 
 class TorchEngine:
-    """`attn_implementation="eager"`: the only one whose local windows are right everywhere."""
+    """GPT-Neo with eager attention, the only one with correct local windows everywhere."""
 
     packages = ("torch", "transformers", "tokenizers")
 
@@ -39,11 +39,11 @@ class TorchEngine:
 
     @property
     def max_length(self) -> int:
-        """Positions that the model has."""
+        """Context length of the model, in tokens."""
         return int(self._config.max_position_embeddings)
 
     def load(self) -> dict[str, Any]:
-        """Load the checkpoint in the wanted type."""
+        """Load the checkpoint in the chosen precision."""
         import torch
         from transformers import DynamicCache, GPTNeoForCausalLM
 
@@ -56,7 +56,7 @@ class TorchEngine:
         self._model = model.eval().to(self._device)
         self._config = model.config
         if self._precision == "fp16-compiled":
-            # Compiled again for each new length otherwise; the first calls of a process compile.
+            # Without `dynamic`, it compiles again for each new length. The first calls compile.
             self._model = torch.compile(self._model, dynamic=True)
         self._torch, self._new_cache = torch, DynamicCache
         facts = {"dtype": str(model.dtype), "cache": "append", "device": self._device}
@@ -65,11 +65,11 @@ class TorchEngine:
         return {"threads": torch.get_num_threads(), **facts}
 
     def reset(self) -> None:
-        """Forget the cache."""
+        """Empty the cache."""
         self._cache = None
 
     def forward(self, ids: list[list[int]]) -> list[int]:
-        """Append rows of ids; the head runs on the last position only."""
+        """Process rows of ids; the head computes only the last position."""
         torch = self._torch
         if self._cache is None:
             self._cache = self._new_cache(config=self._config)
