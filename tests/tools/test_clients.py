@@ -101,7 +101,7 @@ def test_the_command(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> N
         capsys.readouterr().err
     )
     assert main([str(mini_bundle), *small, "-s", "4"]) == 2
-    assert "4 shared tokens of prompts of 4; give --shared 0 to 3" in capsys.readouterr().err
+    assert "--shared is 4, expected 0 to 3" in capsys.readouterr().err
     shared = ["-p", "40", "-s", "33", "--http", "--json"]
     assert main([str(mini_bundle), *small, *shared]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -86,7 +86,7 @@ def test_the_command(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["--new-tokens", "5"], "--new-tokens needs --prompts-file"),
         (["--prompts-file", "/nowhere"], "/nowhere"),
         (["--prompts-file", "TEXTS", "--new-tokens", "600"], "max_new_tokens"),
-        (["--prompts-file", "TEXTS", "--prompt-tokens", "400"], "no prompt has 400 tokens"),
+        (["--prompts-file", "TEXTS", "--prompt-tokens", "400"], "no prompt has 400 tokens or more"),
         (["-d", "500"], "--depth is 500, expected at most 495, as the bundle has 512"),
     ],
 )
@@ -104,7 +104,7 @@ def test_what_is_wrong_is_told_before_any_work(
     said = capsys.readouterr()
     assert message in said.err
     assert "round" not in said.err
-    assert "checking" not in said.err
+    assert "verifying" not in said.err
 
 
 @pytest.mark.parametrize("depth", [2, 80, 81, 97])

@@ -1,11 +1,11 @@
-"""How many clients at once are served: `python -m neo_tools.clients BUNDLE`.
+"""Throughput and latency with concurrent clients: `python -m neo_tools.clients BUNDLE`.
 
-Every client sends one request after the other, each as soon as it has the answer to the last. The
-ways to serve them take turns, in rounds, on one loaded model:
+Each client sends its requests one after the other, without a pause. The methods of serving them
+take turns, in rounds, with one loaded model:
 
-    one by one   a lock around `Model.generate`: what a service does that knows nothing better
+    one by one   a lock around `Model.generate`, as in a naive service
     threads      `Model.generate` in each client's thread
     scheduler    `Scheduler.submit`: requests share decode steps
-    prefix cache (--shared) and what requests begin with is computed once
-    neo-serve    (--http) the same behind HTTP, streamed, from another process
+    prefix cache (--shared) the same, and shared beginnings of prompts are computed once
+    neo-serve    (--http) the scheduler in another process, over HTTP, with streamed answers
 """

@@ -1,4 +1,4 @@
-"""`python -m neo_tools.clients BUNDLE`: several clients at once, in three ways to serve them."""
+"""`python -m neo_tools.clients BUNDLE`: throughput and latency with concurrent clients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PROGRAM = "python -m neo_tools.clients"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status."""
+    """Run the command and return its exit status."""
     arguments = _parser().parse_args(argv)
     return run_command(_PROGRAM, lambda: _run(arguments), extras="bench")
 
@@ -78,16 +78,18 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check(load: Load, max_length: int) -> None:
-    """Raises ContextLengthError for requests that the model has no positions for.
+    """Check the sizes of the requests.
 
-    And RequestError for prompts that are shorter than what they share.
+    Raises:
+        ContextLengthError: the longest request needs more positions than the model has.
+        RequestError: prompts are not longer than the part that they share.
     """
     from neo_runtime.errors import ContextLengthError, RequestError
 
     if not 0 <= load.shared < load.prompt:
         raise RequestError(
-            f"{load.shared} shared tokens of prompts of {load.prompt}; give --shared 0 to "
-            f"{load.prompt - 1}"
+            f"--shared is {load.shared}, expected 0 to {load.prompt - 1}: less than the "
+            f"{load.prompt} tokens of a prompt"
         )
     if load.length > max_length:
         raise ContextLengthError(
@@ -105,13 +107,15 @@ def _parser() -> argparse.ArgumentParser:
         prog=_PROGRAM,
         description=neo_tools.clients.__doc__,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder with neo.json")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", type=Path, help="a folder written by neo-export"
+    )
     add_numbers(
         parser,
-        ("-c", "--clients", 8, "clients at once"),
-        ("-q", "--requests", 3, "requests of each client, one after the other"),
+        ("-c", "--clients", 8, "concurrent clients"),
+        ("-q", "--requests", 3, "requests of each client"),
         ("-p", "--prompt", 64, "tokens of each prompt"),
-        ("-n", "--new-tokens", 32, "new tokens of a request, on average"),
+        ("-n", "--new-tokens", 32, "average new tokens of a request"),
         ("-r", "--repetitions", 3, "rounds"),
     )
     parser.add_argument(
@@ -120,11 +124,11 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="tokens of each prompt with which all of a round begin; also measure a scheduler that "
-        "keeps them (default: %(default)s)",
+        help="tokens at the beginning of the prompts that are the same in a round; if above 0, a "
+        "scheduler with a prefix cache is also measured (default: %(default)s)",
     )
     parser.add_argument(
-        "--http", action="store_true", help="also measure neo-serve, in a process of its own"
+        "--http", action="store_true", help="also measure neo-serve, in another process"
     )
     add_running(parser)
     return parser

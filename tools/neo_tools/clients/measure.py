@@ -1,4 +1,4 @@
-"""Rounds of requests by several clients, and what each round took."""
+"""Measures requests of concurrent clients, in rounds."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ __all__ = ["HTTP", "PREFIXES", "WAYS", "Load", "Round", "measure"]
 
 WAYS = ("one by one", "threads", "scheduler")
 PREFIXES = "prefix cache"
-"""One more way, where prompts share a beginning."""
+"""A further method, if prompts share a beginning."""
 HTTP = "neo-serve"
-"""And one where it is asked for."""
+"""A further method, on request."""
 
 _Call = Callable[[Sequence[int], int], float]
-"""(token ids, new tokens) → seconds from the first token to the last."""
+"""(token ids, number of new tokens) → seconds from the first new token to the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What the clients ask for."""
+    """The requests of the clients."""
 
     clients: int
     requests: int
-    """Of each client."""
+    """Requests of each client."""
     prompt: int
     """Tokens of each prompt."""
     new_tokens: int
-    """On average: request r of a client asks for between half of it and one and a half."""
+    """Average new tokens of a request; single requests ask for 0.5 to 1.5 times as many."""
     shared: int = 0
-    """Tokens at the beginning of all prompts of a round that are the same."""
+    """Tokens at the beginning of the prompts that are the same in a round."""
     seed: int = 1
 
     def prompts(self, index: int, vocab_size: int) -> list[list[int]]:
-        """Of one round, those of a client together; no other round has any of them."""
+        """The prompts of one round, those of a client adjacent; every round has others."""
         found = context_ids(
             self.prompt, self.clients * self.requests, self.seed + index, vocab_size
         )
         return [[*found[0][: self.shared], *prompt[self.shared :]] for prompt in found]
 
     def new_tokens_of(self, client: int, request: int) -> int:
-        """What one request asks for; requests of one time end at different times."""
-        step = (client * 3 + request * 5) % 8  # every eighth of the range, about equally often
+        """New tokens of one request; they vary, so that concurrent requests do not end together."""
+        step = (client * 3 + request * 5) % 8  # 8 values, spread over the range about evenly
         return max(1, self.new_tokens // 2 + self.new_tokens * step // 7)
 
     @property
     def tokens(self) -> int:
-        """New tokens of a round."""
+        """New tokens of all requests of a round."""
         return sum(
             self.new_tokens_of(client, request)
             for client in range(self.clients)
@@ -67,25 +67,25 @@ class Load:
         )
 
     def prefix_cache_bytes(self, model: Model) -> int:
-        """Room for what the clients ask for at once."""
+        """Size of a prefix cache that holds one longest request for each client."""
         return self.clients * self.length * position_bytes(model.manifest)
 
     @property
     def length(self) -> int:
-        """Positions that the longest request needs."""
+        """Positions of the longest request: prompt and new tokens."""
         return self.prompt + self.new_tokens // 2 + self.new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One way, one round."""
+    """Measurements of one method in one round."""
 
     seconds: float
-    """From the first request to the last answer."""
+    """Seconds from the first request to the last answer."""
     first_tokens: tuple[float, ...]
-    """Of each request: seconds from asking to its first token."""
+    """For each request, in any order: seconds from sending it to its first token."""
     answers: tuple[float, ...]
-    """Of each request: seconds from asking to its end."""
+    """For each request, in any order: seconds from sending it to the end of its answer."""
 
 
 def measure(
@@ -95,14 +95,19 @@ def measure(
     progress: Callable[[str], None],
     over_http: _Call | None = None,
 ) -> dict[str, list[Round]]:
-    """Serve the clients in each of `WAYS`, in rounds, in an order that rotates.
+    """Serve the clients with each method, in rounds; the order of the methods rotates.
+
+    The methods are `WAYS`; `PREFIXES` if prompts share a beginning; and `HTTP` with `over_http`.
 
     Args:
-        model: loaded.
-        load: what the clients ask for.
-        repetitions: rounds, after one that does not count.
-        progress: told what happens next.
-        over_http: asks a running `neo-serve`, as the last way.
+        model: the model.
+        load: the requests of the clients.
+        repetitions: measured rounds, after a short warm-up of each method.
+        progress: called with a line before each round of a method.
+        over_http: sends a request to a running `neo-serve`.
+
+    Returns:
+        The rounds of each method, by name.
     """
     alone = threading.Lock()
     sizes: dict[str, Any] = {"max_batch_size": load.clients, "max_length": load.length}

@@ -1,4 +1,4 @@
-"""`neo-serve` in a process of its own, and requests to it as streams."""
+"""Runs `neo-serve` in another process, and sends it requests with streamed answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["server"]
 
 _PATIENCE = 600.0
-"""Seconds for one answer."""
+"""Most seconds between two parts of an answer."""
 
 
 @contextmanager
@@ -35,14 +35,23 @@ def server(
     backend: str,
     device: int,
 ) -> Iterator[Callable[[Sequence[int], int], float]]:
-    """A running server as a function that sends it a request.
+    """Run a server; yield a function that sends it a request.
+
+    Args:
+        bundle: folder of the bundle.
+        load: its clients and lengths are the limits of the server.
+        prefix_cache_bytes: size of the prefix cache; 0: none.
+        threads: threads per operator; None: one per physical core.
+        backend: as for `neo_runtime.load`.
+        device: index of the GPU.
 
     Yields:
-        (token ids, new tokens) → seconds from the first token's event to the last.
+        (token ids, number of new tokens) → seconds from the event of the first new token to the end
+        of the answer.
 
     Raises:
-        DependencyError: the server's packages are missing.
-        NeoError: the server says why it does not start.
+        DependencyError: packages of the server are missing.
+        NeoError: the server did not start; the message has its output.
     """
     try:
         import starlette  # noqa: F401
@@ -70,7 +79,7 @@ def _port(process: subprocess.Popen[str]) -> int:
         if found := re.search(r":(\d+)/v1$", line.rstrip()):
             return int(found[1])
         said += line
-    raise NeoError(f"the server did not start: {said.strip() or 'it said nothing'}")
+    raise NeoError(f"the server did not start: {said.strip() or 'it printed nothing'}")
 
 
 def _asks(port: int) -> Callable[[Sequence[int], int], float]:

@@ -1,4 +1,4 @@
-"""What the rounds say: medians over rounds, and ratios round by round."""
+"""Statistics and tables of the measurements: medians over rounds, and ratios within rounds."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ __all__ = ["Served", "markdown", "plain", "summary"]
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """One way to serve the clients."""
+    """Statistics of one method of serving the clients."""
 
     way: str
     tokens_per_second: Spread
-    """Of all clients together, a round each."""
+    """New tokens per second of all clients together, over the rounds."""
     first_token: float
-    """Median seconds over the requests of all rounds."""
+    """Median seconds to the first token, over the requests of all rounds."""
     first_token_p95: float
     answer: float
-    """Median seconds of a whole request."""
+    """Median seconds of a whole answer."""
     answer_p95: float
     speedup: Spread | None
-    """Time of the first of `WAYS` / time of this one, round by round; None for the first."""
+    """Time of the first of `WAYS` divided by that of this method, in each round; None for the first
+    method."""
 
 
 def summary(rounds: dict[str, list[Round]], load: Load) -> list[Served]:
-    """One entry for each way, in their order."""
+    """Statistics of each method, in order."""
     base = [each.seconds for each in rounds[WAYS[0]]]
     found = []
     for way, measured in rounds.items():
@@ -54,12 +55,12 @@ def summary(rounds: dict[str, list[Round]], load: Load) -> list[Served]:
 
 
 def plain(served: list[Served], load: Load, facts: dict[str, Any]) -> dict[str, Any]:
-    """For JSON."""
+    """The results as an object for JSON."""
     return {**facts, "load": asdict(load), "served": [asdict(each) for each in served]}
 
 
 def markdown(served: list[Served], load: Load, facts: dict[str, Any]) -> str:
-    """A table for a reader."""
+    """The results as a Markdown table."""
     lines = [
         f"{facts['bundle']} ({facts['precision']}) on {facts['runs_on']}, {facts['machine']}: "
         f"{load.clients} clients, {load.requests} requests each, prompts of {load.prompt} tokens"

@@ -1,6 +1,6 @@
-"""What guessed tokens save: `python -m neo_tools.drafts BUNDLE`.
+"""The gain from speculative decoding: `python -m neo_tools.drafts BUNDLE`.
 
-First what the model takes to check several tokens at once, compared with one step of decode. Then,
-with prompts of your own, how fast texts are without guesses, with prompt lookup, and with a draft
-model, and how many guesses are right. Everything takes turns, in rounds.
+First, the time to verify several tokens at once is compared with that of one decode step. Then,
+given a file of prompts, texts are generated without drafts, with prompt lookup, and with a draft
+model, to compare their speed and to count accepted draft tokens. These take turns, in rounds.
 """

@@ -1,4 +1,4 @@
-"""`python -m neo_tools.drafts BUNDLE`: what guessed tokens save."""
+"""`python -m neo_tools.drafts BUNDLE`: the gain from speculative decoding."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = ["main"]
 
 _PROGRAM = "python -m neo_tools.drafts"
 _COUNTS = (2, 3, 5, 9, 17)
-"""Tokens that are checked at once: a guess, and the token before it."""
+"""Numbers of tokens verified at once: those of a draft, and the token before it."""
 _NEW_TOKENS, _DRAFT_TOKENS = 64, 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status."""
+    """Run the command and return its exit status."""
     arguments = _parser().parse_args(argv)
     return run_command(_PROGRAM, lambda: _run(arguments), extras="bench")
 
@@ -63,9 +63,9 @@ def _run(arguments: argparse.Namespace) -> int:
                 f"--depth is {arguments.depth}, expected at most {most}, as the bundle has "
                 f"{model.manifest.max_length} positions"
             )
-        # First what may be refused.
+        # The texts first: prompts or options may be refused.
         ways = _texts(arguments, model, draft_model, given) if given else []
-        _progress("checking")
+        _progress("verifying")
         costs = checked(checking_seconds(model, arguments.depth, _COUNTS, arguments.repetitions))
         facts: dict[str, Any] = {
             "bundle": arguments.bundle.resolve().name,
@@ -84,18 +84,18 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _given(arguments: argparse.Namespace) -> list[Prompt]:
-    """The prompts; none without a file.
+    """The prompts in the file; empty without a file.
 
     Raises:
-        RequestError: options that nothing reads without prompts.
+        RequestError: the file cannot be used; or there is none, but an option needs it.
     """
     if arguments.prompts_file is not None:
         return [prompt for prompt, _ in read_prompts(None, arguments.prompts_file, ids=False)]
     for name in ("draft_model", "prompts", "prompt_tokens", "new_tokens", "draft_tokens"):
         if getattr(arguments, name) is not None:
             raise RequestError(
-                f"--{name.replace('_', '-')} needs --prompts-file: without real text nothing is "
-                "guessed"
+                f"--{name.replace('_', '-')} needs --prompts-file: without prompts, nothing is "
+                "generated"
             )
     return []
 
@@ -125,7 +125,7 @@ def _texts(
     least = arguments.prompt_tokens or 1
     prompts = [ids for ids in prompts if len(ids) >= least][: arguments.prompts]
     if not prompts:
-        raise RequestError(f"no prompt has {least} tokens; lower --prompt-tokens")
+        raise RequestError(f"no prompt has {least} tokens or more; lower --prompt-tokens")
     limit = arguments.draft_tokens or _DRAFT_TOKENS
     drafters: dict[str, Any] = {"prompt lookup": PromptLookup(limit)}
     if draft_model is not None:
@@ -139,19 +139,23 @@ def _progress(line: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog=_PROGRAM, description=neo_tools.drafts.__doc__)
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder with neo.json")
-    parser.add_argument("--draft-model", metavar="BUNDLE", type=Path, help="a small model, too")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", type=Path, help="a folder written by neo-export"
+    )
+    parser.add_argument(
+        "--draft-model", metavar="BUNDLE", type=Path, help="also measure a small model that drafts"
+    )
     parser.add_argument(
         "--prompts-file",
         metavar="FILE",
-        help="prompts as neo-generate takes them; without any only the checking is measured",
+        help="prompts, in the format of neo-generate; without it, only verification is measured",
     )
-    # Without prompts nothing reads these, so that defaults are filled in later.
+    # The defaults are filled in later: so `_given` can tell which were given without prompts.
     for name, least, text in (
-        ("--prompts", 1, "take the first N prompts (default: all)"),
-        ("--prompt-tokens", 1, "cut prompts to N tokens, and leave out shorter ones"),
-        ("--draft-tokens", 1, f"guess at most N tokens at once (default: {_DRAFT_TOKENS})"),
-        ("--new-tokens", 2, f"new tokens of a prompt (default: {_NEW_TOKENS})"),
+        ("--prompts", 1, "use only the first N prompts (default: all)"),
+        ("--prompt-tokens", 1, "cut prompts to N tokens, and skip shorter ones"),
+        ("--draft-tokens", 1, f"most tokens of a draft (default: {_DRAFT_TOKENS})"),
+        ("--new-tokens", 2, f"new tokens for each prompt (default: {_NEW_TOKENS})"),
     ):
         parser.add_argument(name, metavar="N", type=at_least(least), help=text)
     parser.add_argument(
@@ -160,13 +164,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         type=at_least(2),
         default=128,
-        help="tokens before those that are checked (default: 128)",
+        help="tokens in the cache before those that are verified (default: 128)",
     )
     add_numbers(parser, ("-r", "--repetitions", 5, "rounds"))
     parser.add_argument(
         "--keep-prepacked",
         action="store_true",
-        help="keep prepacked weights of float32 bundles, too, and run from them",
+        help="keep prepacked weights also of float32 bundles, and use them",
     )
     add_running(parser)
     return parser

@@ -1,4 +1,4 @@
-"""Rounds of checked guesses, and of texts with and without them."""
+"""Measures verification of draft tokens, and generation with and without drafts, in rounds."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ if TYPE_CHECKING:
 __all__ = ["WITHOUT", "Texts", "checking_seconds", "texts"]
 
 WITHOUT = "without"
+"""Name of generation without drafts."""
 
 
 def checking_seconds(
     model: Model, depth: int, counts: Sequence[int], repetitions: int
 ) -> dict[int, list[float]]:
-    """Seconds of scoring some tokens behind a text, in rounds; of 1: a step of decode.
+    """Measure the verification of several tokens at once, and a decode step of one token.
 
     Args:
-        model: loaded.
-        depth: tokens of the text, at least 2.
-        counts: how many tokens are scored.
-        repetitions: rounds, after one that does not count.
+        model: the model.
+        depth: tokens in the cache before the verified ones, at least 2.
+        counts: numbers of tokens to verify at once.
+        repetitions: measured rounds, after one round of warm-up.
+
+    Returns:
+        Seconds of each round, by number of tokens; 1 is the decode step.
     """
     vocab_size = model.manifest.model.vocab_size
     ids = np.array(context_ids(depth + max(counts), 1, 1, vocab_size)[0])
@@ -41,7 +45,7 @@ def checking_seconds(
         for count, seconds in found.items():
             with model.new_cache(1, depth + count) as cache:
                 model.prefill(cache, [ids[: depth - 1]])
-                model.decode(cache, ids[depth - 1 : depth])  # binds the step
+                model.decode(cache, ids[depth - 1 : depth])  # warm-up: binds the buffers of decode
                 started = perf_counter()
                 if count == 1:
                     model.decode(cache, ids[depth : depth + 1])
@@ -53,17 +57,17 @@ def checking_seconds(
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """All prompts in one way, round by round."""
+    """Measurements of all prompts with one drafter, or without."""
 
     prompts: int
     seconds: list[float]
-    """Behind the first token of each text."""
+    """Decode seconds of each round: the time after the first token of each text."""
     tokens: int
-    """Of all texts of a round."""
+    """New tokens of all texts of a round, first tokens included."""
     drafted: int
     accepted: int
     differing: int
-    """Texts that are not the same as without guesses."""
+    """Number of texts that differ from those without drafts."""
 
 
 def texts(
@@ -74,15 +78,18 @@ def texts(
     repetitions: int,
     progress: Callable[[str], None],
 ) -> dict[str, Texts]:
-    """Continue every prompt in every way, greedily; ways take turns, prompt by prompt.
+    """Continue all prompts greedily, with each drafter and without; they take turns at each prompt.
 
     Args:
-        model: loaded.
-        prompts: text or token ids.
-        new_tokens: of each, at least 2.
-        drafters: by name; `WITHOUT` comes by itself.
-        repetitions: rounds, after one prompt in each way that does not count.
-        progress: told what happens next.
+        model: the model.
+        prompts: texts or token ids.
+        new_tokens: new tokens for each prompt, at least 2.
+        drafters: the drafters, by name; `WITHOUT` is added.
+        repetitions: measured rounds, after a warm-up with one prompt.
+        progress: called with a line before each round.
+
+    Returns:
+        Measurements by name of the drafter.
     """
     ways: dict[str, Drafter | None] = {WITHOUT: None, **drafters}
     for drafter in ways.values():

@@ -1,4 +1,4 @@
-"""What the rounds say: medians over rounds, and ratios round by round."""
+"""Statistics and tables of the measurements: medians over rounds, and ratios within rounds."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ __all__ = ["Checked", "Continued", "checked", "continued", "markdown", "plain"]
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """Scoring some tokens at once."""
+    """Verification of several tokens at once."""
 
     tokens: int
     milliseconds: Spread
     steps: Spread
-    """Its time / that of a step of decode, round by round."""
+    """Its time divided by that of a decode step, in each round."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continued:
-    """Texts in one way."""
+    """Generation with one drafter, or without."""
 
     way: str
     prompts: int
     tokens_per_second: Spread
     speedup: Spread
-    """Time without guesses / time of this, round by round."""
+    """Time without drafts divided by time with them, in each round."""
     drafted: int
     accepted: int
     tokens_per_run: float
-    """Tokens of the texts / runs of the large model."""
+    """New tokens divided by runs of the large model."""
     differing: int
 
 
 def checked(seconds: Mapping[int, Sequence[float]]) -> list[Checked]:
-    """One entry for each number of tokens."""
+    """Statistics for each number of tokens, from the seconds of each round."""
     return [
         Checked(
             tokens=count,
@@ -55,7 +55,7 @@ def checked(seconds: Mapping[int, Sequence[float]]) -> list[Checked]:
 
 
 def continued(texts: Mapping[str, Texts]) -> list[Continued]:
-    """One entry for each way."""
+    """Statistics for each drafter, and for generation without drafts."""
     base = texts[WITHOUT].seconds
     return [
         Continued(
@@ -75,7 +75,7 @@ def continued(texts: Mapping[str, Texts]) -> list[Continued]:
 def plain(
     costs: Sequence[Checked], ways: Sequence[Continued], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """For JSON."""
+    """The results as an object for JSON."""
     return {
         **facts,
         "checking": [asdict(each) for each in costs],
@@ -84,12 +84,12 @@ def plain(
 
 
 def markdown(costs: Sequence[Checked], ways: Sequence[Continued], facts: Mapping[str, Any]) -> str:
-    """Tables for a reader."""
+    """The results as Markdown tables."""
     lines = [
         f"{facts['bundle']} ({facts['precision']}) on {facts['runs_on']}, {facts['machine']}; "
-        f"{facts['repetitions']} rounds, behind {facts['depth']} tokens",
+        f"{facts['repetitions']} rounds, after {facts['depth']} tokens",
         "",
-        "| tokens at once | ms | steps of decode |",
+        "| tokens at once | ms | decode steps |",
         "|---|---|---|",
     ]
     lines += [
@@ -101,7 +101,7 @@ def markdown(costs: Sequence[Checked], ways: Sequence[Continued], facts: Mapping
             "",
             f"{ways[0].prompts} prompts, {facts['new_tokens']} new tokens each, greedy",
             "",
-            "| | tokens/s | × | guesses right | tokens a run | texts that differ |",
+            "| | tokens/s | × | draft tokens accepted | tokens per run | texts that differ |",
             "|---|---|---|---|---|---|",
         ]
     lines += [
