@@ -1,4 +1,4 @@
-"""Where the installed command begins."""
+"""Entry point of the installed command."""
 
 from __future__ import annotations
 

@@ -255,14 +255,14 @@ def test_nan_in_a_layer_is_named(
         (["{bundle}", "--reference", "{demo}", "--html", "{tmp}/no/r.html"], "cannot write"),
         (["{bundle}", "--reference", "{demo}", "--tokens", "1"], "too small"),
         (["{bundle}", "--reference", "{demo}", "--decode-positions", "few"], "'few' is neither"),
-        (["{bundle}", "--reference", "{demo}", "--max-kl", "nan"], "'nan' is no number of at"),
+        (["{bundle}", "--reference", "{demo}", "--max-kl", "nan"], "'nan' is not a number of at"),
         (
             ["{bundle}", "--reference", "{demo}", "--max-kl", "-1"],
-            "'-1' is no number of at least 0",
+            "'-1' is not a number of at least 0",
         ),
         (
             ["{bundle}", "--reference", "{demo}", "--min-top1", "95"],
-            "'95' is no number from 0 to 1",
+            "'95' is not a number from 0 to 1",
         ),
         (
             [

@@ -236,7 +236,7 @@ def test_what_is_no_mean_has_no_difference() -> None:
 def test_wrong_usage(mini_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         ([str(mini_bundle)], "--tasks"),
-        ([str(mini_bundle), "--tasks", "a", "--limit", "0"], "0 is too small; at least 1"),
+        ([str(mini_bundle), "--tasks", "a", "--limit", "0"], "0 is too small, expected at least 1"),
     ):
         with pytest.raises(SystemExit, match=r"^2$"):
             main(arguments)

@@ -1,19 +1,19 @@
-"""Tools around a bundle: how right, how good and how fast it is.
+"""Tools that measure the correctness, accuracy and speed of bundles.
 
-Its parts; each imports only itself and those above it:
+Parts of this package; each imports only itself and those above it:
 
 arguments        options that several commands have
-model_shape      whether a checkpoint and a bundle are the same model, as far as sizes tell
-installed_size   bytes of an installation
-footprint        seconds of an import, and those bytes
-worker           processes that answer requests
+model_shape      comparison of a checkpoint's sizes with those of a bundle
+installed_size   size of an installation
+footprint        import time, and size of the installation
+worker           worker processes that answer requests
 peers            other engines, each in an environment of its own
-older_cpu        a command as on a CPU without the newest instructions
-diff             `neo-diff`: a bundle beside PyTorch, position by position and place by place
+older_cpu        runs a command as on a CPU without the newest instructions
+diff             `neo-diff`: a bundle compared with PyTorch, for each position and layer
 evaluate         `neo-eval`: tasks of lm-evaluation-harness
-bench            `neo-bench`: speed and memory beside the machine's limit and the peers
-clients          many clients at once, in several ways of serving them
-drafts           what speculative decoding saves
-gpu_check        everything that needs a GPU: `make gpu-check`
-entry            where the three commands begin
+bench            `neo-bench`: speed and memory, compared with the machine's limits and with peers
+clients          throughput and latency with concurrent clients
+drafts           the gain from speculative decoding
+gpu_check        all checks that need a GPU: `make gpu-check`
+entry            entry points of the three commands
 """

@@ -1,4 +1,4 @@
-"""What several commands take: whole numbers with a least one, and bundles with names."""
+"""Command-line options and argument types that several commands share."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ __all__ = [
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers of at least `least`."""
+    """An argparse type: integers of at least `least`."""
 
-    def number(text: str) -> int:  # the name is what argparse calls it in its message
+    def number(text: str) -> int:  # argparse shows this name in its messages
         found = int(text)
         if found < least:
-            raise argparse.ArgumentTypeError(f"{found} is too small; at least {least}")
+            raise argparse.ArgumentTypeError(f"{found} is too small, expected at least {least}")
         return found
 
     return number
 
 
 def number_from(least: float, most: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: numbers in a range, ends included."""
+    """An argparse type: numbers from `least` to `most`, both included."""
     expected = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
 
     def number(text: str) -> float:
@@ -46,14 +46,19 @@ def number_from(least: float, most: float = math.inf) -> Callable[[str], float]:
         except ValueError:
             found = math.nan
         if not least <= found <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number {expected}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {expected}")
         return found
 
     return number
 
 
 def add_numbers(parser: argparse.ArgumentParser, *numbers: tuple[str, str, int, str]) -> None:
-    """Options for whole numbers of at least 1: short and long name, default, help."""
+    """Add options for integers of at least 1.
+
+    Args:
+        parser: the parser.
+        numbers: short name, long name, default and help of each option.
+    """
     for short, long, default, text in numbers:
         parser.add_argument(
             short,
@@ -66,29 +71,29 @@ def add_numbers(parser: argparse.ArgumentParser, *numbers: tuple[str, str, int, 
 
 
 def add_backend(parser: argparse.ArgumentParser, text: str) -> None:
-    """`--backend` and `--device`, as `neo_runtime.load` takes them."""
+    """Add `--backend` (with help `text`) and `--device`, as for `neo_runtime.load`."""
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help=text)
     add_device(parser)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """`--device`: which GPU."""
+    """Add `--device`."""
     parser.add_argument(
         "--device", metavar="N", type=at_least(0), default=0, help="index of the GPU (default: 0)"
     )
 
 
 def add_running(parser: argparse.ArgumentParser) -> None:
-    """Options for what runs a bundle, and `--json`."""
+    """Add `--threads`, `--backend`, `--device` and `--json`."""
     parser.add_argument(
         "-t", "--threads", metavar="N", type=at_least(1), help="threads (default: physical cores)"
     )
-    add_backend(parser, "what runs the bundle (default: auto)")
-    parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
+    add_backend(parser, "backend that runs the bundle (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """Folder names, or whole paths where two have the same name.
+    """Labels of bundles: folder names, or whole paths if several have the same name.
 
     Raises:
         RequestError: a bundle is named twice.

@@ -1,4 +1,4 @@
-"""Where the commands of this package begin."""
+"""Entry points of the installed commands."""
 
 from __future__ import annotations
 

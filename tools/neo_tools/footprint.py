@@ -1,7 +1,7 @@
-"""`python -m neo_tools.footprint`: what production pays for, in seconds and in megabytes.
+"""`python -m neo_tools.footprint`: import time and installed size of the runtime.
 
-Two figures: how long `import neo_runtime` takes in a bare interpreter (and which modules it
-brings), and how many bytes `pip install neo-onnx[cpu]` puts on the disk.
+It measures how long `import neo_runtime` takes in a new interpreter and which packages it loads,
+and the size on disk of `pip install neo-onnx[cpu]`.
 """
 
 from __future__ import annotations
@@ -29,45 +29,45 @@ if TYPE_CHECKING:
 __all__ = ["EXPORT_MACHINE", "IMPORT_LIMIT", "STATEMENTS", "ImportCost", "import_cost", "main"]
 
 IMPORT_LIMIT = 0.3
-"""Seconds."""
+"""Limit of the import time in seconds, without `NOT_COUNTED`."""
 STATEMENTS = ("import neo_runtime", "from neo_runtime import *; import onnxruntime, tokenizers")
-"""Only the package, and everything that a program which generates text has imported."""
+"""Imports the package alone; and everything that a program for text generation imports."""
 EXPORT_MACHINE = ("onnx", "onnxscript", "safetensors", "tensorrt", "torch", "transformers")
-"""Packages that must not be imported in production."""
+"""Packages for export, which the runtime must not import."""
 NOT_COUNTED = ("numpy", "onnxruntime")
-"""Packages whose own import time is not ours to shorten."""
+"""Packages whose own import time this project cannot shorten."""
 
 _MARKER = "neo_tools.footprint begins"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportCost:
-    """What a statement imports, in an interpreter that has imported nothing else."""
+    """Cost of an import statement in a new interpreter."""
 
     statement: str
     seconds: float
-    """Median of the runs, without numpy and onnxruntime and what these import themselves."""
+    """Median of the runs, without numpy and onnxruntime and the modules that these import."""
     seconds_in_all: float
-    """Median of the runs, with them."""
+    """Median of the runs, including them."""
     runs: int
     packages: tuple[str, ...]
-    """Top-level modules that were loaded and are not Python's own."""
+    """Top-level modules loaded, without the standard library."""
     export_machine: tuple[str, ...]
-    """Those among them that must not be: see `EXPORT_MACHINE`."""
+    """The packages of `EXPORT_MACHINE` among them."""
 
     @property
     def is_within(self) -> bool:
-        """Whether nothing heavy was loaded, and fast enough."""
+        """Whether no package of `EXPORT_MACHINE` was loaded and the time is within the limit."""
         return not self.export_machine and self.seconds <= IMPORT_LIMIT
 
 
 def import_cost(statement: str, runs: int = 7, python: str = sys.executable) -> ImportCost:
-    """Run `statement` in bare interpreters and take the median of what they report.
+    """Run an import statement in new interpreters and take medians.
 
     Args:
         statement: Python code.
-        runs: how often, after one run that fills the caches.
-        python: the interpreter.
+        runs: measured runs, after one run of warm-up.
+        python: path of the interpreter.
 
     Raises:
         DependencyError: the statement fails.
@@ -86,11 +86,14 @@ def import_cost(statement: str, runs: int = 7, python: str = sys.executable) -> 
 
 
 def imports_below(lines: Sequence[str]) -> tuple[float, float]:
-    """Add up what `python -X importtime` printed: seconds (without `NOT_COUNTED`, in all).
+    """Sum the output of `python -X importtime`.
 
-    A module's line comes after those of the modules that it imported, which are indented deeper:
-    read backwards, it is a tree from the root. A stdlib module that numpy happened to import first
-    belongs to numpy.
+    The line of a module follows those of the modules that it imported, which are indented more.
+    Read backwards, the lines are a tree in preorder. A module of the standard library counts
+    towards numpy if numpy is the first to import it.
+
+    Returns:
+        Seconds without `NOT_COUNTED` and what these import, and seconds in all.
     """
     counted = everything = 0
     skipped_depth: int | None = None
@@ -108,7 +111,7 @@ def imports_below(lines: Sequence[str]) -> tuple[float, float]:
 
 
 def _import_once(statement: str, python: str) -> tuple[list[str], tuple[str, ...]]:
-    """The lines that importtime printed for the statement, and the packages it loaded."""
+    """The output of importtime for the statement, and the packages that it loaded."""
     code = (
         "import sys; before = set(sys.modules)\n"
         f"sys.stderr.write('{_MARKER}\\n'); sys.stderr.flush()\n"
@@ -153,7 +156,7 @@ class _Footprint:
                 f"{cost.statement}",
                 f"  {cost.seconds:.3f} s without numpy and onnxruntime (limit {IMPORT_LIMIT} s), "
                 f"{cost.seconds_in_all:.3f} s with them; median of {cost.runs}",
-                f"  loads {', '.join(cost.packages)}; of the export machine "
+                f"  loads {', '.join(cost.packages)}; packages for export: "
                 f"{', '.join(cost.export_machine) or 'nothing'}",
             ]
         size = self.size
@@ -167,7 +170,7 @@ class _Footprint:
 
 
 def _measure_fresh(source: str, constraints: Path | None, runs: int) -> _Footprint:
-    """Install `source[cpu]` into a new virtual environment and measure that."""
+    """Install `source[cpu]` into a new virtual environment, and measure that."""
     with tempfile.TemporaryDirectory(prefix="neo-footprint-") as folder:
         venv.create(folder, with_pip=True)
         scripts = sysconfig.get_path("scripts", "venv", vars={"base": folder})
@@ -180,7 +183,7 @@ def _measure_fresh(source: str, constraints: Path | None, runs: int) -> _Footpri
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise NeoError(f"`{' '.join(command)}` failed:\n{done.stderr.strip()}")
-        # Before anything is imported, which would write bytecode of its own.
+        # Measured before any import, as imports write bytecode.
         size, compiled = files_size(Path(site).rglob("*"))
         by_name = installed_size(path=[site]).distributions
         costs = tuple(import_cost(statement, runs, python) for statement in STATEMENTS)
@@ -194,27 +197,30 @@ def _measure_fresh(source: str, constraints: Path | None, runs: int) -> _Footpri
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 within the limits, 1 past one, 2 where it could not be measured."""
+    """Run the command and return its exit status."""
     parser = OneLineParser(
         prog="python -m neo_tools.footprint",
         description="Measure the import time and the installed size of the runtime.",
-        epilog="exit status: 0 within the limits, 1 past one, 2 could not be measured",
+        epilog="exit status: 0 within the limits; 1 a limit is exceeded, or a package for export "
+        "is loaded; 2 wrong usage, or it cannot be measured",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="also write the result there, as JSON"
+        "--output", type=Path, metavar="FILE", help="also write the result to a file, as JSON"
     )
-    parser.add_argument("--runs", type=int, default=7, metavar="N", help="imports (default: 7)")
+    parser.add_argument(
+        "--runs", type=int, default=7, metavar="N", help="measured imports (default: 7)"
+    )
     parser.add_argument(
         "--fresh",
         metavar="SOURCE",
         nargs="?",
         const=".",
-        help="install SOURCE (a checkout; default: this folder) into a new environment and "
-        "measure that, instead of the one that runs this",
+        help="install SOURCE (a checkout; default: this folder) into a new environment, and "
+        "measure that one",
     )
     parser.add_argument(
-        "--constraints", type=Path, metavar="FILE", help="pinned versions for --fresh"
+        "--constraints", type=Path, metavar="FILE", help="constraints (pinned versions) for --fresh"
     )
     arguments = parser.parse_args(argv)
     if arguments.runs < 1:

@@ -1,4 +1,4 @@
-"""How many bytes `pip install neo-onnx[cpu]` puts on the disk."""
+"""The size on disk of `pip install neo-onnx[cpu]`."""
 
 from __future__ import annotations
 
@@ -23,38 +23,40 @@ _PACKAGES = ("neo_calibration", "neo_export", "neo_runtime", "neo_server", "neo_
 
 @dataclass(frozen=True, kw_only=True)
 class InstalledSize:
-    """Bytes of files that an installation of `neo-onnx[cpu]` has."""
+    """Size of an installation of `neo-onnx[cpu]`."""
 
     method: str
+    """How the size was measured, in words."""
     bytes: int
-    """Everything, compiled bytecode included."""
+    """All files, including compiled bytecode."""
     bytecode_bytes: int
-    """The `__pycache__` part of it, which pip writes at installation."""
+    """Of these, the bytes in `__pycache__`, which pip writes during installation."""
     distributions: dict[str, int]
-    """Bytes of each distribution, the largest first."""
+    """Bytes of each distribution, largest first."""
 
     @property
     def is_within(self) -> bool:
-        """Whether it is small enough."""
+        """Whether the size is within `SIZE_LIMIT`."""
         return self.bytes <= SIZE_LIMIT
 
 
 def closure(extra: str = "cpu", path: Sequence[str] | None = None) -> list[Distribution]:
-    """`neo-onnx[extra]` and all that it requires, from the metadata of what is installed.
+    """`neo-onnx[extra]` and its transitive requirements, from the metadata of installed packages.
 
     Args:
-        extra: of neo-onnx.
-        path: folders to look in; None for `sys.path`.
+        extra: an extra of neo-onnx.
+        path: folders to search; None: `sys.path`.
 
     Raises:
-        DependencyError: one of them is not installed.
+        DependencyError: a requirement, or the package packaging, is not installed.
     """
     try:
         from packaging.requirements import Requirement
         from packaging.utils import canonicalize_name
     except ImportError as error:
         raise DependencyError(
-            "reading requirements needs the package packaging: pip install packaging"
+            "the package packaging, which reads requirements, is missing; install it with: pip "
+            "install packaging"
         ) from error
 
     installed: dict[str, Distribution] = {}
@@ -68,8 +70,8 @@ def closure(extra: str = "cpu", path: Sequence[str] | None = None) -> list[Distr
         name = canonicalize_name(requirement.name)
         if name not in installed:
             raise DependencyError(
-                f"{requirement.name} is not installed, so the size of neo-onnx[{extra}] cannot be "
-                "told; measure with --fresh"
+                f"{requirement.name} is not installed, so the size of neo-onnx[{extra}] is "
+                "unknown; measure with --fresh"
             )
         chosen[name] = installed[name]
         for each in {"", *requirement.extras} - {e for n, e in seen if n == name}:
@@ -82,10 +84,13 @@ def closure(extra: str = "cpu", path: Sequence[str] | None = None) -> list[Distr
 
 
 def installed_size(path: Sequence[str] | None = None) -> InstalledSize:
-    """Sizes of the files that the RECORDs of the closure list, as they are on the disk.
+    """Measure the installed files of `neo-onnx[cpu]` and its transitive requirements.
 
-    Bytecode counts where the RECORD lists it, as pip's does. An editable installation of neo-onnx
-    has its files elsewhere: those of its packages are counted instead.
+    Files count if their distribution's RECORD lists them; pip's RECORDs list bytecode, too. For an
+    editable installation of neo-onnx, whose files are elsewhere, those of its packages are counted.
+
+    Args:
+        path: folders to search; None: `sys.path`.
 
     Raises:
         DependencyError: a distribution is not installed, or has no RECORD.
@@ -96,8 +101,8 @@ def installed_size(path: Sequence[str] | None = None) -> InstalledSize:
         name = distribution.metadata["Name"]
         if distribution.files is None:
             raise DependencyError(
-                f"{name} has no list of its files (RECORD), so its size cannot be told; install "
-                "it with pip, or measure with --fresh"
+                f"{name} has no list of its files (RECORD), so its size is unknown; install it "
+                "with pip, or measure with --fresh"
             )
         files = [Path(str(distribution.locate_file(file))) for file in distribution.files]
         if name == "neo-onnx" and not any("neo_runtime" in file.parts for file in files):
@@ -105,7 +110,7 @@ def installed_size(path: Sequence[str] | None = None) -> InstalledSize:
         size, compiled = files_size(files)
         sizes[name], bytecode = size, bytecode + compiled
     return InstalledSize(
-        method="files listed by the RECORD of neo-onnx[cpu] and of all that it requires",
+        method="files in the RECORDs of neo-onnx[cpu] and its requirements",
         bytes=sum(sizes.values()),
         bytecode_bytes=bytecode,
         distributions=dict(sorted(sizes.items(), key=lambda item: -item[1])),
@@ -121,10 +126,10 @@ def _editable_files() -> list[Path]:
 
 
 def files_size(files: Iterable[Path]) -> tuple[int, int]:
-    """Bytes of all files that exist, and of the bytecode among them."""
+    """Bytes of the files that exist, and of the bytecode among them."""
     size = compiled = 0
     for file in files:
-        if not file.is_file():  # RECORD lists what may have been removed since
+        if not file.is_file():  # a file in a RECORD may have been removed
             continue
         count = file.stat().st_size
         size += count

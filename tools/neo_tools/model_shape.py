@@ -1,4 +1,4 @@
-"""Whether a checkpoint and a bundle, or two bundles, are the same model, as far as sizes tell."""
+"""Comparison of the sizes of a checkpoint with those of a bundle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["check_checkpoint", "shape_text"]
 
 
 def shape_text(model: ModelSpec) -> str:
-    """The sizes, in words."""
+    """The sizes of a model, in words."""
     return (
         f"{model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
         f"vocabulary {model.vocab_size}"
@@ -24,18 +24,18 @@ def shape_text(model: ModelSpec) -> str:
 
 
 def check_checkpoint(checkpoint: Path, model: ModelSpec) -> None:
-    """Refuse a checkpoint that a bundle of `model` was not exported from.
+    """Refuse a checkpoint whose sizes differ from those of a bundle's model.
 
     Args:
-        checkpoint: a folder whose `config.json` is read as the exporter does.
-        model: the bundle's.
+        checkpoint: a folder, whose `config.json` is read as in export.
+        model: the model of the bundle.
 
     Raises:
-        CheckpointError: it is no checkpoint, or another model.
+        CheckpointError: it is not a checkpoint, or has other sizes.
     """
     found, expected = shape_text(read_config(checkpoint)), shape_text(model)
     if found != expected:
         raise CheckpointError(
             f"{checkpoint} is another model than the bundle: it has {found}; the bundle has "
-            f"{expected}; name with --model the checkpoint that the bundle was exported from"
+            f"{expected}; give --model the checkpoint that the bundle was exported from"
         )

@@ -49,7 +49,9 @@ def _numbers(least: int) -> type[argparse.Action]:
                     f"{option_string}: {values!r} is not a list of numbers such as 128,1024"
                 )
             if min(numbers) < least:
-                parser.error(f"{option_string}: {min(numbers)} is too small; at least {least}")
+                parser.error(
+                    f"{option_string}: {min(numbers)} is too small, expected at least {least}"
+                )
             collected = getattr(namespace, self.dest) or []
             setattr(namespace, self.dest, [*collected, numbers])
 
