@@ -34,7 +34,7 @@ _TOKENS = 16384
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="neo-calibrate",
-        description="Run text through a GPT-Neo checkpoint and keep statistics for quantization.",
+        description="Run text through a GPT-Neo checkpoint, and write statistics for quantization.",
         epilog=_EPILOG,
     )
     add_version(parser)

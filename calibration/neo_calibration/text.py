@@ -80,8 +80,8 @@ def read_text(
     if len(ids) < FEWEST_POSITIONS:
         names = ", ".join(map(str, files))
         raise StatisticsError(
-            f"{names} holds {'one token' if ids else 'no text'}; expected text of the kind that "
-            "the model will see, some thousands of words of it"
+            f"{names} holds {'one token' if ids else 'no text'}; expected several thousand words "
+            "of the kind of text that the model will see"
         )
     packed = np.array(ids, np.int64)
     contexts = tuple(packed[start : start + length] for start in range(0, len(packed), length))
@@ -89,12 +89,13 @@ def read_text(
     if len(contexts[0]) <= spec.window_size and "local" in spec.attention_layers:
         warnings.append(
             f"no context is longer than the attention window ({len(contexts[0])} tokens, window "
-            f"{spec.window_size}): what local layers do past it is not covered"
+            f"{spec.window_size}), so the statistics do not cover what local layers do beyond it; "
+            "give more text, or a larger --max-length"
         )
     if len(ids) < _FEW:
         warnings.append(
-            f"{len(ids)} tokens are little text: rare values were not seen; several thousand "
-            "make the statistics sound"
+            f"the text has only {len(ids)} tokens, so the statistics may lack rare values; give "
+            "several thousand tokens"
         )
     return CalibrationText(
         contexts=contexts, max_length=length, files=digests, warnings=tuple(warnings)
@@ -130,5 +131,5 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise StatisticsError(
-            f"{file} cannot be read ({error.strerror}); expected text or JSON lines"
+            f"{file} cannot be read ({error.strerror}); give a readable file of text or JSON lines"
         ) from error

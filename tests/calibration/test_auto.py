@@ -140,7 +140,9 @@ def test_the_measured_divergence_decides(factor: float) -> None:
     assert chosen.plan == plans[4]
     with pytest.raises(RequestError, match="the smallest bundle has"):
         Chooser(frontier, measure).within_size(plans[-1].size)
-    with pytest.raises(RequestError, match="the most exact bundle is already at 1 nats"):
+    with pytest.raises(
+        RequestError, match="the most accurate bundle already has a divergence of 1 nats"
+    ):
         Chooser(frontier, lambda plan: Measured(plan.size, 1.0, (1, 1))).within_divergence(1e-4)
 
 

@@ -93,7 +93,7 @@ def test_a_limit_that_cannot_be_kept(
     assert export([*command, "-o", str(tmp_path / "bundle"), *options]) == 2
     out, err = capfd.readouterr()
     assert out == ""
-    assert "neo-auto: --max-size 1000: at most 1,000 bytes" in err
+    assert "neo-auto: --max-size 1000 allows 1,000 bytes" in err
     assert "measuring" not in err, "nothing long is run for nothing"
     assert "what it said is above" in err
     assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
@@ -103,8 +103,8 @@ def test_a_limit_that_cannot_be_kept(
 @pytest.mark.parametrize(
     ("limit", "stories", "said"),
     [
-        ("--max-size=1000", None, "--max-size 1000: at most 1,000 bytes"),
-        ("--max-kl=0.1", 2, "tokens: too few to measure on two parts of 4096; give more text"),
+        ("--max-size=1000", None, "--max-size 1000 allows 1,000 bytes"),
+        ("--max-kl=0.1", 2, "tokens, too few for two parts of 4096 to measure on; give more text"),
     ],
 )
 def test_what_no_search_can_do_is_told_before_the_calibration(

@@ -85,8 +85,8 @@ class Chooser:
         best = best or self.at(0)
         if best.measured.divergence > limit:
             raise RequestError(
-                f"--max-kl {limit:g}: the most exact bundle is already at "
-                f"{best.measured.divergence:.3g} nats; allow more, or export with --fp32"
+                f"--max-kl is {limit:g}, but the most accurate bundle already has a divergence of "
+                f"{best.measured.divergence:.3g} nats; raise --max-kl, or export with --fp32"
             )
         for plan in self._alike(_DOUBT * limit):
             if plan.size < best.plan.size and self.of(plan).measured.divergence <= limit:
@@ -148,8 +148,8 @@ class Chooser:
             return best
         smallest = self.at(len(self._frontier) - 1).measured.size
         raise RequestError(
-            f"--max-size: the smallest bundle has {smallest:,} bytes of weights, asked for were at "
-            f"most {limit:,}"
+            f"--max-size allows {limit:,} bytes of weights, but the smallest bundle has "
+            f"{smallest:,}; raise --max-size"
         )
 
     def _alike(self, divergence: float) -> Iterator[FrontierPlan]:

@@ -97,8 +97,8 @@ class SearchInputs:
         least = min(plan.bytes_of(shapes) for plan in plans) + rest_of(shapes)
         if least > limit:
             raise RequestError(
-                f"--max-size {self.max_size}: at most {limit:,} bytes of weights were asked for, "
-                f"and the smallest bundle has at least {least:,}"
+                f"--max-size {self.max_size} allows {limit:,} bytes of weights, but the smallest "
+                f"bundle has at least {least:,}; raise --max-size"
             )
         return limit
 
@@ -121,8 +121,8 @@ class SearchInputs:
         whole = [context for context in text.contexts if len(context) == length]
         if len(whole) < 2 * each:
             raise RequestError(
-                f"the text has {text.tokens} tokens: too few to measure on two parts of "
-                f"{each * length}; give more text"
+                f"the text has {text.tokens} tokens, too few for two parts of {each * length} to "
+                "measure on; give more text, or lower --tokens"
             )
         search, judge = np.stack(whole[-2 * each : -each]), np.stack(whole[-each:])
         return TextParts(search, judge, text.tokens, wanted)

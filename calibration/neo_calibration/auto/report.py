@@ -40,7 +40,9 @@ def write_report(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
+        raise OutputError(
+            f"cannot create the folder {folder} ({error.strerror}); choose another one"
+        ) from error
     sensitivities = [
         {"weights": list(group.names), "storage": str(storage), "divergence": divergence}
         for (group, storage), divergence in divergences.items()

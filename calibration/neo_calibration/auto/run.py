@@ -125,8 +125,8 @@ def _chosen(chooser: Chooser, options: AutoOptions, size: int | None) -> Chosen:
 
 def _seen_before(parts: TextParts) -> str:
     return (
-        f"note: the text has {parts.found} tokens, {parts.wanted} would do; the statistics may "
-        "have seen what is measured on, which then looks better than it is"
+        f"note: the text has {parts.found} tokens, expected {parts.wanted}; the statistics may "
+        "include text that bundles are measured on, and divergences may look too small"
     )
 
 
@@ -146,7 +146,7 @@ def _sensitivities(
         StoredForm(lambda name: checkpoint.tensors[name].read(), spec, statistics, folder),
         candidate_storages(spec),
         groups_of(spec, options.keep),
-        lambda done, all_: progress("measuring what each matrix costs", done, all_),
+        lambda done, all_: progress("measuring sensitivities", done, all_),
     )
 
 
