@@ -28,9 +28,9 @@ _EPILOG = f"""Existing clients of OpenAI's API can be used, with POST /v1/comple
       -d '{{"prompt": "Once upon a time", "max_tokens": 20}}'
 
 Also GET /v1/models, /health, /livez, /version, and /metrics for Prometheus. If the environment
-variable {_KEYS} has keys, separated by commas, clients of /v1 must send one of them. Ctrl-C or
-SIGTERM shuts down after running requests have finished. During --drain-delay, a second signal ends
-the delay. After it, another Ctrl-C ends the server at once.
+variable {_KEYS} has keys, separated by commas, clients of /v1 must send one of them. On Ctrl-C
+or SIGTERM, the server finishes running requests and ends. During --drain-delay, a second signal
+ends the delay; after it, another Ctrl-C ends the server at once.
 
 exit status: 2 wrong usage, or a bundle that cannot be served; else 128 + number of the signal"""
 

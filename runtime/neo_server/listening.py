@@ -70,7 +70,7 @@ class Leaving:
     announce: Callable[[], None]
     """Called first, in the signal handler: from now on, /health should answer 503."""
     stopping: Callable[[], None]
-    """Called when the drain delay is over and no more connections are accepted."""
+    """Called after the drain delay, just before the server stops accepting connections."""
     close: Callable[[], None]
     """Called in a thread when the grace period is over: must end the remaining requests, whose
     clients then get an error."""
@@ -145,7 +145,10 @@ def run(
 
 
 def _raise_open_files() -> None:
-    """Raise the limit of open files up to 65536: each connection needs one, and 1024 are usual."""
+    """Raise the limit of open files, usually 1024, to 65536 or as far as the system allows.
+
+    Each connection needs one.
+    """
     try:
         import resource
     except ImportError:  # Windows has no such limit
