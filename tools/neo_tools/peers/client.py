@@ -16,7 +16,7 @@ _START = Path(__file__).resolve().parent / "worker_start.py"
 
 
 class Peer(EngineWorker):
-    """A peer's worker, in the peer's environment, with a model that the peer exported.
+    """A peer's worker, in the peer's environment, with a model that the peer can load.
 
     Args:
         name: "torch", "optimum" or "openvino".
