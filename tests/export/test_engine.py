@@ -388,16 +388,16 @@ def test_command_line(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(local_device() is not None, reason="a GPU is here")
 def test_no_gpu(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(bundle)]) == 2
-    assert "no NVIDIA GPU or driver was found here: name the comp" in capsys.readouterr().err
+    assert "driver was found on this machine; name the comp" in capsys.readouterr().err
 
 
 def test_a_capability_that_is_not_built_for(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(bundle), "--compute-capability", "9.0"]) == 2
-    assert "does not build for compute capability 9.0, expected one of" in capsys.readouterr().err
+    assert "cannot build for compute capability 9.0, expected one of" in capsys.readouterr().err
     assert main([str(bundle), "--compute-capability", "ada"]) == 2
-    assert "expected two numbers such as 8.9" in capsys.readouterr().err
+    assert "expected MAJOR.MINOR, such as 8.9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_a_build_is_not_lost_with_them(tmp_path: Path, monkeypatch: pytest.Monke
     load_timings(config, tmp_path / "no" / "such" / "file")
     warning = save_timings(config, tmp_path / "no" / "such" / "file")
     assert warning is not None
-    assert "could not be kept in" in warning
+    assert "could not be saved to" in warning
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""One plan from the prefill graph: a decode and a prefill profile over one copy of the weights."""
+"""Builds one plan from the prefill graph: two profiles, decode and prefill, share the weights."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ _TIMING_CACHE = "timing.cache"
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """A plan that was built and written."""
+    """A plan that has been built and written."""
 
     record: EngineRecord
     path: Path
     weight_bytes: int
-    """Of the bundle's `weights.bin`, to compare the plan's size with."""
+    """Size of the bundle's `weights.bin`, for comparison with the plan's size."""
     warnings: tuple[str, ...]
-    """TensorRT's, and what could not be kept."""
+    """TensorRT's warnings, and one if the timing cache could not be saved."""
 
 
 def build_engine(
@@ -64,27 +64,27 @@ def build_engine(
     progress: Callable[[str, int, int], None] | None = None,
     timing_cache: Path | None = None,
 ) -> BuiltEngine:
-    """Build a plan and put it, with its record, into the bundle's `engines/`.
+    """Build a plan and write it, with its record, to the bundle's `engines/`.
 
     Args:
         bundle: a folder written by `neo-export --target tensorrt`.
-        request: what the plan shall take.
+        request: lengths, batch sizes and builder options.
         flavour: the installed TensorRT.
-        device: the kind of GPU that it is for.
-        progress: called with a phase, steps done and steps.
-        timing_cache: file that keeps kernel timings between builds; None for one in `engines/`.
+        device: the kind of GPU to build for.
+        progress: called with a phase, the steps done and the total number of steps.
+        timing_cache: file that keeps kernel timings between builds; None: `engines/timing.cache`.
 
     Raises:
-        NeoError: the bundle, the options or the installation cannot be used, or the builder
-            failed; nothing is left behind.
+        NeoError: the bundle, the options or the installation cannot be used, or the build
+            failed. No partial plan is left behind.
     """
     say = progress or (lambda stage, done, total: None)
     manifest = read_bundle(bundle)
     options = resolve_options(request, manifest)
     if timing_cache is not None and flavour.ahead_of_time:
         raise RequestError(
-            f"--timing-cache was given, but {flavour.product} times no kernels: they are chosen on "
-            "the GPU, at first use; leave it out"
+            f"--timing-cache was given, but {flavour.product} times no kernels: it chooses them on "
+            "the GPU at first use; omit the option"
         )
     if timing_cache is not None:
         check_place(timing_cache)
@@ -117,10 +117,14 @@ def build_engine(
 
 
 def read_bundle(bundle: Path) -> Manifest:
-    """The manifest of a bundle that plans can be built from; its files are there, graphs unaltered.
+    """Read the manifest of a bundle that plans can be built from.
+
+    Checks that every file exists with its recorded size, and the checksum of the prefill graph. The
+    weights are not hashed.
 
     Raises:
-        BundleError: no bundle, a damaged one, or one for another target.
+        BundleError: the folder is not a bundle, or the bundle is for another target.
+        BundleDamagedError: a file is missing, has another size, or the graph was altered.
     """
     source = bundle / MANIFEST_NAME
     try:
@@ -131,25 +135,25 @@ def read_bundle(bundle: Path) -> Manifest:
         ) from error
     if manifest.cache.layout != "static":
         raise BundleError(
-            f"{bundle} is for target {manifest.target}, whose graphs TensorRT does not import; "
+            f"{bundle} is for target {manifest.target}, whose graphs TensorRT cannot import; "
             "export the model with --target tensorrt"
         )
     for name, record in manifest.files.items():
         path = bundle / name
         if not path.is_file() or path.stat().st_size != record.size:
             raise BundleDamagedError(
-                f"{path} is missing or has not its {record.size} bytes; copy or export it again"
+                f"{path} is missing or not {record.size} bytes; copy or export the bundle again"
             )
     graph = manifest.graphs[GRAPH].file
     if hashlib.sha256((bundle / graph).read_bytes()).hexdigest() != manifest.files[graph].sha256:
         raise BundleDamagedError(
-            f"{bundle / graph} differs from its checksum; copy or export it again"
+            f"{bundle / graph} differs from its checksum; copy or export the bundle again"
         )
     return manifest
 
 
 def _check_writable(bundle: Path) -> None:
-    """Before minutes of building rather than after them."""
+    """Fail before the build, which takes minutes, rather than after it."""
     folder = bundle / ENGINES_FOLDER
     try:
         with TemporaryFile(dir=folder if folder.exists() else bundle):
@@ -159,7 +163,9 @@ def _check_writable(bundle: Path) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> OutputError:
-    return OutputError(f"{folder} cannot be written ({error.strerror}); make room or permit it")
+    return OutputError(
+        f"{folder} cannot be written ({error.strerror}); free space or change its permissions"
+    )
 
 
 def _serialize(
@@ -170,16 +176,16 @@ def _serialize(
     say: Callable[[str, int, int], None],
     timing_cache: Path,
 ) -> tuple[memoryview, list[str]]:
-    """The plan, and warnings."""
+    """Build the network; returns the serialized plan and any warnings."""
     trt = flavour.module
-    flavour.messages()  # of whatever was built before
+    flavour.messages()  # discards messages of earlier builds
     builder = trt.Builder(flavour.logger)
     if builder is None or not builder:
-        raise EngineError(_failure(flavour, "gives no builder"))
+        raise EngineError(_failure(flavour, "created no builder"))
     parsed = parse_graph(flavour, builder, graph)
     config = _configure(flavour, builder, device, options)
     add_profiles(builder, config, parsed.network, options)
-    if not flavour.ahead_of_time:  # which times nothing
+    if not flavour.ahead_of_time:  # TensorRT for RTX times nothing
         load_timings(config, timing_cache)
     with kept_interrupt() as interrupted:
         monitor = progress_monitor(flavour, say, interrupted)
@@ -210,7 +216,7 @@ def _configure(flavour: Flavour, builder: Any, device: Device, options: EngineOp
             config.set_flag(getattr(trt.BuilderFlag, flag))
     user_allocation = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
     if user_allocation is not None:
-        # TensorRT for RTX might allocate while a step runs, which no CUDA graph can capture.
+        # Otherwise TensorRT for RTX may allocate during a step, which a CUDA graph cannot capture.
         config.set_flag(user_allocation)
     if flavour.ahead_of_time:
         config.num_compute_capabilities = 1
@@ -219,12 +225,12 @@ def _configure(flavour: Flavour, builder: Any, device: Device, options: EngineOp
 
 
 def _failure(flavour: Flavour, what: str) -> str:
-    words = flavour.messages()
-    return "\n  ".join([f"{flavour.product} {flavour.version} {what}:", *(words or ["no reason"])])
+    words = flavour.messages() or ["it gave no reason"]
+    return "\n  ".join([f"{flavour.product} {flavour.version} {what}:", *words])
 
 
 def write_engine(bundle: Path, record: EngineRecord, plan: memoryview | bytes) -> Path:
-    """Write the plan, then its record, each whole or not at all; returns the plan's path.
+    """Write the plan, then its record, each atomically; returns the plan's path.
 
     Raises:
         OutputError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""`neo-engine BUNDLE`: build a TensorRT plan of a bundle, or list its plans."""
+"""`neo-engine BUNDLE`: build a TensorRT plan for a bundle, or list its plans."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EPILOG = """\
-BUNDLE was written by neo-export --target tensorrt. One plan is built from its prefill graph, with
-one profile for prompts and one for single tokens, and written to BUNDLE/engines together with a
-record of what it was built for. Progress goes to stderr, the summary to stdout. Exit status: 0
-built, 2 not built, 130 interrupted.
+BUNDLE must have been written by neo-export --target tensorrt. neo-engine builds one plan from its
+prefill graph, with an optimization profile for prompts and one for single tokens, and writes it to
+BUNDLE/engines with a record of what it was built for. Progress goes to stderr, the summary to
+stdout. Exit status: 0 built, 2 not built, 130 interrupted.
 """
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -34,7 +34,7 @@ _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="neo-engine",
-        description="Build a TensorRT plan of a bundle.",
+        description="Build a TensorRT plan for a bundle.",
         epilog=_EPILOG,
     )
     add_version(parser)
@@ -59,14 +59,14 @@ def _parser() -> argparse.ArgumentParser:
         "--max-logit-positions",
         type=int,
         metavar="N",
-        help="most positions of a call that get logits; scoring goes in chunks of this size "
-        "(default: 256)",
+        help="most positions per call for which logits are computed; scoring runs in chunks of "
+        "this size (default: 256, or --max-length if that is smaller)",
     )
     parser.add_argument(
         "--workspace",
         type=_bytes,
         metavar="SIZE",
-        help="most workspace memory per kernel, such as 512M or 2G (default: no limit)",
+        help="most workspace memory per layer, for example 512M or 2G (default: no limit)",
     )
     parser.add_argument(
         "--optimization-level",
@@ -78,10 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     for flag, text in (
         (
             "--version-compatible",
-            "let newer TensorRT versions of the same major version run the plan",
+            "let newer TensorRT releases of the same major version run the plan",
         ),
         ("--stripped", "leave the weights out of the plan"),
-        ("--refit", "allow refitting the weights of the loaded plan"),
+        ("--refit", "allow the weights of the loaded plan to be refitted"),
     ):
         parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument(
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compute-capability",
         metavar="X.Y",
-        help="build for GPUs of this compute capability, such as 8.9 (default: this machine's)",
+        help="build for GPUs of this compute capability, such as 8.9 (default: this machine's GPU)",
     )
     parser.add_argument(
         "--timing-cache",
@@ -167,7 +167,7 @@ def _bytes(text: str) -> int:
         return int(float(number) * _SUFFIXES[suffix])
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size; expected for example 512M or 2G"
+            f"{text!r} is not a size, expected a number of bytes or, for example, 512M or 2G"
         ) from error
 
 
@@ -182,7 +182,7 @@ def _list(arguments: argparse.Namespace) -> int:
         print(json.dumps([asdict(record) for record in records], indent=1))
         return 0
     for record in records:
-        stale = "" if record.bundle_digest == digest else "; of another bundle, will not run"
+        stale = "" if record.bundle_digest == digest else "; built for another bundle, will not run"
         print(
             f"{record.file}: {record.size / 1e6:,.1f} MB, {record.flavour} {record.version}, "
             f"compute capability {record.compute_capability}, {record.gpu or 'any such GPU'}, "
@@ -195,15 +195,15 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def report(built: BuiltEngine) -> str:
-    """The summary for a reader."""
+    """The human-readable summary of a build."""
     record, options = built.record, built.record.options
     lines = [
         f"plan        {built.path}",
         f"for         compute capability {record.compute_capability}, "
         f"{record.gpu or 'any such GPU'}; {record.flavour} {record.version}",
-        f"profiles    decode: 1 token; prefill: {options.min_length} to {options.max_length}, best "
-        f"at {options.opt_length}; batch {options.min_batch} to {options.max_batch}; logits of up "
-        f"to {options.max_logit_positions} positions",
+        f"profiles    decode: 1 token; prefill: {options.min_length} to {options.max_length}, "
+        f"optimized for {options.opt_length}; batch {options.min_batch} to {options.max_batch}; "
+        f"logits of up to {options.max_logit_positions} positions",
         f"size        {record.size / 1e6:,.1f} MB; the bundle's weights are "
         f"{built.weight_bytes / 1e6:,.1f} MB",
         f"time        {record.build_seconds:.1f} s",

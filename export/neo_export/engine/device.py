@@ -1,4 +1,4 @@
-"""The GPU that a plan is for: of this machine, by the driver, or only its compute capability."""
+"""The GPU a plan is built for: this machine's, found through the driver, or a named capability."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class Device:
     """A kind of GPU."""
 
     compute_capability: str
-    """Such as "8.9"."""
+    """For example "8.9"."""
     name: str | None
-    """None where only the compute capability is known."""
+    """As the driver reports it; None if only the compute capability is known."""
 
     @property
     def member(self) -> str:
-        """Its name in TensorRT's `ComputeCapability`."""
+        """Its member of TensorRT's `ComputeCapability`, such as "SM89"."""
         return f"SM{self.compute_capability.replace('.', '')}"
 
 
 def local_device(index: int = 0) -> Device | None:
-    """The GPU `index` of this machine, asked of the driver; None where there is none."""
+    """GPU number `index` of this machine, from the CUDA driver; None if there is none."""
     driver = _driver()
     count, handle = ctypes.c_int(), ctypes.c_int()
     if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
@@ -62,15 +62,16 @@ def _driver() -> ctypes.CDLL | None:
 
 
 def device_for(flavour: Flavour, asked: str | None) -> Device:
-    """What to build for.
+    """The GPU to build for.
 
     Args:
-        flavour: the installed module.
+        flavour: the installed TensorRT.
         asked: a compute capability such as "8.9", or None for this machine's GPU.
 
     Raises:
-        RequestError: a compute capability that this flavour cannot build for.
-        EngineError: no GPU is here, and one is needed; or this flavour does not run on it.
+        RequestError: `asked` is malformed, or TensorRT for RTX cannot build for it.
+        EngineError: a GPU is needed and this machine has none, it has another compute capability
+            than `asked`, or TensorRT for RTX does not run on it.
     """
     here = local_device()
     if asked is None:
@@ -80,42 +81,43 @@ def device_for(flavour: Flavour, asked: str | None) -> Device:
         remedy = (
             "name the compute capability to build for, such as --compute-capability 8.9"
             if flavour.ahead_of_time
-            else "run neo-engine where the GPU is; TensorRT for RTX builds without one"
+            else "run neo-engine on the machine with the GPU, or install TensorRT for RTX, which "
+            "builds without one"
         )
-        raise EngineError(f"no NVIDIA GPU or driver was found here: {remedy}")
+        raise EngineError(f"no NVIDIA GPU or driver was found on this machine; {remedy}")
     if not re.fullmatch(r"\d+\.\d", asked):
         raise RequestError(
-            f"--compute-capability is {asked!r}, expected two numbers such as 8.9 (Ada) or 12.0"
+            f"--compute-capability is {asked!r}, expected MAJOR.MINOR, such as 8.9 (Ada) or 12.0"
         )
     if not flavour.ahead_of_time:
         if here is not None and here.compute_capability == asked:
             return here
-        found = f"here is {here.compute_capability}" if here else "here is no GPU"
+        found = f"this GPU has {here.compute_capability}" if here else "this machine has no GPU"
         raise EngineError(
-            f"TensorRT builds on the GPU that runs the plan: --compute-capability is {asked}, "
-            f"{found}; build on a machine that has one, or with TensorRT for RTX"
+            f"TensorRT builds on the GPU that runs the plan: --compute-capability is {asked}, but "
+            f"{found}; build on a machine with such a GPU, or with TensorRT for RTX"
         )
     device = Device(asked, None)
     if device.member not in _known(flavour):
         raise RequestError(
-            f"{flavour.product} {flavour.version} does not build for compute capability {asked}, "
+            f"{flavour.product} {flavour.version} cannot build for compute capability {asked}, "
             f"expected one of {_names(flavour)}"
         )
     return device
 
 
 def _require_support(flavour: Flavour, here: Device) -> None:
-    """TensorRT for RTX would build a plan for an H100, and then refuse to run it."""
+    """Refuse a GPU such as the H100, for which TensorRT for RTX builds plans but runs none."""
     if flavour.ahead_of_time and here.member not in _known(flavour):
         raise EngineError(
             f"{flavour.product} {flavour.version} does not run on {here.name}, compute capability "
-            f"{here.compute_capability}, but on {_names(flavour)}; for this GPU install the full "
-            "TensorRT: pip install 'neo-onnx[tensorrt]'"
+            f"{here.compute_capability}, expected one of {_names(flavour)}; for this GPU install "
+            "the full TensorRT: pip install 'neo-onnx[tensorrt]'"
         )
 
 
 def _known(flavour: Flavour) -> list[str]:
-    """Members of TensorRT's `ComputeCapability` that stand for GPUs."""
+    """Members of TensorRT's `ComputeCapability` that name a GPU generation."""
     return [name for name in flavour.module.ComputeCapability.__members__ if name[:2] == "SM"]
 
 

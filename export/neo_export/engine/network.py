@@ -1,4 +1,4 @@
-"""The prefill graph in NVIDIA's parser, and what the builder has to be told about it."""
+"""Parses the prefill graph into a TensorRT network and adds its optimization profiles."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ __all__ = ["ParsedGraph", "Shapes", "add_profiles", "parse_graph", "profile_shap
 
 _SHOWN = 20
 _DECODE_LENGTHS = (1, 1, 2)
-"""A profile of exactly one token of exactly one sequence has no free dimension left: the builder
-then lays the weights out anew for it, and the plan holds them twice (TensorRT for RTX 1.7,
-float16: 107 MB instead of 57 for 53 MB of weights). Two tokens at most, chosen for one, share them
-with the prefill profile."""
+"""Minimum, optimum and maximum length of the decode profile.
+
+With exactly one token of one sequence no dimension is dynamic: the builder then chooses another
+weight layout, and the plan holds the weights twice (TensorRT for RTX 1.7, float16: 107 MB instead
+of 57 MB for 53 MB of weights). With a maximum of two tokens both profiles share one copy."""
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""Smallest, best and largest shape of one input."""
+"""Minimum, optimum and maximum shape of one input, as in `IOptimizationProfile.set_shape`."""
 
 
 def parse_graph(flavour: Flavour, builder: Any, graph: Path) -> ParsedGraph:
-    """Parse an ONNX file with the weights that it refers to, into an `INetworkDefinition`.
+    """Parse an ONNX file and its external weights into an `INetworkDefinition`.
 
     Raises:
-        EngineError: the parser refuses it; each node, and why, in the parser's own words.
+        EngineError: the parser refuses it; the message lists the refused nodes with the parser's
+            reasons.
     """
     trt = flavour.module
-    # Precision is the graph's own: the only kind of network left, where the flag is gone too.
+    # Precisions come from the graph. Newer versions have only such networks, and no flag.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, flavour.logger)
@@ -51,7 +53,7 @@ def parse_graph(flavour: Flavour, builder: Any, graph: Path) -> ParsedGraph:
 
 @dataclass(frozen=True)
 class ParsedGraph:
-    """A network, and the parser that owns the weights which it refers to."""
+    """A network, and the parser, which owns the weights that the network refers to."""
 
     network: Any
     parser: Any
@@ -68,20 +70,21 @@ def _refusal(flavour: Flavour, graph: Path, errors: list[Any]) -> str:
     if not lines:
         lines = flavour.messages() or ["it gave no reason"]
     return (
-        f"the parser of {flavour.product} {flavour.version} refuses {graph}; export it again with "
-        "--target tensorrt.\n  " + "\n  ".join(lines)
+        f"the parser of {flavour.product} {flavour.version} refuses {graph}; export the model "
+        "again with --target tensorrt.\n  " + "\n  ".join(lines)
     )
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:
-    """Let attention run as products and softmax where no single kernel computes it.
+    """Let TensorRT decompose attention into matrix products and softmax.
 
-    Scores are float32, and there is no such kernel; without this the builder gives up.
+    The graph's scores are float32. TensorRT has no fused attention kernel for them, and without
+    this the build fails.
     """
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # the bindings know only the base
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings return the base class
             layer.attention.decomposable = True
 
 
@@ -89,14 +92,17 @@ def add_profiles(builder: Any, config: Any, network: Any, options: EngineOptions
     """Add the decode profile, then the prefill profile, over the network's inputs.
 
     Raises:
-        EngineError: the builder does not take one.
+        EngineError: the builder refuses a profile.
     """
     for expected in (DECODE_PROFILE, PREFILL_PROFILE):
         profile = builder.create_optimization_profile()
         for name, shapes in _inputs(network, expected, options):
             profile.set_shape(name, *shapes)
         if config.add_optimization_profile(profile) != expected:
-            raise EngineError(f"the builder does not take optimization profile {expected}")
+            raise EngineError(
+                f"the builder refused optimization profile {expected}; report the bundle's "
+                "configuration and the options of neo-engine"
+            )
 
 
 def _inputs(network: Any, profile: int, options: EngineOptions) -> Iterator[tuple[str, Shapes]]:
@@ -108,7 +114,10 @@ def _inputs(network: Any, profile: int, options: EngineOptions) -> Iterator[tupl
 def profile_shapes(
     name: str, shape: tuple[int, ...], profile: int, options: EngineOptions
 ) -> Shapes:
-    """Shapes of one input under one profile; −1 in `shape` is batch at axis 0, else a length."""
+    """Minimum, optimum and maximum shape of one input in one profile.
+
+    In `shape`, −1 stands for the batch size at axis 0 and for a length at every other axis.
+    """
     lengths = (options.min_length, options.opt_length, options.max_length)
     if name == "logit_positions":
         lengths = (1, 1, options.max_logit_positions)

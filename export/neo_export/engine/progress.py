@@ -1,4 +1,4 @@
-"""TensorRT's own progress monitor, as the stages that a command line shows."""
+"""TensorRT's progress monitor, reported as the stages of a command."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["kept_interrupt", "progress_monitor"]
 
 @contextmanager
 def kept_interrupt() -> Iterator[threading.Event]:
-    """Notice Ctrl-C instead of raising it: NVIDIA's code drops what its callbacks raise.
+    """Record Ctrl-C in an event instead of raising it: NVIDIA's code drops callbacks' exceptions.
 
-    Nothing changes in other threads than the main one, which Ctrl-C does not reach, and where
-    something else than Python deals with it, or nothing does (a job in the background).
+    Does nothing outside the main thread, which alone handles signals, and if SIGINT is ignored
+    (background jobs) or its handler was not installed by Python.
     """
     seen = threading.Event()
     before = signal.getsignal(signal.SIGINT)
@@ -38,10 +38,10 @@ def kept_interrupt() -> Iterator[threading.Event]:
 def progress_monitor(
     flavour: Flavour, say: Callable[[str, int, int], None], interrupted: threading.Event
 ) -> Any:
-    """An `IProgressMonitor` that calls `say(phase, steps done, steps)`.
+    """An `IProgressMonitor` that calls `say(phase, steps done, total steps)`.
 
-    Only phases of the first two levels are told: those below take milliseconds. An exception in
-    `say` is kept (`monitor.failure`) and stops the build; so does `interrupted`.
+    Only phases of the two outer levels are reported; inner ones take milliseconds. An exception in
+    `say` is stored in `monitor.failure` and stops the build, as does setting `interrupted`.
     """
     monitor_class: Any = flavour.module.IProgressMonitor
 
@@ -71,7 +71,7 @@ def progress_monitor(
         def _say(self, phase: str, done: int) -> None:
             try:
                 say(f"TensorRT: {phase}", done, self.steps.get(phase, done))
-            except BaseException as error:  # it must not cross NVIDIA's C++ frames
+            except BaseException as error:  # must not cross NVIDIA's C++ frames
                 self.failure = error
 
     return Monitor()

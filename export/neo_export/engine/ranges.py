@@ -1,4 +1,4 @@
-"""What a plan shall take, checked against the bundle before minutes of work begin."""
+"""Lengths, batch sizes and builder options of a plan, checked against the bundle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LEVELS = range(6)
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
-    """The command line's options; None where the bundle decides."""
+    """The command's options; None for those that `resolve_options` fills in."""
 
     min_length: int = 1
     opt_length: int | None = None
@@ -37,12 +37,13 @@ class EngineRequest:
 
 
 def resolve_options(request: EngineRequest, manifest: Manifest) -> EngineOptions:
-    """Fill in what was left open.
+    """Fill in defaults and check the result.
 
-    Defaults: chunks of up to all positions, chosen for 128; batch 1; logits of 256 positions.
+    Defaults: chunks of up to all positions, optimized for 128; batch size 1; logits of up to 256
+    positions per call.
 
     Raises:
-        RequestError: two limits contradict each other or the bundle; says which.
+        RequestError: an option is out of range, or contradicts another one or the bundle.
     """
     max_length = request.max_length or manifest.max_length
     max_batch = request.max_batch or max(request.opt_batch or 1, request.min_batch)
@@ -62,15 +63,15 @@ def resolve_options(request: EngineRequest, manifest: Manifest) -> EngineOptions
     )
     if max_length > manifest.max_length:
         raise RequestError(
-            f"--max-length is {max_length}, and the bundle's cache has {manifest.max_length} "
-            "positions; ask for fewer, or export with a larger --max-length"
+            f"--max-length is {max_length}, expected at most {manifest.max_length}, the positions "
+            "of the bundle's cache; lower it, or export with a larger --max-length"
         )
     _check_order("length", options.min_length, options.opt_length, max_length)
     _check_order("batch", options.min_batch, options.opt_batch, max_batch)
     if not 1 <= options.max_logit_positions <= max_length:
         raise RequestError(
-            f"--max-logit-positions is {options.max_logit_positions}, expected 1 to --max-length, "
-            f"{max_length}"
+            f"--max-logit-positions is {options.max_logit_positions}, expected 1 to {max_length} "
+            "(--max-length)"
         )
     if options.optimization_level not in _LEVELS:
         raise RequestError(
@@ -85,5 +86,5 @@ def _check_order(what: str, least: int, best: int, most: int) -> None:
     if not 1 <= least <= best <= most:
         raise RequestError(
             f"--min-{what} {least}, --opt-{what} {best} and --max-{what} {most} contradict each "
-            "other, expected 1 ≤ min ≤ opt ≤ max"
+            "other; expected 1 ≤ min ≤ opt ≤ max"
         )
