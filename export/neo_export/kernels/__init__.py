@@ -1,11 +1,11 @@
-"""A decode step as kernels of its own, for CUDA.
+"""CUDA kernels that replace the decode graph, written in Triton: `neo-kernels`.
 
-graph        what a decode graph computes, or why it has no kernels
-programs     the kernels, in Triton's language
-plan         launches, as data
-places       where their arguments lie
-launches     which programs compute a graph
-compiler     programs become machine code
-build        a file of kernels for a bundle
+graph        reads what a decode graph computes, or refuses it
+programs     the kernels in Triton
+plan         a decode step as a list of launches
+places       addresses of launch arguments
+launches     maps a decode graph to launches
+compiler     compiles Triton programs to machine code
+build        writes the kernel file of a bundle
 cli          `neo-kernels`
 """

@@ -1,4 +1,4 @@
-"""A file of kernels for a bundle."""
+"""Compiles the decode step of a bundle and writes its kernel file."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = ["BuiltKernels", "build_kernels", "kernels_for", "planned_steps"]
 
 @dataclass(frozen=True)
 class BuiltKernels:
-    """Kernels that were built and written."""
+    """Kernels that have been compiled and written."""
 
     path: Path
     kernels: StepKernels
     size: int
-    """Bytes of the file."""
+    """Size of the file, in bytes."""
     seconds: float
 
 
@@ -47,21 +47,21 @@ def build_kernels(
     overlap: bool,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> BuiltKernels:
-    """Compile the decode step of a bundle and put it into the bundle's `engines/`.
+    """Compile the decode step of a bundle and write the result to the bundle's `engines/`.
 
     Args:
-        folder: written by `neo-export --target cuda`.
-        capability: of the GPUs that it is for, such as "9.0".
-        overlap: let launches begin early (compute capability 9.0 or newer).
-        progress: called with a phase, kernels done and kernels.
+        folder: a bundle written by `neo-export --target cuda`.
+        capability: compute capability of the GPUs to compile for, such as "9.0".
+        overlap: use programmatic dependent launch (compute capability 9.0 or newer).
+        progress: called with a phase, the kernels done and the total number of kernels.
 
     Raises:
-        NeoError: the bundle or Triton cannot be used, or the graph has no kernels; an earlier file
-            stays.
+        NeoError: the bundle or Triton cannot be used, or there are no kernels for the graph. An
+            existing kernel file is left unchanged.
     """
     started = time.monotonic()
     bundle = open_bundle(folder, check_runtime=False)
-    compiler_name()  # before seconds of work
+    compiler_name()  # fails early if Triton is missing
     kernels = kernels_for(
         bundle, capability, overlap=overlap, compiler=compile_variant, progress=progress
     )
@@ -71,23 +71,23 @@ def build_kernels(
         replace_file(path, text)
     except OSError as error:
         raise OutputError(
-            f"{path} cannot be written ({error.strerror}); make room or permit it"
+            f"{path} cannot be written ({error.strerror}); free space or change its permissions"
         ) from error
     return BuiltKernels(path, kernels, len(text), round(time.monotonic() - started, 3))
 
 
 def planned_steps(bundle: Bundle, *, overlap: bool) -> list[PlannedStep]:
-    """The steps of all sizes.
+    """The planned decode steps, one for each of `ROW_SIZES`.
 
     Raises:
-        BundleUnsupportedError: the bundle is for another backend.
-        EngineError: its decode graph has no kernels.
+        BundleUnsupportedError: the bundle was not exported for CUDA.
+        EngineError: there are no kernels for its decode graph.
     """
     manifest = bundle.manifest
     if manifest.target != "cuda" or manifest.cache.layout != "in_place":
         raise BundleUnsupportedError(
-            f"{bundle.path} was exported for {manifest.target}; kernels are for bundles of "
-            "neo-export --target cuda"
+            f"{bundle.path} was exported for {manifest.target}, expected cuda; export the model "
+            "with neo-export --target cuda"
         )
     model = onnx.load(bundle.graph("decode"), load_external_data=False)
     graph = read_graph(model, manifest.model.vocab_size)
@@ -102,10 +102,17 @@ def kernels_for(
     compiler: Callable[[Variant, str], Kernel],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> StepKernels:
-    """What the steps of all sizes launch, each variant compiled once.
+    """Plan the decode steps of all sizes and compile each distinct variant once.
+
+    Args:
+        bundle: exported for CUDA.
+        capability: compute capability to compile for, such as "9.0".
+        overlap: use programmatic dependent launch.
+        compiler: compiles a variant for a compute capability.
+        progress: called with a phase, the kernels done and the total number of kernels.
 
     Raises:
-        NeoError: as `planned_steps` and `compiler`.
+        NeoError: from `planned_steps` or `compiler`.
     """
     steps = planned_steps(bundle, overlap=overlap)
     variants = list(dict.fromkeys(one.variant for step in steps for one in step.launches))

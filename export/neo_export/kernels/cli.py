@@ -1,4 +1,4 @@
-"""`neo-kernels BUNDLE`: compile a bundle's decode step for one kind of NVIDIA GPU."""
+"""`neo-kernels BUNDLE`: compile a bundle's decode step for one compute capability."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EPILOG = """\
-BUNDLE was written by neo-export --target cuda. The kernels compute decode steps of up to 32
-sequences in place of the decode graph, over the same weights; prompts stay with onnxruntime. They
-are written to BUNDLE/engines, are found there by neo_runtime.load on GPUs of their kind, and are
-gone when the file is deleted. They have not run on a GPU yet: compare them with neo-diff --backend
-cuda before use. Progress goes to stderr, the summary to stdout. Exit status: 0 built, 2 not built,
-130 interrupted.
+BUNDLE must have been written by neo-export --target cuda. The kernels replace the decode graph for
+batches of up to 32 sequences and use the same weights; onnxruntime still computes prompts. They are
+written to BUNDLE/engines, where neo_runtime.load finds them on GPUs of this compute capability;
+delete the file to go back to the graph. They have not run on a GPU yet: check them with neo-diff
+--backend cuda before use. Progress goes to stderr, the summary to stdout. Exit status: 0 built, 2
+not built, 130 interrupted.
 """
 _KNOWN = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
-"""Compute capabilities of NVIDIA's GPUs from Ampere on (CUDA GPU Compute Capability, NVIDIA)."""
+"""Compute capabilities from Ampere on (NVIDIA, CUDA GPU Compute Capability)."""
 _OVERLAPS = 9
-"""The first major compute capability that has programmatic dependent launch."""
+"""First major compute capability with programmatic dependent launch."""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="neo-kernels",
-        description="Compile a bundle's decode step for one kind of NVIDIA GPU.",
+        description="Compile a bundle's decode step for NVIDIA GPUs of one compute capability.",
         epilog=_EPILOG,
     )
     add_version(parser)
@@ -45,13 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compute-capability",
         metavar="X.Y",
-        help="of the GPUs, such as 9.0 for an H100 (default: this machine's)",
+        help="compute capability to compile for, such as 9.0 for an H100 (default: this machine's "
+        "GPU)",
     )
     parser.add_argument(
         "--no-overlap",
         action="store_true",
-        help="do not begin a kernel before the one before it has ended (default: from 9.0 on, "
-        "kernels begin early and load weights while they wait)",
+        help="do not start a kernel before the previous one has ended (default: from 9.0 on, "
+        "kernels start early and load weights while they wait)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -73,7 +74,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
     from neo_export.kernels.build import build_kernels, planned_steps
 
-    # Before a GPU is looked for: what no GPU has kernels for.
+    # Refuse bundles without kernels before looking for a GPU.
     planned_steps(open_bundle(arguments.bundle, check_runtime=False), overlap=False)
     capability = _capability(arguments.compute_capability)
     overlap = int(capability.split(".")[0]) >= _OVERLAPS and not arguments.no_overlap
@@ -91,13 +92,12 @@ def _capability(asked: str | None) -> str:
             asked = require_gpu().compute_capability
         except NeoError as error:
             raise DeviceError(
-                f"{error}; or name the GPUs that the kernels are for, such as "
-                "--compute-capability 9.0"
+                f"{error}; or name the GPUs to compile for, such as --compute-capability 9.0"
             ) from error
     if asked not in _KNOWN:
         raise RequestError(
-            f"the compute capability is {asked!r}, expected one of {', '.join(_KNOWN)}; other GPUs "
-            "have no kernels"
+            f"the compute capability is {asked!r}, expected one of {', '.join(_KNOWN)}; for other "
+            "GPUs there are no kernels, use the bundle without them"
         )
     return asked
 
@@ -122,13 +122,13 @@ def _report(built: BuiltKernels) -> str:
     launches = ", ".join(
         f"{len(step.launches)} up to batch {step.max_rows}" for step in kernels.steps
     )
-    early = "; each may begin before the one before it has ended" if kernels.overlap else ""
+    early = "; each may start before the previous one has ended" if kernels.overlap else ""
     return "\n".join(
         [
             f"kernels     {built.path}",
             f"for         compute capability {kernels.compute_capability}; {kernels.compiler}",
             f"launches    {launches}{early}",
-            f"memory      {kernels.memory_bytes / 1e6:,.1f} MB on the GPU, beside the weights",
+            f"memory      {kernels.memory_bytes / 1e6:,.1f} MB on the GPU besides the weights",
             f"size        {built.size / 1e6:,.1f} MB, {len(kernels.kernels)} kernels",
             f"time        {built.seconds:.1f} s",
         ]

@@ -1,4 +1,4 @@
-"""Triton programs to machine code, on a machine with or without a GPU."""
+"""Compiles Triton programs to machine code (cubin), with or without a GPU."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["SCRATCH_TYPES", "compile_variant", "compiler_name", "signature"]
 
 SCRATCH_TYPES = ("*i8", "*i8")
-"""Two pointers that Triton gives its kernels behind the arguments; these leave them unused."""
-_MISSING = "Triton cannot be imported; pip install 'neo-onnx[kernels]' brings it (Linux)"
+"""Two scratch pointers that Triton appends to a kernel's parameters. These kernels ignore them."""
+_MISSING = "Triton cannot be imported; on Linux, pip install 'neo-onnx[kernels]'"
 _ALIGNED = [["tt.divisibility", POINTER_ALIGNMENT]]
 
 
@@ -42,23 +42,24 @@ def compiler_name() -> str:
 
 
 def _triton() -> Any:
-    # A contraction of products and sums is what GPUs are for; newer versions want it said.
+    # Fuse multiply and add into FMA whatever Triton's default is.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     try:
         import triton
     except ImportError as error:
         raise DependencyError(f"{_MISSING} ({error})") from error
     if triton.knobs.runtime.interpret:
-        raise DependencyError("TRITON_INTERPRET is set, so that Triton does not compile; unset it")
+        raise DependencyError("TRITON_INTERPRET is set, so Triton does not compile; unset it")
     return triton
 
 
 def compile_variant(variant: Variant, capability: str) -> Kernel:
-    """Compile a program for GPUs of a compute capability, such as "9.0".
+    """Compile a program for one compute capability, such as "9.0".
 
     Raises:
-        DependencyError: Triton is not installed.
-        EngineError: it cannot compile the program for such a GPU.
+        DependencyError: Triton is not installed, or TRITON_INTERPRET is set.
+        EngineError: Triton cannot compile the program for this capability, or the result needs
+            scratch memory or thread block clusters, which the runtime does not provide.
     """
     triton = _triton()
     from neo_export.kernels import programs
@@ -84,7 +85,11 @@ def compile_variant(variant: Variant, capability: str) -> Kernel:
         ) from error
     metadata = made.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
-        raise EngineError(f"{variant.program} was compiled to a form that is not launched here")
+        raise EngineError(
+            f"Triton {version('triton')} compiled {variant.program} to a kernel with scratch "
+            "memory or block clusters, which the runtime cannot launch; install the version of "
+            "Triton in constraints.txt"
+        )
     image = made.asm["cubin"]
     return Kernel(
         name=metadata.name,
@@ -100,9 +105,10 @@ def compile_variant(variant: Variant, capability: str) -> Kernel:
 
 @contextmanager
 def _hermetic(triton: Any) -> Iterator[None]:
-    """The same machine code wherever it is compiled: no paths in it, and nobody's cache.
+    """Make compilation reproducible: no source paths in the code, and a fresh, private cache.
 
-    Triton prints what it failed to compile to stdout, which is for results.
+    Also discards stdout, to which Triton prints code that it failed to compile: the command's
+    stdout is for results.
     """
     knobs = triton.knobs
     with (
@@ -117,7 +123,7 @@ def _hermetic(triton: Any) -> Iterator[None]:
 
 
 def signature(names: list[str], variant: Variant) -> Mapping[str, str]:
-    """Types by argument, as Triton takes them."""
+    """Triton's type of each argument in `names`; "constexpr" for constants."""
     constants = dict(variant.constants)
     given = [name for name in names if name not in constants]
     types = dict(zip(given, variant.types, strict=True))

@@ -1,7 +1,7 @@
-"""What the decode graph of a bundle for CUDA computes, read from its operators.
+"""Reads the structure of a CUDA decode graph from its operators.
 
-The graph is followed from the embedding to the logits. Whatever is not known is refused by its
-name, so that kernels never stand for a graph that computes something else.
+The reader follows the graph from the embeddings to the logits and refuses, by name, every operator
+it does not recognize. So kernels never replace a graph that computes something else.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ class Stored:
     name: str
     shape: tuple[int, ...]
     element_type: int
-    """`TensorProto.DataType`."""
+    """A `TensorProto.DataType`."""
     offset: int
+    """In bytes."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A stored matrix with `outputs` × `inputs` numbers."""
+    """A stored matrix of `outputs` × `inputs` elements."""
 
     outputs: int
     inputs: int
     stored: Stored
     bits: int
-    """16: half precision; 8 or 4: with scales."""
+    """Per element. 16: float16 or bfloat16; 8 or 4: quantized, with scales."""
     by_input: bool
-    """Whether it lies as [inputs, outputs]."""
+    """Whether the layout is [inputs, outputs] instead of [outputs, inputs]."""
     scales: Stored | None = None
     group: int = 0
-    """Inputs that share a scale."""
+    """Consecutive inputs that share a scale; 0 without scales."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """One block of the model."""
+    """One transformer layer."""
 
     norm_1: Norm
     qkv: Matrix
     window: int
-    """Positions that are seen, the new one included; 0: all."""
+    """Positions each query attends to, itself included; 0: all."""
     scale: float
-    """Of scores."""
+    """Factor of the attention scores."""
     out_proj: Matrix
     out_bias: Stored
     norm_2: Norm
@@ -76,7 +77,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class DecodeGraph:
-    """The whole step."""
+    """A complete decode step."""
 
     tokens: Matrix
     positions: Stored
@@ -86,20 +87,20 @@ class DecodeGraph:
 
 
 def read_graph(model: ModelProto, vocab_size: int) -> DecodeGraph:
-    """Read a decode graph of target `cuda`.
+    """Read the decode graph of a bundle for target `cuda`.
 
     Args:
-        model: with or without its external data.
-        vocab_size: logits; the head may have more rows.
+        model: the graph, with or without its external data loaded.
+        vocab_size: number of logits; the head's matrix may be padded to more rows.
 
     Raises:
-        EngineError: an operator or tensor has no kernel.
+        EngineError: there is no kernel for an operator or a tensor.
     """
     return _Reader(model).read(vocab_size)
 
 
 class _Reader:
-    """The operators by what they read and write."""
+    """Finds operators by the tensors they read and write."""
 
     def __init__(self, model: ModelProto) -> None:
         self._stored = {}
@@ -116,7 +117,7 @@ class _Reader:
         position_node = self._reader_of("position_ids", ("Gather",))
         norm_node = self._reader_of(token_node.output[0], ("SkipLayerNormalization",))
         if list(norm_node.input[:2]) != [token_node.output[0], position_node.output[0]]:
-            raise _unknown(norm_node, "embeddings of tokens and positions before it")
+            raise _unknown(norm_node, "the token and position embeddings as its inputs")
         layers: list[Layer] = []
         while True:
             norm = self._norm(norm_node)
@@ -137,9 +138,9 @@ class _Reader:
         told = _attributes(attention)
         expected = (f"past_key_values.{number}.key", f"past_key_values.{number}.value")
         if tuple(attention.input[3:5]) != expected or told["num_heads"] != told["kv_num_heads"]:
-            raise _unknown(attention, f"attention over {expected[0]}, as many heads as of keys")
+            raise _unknown(attention, f"attention over {expected[0]}, key heads = query heads")
         if told.get("do_rotary") or told.get("softcap"):
-            raise _unknown(attention, "neither rotary positions nor a soft cap")
+            raise _unknown(attention, "neither rotary embeddings nor a softcap")
         out_node = self._reader_of(attention.output[0], ("MatMul", "MatMulNBits"))
         second = self._reader_of(out_node.output[0], ("SkipLayerNormalization",))
         self._check_sum(second, out_node, norm_node)
@@ -166,24 +167,24 @@ class _Reader:
 
     def _check_sum(self, node: NodeProto, added: NodeProto, before: NodeProto) -> None:
         if list(node.input[:2]) != [added.output[0], before.output[3]]:
-            raise _unknown(node, "the sum of a product and of the residual stream")
+            raise _unknown(node, "the sum of a product and the residual stream")
 
     def _head(self, guard: NodeProto, vocab_size: int) -> Matrix:
         flat = self._reader_of(guard.output[0], ("Reshape",))
         node = self._reader_of(flat.output[0], ("Gemm", "MatMulNBits"))
         matrix = self._matrix(node)
         if matrix.outputs < vocab_size:
-            raise _unknown(node, f"{vocab_size} logits")
+            raise _unknown(node, f"at least {vocab_size} logits")
         return replace(matrix, outputs=vocab_size)
 
     def _table(self, node: NodeProto) -> Matrix:
-        """The table of token embeddings."""
+        """The token embedding table."""
         stored = self._tensor(node, 0)
         if node.op_type == "Gather":
             return Matrix(stored.shape[0], stored.shape[1], stored, 16, by_input=False)
         told = _attributes(node)
         if len(node.input) > 3 or told["quantize_axis"] != 1 or told["gather_axis"] != 0:
-            raise _unknown(node, "rows of blocks without zero points")
+            raise _unknown(node, "a lookup of block-quantized rows without zero points")
         scales = self._tensor(node, 2)
         width = scales.shape[1] * told["block_size"]
         return Matrix(
@@ -194,17 +195,17 @@ class _Reader:
         stored = self._tensor(node, 1)
         if node.op_type != "MatMulNBits":
             if len(node.input) > 2 or stored.element_type not in _HALF:
-                raise _unknown(node, "a product in half precision without a bias")
+                raise _unknown(node, "a half-precision product without a bias")
             by_input = not _attributes(node).get("transB", 0)
             rows, columns = stored.shape
             outputs, inputs = (columns, rows) if by_input else (rows, columns)
             return Matrix(outputs, inputs, stored, 16, by_input)
         told = _attributes(node)
         if any(node.input[3:]):
-            raise _unknown(node, "blocks without zero points, order or bias")
+            raise _unknown(node, "blocks without zero points, group indices or bias")
         group, inputs = told["block_size"], told["K"]
         if inputs % group:
-            raise _unknown(node, f"{inputs} inputs in whole blocks of {group}")
+            raise _unknown(node, f"a multiple of {group} inputs, not {inputs}")
         scales = self._tensor(node, 2)
         return Matrix(told["N"], inputs, stored, told["bits"], False, scales, group)
 
@@ -218,16 +219,19 @@ class _Reader:
         return self._stored[name]
 
     def _reader_of(self, tensor: str, operators: tuple[str, ...]) -> NodeProto:
-        """The one operator of these kinds that reads a tensor as data."""
+        """The only operator of these types that reads a tensor.
+
+        Also allowed as readers are Shape, and SkipLayerNormalization, which reads the residual
+        stream.
+        """
         found = [node for node in self._nodes if tensor in node.input and node.op_type != "Shape"]
         known = [node for node in found if node.op_type in operators]
         others = [n for n in found if n not in known and n.op_type != "SkipLayerNormalization"]
         if len(known) != 1 or others:
             names = ", ".join(f"{node.op_type} {node.name}" for node in found) or "nothing"
             raise EngineError(
-                f"the decode graph has no form that kernels are known for: {tensor} is read by "
-                f"{names}, expected one {' or '.join(operators)}; leave neo-kernels out, the graph "
-                "runs without"
+                f"there are no kernels for this decode graph: {tensor} is read by {names}, "
+                f"expected one {' or '.join(operators)}; use the bundle without neo-kernels"
             )
         (node,) = known
         return node
@@ -242,6 +246,6 @@ def _attributes(node: NodeProto) -> dict[str, Any]:
 
 def _unknown(node: NodeProto, expected: str) -> EngineError:
     return EngineError(
-        f"{node.op_type} {node.name} of the decode graph has no form that kernels are known for; "
-        f"expected {expected}; leave neo-kernels out, the graph runs without"
+        f"there is no kernel for {node.op_type} {node.name} of the decode graph: expected "
+        f"{expected}; use the bundle without neo-kernels"
     )

@@ -1,4 +1,4 @@
-"""Which programs compute a decode graph, over which memory, in which order."""
+"""Maps a decode graph to launches: which programs run, in which order, over which memory."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 __all__ = ["ROW_SIZES", "plan_step"]
 
 ROW_SIZES = (1, 16, 32)
-"""Batches that products are compiled for; a batch takes the next."""
+"""Batch sizes to compile for; a batch uses the smallest size that holds it."""
 _PROGRAMS = 528
-"""Programs that share a product: four for each of the 132 processors of an H100."""
+"""Target number of programs per product: four on each of an H100's 132 multiprocessors."""
 _MOST_SPLITS = 16
 _SMALLEST_BLOCK = 16
-"""Outputs of a program, at least."""
+"""Fewest outputs per program."""
 _CHUNK = 64
-"""Positions that one program of the attention reads."""
+"""Positions per attention program."""
 _MERGE = 8
-"""Pieces of an attention that the last program reads at once: 512 positions in a step."""
+"""Partial results that the last attention program loads at once: 512 positions per iteration."""
 _VOCAB_BLOCK = 2048
 _MOST_NUMBERS = 2**31 - 1
-"""In a matrix: programs count them with 32 bits."""
+"""Most elements in a matrix: programs index them with 32 bits."""
 
 
 def plan_step(graph: DecodeGraph, manifest: Manifest, rows: int, *, overlap: bool) -> PlannedStep:
-    """The launches of one step of up to `rows` sequences.
+    """Plan one decode step of up to `rows` sequences.
 
     Args:
-        graph: of `read_graph`.
-        manifest: of the bundle.
-        rows: of `ROW_SIZES`.
+        graph: from `read_graph`.
+        manifest: the bundle's manifest.
+        rows: one of `ROW_SIZES`.
         overlap: compile for programmatic dependent launch.
 
     Raises:
-        EngineError: the model has sizes that no program is made for.
+        EngineError: no program supports the model's sizes.
     """
     return _Planner(graph, manifest, rows, overlap=overlap).plan()
 
@@ -65,7 +65,7 @@ class _Planner:
         matrices = [m for layer in self._graph.layers for m in _matrices(layer)]
         matrices.append(self._graph.head)
         columns = max(-(-m.outputs // _SMALLEST_BLOCK) for m in matrices)
-        # The same place in every step: what one leaves behind as zeros, another begins with.
+        # At the same place for all batch sizes: each step leaves them zero for the next one.
         memory.add("counters", "*i32", max(columns, ROW_SIZES[-1] * model.num_heads))
         splits = -(-max_length // _CHUNK)
         width = _power(model.head_dim) + 4
@@ -113,7 +113,10 @@ class _Planner:
     def _embed(self) -> None:
         tokens, width = self._graph.tokens, self._model.hidden_size
         if tokens.inputs != width:
-            raise EngineError(f"a table of {tokens.inputs} columns has no kernel, expected {width}")
+            raise EngineError(
+                f"the token embedding table has {tokens.inputs} columns, expected {width}; use the "
+                "bundle without neo-kernels"
+            )
         values = [
             in_tensor("input_ids", "*i64"),
             in_tensor("position_ids", "*i64"),
@@ -150,15 +153,17 @@ class _Planner:
         bias: Stored | None = None,
         layer: int | None = None,
     ) -> None:
-        """A linear layer; without `x` its input is the norm of the residual stream.
+        """Launch a linear layer. Without `x` its input is `norm` of the residual stream.
+
+        For one row the norm is fused into the product; for more it is a launch of its own.
 
         Raises:
             EngineError: the matrix is too large.
         """
         if matrix.outputs * matrix.inputs > _MOST_NUMBERS:
             raise EngineError(
-                f"a matrix of {matrix.outputs} × {matrix.inputs} numbers has no kernel, expected "
-                f"at most {_MOST_NUMBERS}; leave neo-kernels out, the graph runs without"
+                f"there is no kernel for a matrix of {matrix.outputs} × {matrix.inputs} elements, "
+                f"expected at most {_MOST_NUMBERS}; use the bundle without neo-kernels"
             )
         fused = norm is not None and self._rows == 1
         if norm is not None and not fused:
@@ -203,10 +208,10 @@ class _Planner:
         self._launch("project", values, constants, Extent(times=columns), Extent(times=splits))
 
     def _blocks(self, matrix: Matrix) -> tuple[int, int, int]:
-        """Outputs and inputs of a tile, and programs that share a sum.
+        """BLOCK_N and BLOCK_K of a tile, and SPLITS, the programs that share a sum (split-K).
 
-        A tile's rows are long enough for whole cache lines, and all tiles of a product are in
-        flight at once.
+        Tile rows span whole cache lines, and there are about `_PROGRAMS` programs, so that all run
+        at once.
         """
         if self._rows > 1:
             block_n, block_k = 64, 128 if matrix.bits == 4 else 64
@@ -295,5 +300,5 @@ def _parts(matrix: Matrix, blocks: tuple[int, int, int], rows: int) -> int:
 
 
 def _power(number: int) -> int:
-    """The next power of two."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Where arguments of a launch lie: in the weights, a step's tensors, or the kernels' memory."""
+"""Launch arguments: addresses in the weights, a step's tensors, or the kernels' own memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SIZES = {"*fp16": 2, "*bf16": 2, "*i32": 4, "*fp32": 4, "*i64": 8, "*fp64": 8}
 
 @dataclass(frozen=True)
 class Value:
-    """An argument and its type."""
+    """A launch argument and its Triton type."""
 
     argument: Argument
     type: str
@@ -35,19 +35,20 @@ class Value:
 
 @dataclass
 class Memory:
-    """Places in the kernels' own memory, for the most rows of a step."""
+    """Layout of the kernels' own memory."""
 
     size: int = 0
-    """Bytes."""
+    """In bytes, a multiple of 256."""
     places: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Offset in bytes and pointer type, by name."""
 
     def add(self, name: str, kind: str, count: int) -> None:
-        """A tensor of `count` numbers of a Triton pointer type."""
+        """Append a tensor of `count` elements; `kind` is a Triton pointer type such as "*fp32"."""
         self.places[name] = (self.size, kind)
         self.size += -(-count * _SIZES[kind] // _ALIGNMENT) * _ALIGNMENT
 
     def value(self, name: str) -> Value:
-        """A tensor as an argument."""
+        """The tensor `name` as an argument."""
         offset, kind = self.places[name]
         return Value(Argument(kind="memory", offset=offset), kind)
 
@@ -56,12 +57,12 @@ def in_weights(stored: Stored) -> Value:
     """A stored tensor as an argument.
 
     Raises:
-        EngineError: it does not lie where kernels can read it.
+        EngineError: its offset is not aligned for the kernels' loads.
     """
     if stored.offset % POINTER_ALIGNMENT:
         raise EngineError(
-            f"{stored.name} lies at byte {stored.offset} of the weights, expected a multiple of "
-            f"{POINTER_ALIGNMENT}, which kernels read at once; export the bundle again"
+            f"{stored.name} is at byte {stored.offset} of weights.bin, expected a multiple of "
+            f"{POINTER_ALIGNMENT}, which the kernels' loads need; export the model again"
         )
     return Value(Argument(kind="weights", offset=stored.offset), pointer_type(stored))
 
@@ -72,5 +73,5 @@ def in_tensor(name: str, kind: str) -> Value:
 
 
 def pointer_type(stored: Stored) -> str:
-    """Triton's type of a pointer to a stored tensor: "*fp16"."""
+    """Triton's pointer type for a stored tensor, such as "*fp16"."""
     return _TYPES[stored.element_type]

@@ -1,4 +1,4 @@
-"""A decode step as a list of launches: what is compiled, and what each launch is given."""
+"""A decode step as a list of launches: what to compile, and the arguments of each launch."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ __all__ = ["POINTER_ALIGNMENT", "Constant", "Planned", "PlannedStep", "Variant"]
 
 Constant = int | float | bool | str
 POINTER_ALIGNMENT = 16
-"""Bytes, of every address that a kernel is given: what it loads at once."""
+"""In bytes, of every pointer argument: kernels are compiled for loads of 16 bytes."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A program and what it is compiled for."""
+    """A program with the constants and argument types it is compiled for."""
 
     program: str
     constants: tuple[tuple[str, Constant], ...]
-    """By the program's order."""
+    """Names and values of the `tl.constexpr` parameters."""
     types: tuple[str, ...]
-    """Of its other arguments."""
+    """Triton types of the other parameters, in order."""
     warps: int = 4
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A launch of a variant."""
+    """One launch of a variant."""
 
     variant: Variant
     grid: tuple[Extent, Extent, Extent]
@@ -43,4 +43,4 @@ class PlannedStep:
     rows: int
     launches: tuple[Planned, ...]
     memory_bytes: int
-    """Of the kernels' own."""
+    """Size of the kernels' own memory."""

@@ -1,22 +1,22 @@
-"""The decode step as Triton programs: one token for each row, over a bundle's weights and cache.
+"""The decode step as Triton programs: one token per row, over a bundle's weights and cache.
 
-Sums are float32 whatever is stored. The residual stream, too, is float32; what goes into a
-product of several rows is rounded to the half precision of the weights, as onnxruntime has it.
+Sums and the residual stream are float32 whatever the storage type. The inputs of a product of
+several rows are rounded to the half precision of the weights, as in onnxruntime.
 
-Where one output is the sum of several programs, each leaves its part, and the last to arrive adds
-all parts in their order: results do not depend on which came first. `counters` are zero before and
-after every launch.
+Split-K: when several programs share a sum, each stores its partial sum, and the last one to finish
+adds them all in a fixed order, so the result does not depend on which finished first. `counters`
+are zero before and after every launch.
 
-With `PDL` a launch begins before the one that it depends on has ended, and loads weights, which
-nobody writes, until `wait_for_earlier` returns (CUDA's programmatic dependent launch).
+With `PDL` (CUDA's programmatic dependent launch) a launch starts before the previous one has ended.
+Until `wait_for_earlier` returns it loads only weights, which no launch writes.
 
-    rows        sequences of the batch; ROWS is the next size that a product takes
-    half        float16 or bfloat16, as the pointers have it
+    rows        sequences in the batch; ROWS is the batch size that a product is compiled for
+    half        float16 or bfloat16, by the type of the pointer
     residual    float32 [rows, WIDTH]
 
 Each function is compiled for one set of its constants (`neo_export.kernels.compiler`), or runs in
-Triton's interpreter, which is how it is tested without a GPU. References: Triton's documentation,
-https://triton-lang.org; split sums by last arrival: CUDA's sample threadFenceReduction.
+Triton's interpreter, where it is tested without a GPU. References: Triton's documentation,
+https://triton-lang.org; reduction by the last program: CUDA's sample threadFenceReduction.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Attention of a new position over the cache."""
+"""Attention of one new position over the cache, split along the positions."""
 
-# ruff: noqa: N803 - constants of a program are upper case, as in Triton's own
+# ruff: noqa: N803 - constexpr parameters are upper case, as is usual in Triton
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ def attend(
     MERGE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attention of one new position, half [rows, HEADS * HEAD_DIM]. Grid: (rows * HEADS, splits).
+    """Attention of one new position per row. Grid: (rows * HEADS, splits).
 
     queries     float32 [rows, HEADS * HEAD_DIM]
-    keys        half [rows, HEADS, length, HEAD_DIM], the new position's among them; values, too
-    WINDOW      positions that are seen, the new one included; 0: all
-    parts       float32 [rows * HEADS, splits, BLOCK_D + 4]: sum, largest score, sum of weights,
-                and what makes a multiple of 16 bytes
+    keys        half [rows, HEADS, length, HEAD_DIM], the new position's included; values likewise
+    WINDOW      positions that the query attends to, its own included; 0: all
+    out         half [rows, HEADS * HEAD_DIM]
+    parts       float32 [rows * HEADS, splits, BLOCK_D + 4]: weighted sum of values, largest score,
+                sum of weights, and two unused elements (16-byte alignment)
     counters    int32 [rows * HEADS]
 
-    Softmax over pieces as in FlashAttention-2 (Dao, 2023), section 3.1.
+    Each program computes the softmax of CHUNK positions; the last one merges the partial results
+    (online softmax: FlashAttention-2, Dao, 2023, section 3.1).
     """
     let_next_begin(PDL)
     place, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -51,7 +53,7 @@ def attend(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(end - WINDOW, 0)
-    # Slots are longer than texts: programs behind a text's end have nothing to do.
+    # The grid covers the whole cache buffer: programs past the sequence's end have no work.
     live = tl.cdiv(end - first, CHUNK)
     if split < live:
         at = first + split * CHUNK + c
@@ -78,9 +80,10 @@ def attend(
 
 @triton.jit
 def merged(parts, live, BLOCK_D: tl.constexpr, MERGE: tl.constexpr):
-    """The attention of all pieces, from those of `live` pieces: float32 [BLOCK_D].
+    """Attention output from the `live` partial results of one head: float32 [BLOCK_D].
 
-    MERGE       pieces that are read at once: each read waits for the memory of all processors
+    MERGE       partial results loaded per iteration. Each iteration waits for the L2 cache, since
+                the loads bypass L1, which may hold stale data
     """
     d = tl.arange(0, BLOCK_D)
     top, mass, total = -3.0e38, 0.0, tl.zeros([BLOCK_D], tl.float32)

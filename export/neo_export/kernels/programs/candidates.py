@@ -1,6 +1,6 @@
-"""The largest logits of a vocabulary, in two steps."""
+"""The largest logits of the vocabulary, selected in two launches."""
 
-# ruff: noqa: N803 - constants of a program are upper case, as in Triton's own
+# ruff: noqa: N803 - constexpr parameters are upper case, as is usual in Triton
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ def best_of_block(
     COUNT_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The largest logits of a block of the vocabulary, by rank. Grid: (blocks, rows).
+    """The COUNT_BLOCK largest logits of a block of the vocabulary, in order. Grid: (blocks, rows).
 
-    keys        int64 [rows, blocks, COUNT_BLOCK]: logits that compare like integers in the upper
-                half, and below them their ids, so that of equal logits the lower id comes first
+    logits      float32 [rows, VOCAB]
+    keys        int64 [rows, blocks, COUNT_BLOCK]: in the upper 32 bits the logit, mapped to an
+                integer of the same order; in the lower 0x7FFFFFFF - id, so that of equal logits
+                the lower id comes first
     sums        float64 [rows, blocks, 2]: largest logit, and the sum of exp(logit - largest)
     """
     let_next_begin(PDL)
@@ -33,7 +35,7 @@ def best_of_block(
     token = block * BLOCK + tl.arange(0, BLOCK)
     wait_for_earlier(PDL)
     logit = tl.load(logits + row * VOCAB + token, mask=token < VOCAB, other=float("-inf"))
-    # NaN comes first whatever its sign: behind what is no token, it would be one that is none.
+    # NaN ranks first whatever its sign. Ranked last, it could fall behind the padding of the block.
     bits = tl.where(logit == logit, logit.to(tl.int32, bitcast=True), 0x7FFFFFFF)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
@@ -60,7 +62,7 @@ def best_of_all(
     COUNT_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The candidates of a row, and the sum of exp(logit - largest). Grid: (rows).
+    """The COUNT largest logits of a row, and its sum of exp(logit - largest). Grid: (rows).
 
     keys, sums  see `best_of_block`
     top_values  float32 [rows, COUNT]

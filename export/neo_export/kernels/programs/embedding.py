@@ -1,6 +1,6 @@
-"""The residual stream of new tokens, and its norm."""
+"""Embeddings of new tokens, and the layer norm of the residual stream."""
 
-# ruff: noqa: N803 - constants of a program are upper case, as in Triton's own
+# ruff: noqa: N803 - constexpr parameters are upper case, as is usual in Triton
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["embed", "normalize"]
 
 @triton.jit
 def _row_of(table, scales, row, h, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """Numbers `h` of a row of a table, float32."""
+    """Elements `h` of one table row, dequantized to float32."""
     inside = h < WIDTH
     if BITS == 16:
         return tl.load(table + row * WIDTH + h, mask=inside, other=0.0).to(tl.float32)
@@ -39,7 +39,7 @@ def embed(
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Residual stream of a row: its token's embedding and its position's. Grid: (rows)."""
+    """Start the residual stream: token plus position embedding of a row. Grid: (rows)."""
     let_next_begin(PDL)
     row, h = tl.program_id(0), tl.arange(0, BLOCK)
     wait_for_earlier(PDL)
@@ -60,7 +60,7 @@ def normalize(
     EPSILON: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Layer norm of each row, half [rows, WIDTH]. Grid: (rows)."""
+    """Layer norm of each row of the residual stream; `out` is half [rows, WIDTH]. Grid: (rows)."""
     let_next_begin(PDL)
     row, h = tl.program_id(0), tl.arange(0, BLOCK)
     scale = tl.load(gamma + h, mask=h < WIDTH, other=0.0).to(tl.float32)

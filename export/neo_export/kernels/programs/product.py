@@ -1,6 +1,6 @@
-"""Linear layers, each with the norm before it and what is done with its outputs."""
+"""Linear layers, fused with the norm before them and the operation on their outputs."""
 
-# ruff: noqa: N803 - constants of a program are upper case, as in Triton's own
+# ruff: noqa: N803 - constexpr parameters are upper case, as is usual in Triton
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["project"]
 def _tile(
     weight, n, k, end, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, BY_INPUT: tl.constexpr
 ):
-    """Stored numbers [n, k] before `end`: halves, bytes, or pairs of 4 bits, counted by `k`."""
+    """Weights [n, k] with k < `end`, as stored; `k` counts halves, bytes, or 4-bit pairs."""
     stride: tl.constexpr = K // 2 if BITS == 4 else K
     inside = (n < N)[:, None] & (k < tl.minimum(end, stride))[None, :]
     if BY_INPUT:
@@ -33,7 +33,7 @@ def _tile(
 def _scales(
     scales, n, start, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr
 ):
-    """One scale for each block of the inputs from `start` on, float32 [n, BLOCK_K / GROUP]."""
+    """Scales of a tile whose inputs begin at `start`, float32 [n, BLOCK_K / GROUP]."""
     g = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
     inside = (n < N)[:, None] & (g < K // GROUP)[None, :]
     return tl.load(scales + n[:, None] * (K // GROUP) + g[None, :], mask=inside, other=0.0).to(
@@ -43,7 +43,7 @@ def _scales(
 
 @triton.jit
 def _weighed(x, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
-    """`x` [n, k] times the scale of its block."""
+    """`x` [n, k] with each element times the scale of its group."""
     blocks: tl.constexpr = BLOCK_K // GROUP
     width: tl.constexpr = x.shape[1] // blocks
     by_block = tl.reshape(x, [BLOCK_N, blocks, width]) * scale[:, :, None]
@@ -52,8 +52,8 @@ def _weighed(x, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.c
 
 @triton.jit
 def _inputs(x, r, k, rows, mean, spread, gamma, beta, K: tl.constexpr, NORM: tl.constexpr):
-    """Inputs `k` of the rows `r`, float32 [r, k]; of one row normalized where `NORM` says so."""
-    if r.shape[0] == 1:  # in one dimension: two would load it once for each output
+    """Inputs `k` of the rows `r`, float32 [r, k]; with `NORM` (one row only) normalized."""
+    if r.shape[0] == 1:  # one-dimensional, or it would be loaded once per output
         found = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     else:
         inside = (r < rows)[:, None] & (k < K)[None, :]
@@ -81,7 +81,7 @@ def _finish(
     HEAD_DIM: tl.constexpr,
     END: tl.constexpr,
 ):
-    """Where sums `y` [r, n] go. See `project`."""
+    """Apply the operation `END` to the sums `y` [r, n] and store the result. See `project`."""
     inside = (r < rows)[:, None] & (n < N)[None, :]
     if END == "qkv":
         width: tl.constexpr = N // 3
@@ -136,19 +136,20 @@ def project(
     SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A linear layer with what comes before and behind it. Grid: (N / BLOCK_N, SPLITS).
+    """A linear layer with the operations before and after it. Grid: (ceil(N / BLOCK_N), SPLITS).
 
-    weight      BITS 16: half, [K, N] with BY_INPUT, else [N, K]; BITS 8 and 4: MatMulNBits's
-                [N, K / GROUP, GROUP * BITS / 8] with `scales` [N, K / GROUP], zero point in the
-                middle
-    x           half [rows, K]; with NORM the residual stream, whose layer norm is taken (ROWS 1)
+    weight      BITS 16: half, [K, N] with BY_INPUT, else [N, K]. BITS 8 and 4: MatMulNBits's
+                uint8 [N, K / GROUP, GROUP * BITS / 8] with `scales` [N, K / GROUP]; the zero point
+                is 2^(BITS - 1)
+    x           half [rows, K]; with NORM (ROWS 1 only) the residual stream, to be normalized
     END         "qkv": queries to `out`, float32; keys and values to the cache, half [rows, heads,
-                length, HEAD_DIM], at each row's position. "residual": added to `out` with `bias`.
-                "gelu": `out`, half, with `bias` before. "logits": `out`, float32
-    parts       float32 [N / BLOCK_N, SPLITS, ROWS, BLOCK_N]
-    counters    int32 [N / BLOCK_N]
+                length, HEAD_DIM], at each row's position. "residual": sums plus `bias`, added to
+                `out`, float32. "gelu": GELU of the sums plus `bias` to `out`, half. "logits": sums
+                to `out`, float32
+    parts       float32 [ceil(N / BLOCK_N), SPLITS, ROWS, BLOCK_N]
+    counters    int32 [ceil(N / BLOCK_N)]
 
-    One row is multiplied and added as it is loaded; more go through the tensor cores.
+    One row is multiplied elementwise as the weights arrive; several rows use the tensor cores.
     """
     let_next_begin(PDL)
     column, split = tl.program_id(0), tl.program_id(1)
@@ -169,7 +170,7 @@ def project(
         sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for start in range(begin, begin + span, BLOCK_K):
         now = tile
-        # The next is on its way while this one is used.
+        # Prefetch the next tile while this one is used.
         then = (start + BLOCK_K) * step // BLOCK_K + k
         tile = _tile(weight, n, then, last, N, K, BITS, BY_INPUT)
         if BITS == 4:
@@ -196,7 +197,7 @@ def project(
             else:
                 half = x.dtype.element_ty
                 sums += tl.dot(given.to(half), tl.trans(number.to(half)))
-    if ROWS == 1:  # noqa: SIM108 - the two have different shapes, for which Triton wants a branch
+    if ROWS == 1:  # noqa: SIM108 - different shapes: Triton needs an if statement
         total = tl.sum(sums, 1)[None, :]
     else:
         total = sums

@@ -1,6 +1,6 @@
-"""What all programs have in common: when they begin, and who ends a sum."""
+"""Parts that programs share: dependent launch, the end of a split sum, layer norm statistics."""
 
-# ruff: noqa: N803 - constants of a program are upper case, as in Triton's own
+# ruff: noqa: N803 - constexpr parameters are upper case, as is usual in Triton
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ __all__ = ["arrived_last", "let_next_begin", "moments", "wait_for_earlier"]
 
 @triton.jit
 def let_next_begin(PDL: tl.constexpr):
-    """Let the next launch load its weights."""
+    """Let the next launch start; it loads its weights while this one runs."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_earlier(PDL: tl.constexpr):
-    """Until everything that was launched before has ended."""
+    """Wait until all earlier launches have ended and their writes are visible."""
     if PDL:
         gdc_wait()
 
 
 @triton.jit
 def arrived_last(counter, parts):
-    """Whether all other programs of a sum have left their parts; what they left can be read."""
+    """Count this program; True in the last of `parts`, which can then read all partial results."""
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
 
 
 @triton.jit
 def moments(x, h, WIDTH: tl.constexpr, EPSILON: tl.constexpr):
-    """Mean and 1 / standard deviation of a row, `x` zero outside of it."""
+    """Mean and 1 / sqrt(variance + EPSILON) of a row `x` of WIDTH elements, padded with zeros."""
     mean = tl.sum(x, 0) / WIDTH
     apart = tl.where(h < WIDTH, x - mean, 0.0)
     return mean, tl.rsqrt(tl.sum(apart * apart, 0) / WIDTH + EPSILON)
