@@ -95,7 +95,7 @@ def test_a_limit_that_cannot_be_kept(
     assert out == ""
     assert "neo-auto: --max-size 1000 allows 1,000 bytes" in err
     assert "measuring" not in err, "nothing long is run for nothing"
-    assert "what it said is above" in err
+    assert "see its message above" in err
     assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
     assert not list(scratch.iterdir())
 
@@ -149,5 +149,5 @@ def test_a_summary_is_found_behind_the_chatter_of_libraries() -> None:
 
 @pytest.mark.parametrize("said", ["", "no summary", "{half"])
 def test_no_summary_is_an_error_that_quotes_what_was_said(said: str) -> None:
-    with pytest.raises(StatisticsError, match="printed no summary"):
+    with pytest.raises(StatisticsError, match="expected a JSON summary"):
         _summary(said)

@@ -373,7 +373,7 @@ def test_export_says_when_calibration_fails(
     assert export([*command, "--int8"]) == 2
     err = capfd.readouterr().err
     assert "holds no text" in err
-    assert "failed (exit status 2); what it said is above" in err
+    assert "failed (exit status 2); see its message above" in err
     assert not (tmp_path / "bundle").exists()
     assert export([*command, "--fp32"]) == 2
     assert "--calibrate-text cannot be combined with --fp32" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""`neo-export`: a checkpoint in, a bundle out."""
+"""`neo-export`: converts a checkpoint to a bundle."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _export(
     arguments: argparse.Namespace,
 ) -> tuple[ExportSummary, Searched | None, BuiltEngine | None]:
-    # Slow imports come only now, so that --help and wrong usage answer at once.
+    # Slow imports are deferred, so that --help and usage errors respond at once.
     from neo_export.bundle.staging import check_destination
     from neo_export.command.run_calibration import calibration_folder, check_search, searched
     from neo_export.exporter import ExportOptions, export_bundle
@@ -80,7 +80,7 @@ def _export(
     search = search_arguments(arguments)
     text, statistics = arguments.calibrate_text, arguments.calibration
     if search is None and statistics and text:
-        raise RequestError("--calibration and --calibrate-text were given; choose one")
+        raise RequestError("--calibration and --calibrate-text were both given; choose one")
     build = _engine_builder(arguments)
     options = ExportOptions(
         base=arguments.base,
@@ -93,7 +93,7 @@ def _export(
         force=arguments.force,
     )
     if text is not None:
-        # Before the long work:
+        # Fail before the calibration, which may take hours.
         check_destination(arguments.output, force=arguments.force)
         _check_model(model, options, searches=search is not None)
     found = None
@@ -114,7 +114,7 @@ def _export(
 
 
 def _check_model(model: str, options: ExportOptions, *, searches: bool) -> None:
-    """Refuse now what the export would refuse only after the calibration."""
+    """Run the export's checks now instead of after the calibration."""
     from neo_export.checkpoint.folder import open_model
     from neo_export.decisions.options_check import check_export
     from neo_export.targets import target_named
@@ -124,7 +124,7 @@ def _check_model(model: str, options: ExportOptions, *, searches: bool) -> None:
 
 
 def _target(arguments: argparse.Namespace, precision: str) -> str:
-    """By default half precision is for GPUs, as CPUs compute most of it in float32."""
+    """The target. Half precision defaults to GPUs: CPUs compute most of it in float32."""
     if arguments.tensorrt:
         return "tensorrt"
     usual = {"fp16": "cuda", "bf16": "cuda", "fp8": "tensorrt"}
@@ -134,7 +134,7 @@ def _target(arguments: argparse.Namespace, precision: str) -> str:
 def _engine_builder(
     arguments: argparse.Namespace,
 ) -> Callable[[Callable[[str, int, int], None]], BuiltEngine | None]:
-    """What `--tensorrt` does after the export; its requirements are checked now."""
+    """The function that builds a plan after the export; checks its requirements now."""
     if not arguments.tensorrt:
         if arguments.compute_capability is not None:
             raise RequestError("--compute-capability can only be used with --tensorrt")
@@ -156,13 +156,17 @@ def _engine_builder(
         except EngineError as error:
             raise EngineError(f"{written}: {error}") from error
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted, {written}; neo-engine makes one") from None
+            raise KeyboardInterrupt(f"interrupted, {written}; build it with neo-engine") from None
 
     return build
 
 
 def _quantization(arguments: argparse.Namespace) -> tuple[str, Quantization]:
-    """The precision and its quantization options; refuses options of another precision."""
+    """The precision and its quantization options.
+
+    Raises:
+        RequestError: an option does not apply to the precision.
+    """
     from neo_export.quantize.plan import WeightPlan
     from neo_export.targets import Quantization
 
@@ -208,7 +212,7 @@ def _report(summary: ExportSummary, *, verbose: bool) -> str:
         f"weights     {summary.weight_bytes / 1e6:,.1f} MB in one file; "
         f"{summary.total_bytes / 1e6:,.1f} MB in all; matrices: {matrices}",
         f"time        {summary.seconds:.1f} s; peak memory {summary.peak_rss_bytes / 1e6:,.0f} MB, "
-        f"of it private {summary.peak_private_bytes / 1e6:,.0f} MB",
+        f"{summary.peak_private_bytes / 1e6:,.0f} MB of it private",
     ]
     for graph in summary.graphs if verbose else ():
         steps = [f"{graph.nodes_before} operators"]
@@ -217,13 +221,13 @@ def _report(summary: ExportSummary, *, verbose: bool) -> str:
     if summary.moved_places:
         gains = [place.error_before / place.error_after for place in summary.moved_places]
         lines.append(
-            f"outliers    moved into the weights at {len(gains)} places; their products' error "
-            f"is {min(gains):.3g} to {max(gains):.3g} times smaller"
+            f"outliers    moved into the weights at {len(gains)} places; the error of their "
+            f"products is {min(gains):.3g} to {max(gains):.3g} times smaller"
         )
     lines += [f"float32     {tensor.name} {tensor.reason}" for tensor in summary.kept_wide]
     if summary.largest_score:
         lines.append(
-            f"float32     attention scores reach ±{summary.largest_score:.4g}: attention is in "
+            f"float32     attention scores reach ±{summary.largest_score:.4g}: attention uses "
             "standard operators"
         )
     if not summary.has_tokenizer:

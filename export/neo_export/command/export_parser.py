@@ -1,4 +1,4 @@
-"""The options of `neo-export`."""
+"""The argument parser of `neo-export`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from neo_export.command.search_options import add_search_options
 __all__ = ["export_parser"]
 
 _EPILOG = """\
-MODEL is a Hugging Face folder (safetensors, or pytorch_model.bin with the extra torch, whole or in
+MODEL is a Hugging Face folder (safetensors, or pytorch_model.bin with the extra torch; one file or
 shards), a hub id such as EleutherAI/gpt-neo-1.3B (extra hub), or
-modelscope:AI-ModelScope/gpt-neo-1B3 (extra modelscope). Without it the demo model that comes with
+modelscope:AI-ModelScope/gpt-neo-1B3 (extra modelscope). Without MODEL, the demo model included in
 the package is exported.
 
 Progress goes to stderr, the summary to stdout. Exit status: 0 written; 1 nothing written, because a
@@ -23,7 +23,7 @@ check of the result failed; 2 bad input; 130 interrupted.
 
 
 def export_parser() -> OneLineParser:
-    """The parser of `neo-export`."""
+    """Build the parser of `neo-export`."""
     parser = OneLineParser(
         prog="neo-export",
         description="Turn a GPT-Neo checkpoint into a bundle of ONNX graphs over one weight file.",
@@ -42,15 +42,15 @@ def export_parser() -> OneLineParser:
         ("bf16", "the same in bfloat16; targets cuda and tensorrt"),
         (
             "int8",
-            "weights in 8 bits, one scale per output channel; on target cpu 7 of the 8 bits are "
-            "used, and activations have 8 bits, one scale per token",
+            "8-bit weights, one scale per output channel; on target cpu 7 of the 8 bits are used, "
+            "and activations are 8-bit, one scale per token",
         ),
         (
             "int4",
-            "weights in 4 bits, one scale per block; on target cpu activations have 8 bits, one "
-            "scale per block",
+            "4-bit weights, one scale per block; on target cpu activations are 8-bit, one scale "
+            "per block",
         ),
-        ("fp8", "weights (with --calibration also products) in float8 E4M3; target tensorrt"),
+        ("fp8", "weights (with --calibration also activations) in float8 E4M3; target tensorrt"),
     ):
         precision.add_argument(
             f"--{name}", dest="precision", action="store_const", const=name, help=text
@@ -58,15 +58,15 @@ def export_parser() -> OneLineParser:
     precision.add_argument(
         "--auto",
         action="store_true",
-        help="choose the precision of each matrix by its measured cost on text (--calibrate-text), "
+        help="choose the precision of each matrix by its measured error on --calibrate-text, "
         "within --max-kl or --max-size; minutes for small models, hours for billions of parameters",
     )
     precision.add_argument(
         "--plan",
         type=Path,
         metavar="FILE",
-        help="the precision of each matrix from a JSON file (docs/quantization.md): fp32, int8, or "
-        "int4 with its block size",
+        help="read the precision of each matrix from a JSON file (docs/quantization.md): fp32, "
+        "int8, or int4 with its block size",
     )
     parser.add_argument(
         "--target",
@@ -91,8 +91,8 @@ def export_parser() -> OneLineParser:
         "--block-size",
         type=int,
         metavar="N",
-        help="int4: inputs that share one scale: 16, 32, 64, 128 or 256; smaller blocks are more "
-        "exact and take more space; 256 not for target cuda (default: the largest up to 128 that "
+        help="int4: inputs that share one scale: 16, 32, 64, 128 or 256 (256 not for target "
+        "cuda); smaller blocks are more accurate and larger (default: the largest up to 128 that "
         "divides every width)",
     )
     parser.add_argument(
@@ -102,7 +102,7 @@ def export_parser() -> OneLineParser:
         metavar="PATTERN",
         help="int8, int4, fp8, plan, auto: do not quantize weights whose names in the checkpoint "
         "match this shell pattern, such as '*.mlp.c_proj.weight'; they stay float32, or float16 "
-        "for targets cuda and tensorrt; may be repeated",
+        "on targets cuda and tensorrt; may be repeated",
     )
     parser.add_argument(
         "--int8-prefill",
@@ -116,30 +116,30 @@ def export_parser() -> OneLineParser:
         type=Path,
         metavar="STATS",
         help="statistics that neo-calibrate wrote for this model: int8 and int4 move activation "
-        "outliers into the weights and choose integers by GPTQ, fp16 keeps in float32 what would "
-        "overflow, and an int8 cache gets its scales",
+        "outliers into the weights and round by GPTQ, fp16 keeps in float32 what would overflow, "
+        "and an int8 cache gets its scales",
     )
     parser.add_argument(
         "--calibrate-text",
         type=Path,
         metavar="FILE",
-        help="first run neo-calibrate on this text or these JSON lines, and use its statistics; "
+        help="first run neo-calibrate on this file (text or JSON lines) and use its statistics; "
         "needs the extra torch",
     )
     parser.add_argument(
         "--kv-cache",
         default="float",
         choices=("float", "int8"),
-        help="int8: keys and values in 8 bits, one scale per channel from --calibration; the cache "
-        "is a quarter as large, decoding at long contexts is faster, prompts are slower; target "
-        "cpu with float32 activations, heads of a multiple of 16, or of 8 where no layer keeps a "
-        "window (default: float)",
+        help="int8: 8-bit keys and values, one scale per channel from --calibration; the cache is "
+        "a quarter as large, decoding long contexts is faster, prompts are slower; needs target "
+        "cpu, float32 activations and a head size that is a multiple of 16, or of 8 if no layer "
+        "uses a window (default: float)",
     )
     parser.add_argument(
         "--max-length",
         type=int,
         metavar="N",
-        help="most positions of a sequence (default: all that the checkpoint has)",
+        help="most positions per sequence (default: all of the checkpoint's)",
     )
     parser.add_argument(
         "--verify",
@@ -153,6 +153,6 @@ def export_parser() -> OneLineParser:
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument(
-        "--verbose", action="store_true", help="print what each pass did to each graph, too"
+        "--verbose", action="store_true", help="also print what each pass did to each graph"
     )
     return parser

@@ -1,7 +1,7 @@
 """`neo-export --calibrate-text` and `--auto`: `neo-calibrate` and the search as child processes.
 
-A process of its own, because the export knows nothing of the calibration (which imports PyTorch),
-and its memory is given back before weights are written.
+Separate processes, because the export must not import the calibration (which imports PyTorch), and
+because their memory is released before weights are written.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _MODULE = "neo_calibration"
 
 @dataclass(frozen=True)
 class Searched:
-    """What a search found."""
+    """The result of a search."""
 
     plan: WeightPlan
     remembered: Path
-    """Matrices that it quantized with these statistics: all that an export of the plan wants."""
+    """Folder of matrices already quantized with these statistics, enough to export the plan."""
     summary: dict[str, Any]
-    """Bytes, divergence, interval and so on of the bundle that was measured."""
+    """The search's JSON summary: size, divergence and so on of the bundle that it measured."""
 
     def report(self) -> str:
-        """A line for people."""
+        """The human-readable summary, one line."""
         found = self.summary
         between = ""
         if found["interval"] is not None:
@@ -54,7 +54,7 @@ class Searched:
 
 @contextmanager
 def calibration_folder(model: str, base: str | None, text: Path) -> Iterator[Path]:
-    """Statistics of a text: made now, removed afterwards.
+    """Compute statistics on a text in a temporary folder, which is removed on exit.
 
     Args:
         model: what the user called it.
@@ -62,24 +62,25 @@ def calibration_folder(model: str, base: str | None, text: Path) -> Iterator[Pat
         text: the file to calibrate on.
 
     Raises:
-        StatisticsError: the calibration failed; it has said why.
+        DependencyError: the calibration is not installed.
+        StatisticsError: the calibration failed; its own message is on stderr.
     """
     with tempfile.TemporaryDirectory(prefix="neo-calibration-") as folder:
         yield run_calibration(model, text, Path(folder, "stats"), *_base(base))
 
 
 def run_calibration(model: str, text: Path, output: Path, *options: str) -> Path:
-    """Run `neo-calibrate MODEL --text TEXT -o OUTPUT`; its progress goes to our stderr.
+    """Run `neo-calibrate MODEL --text TEXT -o OUTPUT`; returns OUTPUT. Progress goes to stderr.
 
     Args:
         model: what the user called it.
         text: the file to calibrate on.
         output: the folder to write.
-        options: more of the command's options.
+        options: further options of the command.
 
     Raises:
-        DependencyError: the calibration, or what it needs, is not installed.
-        StatisticsError: it failed; it has said why.
+        DependencyError: the calibration is not installed.
+        StatisticsError: the calibration failed; its own message is on stderr.
     """
     _require()
     _run(_MODULE, model, "--text", str(text), "-o", str(output), *options)
@@ -87,7 +88,7 @@ def run_calibration(model: str, text: Path, output: Path, *options: str) -> Path
 
 
 def check_search(model: str, base: str | None, text: Path, options: tuple[str, ...]) -> None:
-    """Let the search refuse a limit or a text before statistics are made for it.
+    """Let the search check its limit and text before statistics are computed for it.
 
     Args:
         model: what the user called it.
@@ -96,8 +97,8 @@ def check_search(model: str, base: str | None, text: Path, options: tuple[str, .
         options: the limit and so on, as the command takes them.
 
     Raises:
-        DependencyError: the calibration, or what it needs, is not installed.
-        StatisticsError: it was refused; the search has said why.
+        DependencyError: the calibration is not installed.
+        StatisticsError: the search refused them; its own message is on stderr.
     """
     _require()
     _run(f"{_MODULE}.auto", model, "--text", str(text), "--check", *_base(base), *options)
@@ -107,21 +108,21 @@ def check_search(model: str, base: str | None, text: Path, options: tuple[str, .
 def searched(
     model: str, base: str | None, text: Path, statistics: Path, options: tuple[str, ...]
 ) -> Iterator[Searched]:
-    """Run `python -m neo_calibration.auto`: the plan that keeps a limit.
+    """Run `python -m neo_calibration.auto`, which searches for a plan within a limit.
 
-    Everything that it writes on the way lies in one folder, which is removed afterwards: a search
-    that is killed leaves nothing.
+    The search writes all its temporary files to one folder, which is removed on exit, even if the
+    search is killed.
 
     Args:
         model: what the user called it.
         base: the base model of an adapter, where it was given.
         text: the file to measure on.
-        statistics: of the model.
+        statistics: folder of the model's calibration statistics.
         options: the limit and so on, as the command takes them.
 
     Raises:
-        DependencyError: the calibration, or what it needs, is not installed.
-        StatisticsError: it failed; it has said why.
+        DependencyError: the calibration is not installed.
+        StatisticsError: the search failed; its own message is on stderr.
     """
     _require()
     with tempfile.TemporaryDirectory(prefix="neo-auto-") as folder:
@@ -133,13 +134,13 @@ def searched(
 
 
 def _summary(said: str) -> dict[str, Any]:
-    """The JSON object in what a child printed; libraries may have printed something before it."""
+    """Parse the JSON object at the end of a child's stdout; libraries may print before it."""
     try:
-        # Its inner objects are indented: the last brace that begins a line is its own.
+        # Inner objects are indented: the last line that begins with a brace starts the summary.
         found, _ = json.JSONDecoder().raw_decode(said[f"\n{said}".rindex("\n{") :])
     except ValueError as error:
         raise StatisticsError(
-            f"{_MODULE}.auto printed no summary, but {said[:200]!r}; report this"
+            f"{_MODULE}.auto printed {said[:200]!r}, expected a JSON summary; report this"
         ) from error
     summary: dict[str, Any] = found
     return summary
@@ -152,14 +153,14 @@ def _base(base: str | None) -> tuple[str, ...]:
 def _require() -> None:
     if importlib.util.find_spec(_MODULE) is None:
         raise DependencyError(
-            f"calibration needs the package {_MODULE}; install neo-onnx whole, with its extra: "
+            f"calibration needs the package {_MODULE}, which is not installed; run "
             "pip install 'neo-onnx[export,torch]'",
             name=_MODULE,
         )
 
 
 def _run(module: str, *arguments: str, scratch: str | None = None) -> str:
-    """Run a module of the calibration; what it printed. `scratch`: for its temporary files."""
+    """Run a calibration module; returns its stdout. `scratch`: its folder for temporary files."""
     command = [sys.executable, "-m", module, *arguments]
     environment = os.environ | ({"TMPDIR": scratch} if scratch else {})
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -171,6 +172,6 @@ def _run(module: str, *arguments: str, scratch: str | None = None) -> str:
         raise
     if child.returncode:
         raise StatisticsError(
-            f"{module} failed (exit status {child.returncode}); what it said is above"
+            f"{module} failed (exit status {child.returncode}); see its message above"
         )
     return said

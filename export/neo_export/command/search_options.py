@@ -1,4 +1,4 @@
-"""`neo-export --auto`: its options, checked before the long work, as arguments of the search."""
+"""Options of `neo-export --auto`, checked early and translated to arguments of the search."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 
 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
-    """Add the limits, and the folder of the report."""
+    """Add --max-kl, --max-size and --auto-report to the parser."""
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument(
         "--max-kl",
@@ -59,13 +59,13 @@ def search_arguments(arguments: argparse.Namespace) -> tuple[str, ...] | None:
             raise RequestError(f"{flag} can only be used with --auto")
         return None
     if not given:
-        raise RequestError("--auto needs a limit: --max-kl NATS, or --max-size SIZE")
+        raise RequestError("--auto needs a limit; add --max-kl NATS or --max-size SIZE")
     if arguments.calibrate_text is None:
-        raise RequestError("--auto needs text to measure on: --calibrate-text FILE")
+        raise RequestError("--auto needs text to measure on; add --calibrate-text FILE")
     if arguments.target not in (None, "cpu") or arguments.tensorrt:
         raise RequestError(
-            "--auto measures bundles for the CPU; for another target export the plan.json that "
-            "--auto-report writes, with --plan"
+            "--auto measures bundles for the CPU; for another target, export with --plan and the "
+            "plan.json that --auto-report writes"
         )
     if arguments.max_kl is not None:
         check_divergence(arguments.max_kl)
@@ -84,17 +84,17 @@ def check_divergence(limit: float) -> None:
     """Refuse a --max-kl that is not a positive number of nats.
 
     Raises:
-        RequestError: it is not.
+        RequestError: the limit is not one.
     """
     if not 0 < limit < math.inf:
-        raise RequestError(f"--max-kl is {limit:g}, expected a number of nats above 0")
+        raise RequestError(f"--max-kl is {limit:g}, expected a finite number of nats above 0")
 
 
 def parse_size(text: str) -> float:
     """--max-size: a number of bytes, or a fraction below 1.
 
     Raises:
-        RequestError: it is neither.
+        RequestError: the text is neither.
     """
     try:
         number = float(text)
@@ -109,10 +109,12 @@ def check_report_folder(folder: Path) -> None:
     """Refuse a path that cannot become a folder.
 
     Raises:
-        OutputError: something else is there, or on the way to it.
+        OutputError: the path, or one of its parents, exists and is not a folder.
     """
     for path in (folder, *folder.parents):
         if path.exists():
             if not path.is_dir():
-                raise OutputError(f"cannot write a report to {folder}: {path} is not a folder")
+                raise OutputError(
+                    f"cannot write a report to {folder}: {path} is not a folder; choose another one"
+                )
             return

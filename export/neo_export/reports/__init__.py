@@ -1,6 +1,6 @@
-"""What commands show of their work.
+"""Progress, memory use and plots of commands.
 
 memory   peak memory of this process
 stages   progress on stderr
-svg      plots without a library
+svg      plots as SVG text
 """

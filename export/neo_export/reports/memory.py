@@ -1,4 +1,4 @@
-"""How much memory this process needed at its worst."""
+"""Peak memory of this process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ if TYPE_CHECKING:
 __all__ = ["PeakMemory"]
 
 _STATUS = Path("/proc/self/status")
-_INTERVAL = 0.05  # seconds; a tensor takes longer than that to write when it matters
+_INTERVAL = 0.05  # seconds; tensors large enough to matter take longer to write
 
 
 class PeakMemory:
-    """Samples resident memory while it is entered; figures are bytes, 0 where /proc is missing."""
+    """Context manager that samples this process's memory every 50 ms.
+
+    `rss` is the peak resident memory, `private` the peak of its anonymous part, both in bytes; 0 on
+    systems without /proc.
+    """
 
     def __init__(self) -> None:
         self.rss = 0

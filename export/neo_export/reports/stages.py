@@ -1,4 +1,4 @@
-"""Progress of a command line on stderr."""
+"""Progress of a command on stderr."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ __all__ = ["StageLine"]
 
 
 _QUIET = 30.0
-"""Seconds after which a log has another line of a stage that is not done."""
+"""Seconds after which an unfinished stage gets another line in a log."""
 
 
 class StageLine:
-    """Stages on stderr: a line each, rewritten in place on a terminal; more in a log if they last.
+    """Shows stages on stderr.
 
-    A context manager: the last line is closed before anything else is written.
+    On a terminal each stage has one line, which is rewritten in place. Elsewhere a stage gets a
+    line when it ends, and one every 30 seconds while it runs. As a context manager it ends the last
+    line on exit.
     """
 
     def __init__(self, program: str, pace: str | None = None) -> None:
-        """Begin with nothing on stderr.
+        """Print nothing yet.
 
         Args:
-            program: what each line begins with.
-            pace: the unit of speed, such as "positions/s", where one count goes on through all
-                stages: lines then say it, and how long the rest takes. None where each stage has
-                a count of its own.
+            program: name at the start of each line.
+            pace: unit of speed, such as "positions/s", if one count continues through all stages.
+                Lines then also show the speed and the estimated time left. None if each stage has
+                its own count.
         """
         self._program = program
         self._pace = pace
@@ -43,7 +45,7 @@ class StageLine:
         self.end()
 
     def show(self, stage: str, done: int, total: int) -> None:
-        """Say how far a stage is; `total` is 0 where that is unknown."""
+        """Show the progress of a stage: `done` of `total`; `total` is 0 if unknown."""
         percent = 100 * done // total if total else -1
         if (stage, percent) == (self._stage, self._percent):
             return
@@ -56,12 +58,12 @@ class StageLine:
         if total:
             text += f", {percent} %{self._speed(done, total, now)}"
         if sys.stderr.isatty():
-            # The rest of a longer text before it is erased.
+            # \033[K erases the rest of a longer previous text.
             print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
             self._open = True
         elif (
             percent in (-1, 100)
-            # A stage of a common count ends where the next begins: it would never be at 100 %.
+            # With a common count, stages before the last never reach 100 %.
             or (begins and self._pace is not None)
             or now - self._logged >= _QUIET
         ):
@@ -69,13 +71,13 @@ class StageLine:
             self._logged = now
 
     def end(self) -> None:
-        """Close the line, before anything else is written."""
+        """End the current line, so that other output starts on a new one."""
         if self._open:
             print(file=sys.stderr)
             self._open = False
 
     def _speed(self, done: int, total: int, now: float) -> str:
-        """Speed and what is left of a common count; nothing at its first look."""
+        """Speed and time left of a common count; empty on the first call."""
         if self._pace is None:
             return ""
         if self._began is None:

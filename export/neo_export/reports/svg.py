@@ -1,7 +1,7 @@
-"""Plots as SVG text, without a library: axes, ticks, lines, marks, legends.
+"""Plots as SVG text, without a plotting library: axes, ticks, lines, markers, legends.
 
-What all plots have carries a class (`grid`, `axis`, `tick`, `label`), so that the style sheet of a
-page can colour it; `document` brings a style of its own. Places are pixels, from the top left.
+Common elements have a class (`grid`, `axis`, `tick`, `label`), so that a page's style sheet can
+style them; `document` includes its own style. Coordinates are pixels from the top left.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#332288")
-"""Okabe and Ito's, which colour-blind readers can tell apart, and two more."""
+"""Six of Okabe and Ito's colours, which colour-blind readers can tell apart, and two more."""
 INK, SOFT = "#222222", "#666666"
 _STYLE = f"""
 text {{ font: 12px Helvetica, Arial, "DejaVu Sans", sans-serif; fill: {SOFT}; }}
@@ -45,7 +45,7 @@ text {{ font: 12px Helvetica, Arial, "DejaVu Sans", sans-serif; fill: {SOFT}; }}
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """Values to pixels, in one direction."""
+    """Maps values to pixels along one axis."""
 
     low: float
     high: float
@@ -56,7 +56,7 @@ class Axis:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Pixel of a value; above 0 where the axis is logarithmic."""
+        """Pixel of a value, which must be positive on a logarithmic axis."""
         low, high = self.low, self.high
         if self.log:
             low, high, value = (math.log10(number) for number in (low, high, value))
@@ -64,17 +64,17 @@ class Axis:
 
 
 def round_step(span: float, most: int = 8) -> float:
-    """1, 2 or 5 times a power of ten: the smallest of which `span` has at most `most`."""
+    """The smallest 1, 2 or 5 times a power of ten that fits into `span` at most `most` times."""
     least = span / most
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
 
 
 def element(name: str, content: str = "", /, **attributes: object) -> str:
-    """An element around markup.
+    """An XML element; `content` is markup, not escaped.
 
-    Attributes are escaped, floats rounded to tenths; `class_` and `stroke_width` are written as
-    XML has them. Those that are "" are left out.
+    Attributes are escaped, floats rounded to tenths. In names a trailing underscore is dropped and
+    others become hyphens (`class_`, `stroke_width`). Attributes that are "" are omitted.
     """
     listed = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{_attribute(value)}"'
@@ -91,7 +91,7 @@ def _attribute(value: object) -> str:
 def text(
     x: float, y: float, words: str, kind: str = "", *, anchor: str = "", turn: float = 0.0
 ) -> str:
-    """Words of a class (`title`, `name`, `label`, `tick`, `small`), turned by degrees."""
+    """Text of a class (`title`, `name`, `label`, `tick`, `small`), rotated by `turn` degrees."""
     turned = f"rotate({turn:.1f} {x:.1f} {y:.1f})" if turn else ""
     place = {"x": float(x), "y": float(y), "text_anchor": anchor, "transform": turned}
     return element("text", escape(words), class_=kind, **place) if words else ""
@@ -100,13 +100,13 @@ def text(
 def line(
     x1: float, y1: float, x2: float, y2: float, kind: str = "", /, **attributes: object
 ) -> str:
-    """A straight line of a class, or with attributes of its own."""
+    """A straight line with a class, attributes, or both."""
     ends = {"x1": float(x1), "y1": float(y1), "x2": float(x2), "y2": float(y2)}
     return element("line", class_=kind, **ends, **attributes)
 
 
 def path(points: Iterable[tuple[float, float] | None], kind: str, **attributes: object) -> str:
-    """Straight lines from point to point; None is a gap."""
+    """Straight segments from point to point; None is a gap."""
     steps, pen = [], "M"
     for point in points:
         if point is not None:
@@ -118,7 +118,7 @@ def path(points: Iterable[tuple[float, float] | None], kind: str, **attributes: 
 def mark(
     x: float, y: float, color: str, words: str = "", *, square: bool = False, hollow: bool = False
 ) -> str:
-    """A circle or a square around a point; `words` appear under the pointer."""
+    """A circle or square centred on a point; `words` are its tooltip."""
     fill, stroke = ("white", color) if hollow else (color, "white")
     style = {"fill": fill, "stroke": stroke, "stroke_width": 2 if hollow else 1.2}
     title = element("title", escape(words)) if words else ""
@@ -138,7 +138,7 @@ def key(
     square: bool = False,
     hollow: bool = False,
 ) -> str:
-    """A line of a legend: a mark, and what it stands for."""
+    """A legend entry: a marker and its label."""
     sign = mark(x + 5, y - 4, color, square=square, hollow=hollow)
     return sign + text(x + 18, y, words, kind)
 
@@ -153,16 +153,16 @@ def axes(
     *,
     columns: bool = True,
 ) -> str:
-    """The grid, its numbers, and what the axes are.
+    """Grid lines, tick labels and axis labels.
 
     Args:
-        x: from left to right.
-        y: from bottom to top.
-        x_ticks: values and their names.
-        y_ticks: values and their names.
-        x_label: below the plot.
-        y_label: on its left, upwards.
-        columns: vertical lines as well; False for the axis alone.
+        x: the horizontal axis.
+        y: the vertical axis.
+        x_ticks: values and their labels.
+        y_ticks: values and their labels.
+        x_label: label below the plot.
+        y_label: label on the left, rotated.
+        columns: draw vertical grid lines too; False: only the horizontal axis.
     """
     parts = []
     for value, words in y_ticks:
@@ -181,7 +181,7 @@ def axes(
 
 
 def document(width: int, height: int, title: str, parts: Sequence[str]) -> str:
-    """A file of its own, with a title above the plot and white paper below it."""
+    """A complete SVG file: style sheet, white background, and `title` as the document's title."""
     body = [
         element("title", escape(title)),
         element("style", _STYLE),
