@@ -1,15 +1,15 @@
-"""Fixtures that every folder of tests may use: the demo model, exported, and PyTorch's answers."""
+"""Shared fixtures: bundles of the demo model, and the same model in PyTorch as the reference."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
 
-# Before PyTorch and numpy read them: several workers with a thread for every core each spend most
-# of their time waiting for one another. And sums come in one order, whatever the machine.
+# Set before PyTorch and numpy read them. Several workers with one thread per core each would mostly
+# wait for one another; and with one thread, sums have the same order on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Kernels are interpreted; those that are compiled are compiled in processes of their own.
+# Triton interprets kernels here. Tests that compile kernels do so in separate processes.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Prepacked weights of the whole session: no test writes into the user's own cache."""
+    """Cache of prepacked weights for the session, so that no test writes to the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEO_CACHE_DIR", str(folder))
@@ -31,7 +31,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def _export(factory: pytest.TempPathFactory, target: str, precision: str = "fp32") -> Path:
-    from neo_export.exporter import ExportOptions, export_bundle  # the runtime's tests do without
+    from neo_export.exporter import ExportOptions, export_bundle  # runtime tests do without
 
     bundle = factory.mktemp("demo") / target
     export_bundle(str(DEMO), bundle, ExportOptions(target=target, precision=precision))
@@ -40,13 +40,13 @@ def _export(factory: pytest.TempPathFactory, target: str, precision: str = "fp32
 
 @pytest.fixture(scope="session")
 def mini_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model for the target `cpu`, float32. Read only: the whole session shares it."""
+    """The demo model for target `cpu`, float32. Read-only: shared by the whole session."""
     return _export(tmp_path_factory, "cpu")
 
 
 @pytest.fixture(scope="session")
 def older_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment variables with which onnxruntime takes its kernels for AVX2."""
+    """Environment variables that make onnxruntime use its AVX2 kernels."""
     reason = why_impossible()
     if reason is not None:
         pytest.skip(reason)
@@ -55,23 +55,23 @@ def older_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def portable_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model for the target `portable`, float32. Read only."""
+    """The demo model for target `portable`, float32. Read-only."""
     return _export(tmp_path_factory, "portable")
 
 
 @pytest.fixture(scope="session")
 def cuda_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model for the target `cuda`, float16; it runs on the CPU provider. Read only."""
+    """The demo model for target `cuda`, float16; tests run it on the CPU provider. Read-only."""
     return _export(tmp_path_factory, "cuda", "fp16")
 
 
 @pytest.fixture(scope="session")
 def tensorrt_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model for the target `tensorrt`, float32. Read only."""
+    """The demo model for target `tensorrt`, float32. Read-only."""
     return _export(tmp_path_factory, "tensorrt")
 
 
 @pytest.fixture(scope="session")
 def reference() -> Reference:
-    """The demo model in PyTorch, float32; `reference.model` is the module itself."""
+    """The demo model in PyTorch, float32; `reference.model` is the `nn.Module`."""
     return Reference(DEMO)

@@ -1,4 +1,4 @@
-"""Sequences that begin with blocks that other sequences have left."""
+"""Checks of the prefix cache: sequences that start with blocks computed for other sequences."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LENGTHS = (31, 32, 33, 65, 80, 97, 129, 160, 161)
-"""Of what is shared: around blocks of 32, the window of 64, and its cache of 80 on a CPU."""
+"""Lengths of shared prefixes: around blocks of 32, the window of 64, and its CPU cache of 80."""
 ROOM = 8 * 10**6
-"""Bytes: more than all of this takes."""
+"""Bytes, more than these tests use."""
 
 
 def assert_beginnings_hold(
@@ -25,7 +25,7 @@ def assert_beginnings_hold(
     tolerance: float,
     logits_of: Callable[[list[int]], NDArray[np.float32]] = reference_logits,
 ) -> None:
-    """Rows of one cache behind blocks of another, then decoded; each against PyTorch.
+    """Continue blocks of other sequences in rows of one cache; compare every step with PyTorch.
 
     Args:
         model: of the demo checkpoint, with room for 3 sequences.
@@ -44,7 +44,7 @@ def assert_beginnings_hold(
             expected = np.stack([logits_of(one)[-1] for one in said[1:]])
             with model.new_cache(3, 250) as cache:
                 cache.reorder([0])
-                model.prefill(cache, [said[0]])  # a row that is there already
+                model.prefill(cache, [said[0]])  # an existing row
                 cache.extend(2)
                 rest = []
                 for row in (1, 2):
@@ -64,7 +64,7 @@ def assert_beginnings_hold(
 
 
 def _read(model: Model, prefixes: PrefixCache, ids: list[int]) -> None:
-    """Compute a text as a scheduler does, prompt and answer, beside another row; keep it."""
+    """Compute a prompt and its answer beside another row, as a scheduler does, and cache them."""
     told = prefixes.find(np.array(ids))
     assert not told.length
     prompt = len(ids) - 60

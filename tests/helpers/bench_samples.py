@@ -1,4 +1,4 @@
-"""A finished run with round numbers, made up."""
+"""A made-up benchmark run with round numbers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def machine(**changes: Any) -> Machine:
 
 
 def row(**changes: Any) -> Row:
-    """A bundle's decode at 10 GB/s: 1 GB a step, 0.1 s each, 2 steps a round."""
+    """A bundle's decode at 10 GB/s: 1 GB and 0.1 s per step, 2 steps per round."""
     values: dict[str, Any] = {
         "label": "ours",
         "kind": "bundle",
@@ -81,7 +81,7 @@ def row(**changes: Any) -> Row:
 
 
 def results(**changes: Any) -> Results:
-    """Two participants, a prefill and a decode each."""
+    """Two participants with one prefill and one decode test each."""
     prefill = {
         "test": "pp16",
         "prompt": 16,

@@ -1,4 +1,4 @@
-"""Synthetic bundles of a few kilobytes, right in every respect but their graphs' mathematics."""
+"""Synthetic bundles of a few kilobytes: valid, except that their graphs compute nothing useful."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def graph_spec(name: str) -> GraphSpec:
 
 
 def external_tensor(name: str, location: str, count: int = 4) -> TensorProto:
-    """A float32 tensor [count] whose data lies at the start of the file `location`."""
+    """A float32 tensor [count] whose data is at the start of the file `location`."""
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[count])
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", "0"), ("length", str(4 * count))):
@@ -101,7 +101,7 @@ def record(path: Path) -> FileRecord:
 
 
 def make_bundle(folder: Path, *, weights: bytes = bytes(range(64)), **changes: Any) -> Manifest:
-    """Write a whole bundle into `folder` (made if need be), with `changes` to its manifest."""
+    """Write a complete bundle to `folder` (created if missing), with `changes` to its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "weights.bin").write_bytes(weights)
     for name in GRAPHS:
@@ -115,7 +115,7 @@ def make_bundle(folder: Path, *, weights: bytes = bytes(range(64)), **changes: A
 
 
 def rewrite_manifest(folder: Path, **changes: Any) -> Manifest:
-    """Record the files as they are now: what a forger would do after altering one."""
+    """Write a manifest of the files as they are now, as a forger would after altering one."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     manifest = Manifest(
         precision="fp32",
@@ -136,7 +136,7 @@ def rewrite_manifest(folder: Path, **changes: Any) -> Manifest:
 
 
 def edit_json(folder: Path, *keys: str | int, value: Any = None, delete: bool = False) -> None:
-    """Set or delete one value of `neo.json`, by the keys that lead to it, and seal it again."""
+    """Set or delete one value of `neo.json` by its path of keys, and update the checksum."""
     path = folder / "neo.json"
     raw = json.loads(path.read_text())
     sealed = raw.pop("checksum", None) is not None

@@ -1,4 +1,4 @@
-"""Steps of an int8 cache that no calibration measured."""
+"""Made-up quantization steps of an int8 cache, without calibration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def random_steps(config: TinyConfig, seed: int = 0) -> CacheSteps:
-    """A step a channel, none like another; coarse, so that the rounding shows."""
+    """One step per channel, all different, and coarse, so that rounding has a visible effect."""
     generator = np.random.default_rng(seed)
 
     def some() -> tuple[NDArray[np.float32], ...]:

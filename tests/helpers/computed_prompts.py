@@ -1,4 +1,4 @@
-"""How many tokens of prompts are computed, call by call."""
+"""Records how many prompt tokens each prefill call computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def computed_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that each call of `CachedModel.prefill_step` extends, until the test's end."""
+    """A list that every call of `CachedModel.prefill_step` extends until the test ends."""
     tokens: list[int] = []
     prefill = CachedModel.prefill_step
 

@@ -1,4 +1,4 @@
-"""Trees of control groups as kernels, containers and systemd make them."""
+"""cgroup trees as the kernel, containers and systemd create them."""
 
 from __future__ import annotations
 

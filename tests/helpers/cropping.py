@@ -1,4 +1,4 @@
-"""Sequences that give positions back and go on differently."""
+"""Checks of `crop`: sequences that drop positions and continue differently."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LENGTHS = (1, 30, 62, 63, 64, 65, 78, 79, 80, 81, 95, 96, 97, 98, 140)
-"""Where sequences go back to: around the window of 64, its cache of 80 on a CPU, and evictions."""
+"""Lengths to crop to: around the window of 64, its CPU cache of 80, and evictions."""
 
 
 def assert_crops_hold(
@@ -22,7 +22,7 @@ def assert_crops_hold(
     tolerance: float,
     logits_of: Callable[[list[int]], NDArray[np.float32]] = reference_logits,
 ) -> None:
-    """Wrong tokens are scored and taken away again, then others stay; each against PyTorch.
+    """Score wrong tokens, crop them, then add others; compare every step with PyTorch.
 
     Args:
         model: of the demo checkpoint, with room for 3 sequences.
@@ -49,13 +49,13 @@ def assert_crops_hold(
                 found = model.decode(cache, [300 + turn])
                 said = [*said, 300 + turn]
                 assert relative_error(found, logits_of(said)[-1:]) < tolerance, (start, turn)
-            found = model.logits(ids[:7], cache)  # over an eviction: forward there is always room
+            found = model.logits(ids[:7], cache)  # across an eviction: appending always fits
             expected = logits_of(said + ids[:7])[len(said) :]
             assert relative_error(found, expected) < tolerance, start
     assert cropped > 2 * len(LENGTHS)
     with model.new_cache(2, 160) as cache:
         model.prefill(cache, [ids[:40], ids[50:53]])
-        cache.crop(20)  # where nothing else was written yet
+        cache.crop(20)  # nothing has been written after it yet
         found = model.decode(cache, [5, 6])
         expected = np.stack([logits_of([*ids[:20], 5])[-1], logits_of([*ids[50:53], 6])[-1]])
         assert relative_error(found, expected) < tolerance

@@ -1,6 +1,6 @@
-"""What a quantized bundle is compared with, and copies of its graphs with one thing changed.
+"""References for quantized bundles, and copies of bundles with one change in their graphs.
 
-`dequantized_checkpoint` is the checkpoint with the weights that the bundle really has: PyTorch
+`dequantized_checkpoint` is the checkpoint with the bundle's dequantized weights: PyTorch
 running on it differs from the bundle by the rounding of activations alone. `exact_activations`
 takes that away too: then only the order of float32 sums is left, as in a float32 bundle.
 """
@@ -31,7 +31,7 @@ GRAPHS = ("prefill", "decode", "score")
 def dequantized_checkpoint(
     source: Path, folder: Path, precision: str, quantization: Quantization
 ) -> Path:
-    """Copy a checkpoint with every matrix as `precision` stores it; returns `folder`."""
+    """Copy a checkpoint with every matrix rounded as `precision` stores it; returns `folder`."""
     shutil.copytree(source, folder)
     tensors = load_file(source / "model.safetensors")
     for name, tensor in tensors.items():
@@ -50,7 +50,7 @@ def _stored(
         return tensor
     kind, block_size = precision, quantization.block_size
     if quantization.plan is not None:
-        planned = dict(quantization.plan.weights)  # of whole names, no patterns
+        planned = dict(quantization.plan.weights)  # full names, not patterns
         storage = planned.get(name, quantization.plan.default)
         kind, block_size = storage.kind, storage.block_size
     if kind == "fp32":
@@ -62,7 +62,7 @@ def _stored(
 
 
 def altered(bundle: Path, folder: Path, *changes: Callable[[onnx.ModelProto], int]) -> Path:
-    """Copy a bundle with every graph changed; each change must find something to change."""
+    """Copy a bundle and apply a change to every graph; fails if it changes nothing in one."""
     shutil.copytree(bundle, folder)
     for name in GRAPHS:
         path = folder / f"{name}.onnx"
@@ -74,7 +74,7 @@ def altered(bundle: Path, folder: Path, *changes: Callable[[onnx.ModelProto], in
 
 
 def exact_activations(model: onnx.ModelProto) -> int:
-    """Let the products take activations as they are; returns how many there were."""
+    """Make the products use unquantized activations; returns the number of products."""
     blocks = _nodes(model, "MatMulNBits")
     for node in blocks:
         set_attribute(node, "accuracy_level", 0)
@@ -103,7 +103,7 @@ def _float_products(model: onnx.ModelProto) -> int:
 
 
 def _rounded(made: dict[str, onnx.NodeProto], node: onnx.NodeProto) -> tuple[str, str]:
-    """Names of the activations that are rounded, and of their rows' largest values."""
+    """Names of the activations that are quantized, and of their rows' largest values."""
     if get_attribute(node, "block_size") > 0:
         step = made[node.input[1]]
         assert step.op_type == "Mul"
@@ -125,7 +125,7 @@ def _drop_unused(model: onnx.ModelProto) -> None:
 
 
 def window(change: int) -> Callable[[onnx.ModelProto], int]:
-    """Let local layers attend to `change` more positions."""
+    """Make local layers attend to `change` more positions."""
 
     def off_by(model: onnx.ModelProto) -> int:
         local = [
@@ -141,7 +141,7 @@ def window(change: int) -> Callable[[onnx.ModelProto], int]:
 
 
 def scaled_attention(model: onnx.ModelProto) -> int:
-    """Scale scores by 1/√d, as other models do."""
+    """Scale scores by 1/√d, as other models do but GPT-Neo does not."""
     nodes = _nodes(model, "GroupQueryAttention")
     for node in nodes:
         [attribute] = [a for a in node.attribute if a.name == "scale"]
@@ -150,7 +150,7 @@ def scaled_attention(model: onnx.ModelProto) -> int:
 
 
 def swapped_layers(model: onnx.ModelProto) -> int:
-    """Exchange the first products of the MLPs of layers 0 and 1."""
+    """Swap the first MLP matrices of layers 0 and 1."""
     places = {f"h.{a}.mlp.c_fc.": f"h.{b}.mlp.c_fc." for a, b in ((0, 1), (1, 0))}
     swapped = 0
     for tensor in model.graph.initializer:

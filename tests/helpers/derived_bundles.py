@@ -1,4 +1,4 @@
-"""A bundle with other small files than the one it comes from, whole and sealed again."""
+"""Copies of a bundle with other text files and a valid manifest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def derived_bundle(
     source: Path, folder: Path, files: Mapping[str, str | None], **changes: Any
 ) -> Path:
-    """Copy `source` to `folder`, with text files replaced, or dropped (None)."""
+    """Copy `source` to `folder` with text files replaced, or removed if None."""
     shutil.copytree(source, folder)
     manifest = Manifest.from_json((source / "neo.json").read_text(encoding="utf-8"))
     records = dict(manifest.files)
@@ -35,7 +35,7 @@ def derived_bundle(
 
 
 def without_tokenizer(source: Path, folder: Path) -> Path:
-    """The same bundle for token ids only."""
+    """A copy without a tokenizer, for token ids only."""
     files = {"tokenizer.json": None, "tokenizer_config.json": None}
     return derived_bundle(source, folder, files, has_tokenizer=False)
 

@@ -1,7 +1,7 @@
-"""A stand-in for TensorRT's module and engine, over host memory: onnxruntime runs the same graph.
+"""A fake TensorRT module and engine over host memory, which runs the graph in onnxruntime.
 
-The plan's network is the bundle's prefill graph, so onnxruntime's CPU provider computes what an
-engine would; contexts, profiles, addresses, aliases and captures are those of the backend.
+A plan's network is the bundle's prefill graph, so onnxruntime's CPU provider computes what an
+engine would. Contexts, profiles, addresses, aliases and captures are those of the backend.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ACTIVATIONS = 1 << 12
 
 
 class FakeContext:
-    """Runs the prefill graph on what the addresses hold, within its profile."""
+    """Runs the prefill graph on the memory at the bound addresses, within its profile's shapes."""
 
     def __init__(self, fake: FakeTensorRT, config: Any) -> None:
         self.fake, self.session, self.manifest = fake, fake.session, fake.manifest
@@ -93,7 +93,7 @@ class FakeContext:
         for name in names:
             binding.bind_output(name)
         self.session.run_with_iobinding(binding)
-        # The engine writes in place: past and present are one address.
+        # The engine writes in place: past and present have the same address.
         for name, value in zip(names, binding.get_outputs()[1:], strict=True):
             past = "past_key_values." + name.removeprefix("present.")
             assert self.addresses[name] == self.addresses[past]
@@ -136,7 +136,7 @@ class FakeEngine:
 
 
 class FakeTensorRT:
-    """The module `tensorrt_rtx`."""
+    """A fake of the module `tensorrt_rtx`."""
 
     __version__ = "1.7.1.116"
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
@@ -175,7 +175,7 @@ class FakeTensorRT:
 
 
 def installed(fake: FakeTensorRT) -> Any:
-    """In place of `tensorrt.plan.installed_modules`."""
+    """A replacement for `tensorrt.plan.installed_modules`."""
     return lambda: {"tensorrt_rtx": fake}
 
 
@@ -200,7 +200,7 @@ def write_record(bundle: Path, **changes: Any) -> None:
 
 
 def with_plan(bundle: Path, copy: Path) -> Path:
-    """The bundle with a plan of its own: links to the files, a folder of its own."""
+    """A bundle folder with links to the files of `bundle` and a plan of its own."""
     copy.mkdir()
     for file in bundle.iterdir():
         if file.is_file():

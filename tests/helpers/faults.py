@@ -1,7 +1,7 @@
-"""Bundles with one thing wrong, in one layer, at one place: made on purpose, drawn at random.
+"""Bundles with one deliberate fault in one layer at one place, drawn at random.
 
-Some are exported from a checkpoint with a wrong weight, others are copies of a bundle whose graphs
-were edited. `CHANGES` lists what there is; each says where `neo-diff` has to find it.
+Some are exported from a checkpoint with a wrong weight; others are copies of a bundle with edited
+graphs. `CHANGES` lists the faults; each states where `neo-diff` must find it.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ Tensors = dict[str, "NDArray[np.float32]"]
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, and where it has to be found."""
+    """One fault, and where `neo-diff` must find it."""
 
     name: str
     layer: int | None
     places: tuple[str, ...]
-    """Any of these names it rightly: the first is the usual one."""
+    """Names that are all correct; the first is the usual one."""
     regions: tuple[str, ...] = ("everywhere",)
     graphs: tuple[str, ...] = GRAPHS
     weights: Callable[[Tensors], None] | None = None
-    """Spoils a checkpoint's tensors."""
+    """Changes the checkpoint's tensors."""
     config: Callable[[dict[str, Any]], None] | None = None
-    """Spoils a checkpoint's configuration."""
+    """Changes the checkpoint's configuration."""
     graph: Callable[[onnx.ModelProto], None] | None = None
-    """Spoils a graph."""
+    """Changes a graph."""
 
 
 def spoiled_checkpoint(source: Path, folder: Path, fault: Fault) -> Path:
@@ -66,9 +66,9 @@ def spoiled_checkpoint(source: Path, folder: Path, fault: Fault) -> Path:
 
 
 def spoiled_bundle(source: Path, folder: Path, fault: Fault) -> Path:
-    """Copy a bundle with the fault's graphs, sealed again as if it had been exported so."""
+    """Copy a bundle with the fault's graphs and a valid manifest, as if exported like that."""
     assert fault.graph is not None
-    # Plans and kernels belong to the bundle that they were built from.
+    # Plans and kernels belong to the bundle they were built from.
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(ENGINES_FOLDER))
     manifest = Manifest.from_json((source / "neo.json").read_text(encoding="utf-8"))
     records = dict(manifest.files)
@@ -103,11 +103,11 @@ PLACES = {
     "ln_1": "ln_1",
     "ln_2": "mlp",
 }
-"""Weight → the place at which it shows."""
+"""Weight → the place at which a fault in it shows."""
 
 
 def wrong_matrix(layer: int, name: str, other: int) -> Fault:
-    """Another layer's weight."""
+    """A layer has another layer's weight."""
 
     def change(tensors: Tensors) -> None:
         tensors[_key(layer, name)] = tensors[_key(other, name)].copy()
@@ -116,7 +116,7 @@ def wrong_matrix(layer: int, name: str, other: int) -> Fault:
 
 
 def transposed(layer: int, name: str) -> Fault:
-    """A square matrix the other way round."""
+    """A square matrix is transposed."""
 
     def change(tensors: Tensors) -> None:
         tensors[_key(layer, name)] = tensors[_key(layer, name)].T.copy()
@@ -125,7 +125,7 @@ def transposed(layer: int, name: str) -> Fault:
 
 
 def shuffled(layer: int, name: str, seed: int) -> Fault:
-    """The outputs of a matrix (or the channels of a norm) in another order."""
+    """The outputs of a matrix, or the channels of a norm, are permuted."""
 
     def change(tensors: Tensors) -> None:
         key = _key(layer, name)
@@ -136,7 +136,7 @@ def shuffled(layer: int, name: str, seed: int) -> Fault:
 
 
 def missing_bias(layer: int, name: str) -> Fault:
-    """A bias of zero."""
+    """A bias is zero."""
 
     def change(tensors: Tensors) -> None:
         tensors[_key(layer, name).replace(".weight", ".bias")][:] = 0
@@ -145,7 +145,7 @@ def missing_bias(layer: int, name: str) -> Fault:
 
 
 def swapped_layers(one: int, other: int) -> Fault:
-    """Two layers in each other's place."""
+    """Two layers are swapped."""
 
     def change(tensors: Tensors) -> None:
         for name in [name for name in tensors if name.startswith(f"transformer.h.{one}.")]:
@@ -156,7 +156,7 @@ def swapped_layers(one: int, other: int) -> Fault:
 
 
 def shifted_positions(by: int) -> Fault:
-    """The position table begins at another row."""
+    """The position table starts at another row."""
 
     def change(tensors: Tensors) -> None:
         table = tensors["transformer.wpe.weight"]
@@ -167,7 +167,7 @@ def shifted_positions(by: int) -> Fault:
 
 
 def few_positions(start: int, stop: int) -> Fault:
-    """Some rows of the position table are the first one."""
+    """Some rows of the position table are copies of the first."""
 
     def change(tensors: Tensors) -> None:
         tensors["transformer.wpe.weight"][start:stop] = tensors["transformer.wpe.weight"][0]
@@ -184,7 +184,7 @@ def _attention(model: onnx.ModelProto, layer: int) -> onnx.NodeProto:
 
 
 def window_of(layer: int, size: int, usual: int, graphs: tuple[str, ...] = GRAPHS) -> Fault:
-    """A local layer that sees another number of positions."""
+    """A local layer attends to another number of positions."""
 
     def change(model: onnx.ModelProto) -> None:
         node = _attention(model, layer)
@@ -197,7 +197,7 @@ def window_of(layer: int, size: int, usual: int, graphs: tuple[str, ...] = GRAPH
 
 
 def without_window(layers: tuple[int, ...]) -> Fault:
-    """Local layers exported as global ones."""
+    """Local layers are exported as global ones."""
 
     def change(config: dict[str, Any]) -> None:
         kinds = list(config["attention_layers"])
@@ -222,7 +222,7 @@ def other_window(size: int, usual: int, layer: int) -> Fault:
 
 
 def window_for_global(layer: int, size: int) -> Fault:
-    """A global layer that sees only a window."""
+    """A global layer attends only to a window."""
 
     def change(model: onnx.ModelProto) -> None:
         set_attribute(_attention(model, layer), "local_window_size", size)
@@ -231,7 +231,7 @@ def window_for_global(layer: int, size: int) -> Fault:
 
 
 def scaled(layer: int, head_dim: int, graphs: tuple[str, ...] = GRAPHS) -> Fault:
-    """Scores divided by √d, as other models do."""
+    """Scores are divided by √d, as in other models."""
 
     def change(model: onnx.ModelProto) -> None:
         [scale] = [a for a in _attention(model, layer).attribute if a.name == "scale"]
@@ -241,7 +241,7 @@ def scaled(layer: int, head_dim: int, graphs: tuple[str, ...] = GRAPHS) -> Fault
 
 
 def other_norm(layer: int, other: int, graph: str) -> Fault:
-    """One graph scales a layer's input as another layer's norm does."""
+    """In one graph, a layer's norm uses another layer's scale."""
 
     def change(model: onnx.ModelProto) -> None:
         name, wrong = (f"transformer.h.{index}.ln_1.weight" for index in (layer, other))
@@ -252,7 +252,7 @@ def other_norm(layer: int, other: int, graph: str) -> Fault:
 
 
 def _detour(model: onnx.ModelProto, name: str) -> str:
-    """Another name for what computes an output; whoever asks has to make the output of it."""
+    """Rename a graph output where it is computed; the caller must compute the output from it."""
     [node] = [node for node in model.graph.node if name in node.output]
     node.output[list(node.output).index(name)] = f"{name}.right"
     return f"{name}.right"
@@ -317,9 +317,9 @@ def other_rows() -> Fault:
 
 
 def late_cache(layer: int, part: str, graph: str) -> Fault:
-    """What a graph leaves in its cache lies one position further than it should.
+    """A graph writes its cache one position too far.
 
-    The operator's output takes a detour: every slot moves up by one before it is written.
+    Inserted operators move every slot up by one before it is written.
     """
 
     def change(model: onnx.ModelProto) -> None:
@@ -363,7 +363,7 @@ EXPORTS = {
 
 
 def drawn(seed: int) -> tuple[str, Fault]:
-    """An export, and what is wrong with it: layer, place and kind at random."""
+    """A random export and a fault of random layer, place and kind."""
     generator = np.random.default_rng(seed)
     export = str(generator.choice(list(EXPORTS)))
     layer, other = (int(n) for n in generator.choice(4, 2, replace=False))

@@ -1,9 +1,9 @@
-"""Kernels in Triton's interpreter over host memory: what a GPU would compute, launch by launch.
+"""Runs kernels in Triton's interpreter over host memory, launch by launch.
 
 Triton reads TRITON_INTERPRET when it is imported; `tests/conftest.py` sets it. Every address that a
 program reads or writes must lie in memory that the device allocated. Programs run one after
-another, in the order of their numbers or against it. Where launches overlap, what a program does
-before it waits for the launches before it is told apart.
+another, in ascending or descending order of their ids. With overlapping launches, accesses before
+the wait for earlier launches are recorded separately.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _TORCH = {
 
 
 def uncompiled(variant: Variant, capability: str) -> Kernel:
-    """In place of machine code, the name of the program and what it is compiled for."""
+    """A kernel whose image is the program's name, constants and types instead of machine code."""
     image = json.dumps([variant.program, dict(variant.constants), variant.types]).encode()
     return Kernel(
         name=variant.program,
@@ -62,30 +62,30 @@ def uncompiled(variant: Variant, capability: str) -> Kernel:
 
 
 def kernels_of(bundle: Path, *, overlap: bool = False) -> StepKernels:
-    """Kernels of a bundle, to be interpreted."""
+    """Kernels of a bundle for the interpreter."""
     return kernels_for(open_bundle(bundle), "9.0", overlap=overlap, compiler=uncompiled)
 
 
 def open_interpreted(
     bundle: Path, device: HostDevice, *, overlap: bool = False, **options: Any
 ) -> Model:
-    """A model whose decode steps are interpreted kernels."""
+    """A model whose decode steps run as interpreted kernels."""
     opened = open_bundle(bundle)
     backend = CudaBackend(opened, device, kernels=kernels_of(bundle, overlap=overlap))
     return Model(opened, Chosen(backend, "cuda", None), **options)
 
 
 class InterpretingDevice(HostDevice):
-    """See the module."""
+    """A host device that launches kernels in Triton's interpreter; see the module docstring."""
 
     def __init__(self, *, backwards: bool = False) -> None:
         super().__init__()
         self.kernels = 0
         self.launches: list[str] = []
         self.read_early: set[int] = set()
-        """Blocks of memory that programs read before they waited."""
+        """Addresses of the allocations that programs read before their wait."""
         self.written: set[int] = set()
-        """Blocks that programs wrote."""
+        """Addresses of the allocations that programs wrote."""
         self._backwards = backwards
         self._has_waited = False
 
@@ -120,7 +120,7 @@ class InterpretingDevice(HostDevice):
             getattr(programs, program)[call.grid](*given, **constants)
 
     def _begins(self, numbered: Any, call: KernelCall) -> Any:
-        """`set_grid_idx` for the beginning of each program of a launch."""
+        """Wrap `set_grid_idx`, which the interpreter calls at the start of each program."""
 
         def begins(builder: Any, *place: int) -> None:
             if self._backwards:
@@ -136,7 +136,7 @@ class InterpretingDevice(HostDevice):
     def check(
         self, addresses: NDArray[Any], mask: NDArray[Any], item: int, *, writes: bool
     ) -> None:
-        """Fail for an address outside of what is allocated, and for a write before the wait."""
+        """Fail on an address outside all allocations, and on a write before the wait."""
         used = np.asarray(addresses).reshape(-1).astype(np.int64)
         used = used[np.broadcast_to(np.asarray(mask, dtype=bool), addresses.shape).reshape(-1)]
         starts = np.array(sorted(self.blocks), dtype=np.int64)
@@ -153,7 +153,7 @@ class InterpretingDevice(HostDevice):
 
 
 class _Checked:
-    """Triton's interpreter, whose every access is checked."""
+    """Triton's interpreter with a check of every memory access."""
 
     def __init__(self, inner: Any, device: InterpretingDevice) -> None:
         self._inner, self._device = inner, device
@@ -175,7 +175,7 @@ class _Checked:
 
 
 def _widened(multiply: Any) -> Any:
-    """The interpreter multiplies the bits of bfloat16 as if they were integers."""
+    """Widen bfloat16 to float32: the interpreter would multiply its bits as integers."""
 
     def widened(self: Any, a: Any, b: Any, *others: Any) -> Any:
         return multiply(self, _as_float(a), _as_float(b), *others)
@@ -193,7 +193,7 @@ def _as_float(handle: Any) -> Any:
 
 
 def _once(patch: Any) -> Any:
-    """The interpreter replaces the language's functions once a module, not once a call."""
+    """Patch the language's functions once per module instead of once per call, to save time."""
     found: dict[int, Any] = {}
 
     def once(function: Any) -> Any:
@@ -206,7 +206,7 @@ def _once(patch: Any) -> Any:
 
 
 def _hasten(reductions: Any) -> None:
-    """Sorting takes exclusive ors, which the interpreter computes number by number, in minutes."""
+    """Reduce exclusive ors with numpy: the interpreter takes minutes for those of `tl.topk`."""
     from triton import language
 
     slow = reductions.generic_reduce

@@ -1,4 +1,4 @@
-"""onnxruntime with its kernels for CPUs without AVX-512 and VNNI, whatever this CPU has."""
+"""Makes onnxruntime use its kernels for CPUs without AVX-512 and VNNI, whatever this CPU has."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["older_environ", "why_impossible", "why_needless"]
 
 
 def why_impossible() -> str | None:
-    """The reason where a CPU with AVX2 alone cannot be played here."""
+    """Why an AVX2-only CPU cannot be simulated on this machine; None if it can."""
     try:
         require_tools()
     except DependencyError as error:
@@ -25,7 +25,7 @@ def why_impossible() -> str | None:
 
 
 def why_needless() -> str | None:
-    """The reason where onnxruntime takes these kernels anyway."""
+    """Why simulation is needless: onnxruntime uses these kernels anyway; None if it is needed."""
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     if {"avx512f", "avx_vnni"} & set(flags):
         return None
@@ -33,10 +33,10 @@ def why_needless() -> str | None:
 
 
 def older_environ(folder: Path) -> dict[str, str]:
-    """Environment variables for a Python that computes with them.
+    """Environment variables for a Python process that uses these kernels.
 
     Args:
-        folder: where the copy of onnxruntime is made; a few seconds.
+        folder: where to copy onnxruntime (takes a few seconds).
     """
     [package] = onnxruntime.__path__
     copied(Path(package), folder / "onnxruntime", lambda library: None)
