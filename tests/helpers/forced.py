@@ -1,4 +1,4 @@
-"""Texts with tokens that a grammar forces, on any engine."""
+"""Checks of tokens that a grammar forces, on any backend."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FORM = f"({_SENTENCE}){{3}}The end\\."
 
 
 def assert_forced_tokens_fit(model: Model, tolerance: float) -> None:
-    """Each token of a greedy text is the best that may be there, by the scores of the whole text.
+    """Each token of a greedy text is the best one that the grammar allows, by a full scoring pass.
 
     Args:
         model: of the demo checkpoint.
-        tolerance: of logits; what is nearer to the best one may be chosen.
+        tolerance: of logits; a token closer than that to the best one may be chosen.
     """
     grammar = model.grammar(regex=FORM)
     options: dict[str, Any] = {"grammar": grammar, "max_new_tokens": 70}

@@ -1,4 +1,4 @@
-"""The portable graph of a tiny model in memory, with data, for the tests of single passes."""
+"""In-memory portable graphs of tiny models, with inputs, for tests of single passes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def spec_of(config: TinyConfig) -> ModelSpec:
 
 
 def random_parameters(config: TinyConfig, seed: int = 0) -> dict[str, NDArray[np.float32]]:
-    """As `helpers.models.make_checkpoint` draws them, without PyTorch."""
+    """Random parameters as `helpers.models.make_checkpoint` draws them, without PyTorch."""
     generator = np.random.default_rng(seed)
     parameters = {}
     for name, shape in expected_shapes(spec_of(config)).items():
@@ -77,7 +77,7 @@ def passes_of(
 
 
 def stored_tensors(models: Mapping[str, ir.Model]) -> int:
-    """How many tensors graphs have between them in the weight file."""
+    """Number of distinct tensors of all graphs in the weight file."""
     values = [value for model in models.values() for value in model.graph.initializers.values()]
     tensors = [value.const_value for value in values]
     return len({tensor.offset for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
@@ -86,7 +86,7 @@ def stored_tensors(models: Mapping[str, ir.Model]) -> int:
 def bound_graph(
     name: str, config: TinyConfig, parameters: dict[str, NDArray[np.float32]] | None = None
 ) -> ir.Model:
-    """The portable graph `name` with random parameters, or with these."""
+    """The portable graph `name` with the given parameters, or random ones."""
     model = build_graph(name, spec_of(config))
     bind_parameters(model, (parameters or random_parameters(config)).__getitem__)
     return model
@@ -109,7 +109,7 @@ def feeds(config: TinyConfig, *, batch: int, new: int, past: int) -> dict[str, N
 
 
 def situations(graph: str, config: TinyConfig) -> list[dict[str, NDArray[Any]]]:
-    """Feeds that a fused graph takes as well: a batch of first prompts, a chunk, single tokens."""
+    """Feeds valid for fused graphs too: a batch of first prompts, a chunk, single tokens."""
     longer = config.window_size + 3
     if graph == "decode":
         return [
@@ -123,7 +123,7 @@ def situations(graph: str, config: TinyConfig) -> list[dict[str, NDArray[Any]]]:
 
 
 def operators(model: ir.Model) -> Counter[str]:
-    """How many nodes of each operator."""
+    """Number of nodes of each operator type."""
     return Counter(node.op_type for node in model.graph)
 
 
@@ -136,7 +136,7 @@ def value_named(model: ir.Model, name: str) -> ir.Value:
 
 
 def through_identity(model: ir.Model, node: ir.Node, index: int) -> None:
-    """Compute an input of `node` (as its own copy) instead of reading it directly."""
+    """Replace an input of `node` by a computed copy of it."""
     source = node.inputs[index]
     assert source is not None
     copy = ir.node("Identity", [source])
@@ -147,7 +147,7 @@ def through_identity(model: ir.Model, node: ir.Node, index: int) -> None:
 
 
 def apply_pass(rewrite: Callable[[ir.Model], int], model: ir.Model) -> int:
-    """As the exporter does: the pass, then what it left unused goes."""
+    """Apply a pass as the exporter does: then remove unused nodes."""
     fired = rewrite(model)
     RemoveUnusedNodesPass()(model)
     return fired
@@ -156,7 +156,7 @@ def apply_pass(rewrite: Callable[[ir.Model], int], model: ir.Model) -> int:
 def assert_same_outputs(
     before: ir.Model, after: ir.Model, inputs: list[dict[str, NDArray[Any]]], limit: float
 ) -> None:
-    """Every output, logits and cache alike, at every position: relative L2 within `limit`."""
+    """Assert that every output, logits and cache, is within `limit` per position (relative L2)."""
     for each in inputs:
         expected, found = run_model(before, each), run_model(after, each)
         assert found.keys() == expected.keys()

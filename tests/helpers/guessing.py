@@ -1,4 +1,4 @@
-"""Texts with guessed tokens, on any engine."""
+"""Checks of guessed tokens, on any backend."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def assert_guesses_change_nothing(model: Model, tolerance: float) -> None:
-    """As far as two texts go together, their tokens are as likely; near ties may part them.
+    """Guessing leaves log probabilities unchanged until the texts diverge, as near ties may.
 
     Args:
         model: of the demo checkpoint.
-        tolerance: nats by which a log probability may differ.
+        tolerance: largest difference of a log probability, in nats.
     """
     options: dict[str, Any] = {"max_new_tokens": 40, "logprobs": 0}
     guessed = 0

@@ -1,4 +1,4 @@
-"""Float16 graphs in real half arithmetic, which onnxruntime on x86 does not have."""
+"""Runs float16 graphs in real float16 arithmetic, which onnxruntime on x86 does not have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(path: Path, ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """Run a portable graph from an empty past, in numpy's float16."""
+    """Run a portable graph with an empty cache, in numpy's float16."""
     evaluator = ReferenceEvaluator(str(path))
     feeds: dict[str, NDArray[Any]] = {
         "input_ids": ids,

@@ -43,7 +43,7 @@ LONGEST = 5
 
 
 def write_tasks(folder: Path) -> None:
-    """Four kinds of tasks, each a file that the harness includes."""
+    """Write four kinds of tasks, each as a file that the harness includes."""
     texts = heldout_texts()
     documents = []
     for number in range(12):
@@ -62,5 +62,5 @@ def write_tasks(folder: Path) -> None:
             "dataset_kwargs": {"data_files": {"test": str(data)}},
             "test_split": "test",
         }
-        # JSON is YAML.
+        # JSON is valid YAML.
         (folder / f"{name}.yaml").write_text(json.dumps(shared | task))

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 CALIBRATION_STORIES = slice(0, 240)
-"""For statistics, and for whatever is tuned: 49,826 tokens."""
+"""For statistics and tuning: 49,826 tokens."""
 TEST_STORIES = slice(240, 500)
-"""What int4 with statistics is judged on; nothing was ever tuned on these."""
+"""For judging int4 with statistics. Nothing may be tuned on these."""
 
 
 def story_lines(stories: slice) -> list[str]:
-    """Some of the held-out stories, as lines of JSON."""
+    """A slice of the held-out stories, as lines of JSON."""
     return (DEMO / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[stories]
 
 
@@ -59,7 +59,7 @@ def held_out_ids(pieces: int, length: int) -> NDArray[np.int64]:
 def perplexity(
     score: Callable[[NDArray[np.int64]], NDArray[np.float32]], pieces: NDArray[np.int64]
 ) -> float:
-    """exp of the mean negative log-likelihood of every token but each piece's first.
+    """Perplexity: exp of the mean negative log-likelihood of all tokens but each piece's first.
 
     Args:
         score: token ids [S] → logits [S, V].

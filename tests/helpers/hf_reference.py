@@ -1,4 +1,4 @@
-"""What transformers computes with the demo checkpoint: the reference of the runtime's tests."""
+"""The demo checkpoint in transformers, the reference of the runtime's tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def heldout_texts() -> list[str]:
 
 @cache
 def varied_prompts(count: int = 20) -> list[list[int]]:
-    """Token ids of held-out texts, cut to five lengths in turn, around the window of 64."""
+    """Token ids of held-out texts, cut to five lengths around the window of 64, in turn."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
@@ -47,7 +47,7 @@ def reference_logits(ids: Sequence[int]) -> NDArray[np.float32]:
 def reference_continuations(
     prompts: Sequence[Sequence[int]], **options: Any
 ) -> list[list[tuple[int, ...]]]:
-    """The ids that `transformers` generate appends, `num_return_sequences` of them a prompt.
+    """The ids that transformers' `generate` appends, `num_return_sequences` lists per prompt.
 
     Prompts of one length go through `generate` together, which needs no padding. The padding
     behind finished sequences is taken off.
@@ -69,5 +69,5 @@ def reference_continuations(
 
 
 def relative_error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """The largest L2 error of a row of logits, relative to the row of the reference."""
+    """Largest relative L2 error over the rows of logits."""
     return float(relative_l2(found, expected).max())

@@ -1,4 +1,4 @@
-"""Requests that come while the scheduler's thread is held up."""
+"""Blocks the scheduler's thread while a test submits requests."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def holding(scheduler: Scheduler, prompt: Any, **options: Any) -> Iterator[PendingCompletion]:
-    """A request whose callback the thread is in until the block's end.
+    """A request whose callback blocks the thread until the end of the with block.
 
-    It has been taken by itself: whatever is submitted in the block is taken behind it, and all of
-    that at once, however the system schedules the threads.
+    It is taken alone. Requests submitted in the block are then taken together, after it, however
+    the system schedules the threads.
     """
     inside, go_on = threading.Event(), threading.Event()
 

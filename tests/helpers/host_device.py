@@ -1,4 +1,4 @@
-"""Host memory in place of a GPU's: what a `Device` promises, checked at every call."""
+"""A `Device` over host memory that checks the interface's contract at every call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class HostDevice(Device):
-    """A device of `capacity` bytes. What is allocated holds NaN bytes, and nothing may overlap."""
+    """A device of `capacity` bytes (None: unlimited); new memory is filled with NaN bytes."""
 
     name, index = "cpu", 0
 

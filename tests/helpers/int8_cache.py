@@ -1,4 +1,4 @@
-"""Statistics for an int8 cache, and PyTorch with keys and values rounded as the cache has them."""
+"""Statistics for an int8 cache, and PyTorch with keys and values rounded as in that cache."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def calibrated(checkpoint: Path, ids: NDArray[np.int64], folder: Path) -> Path:
 
 
 def cache_steps(reference: Reference, ids: NDArray[np.int64]) -> list[Any]:
-    """What one step of each channel is worth, by PyTorch alone: keys and values of every layer.
+    """Quantization step of each channel of every layer's keys and values, computed in PyTorch.
 
     Args:
-        reference: the checkpoint itself.
-        ids: [contexts, S], the text of the calibration.
+        reference: the checkpoint.
+        ids: [contexts, S], the calibration text.
     """
     largest: list[Any] = []
     handles = [
@@ -47,7 +47,7 @@ def cache_steps(reference: Reference, ids: NDArray[np.int64]) -> list[Any]:
 
 
 def round_cache(reference: Reference, steps: list[Any]) -> None:
-    """Let `reference` attend to keys and values in int8, by PyTorch's own rounding."""
+    """Round the keys and values of `reference` to int8, with PyTorch's rounding."""
     import torch
 
     def rounded(step: Any) -> Any:

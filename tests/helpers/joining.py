@@ -1,4 +1,4 @@
-"""Sequences that come and go in one cache, as requests do in a running batch."""
+"""Checks of sequences that join and leave one cache, as requests do in a running batch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def assert_rows_join(
     tolerance: float,
     logits_of: Callable[[list[int]], NDArray[np.float32]] = reference_logits,
 ) -> None:
-    """Rows end and others take their memory, across the window; each against PyTorch.
+    """Rows end and new ones reuse their memory, across the window; compare all with PyTorch.
 
     Args:
         model: of the demo checkpoint.
         tolerance: the largest relative L2 error of a row of logits.
-        logits_of: what they are compared with, [n, vocab] for n ids.
+        logits_of: gives the reference logits, [n, vocab] for n ids.
     """
     new = iter([prompt[:n] for prompt, n in zip(varied_prompts(), LENGTHS, strict=False)])
     with model.new_cache(ROOM, 160) as cache:
@@ -51,7 +51,7 @@ def assert_rows_join(
                 expected = np.stack([logits_of(ids)[-1] for ids in said])
                 assert relative_error(found, expected) < tolerance
             assert cache.lengths.tolist() == [len(ids) for ids in said]
-        # A later turn of one of them: the others stay as they are.
+        # A later turn of one row leaves the others unchanged.
         found = model.prefill(cache, [[9, 8, 7]], rows=[1])
         said[1] += [9, 8, 7]
         assert relative_error(found, logits_of(said[1])[-1:]) < tolerance
@@ -60,7 +60,7 @@ def assert_rows_join(
             [logits_of([*ids, t])[-1] for ids, t in zip(said, (5, 6, 7), strict=True)]
         )
         assert relative_error(found, expected) < tolerance
-        # A new sequence needs no prompt: it may begin with a token.
+        # A new sequence needs no prompt: it may start with decode.
         cache.reorder([1, 0])
         cache.extend(1)
         said = [[*said[1], 6], [*said[0], 5]]
@@ -70,4 +70,4 @@ def assert_rows_join(
 
 
 LENGTHS = (64, 3, 100, 30, 20, 61, 2, 131, 40, 1, 66)
-"""Of the prompts, around the window of 64."""
+"""Prompt lengths, around the window of 64."""

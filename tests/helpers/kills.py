@@ -1,4 +1,4 @@
-"""Kill exports at random moments, and at every single step, and look at what they leave.
+"""Kills exports at random moments, and at every step, and checks what they leave behind.
 
 Run as a program, `python -m helpers.kills MODE PARENT OLD NEW …`, so that it forks from a
 process with one thread. OLD and NEW are bundles to write copies of; the result is JSON.
@@ -48,7 +48,7 @@ def write_copy(files: dict[str, bytes], destination: Path, *, force: bool) -> No
 
 
 def fork(work: Callable[[], None]) -> int:
-    """Run `work` in a child process; its pid."""
+    """Run `work` in a child process; returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -63,7 +63,7 @@ def fork(work: Callable[[], None]) -> int:
 
 
 def killed(pid: int) -> bool:
-    """Wait for the child: True if SIGKILL ended it, False if it ended well by itself."""
+    """Wait for the child: True if SIGKILL ended it, False if it finished successfully."""
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status not in (0, -signal.SIGKILL):
         raise AssertionError(f"the child ended with status {status}")
@@ -71,7 +71,7 @@ def killed(pid: int) -> bool:
 
 
 def state(destination: Path, known: dict[str, dict[str, bytes]]) -> str:
-    """The name of the bundle that is there, every byte of it, or "absent"."""
+    """The name of the bundle at the destination, compared byte by byte, or "absent"."""
     if not os.path.lexists(destination):
         return "absent"
     open_bundle(destination, verify=True, check_runtime=False)
@@ -80,7 +80,7 @@ def state(destination: Path, known: dict[str, dict[str, bytes]]) -> str:
 
 
 def finish(destination: Path, files: dict[str, bytes]) -> int:
-    """The next export: it succeeds and leaves nothing but the bundle. Returns what it found."""
+    """Run the next export: it must leave only the bundle. Returns the number of leftovers."""
     leftovers = len([p for p in destination.parent.iterdir() if p != destination])
     write_copy(files, destination, force=True)
     left = [p.name for p in destination.parent.iterdir()]
@@ -98,7 +98,7 @@ def clear(destination: Path) -> None:
 def random_kills(
     destination: Path, known: dict[str, dict[str, bytes]], kills: int, seed: int
 ) -> Counter[str]:
-    """Kill so many exports in the middle: every other one replaces a bundle, where chance says."""
+    """Kill that many exports at random moments; every other one replaces a bundle."""
     randomness = random.Random(seed)
     counts: Counter[str] = Counter()
     longest = 0.02
@@ -114,7 +114,7 @@ def random_kills(
         time.sleep(randomness.uniform(0, longest))
         os.kill(pid, signal.SIGKILL)
         was_killed = killed(pid)
-        # Aim: two in three are killed before they end, however busy the machine is.
+        # Adjust so that two in three are killed before they end, however busy the machine is.
         longest *= 1.02 if was_killed else 0.96
         before, found = "old" if replace else "absent", state(destination, known)
         assert found in ((before, "new") if was_killed else ("new",)), (before, found)
@@ -125,7 +125,7 @@ def random_kills(
 
 
 def kill_at(step: int, work: Callable[[], None]) -> None:
-    """Do `work`, and end this process before or after its `step`-th call out of Python."""
+    """Do `work`; kill this process before or after its `step`-th call of a C function."""
     left = step
 
     def count(_frame: Any, event: str, _argument: Any) -> None:
@@ -143,7 +143,7 @@ def kill_at(step: int, work: Callable[[], None]) -> None:
 def kills_at_every_step(
     destination: Path, known: dict[str, dict[str, bytes]], *, atomic: bool, stride: int
 ) -> Counter[str]:
-    """Replace "old" by "new", killed one step later each time until an export ends well.
+    """Replace "old" with "new", killed one step later each time until an export succeeds.
 
     Without an atomic swap nothing may be at the destination just then; the next export, even one
     that is refused because it has no `force`, puts the old bundle back.

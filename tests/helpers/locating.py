@@ -1,4 +1,4 @@
-"""Only the part of `neo-diff` that names faults: places against a reference."""
+"""The part of `neo-diff` that locates faults by comparing places with a reference."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def locate(
     contexts: Sequence[NDArray[np.int64]],
     settings: Settings,
 ) -> list[Fault]:
-    """The places that are off, in order; on the CPU unless the settings name "cuda".
+    """The places that deviate, in order; on the CPU unless the settings name "cuda".
 
     Args:
         bundle: opened.
         reference: opened.
         contexts: token ids [S] each.
-        settings: how closely to look; with a number of threads.
+        settings: how thoroughly to compare; `threads` must be set.
     """
     assert settings.threads is not None
     engine = Engine(

@@ -1,4 +1,4 @@
-"""What Linux says about the memory of this process."""
+"""Memory figures of this process from Linux's /proc."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random GPT-Neo checkpoints, and PyTorch's answers about them."""
+"""Tiny random GPT-Neo checkpoints, and PyTorch as their reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Layers = tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class TinyConfig:
-    """The values of a `GPTNeoConfig` that a test varies."""
+    """The `GPTNeoConfig` values that tests vary."""
 
     vocab_size: int = 61
     num_heads: int = 2
@@ -52,7 +52,7 @@ ODD_CONFIGS: dict[str, TinyConfig] = {
     "intermediate_size": TinyConfig(intermediate_size=52, layer_norm_epsilon=1e-2),
     "vocabulary_11": TinyConfig(vocab_size=11),
 }
-"""Each stands out in one respect; between them, in every respect that the export must honour."""
+"""Each differs in one respect; together they cover every one that the export must handle."""
 
 
 def make_checkpoint(folder: Path, config: TinyConfig, seed: int = 0) -> Path:
@@ -126,7 +126,7 @@ class Reference:
         return self._run(self.model, ids, attention_mask, position_ids)
 
     def half_logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The same in PyTorch's own float16 arithmetic."""
+        """The same in PyTorch's float16 arithmetic."""
         half = type(self.model)(self.model.config)
         half.load_state_dict(self.model.state_dict())
         half.config._attn_implementation = "eager"

@@ -1,4 +1,4 @@
-"""TensorRT for RTX, where it is installed: NVIDIA's own parser and builder, without a GPU."""
+"""NVIDIA's parser and builder (TensorRT for RTX, if installed), which need no GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_hollow_graphs(
     folder: Path,
     largest_input: ActivationRange | None = None,
 ) -> dict[str, Path]:
-    """The target's graphs over sparse files of zeros: structure without weights, at any size."""
+    """The target's graphs over sparse files of zeros: any model size without real weights."""
     paths = {}
     for name, entry in TARGETS["tensorrt"].graphs:
         model = build_graph(entry, spec)
@@ -73,7 +73,7 @@ def _refer_to_zeros(model: ir.Model, folder: Path) -> None:
             name=name,
             base_dir=folder,
         )
-        if name.endswith(".scales"):  # TensorRT refuses those that are not positive
+        if name.endswith(".scales"):  # TensorRT accepts only positive scales
             scales.append((offset, tensor.size))
         offset += -(-tensor.nbytes // 4096) * 4096
     with (folder / f"{model.graph.name}.bin").open("wb") as file:

@@ -1,8 +1,8 @@
-"""The same function with a few channels far larger than the rest: what large models are like.
+"""Checkpoints of the same function with outlier channels, as large models have.
 
-The outputs of a layer norm are scaled up in some channels, and the columns of the products that
-read them scaled down by as much. In float32 nothing changes (the factor is a power of two unless
-told otherwise); a scale that channels share now serves the few at the cost of the many.
+Some output channels of a layer norm are scaled up, and the columns of the products that read them
+scaled down by the same factor. In float32 nothing changes (the factor is a power of two by
+default), but a quantization scale that all channels share now fits only the few outliers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def outlier_checkpoint(
 ) -> Path:
     """Copy a checkpoint with `channels` channels of every layer's norms × `factor`.
 
-    The final norm stays: its reader is the tied table, which the embedding reads as well.
+    The final norm is unchanged: the tied table reads it, and also serves as the embedding.
     """
     shutil.copytree(source, folder)
     tensors = load_file(source / "model.safetensors")
@@ -53,14 +53,14 @@ def outlier_checkpoint(
 def spread_outliers(source: Path, folder: Path, seed: int = 0) -> Path:
     """Copy a checkpoint as the same function with outliers at the input of every product.
 
-    No rescaling of channels gives the original back, and no two layers have the same channels:
+    Rescaling channels cannot restore the original, and every layer has different channels:
 
-    - norms: some channels × 8 to 100, drawn log-uniformly, their readers' columns ÷ as much;
-    - values: each head's are turned by a random rotation, and some of the turned channels scaled;
-      out_proj undoes both;
-    - behind the activation: units are added in pairs. Twins follow the text alike, on top of large
-      biases that differ (far in the range where gelu_new(x) = x), and have opposite columns in
-      c_proj: what each adds is large, and cancels. Others are silent, and spike on a few tokens.
+    - norms: some channels × 8 to 100, drawn log-uniformly; their readers' columns ÷ the same;
+    - values: each head's values are rotated at random, and some rotated channels scaled; out_proj
+      undoes both;
+    - after the activation: units are added in pairs. Twins respond to the text alike, on top of
+      different large biases (where gelu_new(x) = x), and have opposite columns in c_proj: their
+      large contributions cancel. Other pairs are silent, and spike on a few tokens.
     """
     shutil.copytree(source, folder)
     tensors = {n: t.astype(np.float64) for n, t in load_file(source / "model.safetensors").items()}
@@ -79,7 +79,7 @@ def spread_outliers(source: Path, folder: Path, seed: int = 0) -> Path:
 
 
 def _factors(generator: np.random.Generator, width: int, channels: int) -> NDArray[np.float64]:
-    """Ones, but for some channels, which are 8 to 100."""
+    """A factor per channel: 1, or for some channels 8 to 100."""
     factors = np.ones(width)
     large = generator.choice(width, channels, replace=False)
     factors[large] = np.exp(generator.uniform(math.log(8), math.log(100), channels))

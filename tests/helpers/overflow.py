@@ -1,4 +1,4 @@
-"""Checkpoints that compute what they should in float32, and overflow or vanish in float16."""
+"""Checkpoints that are correct in float32 but overflow or underflow in float16."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tensors = dict[str, "NDArray[np.float32]"]
 def overflowing(
     source: Path, folder: Path, *changes: Callable[[Tensors, dict[str, object]], None]
 ) -> Path:
-    """Copy a checkpoint with its tensors and its config changed in place."""
+    """Copy a checkpoint and apply a change to its tensors and config."""
     shutil.copytree(source, folder)
     tensors = load_file(source / "model.safetensors")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -33,7 +33,7 @@ def overflowing(
 
 
 def _twins(tensors: Tensors, config: dict[str, object], bias: float, row: float) -> None:
-    """Two units that see the same and cancel in layer 1."""
+    """Add two units to the MLP of layer 1 that have equal inputs and cancel."""
     prefix = "transformer.h.1.mlp"
     generator = np.random.default_rng(0)
     hidden = tensors[f"{prefix}.c_fc.weight"].shape[1]
@@ -47,7 +47,7 @@ def _twins(tensors: Tensors, config: dict[str, object], bias: float, row: float)
     for name, (values, axis) in added.items():
         old = tensors[f"{prefix}.{name}"]
         tensors[f"{prefix}.{name}"] = np.concatenate([old, values.astype(np.float32)], axis=axis)
-    # Every layer is as wide as this one: the others' new units are silent.
+    # All layers have the same width: the new units of the others are silent.
     for layer in range(len(config["attention_layers"])):  # type: ignore[arg-type]
         if layer != 1:
             other = f"transformer.h.{layer}.mlp"
@@ -59,29 +59,29 @@ def _twins(tensors: Tensors, config: dict[str, object], bias: float, row: float)
 
 
 def large_units(tensors: Tensors, config: dict[str, object]) -> None:
-    """Weights fit float16, what is behind the activation does not."""
+    """Weights fit in float16, but outputs of the activation do not."""
     _twins(tensors, config, 60000.0, 20000.0)
 
 
 def large_weight(tensors: Tensors, config: dict[str, object]) -> None:
-    """A bias beyond float16."""
+    """A bias exceeds the range of float16."""
     _twins(tensors, config, 90000.0, 1.0)
 
 
 def large_residual(tensors: Tensors, config: dict[str, object]) -> None:
-    """The residual stream × 2¹³, which norms do not see (but for their epsilon)."""
+    """The residual stream × 2¹³, which norms cancel (except for their epsilon)."""
     factor = np.float32(2.0**13)
     for name in tensors:
         if name.endswith(("wte.weight", "wpe.weight")) or ".out_proj." in name or "c_proj" in name:
             tensors[name] *= factor
-    for part in ("weight", "bias"):  # the tied table is the head as well
+    for part in ("weight", "bias"):  # the tied table is also the head
         tensors[f"transformer.ln_f.{part}"] /= factor
 
 
 def small_norm(tensors: Tensors, config: dict[str, object]) -> None:
-    """Norm of layer 1's MLP ÷ 2²³, far below what float16 has 11 bits for; c_fc × 2¹⁵, c_proj × 2⁸.
+    """Norm of layer 1's MLP ÷ 2²³, in float16's subnormal range; c_fc × 2¹⁵, c_proj × 2⁸.
 
-    Nearly linear behind the activation then, and of the same size.
+    The activation is then nearly linear, and its contribution keeps its size.
     """
     for name, power in (
         ("ln_2.weight", -23),
@@ -94,7 +94,7 @@ def small_norm(tensors: Tensors, config: dict[str, object]) -> None:
 
 
 def large_scores(tensors: Tensors, config: dict[str, object]) -> None:
-    """Every score of layer 0 + 270², which a softmax does not see.
+    """Add 270² to every score of layer 0, which softmax cancels.
 
     The last channel of ln_1 is constant, and the first channel of each head's queries and keys
     is 270 times it.

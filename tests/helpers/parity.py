@@ -1,4 +1,4 @@
-"""A loaded model against PyTorch, by the ways that a service calls it, on whatever backend."""
+"""Compares a loaded model with PyTorch, in the calls that a service makes, on any backend."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def assert_parity(model: Model, reference: Reference, config: TinyConfig, limit:
 
 
 def _prompts(config: TinyConfig) -> list[int]:
-    """Lengths around the window, and such that the last token is the last position."""
+    """Lengths around the window, and ones that end at the last position."""
     end, window = config.max_position_embeddings, config.window_size
     return sorted({n for n in (1, window - 1, window, window + 1, end - _STEPS) if 0 < n < end})
 
@@ -42,7 +42,7 @@ def _assert_ragged_rows(
     expected: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
     limit: float,
 ) -> None:
-    """Prompts of three lengths, a later turn, a step; then two rows change places, one leaves."""
+    """Prompts of three lengths, a later turn, a step; then two rows swap and one leaves."""
     end = ids.shape[1]
     counts = np.array([1, end // 2, end - 5])
     rows = np.arange(3)

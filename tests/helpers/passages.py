@@ -1,4 +1,4 @@
-"""Every way through a bundle's graphs, each beside what it should give."""
+"""Runs a bundle's graphs in every way, and yields results with the expected ones."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Where onnxruntime's CUDA provider puts the values of a graph, as far as capture depends on it.
+"""Finds values that onnxruntime's CUDA provider would copy between host and device.
 
-Its rules (`GetCpuPreferredNodes`, and each kernel's `InputMemoryType`): a Shape gives its result on
-the host; what is computed from host values alone is computed on the host; some operators read some
-inputs there. Any other value that changes sides needs a copy node, and a graph with one cannot be
+Its rules (`GetCpuPreferredNodes`, and each kernel's `InputMemoryType`): Shape outputs are
+on the host; values computed only from host values are computed on the host; some operators read
+some inputs there. Every other crossing needs a copy node, and a graph with one cannot be
 captured (`enable_cuda_graph`).
 """
 
@@ -25,11 +25,11 @@ HOST_INPUTS: dict[str, set[int]] = {
     "TopK": {1},
     "Unsqueeze": {1},
 }
-"""Inputs that the CUDA kernels read in host memory, by place."""
+"""Indices of the inputs that CUDA kernels read from host memory, by operator."""
 
 
 def copies(graph: onnx.GraphProto) -> list[str]:
-    """Each value that would have to be copied to the other side, with the node that reads it."""
+    """Each value that would be copied between host and device, with the node that reads it."""
     stored = {tensor.name for tensor in graph.initializer} | {""}
     on_host: set[str] = set()
     found = []

@@ -1,4 +1,4 @@
-"""The colours of a picture, without a library: 8-bit RGB or RGBA, not interlaced."""
+"""A small PNG reader without a library: 8-bit RGB or RGBA, not interlaced."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RGB, RGBA = 2, 6
 
 
 def colours(path: Path) -> Counter[tuple[int, int, int]]:
-    """How many pixels have which colour."""
+    """Number of pixels of each colour."""
     flat = pixels(path).reshape(-1, 3).astype(np.uint32)
     packed = flat @ np.array([65536, 256, 1], dtype=np.uint32)
     values, counts = np.unique(packed, return_counts=True)
@@ -51,7 +51,7 @@ def pixels(path: Path) -> NDArray[np.uint8]:
 
 
 def _unfiltered(lines: NDArray[np.uint8], step: int) -> NDArray[np.uint8]:
-    """Undo the filters of each line: PNG specification, section 9."""
+    """Undo the filters of all scanlines (PNG specification, section 9)."""
     result = np.zeros((len(lines), lines.shape[1] - 1), dtype=np.uint8)
     above = np.zeros(lines.shape[1] - 1, dtype=np.uint8)
     for number, line in enumerate(lines):

@@ -1,4 +1,4 @@
-"""Sequences that begin with what another cache holds."""
+"""Checks of sequences whose prefix is copied from another cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LENGTHS = (1, 30, 63, 64, 65, 79, 80, 81, 96, 97, 140)
-"""Of prefixes: around the window of 64, its cache of 80 on a CPU, and whole 16s."""
+"""Prefix lengths: around the window of 64, its CPU cache of 80, and multiples of 16."""
 
 
 def assert_prefixes_hold(
@@ -22,19 +22,19 @@ def assert_prefixes_hold(
     tolerance: float,
     logits_of: Callable[[list[int]], NDArray[np.float32]] = reference_logits,
 ) -> None:
-    """Rows of one cache behind different prefixes, then decoded; each against PyTorch.
+    """Continue different prefixes in rows of one cache; compare every step with PyTorch.
 
     Args:
         model: of the demo checkpoint, with room for 3 sequences.
         tolerance: the largest relative L2 error of a row of logits.
-        logits_of: what they are compared with, [n, vocab] for n ids.
+        logits_of: gives the reference logits, [n, vocab] for n ids.
     """
     ids = [token for prompt in varied_prompts(5) for token in prompt]
     for number, length in enumerate(LENGTHS):
         rest = [ids[200 + number :][: 1 + 13 * (number % 3)], ids[300:303], ids[310:315]]
         with model.prefix(ids[:length]) as prefix, model.new_cache(3, 200) as cache:
             cache.reorder([0])
-            model.prefill(cache, [rest[2]])  # a row that is there already
+            model.prefill(cache, [rest[2]])  # an existing row
             cache.extend(2)
             prefix.fill(cache, [1, 2])
             assert cache.lengths.tolist() == [len(rest[2]), length, length]
@@ -50,6 +50,6 @@ def assert_prefixes_hold(
             assert relative_error(found, expected) < tolerance, length
         with model.prefix(ids[:length]) as prefix, model.new_cache(2, 200) as cache:
             prefix.fill(cache, [1, 0])
-            found = model.decode(cache, [7, 8])  # without a prompt between
+            found = model.decode(cache, [7, 8])  # without a prompt in between
             expected = np.stack([logits_of([*ids[:length], token])[-1] for token in (7, 8)])
             assert relative_error(found, expected) < tolerance, length

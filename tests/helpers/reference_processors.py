@@ -1,4 +1,4 @@
-"""Hugging Face's own logits processors, in its own order, for the tests of the runtime's rules."""
+"""Hugging Face's logits processors, in its order, as the reference for the runtime's rules."""
 
 from __future__ import annotations
 

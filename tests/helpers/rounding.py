@@ -1,4 +1,4 @@
-"""Calibrated bundles without GPTQ, which takes most of their time."""
+"""Turns off GPTQ for calibrated exports, where it takes most of the time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def rounded_to_nearest() -> Iterator[None]:
-    """Statistics choose everything but the weights' integers, which are the nearest ones."""
+    """Use statistics for everything but rounding: weights are rounded to nearest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "neo_export.decisions.calibrated.GptqQuantizer", lambda *_, **__: RoundToNearest()

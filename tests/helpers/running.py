@@ -1,12 +1,12 @@
-"""Run a bundle's graphs by onnxruntime, without `neo_runtime`'s own loop.
+"""Runs a bundle's graphs in onnxruntime, without `neo_runtime`.
 
     graphs = Graphs(bundle)
     cache = graphs.cache(batch=1, length=40)
     graphs.run("prefill", ids, cache)          # logits [1, 1, V]; the cache now holds the prompt
     graphs.run("decode", next_ids, cache)
 
-Every cache layout is served: `in_place` and `static` bind one buffer as past and present by its
-address, `append` feeds the tensors that the last call gave.
+All cache layouts are supported: `in_place` and `static` bind one buffer as both past and present;
+`append` feeds the tensors that the last call returned.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SILENT = 4
 
 
 def session_options(*, optimize: bool) -> Any:
-    """One thread, nothing on stderr; `optimize` says whether onnxruntime rewrites the graph."""
+    """One thread, nothing on stderr; `optimize`: whether onnxruntime optimizes the graph."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = SILENT
@@ -58,8 +58,8 @@ class Cache:
         """Positions in use, of the longest row."""
         self.length = length = manifest.max_length if static else length
         lengths = {"global": length, "local": local_length or layout.window or length}
-        # Whatever an engine reads without having written it, it shall not go unseen. A static
-        # cache masks such values, but multiplies them by 0 all the same: they must be finite.
+        # Make reads of unwritten values visible in the output. A static cache masks such values
+        # but still multiplies them by 0, so they must be finite.
         unseen = 1000.0 if static else -128 if layout.dtype == "int8" else np.nan
         self.tensors = {
             f"{i}.{part}": np.full(
@@ -146,7 +146,7 @@ class Graphs:
 
 
 def _logit_positions(graph: str, attention_mask: NDArray[np.int64], new: int) -> NDArray[np.int64]:
-    """All new positions to score them, each row's last valid one for a prompt."""
+    """Positions that get logits: all new ones for scoring, each row's last valid one otherwise."""
     slots = np.broadcast_to(np.arange(new), (len(attention_mask), new))
     if graph == "score":
         return np.ascontiguousarray(slots)
@@ -159,7 +159,7 @@ def run_bound(
     cache: Cache,
     more: Sequence[str] = (),
 ) -> dict[str, NDArray[Any]]:
-    """Run with `cache` bound as its layout wants; afterwards it holds the new positions too.
+    """Run with `cache` bound as its layout requires; afterwards it also holds the new positions.
 
     Returns:
         `logits`, and whatever outputs `more` names.
@@ -191,7 +191,7 @@ def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
 def run_model(
     model: ir.Model, feeds: Mapping[str, NDArray[Any]], outputs: list[str] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Run an in-memory graph as it stands: onnxruntime's own rewrites are off."""
+    """Run an in-memory graph with onnxruntime's graph optimizations turned off."""
     import onnx_ir as ir
 
     data = ir.serde.serialize_model(model).SerializeToString()

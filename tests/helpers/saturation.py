@@ -1,4 +1,4 @@
-"""Extreme weights times extreme activations, by onnxruntime's integer product and in int64.
+"""Products of extreme weights and activations, by onnxruntime's integer kernel and in int64.
 
 Run as a script it needs numpy and onnxruntime alone, so that it also starts quickly on an emulated
 CPU:
@@ -76,7 +76,7 @@ def extreme_activations(rows: int) -> NDArray[np.uint8]:
 
 
 def write_graph(path: str, limit: int) -> None:
-    """The product as the int8 graphs have it, with every scale 1: sums are whole numbers."""
+    """The product as in the int8 graphs, with all scales 1, so that sums are integers."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 

@@ -1,4 +1,4 @@
-"""`neo_server` on a port of this machine, in a thread, for real clients."""
+"""Runs `neo_server` on a local port, in a thread, for real clients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Served:
         self.url = f"http://127.0.0.1:{port}"
 
     def client(self, key: str = "none", **options: Any) -> Any:
-        """OpenAI's own client; it does not try again."""
+        """OpenAI's client, without retries."""
         import openai
 
         return openai.OpenAI(
@@ -44,7 +44,7 @@ class Served:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is computed and nobody waits."""
+        """Whether no request is running or waiting."""
         return self.service.room.inside == 0
 
     def wait_until_idle(self) -> None:
@@ -55,14 +55,14 @@ class Served:
         assert self.service.room.let_in == 0, "each leaves once"
 
     def ended(self, reason: str) -> float:
-        """Sequences that ended so."""
+        """Number of sequences that finished for this reason."""
         found = re.search(
             rf'neo_sequences_total{{finish_reason="{reason}"}} (\S+)', self.get("/metrics")[1]
         )
         return float(found[1]) if found else 0
 
     def send(self, body: bytes | dict[str, Any], path: str = "/v1/completions") -> HTTPConnection:
-        """A request whose answer nobody has read yet."""
+        """Send a request without reading the response."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         connection.request("POST", path, content)
@@ -86,7 +86,7 @@ class Served:
 def served(
     model: Model, *, name: str = NAME, keys: tuple[str, ...] = (), **limits: Any
 ) -> Iterator[Served]:
-    """Serve a model until the end of the block; the socket is ready when it begins."""
+    """Serve a model until the with block ends; the socket accepts connections from the start."""
     with Service(model, name, Limits(**limits)) as service:
         service.start()
         sock = bound("127.0.0.1", 0)
