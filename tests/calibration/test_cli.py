@@ -326,10 +326,10 @@ def test_export_calibrates_by_itself(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--int8 --target portable", "target portable has no precision 'int8'"),
+        ("--int8 --target portable", "target portable does not support precision 'int8'"),
         ("--int8 --max-length 999", "--max-length is 999, expected 1 to 512"),
         ("--fp16 --kv-cache int8", "cannot be combined with target cuda; use --target cpu"),
-        ("--fp16 --target cpu --kv-cache int8", "goes with float32 activations"),
+        ("--fp16 --target cpu --kv-cache int8", "needs float32 activations"),
         ("--int8 --kv-cache int8 --target tensorrt", "cannot be combined with target tensorrt"),
         ("--int4 --int8-prefill --target tensorrt", "--int8-prefill was given with target"),
         ("--int4 --block-size 128", "block size 128 does not fit transformer.wte.weight"),

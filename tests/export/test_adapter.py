@@ -408,7 +408,7 @@ def test_child_processes_are_told_the_base(
 
 def test_a_base_that_is_not_the_one(adapter: Path, tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base", CONFIG)
-    with pytest.raises(CheckpointError, match=r"is no LoRA adapter .*leave --base out"):
+    with pytest.raises(CheckpointError, match=r"is not a LoRA adapter .*omit --base"):
         open_checkpoint(base, str(base))
     with pytest.raises(CheckpointError, match=r"LoRA adapter of not-there, .*does not exist"):
         open_checkpoint(adapter, "not-there")

@@ -53,12 +53,12 @@ def test_int8_for_cuda_is_stored_in_blocks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "refused"),
     [
-        (TinyConfig(head_dim=8), "multiples of 16 where .* local layers, this one's heads have 8"),
-        (TinyConfig(head_dim=40), "heads have 40"),
+        (TinyConfig(head_dim=8), "multiples of 16 if .* local layers, this one's head size is 8"),
+        (TinyConfig(head_dim=40), "head size is 40"),
         (TinyConfig(head_dim=48), None),
         (TinyConfig(head_dim=8, attention_layers=("global", "global")), None),
         (TinyConfig(head_dim=8, attention_layers=("local", "local")), None),
-        (TinyConfig(head_dim=4), "attention that reads int8.* multiple of 8; this model's have 4"),
+        (TinyConfig(head_dim=4), "reads int8.* multiple of 8; this model's head size is 4"),
     ],
 )
 def test_head_sizes_of_an_int8_cache(
@@ -100,8 +100,8 @@ def test_blocks_that_a_target_has_not(spec: ModelSpec) -> None:
 @pytest.mark.parametrize(
     ("target", "precision", "quantization", "message"),
     [
-        ("cuda", "fp16", {}, "heads of 20, and the attention of target cuda takes multiples of 8"),
-        ("cuda", "int8", {}, "heads of 20"),
+        ("cuda", "fp16", {}, "head size is 20, but .* target cuda needs a multiple of 8"),
+        ("cuda", "int8", {}, "head size is 20"),
         ("cpu", "int4", {}, "no block size divides all of the widths 40, 160; export with --int8"),
         ("cpu", "int4", {"block_size": 16}, "does not fit transformer.wte.weight.* 40 inputs"),
         ("cpu", "mixed", {"plan": PLAN}, "block size 128 does not fit transformer.wte.weight"),

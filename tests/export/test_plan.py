@@ -72,9 +72,9 @@ def test_a_plan_may_have_a_default_alone(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "is no object with the keys"),
-        ('{"default": "int8"}', "is no object with the keys"),
-        ('{"default": "int8", "default": "int8"}', "'default' is there twice"),
+        ("[]", "is not an object with the keys"),
+        ('{"default": "int8"}', "is not an object with the keys"),
+        ('{"default": "int8", "default": "int8"}', "'default' occurs twice"),
     ],
 )
 def test_what_is_no_file_of_a_plan(text: str, message: str, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_what_is_no_file_of_a_plan(text: str, message: str, tmp_path: Path) -> N
         ({"transformer.h.2.mlp.c_fc.weight": "int8"}, "matches no weight matrix of this model"),
         ({"transformer.wpe.weight": "int8"}, "matches no weight matrix of this model"),
         ({"*.0.*": "fp32", "*.mlp.*": "int4:16"}, "make the patterns agree"),
-        ({TABLE: "fp16"}, "fp16 goes with no other storage"),
+        ({TABLE: "fp16"}, "fp16 cannot be mixed with others"),
     ],
 )
 def test_a_plan_of_another_model(weights: dict[str, str], message: str, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ class TestRefused:
 
     def test_no_parent(self, parent: Path) -> None:
         path = parent / "no" / "bundle"
-        self.refuse(path, rf"there is no folder {parent / 'no'}; make it first", force=False)
+        self.refuse(path, rf"there is no folder {parent / 'no'}; create it", force=False)
 
     def test_a_file_for_a_parent(self, parent: Path) -> None:
         (parent / "file").write_bytes(b"")
@@ -235,7 +235,7 @@ class TestRefused:
         self.refuse(Path("/proc/bundle"), "cannot write /proc/bundle: ", force=False)
 
     def test_too_small_a_disk(self, parent: Path) -> None:
-        message = r"it needs 1000000000\.0 GB, [0-9.]+ [GMk]B are free in .*out; make room"
+        message = r"it needs 1000000000\.0 GB, [0-9.]+ [GMk]B are free in .*out; free space"
         self.refuse(parent / "bundle", message, force=False, needed=10**18)
 
     def test_a_folder_that_may_not_be_written(self) -> None:
@@ -274,7 +274,7 @@ class TestFailed:
         """A real one: every write to /dev/full fails with ENOSPC."""
         message = (
             rf"cannot write {old}: No space left on device; [0-9.]+ kB were written, "
-            rf"[0-9.]+ [GM]B are free in {parent}; make room or .*; nothing was left behind"
+            rf"[0-9.]+ [GM]B are free in {parent}; free space or .*; nothing was left behind"
         )
         with nothing_changes(parent), pytest.raises(OutputError, match=message):
             with staged_folder(old, force=True) as folder:
@@ -323,7 +323,7 @@ class TestFailed:
         ("code", "message"),
         [
             (errno.EROFS, "Read-only file system; .* is read-only; choose another folder"),
-            (errno.EDQUOT, "quota exceeded; .* make room"),
+            (errno.EDQUOT, "quota exceeded; .* free space"),
             (errno.EACCES, "Permission denied; you may not write"),
             (errno.EIO, r"Input/output error; check .*weights\.bin, or choose another"),
         ],

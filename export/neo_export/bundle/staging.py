@@ -85,7 +85,7 @@ def _checked_target(destination: Path, *, force: bool) -> Path:
     target = Path(os.path.realpath(destination))
     parent = target.parent
     if not parent.exists():
-        raise OutputError(f"cannot write {destination}: there is no folder {parent}; make it first")
+        raise OutputError(f"cannot write {destination}: there is no folder {parent}; create it")
     if not parent.is_dir():
         raise OutputError(f"cannot write {destination}: {parent} is not a folder")
     tidy_up(target)

@@ -71,15 +71,15 @@ def open_checkpoint(folder: Path | str, base: str | None = None) -> Checkpoint:
     has_adapter = has_config and any((folder / name).is_file() for name in ADAPTER_FILES)
     if is_whole and has_adapter:
         raise CheckpointError(
-            f"{folder} holds a whole model and a LoRA adapter, and which is meant is not known; "
+            f"{folder} holds both a whole model and a LoRA adapter, expected one of them; "
             "move one of them to a folder of its own"
         )
     if has_config and not is_whole:
         return _open_adapter(folder, base)
     if base is not None:
         raise CheckpointError(
-            f"the base model {base} was given, but {folder} is no LoRA adapter (no "
-            f"{ADAPTER_CONFIG_NAME}, or the weights of a whole model); leave --base out"
+            f"the base model {base} was given, but {folder} is not a LoRA adapter (no "
+            f"{ADAPTER_CONFIG_NAME}, or the weights of a whole model); omit --base"
         )
     return open_whole(folder)
 

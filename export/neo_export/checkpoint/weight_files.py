@@ -97,7 +97,7 @@ class WeightFiles(Closable):
             if tensor not in opened[shard].tensors:
                 raise CheckpointError(
                     f"{index} says that tensor {tensor!r} is in {shard!r}, and it is not there; "
-                    "index and shards are not of one checkpoint, download or save it again"
+                    "index and shards are of different checkpoints; download or save it again"
                 )
 
 

@@ -224,7 +224,7 @@ def _check_tied_head(
     _check_tensor(HEAD, head, shape, folder)
     if not head.same_values(embedding):
         raise CheckpointError(
-            f"{folder}: config.json says tie_word_embeddings true and {HEAD!r} differs from "
+            f"{folder}: config.json sets tie_word_embeddings, but {HEAD!r} differs from "
             f"{EMBEDDING!r}; set tie_word_embeddings to false if the head is its own, or remove "
             f"{HEAD!r} if it is stale"
         )

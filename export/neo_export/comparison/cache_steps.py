@@ -36,7 +36,7 @@ def read_cache_steps(folder: Path, manifest: Manifest) -> CacheSteps | None:
         for name in (into, out):
             if name not in initializers:
                 raise BundleDamagedError(
-                    f"{path} has no {name}, which says what the integers of its cache mean; "
+                    f"{path} has no {name}, which holds the scales of its int8 cache; "
                     "export the bundle again"
                 )
         keys.append(np.split(_array(initializers[into]), 3)[0])

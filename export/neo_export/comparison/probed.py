@@ -50,7 +50,7 @@ def probed_model(folder: Path, manifest: Manifest, graph: str) -> bytes:
         if name not in values:
             raise BundleError(
                 f"{folder / manifest.graphs[graph].file} has no value {name!r}, which the "
-                "manifest lists as a place to look at; export the bundle again"
+                "manifest lists as a place to compare; export the bundle again"
             )
         model.graph.outputs.append(_as_numpy_has_it(model, values[name]))
     data: bytes = ir.serde.serialize_model(model).SerializeToString()

@@ -152,9 +152,9 @@ def _of_layer(
     for kind in ("query", "key", "value"):
         if (reason := _large(statistics, f"{prefix}.{kind}")) is not None:
             raise StatisticsError(
-                f"{prefix}.{kind} {reason}: keys and values are cached in float16, and queries "
-                "meet them; export without statistics, with --bf16 for a GPU or with --target cpu "
-                "--fp32"
+                f"{prefix}.{kind} {reason}: keys and values are cached in float16, and "
+                "queries are multiplied with them; export without statistics, with --bf16 for a "
+                "GPU or with --target cpu --fp32"
             )
     for norm in ("ln_1", "ln_2"):
         if (reason := _unfit(statistics, f"{prefix}.{norm}")) is not None:

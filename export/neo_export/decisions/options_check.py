@@ -48,8 +48,8 @@ def check_options(
     _check_length(options.max_length, spec)
     if target.attention == "fused" and spec.head_dim % HEAD_SIZE_MULTIPLE:
         raise RequestError(
-            f"the model has heads of {spec.head_dim}, and the attention of target {target.name} "
-            f"takes multiples of {HEAD_SIZE_MULTIPLE}; export with --target cpu or portable"
+            f"the model's head size is {spec.head_dim}, but attention for target {target.name} "
+            f"needs a multiple of {HEAD_SIZE_MULTIPLE}; export with --target cpu or portable"
         )
     _check_storages(spec, target, options)
     if options.kv_cache == "int8":

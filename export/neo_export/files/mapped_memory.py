@@ -56,7 +56,7 @@ def take_room(file: IO[bytes], size: int, folder: str) -> None:
             return
         raise OutputError(
             f"{folder} has no room for {size / 1e6:,.0f} MB of hidden states ({error.strerror}); "
-            "make some, or name another folder"
+            "free space, or choose another folder"
         ) from error
 
 

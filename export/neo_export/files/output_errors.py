@@ -28,8 +28,8 @@ def require_space(destination: Path, parent: Path, needed: int) -> None:
     if free < needed:
         raise OutputError(
             f"cannot write {destination}: it needs {_size(needed)}, {_size(free)} are free in "
-            f"{parent}; make room or choose another disk (a bundle that is to be replaced is "
-            "removed only when the new one is whole)"
+            f"{parent}; free space or choose another disk (a bundle to be replaced is "
+            "removed only when the new one is complete)"
         )
 
 
@@ -61,7 +61,7 @@ def as_output_error(
     if error.errno is None or error.errno in _FULL:
         advice = (
             f"{_size(_written(staging))} were written, {_size(free)} are free in {parent}; "
-            "make room or choose another disk"
+            "free space or choose another disk"
         )
     elif error.errno == errno.EFBIG:
         advice = "a file passed the size limit of the file system or of this process (ulimit -f)"

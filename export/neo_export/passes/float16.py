@@ -48,7 +48,7 @@ def to_float16(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
     if not fits_float16(values):
         largest = np.abs(values).max()
         raise CheckpointError(
-            f"{name} holds ±{largest:.6g}, float16 ends at 65504; export with --fp16 "
+            f"{name} holds ±{largest:.6g}, float16 at most 65504; export with --fp16 "
             "--calibrate-text FILE, which keeps what float16 cannot hold in float32, or with "
             "--target cpu --fp32"
         )
@@ -67,7 +67,7 @@ def to_bfloat16(values: NDArray[np.float32], name: str) -> NDArray[Any]:
         halves: NDArray[Any] = values.astype(ml_dtypes.bfloat16)
     if np.isinf(halves.astype(np.float32)).any():
         raise CheckpointError(
-            f"{name} holds numbers beyond what bfloat16 has; export with --target cpu --fp32"
+            f"{name} holds numbers beyond the range of bfloat16; export with --target cpu --fp32"
         )
     return halves
 

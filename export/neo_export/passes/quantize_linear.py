@@ -119,7 +119,7 @@ def _stored(weight: ir.Value, storage: Storage) -> tuple[ir.Value, ...]:
         if not stored.distance <= FARTHEST[kind]:
             raise RequestError(
                 f"{weight.name} cannot be stored in {kind}: that would be {stored.distance:.2g} "
-                "from it (relative L2), as float16 has no scales for values as small; export with "
+                "from it (relative L2), as float16 has no scales that small; export with "
                 "--fp16 or --fp32, or for target cpu"
             )
         values = np.ascontiguousarray(stored.values.T).astype(_NUMPY[kind], copy=False)

@@ -87,7 +87,7 @@ def steps_from_ranges(
         if largest.shape != (spec.hidden_size,):
             raise StatisticsError(
                 f"the statistics of {name} have shape {list(largest.shape)}, expected "
-                f"[{spec.hidden_size}]: they are of another model; run neo-calibrate on this one"
+                f"[{spec.hidden_size}]: they are for another model; run neo-calibrate on this one"
             )
         if not (np.isfinite(largest).all() and (largest >= 0).all()):
             raise StatisticsError(
@@ -117,19 +117,19 @@ def check_int8_cache(cache: CacheSpec, spec: ModelSpec) -> None:
     """
     if cache.dtype != "float32":
         raise RequestError(
-            f"--kv-cache int8 goes with float32 activations, these are {cache.dtype}; "
+            f"--kv-cache int8 needs float32 activations, these are {cache.dtype}; "
             "use it with --fp32, --int8, --int4 or --plan"
         )
     if cache.layout != "in_place":
         raise RequestError(
-            "--kv-cache int8 needs attention that reads int8: target cpu, and heads of a multiple "
-            f"of {_HEAD_SIZE_MULTIPLE}; this model's have {spec.head_dim}; leave it out"
+            "--kv-cache int8 needs attention that reads int8: target cpu, a head size that is a "
+            f"multiple of {_HEAD_SIZE_MULTIPLE}; this model's head size is {spec.head_dim}; omit it"
         )
     evicts = cache.window is not None and "local" in spec.attention_layers
     if evicts and spec.head_dim % _EVICTED_HEAD_SIZE_MULTIPLE:
         raise RequestError(
-            f"--kv-cache int8 goes with head sizes that are multiples of "
-            f"{_EVICTED_HEAD_SIZE_MULTIPLE} where a model has local layers, this one's heads have "
+            f"--kv-cache int8 needs head sizes that are multiples of "
+            f"{_EVICTED_HEAD_SIZE_MULTIPLE} if a model has local layers, this one's head size is "
             f"{spec.head_dim}; leave it out"
         )
 
@@ -147,7 +147,7 @@ def calibrated_steps(statistics: Statistics | None, spec: ModelSpec) -> CacheSte
     """
     if statistics is None:
         raise RequestError(
-            "--kv-cache int8 needs to know how large keys and values become: run neo-calibrate "
+            "--kv-cache int8 needs the ranges of keys and values: run neo-calibrate "
             "MODEL --text FILE -o STATS, then add --calibration STATS"
         )
     return steps_from_ranges(statistics.channel_max, spec)

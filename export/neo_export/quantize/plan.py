@@ -166,8 +166,8 @@ class WeightPlan:
         kinds = self.kinds(names)
         if "fp16" in kinds and len(kinds) > 1:
             raise RequestError(
-                f"{source} mixes {', '.join(sorted(kinds))}; fp16 goes with no other storage, "
-                "because its graphs compute in float16. Use fp32 for what shall stay exact"
+                f"{source} mixes {', '.join(sorted(kinds))}; fp16 cannot be mixed with others, "
+                "because its graphs compute in float16. Use fp32 for weights that must stay exact"
             )
 
     def refuse_half(self, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
@@ -178,8 +178,8 @@ class WeightPlan:
         """
         if "fp16" in self.kinds(name for name, shape in shapes.items() if is_planned(name, shape)):
             raise RequestError(
-                f"{source} stores weights in fp16, which this target has none of beside integers; "
-                "use fp32, or export with --fp16 in place of a plan"
+                f"{source} stores weights in fp16, which this target cannot mix with integers; "
+                "use fp32, or export with --fp16 instead of a plan"
             )
 
     def _check_name(self, name: str, source: str) -> None:
@@ -218,7 +218,7 @@ class WeightPlan:
         needed = {"schema_version", "default"}
         if not isinstance(raw, dict) or raw.keys() - {"weights"} != needed:
             raise RequestError(
-                f"the plan {path} is no object with the keys schema_version, default and, for "
+                f"the plan {path} is not an object with the keys schema_version, default and, for "
                 "weights that differ from the default, weights"
             )
         if raw["schema_version"] != PLAN_SCHEMA_VERSION:
@@ -246,7 +246,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
+            raise ValueError(f"the key {key!r} occurs twice")
         found[key] = value
     return found
 

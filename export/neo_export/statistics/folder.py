@@ -209,5 +209,5 @@ class Statistics:
             if file not in self._files:
                 self._files[file] = SafetensorsFile(self.folder / file)
         except CheckpointError as error:
-            raise StatisticsError(f"{error} (a part of {self.folder}: calibrate again)") from error
+            raise StatisticsError(f"{error} (part of {self.folder}; calibrate again)") from error
         return self._files[file].tensors

@@ -107,7 +107,7 @@ class StatisticsHeader:
             if version != SCHEMA_VERSION:
                 raise StatisticsError(
                     f"{source} has schema version {version}, expected {SCHEMA_VERSION}; run "
-                    "neo-calibrate of this version again"
+                    "this version's neo-calibrate again"
                 )
             raw["places"] = {
                 name: PlaceStatistics(
@@ -117,8 +117,8 @@ class StatisticsHeader:
             }
             if raw["text"]["tokens"] < FEWEST_POSITIONS:
                 raise StatisticsError(
-                    f"{source} is of {raw['text']['tokens']} token, expected at least "
-                    f"{FEWEST_POSITIONS} and better some thousands; run neo-calibrate on more text"
+                    f"{source} covers {raw['text']['tokens']} token, expected at least "
+                    f"{FEWEST_POSITIONS} and preferably thousands; run neo-calibrate on more text"
                 )
             raw["score_max"] = {name: tuple(heads) for name, heads in raw["score_max"].items()}
             return cls(**raw)

@@ -63,7 +63,7 @@ class Target:
         """
         if precision not in self.precisions:
             raise RequestError(
-                f"target {self.name} has no precision {precision!r}, "
+                f"target {self.name} does not support precision {precision!r}, "
                 f"expected one of {', '.join(self.precisions)}"
             )
 
