@@ -147,7 +147,14 @@ def test_a_folder_that_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "expected a folder written by neo-export" in capsys.readouterr().err
 
 
-def test_sizes_have_suffixes(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("text", ["much", "inf", "nan", "1e400G", "G"])
+def test_what_is_no_size_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bundle", "--workspace", text])
+    assert f"{text!r} is not a size" in capsys.readouterr().err
+
+
+def test_sizes_have_suffixes() -> None:
     from neo_export.engine.cli import _bytes
 
     assert [_bytes(text) for text in ("7", "2k", "512M", "1.5GiB")] == [
@@ -156,9 +163,6 @@ def test_sizes_have_suffixes(capsys: pytest.CaptureFixture[str]) -> None:
         512 << 20,
         3 << 29,
     ]
-    with pytest.raises(SystemExit):
-        main(["bundle", "--workspace", "much"])
-    assert "'much' is not a size" in capsys.readouterr().err
 
 
 def test_help_needs_nothing_heavy() -> None:

@@ -38,7 +38,8 @@ def test_every_way_answers_every_request(mini_bundle: Path) -> None:
     assert list(rounds) == list(WAYS)
     for measured in (one for each in rounds.values() for one in each):
         assert len(measured.answers) == len(measured.first_tokens) == 6
-        assert all(0 < first < took for first, took in zip(*_pairs(measured), strict=True))
+        pairs = zip(measured.first_tokens, measured.answers, strict=True)
+        assert all(0 < first < took for first, took in pairs)
         assert max(measured.answers) <= measured.seconds
     order = [line.split(":")[0] for line in said if "round" in line]
     assert order[:9] == [WAYS[(turn + place) % 3] for turn in range(3) for place in range(3)]
@@ -58,11 +59,6 @@ def test_prompts_that_share_a_beginning(mini_bundle: Path) -> None:
         assert len({tuple(prompt[:70]) for prompt in prompts}) == 1
         assert len({tuple(prompt[70:]) for prompt in prompts}) == 4
     assert len({tuple(prompts[0][:10]) for prompts in rounds}) == 3
-
-
-def _pairs(measured: Round) -> tuple[list[float], list[float]]:
-    pairs = sorted(zip(measured.first_tokens, measured.answers, strict=True))
-    return [first for first, _ in pairs], [answer for _, answer in pairs]
 
 
 def test_figures() -> None:

@@ -60,7 +60,7 @@ def test_figures() -> None:
     )
     assert "7 prompts, 5 new tokens each" in table
     assert "| 5 | 20.0 | 2.00 (1.00 to 3.00) |" in table
-    assert "| lookup | 50.0 | 3.00 (2.00 to 4.00) | 50 of 60 | 2.00 | 1 |" in table
+    assert "| lookup | 46.5 | 3.00 (2.00 to 4.00) | 50 of 60 | 2.00 | 1 |" in table
 
 
 def test_the_command(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

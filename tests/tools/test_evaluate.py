@@ -169,6 +169,19 @@ def results(values: list[float], value: float, metric: str = "acc") -> dict[str,
     }
 
 
+def test_a_task_decodes_greedily_unless_it_asks_to_sample() -> None:
+    """As the harness's HFLM, whatever the defaults in a bundle's generation_config.json are."""
+    from neo_tools.evaluate.lm import NeoLM
+
+    harness = object.__new__(NeoLM)
+    harness._max_gen_toks = 20
+    greedy = {"do_sample": False, "max_new_tokens": 20, "stop": ["\n"]}
+    for asked in ({}, {"temperature": 0.7}, {"temperature": 0.0, "do_sample": True, "top_p": 0.9}):
+        assert harness._options({"until": "\n", **asked}) == greedy
+    sampled = harness._options({"until": [], "do_sample": True, "temperature": 0.7})
+    assert sampled == {"do_sample": True, "temperature": 0.7, "max_new_tokens": 20, "stop": []}
+
+
 def test_differences_are_paired() -> None:
     import numpy as np
 

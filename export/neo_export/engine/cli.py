@@ -165,7 +165,7 @@ def _bytes(text: str) -> int:
         number, suffix = number[:-1], number[-1]
     try:
         return int(float(number) * _SUFFIXES[suffix])
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a size, expected a number of bytes or, for example, 512M or 2G"
         ) from error

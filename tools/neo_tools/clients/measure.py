@@ -85,7 +85,8 @@ class Round:
     first_tokens: tuple[float, ...]
     """For each request, in any order: seconds from sending it to its first token."""
     answers: tuple[float, ...]
-    """For each request, in any order: seconds from sending it to the end of its answer."""
+    """For each request, in the order of `first_tokens`: seconds from sending it to the end of its
+    answer."""
 
 
 def measure(
@@ -151,8 +152,7 @@ def _scheduled(scheduler: Scheduler, ids: Sequence[int], new: int) -> float:
 
 
 def _round(call: _Call, load: Load, prompts: Sequence[Sequence[int]]) -> Round:
-    firsts: list[float] = []
-    answers: list[float] = []
+    measured: list[tuple[float, float]] = []
     errors: list[BaseException] = []
 
     def client(number: int) -> None:
@@ -162,8 +162,7 @@ def _round(call: _Call, load: Load, prompts: Sequence[Sequence[int]]) -> Round:
                 asked = perf_counter()
                 decoding = call(prompts[number * load.requests + request], new)
                 took = perf_counter() - asked
-                firsts.append(took - decoding)
-                answers.append(took)
+                measured.append((took - decoding, took))
         except BaseException as error:
             errors.append(error)
 
@@ -176,4 +175,5 @@ def _round(call: _Call, load: Load, prompts: Sequence[Sequence[int]]) -> Round:
     seconds = perf_counter() - started
     if errors:
         raise errors[0]
-    return Round(seconds=seconds, first_tokens=tuple(firsts), answers=tuple(answers))
+    firsts, answers = zip(*measured, strict=True)
+    return Round(seconds=seconds, first_tokens=firsts, answers=answers)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from time import perf_counter
@@ -77,6 +78,8 @@ def _port(process: subprocess.Popen[str]) -> int:
     said = ""
     for line in process.stderr:
         if found := re.search(r":(\d+)/v1$", line.rstrip()):
+            # A full pipe would stop the server at its next warning.
+            threading.Thread(target=process.stderr.read, daemon=True).start()
             return int(found[1])
         said += line
     raise NeoError(f"the server did not start: {said.strip() or 'it printed nothing'}")

@@ -61,7 +61,10 @@ def continued(texts: Mapping[str, Texts]) -> list[Continued]:
         Continued(
             way=way,
             prompts=each.prompts,
-            tokens_per_second=spread([each.tokens / value for value in each.seconds]),
+            # The decode seconds begin after the first token of each text.
+            tokens_per_second=spread(
+                [(each.tokens - each.prompts) / value for value in each.seconds]
+            ),
             speedup=spread(round_ratios(base, each.seconds)),
             drafted=each.drafted,
             accepted=each.accepted,

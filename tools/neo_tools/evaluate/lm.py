@@ -191,15 +191,18 @@ class NeoLM(TemplateLM):
         return found
 
     def _options(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """A task's `generation_kwargs` as options of `Scheduler.submit`."""
+        """A task's `generation_kwargs` as options of `Scheduler.submit`.
+
+        Greedy unless the task sets `do_sample`, as in the harness's own `HFLM`: what the bundle's
+        generation_config.json says about it is not the task's.
+        """
         options = dict(asked)
         until = options.pop("until", ())
         options["stop"] = [until] if isinstance(until, str) else [text for text in until if text]
         limit = options.pop("max_gen_toks", self._max_gen_toks)
         options.setdefault("max_new_tokens", limit)
-        if not options.get("temperature", 1.0):
+        if not options.setdefault("do_sample", False) or not options.get("temperature", 1.0):
             options["do_sample"] = False
-        if not options.get("do_sample", False):
             for name in ("temperature", "top_p", "top_k", "min_p"):
                 options.pop(name, None)  # no effect in greedy decoding
         return options

@@ -232,6 +232,7 @@ def _run(command: Sequence[str], what: str) -> None:
     print(f"{what} …", file=sys.stderr, flush=True)
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     environ = {"ORT_DISABLE_TELEMETRY": "1", **os.environ, "PYTHONWARNINGS": "ignore"}
+    environ.pop("PYTHONPATH", None)  # the probe is to find the environment's own packages
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
     ) as process:
