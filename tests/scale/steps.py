@@ -128,20 +128,20 @@ def _verified(session: Session, form: str, *options: str) -> list[Figure]:
     session.drop(done.bundle)
     tokens, logits, worst_logits, place, hidden, worst_hidden = match.groups()
     # Of the forms for GPUs weights alone are quantized: what is left is half precision.
-    limit = TOLERANCES["fp32" if form == "fp32" else "fp16"].any_checkpoint
+    tolerance = TOLERANCES["fp32" if form == "fp32" else "fp16"]
     return [
-        *(
-            Figure(
-                name=f"{form}: {what}, median relative L2 of {tokens} positions",
-                value=float(value),
-                limit=limit,
-                command=done.command,
-                note=note,
-            )
-            for what, value, note in (
-                ("logits", logits, f"worst {worst_logits}"),
-                ("worst place of all layers", hidden, f"{place}, worst {worst_hidden}"),
-            )
+        Figure(
+            name=f"{form}: logits, median relative L2 of {tokens} positions",
+            value=float(logits),
+            limit=tolerance.any_checkpoint,
+            command=done.command,
+            note=f"worst position {worst_logits}",
+        ),
+        Figure(
+            name=f"{form}: worst place of all layers, median relative L2",
+            value=float(hidden),
+            command=done.command,
+            note=f"{place}, worst position {worst_hidden}",
         ),
         *cost(done.measured, done.command),
     ]
@@ -150,8 +150,8 @@ def _verified(session: Session, form: str, *options: str) -> list[Figure]:
 def _failed_verification(
     session: Session, form: str, options: Sequence[str], error: NeoError
 ) -> Figure:
-    """The first place past its limit, as `neo-export --verify` names it; other errors go on."""
-    pattern = rf"neo-export: (.*?) is off by {_NUMBER} \(.*?limit of \w+ is {_NUMBER}"
+    """What is past its limit, as `neo-export --verify` names it; other errors go on."""
+    pattern = rf"neo-export: (.*?) (?:is|are) off by {_NUMBER} \(.*?limit of \w+ is {_NUMBER}[.)]"
     match = re.search(pattern, str(error))
     if match is None:
         raise error

@@ -28,12 +28,11 @@ class Tolerance:
     """Worst relative L2 error of a position's hidden state, at any place of any layer."""
     reason: str
     any_checkpoint: float
-    """Limit for the median over positions, at any place and of the logits, on an unknown
-    checkpoint (`neo-export --verify`). Some checkpoints amplify rounding errors, and single
-    positions without bound; a wrong step is found by `LOCAL`, whatever the errors before it. On the
-    1.3B shape with random weights (unscaled scores up to 47), PyTorch's own float16 is up to 3.0e-2
-    from its float32 in the median, at the worst place, and its bfloat16 2.1e-1; its float32 is
-    1.1e-5 from float64 at the logits."""
+    """Limit for the median of `logits` over positions on an unknown checkpoint (`neo-export
+    --verify`). Some checkpoints amplify rounding errors, at single positions without bound; a wrong
+    step is found by `LOCAL`, whatever the errors before it. On the 1.3B shape with random weights
+    (unscaled scores up to 47), PyTorch's own float32 is 1.1e-5 from float64 in the median, and its
+    float16 up to 2.2e-2 and its bfloat16 up to 1.5e-1 from float32."""
     of_reference: float | None = None
     """Largest multiple of the reference's own error, relative to more exact arithmetic, if that
     error is known and exceeds `logits`: float32's from float64, float16's from float32. Two results
