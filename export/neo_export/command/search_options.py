@@ -20,9 +20,9 @@ __all__ = [
 ]
 
 
-def add_search_options(parser: argparse.ArgumentParser) -> None:
-    """Add --max-kl, --max-size and --auto-report to the parser."""
-    limit = parser.add_mutually_exclusive_group()
+def add_search_options(group: argparse._ArgumentGroup) -> None:
+    """Add --max-kl, --max-size and --auto-report."""
+    limit = group.add_mutually_exclusive_group()
     limit.add_argument(
         "--max-kl",
         type=float,
@@ -35,7 +35,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         help="--auto: the most accurate bundle of at most SIZE bytes of weights; a value below 1 "
         "is a fraction of the float32 size",
     )
-    parser.add_argument(
+    group.add_argument(
         "--auto-report",
         type=Path,
         metavar="FOLDER",
