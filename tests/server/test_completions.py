@@ -16,8 +16,12 @@ from helpers.hf_reference import (
     varied_prompts,
 )
 from helpers.serving import NAME, served
+from neo_server.asked import read_request
+from neo_server.errors import ApiError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from helpers.serving import Served
     from neo_runtime.model import Model
 
@@ -291,6 +295,54 @@ def test_bad_requests(client: Any, server: Served, fields: dict[str, Any], messa
     assert message in error.value.body["message"]
     assert error.value.body["type"] == "invalid_request_error"
     server.wait_until_idle()
+
+
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else 1
+
+
+MOST: list[tuple[str, int, Callable[[int], dict[str, Any]]]] = [
+    ("n", 128, lambda count: {"n": count}),
+    ("best_of", 128, lambda count: {"best_of": count}),
+    ("max_tokens", 10**6, lambda count: {"max_tokens": count}),
+    ("min_tokens", 10**6, lambda count: {"min_tokens": count}),
+    ("truncate_prompt_tokens", 10**6, lambda count: {"truncate_prompt_tokens": count}),
+    ("logprobs", 20, lambda count: {"logprobs": count}),
+    ("logprobs", 25_000, lambda count: ALTERNATIVES | {"prompt": [5] * count}),
+    ("logprobs", 25, lambda count: ALTERNATIVES | {"n": count, "max_tokens": 999}),
+    ("logprobs", 25, lambda count: ALTERNATIVES | {"prompt": ["a"] * count, "max_tokens": 999}),
+    ("stop", 16, lambda count: {"stop": ["a"] * count}),
+    ("stop", 1000, lambda count: {"stop": ["a", "b" * count]}),
+    ("stop_token_ids", 4096, lambda count: {"stop_token_ids": [0] * count}),
+    ("suppress_tokens", 4096, lambda count: {"suppress_tokens": [5] * count}),
+    ("bad_words_ids", 2048, lambda count: {"bad_words_ids": [[1, 2]] * count}),
+    ("bad_words", 409_599, lambda count: {"bad_words": ["a" * count]}),
+    ("logit_bias", 4096, lambda count: {"logit_bias": {str(i): 1 for i in range(count)}}),
+    ("suppress_tokens", 8, lambda depth: {"suppress_tokens": nested(depth)}),
+]
+ALTERNATIVES: dict[str, Any] = {"echo": True, "logprobs": 19, "max_tokens": 0}
+"""Of which an answer may have 500,000: 25,000 tokens' with the token itself."""
+
+
+@pytest.mark.parametrize(("param", "most", "fields"), MOST)
+def test_the_most_that_is_taken(
+    param: str, most: int, fields: Callable[[int], dict[str, Any]]
+) -> None:
+    assert read_request({"prompt": "a"} | fields(most))
+    with pytest.raises(ApiError) as error:
+        read_request({"prompt": "a"} | fields(most + 1))
+    assert (error.value.status, error.value.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("n", 1), ("max_tokens", 0), ("min_tokens", 0), ("logprobs", 0), ("seed", -(2**63))],
+)
+def test_the_least_that_is_taken(name: str, least: int) -> None:
+    assert read_request({"prompt": "a", name: least})
+    with pytest.raises(ApiError, match=f"expected an integer from {least} on") as error:
+        read_request({"prompt": "a", name: least - 1})
+    assert error.value.param == name
 
 
 def test_errors_name_the_field(client: Any) -> None:
