@@ -68,9 +68,11 @@ class Served:
         connection.request("POST", path, content)
         return connection
 
-    def answer(self, body: bytes | dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
+    def answer(
+        self, body: bytes | dict[str, Any], path: str = "/v1/completions"
+    ) -> tuple[int, dict[str, Any], dict[str, str]]:
         """Status, JSON and headers."""
-        with closing(self.send(body)) as connection:
+        with closing(self.send(body, path)) as connection:
             response = connection.getresponse()
             return response.status, json.load(response), dict(response.headers)
 

@@ -233,6 +233,16 @@ def test_the_best_are_chosen(client: Any, model: Model) -> None:
     assert found.usage.completion_tokens == 60
 
 
+def test_the_best_are_chosen_by_token(client: Any) -> None:
+    """Short texts are no better for being short."""
+    options: dict[str, Any] = {"seed": 1, "max_tokens": 20, "stop": [" the", " a"]}
+    every = create(client, "The", n=12, logprobs=0, **options).choices
+    scores = {c.text: c.logprobs.token_logprobs for c in every}
+    [best] = create(client, "The", n=1, best_of=12, **options).choices
+    assert best.text == max(scores, key=lambda text: np.mean(scores[text]))
+    assert best.text != max(scores, key=lambda text: np.sum(scores[text]))
+
+
 def test_clients_at_once_get_what_each_gets_alone(client: Any) -> None:
     prompts = [text[: 20 + 9 * i] for i, text in enumerate(heldout_texts()[:12])]
     alone = [create(client, prompt, seed=i).choices[0].text for i, prompt in enumerate(prompts)]
@@ -253,6 +263,15 @@ def test_models(client: Any) -> None:
 def test_what_is_not_served(client: Any) -> None:
     with pytest.raises(openai.NotFoundError, match="POST /v1/completions"):
         client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "hi"}])
+
+
+def test_other_methods_and_paths(server: Served) -> None:
+    status, _, headers = server.answer({}, "/health")
+    assert (status, {*headers["allow"].split(", ")}) == (405, {"GET", "HEAD"})
+    for path in ("/health/", "/v1/models/", "/v1/completions/", "/"):
+        assert server.get(path)[0] == 404, "no redirection"
+    for path in ("/v1/models/other", "/v1/completions/"):
+        assert "error" in server.answer({"prompt": "a"}, path)[1]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -396,5 +415,6 @@ def test_keys(model: Model) -> None:
             with running.client(key) as client:
                 with pytest.raises(openai.AuthenticationError, match="missing or unknown"):
                     create(client, "a")
-                with pytest.raises(openai.AuthenticationError):
+                with pytest.raises(openai.AuthenticationError) as refused:
                     client.models.list()
+                assert refused.value.response.headers["www-authenticate"] == "Bearer"

@@ -19,7 +19,9 @@ from helpers.serving import NAME, served
 from neo_runtime import Scheduler
 from neo_runtime.cached_model import CachedModel
 from neo_server import bodies, connections
+from neo_server.asked import read_request
 from neo_server.errors import ApiError
+from neo_server.follow import Followed
 from neo_server.limits import Limits
 from neo_server.listening import bound
 from neo_server.log_lines import JsonLines, Rarely
@@ -113,6 +115,54 @@ def test_lines_tell_no_secrets_and_no_probes(
         "GET /v1/models",
         "GET /%0Ano",
     ]
+
+
+def test_lines_tell_of_probes_that_fail(
+    server: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "neo_server.access")
+    with monkeypatch.context() as patch:
+        patch.setattr(server.service, "is_leaving", True)
+        assert server.get("/health")[0] == 503
+        assert server.get("/livez")[0] == 200
+        patch.setattr(server.service.metrics, "text", lambda: 1 / 0)
+        assert server.get("/metrics")[0] == 500
+    until(lambda: len(access_lines(caplog)) == 2)
+    lines = access_lines(caplog)
+    assert '"GET /health" 503 ' in lines[0]
+    assert '"GET /metrics" 500 ' in lines[1]
+
+
+def access_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    named = [record for record in caplog.records if record.name == "neo_server.access"]
+    return [record.getMessage() for record in named]
+
+
+def test_the_line_of_what_was_refused_counts_no_tokens(
+    server: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "neo_server.access")
+    assert server.answer({"prompt": "a b c", "max_tokens": 600})[0] == 400
+    until(lambda: len(access_lines(caplog)) == 1)
+    assert ", 0 + 0 tokens, id " in access_lines(caplog)[0]
+
+
+def test_time_runs_from_the_arrival(model: Model) -> None:
+    """Not from when its body has come."""
+    asked = read_request({"prompt": "a", "max_tokens": 1})
+
+    async def left(service: Service, seconds_ago: float) -> float:
+        begun = time.monotonic() - seconds_ago
+        request = Followed(id="a", method="POST", path="/", client="-", begun=begun)
+        work = service.open(asked, request)
+        work.end()
+        assert work.deadline is not None
+        return work.deadline - asyncio.get_running_loop().time()
+
+    with Service(model, NAME, Limits(request_seconds=100)) as service:
+        service.start()
+        assert asyncio.run(left(service, 0)) == pytest.approx(100, abs=10)
+        assert asyncio.run(left(service, 70)) == pytest.approx(30, abs=10)
 
 
 def test_lines_for_programs() -> None:

@@ -17,11 +17,16 @@ from http.client import HTTPConnection
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+from neo_runtime.errors import NeoError
 from neo_server.command import main
+from neo_server.limits import Limits
+from neo_server.listening import bound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from neo_runtime.model import Model
 
 
 class Running(NamedTuple):
@@ -241,9 +246,58 @@ def test_a_port_that_is_taken(mini_bundle: Path, capsys: pytest.CaptureFixture[s
         line = refused(capsys, str(mini_bundle), "--port", port)
     assert line.startswith(f"cannot listen on 127.0.0.1 port {port} (")
     assert line.endswith("choose another --host or --port")
-    line = refused(capsys, str(mini_bundle), "--port", "70000")
-    assert "port is 70000, expected 0 to 65535" in line
+    for port in ("65536", "-1"):
+        line = refused(capsys, str(mini_bundle), "--port", port)
+        assert f"port is {port}, expected 0 to 65535" in line
     assert "no.such.host" in refused(capsys, str(mini_bundle), "--host", "no.such.host.invalid")
+
+
+def test_a_port_may_be_had_again_at_once() -> None:
+    """Though the system still keeps a connection that was closed at this end."""
+    with bound("127.0.0.1", 0) as first:
+        first.listen()
+        port = first.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+            first.accept()[0].close()
+            assert client.recv(1) == b""
+    bound("127.0.0.1", port).close()
+
+
+def test_an_address_of_ipv6(mini_bundle: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+    with running(mini_bundle, "--threads", "1", "--host", "::1") as server:
+        assert f" at http://[::1]:{server.port}/v1\n" in server.line
+        with closing(HTTPConnection("::1", server.port, timeout=60)) as connection:
+            connection.request("GET", "/health")
+            assert connection.getresponse().status == 200
+
+
+def test_what_flags_limit(
+    mini_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[str, Limits]] = []
+
+    def noted(_: Model, name: str, limits: Limits) -> None:
+        found.append((name, limits))
+        raise NeoError("enough")
+
+    monkeypatch.setattr("neo_server.service.Service", noted)
+    given = "--name x --max-batch-size 2 --max-length 100 --max-queue 7 --max-sequences 5"
+    given += " --request-timeout 2.5 --prefix-cache-mb 3 --port 0"
+    assert refused(capsys, str(mini_bundle), *given.split()) == "enough"
+    assert refused(capsys, str(mini_bundle), "--port", "0") == "enough"
+    expected = Limits(
+        max_batch_size=2,
+        max_length=100,
+        max_queue=7,
+        max_sequences=5,
+        request_seconds=2.5,
+        prefix_cache_bytes=3_000_000,
+    )
+    assert found == [("x", expected), (mini_bundle.name, Limits())]
 
 
 def test_what_cannot_be_served(

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from neo_runtime.errors import CacheLimitError, DeviceMemoryError, HostMemoryErr
 from neo_runtime.generation.completion import Completion, Timings
 from neo_runtime.scheduling.pending import PendingCompletion
 from neo_runtime.text.tokenizer import Tokenizer
-from neo_server import connections
+from neo_server import connections, scoring
 from neo_server.errors import ApiError
 from neo_server.limits import Limits
 from neo_server.listening import bound
@@ -284,7 +285,10 @@ def test_several_continuations_of_a_prompt(
         with served(model, max_batch_size=8, prefix_cache_bytes=room) as running:
             body = {"prompt": list(range(5, 405)), "n": 8, "max_tokens": 3, "ignore_eos": True}
             assert running.answer(body)[0] == 200
-    assert 400 <= sum(computed) <= 400 + 8 * 32
+            assert 400 <= sum(computed) <= 400 + 8 * 32
+            # Those of the next request too.
+            assert running.answer(body | {"prompt": list(range(905, 1305))})[0] == 200
+            assert 800 <= sum(computed) <= 800 + 16 * 32
 
 
 def test_times_of_a_sequence() -> None:
@@ -307,6 +311,12 @@ def test_times_of_a_sequence() -> None:
     assert "neo_queue_seconds_sum 0.5" in text
     assert "neo_time_to_first_token_seconds_sum 1.5" in text
     assert "neo_time_per_token_seconds_sum 2.0" in text
+    single = PendingCompletion()
+    single.set_result(replace(completion, token_ids=(1,)))
+    metrics.left(single)
+    text = metrics.text().decode()
+    assert "neo_time_per_token_seconds_count 1.0" in text, "there is nothing between one token"
+    assert 'neo_sequences_total{finish_reason="stop"} 2.0' in text
     given_up = PendingCompletion()
     given_up.queue_seconds = 3.0
     given_up.cancel()
@@ -332,6 +342,21 @@ def test_a_prompt_that_is_scored_waits_for_room(mini_bundle: Path) -> None:
         one = probe.cache_bytes(1, 16)
     with neo_runtime.load(mini_bundle, threads=1, max_cache_bytes=one) as model:
         asyncio.run(run(model))
+
+
+def test_a_prompt_that_is_scored_does_not_wait_for_ever(
+    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "_PATIENCE", 0.2)
+    with neo_runtime.load(mini_bundle, threads=1) as probe:
+        one = probe.cache_bytes(1, 16)
+    with (
+        neo_runtime.load(mini_bundle, threads=1, max_cache_bytes=one) as model,
+        PromptScorer(model) as scorer,
+        model.new_cache(1, 16),
+        pytest.raises(CacheLimitError),
+    ):
+        asyncio.run(asyncio.wait_for(scorer.scores(np.arange(5, 15), 0), 30))
 
 
 def test_health(server: Served) -> None:
@@ -504,7 +529,8 @@ def test_an_application_without_its_lifespan() -> None:
 
 
 def test_wrong_limits() -> None:
-    for name in ("max_batch_size", "max_length", "max_queue", "max_body_bytes"):
+    counts = ("max_batch_size", "max_length", "max_queue", "max_sequences", "max_body_bytes")
+    for name in (*counts, "request_seconds"):
         with pytest.raises(RequestError, match=f"{name} is 0, expected"):
             Limits(**{name: 0})
     with pytest.raises(RequestError, match="prefix_cache_bytes is -1, expected"):
