@@ -13,6 +13,7 @@ from neo_server.asked import read_request
 from neo_server.follow import Followed
 from neo_server.limits import Limits
 from neo_server.service import Service
+from neo_server.streaming import EventStream
 
 if TYPE_CHECKING:
     from neo_runtime.model import Model
@@ -58,6 +59,42 @@ def test_one_that_is_cancelled_meanwhile(
         while service.room.inside:
             time.sleep(0.01)  # the scheduler drops them before its next step
         assert service.room.let_in == 0
+
+
+def test_a_stream_that_the_server_cancels_says_why(
+    model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent: list[dict[str, Any]] = []
+    request = Followed(id="a", method="POST", path="/", client="-")
+
+    async def run(service: Service) -> None:
+        begun, never = asyncio.Event(), asyncio.Event()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if message.get("body"):
+                begun.set()
+
+        async def receive() -> Any:
+            await never.wait()
+
+        fields = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
+        work = service.open(read_request(fields), request)
+        await service.begin(work)
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+        answer = asyncio.create_task(EventStream(work, request)(scope, receive, send))
+        await asyncio.wait_for(begun.wait(), 60)
+        answer.cancel()
+        await answer
+        assert work.has_ended
+
+    with Service(model, "m", Limits(max_batch_size=1)) as service:
+        service.start()
+        asyncio.run(run(service))
+    assert b'"the server is shutting down; try again"' in sent[-1]["body"]
+    assert sent[-1]["more_body"] is False
+    assert request.status == 503
+    assert "a stream was cut: the server is shutting down" in caplog.text
 
 
 def test_forms_are_not_compiled_behind_the_end(model: Model) -> None:
