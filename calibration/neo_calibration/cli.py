@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_export.checkpoint.base_option import add_base
+from neo_export.checkpoint.model_options import add_base, add_tokenizer
 from neo_export.reports.stages import StageLine
 from neo_runtime.command.command_line import OneLineParser, add_version, run_command
 
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     add_version(parser)
     parser.add_argument("model", metavar="MODEL", help="the checkpoint")
     add_base(parser)
+    add_tokenizer(parser)
     parser.add_argument(
         "--text",
         required=True,
@@ -99,7 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     with (
         PeakMemory() as memory,
-        open_model(arguments.model, arguments.base) as checkpoint,
+        open_model(arguments.model, arguments.base, arguments.tokenizer) as checkpoint,
         StageLine("neo-calibrate", pace="positions/s per layer") as bar,
     ):
         text = read_text(arguments.text, checkpoint, arguments.tokens, arguments.max_length)

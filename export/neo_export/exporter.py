@@ -103,7 +103,7 @@ def export_bundle(
     with (
         PeakMemory() as memory,
         staged_folder(output, force=options.force) as folder,
-        open_model(model, options.base) as checkpoint,
+        open_model(model, options.base, options.tokenizer) as checkpoint,
     ):
         check_export(checkpoint, target, options)
         prepared = prepare(checkpoint, target, options, say)

@@ -100,6 +100,22 @@ def test_a_summary_on_stdout_and_progress_on_stderr(
     assert "statistics  " in capsys.readouterr().out
 
 
+def test_a_model_without_a_tokenizer_takes_another_ones(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For the text of `neo-export --calibrate-text`, and in the bundle."""
+    bare = tmp_path / "bare"
+    shutil.copytree(DEMO, bare, ignore=shutil.ignore_patterns("token*"))
+    asked = ["--calibrate-text", str(text), "--fp16", "--target", "cpu"]
+    digests = []
+    for model, more in ((DEMO, []), (bare, ["--tokenizer", str(DEMO)])):
+        output = tmp_path / f"bundle-{len(digests)}"
+        assert export([str(model), "-o", str(output), *asked, *more, "--json"]) == 0
+        digests.append(json.loads(capsys.readouterr().out)["digest"])
+    assert digests[0] == digests[1]
+    assert export([str(bare), "-o", str(tmp_path / "none"), *asked]) == 2
+
+
 def test_what_is_not_of_statistics_is_not_lost(
     made: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

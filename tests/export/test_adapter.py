@@ -382,7 +382,7 @@ def test_a_base_that_has_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "--base was given, but the reference" in capsys.readouterr().err
 
 
-def test_child_processes_are_told_the_base(
+def test_child_processes_are_told_the_base_and_the_tokenizer(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[tuple[str, ...]] = []
@@ -397,13 +397,15 @@ def test_child_processes_are_told_the_base(
     monkeypatch.setattr(run_calibration, "_require", lambda: None)
     base = make_checkpoint(tmp_path / "base", CONFIG)
     shutil.copy(DEMO / "tokenizer.json", base)
-    given = ["--base", str(base), "--calibrate-text", __file__, "-o", str(tmp_path / "bundle")]
-    assert export([str(adapter), *given, "--auto", "--max-size", "0.5"]) == 2
+    given = ["--base", str(base), "--tokenizer", str(DEMO)]
+    asked = ["--calibrate-text", __file__, "-o", str(tmp_path / "bundle")]
+    assert export([str(adapter), *given, *asked, "--auto", "--max-size", "0.5"]) == 2
     programs = ["neo_calibration.auto", "neo_calibration", "neo_calibration.auto"]
     assert [command[0] for command in commands] == programs
     for module, *arguments in commands:
         parser = {"neo_calibration": calibrate_parser}.get(module, search_parser)()
-        assert parser.parse_args(arguments).base == str(base)
+        parsed = parser.parse_args(arguments)
+        assert (parsed.base, parsed.tokenizer) == (str(base), str(DEMO))
 
 
 def test_a_base_that_is_not_the_one(adapter: Path, tmp_path: Path) -> None:

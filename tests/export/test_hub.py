@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from neo_export.checkpoint.hub import resolve_model
+from neo_export.checkpoint.hub import resolve_model, resolve_tokenizer
 from neo_export.command.cli import main
 from neo_runtime.errors import CheckpointError, DependencyError, HubError, OutputError
 
@@ -140,6 +140,11 @@ def test_downloads_the_weights_in_one_format(hub: list[str], name: str, wanted: 
     assert {path.name for path in folder.iterdir()} == wanted
     for path in folder.iterdir():
         assert path.read_bytes() == REPOSITORIES[name.split("@")[0]][path.name]
+
+
+def test_only_the_tokenizer_is_downloaded_for_its_own_sake(hub: list[str]) -> None:
+    folder = resolve_tokenizer("owner/all")
+    assert {path.name for path in folder.iterdir()} == {"tokenizer.json"}
 
 
 def test_a_downloaded_model_is_there_offline(

@@ -13,6 +13,7 @@ from neo_export import exporter
 from neo_export.checkpoint.tokenizer_files import find_tokenizer_files, read_tokenizer_json
 from neo_export.command.cli import main
 from neo_export.exporter import export_bundle
+from neo_runtime.bundle.folder import open_bundle
 from neo_runtime.errors import CheckpointError, RequestError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer
@@ -280,3 +281,32 @@ def test_a_damaged_tokenizer_is_told_before_the_weights_are_read(
     with pytest.raises(CheckpointError, match=name):
         export_bundle(str(folder), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+def _without_tokenizer(folder: Path) -> Path:
+    names = [path.name for path in find_tokenizer_files(DEMO)]
+    return Path(shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns(*names)))
+
+
+def test_the_tokenizer_of_another_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = _without_tokenizer(tmp_path / "bare")
+    export_bundle(str(DEMO), tmp_path / "whole")
+    assert main([str(bare), "-o", str(tmp_path / "named"), "--tokenizer", str(DEMO)]) == 0
+    digests = [
+        open_bundle(tmp_path / name, verify=True).manifest.digest for name in ("whole", "named")
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_a_folder_without_a_tokenizer_is_not_taken_for_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = _without_tokenizer(tmp_path / "bare")
+    output = tmp_path / "bundle"
+    assert main([str(DEMO), "-o", str(output), "--tokenizer", str(bare)]) == 2
+    assert f"--tokenizer: {bare} has no tokenizer; expected" in capsys.readouterr().err
+    assert main([str(DEMO), "-o", str(output), "--tokenizer", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere' does not exist" in capsys.readouterr().err
+    assert not output.exists()

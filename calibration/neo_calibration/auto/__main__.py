@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_export.checkpoint.base_option import add_base
+from neo_export.checkpoint.model_options import add_base, add_tokenizer
 from neo_export.reports.stages import StageLine
 from neo_runtime.command.command_line import OneLineParser, run_command
 
@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="the checkpoint")
     add_base(parser)
+    add_tokenizer(parser)
     parser.add_argument(
         "--text",
         required=True,
@@ -120,6 +121,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     given = {
         "base": arguments.base,
+        "tokenizer": arguments.tokenizer,
         "text": tuple(arguments.text),
         "keep": tuple(arguments.keep_fp32),
         "max_divergence": arguments.max_kl,
@@ -149,7 +151,7 @@ def _check(model: str, given: dict[str, Any]) -> int:
 
     inputs = SearchInputs(**given)
     inputs.check()
-    with open_model(model, inputs.base) as checkpoint:
+    with open_model(model, inputs.base, inputs.tokenizer) as checkpoint:
         inputs.check_model(checkpoint)
     return 0
 

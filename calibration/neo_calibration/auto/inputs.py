@@ -47,6 +47,8 @@ class SearchInputs:
     text: tuple[Path, ...]
     base: str | None = None
     """The base model of a LoRA adapter; None for the one that the adapter names."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; None for the checkpoint's own."""
     keep: tuple[str, ...] = ()
     """Shell patterns: these matrices stay float32."""
     max_divergence: float | None = None

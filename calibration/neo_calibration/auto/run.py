@@ -65,7 +65,7 @@ def run_auto(
     """
     options.check()
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_model(model, options.base))
+        checkpoint = stack.enter_context(open_model(model, options.base, options.tokenizer))
         limit = options.limit(checkpoint.spec)
         statistics = open_statistics(options.statistics, checkpoint, progress, second_moments=True)
         folder = options.remembered or Path(

@@ -17,8 +17,8 @@ from neo_runtime.errors import CheckpointError, NeoError
 
 from neo_export.checkpoint.adapter import ADAPTER_FILES, Adapter
 from neo_export.checkpoint.adapter_config import ADAPTER_CONFIG_NAME
-from neo_export.checkpoint.hub import resolve_model
-from neo_export.checkpoint.tokenizer_files import find_tokenizer_files
+from neo_export.checkpoint.hub import resolve_model, resolve_tokenizer
+from neo_export.checkpoint.tokenizer_files import has_tokenizer
 from neo_export.checkpoint.weight_files import WEIGHT_FILES
 from neo_export.checkpoint.whole import (
     Checkpoint,
@@ -31,21 +31,35 @@ from neo_export.gpt_neo.parameters import EMBEDDING, HEAD
 __all__ = ["open_checkpoint", "open_model"]
 
 
-def open_model(model: str, base: str | None = None) -> Checkpoint:
+def open_model(model: str, base: str | None = None, tokenizer: str | None = None) -> Checkpoint:
     """Open and check the model that the user named, as `open_checkpoint` does.
 
     Args:
         model: a folder, a hub id, or `modelscope:` and an id (`resolve_model`).
         base: the base model of an adapter, in the same forms; None for the one that the adapter
             names.
+        tokenizer: whose tokenizer to use, in the same forms; None for the checkpoint's own.
 
     Raises:
-        CheckpointError: it is not a GPT-Neo language model that can be exported.
+        CheckpointError: it is not a GPT-Neo language model that can be exported, or `tokenizer`
+            has no tokenizer.
         DependencyError: the hub's client library or torch is needed and not installed.
         HubError: it cannot be downloaded.
         OutputError: the disk is full.
     """
-    return open_checkpoint(resolve_model(model), base)
+    folder = None if tokenizer is None else _tokenizer_folder(tokenizer)
+    checkpoint = open_checkpoint(resolve_model(model), base)
+    return checkpoint if folder is None else checkpoint.with_tokenizer(folder)
+
+
+def _tokenizer_folder(model: str) -> Path:
+    folder = resolve_tokenizer(model)
+    if not has_tokenizer(folder):
+        raise CheckpointError(
+            f"--tokenizer: {model} has no tokenizer; expected a folder or a hub id with "
+            "tokenizer.json, or with vocab.json and merges.txt"
+        )
+    return folder
 
 
 def open_checkpoint(folder: Path | str, base: str | None = None) -> Checkpoint:
@@ -121,9 +135,6 @@ def _adapted(base: Checkpoint, adapter: Adapter) -> Checkpoint:
     rows = changed.get(EMBEDDING, tensors[EMBEDDING]).shape[0]
     adapted = replace(spec, tie_word_embeddings=is_tied, vocab_size=rows)
     facts = {"tie_word_embeddings": is_tied, "vocab_size": rows} if adapted != spec else {}
-    names = {path.name for path in find_tokenizer_files(folder)}
-    has_tokenizer = "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
-    tokenizer_folder = folder if has_tokenizer else base.tokenizer_folder
     return replace(
         base,
         folder=folder,
@@ -131,7 +142,5 @@ def _adapted(base: Checkpoint, adapter: Adapter) -> Checkpoint:
         tensors=match_tensors(tensors | changed, adapted, folder),
         config_json=base.config_json | facts,
         generation_config=read_generation_config(folder) or base.generation_config,
-        tokenizer_files=find_tokenizer_files(tokenizer_folder),
-        tokenizer_folder=tokenizer_folder,
         files=(*base.files, adapter),
-    )
+    ).with_tokenizer(folder if has_tokenizer(folder) else base.tokenizer_folder)

@@ -10,7 +10,7 @@ import errno
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from neo_runtime.errors import CheckpointError, DependencyError, HubError, OutputError
 
@@ -20,7 +20,7 @@ from neo_export.checkpoint.tokenizer_files import TOKENIZER_FILES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["resolve_model"]
+__all__ = ["resolve_model", "resolve_tokenizer"]
 
 MODELSCOPE_PREFIX = "modelscope:"
 
@@ -36,6 +36,9 @@ _WEIGHT_PATTERNS = (
     ("pytorch_model.bin.index.json", "pytorch_model-*.bin"),
     *((name,) for name in ADAPTER_FILES),
 )
+
+_Snapshot: TypeAlias = "Callable[[list[str]], str]"
+"""Downloads the files that match the patterns; returns their folder."""
 
 
 def resolve_model(model: str) -> Path:
@@ -55,6 +58,19 @@ def resolve_model(model: str) -> Path:
         HubError: the hub cannot be reached, has no such model, or denies access to it.
         OutputError: the disk is full.
     """
+    return _resolve(model, _download_model)
+
+
+def resolve_tokenizer(model: str) -> Path:
+    """Resolve the name of a model to a folder with its tokenizer; downloads nothing else.
+
+    Raises:
+        NeoError: as for `resolve_model`.
+    """
+    return _resolve(model, lambda snapshot: Path(snapshot(list(TOKENIZER_FILES))))
+
+
+def _resolve(model: str, download: Callable[[_Snapshot], Path]) -> Path:
     if model.startswith(MODELSCOPE_PREFIX):
         match = _HUB_ID.fullmatch(model.removeprefix(MODELSCOPE_PREFIX))
         if match is None:
@@ -62,7 +78,7 @@ def resolve_model(model: str) -> Path:
                 f"{model!r} is not a ModelScope id; expected {MODELSCOPE_PREFIX}owner/name or "
                 f"{MODELSCOPE_PREFIX}owner/name@revision"
             )
-        return _from_modelscope(match["id"], match["revision"])
+        return _from_modelscope(match["id"], match["revision"], download)
     path = _local_path(model)
     if path is not None and path.is_dir():
         return path
@@ -76,7 +92,7 @@ def resolve_model(model: str) -> Path:
             f"{model!r} does not exist; expected a Hugging Face model folder, a hub id such as "
             f"EleutherAI/gpt-neo-1.3B, or {MODELSCOPE_PREFIX}AI-ModelScope/gpt-neo-1B3"
         )
-    return _from_hugging_face(match["id"], match["revision"])
+    return _from_hugging_face(match["id"], match["revision"], download)
 
 
 def _local_path(model: str) -> Path | None:
@@ -88,7 +104,9 @@ def _local_path(model: str) -> Path | None:
         return None
 
 
-def _from_hugging_face(model_id: str, revision: str | None) -> Path:
+def _from_hugging_face(
+    model_id: str, revision: str | None, download: Callable[[_Snapshot], Path]
+) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
@@ -97,7 +115,7 @@ def _from_hugging_face(model_id: str, revision: str | None) -> Path:
             f"is not installed ({error}); run `pip install 'neo-onnx[hub]'`, or give a folder"
         ) from error
     try:
-        return _download(
+        return download(
             lambda patterns: huggingface_hub.snapshot_download(
                 model_id, revision=revision, allow_patterns=patterns
             )
@@ -106,7 +124,9 @@ def _from_hugging_face(model_id: str, revision: str | None) -> Path:
         raise _hugging_face_error(model_id, revision, error) from error
 
 
-def _from_modelscope(model_id: str, revision: str | None) -> Path:
+def _from_modelscope(
+    model_id: str, revision: str | None, download: Callable[[_Snapshot], Path]
+) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError as error:
@@ -115,7 +135,7 @@ def _from_modelscope(model_id: str, revision: str | None) -> Path:
             f"imported ({error}); run `pip install 'neo-onnx[modelscope]'`"
         ) from error
     try:
-        return _download(
+        return download(
             lambda patterns: snapshot_download(
                 model_id, revision=revision, allow_file_pattern=patterns
             )
@@ -129,7 +149,7 @@ def _from_modelscope(model_id: str, revision: str | None) -> Path:
         ) from error
 
 
-def _download(snapshot: Callable[[list[str]], str]) -> Path:
+def _download_model(snapshot: _Snapshot) -> Path:
     """Fetch the small files, and the weights in the first format that the repository has."""
     folder = Path()
     for patterns in _WEIGHT_PATTERNS:

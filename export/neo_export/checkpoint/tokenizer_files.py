@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
     from tokenizers import AddedToken, Tokenizer
 
-__all__ = ["TOKENIZER_FILES", "find_tokenizer_files", "read_tokenizer_json", "warn_of_strangers"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "find_tokenizer_files",
+    "has_tokenizer",
+    "read_tokenizer_json",
+    "warn_of_strangers",
+]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,6 +55,12 @@ _LOG = logging.getLogger("neo_export")
 def find_tokenizer_files(folder: Path) -> tuple[Path, ...]:
     """Those of `TOKENIZER_FILES` that are in `folder`."""
     return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `folder` holds `tokenizer.json`, or both files that one can be built from."""
+    names = {path.name for path in find_tokenizer_files(folder)}
+    return "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
 
 
 def read_tokenizer_json(folder: Path) -> bytes | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.closable import Closable
@@ -70,6 +70,11 @@ class Checkpoint(Closable):
     def _tokenizer_json(self) -> bytes | None:
         # Cached, so that its warnings appear once.
         return read_tokenizer_json(self.tokenizer_folder)
+
+    def with_tokenizer(self, folder: Path) -> Checkpoint:
+        """The same checkpoint with the tokenizer of another folder; close only one of the two."""
+        files = find_tokenizer_files(folder)
+        return replace(self, tokenizer_files=files, tokenizer_folder=folder)
 
     def close(self) -> None:
         """Release the files. Arrays that were read stay valid."""

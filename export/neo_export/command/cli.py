@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from neo_runtime.command.command_line import run_command
 from neo_runtime.errors import EngineError, RequestError
 
+from neo_export.checkpoint.model_options import given_again
 from neo_export.command.export_parser import export_parser
 from neo_export.command.search_options import search_arguments
 from neo_export.reports.stages import StageLine
@@ -84,6 +85,7 @@ def _export(
     build = _engine_builder(arguments)
     options = ExportOptions(
         base=arguments.base,
+        tokenizer=arguments.tokenizer,
         target=_target(arguments, precision),
         precision=precision,
         quantization=quantization,
@@ -96,16 +98,18 @@ def _export(
         # Fail before the calibration, which may take hours.
         check_destination(arguments.output, force=arguments.force)
         _check_model(model, options, searches=search is not None)
+    named = given_again(options.base, options.tokenizer)
     found = None
     with StageLine("neo-export") as bar:
         with termination_raises(), ExitStack() as stack:
             if text is not None and statistics is None:
                 if search is not None:
-                    check_search(model, options.base, text, search)
-                statistics = stack.enter_context(calibration_folder(model, options.base, text))
+                    check_search(model, text, (*named, *search))
+                statistics = stack.enter_context(calibration_folder(model, text, named))
             if search is not None:
                 bar.end()
-                found = stack.enter_context(searched(model, options.base, text, statistics, search))
+                asked = (*named, *search)
+                found = stack.enter_context(searched(model, text, statistics, asked))
                 quantization = replace(quantization, plan=found.plan)
                 options = replace(options, quantization=quantization, remembered=found.remembered)
             options = replace(options, calibration=statistics)
@@ -119,7 +123,7 @@ def _check_model(model: str, options: ExportOptions, *, searches: bool) -> None:
     from neo_export.decisions.options_check import check_export
     from neo_export.targets import target_named
 
-    with open_model(model, options.base) as checkpoint:
+    with open_model(model, options.base, options.tokenizer) as checkpoint:
         check_export(checkpoint, target_named(options.target), options, searches=searches)
 
 
@@ -232,7 +236,8 @@ def _report(summary: ExportSummary, *, verbose: bool) -> str:
         )
     if not summary.has_tokenizer:
         lines.append(
-            "tokenizer   none: prompts are token ids; neo-serve and neo-diff refuse the bundle"
+            "tokenizer   none: prompts are token ids; neo-serve and neo-diff refuse the bundle "
+            "(--tokenizer adds one)"
         )
     check = summary.verification
     if check is not None:

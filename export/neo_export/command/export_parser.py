@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from neo_runtime.command.command_line import OneLineParser, add_version
 
-from neo_export.checkpoint.base_option import add_base
+from neo_export.checkpoint.model_options import add_base, add_tokenizer
 from neo_export.command.search_options import add_search_options
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def export_parser() -> OneLineParser:
         "-o", "--output", required=True, type=Path, metavar="BUNDLE", help="folder to create"
     )
     add_base(parser)
+    add_tokenizer(parser)
     precision = parser.add_argument_group("precision (one of these)")
     _add_precision(precision.add_mutually_exclusive_group())
     _add_target(parser.add_argument_group("target"))

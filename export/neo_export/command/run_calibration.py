@@ -53,20 +53,20 @@ class Searched:
 
 
 @contextmanager
-def calibration_folder(model: str, base: str | None, text: Path) -> Iterator[Path]:
+def calibration_folder(model: str, text: Path, options: tuple[str, ...]) -> Iterator[Path]:
     """Compute statistics on a text in a temporary folder, which is removed on exit.
 
     Args:
         model: what the user called it.
-        base: the base model of an adapter, where it was given.
         text: the file to calibrate on.
+        options: further options of `neo-calibrate`.
 
     Raises:
         DependencyError: the calibration is not installed.
         StatisticsError: the calibration failed; its own message is on stderr.
     """
     with tempfile.TemporaryDirectory(prefix="neo-calibration-") as folder:
-        yield run_calibration(model, text, Path(folder, "stats"), *_base(base))
+        yield run_calibration(model, text, Path(folder, "stats"), *options)
 
 
 def run_calibration(model: str, text: Path, output: Path, *options: str) -> Path:
@@ -87,12 +87,11 @@ def run_calibration(model: str, text: Path, output: Path, *options: str) -> Path
     return output
 
 
-def check_search(model: str, base: str | None, text: Path, options: tuple[str, ...]) -> None:
+def check_search(model: str, text: Path, options: tuple[str, ...]) -> None:
     """Let the search check its limit and text before statistics are computed for it.
 
     Args:
         model: what the user called it.
-        base: the base model of an adapter, where it was given.
         text: the file to measure on.
         options: the limit and so on, as the command takes them.
 
@@ -101,12 +100,12 @@ def check_search(model: str, base: str | None, text: Path, options: tuple[str, .
         StatisticsError: the search refused them; its own message is on stderr.
     """
     _require()
-    _run(f"{_MODULE}.auto", model, "--text", str(text), "--check", *_base(base), *options)
+    _run(f"{_MODULE}.auto", model, "--text", str(text), "--check", *options)
 
 
 @contextmanager
 def searched(
-    model: str, base: str | None, text: Path, statistics: Path, options: tuple[str, ...]
+    model: str, text: Path, statistics: Path, options: tuple[str, ...]
 ) -> Iterator[Searched]:
     """Run `python -m neo_calibration.auto`, which searches for a plan within a limit.
 
@@ -115,7 +114,6 @@ def searched(
 
     Args:
         model: what the user called it.
-        base: the base model of an adapter, where it was given.
         text: the file to measure on.
         statistics: folder of the model's calibration statistics.
         options: the limit and so on, as the command takes them.
@@ -129,7 +127,7 @@ def searched(
         plan, remembered = Path(folder, "plan.json"), Path(folder, "remembered")
         files = ("--text", str(text), "--statistics", str(statistics), "-o", str(plan))
         made = ("--remembered", str(remembered))
-        said = _run(f"{_MODULE}.auto", model, *files, *made, *_base(base), *options, scratch=folder)
+        said = _run(f"{_MODULE}.auto", model, *files, *made, *options, scratch=folder)
         yield Searched(WeightPlan.read(plan), remembered, _summary(said))
 
 
@@ -144,10 +142,6 @@ def _summary(said: str) -> dict[str, Any]:
         ) from error
     summary: dict[str, Any] = found
     return summary
-
-
-def _base(base: str | None) -> tuple[str, ...]:
-    return () if base is None else (f"--base={base}",)
 
 
 def _require() -> None:

@@ -20,6 +20,8 @@ class ExportOptions:
 
     base: str | None = None
     """The base model of a LoRA adapter; None for the one that the adapter names."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; None for the checkpoint's own."""
     target: str = "cpu"
     precision: str = "fp32"
     quantization: Quantization = field(default_factory=Quantization)

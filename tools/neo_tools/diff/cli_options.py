@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from neo_export.checkpoint.base_option import add_base
+from neo_export.checkpoint.model_options import add_base
 from neo_runtime.command.command_line import OneLineParser, add_version
 
 from neo_tools.arguments import add_backend, at_least, number_from
