@@ -1,14 +1,14 @@
-"""Engines that run a bundle's graphs, and the caches in their memory.
+"""The engines that run a bundle's graphs, and their KV caches.
 
 Its parts; each imports only itself and those above it:
 
-step_logits   the result of a step, which may still be on the device
-base          what the runtime needs of each engine
-right_padded  prompts of several rows, cut into calls
-failures      what it means when onnxruntime fails
-cpu           onnxruntime on a CPU
-device        a GPU's memory, whatever the engine
+step_logits   the logits of one step, which may still be on the device
+base          the interfaces that each engine implements
+right_padded  splits prompts of several rows into prefill calls
+failures      translates onnxruntime's errors
+cpu           onnxruntime on the CPU
+device        GPU memory, independent of the engine
 cuda          onnxruntime's CUDA provider
 tensorrt      TensorRT plans
-choice        which of them runs a bundle
+choice        chooses the backend that runs a bundle
 """

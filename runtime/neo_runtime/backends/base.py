@@ -1,4 +1,4 @@
-"""What the runtime needs of an engine: sessions over a bundle, and caches in its memory."""
+"""The interfaces that an engine implements: a backend with its sessions, and its KV caches."""
 
 from __future__ import annotations
 
@@ -29,44 +29,46 @@ __all__ = [
 
 
 ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
-"""Bytes of one number of a cache, by `CacheSpec.dtype`."""
+"""Bytes per element of a cache, by `CacheSpec.dtype`."""
 
 
 def spoil_views(arrays: Iterable[NDArray[np.generic]]) -> None:
-    """`CacheStore.spoil` where `contents` gives views: NaN, −1 in int8."""
+    """Implement `CacheStore.spoil` for host caches: fill with NaN, or −1 in int8."""
     for array in arrays:
         array[...] = np.nan if array.dtype.kind == "f" else -1
 
 
 class BlockPool(ABC):
-    """Memory beside the caches, in slots: keys and values of `block_size` positions in each.
+    """Slots outside the caches, each with the keys and values of `block_size` positions.
 
-    For what sequences have in common (`neo_runtime.cache.prefix_cache`). What a slot holds does not
-    depend on the cache that it came from.
+    Holds prefixes that sequences share (`neo_runtime.cache.prefix_cache`). A slot can be loaded
+    into any cache of the same backend, whatever batch size or length it was saved from.
     """
 
     block_size: int
+    """Positions per slot."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
 
 
 class CacheStore(ABC):
-    """Keys and values of the sequences of one request, and the bindings over them.
+    """The KV cache of a batch of sequences, and the graph bindings over its buffers.
 
-    A store belongs to one thread at a time. Rows are the sequences of the batch; row `b` holds
-    `lengths[b]` positions. The caller has checked token ids and lengths.
+    Not thread-safe: only one thread may use a store at a time. Row `b` is one sequence and holds
+    `lengths[b]` positions. Callers have checked token ids and lengths.
     """
 
     lengths: NDArray[np.int64]
-    """[batch] positions that each row holds."""
+    """[batch] positions held by each row."""
     local_slots: int | None = None
-    """Slots of a row in a local layer, where the graph evicts from it; None: it holds all."""
+    """Positions that a local layer's buffers have room for, if they may be fewer than the store's
+    length (the graph then evicts old ones); None if local layers hold the whole sequence."""
 
     @property
     def batch(self) -> int:
-        """Rows in use; `reorder` and `extend` change it."""
+        """Number of rows in use; `reorder` and `extend` change it."""
         return len(self.lengths)
 
     @abstractmethod
@@ -74,13 +76,13 @@ class CacheStore(ABC):
         """Append the tokens of `prompts[b]` to row `b`.
 
         Args:
-            prompts: one int64 array [n_b] a row; rows with none stay as they are.
-            chunk: most tokens of a row that go through the graph in one call; where first prompts
-                of several rows go together, of all of them, padding included.
+            prompts: one int64 array [n_b] per row; rows with n_b = 0 stay as they are.
+            chunk: most tokens per call. Where the engine prefills several empty rows in one call,
+                the limit may apply to all of them together, padding included.
 
         Returns:
-            Logits of each row's last position, valid until the next call; of rows without new
-            tokens they mean nothing.
+            Logits of each row's last position, valid until the next call; undefined for rows
+            without new tokens.
         """
 
     @abstractmethod
@@ -96,11 +98,11 @@ class CacheStore(ABC):
 
     @abstractmethod
     def score(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
-        """Append tokens to the only row, and write the logits at each.
+        """Append tokens to the only row, and compute the logits after each.
 
         Args:
             ids: int64 [n], n at most `Backend.scored_at_once`.
-            logits: float32 [n, vocab], contiguous.
+            logits: output, float32 [n, vocab], contiguous.
         """
 
     @abstractmethod
@@ -108,113 +110,124 @@ class CacheStore(ABC):
         """Keep the first `lengths[b]` positions of row `b`.
 
         Args:
-            lengths: int64 [batch]; `evicted` says the same of them and of the rows' own.
+            lengths: int64 [batch]. `evicted` must return the same for them as for the current
+                lengths: positions that were evicted cannot be restored.
         """
 
     @abstractmethod
     def reorder(self, rows: NDArray[np.int64]) -> None:
-        """Make row `i` what row `rows[i]` was; rows may be dropped, permuted and repeated.
+        """Make row `i` a copy of what row `rows[i]` was; rows may be dropped, moved and repeated.
 
         Args:
-            rows: int64 [n], n at most the batch that the store was made for, 0 as well.
+            rows: int64 [n], n from 0 to the batch size that the store was opened with.
         """
 
     @abstractmethod
     def extend(self, count: int) -> None:
-        """Add `count` empty rows behind those in use.
+        """Add `count` empty rows after those in use.
 
         Args:
-            count: at least 1; the store was made for so many rows in all.
+            count: at least 1; `batch + count` is at most the batch size that the store was opened
+                with.
         """
 
     @abstractmethod
     def fill(self, rows: NDArray[np.int64], source: CacheStore) -> None:
-        """Make empty rows what row 0 of another store is.
+        """Copy row 0 of another store into empty rows.
 
         Args:
-            rows: of this store, int64 [n].
-            source: of the same engine; its row fits into this one.
+            rows: rows of this store, int64 [n].
+            source: a store of the same backend, whose row 0 fits into this store's length.
         """
 
     def evicted(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Positions, the first ones, that local layers no longer hold of sequences: int64 [n].
+        """How many of the first positions local layers have evicted, by sequence length.
 
         Args:
             lengths: positions of each sequence, int64 [n].
+
+        Returns:
+            int64 [n].
         """
         return np.zeros_like(lengths)
 
     @abstractmethod
     def save_block(self, row: int, start: int, pool: BlockPool, slot: int) -> None:
-        """Copy a row's positions from `start` on, `pool.block_size` of them, into a slot.
+        """Copy positions `start` to `start + pool.block_size` of a row into a slot.
 
         Args:
-            row: of this store.
-            start: at least what is `evicted`.
-            pool: of the same engine.
-            slot: what it held is lost.
+            row: row of this store.
+            start: first position; at least the row's `evicted` positions.
+            pool: a pool of the same backend.
+            slot: index in the pool; its contents are overwritten.
         """
 
     @abstractmethod
     def load_blocks(self, row: int, pool: BlockPool, slots: Sequence[int]) -> None:
-        """Make an empty row what slots of a pool hold, one behind the other.
+        """Fill an empty row with the positions in some slots of a pool, in this order.
 
         Args:
-            row: of this store, with room for all of it.
-            pool: of the same engine.
-            slots: at least one.
+            row: row of this store, with room for `len(slots) * pool.block_size` positions.
+            pool: a pool of the same backend.
+            slots: indices in the pool, at least one.
         """
 
     def contents(self) -> list[NDArray[np.generic]]:
-        """What the cache holds now, as it lies: layer by layer, keys first.
+        """The cache tensors, layer by layer, keys first; for tools that inspect a cache.
 
         Returns:
-            [batch, heads, slots, head_dim] each, views, or copies of what is on a device (bfloat16
-            as float32). Positions are contiguous; slots behind them are of no meaning. For tools
-            that look into a cache.
+            [batch, heads, positions, head_dim] each: views of host memory, or copies of device
+            memory (bfloat16 as float32). A row's positions are contiguous; what lies outside of
+            them is undefined.
 
         Raises:
-            NotImplementedError: this engine keeps its cache where it cannot be seen.
+            NotImplementedError: this engine does not expose its cache.
         """
         raise NotImplementedError
 
     def spoil(self) -> None:
-        """Fill a cache that is still empty with what no sequence leaves there.
+        """Fill an empty cache with values that no sequence leaves there; for tools.
 
-        For tools: memory is used again, and what an earlier text left in a slot could be right.
+        Buffers are reused, so a graph that wrongly reads unwritten positions could otherwise find
+        the right values of an earlier text there.
 
         Raises:
-            NotImplementedError: as `contents`.
+            NotImplementedError: this engine does not expose its cache.
         """
         raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:
-        """Give the memory back, or leave it to the next store; this one cannot be used any more."""
+        """Free the memory, or keep it for the next store. The store cannot be used afterwards."""
 
 
 class Backend(ABC):
-    """The graphs of one bundle, loaded by one engine; several threads may use it at once."""
+    """The graphs of one bundle, loaded by one engine. Thread-safe."""
 
     manifest: Manifest
     described: str = ""
-    """What it runs on, for a line to the user."""
+    """The device that it runs on, for messages to the user."""
     default_chunk: int = 512
-    """Tokens of a prompt that go through the graph at once: bounds the memory for activations."""
+    """Default number of prompt tokens per call; it bounds the memory for activations."""
 
     scored_at_once: int = 512
-    """Positions whose logits one call behind a cache computes: 100 MB with GPT-2's vocabulary."""
+    """Most positions per call of `CacheStore.score`; 512 take 100 MB of logits with GPT-2's
+    vocabulary."""
 
     default_batch: int = 16
-    """Sequences that are computed together: more are hardly faster, and take more memory."""
+    """Default number of sequences per batch; more take more memory and are hardly faster."""
 
     def prepare(self, graphs: Sequence[str] = ("prefill", "decode")) -> None:
-        """Load graphs now, instead of with the first request that needs them."""
+        """Load graphs now instead of on the first request that needs them.
+
+        Args:
+            graphs: any of "prefill", "decode" and "score".
+        """
         return
 
     @property
     def prepacked_bytes(self) -> int:
-        """Bytes of prepacked weights that are kept on disk for this bundle."""
+        """Bytes of prepacked weights on disk for this bundle."""
         return 0
 
     @abstractmethod
@@ -223,26 +236,36 @@ class Backend(ABC):
 
     @abstractmethod
     def open_cache(self, batch: int, length: int) -> CacheStore:
-        """Allocate a store of `batch` rows of up to `length` positions, all empty."""
+        """Allocate a store of `batch` empty rows of up to `length` positions each."""
 
     @abstractmethod
     def open_pool(self, slots: int, block_size: int) -> BlockPool:
-        """Allocate a pool of `slots` slots of `block_size` positions: `position_bytes` each.
+        """Allocate `slots` slots of `block_size` positions, `position_bytes` per position.
 
         Raises:
-            DeviceMemoryError: there is no room on the device.
-            MemoryError: nor in the system.
+            DeviceMemoryError: the device has too little free memory.
+            MemoryError: the host has too little free memory.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the sessions; calls that are running finish first."""
+        """Release the sessions and, on a device, the weights; running calls finish first."""
 
 
 def score_in_chunks(
     store: CacheStore, ids: NDArray[np.int64], vocab_size: int, chunk: int
 ) -> NDArray[np.float32]:
-    """Append tokens, int64 [n], to the only row, `chunk` at once; logits float32 [n, vocab]."""
+    """Append tokens to the only row of a store, and return the logits after each.
+
+    Args:
+        store: has one row.
+        ids: int64 [n].
+        vocab_size: logits per position.
+        chunk: tokens per call, at most `Backend.scored_at_once`.
+
+    Returns:
+        float32 [n, vocab].
+    """
     logits: NDArray[np.float32] = np.empty((len(ids), vocab_size), np.float32)
     for start in range(0, len(ids), chunk):
         part = slice(start, start + chunk)
@@ -251,16 +274,17 @@ def score_in_chunks(
 
 
 def with_empty_rows(lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """`CacheStore.lengths` with `count` empty rows behind the others."""
+    """`CacheStore.lengths` with `count` empty rows appended."""
     return np.concatenate([lengths, np.zeros(count, np.int64)])
 
 
 def layer_lengths(manifest: Manifest, length: int) -> list[int]:
-    """Positions that the cache tensors of each layer hold, for sequences of up to `length`.
+    """Positions in the cache tensors of each layer, for sequences of up to `length` positions.
 
-    A local layer whose graph evicts what has left the window needs no more than the window, and
-    no less however short the sequences are. A quarter more spares most of the work of eviction:
-    the graph moves what it keeps to the front only when the buffer is full.
+    Where the graph evicts positions that have left the window (`CacheSpec.window`), a local layer
+    needs at least the window, however short the sequences are. A quarter of the window is added if
+    sequences are long enough to use it: the graph moves the positions it keeps to the front only
+    when the buffer is full, so a larger buffer means fewer moves.
     """
     window = manifest.cache.window
     if window is None:

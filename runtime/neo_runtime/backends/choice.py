@@ -1,7 +1,8 @@
-"""Which backend runs a bundle: the one asked for, or, for "auto", the one it was made for.
+"""Choose the backend that runs a bundle.
 
-Nothing falls back in silence. What was asked for runs, or raises; "auto" says in one line what it
-took, and why, where there was something to choose.
+A backend requested by name runs the bundle or raises: there is no silent fallback. "auto" takes
+the backend that the bundle was exported for, falls back to the CPU if that cannot be used, and logs
+its choice with the reason.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ __all__ = [
 
 BACKENDS = ("auto", "cpu", "cuda", "tensorrt")
 _GPU_TARGETS = ("cuda", "tensorrt")
-"""Targets whose bundles "auto" runs on the backend of that name."""
+"""Targets whose bundles "auto" runs on the backend of the same name."""
 _LOG = logging.getLogger("neo_runtime")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions:
-    """What `neo_runtime.load` passes on."""
+    """The arguments of `neo_runtime.load` that a backend needs."""
 
     threads: int
     session_config: Mapping[str, str] | None = None
@@ -56,29 +57,30 @@ class BackendOptions:
     device: int = 0
     verify: bool = False
     automatic: bool = False
-    """Kernels that do not fit are a warning: without them decode steps run all the same."""
+    """Whether "auto" chose the backend. Decode kernels that cannot be used are then only a warning,
+    because decode steps can run the bundle's graph instead."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A backend, and how it came to be."""
+    """An open backend, and why it was chosen."""
 
     backend: Backend
     name: str
     """"cpu", "cuda" or "tensorrt"."""
     reason: str | None
-    """The line that "auto" says; None where there was nothing to choose."""
+    """The line that "auto" logs; None if there was no choice to make."""
 
 
 def open_backend(bundle: Bundle, name: str, options: BackendOptions) -> Chosen:
     """Open the backend `name` for a bundle.
 
     Raises:
-        RequestError: there is no such backend.
-        BundleUnsupportedError: the bundle was made for another one.
+        RequestError: `name` is not in `BACKENDS`.
+        BundleUnsupportedError: the bundle was exported for another backend.
         DeviceError: the GPU cannot be used.
         DependencyError: a package is missing, or the wrong one is installed.
-        EngineError: no TensorRT plan fits.
+        EngineError: no TensorRT plan fits this machine, or the decode kernels cannot be used.
     """
     if name not in BACKENDS:
         raise RequestError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
@@ -94,7 +96,7 @@ def open_backend(bundle: Bundle, name: str, options: BackendOptions) -> Chosen:
         backend = _open_cpu(bundle, options, why)
         reason = f"backend cpu: {preferred} cannot be used ({why})"
         if bundle.manifest.target == "cuda":
-            reason += "; a bundle for CUDA is slow on the CPU, export with --target cpu for it"
+            reason += "; a bundle for CUDA is slow on the CPU, so export one with --target cpu"
         _LOG.warning("%s: %s", bundle.path, reason)
         return Chosen(backend, "cpu", reason)
     reason = f"backend {preferred}: {backend.described}"
@@ -108,7 +110,7 @@ def _as_asked(bundle: Bundle, name: str, options: BackendOptions) -> Backend:
     except DeviceError as error:
         if bundle.manifest.needs_gpu:
             raise
-        raise type(error)(f"{error}; the backend cpu runs this bundle too, slowly") from error
+        raise type(error)(f"{error}; backend cpu also runs this bundle, but slowly") from error
 
 
 def _open_cpu(bundle: Bundle, options: BackendOptions, otherwise: str | None = None) -> Backend:
@@ -116,13 +118,13 @@ def _open_cpu(bundle: Bundle, options: BackendOptions, otherwise: str | None = N
     before = f" ({otherwise})" if otherwise else ""
     if manifest.cache.dtype == "bfloat16":
         raise BundleUnsupportedError(
-            f"{bundle.path} is in bfloat16, for which onnxruntime has no kernels on the CPU; run "
-            f"it on a GPU{before}, or export with --fp16 or --fp32"
+            f"{bundle.path} is in bfloat16, for which onnxruntime has no CPU kernels; run it on a "
+            f"GPU{before}, or export with --fp16 or --fp32"
         )
     if manifest.cache.layout == "static":
         raise BundleUnsupportedError(
-            f"{bundle.path} was exported for tensorrt and runs by a plan alone{before}; build one "
-            "with neo-engine, or export with --target cpu"
+            f"{bundle.path} was exported for tensorrt and runs only from a TensorRT plan{before}; "
+            "build one with neo-engine, or export with --target cpu"
         )
     check_installation(manifest, bundle.path)
     from neo_runtime.backends.cpu.backend import OnnxRuntimeBackend
@@ -139,15 +141,16 @@ def _open_cpu(bundle: Bundle, options: BackendOptions, otherwise: str | None = N
 
 
 def usable_gpu(bundle: Bundle, name: str, device: int) -> GpuFacts:
-    """The GPU on which backend `name` can run a bundle, as far as can be told without loading it.
+    """The GPU on which backend `name` can run a bundle, checked without loading the bundle.
 
     Args:
         bundle: an opened bundle.
         name: "cuda" or "tensorrt".
-        device: of CUDA's numbers.
+        device: CUDA device index.
 
     Raises:
-        BundleUnsupportedError: the bundle was made for another backend.
+        BundleUnsupportedError: the bundle was exported for another backend, or needs a newer
+            onnxruntime.
         DeviceError: the GPU cannot be used.
         DependencyError: a package is missing, or the wrong one is installed.
     """
@@ -173,7 +176,10 @@ def usable_gpu(bundle: Bundle, name: str, device: int) -> GpuFacts:
 
 
 def automatic_backend(bundle: Bundle, device: int) -> str:
-    """What "auto" would open a bundle with: "cpu", "cuda" or "tensorrt"."""
+    """The backend that "auto" is expected to choose: "cpu", "cuda" or "tensorrt".
+
+    Nothing is loaded: "auto" may still fall back to the CPU, for instance without a fitting plan.
+    """
     preferred = bundle.manifest.target
     if preferred not in _GPU_TARGETS:
         return "cpu"
@@ -186,7 +192,7 @@ def automatic_backend(bundle: Bundle, device: int) -> str:
 
 @contextmanager
 def _device(index: int) -> Iterator[Device]:
-    """For a backend, which closes it; closed here where there will be none."""
+    """A device for a new backend, which closes it; closed here if the backend cannot be made."""
     from neo_runtime.backends.device.locks import between_captures
     from neo_runtime.backends.device.nvidia import CudaDevice
 
@@ -209,10 +215,10 @@ def _open_cuda(bundle: Bundle, options: BackendOptions) -> Backend:
         if kernels is not None:
             return _on_cuda(bundle, gpu, options, kernels)
     except (EngineError, BundleUnsupportedError) as error:
-        # Damaged, another bundle's, older, or not for this driver.
+        # The kernels are damaged, outdated, for another bundle, or not supported by the driver.
         if not options.automatic:
             raise
-        _LOG.warning("decode steps run by the bundle's graph: %s", error)
+        _LOG.warning("decode steps run the bundle's graph instead of its decode kernels: %s", error)
     return _on_cuda(bundle, gpu, options, None)
 
 
@@ -224,8 +230,8 @@ def _on_cuda(
     with _device(options.device) as device:
         backend = CudaBackend(bundle, device, options.session_config, kernels)
     with closed_on_error(backend):
-        backend.prepare()  # shows whether CUDA's libraries are there, while "auto" can choose
-    own = ", decode steps by the bundle's own kernels" if kernels is not None else ""
+        backend.prepare()  # fails now, while "auto" can still choose, if a CUDA library is missing
+    own = ", with the bundle's decode kernels" if kernels is not None else ""
     backend.described = f"{gpu.name} (device {gpu.index}){own}"
     return backend
 

@@ -1,8 +1,8 @@
-"""How prompts are cut into calls where rows are padded on the right, wherever their buffers lie.
+"""Split prompts into prefill calls for caches whose rows are padded on the right.
 
-The first prompts of rows go through the graph together, as many as a chunk of tokens has room for;
-what comes later goes row by row, because the fused attention takes several new tokens behind a past
-for one row only.
+Prompts of empty rows are prefilled together, as many as fit into a chunk with their padding. A row
+with a past is prefilled alone, because the fused attention accepts several new tokens after a past
+only for a batch of one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["RightPaddedStore"]
 
 
 class RightPaddedStore(CacheStore):
-    """How prompts are cut into calls; where the buffers lie is up to the subclass."""
+    """Splits prompts into prefill calls; subclasses own the buffers and run the graph."""
 
     def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
         """See `CacheStore.prefill`."""
@@ -40,7 +40,7 @@ class RightPaddedStore(CacheStore):
         return self._after_prefill()
 
     def _together(self, row: int, prompts: Sequence[NDArray[np.int64]], chunk: int) -> int:
-        """Rows from `row` on that are empty, and with padding fit into one call; may be none."""
+        """Number of empty rows, from `row` on, whose padded prompts fit into one call; may be 0."""
         count, longest = 0, 0
         while row + count < len(prompts) and self._is_first(row + count, prompts):
             longest = max(longest, len(prompts[row + count]))
@@ -53,7 +53,7 @@ class RightPaddedStore(CacheStore):
         return not self.lengths[row] and len(prompts[row]) > 0
 
     def _prefill_first(self, row: int, prompts: Sequence[NDArray[np.int64]]) -> None:
-        """The first tokens of the empty rows `row`, `row + 1`, …: one call, padded on the right."""
+        """Prefill the empty rows `row`, `row + 1`, … in one call, padded on the right."""
         counts = np.array([len(prompt) for prompt in prompts])
         ids = np.zeros((len(prompts), counts.max()), dtype=np.int64)
         for padded, prompt in zip(ids, prompts, strict=True):
@@ -65,7 +65,7 @@ class RightPaddedStore(CacheStore):
         self.lengths[row : row + len(prompts)] = counts
 
     def _prefill_row(self, row: int, prompt: NDArray[np.int64], chunk: int) -> None:
-        """Append to one row, at most `chunk` tokens a call."""
+        """Append tokens to one row, at most `chunk` per call."""
         for start in range(0, len(prompt), chunk):
             ids = prompt[start : start + chunk]
             if not self.lengths[row]:
@@ -77,7 +77,11 @@ class RightPaddedStore(CacheStore):
     def _behind(
         self, row: int, ids: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Ids, mask and positions of tokens behind what a row holds."""
+        """Inputs for appending tokens `ids`, int64 [n], to a row that holds `past` positions.
+
+        Returns:
+            `input_ids` [1, n], `attention_mask` [1, past + n] and `position_ids` [1, n], int64.
+        """
         past = int(self.lengths[row])
         end = past + len(ids)
         mask = np.ones((1, end), dtype=np.int64)
@@ -91,8 +95,15 @@ class RightPaddedStore(CacheStore):
         mask: NDArray[np.int64],
         positions: NDArray[np.int64],
     ) -> None:
-        """Run the rows from `row` on, as many as `ids` has."""
+        """Run the prefill graph on `len(ids)` rows from `row` on.
+
+        Args:
+            row: first row.
+            ids: int64 [rows, n].
+            mask: int64 [rows, past + n].
+            positions: int64 [rows, n].
+        """
 
     @abstractmethod
     def _after_prefill(self) -> StepLogits:
-        """Make ready for decoding; the logits that the last calls wrote."""
+        """Prepare for decode, and return the logits that the prefill calls wrote."""

@@ -1,7 +1,7 @@
-"""The result of one step of the model: logits that may still be on the device.
+"""The logits of one step of the model, which may still be on the device.
 
-A graph that finds the best tokens itself (`manifest.CANDIDATE_OUTPUTS`) saves copying a row of the
-whole vocabulary from the device. The logits are fetched when they are requested.
+A graph that computes the top tokens itself (`manifest.CANDIDATE_OUTPUTS`) saves copying a row of
+vocabulary size from the device. The full logits are copied only when requested.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ __all__ = ["CandidateRows", "Candidates", "RowLogits", "StepLogits"]
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best tokens of one row."""
+    """The top K tokens of one row, by logit."""
 
     ids: NDArray[np.int64]
     """[K] token ids, ascending."""
     values: NDArray[np.float32]
-    """[K] their logits, finite."""
+    """[K] their logits, all finite."""
     edge: np.float32
-    """The smallest of `values`: no other token has a larger logit (some may have the same)."""
+    """The smallest of `values`. No other token has a larger logit; ties are possible."""
     exp_sum: float
     """Σ exp(logit − largest logit) over the whole vocabulary, summed in float64."""
 
 
 @dataclass(frozen=True)
 class CandidateRows:
-    """The outputs `CANDIDATE_OUTPUTS` of a graph, for all rows."""
+    """A graph's `CANDIDATE_OUTPUTS` for all rows."""
 
     values: NDArray[np.float32]
     """[batch, K], in any order."""
@@ -45,7 +45,7 @@ class CandidateRows:
     """[batch]."""
 
     def row(self, index: int) -> Candidates | None:
-        """The candidates of one row; None if they are not finite numbers."""
+        """The candidates of one row; None if a value or the sum is NaN or infinite."""
         values, exp_sum = self.values[index], float(self.exp_sums[index])
         if not (np.isfinite(values).all() and np.isfinite(exp_sum)):
             return None
@@ -61,13 +61,13 @@ class RowLogits:
 
     @property
     def candidates(self) -> Candidates | None:
-        """The best tokens, where the graph found them."""
+        """The top tokens; None if the graph does not compute them or they are not finite."""
         rows = self._step.candidates
         return None if rows is None else rows.row(self._index)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the row has a logit for."""
+        """Number of logits in the row."""
         return self._step.vocab_size
 
     def full(self) -> NDArray[np.float32]:
@@ -77,13 +77,13 @@ class RowLogits:
 
 
 class StepLogits:
-    """The logits of all rows of one step, until the next step.
+    """The logits of all rows of one step, valid until the next step.
 
     Args:
-        batch: rows.
-        vocab_size: tokens.
-        fetch: gives the logits, float32 [batch, vocab]; called once, if at all.
-        candidates: the best tokens of each row, where the graph found them.
+        batch: number of rows.
+        vocab_size: number of logits in each row.
+        fetch: returns the logits, float32 [batch, vocab]; called at most once.
+        candidates: the top tokens of each row; None if the graph does not compute them.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class StepLogits:
     def at_hand(
         cls, logits: NDArray[np.float32], candidates: CandidateRows | None = None
     ) -> StepLogits:
-        """Logits that need no fetching: float32 [batch, vocab]."""
+        """Wrap logits that are already in host memory: float32 [batch, vocab]."""
         batch, vocab_size = logits.shape
         return cls(batch, vocab_size, lambda: logits, candidates)
 
     @property
     def is_fetched(self) -> bool:
-        """Whether `full` was called."""
+        """Whether the logits have been fetched."""
         return self._logits is not None
 
     def full(self) -> NDArray[np.float32]:
@@ -117,7 +117,7 @@ class StepLogits:
         return self._logits
 
     def take(self, rows: NDArray[np.int64]) -> StepLogits:
-        """The logits of these rows, in their order; rows may be left out and repeated."""
+        """The logits of the rows with these indices, in this order; indices may repeat."""
         chosen = self.candidates
         if chosen is not None:
             chosen = CandidateRows(chosen.values[rows], chosen.ids[rows], chosen.exp_sums[rows])

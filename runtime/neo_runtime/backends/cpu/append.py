@@ -1,12 +1,12 @@
-"""Cache layout `append`: the graph returns a new, longer cache; two sets of buffers take turns.
+"""Cache layout `append`: the graph returns a new, longer cache in the other of two buffer sets.
 
-    rows end together, padded on the left up to the longest
+    rows are padded on the left, so that all end at the same column
 
     row 0   k k k k k k              lengths[0] = 6, width = 6
-    row 1   . . . k k k              lengths[1] = 3: its three pads are masked
+    row 1   . . . k k k              lengths[1] = 3: the three columns of padding are masked
 
-Each call reads one set as past and writes the other as present, so nothing is allocated in a
-step, at the price of twice the memory. For engines and graphs without an in-place cache.
+Each call reads one set as past and writes the other as present. Keys and values are not allocated
+per step, at the price of twice the memory. For graphs that cannot update a cache in place.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["AppendStore"]
 
 
 class AppendStore(CacheStore):
-    """See the module."""
+    """A `CacheStore` in layout `append`."""
 
     def __init__(self, backend: OnnxRuntimeBackend, batch: int, length: int) -> None:
         model = backend.manifest.model
@@ -74,7 +74,7 @@ class AppendStore(CacheStore):
         self.lengths += len(ids)
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
-        """See `CacheStore.crop`: rows move so that they end together again."""
+        """See `CacheStore.crop`. Rows are moved so that all end at the same column again."""
         width = int(lengths.max(initial=0))
         before = self._views(self._past, self.batch, self._width)
         after = self._views(self._present, self.batch, width)
@@ -101,9 +101,13 @@ class AppendStore(CacheStore):
         pads: NDArray[np.int64],
         logits: NDArray[np.float32] | None = None,
     ) -> None:
-        """Run all rows; columns before `pads[b]` of row `b` are padding.
+        """Run a graph on all rows, and swap the two buffer sets.
 
-        Logits go to `logits`; None for the store's own.
+        Args:
+            graph: "prefill", "decode" or "score".
+            ids: int64 [batch, n], padded on the left.
+            pads: int64 [batch], columns of padding at the beginning of each row, past included.
+            logits: output; None for the store's own buffer.
         """
         width = self._width + ids.shape[1]
         columns = np.arange(width, dtype=np.int64)
@@ -125,11 +129,11 @@ class AppendStore(CacheStore):
     def _prefill_rows(
         self, prompts: Sequence[NDArray[np.int64]], counts: NDArray[np.int64], chunk: int
     ) -> None:
-        """Append unequal numbers of tokens behind a past: row by row, then aligned again.
+        """Append different numbers of tokens to rows with a past.
 
-        Padding between the past and the new tokens of a row would widen its local windows, so
-        each row runs alone and without padding, in a store of its own. Rows without new tokens
-        only move to the new end.
+        Padding between a row's past and its new tokens would count as positions of its local
+        windows. So each row runs alone and unpadded, in a temporary store, and is copied back to
+        end at the new width. Rows without new tokens are only moved.
         """
         lengths = self.lengths + counts
         width = int(lengths.max())
@@ -156,7 +160,7 @@ class AppendStore(CacheStore):
         self._width, self.lengths = width, lengths
 
     def _views(self, buffers: Sequence[NDArray[Any]], batch: int, width: int) -> list[NDArray[Any]]:
-        """The first bytes of the buffers as [batch, heads, width, head_dim]."""
+        """The beginning of each buffer as [batch, heads, width, head_dim]."""
         shape = (batch, self._heads, width, self._head_dim)
         size = batch * self._heads * width * self._head_dim
         return [buffer[:size].reshape(shape) for buffer in buffers]
@@ -164,7 +168,7 @@ class AppendStore(CacheStore):
     def reorder(self, rows: NDArray[np.int64]) -> None:
         """See `CacheStore.reorder`."""
         lengths = self.lengths[rows]
-        # Columns that are padding in every row that stays are dropped: so the width is always
+        # Columns that are padding in every kept row are dropped. So the width is always that of
         # the longest row, and no row can outgrow the buffers.
         width = int(lengths.max(initial=0))
         before = self._views(self._past, self.batch, self._width)
@@ -180,7 +184,7 @@ class AppendStore(CacheStore):
         batch = self.batch
         self.lengths = with_empty_rows(self.lengths, count)
         for buffer in self._views(self._past, self.batch, self._width):
-            buffer[batch:] = 0  # masked, and still multiplied by 0
+            buffer[batch:] = 0  # masked values are still multiplied by 0, so they must be finite
 
     def fill(self, rows: NDArray[np.int64], source: CacheStore) -> None:
         """See `CacheStore.fill`."""
@@ -204,7 +208,13 @@ class AppendStore(CacheStore):
         self._fill(np.array([row]), len(slots) * pool.block_size, joined)
 
     def _fill(self, rows: NDArray[np.int64], used: int, sources: Iterable[NDArray[Any]]) -> None:
-        """Put `used` positions into empty rows; the others move to the longest row's end."""
+        """Copy `used` positions into empty rows, and move the other rows to end at the same column.
+
+        Args:
+            rows: int64 [n].
+            used: number of positions.
+            sources: one [heads, used, head_dim] per cache tensor, or [1, heads, used, head_dim].
+        """
         width = max(self._width, used)
         before = self._views(self._past, self.batch, self._width)
         after = self._views(self._present, self.batch, width)

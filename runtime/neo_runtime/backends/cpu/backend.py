@@ -1,4 +1,4 @@
-"""The bundle's graphs as onnxruntime sessions on the CPU."""
+"""The CPU backend: onnxruntime sessions over the bundle's graphs."""
 
 from __future__ import annotations
 
@@ -28,51 +28,59 @@ if TYPE_CHECKING:
 __all__ = ["OnnxRuntimeBackend"]
 
 _SPARE_SHARE, _LARGEST_SPARE = 40, 32 << 20
-"""Of freed memory, as much as this part of the weights stays for the next prompt, and no more than
-that: 32 MB of int8 at the 1.3B shape, where a prompt of 128 tokens takes 25; 18 MB of int4, enough
-for 100 tokens."""
+"""Freed heap kept for the next prompt: this fraction (1/40) of the weights' size, at most 32 MiB.
+At the 1.3B shape that is 32 MB in int8, where a prompt of 128 tokens needs 25 MB, and 18 MB in
+int4, enough for 100 tokens."""
 _TOKENS_MAPPED = 16
-"""Tokens that decode may read before their rows of the table leave its memory again: Linux maps up
-to 300 kB around each of them."""
+"""Tokens that decode reads before the pages of their embedding rows are released: Linux maps up to
+300 kB around each row."""
 
 
 _live: weakref.WeakSet[OnnxRuntimeBackend] = weakref.WeakSet()
 
 
 class OnnxRuntimeBackend(Backend):
-    """Sessions are made when first used, one a graph, and shared by all threads.
+    """One session per graph, made on first use and shared by all threads.
 
-    A forked child makes its own: the threads of its parent's are not there.
+    A forked child makes its own sessions, because it does not inherit the threads of its parent's.
     """
 
     described = "CPU"
 
     def __init__(self, factory: SessionFactory) -> None:
-        """Prepare; no graph is loaded yet. The factory is this backend's alone."""
+        """Prepare without loading a graph.
+
+        Args:
+            factory: makes the sessions; must not be shared with another backend.
+        """
         self._factory = factory
         self._closed = False
         self.manifest = factory.manifest
         if is_quantized(self.manifest.precision):
-            # Activations that stay in the processor's caches win a few percent. Float32 wants
-            # longer chunks: it reads every weight once a chunk, in an order that costs more.
+            # A few percent faster: activations stay in the processor's caches. Float32 weights
+            # need longer chunks: reading them all once per chunk costs more than it does here.
             self.default_chunk = 256
         hold_within_calls()
         self._tokens_read = 0
-        """Since the rows of tokens left memory; threads may miscount."""
+        """Tokens decoded since their embedding rows were released; not exact across threads."""
         self.begin()
         _live.add(self)
 
     def begin(self) -> None:
-        """Without sessions; in a forked child, too, where nobody holds the parent's locks."""
+        """Start without sessions; also in a forked child, where the parent's locks may be stuck."""
         self._sessions: dict[str, Any] = {}
         self._factory.token_rows.clear()
         self._lock = threading.Lock()
         self._heap = Heap(_spare(self.manifest.files[WEIGHTS_NAME].size))
         self.kept_block = KeptBlock()
-        """Of the cache that was closed last."""
+        """The memory of the cache that was closed last."""
 
     def session(self, graph: str) -> Any:
-        """The `onnxruntime.InferenceSession` of "prefill", "decode" or "score"."""
+        """The `onnxruntime.InferenceSession` of "prefill", "decode" or "score"; made if needed.
+
+        Raises:
+            NeoError: the model is closed, or see `SessionFactory.session`.
+        """
         with self._lock:
             if self._closed:
                 raise NeoError("the model is closed; call neo_runtime.load again")
@@ -88,19 +96,19 @@ class OnnxRuntimeBackend(Backend):
 
     @property
     def prepacked_bytes(self) -> int:
-        """Bytes of prepacked weights that are kept on disk for this bundle."""
+        """See `Backend.prepacked_bytes`."""
         store = self._factory.prepacked
         return store.bytes_on_disk if store is not None else 0
 
     def translated(self) -> AbstractContextManager[None]:
-        """Around each run: turn what onnxruntime raises into this project's errors."""
+        """A context manager for running a session; see `failures.translated`."""
         return self._factory.translated()
 
     def cache_bytes(self, batch: int, length: int) -> int:
         """See `Backend.cache_bytes`."""
         layer = position_bytes(self.manifest) // self.manifest.model.num_layers
         once = layer * batch * sum(layer_lengths(self.manifest, length))
-        # Appending writes the longer cache beside the shorter one that it reads.
+        # Layout "append" reads one set of buffers and writes another.
         return once if self.manifest.cache.layout == "in_place" else 2 * once
 
     def open_cache(self, batch: int, length: int) -> CacheStore:
@@ -114,24 +122,24 @@ class OnnxRuntimeBackend(Backend):
 
     @contextmanager
     def prompt(self) -> Iterator[None]:
-        """Around a prompt: behind it the memory that it took, and nothing else needs, goes back."""
+        """A context manager for prefill and scoring; at its end, memory they freed is released."""
         with self._heap.call():
             yield
         self._forget_token_rows()
 
     def after_step(self, tokens: int) -> None:
-        """Behind a step of decode that read so many tokens."""
+        """Called after a decode step that read `tokens` rows of the embedding table."""
         self._tokens_read += tokens
         if self._tokens_read >= _TOKENS_MAPPED:
             self._forget_token_rows()
 
     def _forget_token_rows(self) -> None:
-        """Take the rows of tables that were read for tokens so far out of this process."""
+        """Release the mapped pages of embedding rows that were read so far."""
         self._tokens_read = 0
-        # While somebody loads a graph this can wait until the next time.
+        # If another thread is loading a graph, this can wait until the next call.
         if self._lock.acquire(blocking=False):
             try:
-                for graph in self._sessions:  # of others what was mapped may be gone
+                for graph in self._sessions:  # without a session, the mapping may no longer exist
                     forget_pages(self._factory.token_rows.get(graph, ()))
             finally:
                 self._lock.release()
@@ -155,5 +163,5 @@ in_every_child(_after_fork)
 
 
 def _spare(weights: int) -> int:
-    """Bytes of freed memory that stay for the next prompt, for weights of so many bytes."""
+    """Bytes of freed heap kept for the next prompt, for `weights` bytes of weights."""
     return min(weights // _SPARE_SHARE, _LARGEST_SPARE)

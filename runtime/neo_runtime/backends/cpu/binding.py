@@ -1,4 +1,4 @@
-"""One call of a graph over memory that we own: onnxruntime's IOBinding, by the IO contract."""
+"""A call of a graph over preallocated arrays, by onnxruntime's IOBinding."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["BoundCall"]
 
 
 class BoundCall:
-    """Inputs and outputs of one graph, bound once; `run` may be called many times.
+    """A graph's inputs and outputs, bound once; `run` may be called many times.
 
-    The arrays are kept, so that their memory lives as long as the binding.
+    Holds references to the arrays, because the binding knows only their addresses.
     """
 
     def __init__(
@@ -33,19 +33,18 @@ class BoundCall:
         logits: NDArray[Any],
         candidates: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
-        """Bind; every array must be C-contiguous.
+        """Bind the arrays, all of which must be C-contiguous.
 
         Args:
-            backend: whose session runs.
+            backend: provides the session.
             graph: "prefill", "decode" or "score".
             input_ids: int64 [batch, sequence].
             attention_mask: int64 [batch, total_sequence].
             position_ids: int64 [batch, sequence].
-            past: keys and values, layer by layer, key first: [batch, heads, past, head_dim].
-            present: where the graph writes them; may be the same memory as `past`.
-            logits: float32 [batch, 1, vocab], of "score" [batch, sequence, vocab]: written by the
-                graph.
-            candidates: by name of `CANDIDATE_OUTPUTS`, written where the graph has them.
+            past: keys and values, layer by layer, keys first: [batch, heads, past, head_dim].
+            present: output, in the order of `past`; may be the same memory.
+            logits: output, float32 [batch, 1, vocab]; for "score" [batch, sequence, vocab].
+            candidates: output, by names of `CANDIDATE_OUTPUTS`; None if the graph has none.
         """
         self._backend = backend
         self._session = backend.session(graph)
@@ -69,12 +68,12 @@ class BoundCall:
             )
 
     def run(self) -> None:
-        """Compute the outputs from what the inputs hold now."""
+        """Run the graph on the current contents of the inputs; raises as `failures.translated`."""
         with self._backend.translated():
             self._session.run_with_iobinding(self._binding)
 
 
 def _address(array: NDArray[Any]) -> int:
     if not array.flags.c_contiguous:
-        raise AssertionError("only contiguous memory can be bound")
+        raise AssertionError("only C-contiguous arrays can be bound")
     return int(array.ctypes.data)

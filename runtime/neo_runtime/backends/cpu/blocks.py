@@ -1,4 +1,4 @@
-"""A pool of slots in the system's memory; see `BlockPool`."""
+"""A `BlockPool` in host memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["HostBlocks"]
 
 
 class HostBlocks(BlockPool):
-    """Memory that comes from the system page by page, as slots are first written."""
+    """Slots in one array, which takes physical memory only as slots are first written."""
 
     def __init__(self, manifest: Manifest, slots: int, block_size: int) -> None:
         model = manifest.model
         shape = (slots, 2 * model.num_layers, model.num_heads, block_size, model.head_dim)
         self.block_size = block_size
         self.arrays: NDArray[Any] = np.zeros(shape, dtype=manifest.cache.dtype)
-        """By slot, and by tensor: layer by layer, keys first."""
+        """[slots, tensors, heads, block_size, head_dim]; tensors layer by layer, keys first."""
 
     def close(self) -> None:
         """See `BlockPool.close`."""

@@ -1,4 +1,4 @@
-"""Where the arrays of a cache on the CPU lie: one block of memory, used again by the next cache."""
+"""Memory for KV caches on the CPU: one block per cache, reused by the next one."""
 
 from __future__ import annotations
 
@@ -21,54 +21,55 @@ _PAGE = 4096
 
 
 class KeptBlock:
-    """The memory of the cache that was closed last. Safe for threads.
+    """Keeps the memory of the cache that was closed last. Thread-safe.
 
-    Pages that the system hands out are zeroed when they are first written, which is a good part
-    of a short prompt's time. A server that answers one request after the other spares it so.
+    The kernel zeroes each new page on first write, which takes a good part of a short prompt's
+    time. Reusing the block saves that for a server that answers one request after the other.
     """
 
     def __init__(self) -> None:
-        # A cache that becomes garbage is closed at any moment, within a call of this class too.
+        # Reentrant: the garbage collector may close a cache in the middle of a call here.
         self._lock = threading.RLock()
         self._block: NDArray[np.uint8] | None = None
         self._closed = False
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """Memory of at least `size` bytes; what is in it is of no meaning.
+        """A block of at least `size` bytes with undefined contents.
 
-        Of a longer block only so much stays in memory: callers keep account of what they ask for.
+        Pages of a longer block beyond `size` are released, because callers account for `size`
+        bytes only.
 
         Raises:
-            MemoryError: the system has no more.
+            MemoryError: the system has too little memory.
         """
         with self._lock:
             block, self._block = self._block, None
         if block is not None and size <= len(block) and forget_bytes(block, size):
             return block
-        del block  # before new memory is asked for
-        # Zeros of a large block come page by page as they are written, so its rest costs nothing.
+        del block  # free it before allocating
+        # A large zeroed block takes physical memory only as its pages are written.
         return np.zeros(size, dtype=np.uint8)
 
     def keep(self, block: NDArray[np.uint8]) -> None:
-        """Keep this block, which nothing else uses any more, instead of the one before."""
+        """Keep a block that nothing else uses; the previous one is freed."""
         with self._lock:
             self._block = None if self._closed else block
 
     def close(self) -> None:
-        """Free the memory; that of open caches goes when they are closed."""
+        """Free the kept block; blocks of open caches are freed when those are closed."""
         with self._lock:
             self._closed, self._block = True, None
 
 
 def aligned_size(shapes: Sequence[tuple[int, ...]], dtype: str) -> int:
-    """Bytes of a block for `aligned_arrays`."""
+    """Bytes of a block that has room for `aligned_arrays`."""
     return sum(_strides(shapes, dtype)) + _PAGE
 
 
 def aligned_arrays(
     block: NDArray[np.uint8], shapes: Sequence[tuple[int, ...]], dtype: str
 ) -> list[NDArray[np.generic]]:
-    """Arrays of these shapes in a block of memory, each at the beginning of a page."""
+    """Arrays of these shapes in a block of memory, each aligned to a page."""
     kind = np.dtype(dtype)
     offset = -block.ctypes.data % _PAGE
     arrays: list[NDArray[np.generic]] = []
@@ -80,7 +81,7 @@ def aligned_arrays(
 
 
 def aligned_zeros(shapes: Sequence[tuple[int, ...]], dtype: str) -> list[NDArray[np.generic]]:
-    """The same in new memory of zeros."""
+    """The same as `aligned_arrays`, in a new block of zeros."""
     return aligned_arrays(np.zeros(aligned_size(shapes, dtype), np.uint8), shapes, dtype)
 
 

@@ -1,8 +1,9 @@
-"""Memory that the C library keeps of what was freed: most goes back to the system, some is of use.
+"""Return freed heap from the C library to the system, except for a small reserve.
 
-glibc holds about 40 MB after the sessions of the 1.3B shape were built, and as much again after a
-long prompt. Servers that run several processes want that back; but a page that the system hands out
-anew costs more than a microsecond, 2 % of a prompt's time, so a little may stay.
+After building the sessions of the 1.3B shape glibc retains about 40 MB of freed memory, and as much
+again after a long prompt. Servers that run several processes need it back. But every page taken
+anew from the system costs more than a microsecond, in all 2 % of a prompt's time, so a little is
+kept.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ _LARGEST_BLOCK = (32 << 20) - (8 << 10)  # glibc's DEFAULT_MMAP_THRESHOLD_MAX, i
 
 
 class Heap:
-    """Gives back what calls freed, once enough has come together. Safe for threads.
+    """Returns freed heap to the system once more than a reserve has accumulated. Thread-safe.
 
-    What counts is by how much the process has grown since the least that it had in use, seen where
-    calls begin. What callers free themselves is noticed where it leaves the process.
+    The measure is how far the process's anonymous memory has grown above the lowest value seen at
+    the beginning of a call.
     """
 
     def __init__(self, spare: int) -> None:
-        """Take notice of how much memory is in use.
+        """Record the current memory use.
 
         Args:
-            spare: bytes that may stay, of what calls freed.
+            spare: bytes of freed heap that may be kept.
         """
         self._spare = spare
         self._lock = threading.Lock()
@@ -45,7 +46,7 @@ class Heap:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Around what takes memory and frees it."""
+        """A context manager for work that allocates and frees a lot of memory."""
         used = anonymous_bytes()
         with self._lock:
             self._running += 1
@@ -57,33 +58,34 @@ class Heap:
             self._settle()
 
     def _settle(self) -> None:
-        with self._lock:  # first: reading a file may be interrupted (Ctrl-C)
+        with self._lock:  # before reading the file, which Ctrl-C may interrupt
             self._running -= 1
             low, alone = self._low, self._running == 0
         used = anonymous_bytes()
         if used is not None and low is not None and used - low <= self._spare:
             return
         give_back()
-        if alone:  # else the activations of another call would count as what must be there
+        if alone:  # else the activations of another call would raise the low mark
             used = anonymous_bytes()
             with self._lock:
                 self._low = used
 
 
 def give_back() -> None:
-    """Return freed heap to the system, where the C library can (glibc); a few milliseconds."""
+    """Return freed heap to the system (glibc only); takes a few milliseconds."""
     trim = c_function("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 def hold_within_calls() -> None:
-    """Have the C library keep what operators free while a call runs (glibc).
+    """Make glibc retain memory that operators free during a call.
 
-    glibc maps blocks above a threshold one by one, and shrinks its heap when twice as much is free
-    at its end: activations of long prompts come and go that way, 32,000 of 47,000 new pages for
-    1024 tokens of the 1.3B shape. It raises both limits to what it has seen freed (mallopt(3),
-    M_MMAP_THRESHOLD), so it is shown the largest block that counts; nothing is written to it.
+    glibc maps blocks above a threshold individually, and trims its heap when twice that much is
+    free at the end. So the activations of long prompts are returned and taken anew: 32,000 of
+    47,000 new pages for 1024 tokens at the 1.3B shape. glibc raises both limits when a mapped block
+    is freed (mallopt(3), M_MMAP_THRESHOLD). This allocates and frees the largest block that raises
+    them; nothing is written to it.
     """
     malloc, free = c_function("malloc"), c_function("free")
     if malloc is None or free is None:
@@ -93,7 +95,7 @@ def hold_within_calls() -> None:
 
 
 def anonymous_bytes() -> int | None:
-    """Memory of this process that belongs to no file; None where the system does not say."""
+    """Resident bytes of this process that no file backs; None where /proc is not available."""
     try:
         _, resident, of_files, *_ = _STATM.read_text("ascii").split()
     except OSError:
