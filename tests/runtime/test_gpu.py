@@ -174,7 +174,7 @@ def test_host_memory_that_cuda_does_not_get(monkeypatch: pytest.MonkeyPatch) -> 
         cudaHostAlloc=lambda *_: (Error.cudaErrorMemoryAllocation, None),
     )
     monkeypatch.setattr("neo_runtime.backends.device.nvidia.cuda_runtime", lambda: runtime)
-    with pytest.raises(HostMemoryError, match="gives no 100 bytes of host memory"):
+    with pytest.raises(HostMemoryError, match="cannot pin 100 bytes of host memory"):
         CudaDevice().pinned(100)
 
 

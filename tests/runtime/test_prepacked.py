@@ -452,7 +452,7 @@ def test_damaged_files_are_built_again(
     with caplog.at_level(logging.WARNING, "neo_runtime"):
         found = answers(bundle)
     assert np.array_equal(found, expected)
-    assert "is damaged: prepacked weights are built again" in caplog.records[0].getMessage()
+    assert "is damaged; building the prepacked weights again" in caplog.records[0].getMessage()
     repaired = inodes(cache)
     assert np.array_equal(answers(bundle), expected)
     assert inodes(cache) == repaired
@@ -474,7 +474,7 @@ def test_verify_finds_weights_that_were_changed(
     assert not caplog.records, "it is not found otherwise: onnxruntime compares a part alone"
     with caplog.at_level(logging.WARNING, "neo_runtime"):
         assert np.array_equal(answers(bundle, verify=True), expected)
-    assert "is damaged: prepacked weights are built again" in caplog.text
+    assert "is damaged; building the prepacked weights again" in caplog.text
     assert weights.read_bytes() == kept
     caplog.clear()
     assert np.array_equal(answers(bundle), expected)
@@ -500,7 +500,7 @@ def test_what_cannot_be_loaded_is_built_again(
     with caplog.at_level(logging.WARNING, "neo_runtime"):
         assert np.array_equal(answers(bundle), expected)
     assert refused
-    assert "is damaged: prepacked weights are built again" in caplog.text
+    assert "is damaged; building the prepacked weights again" in caplog.text
     assert inodes(cache) != before
 
 

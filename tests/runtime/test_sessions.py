@@ -149,7 +149,9 @@ def test_no_memory_is_no_fault_of_the_bundle(
     monkeypatch.setattr(ort, "InferenceSession", fail)
     with (
         neo_runtime.load(mini_bundle, threads=1) as model,
-        pytest.raises(NeoError, match=r"gives no memory to load .*onnx \(.*ulimit") as raised,
+        pytest.raises(
+            NeoError, match=r"too little free memory to load .*onnx \(.*ulimit"
+        ) as raised,
     ):
         model.generate("Once", max_new_tokens=3)
     assert not isinstance(raised.value, BundleError)

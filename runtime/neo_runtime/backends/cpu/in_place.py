@@ -1,14 +1,14 @@
-"""Cache layout `in_place`: one buffer a tensor, read as past and written as present.
+"""Cache layout `in_place`: one buffer per cache tensor, read as past and written as present.
 
     buffer of a layer's keys, [batch, heads, length, head_dim]
 
     row 0   k k k k k k . . . .      lengths[0] = 6: the next token is written at position 6
     row 1   k k k . . . . . . .      lengths[1] = 3
 
-Rows are contiguous, so neighbouring rows can be bound as a smaller batch.
+Rows are contiguous in memory, so neighbouring rows can be bound as a smaller batch.
 
-Where `CacheSpec.window` is set, a local layer's buffer holds little more than the window: the
-graph then keeps the last positions at its front.
+If `CacheSpec.window` is set, a local layer's buffer holds little more than the window. When it is
+full, the graph moves the last positions to its front and evicts the others.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["InPlaceStore"]
 
 
 class InPlaceStore(RightPaddedStore):
-    """See the module."""
+    """A `CacheStore` in layout `in_place`."""
 
     def __init__(self, backend: OnnxRuntimeBackend, batch: int, length: int) -> None:
         model = backend.manifest.model
@@ -53,7 +53,7 @@ class InPlaceStore(RightPaddedStore):
         ]
         self._backend = backend
         self._length = length
-        # The prefill graph widens an int8 cache, whole buffers of it.
+        # The prefill graph converts the whole buffers of an int8 cache to float32: `StagedCache`.
         self._widens = backend.manifest.cache.dtype == "int8"
         evicts = backend.manifest.cache.window is not None
         self.local_slots = min(slots) if min(slots) < length else None
@@ -65,7 +65,7 @@ class InPlaceStore(RightPaddedStore):
         self._buffers = aligned_arrays(block, shapes, dtype)
         self._block: NDArray[np.uint8] | None = block
         self._busy = threading.Lock()
-        """Held while the memory is in use."""
+        """Held while a call reads or writes the memory."""
         self._logits = np.zeros((batch, 1, model.vocab_size), dtype=np.float32)
         self._candidates = _candidate_arrays(backend.manifest, batch)
         self._ids = np.zeros((batch, 1), dtype=np.int64)
@@ -92,13 +92,22 @@ class InPlaceStore(RightPaddedStore):
         positions: NDArray[np.int64],
         logits: NDArray[np.float32] | None = None,
     ) -> None:
-        """Run several new tokens of the rows from `row` on; where logits go, None for the rows'."""
+        """Run a graph on `len(ids)` rows from `row` on.
+
+        Args:
+            graph: "prefill" or "score".
+            row: first row.
+            ids: int64 [rows, n].
+            mask: int64 [rows, past + n].
+            positions: int64 [rows, n].
+            logits: output; None for the rows' own buffer.
+        """
         with self._busy:
             cache, total = self._rows(row, len(ids)), mask.shape[1]
             if not self._widens or 2 * total > self._length:
                 self._call(graph, row, ids, mask, positions, cache, cache, logits).run()
                 return
-            past = int(self.lengths[row])  # the same for all of them: one row, or empty ones
+            past = int(self.lengths[row])  # the same for all rows: there is one, or all are empty
             staged = StagedCache(cache, self._growing, past, total)
             before, after = staged.past, staged.present
             self._call(graph, row, ids, mask, positions, before, after, logits).run()
@@ -142,7 +151,7 @@ class InPlaceStore(RightPaddedStore):
         present: Sequence[NDArray[Any]],
         logits: NDArray[np.float32] | None = None,
     ) -> BoundCall:
-        """Bind the rows from `row` on, as many as `ids` has."""
+        """Bind `len(ids)` rows from `row` on."""
         rows = slice(row, row + len(ids))
         candidates = {} if graph == "score" else self._candidates
         return BoundCall(
@@ -158,7 +167,7 @@ class InPlaceStore(RightPaddedStore):
         )
 
     def _step(self) -> StepLogits:
-        """What the last call wrote."""
+        """The logits that the last call wrote."""
         batch, found, rows = self.batch, self._candidates, None
         if found:
             rows = CandidateRows(*(found[name][:batch, 0] for name in CANDIDATE_OUTPUTS))
@@ -204,9 +213,9 @@ class InPlaceStore(RightPaddedStore):
     def fill(self, rows: NDArray[np.int64], source: CacheStore) -> None:
         """See `CacheStore.fill`.
 
-        A local layer evicts once its buffer is full, and where positions lie then depends on the
-        buffer's size: either it has not happened in the source, or both buffers have the size of
-        the longest, see `layer_lengths`.
+        Once a local layer has evicted, where its positions lie depends on the buffer's size. So
+        either the source has not evicted yet, or both buffers have the same size; `layer_lengths`
+        ensures that.
         """
         assert isinstance(source, InPlaceStore)
         used = int(source.lengths[0])
@@ -222,9 +231,9 @@ class InPlaceStore(RightPaddedStore):
     def evicted(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """See `CacheStore.evicted`.
 
-        onnxruntime's GroupQueryAttention (`sliding_window_cache`) keeps no account of it: it
-        follows from the number of positions. A position that finds the buffer full moves the newest
-        ones to its front, so that with it the buffer holds a window.
+        onnxruntime's GroupQueryAttention (`sliding_window_cache`) does not record it, but it
+        follows from the length. A new position that finds the buffer full moves the newest
+        positions to the front, so that together with it the buffer holds exactly one window.
         """
         slots, window = self.local_slots, self._backend.manifest.cache.window
         if slots is None or window is None:
@@ -281,14 +290,15 @@ class InPlaceStore(RightPaddedStore):
         self._decode = None
         self._buffers = []
         if idle:
-            # Memory that another thread computes in, against the rules, is for nobody else.
+            # Otherwise another thread, against the contract, still computes in the memory, which
+            # must then not be given to another cache.
             self._busy.release()
             if block is not None:
                 self._backend.kept_block.keep(block)
 
 
 def _candidate_arrays(manifest: Manifest, batch: int) -> dict[str, NDArray[Any]]:
-    """A buffer for each of `CANDIDATE_OUTPUTS`; none where the graphs do not have them."""
+    """A buffer for each of `CANDIDATE_OUTPUTS` that the decode graph has."""
     outputs = {tensor.name: tensor for tensor in manifest.graphs["decode"].outputs}
     return {
         name: np.zeros((batch, *map(int, outputs[name].shape[1:])), dtype=outputs[name].dtype)

@@ -1,17 +1,20 @@
-"""What this CPU and this onnxruntime make of a bundle's weights, kept on disk and mapped.
+"""A disk cache of prepacked weights, memory-mapped by all sessions of a bundle.
 
-Kernels of quantized products read weights in an order of their own. Left alone, each session
-would write that order into private memory: once a graph, once a process. Here the first session
-of a graph stores it, and all later ones map it:
+Kernels for quantized matrix products read weights in an order of their own ("prepacked"), which
+depends on the CPU. By default each session converts the weights into private memory: once per graph
+and process. Here the first session of a graph stores the result, and all later ones map it:
 
-    CACHE/prepacked/KEY/decode/     files.json decode.onnx  prepacked.bin ─┐ one file, by hard
-    CACHE/prepacked/KEY/prefill/    files.json prefill.onnx prepacked.bin ─┘ links, where equal
+    CACHE/prepacked/KEY/decode/     files.json decode.onnx  prepacked.bin ─┐ one file by hard
+    CACHE/prepacked/KEY/prefill/    files.json prefill.onnx prepacked.bin ─┘ links, if equal
 
-The exporter orders weights alike in all graphs, so that the files are equal. KEY says what they
-depend on: the bundle's digest, the CPU's kind, onnxruntime's version, this layout. A graph's folder
-appears by one rename; a lock lets two processes build it once. `files.json` records what was
-written: a folder that no longer agrees with it is built again. Deleting it all is always safe.
-That record is no seal: who owns a folder decides what is in it, so not everybody's are used.
+The exporter orders the weights the same way in all graphs, so that the files are equal. KEY is a
+hash of what they depend on: the bundle's digest, the kind of CPU, onnxruntime's version and this
+layout. A graph's folder appears by an atomic rename, and a lock ensures that only one process
+builds it. `files.json` records sizes and checksums; a folder that does not match it is built again.
+Deleting the cache is always safe.
+
+The record detects damage, not manipulation: whoever owns a folder controls its contents. So folders
+of other users are refused, see `PrepackedCache`.
 """
 
 from __future__ import annotations
@@ -41,32 +44,34 @@ if TYPE_CHECKING:
 __all__ = ["WEIGHTS_FILE", "PrepackedCache", "cache_root", "cpu_kind", "warn_of_copies"]
 
 WEIGHTS_FILE = "prepacked.bin"
-"""Beside each stored graph: its tensors, and what onnxruntime made of them."""
+"""Name of the file beside each stored graph that holds its tensors, prepacked ones included."""
 
 _LAYOUT = "2"
 _RECORD = "files.json"
-_MINIMUM_BYTES = "1024"  # smaller tensors stay inside the graph
+_MINIMUM_BYTES = "1024"  # smaller tensors are stored in the graph's own file
 
 _log = logging.getLogger("neo_runtime")
 
 
 def cache_root() -> Path:
-    """Where caches live: `NEO_CACHE_DIR`, else `neo-onnx` in the user's cache folder.
+    """The folder for caches: `NEO_CACHE_DIR`, else `neo-onnx` in the user's cache folder.
+
+    The latter is `XDG_CACHE_HOME`, else `~/.cache`.
 
     Raises:
-        OSError: this user has no home.
+        OSError: this user has no home folder.
     """
     if named := os.environ.get("NEO_CACHE_DIR"):
         return Path(named)
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(base) if base else Path.home() / ".cache") / "neo-onnx"
-    except RuntimeError as error:  # a container's user may be nobody in particular
+    except RuntimeError as error:  # in a container, a user id may have no account
         raise OSError("this user has no home folder") from error
 
 
 def cpu_kind() -> str:
-    """What the choice of kernels depends on: architecture, model and instruction sets."""
+    """What the choice of kernels depends on: architecture, CPU model and instruction sets."""
     lines = set()
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
         lines = {line.strip() for line in file if line.startswith(("model name", "flags", "Feat"))}
@@ -74,17 +79,28 @@ def cpu_kind() -> str:
 
 
 def warn_of_copies(where: str, reason: str) -> None:
-    """Say in the log what it means that there is no place for prepacked weights."""
+    """Log a warning that prepacked weights cannot be cached, and what that costs.
+
+    Args:
+        where: place, such as "on disk".
+        reason: why not.
+    """
     _log.warning(
-        "prepacked weights cannot be kept %s (%s): each session makes its own copy, loading is "
-        "slower; set NEO_CACHE_DIR to a folder with room that can be written",
+        "prepacked weights cannot be kept %s (%s): each session makes its own copy, and loading is "
+        "slower; set NEO_CACHE_DIR to a writable folder with enough free space",
         where,
         reason,
     )
 
 
 class PrepackedCache:
-    """The prepacked graphs of one bundle."""
+    """The stored graphs of one bundle.
+
+    Folders of other users are refused. Under a shared root (such as /tmp) another user could create
+    them first, to supply other weights, or a symlink in place of the lock file, which is opened for
+    writing. The root's owner is trusted unless the folder around it is world-writable: on some
+    shared file systems all files have the same owner.
+    """
 
     def __init__(
         self,
@@ -94,13 +110,13 @@ class PrepackedCache:
         *,
         verify: bool = False,
     ) -> None:
-        """Name the folder; nothing is read or written yet.
+        """Compute the folder's name; nothing is read or written yet.
 
         Args:
             digest: `Manifest.digest` of the bundle.
-            onnxruntime_version: of the library that will read the files.
-            root: in place of `cache_root()`.
-            verify: compare stored weights with their checksum, not only with their size.
+            onnxruntime_version: version of the library that will read the files.
+            root: folder for caches; None for `cache_root()`.
+            verify: compare stored weights with their checksum, not only their size.
 
         Raises:
             OSError: see `cache_root`.
@@ -114,20 +130,20 @@ class PrepackedCache:
     def graph(
         self, name: str, build: Callable[[Path, dict[str, str]], None], *, anew: bool = False
     ) -> Path | None:
-        """The stored graph `name`, built now if it is not there.
+        """The stored graph `name`; built first if it is missing or damaged.
 
         Args:
             name: "prefill", "decode" or "score".
-            build: makes a session of the bundle's own graph that writes its optimized form to the
+            build: creates a session of the bundle's own graph that writes its optimized form to the
                 given path, with the given session configuration entries.
-            anew: what is there cannot be loaded.
+            anew: build it even if it is there, because it cannot be loaded.
 
         Returns:
-            The graph's path; None where the cache cannot be used (logged as a warning): then
-            each session prepacks for itself.
+            The graph's path; None if the cache cannot be used, which is logged as a warning. The
+            session then has to prepack for itself.
 
         Raises:
-            BundleDamagedError: so `build` said; nothing was stored.
+            BundleDamagedError: raised by `build`; nothing was stored.
         """
         folder = self.folder / name
         path = folder / f"{name}.onnx"
@@ -136,7 +152,7 @@ class PrepackedCache:
             if not anew and _is_whole(folder, verify=self._verify):
                 return path
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._refuse_strangers(name)  # somebody may have been quicker
+            self._refuse_strangers(name)  # again: another user may have created it meanwhile
             with _locked(self.folder / "lock"):
                 if anew or not _is_whole(folder, verify=self._verify):
                     self._discard(name)
@@ -147,21 +163,15 @@ class PrepackedCache:
         except BundleDamagedError:
             raise
         except BundleError as error:
-            # So onnxruntime reports a full disk. If it is the bundle's own graph that cannot be
-            # loaded, the session without a cache says so next.
-            self._warn("onnxruntime could not write them, is the disk full?")
+            # onnxruntime reports a full disk like this. If the bundle's own graph cannot be loaded,
+            # the session without a cache, made next, raises.
+            self._warn("onnxruntime could not write them; is the disk full?")
             _log.debug("%s", error)
             return None
         return path
 
     def _refuse_strangers(self, name: str) -> None:
-        """Raises PermissionError for a folder below the root that another user has made.
-
-        Where the root is shared (below /tmp), they could do so before us, and then give us other
-        weights, or a link in place of the lock, which is opened to write. Who owns the root is
-        trusted where not everybody could have made it: of a shared file system all files may have
-        one owner.
-        """
+        """Raise PermissionError if another user owns a folder of the cache; see the class."""
         ours = {0, os.geteuid()} if hasattr(os, "geteuid") else {0}
         root = self.folder.parent.parent.resolve()
         with contextlib.suppress(FileNotFoundError):
@@ -174,7 +184,7 @@ class PrepackedCache:
 
     @property
     def bytes_on_disk(self) -> int:
-        """Size of everything that is stored for this bundle; a shared file counts once."""
+        """Bytes of all files stored for this bundle; a hard-linked file counts once."""
         sizes = {}
         for path in self.folder.rglob("*"):
             with contextlib.suppress(OSError):
@@ -183,21 +193,22 @@ class PrepackedCache:
         return sum(sizes.values())
 
     def _warn(self, reason: str) -> None:
-        """Once a model: each of its sessions meets the same obstacle."""
+        """Warn once per model, since all its sessions meet the same obstacle."""
         if self._has_warned:
             return
         self._has_warned = True
         warn_of_copies(f"in {self.folder}", reason)
 
     def _discard(self, name: str) -> None:
-        """Remove a damaged folder; sessions that have mapped its files keep them."""
+        """Remove a damaged folder. Sessions that have mapped its files are not affected."""
         folder = self.folder / name
         if folder.exists():
-            _log.warning("%s is damaged: prepacked weights are built again", folder)
+            _log.warning("%s is damaged; building the prepacked weights again", folder)
             shutil.rmtree(folder)
 
     def _build(self, name: str, build: Callable[[Path, dict[str, str]], None]) -> None:
-        for left_over in self.folder.glob(".partial-*"):  # a killed build: we hold the lock
+        # The lock is held, so these are left over from builds that were killed.
+        for left_over in self.folder.glob(".partial-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
         try:
@@ -219,15 +230,15 @@ class PrepackedCache:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _share(self, weights: Path) -> Path | None:
-        """Let an equal file of another graph stand for this one: one file, mapped once.
+        """Replace a weight file by a hard link to an equal one of another graph, if there is one.
 
         Returns:
-            That graph's folder, or None.
+            The folder of the graph with equal weights, or None.
         """
         for other in self.folder.glob(f"*/{WEIGHTS_FILE}"):
             if other != weights and filecmp.cmp(other, weights, shallow=False):
                 link = weights.with_suffix(".link")
-                with contextlib.suppress(OSError):  # no hard links here: two files it is
+                with contextlib.suppress(OSError):  # without hard links, keep two files
                     os.link(other, link)
                     link.replace(weights)
                 return other.parent
@@ -235,18 +246,18 @@ class PrepackedCache:
 
 
 def _record(folder: Path, equal: Path | None) -> None:
-    """Write down what lies in a graph's folder; `equal` is another one with the same weights."""
+    """Write a graph folder's record; `equal` is another graph's folder with the same weights."""
     files = {path.name: _describe(path, verify=False) for path in sorted(folder.iterdir())}
     known = _recorded(equal) if equal is not None else {}
-    if known.get(WEIGHTS_FILE, {}).keys() == {"size", "sha256"}:  # reading them takes seconds
+    if known.get(WEIGHTS_FILE, {}).keys() == {"size", "sha256"}:  # saves seconds of hashing
         files[WEIGHTS_FILE] = known[WEIGHTS_FILE]
-    elif WEIGHTS_FILE in files:  # tensors of a tiny model stay inside the graph
+    elif WEIGHTS_FILE in files:  # a tiny model's tensors are all in the graph's own file
         files[WEIGHTS_FILE] = _describe(folder / WEIGHTS_FILE, verify=True)
     (folder / _RECORD).write_text(json.dumps(files), encoding="utf-8")
 
 
 def _is_whole(folder: Path, *, verify: bool = False) -> bool:
-    """Whether a graph's folder holds what was written into it."""
+    """Whether a graph's folder matches its record; the weights' checksum only with `verify`."""
     files = _recorded(folder)
     if not verify and WEIGHTS_FILE in files:
         files[WEIGHTS_FILE].pop("sha256", None)
@@ -259,7 +270,7 @@ def _is_whole(folder: Path, *, verify: bool = False) -> bool:
 
 
 def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
-    """What `_record` wrote; {} where that is not to be read."""
+    """The record that `_record` wrote; {} if it is missing or cannot be read."""
     try:
         found = parse_json((folder / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -269,7 +280,7 @@ def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _describe(path: Path, *, verify: bool) -> dict[str, Any]:
-    """Size and checksum, of the weights only to verify: that reads what is mapped otherwise."""
+    """Size and checksum of a file; for the weights only the size, unless `verify`."""
     found: dict[str, Any] = {"size": path.stat().st_size}
     if verify or path.name != WEIGHTS_FILE:
         with path.open("rb") as file:
@@ -279,7 +290,7 @@ def _describe(path: Path, *, verify: bool) -> dict[str, Any]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; where the system has none, go on without."""
+    """Hold an exclusive lock on a file; on systems without file locks, do nothing."""
     with path.open("w") as file:
         try:
             import fcntl
@@ -293,7 +304,7 @@ def _locked(path: Path) -> Iterator[None]:
             yield
         finally:
             _held_locks.discard(file)
-            # Not by closing alone: a child that was forked off meanwhile may have it open as well.
+            # Closing is not enough: a child forked meanwhile may hold the file open as well.
             fcntl.flock(file, fcntl.LOCK_UN)
 
 

@@ -1,4 +1,4 @@
-"""onnxruntime sessions on the CPU over the graphs of a bundle."""
+"""Create onnxruntime sessions on the CPU for the graphs of a bundle."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ _live: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def keep_sessions_for_ever() -> None:
-    """In a forked child, those of the parent: their end would wait for threads that are not there.
+    """Leak the parent's sessions in a forked child.
 
-    To be called before anything else lets go of them.
+    Destroying one would wait for its threads, which a fork does not copy. Must be called before
+    anything drops the last reference to a session.
     """
     for session in list(_live):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
@@ -58,31 +59,31 @@ def session_settings(manifest: Manifest, graph: str, *, prepacked: bool = False)
     """Session configuration entries for one graph of a bundle.
 
     Args:
-        manifest: of the bundle.
+        manifest: the bundle's manifest.
         graph: "prefill", "decode" or "score".
-        prepacked: prepacked weights are kept on disk, and mapped from there.
+        prepacked: whether prepacked weights are kept on disk and memory-mapped.
     """
-    # Waiting threads that sleep cost a prompt 2 to 4 %.
+    # If waiting threads sleep, a prompt takes 2 to 4 % longer.
     settings = {"session.intra_op.allow_spinning": "1"}
     if graph == "decode":
-        # Between steps they go on spinning, while the next token is chosen. By itself onnxruntime
-        # spins for 40 ms, and a graph that runs meanwhile shares the processors with that.
+        # Keep spinning between steps, while the next token is chosen. onnxruntime's default of
+        # 40 ms would slow down other graphs that run on the same processors meanwhile.
         settings["session.intra_op.spin_duration_us"] = "2000"
     else:
-        # Behind a prompt there is nothing to wait for.
+        # After a prompt no further call is expected soon.
         settings["session.force_spinning_stop"] = "1"
-        # With the bias in it, the CPU's FastGelu takes as much memory again as its result has, and
-        # new pages for it cost more than the activation. One token's bias is cheaper inside.
+        # With a fused bias, the CPU's FastGelu allocates a temporary of the result's size, whose
+        # new pages cost more than the activation itself. For one token the fused bias is cheaper.
         settings["optimization.disable_specified_optimizers"] = "BiasGeluFusion"
     if manifest.precision == "fp32" and manifest.cache.layout == "in_place" and not prepacked:
-        # Prepacking would copy every weight once a session. Float32 runs nearly as fast from the
-        # file's own layout, and so the weights stay one mapping that all sessions share.
+        # Prepacking would copy all weights in each session. Float32 runs nearly as fast from the
+        # file's own layout, in which all sessions share one memory-mapped file.
         settings["session.disable_prepacking"] = "1"
     return settings
 
 
 class SessionFactory:
-    """Makes sessions; holds none."""
+    """Makes sessions on the CPU; does not keep them."""
 
     def __init__(
         self,
@@ -93,31 +94,33 @@ class SessionFactory:
         keep_prepacked: bool | None = None,
         verify: bool = False,
     ) -> None:
-        """Prepare; no graph is loaded yet.
+        """Prepare without loading a graph.
 
         Args:
             bundle: an opened bundle.
-            threads: threads that one operator may use.
+            threads: threads per operator.
             session_config: more session configuration entries, such as
-                `{"session.intra_op.allow_spinning": "0"}`; they win over `session_settings`.
-            keep_prepacked: store prepacked weights, and map stored ones; None: only those of
-                quantized products.
-            verify: compare prepacked weights with their checksum before they are mapped.
+                `{"session.intra_op.allow_spinning": "0"}`; they override `session_settings`.
+            keep_prepacked: keep prepacked weights on disk and memory-map them; None: only for
+                quantized bundles.
+            verify: compare prepacked weights with their checksum before mapping them.
         """
         self._ort: Any = require_onnxruntime()
         self._library = Path(self._ort.capi.onnxruntime_pybind11_state.__file__)
-        """Of which loading a graph reads half that running does not."""
+        """onnxruntime's native library; about half of what loading a graph reads of it is not
+        needed to run one."""
         self._bundle = bundle
         self.manifest = bundle.manifest
         self._threads = threads
         self._session_config = dict(session_config or {})
         self.prepacked: PrepackedCache | None = None
-        """Prepacked weights on disk; None where this bundle has no use for them."""
+        """Prepacked weights on disk; None if the bundle does not need them or no folder is
+        usable."""
         self.token_rows: dict[str, list[Mapping]] = {}
-        """The tables with a row a token, beside the prepacked ones, of the last session of each
-        graph; for use while that lives. Every new token maps all that the system keeps together
-        around its row: a prompt of 128 different ones 40 MB of int4's, 90 MB of int8's."""
-        # Kernels of quantized products need prepacked weights.
+        """By graph: mappings of the tables with one row per token (the embedding) in the prepacked
+        file, for its last session; valid while that exists. Reading a row maps the pages around it
+        too: 128 different tokens map 40 MB of an int4 bundle, 90 MB of an int8 bundle."""
+        # Kernels for quantized matrix products need prepacked weights.
         needed = is_quantized(self.manifest.precision)
         wanted = needed if keep_prepacked is None else keep_prepacked
         if wanted:
@@ -133,14 +136,14 @@ class SessionFactory:
 
         Raises:
             BundleError: onnxruntime cannot load the graph.
-            NeoError: there is no memory for it.
-            BundleDamagedError: the bundle is no longer what was opened.
+            HostMemoryError: the system has too little free memory to load it.
+            BundleDamagedError: the bundle has changed since it was opened.
         """
         path = self._bundle.graph(graph)
         stored = self._stored(graph, path)
         session = None if stored is None else self._open_stored(graph, stored)
         if session is None and stored is not None and stored.exists():
-            # Nobody emptied the cache: it is damaged in a way that sizes do not show.
+            # The cache was not deleted meanwhile, so it is damaged in a way that sizes do not show.
             stored = self._stored(graph, path, anew=True)
             session = None if stored is None else self._open_stored(graph, stored)
         if session is None:
@@ -149,19 +152,19 @@ class SessionFactory:
         return session
 
     def _open_stored(self, graph: str, stored: Path) -> Any:
-        """A session over prepacked weights; None where they cannot be loaded."""
+        """A session of a stored graph with prepacked weights; None if it cannot be loaded."""
         options = self._options(graph)
-        # It was optimized when it was stored.
+        # The graph was optimized before it was stored.
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             with mapped_within(stored.with_name(WEIGHTS_FILE), self._library) as mappings:
                 session = self._open(stored, options)
         except BundleError:
             return None
-        # The session is held here, so its mappings are there. Loading reads what running does not:
-        # scales that are packed with their weights.
+        # Safe, because `session` keeps the mappings alive. Loading reads pages that running does
+        # not, such as scales that are also packed with their weights.
         forget_pages(mappings)
-        with contextlib.suppress(OSError, ValueError):  # the cache, again
+        with contextlib.suppress(OSError, ValueError):  # the cache may be deleted or damaged
             self.token_rows[graph] = _token_rows(stored, mappings, self.manifest)
         return session
 
@@ -180,7 +183,7 @@ class SessionFactory:
         self._open_own(graph, path, options)
 
     def _open_own(self, graph: str, path: Path, options: Any) -> Any:
-        """A session of the bundle's own graph, of which nothing changed while it was read."""
+        """A session of the bundle's own graph, checked not to have changed while it was read."""
         session = self._open(path, options)
         self._bundle.graph(graph)
         return session
@@ -189,9 +192,9 @@ class SessionFactory:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # what fails is raised; no second account on stderr
-        # Shapes repeat in decode alone. Elsewhere a plan a shape would only collect memory, and
-        # activations and logits can be large: they go back to the system after each call.
+        options.log_severity_level = 4  # errors are raised; do not print them to stderr as well
+        # Only decode repeats its shapes. For other graphs, a memory pattern per shape would only
+        # accumulate, and an arena would keep their large activations and logits.
         options.enable_mem_pattern = graph == "decode"
         options.enable_cpu_mem_arena = graph == "decode"
         settings = session_settings(self.manifest, graph, prepacked=self.prepacked is not None)
@@ -211,8 +214,9 @@ class SessionFactory:
             reason = failure_reason(error)
             if lacks_memory(error):
                 raise HostMemoryError(
-                    f"the system gives no memory to load {path} ({reason}); close other programs, "
-                    "raise this process's limit (ulimit -v, the container's), or export with --int8"
+                    f"the system has too little free memory to load {path} ({reason}); close other "
+                    "programs, raise the memory limit (ulimit -v, or the container's), or export "
+                    "with --int8"
                 ) from error
             raise BundleError(
                 f"onnxruntime {self._ort.__version__} cannot load {path}: {reason}; "
@@ -220,16 +224,16 @@ class SessionFactory:
             ) from error
 
     def translated(self) -> AbstractContextManager[None]:
-        """Turn what onnxruntime raises while running into this project's errors."""
+        """A context manager for running a session; see `failures.translated`."""
         return translated(self._ort, on_gpu=False)
 
 
 def _token_rows(stored: Path, mappings: Sequence[Mapping], manifest: Manifest) -> list[Mapping]:
-    """See `SessionFactory.token_rows`; onnxruntime maps each tensor of a stored graph by itself."""
+    """See `SessionFactory.token_rows`. onnxruntime maps stored tensors separately."""
     weights = stored.with_name(WEIGHTS_FILE).resolve()
     tensors = external_tensors(stored.read_bytes())
     vocabulary = manifest.model.vocab_size
     tables = [t for t in tensors if len(t.shape) > 1 and t.shape[0] == vocabulary]
-    # A mapping begins where a page does.
+    # Mappings begin at page boundaries.
     offsets = {table.offset - table.offset % mmap.PAGESIZE for table in tables}
     return [m for m in mappings if m.path == weights and m.offset in offsets]

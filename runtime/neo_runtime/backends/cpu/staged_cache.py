@@ -1,11 +1,11 @@
-"""A short stand-in for long cache buffers, for graphs whose work grows with the buffer.
+"""Short temporary buffers in place of long cache buffers, for prefill over an int8 cache.
 
-An int8 cache is widened to float32 where several new tokens attend to it: the prefill graph reads
-and writes whole buffers then, however few positions are in use. So a short prompt gets buffers of
-just its own length, and what it wrote is copied behind what the real ones hold:
+With several new tokens the graph converts an int8 cache to float32, and so reads and writes whole
+buffers, however few positions are in use. A short prompt therefore runs over buffers of its own
+length, and the new positions are copied into the cache:
 
     buffer   k k k . . . . . . . . . . . . .
-    staged   k k k n n                          past: its first 3 positions, copied; 2 new ones
+    staged   k k k n n                          3 past positions, copied, and 2 new ones
     buffer   k k k n n . . . . . . . . . . .
 """
 
@@ -24,18 +24,18 @@ __all__ = ["StagedCache"]
 
 
 class StagedCache:
-    """Keys and values of some rows, as one call reads (`past`) and writes (`present`) them."""
+    """The cache tensors of some rows for one call, which reads `past` and writes `present`."""
 
     def __init__(
         self, buffers: Sequence[NDArray[Any]], growing: Sequence[bool], past: int, total: int
     ) -> None:
-        """Copy the past.
+        """Allocate the temporary buffers, and copy the past.
 
         Args:
-            buffers: of the rows of the call, [batch, heads, positions, head_dim] each.
-            growing: which of them hold the whole sequence. The others hold a window, of which
-                their layers need the room from the first token on: they are used as they are.
-            past: positions in use.
+            buffers: the cache tensors, [batch, heads, positions, head_dim] each.
+            growing: for each tensor, whether it holds the whole sequence. The others hold a window,
+                whose full size their layers need from the first token on; they are used directly.
+            past: positions in use before the call.
             total: positions in use after the call.
         """
         self._buffers = buffers
@@ -46,9 +46,9 @@ class StagedCache:
             else buffer
             for buffer, grows in zip(buffers, growing, strict=True)
         ]
-        """What the call writes."""
+        """Outputs of the call, in the order of `buffers`."""
         self.past = self.present
-        """What the call reads: the same memory, or nothing at all."""
+        """Inputs of the call: the same memory; empty tensors if there is no past."""
         if not past:
             self.past = [
                 staged if staged is buffer else staged[:, :, :0].copy()
@@ -59,7 +59,7 @@ class StagedCache:
             staged[:, :, :past] = buffer[:, :, :past]
 
     def store(self) -> None:
-        """Copy what the call wrote into the buffers."""
+        """Copy the new positions into the cache."""
         for staged, buffer in self._staged():
             buffer[:, :, self._used] = staged[:, :, self._used]
 

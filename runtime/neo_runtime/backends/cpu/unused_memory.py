@@ -1,7 +1,8 @@
-"""Pages of memory that are not needed any more go back to the system.
+"""Release pages that are no longer needed, by `madvise(MADV_DONTNEED)` on Linux.
 
-What only loading or a prompt read of mapped files stays with the process, and so does what lies
-behind the part of a block that is in use. Servers that run several processes want both back.
+Two kinds stay resident otherwise: pages of memory-mapped files that were read only while loading or
+for a prompt, and pages beyond the part of a block that is in use. Servers that run several
+processes need that memory.
 """
 
 from __future__ import annotations
@@ -43,32 +44,34 @@ in_every_child(_renew_the_lock)
 
 @dataclass(frozen=True)
 class Mapping:
-    """Part of a file in this process's memory that holds nothing but the file."""
+    """A part of a file that is mapped into this process."""
 
     path: Path
     offset: int
-    """Of its first byte in the file."""
+    """Offset of the first byte in the file."""
     start: int
-    """Its address."""
+    """Address of the first byte."""
     size: int
     """Bytes."""
 
 
 def clean_mappings(*files: Path) -> list[Mapping]:
-    """What this process has mapped of some files, and has not written to (Linux; else nothing)."""
+    """This process's clean mappings of some files (not written to); [] except on Linux."""
     return [mapping for mapping, is_clean in _mappings("smaps", *files) if is_clean]
 
 
 @contextmanager
 def mapped_within(file: Path, lasting: Path) -> Iterator[list[Mapping]]:
-    """Collect what the block maps of a file: filled when it ends, without an error.
+    """A context manager that collects the mappings of a file that its block creates.
 
-    Mappings that somebody else made may go at any time, and other memory may come to lie at their
-    addresses. So blocks run one at a time, and what was there before is left out.
+    The list is filled when the block ends without an error. Blocks run one at a time, and mappings
+    that existed before are left out: their owners may unmap them at any time, and other memory may
+    then take their addresses.
 
     Args:
-        file: what the block maps.
-        lasting: a file that stays mapped to the end; the list holds all of it, too.
+        file: the file that the block maps.
+        lasting: a file that stays mapped until the process ends; all its clean mappings are
+            included too.
     """
     found: list[Mapping] = []
     with _one_at_a_time:
@@ -78,14 +81,13 @@ def mapped_within(file: Path, lasting: Path) -> Iterator[list[Mapping]]:
 
 
 def forget_pages(mappings: Iterable[Mapping]) -> None:
-    """Take pages of mapped files out of this process, where the system can (Linux).
+    """Release the resident pages of memory-mapped files (Linux only).
 
-    Nothing is lost: a page that is read again is mapped again, from the system's file cache if it
-    still is there.
+    Nothing is lost: a page that is read again is mapped again, from the page cache if possible.
 
     Args:
-        mappings: that are there still, because whoever made them does not let go meanwhile; other
-            memory at their addresses would be emptied.
+        mappings: clean mappings. The caller ensures that they stay mapped during the call: other
+            memory at their addresses would be zeroed.
     """
     advise = c_function("madvise")
     if advise is None:
@@ -95,10 +97,10 @@ def forget_pages(mappings: Iterable[Mapping]) -> None:
 
 
 def forget_bytes(block: NDArray[np.uint8], start: int) -> bool:
-    """Give whole pages of an array back, from byte `start` on; they become zeros (Linux).
+    """Release the whole pages of an array from byte `start` on; they become zeros (Linux only).
 
     Returns:
-        Whether that was done, or there was nothing to do.
+        False if the pages could not be released; True also if there were none.
     """
     first = block.ctypes.data + start
     first += -first % mmap.PAGESIZE
@@ -113,17 +115,21 @@ def forget_bytes(block: NDArray[np.uint8], start: int) -> bool:
 
 
 def _mappings(name: str, *files: Path) -> Iterator[tuple[Mapping, bool]]:
-    """This process's mappings of files, and whether one is known to hold nothing but its file.
+    """This process's mappings of some files, and whether each is known to be clean.
 
-    "smaps" knows, after a look at every page (30 ms at the 1.3B shape); "maps" is quick.
+    Args:
+        name: "smaps", which takes 30 ms at the 1.3B shape, as it visits every page; or "maps",
+            which is fast but reports no mapping as clean.
+        files: the files.
     """
     if not sys.platform.startswith("linux"):
         return
     try:
         text = Path("/proc/self", name).read_text("utf-8", "surrogateescape")
-    except OSError:  # some sandboxes have none
+    except OSError:  # not available in some sandboxes
         return
-    # QEMU, where containers for other processors are built, writes the file itself: all is zero.
+    # QEMU's user-mode emulation, used to build containers for other processors, writes a file of
+    # its own in which all counts are zero.
     is_true = _IN_MEMORY.search(text) is not None
     wanted = {str(path): path for path in (file.resolve() for file in files)}
     mapping, is_clean = None, False
@@ -132,7 +138,7 @@ def _mappings(name: str, *files: Path) -> Iterator[tuple[Mapping, bool]]:
             if mapping is not None:
                 yield mapping, is_clean
             mapping, is_clean = None, False
-            if (path := wanted.get(match[4])) is not None:  # there may be a thousand others
+            if (path := wanted.get(match[4])) is not None:  # skips a thousand others cheaply
                 start, stop, offset = (int(match[group], 16) for group in (1, 2, 3))
                 mapping = Mapping(path, offset, start, stop - start)
         elif line.startswith("Anonymous:"):

@@ -1,1 +1,1 @@
-"""onnxruntime's CUDA provider: weights once, buffers bound once, steps captured."""
+"""The CUDA backend: onnxruntime's CUDA provider with shared weights and captured decode steps."""

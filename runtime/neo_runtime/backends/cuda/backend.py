@@ -1,7 +1,7 @@
-"""The bundle's graphs in onnxruntime's CUDA provider: weights once, buffers bound once.
+"""The CUDA backend: all graphs share one copy of the weights, and decode steps are CUDA graphs.
 
-Written for a GPU, and by its `Device` independent of one: the same code runs on the CPU provider
-over host memory, which is how it is tested where there is no GPU.
+All device access goes through `Device`. With a device of host memory the same code runs on the CPU
+provider, which is how it is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -43,32 +43,32 @@ if TYPE_CHECKING:
 __all__ = ["CudaBackend", "why_not_cuda"]
 
 _LENGTHS = 256
-"""Caches are made in steps of this many positions, so that slots and their graphs are reused."""
+"""Cache lengths are rounded up to a multiple of this, so that slots and CUDA graphs are reused."""
 _MOST_GRAPHS = 64
-"""CUDA graphs that one session captures: onnxruntime frees them only with the session."""
+"""Most CUDA graphs per session; onnxruntime frees them only with the session."""
 
 
 def why_not_cuda(manifest: Manifest) -> str | None:
-    """Why this backend cannot run a bundle, or None where it can."""
+    """Why this backend cannot run a bundle; None if it can."""
     if manifest.target != "cuda":
         return f"it was exported for {manifest.target}; export with --target cuda"
     if manifest.cache.dtype not in ELEMENT_TYPES:
         return f"it keeps keys and values in {manifest.cache.dtype}; export without --kv-cache"
     if manifest.cache.layout != "in_place":
         return (
-            f"its heads of {manifest.model.head_dim} do not suit the fused attention (multiples "
-            "of 8), without which there is no cache that is updated in place"
+            f"its head_dim is {manifest.model.head_dim}, but the fused attention, which updates "
+            "the KV cache in place, needs a multiple of 8; use backend cpu"
         )
     return None
 
 
 class CudaBackend(Backend):
-    """Sessions are made when first used. One call runs at a time: there is one stream."""
+    """Sessions are made on first use. Calls are serialized, because there is one stream."""
 
     default_chunk = 2048
     default_batch = 32
     captures = True
-    """Whether a decode step is recorded in a CUDA graph and replayed."""
+    """Whether decode steps are captured as a CUDA graph and replayed."""
 
     def __init__(
         self,
@@ -80,24 +80,24 @@ class CudaBackend(Backend):
         """Copy the weights to the device.
 
         Args:
-            bundle: an opened bundle of the target `cuda`.
-            device: where to run; `close` closes it, too.
+            bundle: an opened bundle exported for target `cuda`.
+            device: the device to run on; `close` also closes it.
             session_config: more session configuration entries.
-            kernels: which fit the bundle and the device: they compute decode steps of the batches
-                that they take, in place of the decode graph.
+            kernels: decode kernels that fit the bundle and the device. They replace the decode
+                graph for the batch sizes that they support.
 
         Raises:
-            BundleUnsupportedError: the bundle is for another backend.
-            EngineError: a kernel is damaged, or the device does not load it.
-            DeviceMemoryError: the weights do not fit.
+            BundleUnsupportedError: the bundle was exported for another backend.
+            EngineError: a decode kernel is damaged, or cannot be loaded.
+            DeviceMemoryError: the weights do not fit into device memory.
         """
         reason = why_not_cuda(bundle.manifest)
         if reason is not None:
             raise BundleUnsupportedError(f"{bundle.path} does not run on backend cuda: {reason}")
         self._bundle, self.manifest, self.device = bundle, bundle.manifest, device
         self.lock = new_lock()
-        """Held while the device works: copies and kernels of one call stay together, and nothing is
-        allocated or freed while kernels are captured."""
+        """Held while the device is in use: keeps the copies and kernels of one call together, and
+        prevents allocations during a capture."""
         with self.lock:
             self._sessions = CudaSessions(
                 bundle,
@@ -124,7 +124,10 @@ class CudaBackend(Backend):
         self._end = self._leftovers.at_end_of(self, everything)
 
     def _source(self) -> Callable[[str], str | bytes]:
-        """A function that gives a graph's path, or serialized model; it holds no backend."""
+        """A function from a graph's name to its path or serialized model.
+
+        It must not refer to the backend, which could otherwise never become garbage.
+        """
         bundle = self._bundle
         return lambda graph: str(bundle.graph(graph))
 
@@ -138,29 +141,29 @@ class CudaBackend(Backend):
         with self.lock:
             for graph in graphs:
                 if graph == "decode" and self._kernels is not None:
-                    continue  # only for batches that they do not take
+                    continue  # needed only for batches that the kernels do not support
                 self.slots.with_room(partial(self._sessions.get, graph))
 
     def allocate(self, size: int) -> int:
-        """Device memory, for which idle slots make room. The caller holds the lock."""
+        """Allocate device memory, freeing idle slots if needed. The caller holds the lock."""
         return self.slots.with_room(partial(self.device.allocate, size))
 
     def run(self, graph: str, inputs: Tensors, outputs: Tensors) -> None:
-        """Queue a graph's kernels over these addresses. The caller holds the lock."""
+        """Queue a graph on these inputs and outputs. The caller holds the lock."""
         self.slots.with_room(partial(self._run, graph, inputs, outputs))
 
     def _run(self, graph: str, inputs: Tensors, outputs: Tensors) -> None:
         self.run_bound(graph, self._sessions.bind(graph, inputs, outputs))
 
     def run_bound(self, graph: str, binding: Any) -> None:
-        """Queue a graph's kernels. The caller holds the lock."""
+        """Queue a graph on a binding. The caller holds the lock."""
         self._sessions.run(graph, binding)
 
     def decode(self, slot: Slot) -> None:
-        """Queue one decode step over the buffers of a slot. The caller holds the lock."""
+        """Queue one decode step on a slot's buffers. The caller holds the lock."""
         if self._kernels is not None and self._kernels.takes(slot.batch):
             step = partial(self._kernels.decode, slot, self._sessions.weights.address)
-            # Garbage of another model, freed by this thread, would spoil a capture.
+            # If the garbage collector frees another model in this thread, the capture fails.
             with alone(self.lock) if slot.step is None else nullcontext():
                 self.slots.with_room(step)
             return
@@ -179,7 +182,7 @@ class CudaBackend(Backend):
         self._thread.run(run)
 
     def _capture(self, slot: Slot) -> None:
-        """A first step, which onnxruntime captures."""
+        """Run a slot's first step, which onnxruntime captures."""
         if self._captured_by_session >= _MOST_GRAPHS:
             self._renew_session()
         if slot.binding is None:
@@ -199,9 +202,9 @@ class CudaBackend(Backend):
         self._captured_by_session = 0
 
     def _capacity(self, length: int) -> int:
-        """Positions of the buffers for sequences of up to `length`; at least two.
+        """Length of the buffers for sequences of up to `length` positions; at least 2.
 
-        With one position every decode step would look like a first prompt.
+        With a length of 1, the graph would take every decode step for a prefill without a past.
         """
         rounded = -(-length // _LENGTHS) * _LENGTHS
         return max(2, min(rounded, self.manifest.max_length))
@@ -222,7 +225,7 @@ class CudaBackend(Backend):
 
     @contextmanager
     def block(self, size: int) -> Iterator[int]:
-        """Device memory for the time of some calls."""
+        """A context manager with `size` bytes of device memory; yields the address."""
         with self.lock:
             block = self.allocate(size)
         try:
@@ -232,21 +235,21 @@ class CudaBackend(Backend):
                 self.device.free(block)
 
     def take_slot(self, batch: int, length: int) -> Slot:
-        """Buffers for a store; keys and values are zeros.
+        """A slot for a store, with keys and values set to zero.
 
         Raises:
-            DeviceMemoryError: the device has no room.
+            DeviceMemoryError: the device has too little free memory.
         """
         with self._leftovers.cleared():
             return self.slots.take(batch, length)
 
     def give_back(self, slot: Slot) -> None:
-        """Take a slot from a store that is closed, or garbage."""
-        # Nothing of this backend: work that waits must not keep it from being garbage.
+        """Take back the slot of a store that was closed or garbage-collected."""
+        # The queued work must not refer to this backend, or it would keep it alive.
         self._leftovers.leave(partial(self.slots.give, slot))
 
     def close(self) -> None:
-        """See `Backend.close`. Caches that are open keep their memory until they are closed."""
+        """See `Backend.close`. Open caches keep their memory until they are closed."""
         if self._leftovers.is_abandoned:
             return
         with self.lock:
@@ -255,7 +258,7 @@ class CudaBackend(Backend):
             self._leftovers.clear()
             self._end.detach()
             _let_go(self._sessions, self.slots, self._thread, self._kernels, self.device)
-        self._leftovers.settle()  # of a cache that was closed meanwhile
+        self._leftovers.settle()  # a cache may have been closed meanwhile
 
 
 def _let_go(
@@ -265,7 +268,7 @@ def _let_go(
     kernels: LoadedKernels | None,
     device: Device,
 ) -> None:
-    """Give everything back but the slots that stores have; nobody uses the device."""
+    """Release everything except slots in use by stores. Nothing else may use the device."""
     for slot in slots.items:
         slot.release()
     if kernels is not None:

@@ -1,8 +1,7 @@
-"""A bundle's own kernels for decode steps, in place of onnxruntime's graph.
+"""Load and launch a bundle's decode kernels, which replace onnxruntime's decode graph.
 
-They read the weights where onnxruntime reads them, and the buffers of a slot. One step is captured
-as a CUDA graph by the device itself, so that neither onnxruntime's threads nor its limit on graphs
-matter.
+They use the same copy of the weights and the same slots as onnxruntime. A step is captured as a
+CUDA graph by `Device.capture`, so onnxruntime's restrictions on threads and graphs do not apply.
 """
 
 from __future__ import annotations
@@ -26,14 +25,15 @@ __all__ = ["LoadedKernels", "fitting_kernels"]
 
 
 def fitting_kernels(bundle: Bundle, compute_capability: str) -> StepKernels | None:
-    """The kernels of a bundle for a GPU, or None where it has none for its kind.
+    """A bundle's decode kernels for a GPU; None if it has none for that compute capability.
 
     Args:
         bundle: an opened bundle.
-        compute_capability: of the GPU, such as "9.0".
+        compute_capability: the GPU's, such as "9.0".
 
     Raises:
-        EngineError: they are damaged, or were built from another bundle.
+        EngineError: the file is damaged, or was built from another bundle.
+        BundleUnsupportedError: the file has another schema version.
     """
     path = kernels_path(bundle.path, compute_capability)
     if not path.exists():
@@ -43,15 +43,15 @@ def fitting_kernels(bundle: Bundle, compute_capability: str) -> StepKernels | No
     if (kernels.bundle_digest, kernels.compute_capability) != (digest, compute_capability):
         raise EngineError(
             f"{path} does not fit: it was built from a bundle with digest "
-            f"{kernels.bundle_digest[:12]}… for compute capability {kernels.compute_capability}; "
-            f"this bundle has {digest[:12]}…, this GPU {compute_capability}; build the kernels "
-            "again with neo-kernels, or delete the file"
+            f"{kernels.bundle_digest[:12]}… for compute capability {kernels.compute_capability}, "
+            f"but this bundle has digest {digest[:12]}… and this GPU {compute_capability}; build "
+            "the kernels again with neo-kernels, or delete the file"
         )
     return kernels
 
 
 class LoadedKernels:
-    """Kernels on a device, with their memory. Callers hold the device's lock."""
+    """Decode kernels on a device, with their scratch memory. Callers hold the device's lock."""
 
     def __init__(
         self,
@@ -59,16 +59,16 @@ class LoadedKernels:
         device: Device,
         allocate: Callable[[int], int],
     ) -> None:
-        """Load them.
+        """Load the kernels, and allocate their memory.
 
         Args:
-            kernels: which fit the bundle and the device.
-            device: where they run.
-            allocate: gives device memory.
+            kernels: kernels that fit the bundle and the device.
+            device: the device to run on.
+            allocate: allocates bytes of device memory, and returns the address.
 
         Raises:
-            DeviceMemoryError: the device has no room.
-            EngineError: a kernel is damaged, or the device does not load it.
+            DeviceMemoryError: the device has too little free memory.
+            EngineError: a kernel is damaged, or cannot be loaded.
         """
         self._kernels, self._device = kernels, device
         self._loaded: list[object] = []
@@ -79,15 +79,15 @@ class LoadedKernels:
                 self._loaded.append(_load(device, kernel))
 
     def takes(self, rows: int) -> bool:
-        """Whether there is a step for a batch."""
+        """Whether the kernels support batches of `rows` sequences."""
         return self._kernels.step_for(rows) is not None
 
     def decode(self, slot: Slot, weights: int) -> None:
-        """Queue one step over the buffers of a slot, captured the first time.
+        """Queue one step on a slot's buffers; its first step is captured.
 
         Args:
-            slot: of a batch that they take.
-            weights: address of the bundle's `weights.bin`, always the same.
+            slot: a slot whose batch size `takes` accepts.
+            weights: device address of the copy of `weights.bin`; the same in all calls.
         """
         if slot.step is None:
             slot.step = self._device.capture(lambda: self._queue(slot, weights))
@@ -121,8 +121,8 @@ class LoadedKernels:
         self._device.launch(self._loaded[launch.kernel], call)
 
     def close(self) -> None:
-        """Give them and their memory back; captured steps must be gone."""
-        self._device.synchronize()  # an interrupted step may still run
+        """Unload the kernels and free their memory. Captured steps must have been discarded."""
+        self._device.synchronize()  # an interrupted step may still be running
         while self._loaded:
             self._device.unload_kernel(self._loaded.pop())
         if self._memory:
@@ -138,8 +138,8 @@ def _load(device: Device, kernel: Kernel) -> object:
         raise
     except DeviceError as error:
         raise EngineError(
-            f"the bundle's own kernels for decode steps cannot be loaded ({error}); update the "
-            "driver, build them again with neo-kernels, or delete their file in engines/"
+            f"the bundle's decode kernels cannot be loaded ({error}); update the driver, build "
+            "them again with neo-kernels, or delete their file in engines/"
         ) from error
 
 
@@ -151,14 +151,14 @@ def _number(
     if argument.kind == "tensor":
         if argument.name not in addresses:
             raise EngineError(
-                f"the kernels read {argument.name}, which a decode step of this bundle has not; "
-                "build them again with neo-kernels"
+                f"the decode kernels read a tensor {argument.name}, which the decode graph of this "
+                "bundle does not have; build them again with neo-kernels"
             )
         return addresses[argument.name]
     return {"rows": slot.batch, "length": slot.length, "none": 0}[argument.kind]
 
 
 def _sized(numbers: Sequence[int], types: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Numbers with their bytes."""
+    """Arguments with their sizes in bytes: 8 for pointers, else 4."""
     pairs = zip(numbers, types, strict=True)
     return tuple((number, 8 if kind.startswith("*") else 4) for number, kind in pairs)

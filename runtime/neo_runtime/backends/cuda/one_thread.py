@@ -1,8 +1,8 @@
-"""Work that must always run in the same thread, whoever asks for it.
+"""Run work always in the same thread, whichever thread requests it.
 
-onnxruntime keeps handles of CUDA's libraries and captured graphs for each thread that ever ran a
-session with CUDA graphs, until the session ends (`CUDAExecutionProvider::OnRunEnd`). A service with
-a thread for each request would fill the GPU with them.
+onnxruntime keeps library handles and captured graphs for each thread that ran a session with CUDA
+graphs, until the session is destroyed (`CUDAExecutionProvider::OnRunEnd`). A server with one thread
+per request would fill the GPU's memory with them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["OneThread"]
 
 
 class OneThread:
-    """The first caller's own thread, without any hand-over; a worker once another thread calls.
+    """Runs work in the first caller's thread; in a worker from the first call by another thread.
 
-    One call runs at a time: callers hold a lock. The worker is a daemon, so that threads which
-    outlive the main one can still call, and an idle worker does not hold up the process's end.
+    Not thread-safe: callers hold a lock. The worker is a daemon thread, so that an idle worker does
+    not keep the process alive, and threads that outlive the main thread can still call.
     """
 
     def __init__(self) -> None:
@@ -30,11 +30,15 @@ class OneThread:
         self._jobs: SimpleQueue[_Job | None] | None = None
 
     def settle(self) -> int:
-        """Decide where this caller's work runs: 0 its own thread, 1 the worker, from now on."""
+        """Decide where the work of the calling thread runs; start the worker if it is needed.
+
+        Returns:
+            0 for the first caller's own thread, 1 for the worker.
+        """
         if self._jobs is None:
             if not self._is_taken:
                 self._is_taken = self._mark.mine = True
-            # Not by the thread's number, which a later thread may get.
+            # A thread-local mark, because a later thread may reuse the identifier of an ended one.
             if not getattr(self._mark, "mine", False):
                 jobs: SimpleQueue[_Job | None] = SimpleQueue()
                 threading.Thread(
@@ -44,7 +48,7 @@ class OneThread:
         return int(self._jobs is not None)
 
     def run(self, work: Callable[[], None]) -> None:
-        """Do `work`, and wait for its end, Ctrl-C or not: nobody else may call before."""
+        """Run `work` and wait until it has ended, even after Ctrl-C; raises what it raises."""
         self.settle()
         if self._jobs is None:
             work()
@@ -59,13 +63,13 @@ class OneThread:
         job.raise_error()
 
     def close(self) -> None:
-        """End the worker."""
+        """End the worker thread."""
         if self._jobs is not None:
             self._jobs.put(None)
 
 
 class _Job:
-    """One call of the worker."""
+    """One piece of work for the worker."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
@@ -75,7 +79,7 @@ class _Job:
         self._error: BaseException | None = None
 
     def do(self) -> None:
-        """In the worker."""
+        """Run the work, unless it was abandoned; called in the worker."""
         with self._state:
             if self._is_abandoned:
                 return
@@ -88,11 +92,11 @@ class _Job:
             self._done.set()
 
     def wait(self) -> None:
-        """Until the work has ended."""
+        """Wait until the work has ended."""
         self._done.wait()
 
     def abandon(self) -> None:
-        """Do not begin; if it has begun, wait for its end through any further interrupt."""
+        """Cancel the work; if it has begun, wait until it has ended, ignoring interrupts."""
         with self._state:
             self._is_abandoned = True
         while self._has_begun and not self._done.is_set():
@@ -102,13 +106,13 @@ class _Job:
                 continue
 
     def raise_error(self) -> None:
-        """What the work has raised."""
+        """Raise the exception that the work raised, if any."""
         error, self._error = self._error, None
         try:
             if error is not None:
                 raise error
         finally:
-            del error  # its traceback holds this frame
+            del error  # breaks a reference cycle through its traceback
 
 
 def _serve(jobs: SimpleQueue[_Job | None]) -> None:

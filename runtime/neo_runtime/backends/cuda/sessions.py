@@ -1,4 +1,4 @@
-"""onnxruntime's CUDA sessions of a bundle, over one copy of its weights on the device."""
+"""Sessions of onnxruntime's CUDA provider that share one copy of the weights on the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["CudaSessions"]
 
 
 class CudaSessions:
-    """Sessions are made when first used. Callers hold the device's lock."""
+    """A bundle's sessions, made on first use. Callers hold the device's lock."""
 
     def __init__(
         self,
@@ -34,21 +34,21 @@ class CudaSessions:
         """Copy the weights to the device.
 
         Args:
-            bundle: an opened bundle of the target `cuda`.
-            device: where to run.
-            ort: the module onnxruntime.
-            source: gives the path or the serialized model of a graph.
-            captures: decode's kernels are recorded in a CUDA graph and replayed.
+            bundle: an opened bundle exported for target `cuda`.
+            device: the device to run on.
+            ort: the module `onnxruntime`.
+            source: returns the path or the serialized model of a graph.
+            captures: capture decode steps as CUDA graphs.
             config: more session configuration entries.
 
         Raises:
-            DeviceMemoryError: the weights do not fit.
+            DeviceMemoryError: the weights do not fit into device memory.
         """
         self._ort, self._device, self._source, self._config = ort, device, source, config
         self.captures = captures
         self._weights: DeviceWeights | None = DeviceWeights(bundle, device, ort)
         self._open: dict[str, tuple[Any, dict[str, Any]]] = {}
-        """A session with the initializers that it reads."""
+        """By graph: the session, and the initializers over device memory that it uses."""
 
     @property
     def weight_bytes(self) -> int:
@@ -72,10 +72,11 @@ class CudaSessions:
         return self._weights is None
 
     def get(self, graph: str) -> Any:
-        """The `onnxruntime.InferenceSession` of "prefill", "decode" or "score".
+        """The `onnxruntime.InferenceSession` of "prefill", "decode" or "score"; made if needed.
 
         Raises:
             DeviceError: onnxruntime could not start its CUDA provider.
+            DeviceMemoryError: the device has too little free memory.
             NeoError: the sessions are closed, or the graph cannot be loaded.
         """
         weights = self.weights
@@ -86,11 +87,11 @@ class CudaSessions:
 
     def _make(self, graph: str, values: Mapping[str, Any]) -> Any:
         options = self._ort.SessionOptions()
-        options.log_severity_level = 4  # what fails is raised; no second account on stderr
-        # One block for each length of a prompt would not fit between those of other lengths: with
-        # prompts that grow, onnxruntime's arena held ten times what the longest needs.
+        options.log_severity_level = 4  # errors are raised; do not print them to stderr as well
+        # With a memory pattern, each prompt length needs one block of its own size, which fragments
+        # onnxruntime's arena: with growing prompts it held ten times what the longest needs.
         options.enable_mem_pattern = graph == "decode"
-        # A kernel's own copy of a weight would be a second one.
+        # Prepacking would copy weights.
         settings = {"session.disable_prepacking": "1"} | dict(self._config)
         for key, value in settings.items():
             options.add_session_config_entry(key, value)
@@ -99,22 +100,25 @@ class CudaSessions:
         captures = self.captures and graph == "decode"
         providers = self._device.providers(capture=captures)
         with translated(self._ort, on_gpu=True):
-            # Without "fallback", which would print the error and go on with the CPU.
+            # enable_fallback would print the error and continue on the CPU.
             session = self._ort.InferenceSession(
                 self._source(graph), options, providers=providers, enable_fallback=0
             )
         wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
         if wanted not in session.get_providers():
             raise DeviceError(
-                f"onnxruntime {self._ort.__version__} could not start its {wanted} (it would have "
-                "run on the CPU instead): CUDA's libraries are missing or of another version; pip "
-                "install 'neo-onnx[gpu]' brings those of CUDA 13, and onnxruntime.preload_dlls() "
-                "names what it cannot find"
+                f"onnxruntime {self._ort.__version__} could not start its {wanted}: CUDA libraries "
+                "are missing or of the wrong version; install those of CUDA 13 with pip install "
+                "'neo-onnx[gpu]' (onnxruntime.preload_dlls() names those that it cannot find)"
             )
         return session
 
     def bind(self, graph: str, inputs: Tensors, outputs: Tensors) -> Any:
-        """Bind addresses to a graph's inputs and outputs; the cache is its own output."""
+        """Bind device addresses to a graph's inputs and outputs.
+
+        Each cache input is also bound as the matching `present` output, so that the graph updates
+        the cache in place.
+        """
         binding = self.get(graph).io_binding()
         name, index = self._device.name, self._device.index
         for tensor, (address, dtype, shape) in inputs.items():
@@ -127,26 +131,27 @@ class CudaSessions:
         return binding
 
     def run(self, graph: str, binding: Any, graph_id: int = -1) -> None:
-        """Compute, in the device's stream.
+        """Queue a graph on the device's stream.
 
         Args:
-            graph: whose session runs.
-            binding: of `bind`.
-            graph_id: replay (at first: capture) the CUDA graph of this number; -1: run kernels.
+            graph: "prefill", "decode" or "score".
+            binding: a result of `bind` for this graph.
+            graph_id: number of the CUDA graph to replay, or to capture on its first use; −1 to run
+                without one.
         """
         options = self._ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph_id))
-        # The stream is ours, and what reads the results waits for it.
+        # The stream is the device's own, and callers synchronize before they read results.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         with translated(self._ort, on_gpu=True):
             self.get(graph).run_with_iobinding(binding, options)
 
     def drop(self, graph: str) -> None:
-        """Let go of a session; `get` makes another."""
+        """Release a session; `get` makes a new one."""
         self._open.pop(graph, None)
 
     def close(self) -> None:
-        """Let go of the sessions and the weights; bindings of them must be gone."""
+        """Release the sessions and the weights. All bindings must have been dropped."""
         self._open.clear()
         if self._weights is not None:
             self._weights.close()

@@ -1,12 +1,11 @@
-"""The buffers of a batch in device memory, each bound once, and kept for the next of its size.
+"""Slots: the device buffers of a batch, with the CUDA graph captured over their addresses.
 
     cache     keys and values of all layers, [batch, heads, length, head_dim] each
     inputs    input_ids, position_ids [batch, 1], attention_mask [batch, length]
-    small     top_values, top_ids, exp_sum: what a step sends back
-    logits    float32 [batch, 1, vocab]: stay, and are fetched only when asked for
+    small     top_values, top_ids, exp_sum: copied to the host after each step
+    logits    float32 [batch, 1, vocab]: copied to the host only when requested
 
-These make a *slot*, and its captured CUDA graph is over their addresses. Some of those that are
-given back are kept, graph and all.
+Idle slots are kept with their CUDA graph, and reused for the same batch and length.
 """
 
 from __future__ import annotations
@@ -37,21 +36,22 @@ __all__ = [
 ]
 
 ELEMENT_TYPES: dict[str, Any] = {"float16": np.float16, "float32": np.float32, "bfloat16": 16}
-"""What onnxruntime takes for a type: a numpy type, or ONNX's number of it."""
+"""Element types as onnxruntime's bindings take them: a numpy type, or ONNX's number for it."""
 
 Tensors = dict[str, tuple[int, Any, tuple[int, ...]]]
+"""Address, element type (see `ELEMENT_TYPES`) and shape of tensors, by name."""
 
 
 @dataclass(frozen=True)
 class CapturedStep:
-    """Where a slot's CUDA graph lies: onnxruntime keeps it with a session and a thread."""
+    """Identifies a slot's CUDA graph, which onnxruntime keeps per session and thread."""
 
     graph_id: int
     """`gpu_graph_id` of the runs that replay it."""
     session: int
-    """Number of the decode session, counted from 0."""
+    """Number of the decode session, from 0."""
     thread: int
-    """Number of the thread, counted from 0."""
+    """Thread that captured it, as `OneThread.settle` returns it."""
 
 
 @dataclass(eq=False)
@@ -62,27 +62,28 @@ class Slot:
     batch: int
     length: int
     nbytes: int
-    """On the device, of it `cache_size` keys and values."""
+    """Bytes on the device, all blocks together."""
     cache_size: int
+    """Bytes of the cache block."""
     cache: Tensors
-    """By the graph's input name."""
+    """By name of the graph's input (`past_key_values.…`)."""
     inputs: Tensors
     small: Tensors
     logits: Tensors
     addresses: tuple[int, int, int, int]
-    """Of the four blocks, cache first."""
+    """Addresses of the blocks: cache, inputs, small outputs, logits."""
     host_mask: NDArray[np.int64]
     """[batch, length], pinned."""
     host_ids: NDArray[np.int64]
     """[2, batch], pinned: token ids, positions."""
     host_small: NDArray[np.uint8]
-    """The block `small`, pinned."""
+    """Host copy of the block `small`, pinned."""
     binding: Any = None
-    """Of the decode graph, made when it first runs. It holds its session."""
+    """Binding of the decode graph, made on its first run. It keeps the session alive."""
     captured: CapturedStep | None = None
-    """Its CUDA graph, once onnxruntime captured it."""
+    """The CUDA graph of the decode session, once captured."""
     step: Any = None
-    """The CUDA graph of a bundle's own kernels, once captured."""
+    """The CUDA graph of the decode kernels, once captured."""
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -90,15 +91,15 @@ class Slot:
         return self.batch, self.length
 
     def clear(self) -> None:
-        """Queue: write zeros to the cache.
+        """Queue: set the cache to zero.
 
-        Masked positions may pass through kernels, so what is there must be finite, and an earlier
-        request may have left what is not.
+        Kernels may compute with masked positions too, so these must be finite, which an earlier
+        request's values may not be.
         """
         self.device.zero(self.addresses[0], self.cache_size)
 
     def release(self) -> None:
-        """Let go of what is a session's or a kernel's."""
+        """Release the binding and the CUDA graph."""
         self.binding = self.captured = None
         if self.step is not None:
             self.device.discard(self.step)
@@ -114,13 +115,14 @@ class Slot:
 
 
 def make_slot(manifest: Manifest, device: Device, batch: int, length: int) -> Slot:
-    """Allocate the buffers for one batch and length.
+    """Allocate a slot.
 
     Raises:
-        DeviceMemoryError: the device has no room.
+        DeviceMemoryError: the device has too little free memory.
+        HostMemoryError: the host has too little memory to pin.
     """
     layouts = slot_layouts(manifest, batch, length)
-    with ExitStack() as undone:  # if something does not fit
+    with ExitStack() as undone:  # frees the others if an allocation fails
         blocks = []
         for layout in layouts:
             blocks.append(device.allocate(layout.size))
@@ -151,7 +153,7 @@ def make_slot(manifest: Manifest, device: Device, batch: int, length: int) -> Sl
 
 
 def slot_layouts(manifest: Manifest, batch: int, length: int) -> tuple[Layout, ...]:
-    """Cache, inputs, small outputs and logits of a slot."""
+    """Layouts of the blocks of a slot: cache, inputs, small outputs, logits."""
     model, dtype = manifest.model, manifest.cache.dtype
     cache, inputs, small, logits = Layout(), Layout(), Layout(), Layout()
     shape = (batch, model.num_heads, length, model.head_dim)

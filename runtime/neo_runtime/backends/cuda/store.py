@@ -1,7 +1,7 @@
-"""Cache layout `in_place` in device memory: a slot of buffers, a step at a time.
+"""Cache layout `in_place` in device memory.
 
-Decoding always computes all rows of the slot, so that addresses and shapes never change and a
-captured CUDA graph can be replayed; a row that is not in use has one position.
+Decode always computes all rows of the slot, so that addresses and shapes never change and its
+captured CUDA graph can be replayed. The mask of an unused row has one position.
 """
 
 from __future__ import annotations
@@ -36,43 +36,43 @@ __all__ = ["DeviceStore"]
 
 _BFLOAT16 = ELEMENT_TYPES["bfloat16"]
 _SPOILED = 1000.0
-"""Far from any key or value, and a number of every half precision."""
+"""Far from any real key or value, and finite in float16 and bfloat16."""
 
 
 class Steps(Protocol):
-    """What the store needs of its backend: `CudaBackend`."""
+    """What the store needs of its backend; see `CudaBackend`."""
 
     manifest: Manifest
     device: Device
     lock: threading.Lock
 
     def take_slot(self, batch: int, length: int) -> Slot:
-        """Buffers, zeros in the cache."""
+        """A slot with the cache set to zero."""
 
     def give_back(self, slot: Slot) -> None:
-        """Nobody uses them any more."""
+        """Return a slot that is no longer in use."""
 
     def allocate(self, size: int) -> int:
-        """Device memory, for one call."""
+        """Allocate device memory."""
 
     def block(self, size: int) -> AbstractContextManager[int]:
-        """Device memory for the time of some calls."""
+        """A context manager with device memory; yields the address."""
 
     def run(self, graph: str, inputs: Tensors, outputs: Tensors) -> None:
-        """Queue a graph over device memory."""
+        """Queue a graph on these inputs and outputs."""
 
     def decode(self, slot: Slot) -> None:
-        """Queue the decode step of a slot."""
+        """Queue one decode step on a slot's buffers."""
 
 
 class DeviceStore(DeviceRowsStore, RightPaddedStore):
-    """See the module."""
+    """A `CacheStore` in device memory."""
 
     def __init__(self, backend: Steps, batch: int, length: int) -> None:
         self._backend, self._device = backend, backend.device
         self._slot: Slot | None = backend.take_slot(batch, length)
         self._give_back = weakref.finalize(self, backend.give_back, self._slot)
-        self._give_back.atexit = False  # the system takes everything then
+        self._give_back.atexit = False  # the system frees everything when the process ends
         self.lengths = np.zeros(batch, dtype=np.int64)
         self._is_mask_stale = True
 
@@ -81,7 +81,7 @@ class DeviceStore(DeviceRowsStore, RightPaddedStore):
         """The buffers.
 
         Raises:
-            NeoError: the store is closed: by another thread, before logits were fetched.
+            NeoError: the store is closed, perhaps by another thread before logits were fetched.
         """
         if self._slot is None:
             raise NeoError("the cache is closed; make another one with Model.new_cache")
@@ -105,7 +105,16 @@ class DeviceStore(DeviceRowsStore, RightPaddedStore):
         positions: NDArray[np.int64],
         logits: Tensors | None = None,
     ) -> None:
-        """Run several new tokens of the rows from `row` on; where logits go, None for the slot."""
+        """Run a graph on `len(ids)` rows from `row` on, and wait for it.
+
+        Args:
+            graph: "prefill" or "score".
+            row: first row.
+            ids: int64 [rows, n].
+            mask: int64 [rows, past + n].
+            positions: int64 [rows, n].
+            logits: output "logits" in device memory; None for the slot's.
+        """
         layout = Layout()
         arrays = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         for name, array in arrays.items():
@@ -161,13 +170,13 @@ class DeviceStore(DeviceRowsStore, RightPaddedStore):
             return self._step()
 
     def _upload_mask(self) -> None:
-        """Bring the device's mask up to date: the slots that the new tokens take, or all of it."""
+        """Update the device's mask: only where the new tokens go, or all of it if it is stale."""
         slot, batch = self.slot, self.batch
         mask = slot.host_mask.reshape(-1)
         first, last = 0, mask.size - 1
         if self._is_mask_stale:
             slot.host_mask[:] = 0
-            slot.host_mask[batch:, 0] = 1  # rows that are not in use
+            slot.host_mask[batch:, 0] = 1  # unused rows
             slot.host_mask[:batch] = np.arange(slot.length) <= self.lengths[:, None]
             self._is_mask_stale = False
         else:
@@ -178,7 +187,7 @@ class DeviceStore(DeviceRowsStore, RightPaddedStore):
         self._device.upload(address + 8 * first, mask[first : last + 1])
 
     def _step(self) -> StepLogits:
-        """What the last call wrote: the small outputs are fetched, the logits are left there."""
+        """The results of the last call: small outputs are copied now, logits when requested."""
         slot, batch = self.slot, self.batch
         self._device.download(slot.host_small, slot.addresses[2])
         self._device.synchronize()
@@ -194,7 +203,7 @@ class DeviceStore(DeviceRowsStore, RightPaddedStore):
         return self.slot.host_small[start : start + size].view(dtype).reshape(shape)
 
     def _fetch(self) -> NDArray[np.float32]:
-        """All logits of the rows in use, float32 [batch, vocab]."""
+        """Copy the logits of the rows in use from the device: float32 [batch, vocab]."""
         logits = np.empty((self.batch, self._backend.manifest.model.vocab_size), np.float32)
         with self._backend.lock:
             self._device.download(logits, self.slot.addresses[3])
@@ -202,7 +211,7 @@ class DeviceStore(DeviceRowsStore, RightPaddedStore):
         return logits
 
     def contents(self) -> list[NDArray[Any]]:
-        """See `CacheStore.contents`: copies."""
+        """See `CacheStore.contents`. Returns copies."""
         found = []
         with self._backend.lock:
             for address, dtype, shape in self.slot.cache.values():
@@ -215,7 +224,7 @@ class DeviceStore(DeviceRowsStore, RightPaddedStore):
         return [held[: self.batch] for held in found]
 
     def spoil(self) -> None:
-        """See `CacheStore.spoil`: with a finite number, for what is masked is still multiplied."""
+        """See `CacheStore.spoil`. The value is finite: masked values are still multiplied by 0."""
         value = np.array(_SPOILED, np.float32)
         with self._backend.lock:
             for address, dtype, shape in self.slot.cache.values():
@@ -251,7 +260,7 @@ class DeviceStore(DeviceRowsStore, RightPaddedStore):
 
 
 def _rows(tensors: Tensors, row: int, count: int) -> Tensors:
-    """The rows from `row` on, `count` of them: rows of a batch are contiguous."""
+    """Tensors of `count` rows from `row` on; the rows of a batch are contiguous."""
     chosen: Tensors = {}
     for name, (address, dtype, shape) in tensors.items():
         item = 2 if dtype == _BFLOAT16 else np.dtype(dtype).itemsize

@@ -1,9 +1,9 @@
-"""The weight file in device memory, once: copied as it lies, and read by the graphs of a bundle.
+"""One copy of `weights.bin` in device memory, shared by all graphs of a bundle.
 
-onnxruntime takes initializers from outside (`SessionOptions.add_initializer`), and uses them where
-they are if that is the device that it planned them for. It wants memory that it does not own, of
-which its Python interface makes a value in one place only: where an output is bound to an address.
-So each tensor is bound once as the output of a graph that is never run (`_IDENTITY`).
+onnxruntime accepts external initializers (`SessionOptions.add_initializer`), and uses them in place
+if they are on the device that it planned for them. They must be `OrtValue`s over memory that it
+does not own, and its Python API can create such values in one way only: by binding an output to an
+address. So each tensor is bound as the output of a graph that is never run (`_IDENTITY`).
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ _IDENTITY = (
 
 
 class DeviceWeights:
-    """See the module. The sessions that use it must be gone before `close`."""
+    """The device's copy of a bundle's `weights.bin`."""
 
     def __init__(self, bundle: Bundle, device: Device, ort: Any) -> None:
-        """Copy the file.
+        """Copy the file to the device.
 
         Raises:
-            DeviceMemoryError: it does not fit.
+            DeviceMemoryError: the weights do not fit into device memory.
+            HostMemoryError: the host has too little memory to pin for the copy.
+            BundleDamagedError: the file has changed since the bundle was opened.
         """
         path = bundle.file(WEIGHTS_NAME)
         self._bundle, self._device = bundle, device
@@ -57,21 +59,22 @@ class DeviceWeights:
 
     @property
     def address(self) -> int:
-        """Of the device's copy of the file."""
+        """Address of the device's copy of the file."""
         return self._address
 
     def initializers(self, graph: str) -> dict[str, Any]:
-        """An `OrtValue` over the device's copy for each tensor that the graph reads from the file.
+        """By name, an `OrtValue` over device memory for each external initializer of a graph.
 
         Raises:
-            BundleDamagedError: a tensor lies outside of the file.
+            BundleDamagedError: a tensor extends beyond the end of the file.
         """
         file = self._bundle.graph(graph)
         values = {}
         for tensor in external_tensors(file.read_bytes()):
             if tensor.offset + tensor.length > self.nbytes:
                 raise BundleDamagedError(
-                    f"{file} reads {tensor.name} behind the end of {WEIGHTS_NAME}; export again"
+                    f"{file} reads {tensor.name} beyond the end of {WEIGHTS_NAME}, which has "
+                    f"{self.nbytes} bytes; export the bundle again"
                 )
             values[tensor.name] = self._value(
                 tensor.element_type, tensor.shape, self._address + tensor.offset
@@ -85,20 +88,20 @@ class DeviceWeights:
         return binding.get_outputs()[0]
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory. All sessions that use it must have been released."""
         if self._address:
             self._device.free(self._address)
             self._address = 0
 
 
 def _upload(path: Path, device: Device, address: int) -> None:
-    """Copy a file through two pinned buffers: one is read while the other is on its way."""
+    """Copy a file to the device through two pinned buffers, reading one while copying the other."""
     buffers = [device.pinned(_CHUNK) for _ in range(2)]
     done, turn = 0, 0
     try:
         with path.open("rb", buffering=0) as stream:
             while size := stream.readinto(buffers[turn].data):
-                device.synchronize()  # the other buffer's copy, which ran while this was filled
+                device.synchronize()  # wait for the other buffer's copy
                 device.upload(address + done, buffers[turn][:size])
                 done, turn = done + size, 1 - turn
         device.synchronize()
@@ -106,4 +109,7 @@ def _upload(path: Path, device: Device, address: int) -> None:
         for buffer in buffers:
             device.unpin(buffer)
     if done != path.stat().st_size:
-        raise BundleDamagedError(f"{path} changed while it was read; load again")
+        raise BundleDamagedError(
+            f"{path} changed while it was read ({done} bytes were read); call neo_runtime.load "
+            "again"
+        )

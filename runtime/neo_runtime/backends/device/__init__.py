@@ -1,1 +1,1 @@
-"""A GPU's memory, whose it is, and when it goes back, whatever the engine."""
+"""GPU memory, its owners and when it is freed; independent of the engine."""

@@ -1,4 +1,4 @@
-"""A pool of slots in device memory; see `BlockPool`."""
+"""A `BlockPool` in device memory."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ __all__ = ["DeviceBlocks", "new_blocks"]
 
 
 class DeviceBlocks(BlockPool):
-    """Slots one behind the other, each [tensors, heads, positions, bytes of a position]."""
+    """Contiguous slots, each [tensors, heads, block_size, head_dim]."""
 
     def __init__(
         self, address: int, manifest: Manifest, block_size: int, give_back: Callable[[], None]
     ) -> None:
-        """Cut up memory that was allocated.
+        """Divide allocated memory into slots.
 
         Args:
-            address: of the first slot.
-            manifest: of the bundle whose keys and values these are.
-            block_size: positions of a slot.
-            give_back: frees the memory; called once, at `close` or for a pool that is garbage.
+            address: address of the first slot.
+            manifest: the bundle's manifest.
+            block_size: positions per slot.
+            give_back: frees the memory; called once, on `close` or garbage collection.
         """
         self.block_size = block_size
         self._address = address
         self._slot_size = block_size * position_bytes(manifest)
         self._tensor_size = self._slot_size // (2 * manifest.model.num_layers)
         self._give_back = weakref.finalize(self, give_back)
-        self._give_back.atexit = False  # the system takes everything then
+        self._give_back.atexit = False  # the system frees everything when the process ends
 
     def addresses(self, slot: int) -> list[int]:
-        """Of the tensors of a slot: layer by layer, keys first."""
+        """Addresses of a slot's tensors: layer by layer, keys first."""
         first = self._address + slot * self._slot_size
         return list(range(first, first + self._slot_size, self._tensor_size))
 
@@ -58,14 +58,22 @@ def new_blocks(
     slots: int,
     block_size: int,
 ) -> DeviceBlocks:
-    """Allocate a pool, for which idle buffers make room.
+    """Allocate a pool, freeing idle buffers if needed.
+
+    Args:
+        manifest: the bundle's manifest.
+        device: where to allocate.
+        idle: the backend's pool of idle buffers.
+        leftovers: the backend's deferred releases.
+        slots: number of slots.
+        block_size: positions per slot.
 
     Raises:
-        DeviceMemoryError: the device has no room.
+        DeviceMemoryError: the device has too little free memory.
     """
     size = slots * block_size * position_bytes(manifest)
     with leftovers.cleared():
         address = idle.take_other(partial(device.allocate, size))
-    # Nothing of the backend: a pool must not keep it from being garbage.
+    # This must not refer to the backend, or a pool would keep it alive.
     give_back = partial(leftovers.leave, partial(idle.give_other, partial(device.free, address)))
     return DeviceBlocks(address, manifest, block_size, give_back)

@@ -1,4 +1,4 @@
-"""Buffers of a device that are kept for the next use of their size, and freed for want of room."""
+"""A pool that keeps idle device buffers for reuse, and frees them when memory runs short."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
 __all__ = ["IdlePool", "Pooled"]
 
 _KEPT = 8
-"""Idle buffers that a pool keeps at most."""
+"""Most idle buffers that a pool keeps."""
 
 
 class Pooled(Protocol):
-    """What a pool keeps."""
+    """Buffers that a pool can keep."""
 
     @property
     def key(self) -> tuple[int, ...]:
-        """Its size, as `IdlePool.take` is asked for it."""
+        """Their size: the arguments of `IdlePool.take` that they satisfy."""
 
     @property
     def nbytes(self) -> int:
-        """Its bytes on the device."""
+        """Bytes on the device."""
 
     def clear(self) -> None:
-        """Make it what a new user expects to find."""
+        """Reset the contents for a new user."""
 
     def free(self) -> None:
-        """Give its memory back."""
+        """Free the memory."""
 
 
 Item = TypeVar("Item", bound=Pooled)
@@ -38,11 +38,11 @@ Result = TypeVar("Result")
 
 
 class IdlePool(Generic[Item]):
-    """Makes buffers, and keeps those that are given back, the latest first.
+    """Allocates buffers, and keeps the most recently returned ones for reuse. Not thread-safe.
 
     Args:
-        make: makes one of the size that `take` is asked for.
-        most_idle: bytes that idle buffers may have together; one is kept whatever its size.
+        make: allocates buffers; gets the arguments of `take`.
+        most_idle: most bytes of all idle buffers together; one is kept whatever its size.
     """
 
     def __init__(self, make: Callable[..., Item], most_idle: int) -> None:
@@ -53,10 +53,10 @@ class IdlePool(Generic[Item]):
         self._at_end: Callable[[], None] | None = None
 
     def take(self, *key: int) -> Item:
-        """Cleared buffers of this size.
+        """Buffers of this size, cleared; idle ones if there are any.
 
         Raises:
-            DeviceMemoryError: the device has no room, even without the idle ones.
+            DeviceMemoryError: too little memory is free, even after freeing the idle buffers.
         """
         fitting = [item for item in self._idle if item.key == key]
         if fitting:
@@ -73,7 +73,7 @@ class IdlePool(Generic[Item]):
         return item
 
     def give(self, item: Item) -> None:
-        """Keep buffers for later; those that were idle for longest make room for them."""
+        """Return buffers to the pool; above its limits the ones idle for longest are freed."""
         self._taken.remove(item)
         self._idle.append(item)
         if self._at_end is not None:
@@ -86,10 +86,10 @@ class IdlePool(Generic[Item]):
         return len(self._idle) > _KEPT or (len(self._idle) > 1 and size > self._most_idle)
 
     def with_room(self, work: Callable[[], Result]) -> Result:
-        """Do what needs memory of the device; if there is too little, once more without idle ones.
+        """Call `work`, which allocates device memory; if it fails, free idle buffers and retry.
 
         Raises:
-            DeviceMemoryError: it does not fit even so.
+            DeviceMemoryError: too little memory is free, even after freeing the idle buffers.
         """
         try:
             return work()
@@ -99,34 +99,36 @@ class IdlePool(Generic[Item]):
         return work()
 
     def take_other(self, make: Callable[[], Result]) -> Result:
-        """Make what is no buffer of this pool, for which idle ones make room; the end waits for it.
+        """Allocate something that is not kept by this pool, as `with_room` does.
+
+        The callback of `close` waits until it is returned by `give_other`.
 
         Raises:
-            DeviceMemoryError: the device has no room, even without the idle ones.
+            DeviceMemoryError: too little memory is free, even after freeing the idle buffers.
         """
         made = self.with_room(make)
         self._others += 1
         return made
 
     def give_other(self, free: Callable[[], None]) -> None:
-        """Free what `take_other` gave."""
+        """Free what `take_other` allocated, by calling `free`."""
         self._others -= 1
         free()
         if self._at_end is not None:
             self._end()
 
     def free_idle(self) -> bool:
-        """Free the idle buffers; whether there were any."""
+        """Free the idle buffers. Returns whether there were any."""
         found = bool(self._idle)
         while self._idle:
             self._idle.pop().free()
         return found
 
     def close(self, at_end: Callable[[], None]) -> None:
-        """Free the idle buffers now, and the others when they are given back.
+        """Free idle buffers now, and those in use when they are returned.
 
         Args:
-            at_end: called once none is left.
+            at_end: called once everything has been freed.
         """
         self._at_end = at_end
         self._end()
@@ -138,5 +140,5 @@ class IdlePool(Generic[Item]):
 
     @property
     def items(self) -> list[Item]:
-        """All that there are, idle or taken."""
+        """All buffers, idle or in use."""
         return [*self._idle, *self._taken]

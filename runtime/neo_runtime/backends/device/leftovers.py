@@ -1,4 +1,4 @@
-"""Device memory of caches that are closed, or garbage, until it can be given back."""
+"""Deferred release of device memory that belonged to closed or garbage-collected caches."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["Leftovers"]
 
 _LOG = logging.getLogger("neo_runtime")
 _orphans: deque[Leftovers] = deque()
-"""Of devices that are garbage, while another model's capture holds their locks."""
+"""Leftovers of dropped backends whose locks were held by another model's capture."""
 _live: weakref.WeakSet[Leftovers] = weakref.WeakSet()
 
 
 def _leave_to_the_parent() -> None:
-    """In a forked child: what is on a device is not the child's to give back.
+    """In a forked child, never release anything: device memory belongs to the parent.
 
-    The end of a session would wait for threads that are not there.
+    Destroying a session would also wait for its threads, which a fork does not copy.
     """
     for leftovers in {*_live, *_orphans}:
         leftovers.is_abandoned = True
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(leftovers))  # with all that it knows
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(leftovers))  # leaks all that it refers to
     _live.clear()
     _orphans.clear()
 
@@ -40,12 +40,12 @@ in_every_child(_leave_to_the_parent)
 
 
 class Leftovers:
-    """Work that waits until nobody uses the device.
+    """A queue of work, such as freeing memory, that must wait until the device is not in use.
 
-    Garbage is collected at any moment, in the middle of this thread's own use of the device too,
-    when nothing may be freed (kernels are being captured) and lists are half changed. So a
-    finalizer leaves its work here. It is done at once if the device is nobody's, else before
-    memory is next asked for.
+    The garbage collector may run a finalizer at any point, even while its own thread uses the
+    device: during a capture, when nothing may be freed, or while a pool is being changed. So
+    finalizers queue their work here. It is done at once if the device's lock is free, else before
+    the next allocation of a cache or pool.
 
     Args:
         lock: held by whoever uses the device; not reentrant.
@@ -56,19 +56,22 @@ class Leftovers:
         self._waiting: deque[Callable[[], None]] = deque()
         self._last: Callable[[], None] | None = None
         self.is_abandoned = False
-        """In a child of the process that the device was opened in, where nothing is done."""
+        """Whether this is a forked child of the process that opened the device."""
         _live.add(self)
 
     def leave(self, work: Callable[[], None]) -> None:
-        """Do `work` now or later; never waits."""
+        """Do `work` now or later, without blocking."""
         self._waiting.append(work)
         self.settle()
 
     def at_end_of(self, owner: Any, work: Callable[[], None]) -> weakref.finalize[[], Any]:
-        """Leave `work`, which holds all of a device, once `owner` is garbage.
+        """Queue `work`, which releases a whole device, once `owner` is garbage-collected.
 
-        Nobody uses the device then: what waits is done for any other. Not where the process ends:
-        the system takes everything then.
+        If the lock is held then, later calls for other devices do the work. It is not done when the
+        process ends, because the system frees everything.
+
+        Returns:
+            The finalizer; `detach` it to cancel.
         """
         self._last = work
         end = weakref.finalize(owner, self._leave_last)
@@ -82,17 +85,20 @@ class Leftovers:
             _orphans.append(self)
 
     def settle(self) -> None:
-        """Do what waits, if nobody uses the device; for who has just let go of the lock, too."""
+        """Do the queued work if the lock is free, also that of dropped backends.
+
+        Call it after releasing the lock: work may have been queued meanwhile.
+        """
         self._settle()
         for _ in range(len(_orphans)):
             try:
                 orphan = _orphans.popleft()
-            except IndexError:  # another thread was quicker
+            except IndexError:  # another thread took it
                 return
             try:
                 orphan._settle()
-            except Exception as error:  # nobody who is here has to do with it
-                _LOG.warning("a model that was dropped could not give back all: %s", error)
+            except Exception as error:  # unrelated to the current caller
+                _LOG.warning("a dropped model could not free all of its GPU memory: %s", error)
             if orphan._waiting:
                 _orphans.append(orphan)
 
@@ -105,12 +111,12 @@ class Leftovers:
 
     @contextmanager
     def cleared(self) -> Iterator[None]:
-        """The device for oneself, once what waits is done: for who asks for memory."""
+        """A context manager that holds the lock, after doing the queued work; for allocations."""
         with self._lock:
             self.clear()
             yield
 
     def clear(self) -> None:
-        """Do what waits. The caller holds the lock."""
+        """Do the queued work. The caller holds the lock."""
         while self._waiting:
             self._waiting.popleft()()

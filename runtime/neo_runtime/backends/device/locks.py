@@ -1,8 +1,8 @@
-"""Locks of devices: each is held by one backend's calls, and all of them while one captures.
+"""Locks for devices: a backend's calls hold its own lock, and a capture holds all of them.
 
-onnxruntime captures CUDA graphs in CUDA's global mode, in which a call of any thread that may not
-be captured (`cudaMalloc`, `cudaFree`) fails and spoils the capture, be it another model's
-(CUDA Runtime API, `cudaStreamBeginCapture`).
+onnxruntime captures CUDA graphs in CUDA's global mode. In that mode a call that cannot be captured
+(such as `cudaMalloc` or `cudaFree`) fails and invalidates the capture, whichever thread makes it,
+and even for another model (CUDA Runtime API, `cudaStreamBeginCapture`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["alone", "between_captures", "new_lock"]
 _capturing = threading.Lock()
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 _waiting: set[Any] = set()
-"""Locks whose holders wait for another's capture to end."""
+"""Locks whose holders wait for another capture to end."""
 _PATIENCE = 0.001
-"""Seconds between looks at whether a holder has begun to wait."""
+"""Seconds between checks whether the holder of a lock has begun to wait."""
 
 
 def _forget() -> None:
-    """In a forked child: who held them is not there, and no device is the child's."""
+    """In a forked child: the threads that held the locks do not exist, and it has no devices."""
     global _capturing
     _capturing = threading.Lock()
     _locks.clear()
@@ -48,17 +48,17 @@ def new_lock() -> threading.Lock:
 
 @contextmanager
 def between_captures() -> Iterator[None]:
-    """While nobody captures: for who uses a device without a lock of its own yet."""
+    """Prevent captures during the block; for using a device that has no lock yet."""
     with new_lock():
         yield
 
 
 @contextmanager
 def alone(lock: threading.Lock) -> Iterator[None]:
-    """Hold the locks of all devices; the caller holds `lock`, and keeps it.
+    """Hold the locks of all devices during the block. The caller holds `lock`, and keeps it.
 
-    Of two callers that hold their locks and want the other's, one goes first: who waits here uses
-    no device, so its lock is as good as held.
+    Two concurrent callers do not deadlock: a thread that waits here does not use its device, so
+    the other one proceeds without that thread's lock.
     """
     _waiting.add(lock)
     try:

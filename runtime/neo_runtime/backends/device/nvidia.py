@@ -1,4 +1,4 @@
-"""An NVIDIA GPU through the CUDA runtime (`cuda-bindings`), without PyTorch or CuPy."""
+"""A `Device` for NVIDIA GPUs, by the CUDA runtime and driver APIs (`cuda-bindings`)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ if TYPE_CHECKING:
 __all__ = ["CudaDevice", "checked"]
 
 _SHARED_WITHOUT_ASKING = 48 << 10
-"""Bytes of shared memory that every kernel may take (CUDA C++ Programming Guide, compute
-capabilities)."""
+"""Bytes of dynamic shared memory that a kernel may use without opting in to more (CUDA C++
+Programming Guide, compute capabilities)."""
 _ARGUMENT_TYPES = {4: ctypes.c_int32, 8: ctypes.c_void_p}
 
 
 def checked(results: tuple[Any, ...], what: str) -> Any:
-    """What a call of the CUDA runtime gave: its results without the error code.
+    """Check a CUDA call, and return its results without the error code.
 
     Args:
-        results: the error code, then the results.
-        what: the call did, as in "failed to …".
+        results: what the call returned: the error code, then its results.
+        what: what the call does, to complete "failed to …".
+
+    Returns:
+        The result if there is exactly one, else a tuple.
 
     Raises:
-        DeviceMemoryError: the device has no memory left.
+        DeviceMemoryError: the device has too little free memory.
         DeviceError: any other failure.
     """
     code, *values = results
@@ -43,22 +46,27 @@ def checked(results: tuple[Any, ...], what: str) -> Any:
     name = getattr(code, "name", str(code))
     if name in ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY"):
         raise DeviceMemoryError(
-            f"the GPU's memory is full: CUDA failed to {what}; close other programs on it, ask for "
-            "fewer or shorter sequences at once (max_cache_bytes), or export with --int4"
+            f"the GPU's memory is full: CUDA failed to {what}; close other programs that use it, "
+            "request fewer or shorter sequences at once (max_cache_bytes limits the KV cache), or "
+            "export with --int4"
         )
-    raise DeviceError(f"CUDA failed to {what}: {name}; see the driver's log (dmesg, nvidia-smi)")
+    raise DeviceError(f"CUDA failed to {what}: {name}; check the driver with nvidia-smi and dmesg")
 
 
 class CudaDevice(Device):
-    """See the module. Calls are made for the device `index`, whatever the thread's own is."""
+    """A CUDA device with its own stream. Each call first makes it the thread's current device."""
 
     name = "cuda"
 
     def __init__(self, index: int = 0) -> None:
-        """Make a stream.
+        """Create a stream.
+
+        Args:
+            index: CUDA device index.
 
         Raises:
-            DeviceError: the device cannot be used (`neo_runtime.machine.gpu.require_gpu` says why).
+            DependencyError: cuda-bindings is not installed.
+            DeviceError: the device cannot be used; `neo_runtime.machine.gpu.require_gpu` says why.
         """
         self.index = index
         self._cuda: Any = cuda_runtime()
@@ -88,8 +96,8 @@ class CudaDevice(Device):
         code, address = self._cuda.cudaHostAlloc(max(size, 1), flags)
         if getattr(code, "name", "") == "cudaErrorMemoryAllocation":
             raise HostMemoryError(
-                f"the system gives no {size} bytes of host memory for copies to the GPU (pinned "
-                "memory); free memory of the machine, or raise the container's limit"
+                f"the system cannot pin {size} bytes of host memory for copies to the GPU; close "
+                "other programs, or raise the container's memory limit"
             )
         address = int(checked((code, address), f"pin {size} bytes of host memory"))
         self._pinned.add(address)
@@ -142,10 +150,10 @@ class CudaDevice(Device):
             "device_id": str(self.index),
             "user_compute_stream": str(int(self.stream)),
             "enable_cuda_graph": "1" if capture else "0",
-            # The default doubles the arena each time, which a long prompt would never give back.
+            # By default the arena doubles with each extension, and never shrinks.
             "arena_extend_strategy": "kSameAsRequested",
-            # Flash, memory-efficient or plain attention. By default it is cuDNN's for prompts on
-            # Hopper, which plans anew for each length, batch and thread, and keeps all plans.
+            # Flash, memory-efficient or unfused attention. The default for prompts on Hopper is
+            # cuDNN's, which makes and keeps a plan for each length, batch size and thread.
             "sdpa_kernel": str(1 | 2 | 16),
         }
         return [("CUDAExecutionProvider", options)]
@@ -158,13 +166,13 @@ class CudaDevice(Device):
     def capture(self, queue: Callable[[], None]) -> Any:
         """See `Device.capture`."""
         self.select()
-        # Only this thread's calls count: others may allocate meanwhile.
+        # Thread-local: other threads may allocate meanwhile.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         try:
-            # Within, as Ctrl-C may come right behind it.
+            # Inside `try`, because Ctrl-C may arrive right after the capture has begun.
             checked(self._cuda.cudaStreamBeginCapture(self.stream, mode), "begin a capture")
             queue()
-        except BaseException:  # which is what went wrong, not that the capture is spoiled
+        except BaseException:  # end the capture, but raise the original error
             code, begun = self._cuda.cudaStreamEndCapture(self.stream)
             if int(code) == 0:
                 self._cuda.cudaGraphDestroy(begun)
@@ -186,7 +194,7 @@ class CudaDevice(Device):
         checked(self._cuda.cudaGraphExecDestroy(graph), "destroy a graph")
 
     def load_kernel(self, image: bytes, name: str, shared_bytes: int) -> Any:
-        """See `Device.load_kernel`: the module, and the function in it."""
+        """See `Device.load_kernel`. Returns the CUDA module and the function in it."""
         self.select()
         driver = cuda_driver()
         module = checked(driver.cuModuleLoadData(image), f"load the kernel {name}")
@@ -194,7 +202,7 @@ class CudaDevice(Device):
             function = checked(
                 driver.cuModuleGetFunction(module, name.encode()), f"find the kernel {name}"
             )
-            # Now: loaded at its first launch, it would be in the middle of a capture.
+            # Load it now: lazy loading would happen on its first launch, during a capture.
             checked(driver.cuFuncLoad(function), f"load the kernel {name}")
             if shared_bytes > _SHARED_WITHOUT_ASKING:
                 most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

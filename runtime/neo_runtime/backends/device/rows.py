@@ -1,4 +1,4 @@
-"""Rows of a cache in device memory: moved, begun anew, copied to and from a pool of blocks."""
+"""Move, clear and copy rows of a cache in device memory."""
 
 from __future__ import annotations
 
@@ -25,30 +25,33 @@ __all__ = ["CacheTensors", "DeviceRowsStore"]
 
 @dataclass(frozen=True)
 class CacheTensors:
-    """Where a cache lies. Everything is queued: the caller has the lock, and synchronizes."""
+    """Addresses and shape of a cache's tensors.
+
+    Methods queue their work: the caller holds the device's lock, and synchronizes.
+    """
 
     device: Device
     allocate: Callable[[int], int]
-    """Gives device memory for the time of a call."""
+    """Allocates temporary device memory; freed by `Device.free`."""
     addresses: Sequence[int]
-    """Of each tensor, [batch, heads, length, bytes of a position]."""
+    """Address of each tensor, [batch, heads, length, head_dim]."""
     heads: int
     length: int
     position: int
-    """Bytes of one position of one head."""
+    """Bytes per position and head."""
 
     @property
     def _pitch(self) -> int:
         return self.length * self.position
 
     def clear(self, row: int, count: int) -> None:
-        """Write zeros to `count` rows."""
+        """Set `count` rows to zero, from `row` on."""
         stride = self.heads * self._pitch
         for address in self.addresses:
             self.device.zero(address + row * stride, count * stride)
 
     def fill(self, rows: Sequence[int], source: CacheTensors, used: int) -> None:
-        """Copy `used` positions of the first row of another cache into some rows."""
+        """Copy the first `used` positions of another cache's row 0 into some rows."""
         if not used:
             return
         for target, other in zip(self.addresses, source.addresses, strict=True):
@@ -58,7 +61,10 @@ class CacheTensors:
                 self.device.copy_rows(to, self._pitch, other, source._pitch, width, self.heads)
 
     def move(self, sources: Sequence[int], targets: Sequence[int], used: int) -> None:
-        """Copy `used` positions of rows to others, one for each; rows may trade places."""
+        """Copy the first `used` positions of each source row to the matching target row.
+
+        A row may be both source and target. Synchronizes the device.
+        """
         heads, pitch, width = self.heads, self._pitch, max(used, 1) * self.position
         block = self.allocate(heads * width * len(sources))
         try:
@@ -74,12 +80,12 @@ class CacheTensors:
             self.device.free(block)
 
     def save(self, row: int, start: int, pool: DeviceBlocks, slot: int) -> None:
-        """Copy positions from `start` on into a slot."""
+        """Copy `pool.block_size` positions from `start` on into a slot."""
         for inside, outside, width in self._places(row, start, pool, slot):
             self.device.copy_rows(outside, width, inside, self._pitch, width, self.heads)
 
     def load(self, row: int, pool: DeviceBlocks, slots: Sequence[int]) -> None:
-        """Copy slots to the beginning of a row, one behind the other."""
+        """Copy slots, in this order, to the beginning of a row."""
         for index, slot in enumerate(slots):
             start = index * pool.block_size
             for inside, outside, width in self._places(row, start, pool, slot):
@@ -88,33 +94,33 @@ class CacheTensors:
     def _places(
         self, row: int, start: int, pool: DeviceBlocks, slot: int
     ) -> Iterator[tuple[int, int, int]]:
-        """By tensor: address in the cache, address in the slot, bytes of a head in the slot."""
+        """For each tensor: address in the cache, address in the slot, slot bytes per head."""
         offset = row * self.heads * self._pitch + start * self.position
         for tensor, outside in zip(self.addresses, pool.addresses(slot), strict=True):
             yield tensor + offset, outside, pool.block_size * self.position
 
 
 class DeviceRowsStore(CacheStore):
-    """What stores in device memory do with rows."""
+    """The row operations of stores in device memory."""
 
     @abstractmethod
     def _tensors(self) -> CacheTensors:
-        """Where the cache lies.
+        """The cache's tensors.
 
         Raises:
-            NeoError: it is closed.
+            NeoError: the store is closed.
         """
 
     @abstractmethod
     def _alone(self) -> AbstractContextManager[None]:
-        """The device for oneself, until what is queued is done.
+        """A context manager that holds the device's lock, and synchronizes at its end.
 
         Raises:
-            NeoError: it is closed.
+            NeoError: the model is closed.
         """
 
     def _rows_changed(self) -> None:
-        """Called behind each change of the lengths."""
+        """Called after each change of `lengths`."""
         return
 
     def reorder(self, rows: NDArray[np.int64]) -> None:
@@ -129,7 +135,7 @@ class DeviceRowsStore(CacheStore):
         self._rows_changed()
 
     def extend(self, count: int) -> None:
-        """See `CacheStore.extend`: with zeros, as what is masked may still be multiplied."""
+        """See `CacheStore.extend`. Rows are zeroed: masked values are still multiplied by 0."""
         with self._alone():
             self._tensors().clear(self.batch, count)
         self.lengths = with_empty_rows(self.lengths, count)
