@@ -2,7 +2,7 @@
 
     NeoError
     ├── BundleError            the folder is not a usable bundle
-    │   ├── BundleDamagedError       a file is missing, truncated, or differs from its checksum
+    │   ├── BundleDamagedError       a file is missing, truncated, or does not match its checksum
     │   └── BundleUnsupportedError   newer schema, unknown target, an onnxruntime that is too old
     ├── CheckpointError        the model given to `neo-export` cannot be exported
     ├── HubError               a model hub or its client library cannot be reached

@@ -157,8 +157,12 @@ def test_jsonl_and_text_give_the_same_tokens(tmp_path: Path) -> None:
         ("short.txt", b"the", "short.txt holds one token; expected several thousand words"),
         ("empty.jsonl", b"\n", "holds no text"),
         ("binary.txt", b"\xff\xfe\x00", "is not UTF-8 text"),
-        ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl, line 2 is not JSON"),
-        ("other.jsonl", b'{"body": "a"}\n', "line 1 holds no document; expected a string"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl, line 2 is not valid JSON"),
+        (
+            "other.jsonl",
+            b'{"body": "a"}\n',
+            "line 1 does not contain a document; expected a string",
+        ),
     ],
 )
 def test_text_that_cannot_be_used(

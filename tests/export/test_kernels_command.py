@@ -91,7 +91,7 @@ def test_kernels_of_another_bundle_are_refused(bundle: Path, tmp_path: Path) -> 
     [
         (lambda text: text[:100], "is not valid JSON"),
         (lambda text: text.replace('"schema_version": 1', '"schema_version": 9'), "version 9"),
-        (lambda text: text.replace('"kernel": 0', '"kernel": 999'), "launches kernel 999 of"),
+        (lambda text: text.replace('"kernel": 0', '"kernel": 999'), "launches kernel 999, but"),
         (lambda text: text.replace('"times": 1}', '"times": "1"}'), "expected int"),
     ],
 )
@@ -106,7 +106,7 @@ def test_damaged_files(change: Any, message: str, bundle: Path, tmp_path: Path) 
 def test_a_damaged_kernel_is_seen(bundle: Path) -> None:
     whole = kernels_of(bundle)
     spoiled = replace(whole.kernels[0], image=whole.kernels[1].image)
-    with pytest.raises(EngineError, match=r"differs from its checksum; build the kernels again"):
+    with pytest.raises(EngineError, match=r"does not match its checksum; build the kernels again"):
         spoiled.binary()
 
 

@@ -54,9 +54,9 @@ def test_the_machine_that_built_it_runs_it() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"flavour": "tensorrt_rtx"}, "for TensorRT, here is TensorRT for RTX"),
-        ({"version": "11.4.0.107"}, "built by TensorRT 11.4.0.106, here is 11.4.0.107"),
-        ({"version": "11.3"}, "built by TensorRT 11.4.0.106, here is 11.3"),
+        ({"flavour": "tensorrt_rtx"}, "for TensorRT, this is TensorRT for RTX"),
+        ({"version": "11.4.0.107"}, "built by TensorRT 11.4.0.106, this is 11.4.0.107"),
+        ({"version": "11.3"}, "built by TensorRT 11.4.0.106, this is 11.3"),
         ({"compute_capability": "8.9"}, "compute capability 9.0.*has 8.9"),
         ({"gpu": "NVIDIA H200"}, "chosen on NVIDIA H100 80GB HBM3, this GPU is NVIDIA H200"),
         ({"platform": "win32-AMD64"}, "for linux-x86_64, this is win32-AMD64"),
@@ -139,7 +139,7 @@ def test_records_are_read_back(bundle: Path, tmp_path: Path) -> None:
         ("flavour", "tensor", "flavour.*found 'tensor'"),
         ("file", "../one.plan", "outside of its folder"),
         ("file", "two.plan", "missing"),
-        ("size", 5, "has not the 5 bytes"),
+        ("size", 5, "size is not 5 bytes"),
     ],
 )
 def test_a_damaged_record_is_an_error(bundle: Path, key: str, value: Any, message: str) -> None:

@@ -180,9 +180,9 @@ def test_requests_that_cannot_be_honoured(fused: Model) -> None:
     for prompt in ("", [], [[]], [""], [[1], []]):
         with pytest.raises(RequestError, match="empty"):
             fused.generate(prompt)  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match=r"token id 4096 at place 2 .*4096 tokens \(0 to 4095\)"):
+    with pytest.raises(RequestError, match=r"token id 4096 at index 2 .*0 to 4095: .* 4096 tokens"):
         fused.generate([1, 2, 4096, -1])
-    with pytest.raises(RequestError, match="token id -1 at place 0"):
+    with pytest.raises(RequestError, match="token id -1 at index 0"):
         fused.logits([-1])
     with pytest.raises(RequestError, match="float64"):
         fused.generate([1.5, 2.0])  # type: ignore[list-item]
@@ -195,7 +195,7 @@ def test_requests_that_cannot_be_honoured(fused: Model) -> None:
             fused.generate(wrong)  # type: ignore[call-overload]
     for beams in (1, 2):
         options = {"num_beams": beams, "max_new_tokens": 5}
-        with pytest.raises(RequestError, match=r"^prompts\[1\]: token id 4096 at place 1"):
+        with pytest.raises(RequestError, match=r"^prompts\[1\]: token id 4096 at index 1"):
             fused.generate(["Tom", [3, 4096]], **options)
         with pytest.raises(ContextLengthError, match=r"^prompts\[2\]: .* 510 tokens"):
             fused.generate([[1], [2], [3] * 510], **options)
@@ -216,7 +216,7 @@ def test_requests_that_cannot_be_honoured(fused: Model) -> None:
             fused.logits(nested) if len(nested) > 1 else fused.generate(nested)
     odd: list[object] = [[1], True, False, 0, 3, 1.5, {"a": 1}, b"girl", [None]]
     for words in odd:
-        with pytest.raises(RequestError, match="expected words; see bad_words_ids"):
+        with pytest.raises(RequestError, match="expected strings; use bad_words_ids"):
             fused.generate("Hey", bad_words=words)  # type: ignore[call-overload]
     none: list[object] = [None, [], ()]
     for words in none:

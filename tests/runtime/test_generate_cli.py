@@ -431,7 +431,7 @@ def test_token_ids(
         (["hi", "--batch-size", "0"], "--batch-size is 0, expected an integer of at least 1"),
         (["hi", "--max-cache-mb", "0"], "--max-cache-mb is 0, expected an integer of at least 1"),
         (["1,,2", "--token-ids"], "'1,,2' is not a list of ids such as 1,2,3"),
-        (["--prompts-file", "{prompts}"], "line 1 is not JSON (NaN is no number of JSON)"),
+        (["--prompts-file", "{prompts}"], "line 1 is not valid JSON (NaN is not a JSON number)"),
     ],
 )
 def test_wrong_usage(
@@ -516,7 +516,7 @@ def test_files_that_cannot_be_used(
     path = tmp_path / "prompts.jsonl"
     for contents, message in (
         (b"\n", "holds no prompts"),
-        (b'"a"\n{', "line 2 is not JSON"),
+        (b'"a"\n{', "line 2 is not valid JSON"),
         (b'"a"\n{"b": 1}', "line 2 holds no prompt"),
         (b"\xff", "UTF-8"),
     ):

@@ -88,13 +88,15 @@ def test_a_gpu(cuda: FakeCuda) -> None:
 
 def test_no_driver(cuda: FakeCuda) -> None:
     cuda.driver, cuda.count = 0, (Error.cudaErrorInsufficientDriver, None)
-    with pytest.raises(DeviceError, match=r"no NVIDIA driver.*install it, or start .*--gpus all"):
+    with pytest.raises(
+        DeviceError, match=r"no NVIDIA driver.*install the driver, or start .*--gpus all"
+    ):
         require_gpu()
 
 
 def test_too_old_a_driver(cuda: FakeCuda) -> None:
     cuda.driver, cuda.count = 12040, (Error.cudaErrorInsufficientDriver, None)
-    with pytest.raises(DeviceError, match=r"CUDA up to 12\.4.*wants 13\.5; update the driver"):
+    with pytest.raises(DeviceError, match=r"CUDA up to 12\.4.*needs 13\.5; update the driver"):
         require_gpu()
 
 
@@ -109,7 +111,7 @@ def test_no_gpu(
 
 
 def test_no_such_gpu(cuda: FakeCuda) -> None:
-    with pytest.raises(DeviceError, match=r"device 2 was asked for, but there are 2 \(0 to 1\)"):
+    with pytest.raises(DeviceError, match=r"device is 2, but .* 2 GPUs, expected 0 to 1"):
         require_gpu(2)
 
 
@@ -145,7 +147,7 @@ def test_a_wheel_for_a_newer_cuda(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("neo_runtime.machine.gpu.require_onnxruntime", lambda: wheel)
     assert require_cuda_provider(require_gpu()) is wheel
     cuda.driver = 12080
-    with pytest.raises(DeviceError, match=r"CUDA 13\.0, the driver runs CUDA up to 12\.8"):
+    with pytest.raises(DeviceError, match=r"CUDA 13\.0, but the driver supports CUDA up to 12\.8"):
         require_cuda_provider(require_gpu())
 
 

@@ -165,7 +165,7 @@ def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("digest", "message"),
     [
-        ("0" * 64, "differs from its checksum"),
+        ("0" * 64, "does not match its checksum"),
         (hashlib.sha256(b"image").hexdigest(), r"cannot be loaded \(the driver is too old\)"),
     ],
 )

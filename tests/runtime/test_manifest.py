@@ -62,7 +62,7 @@ def test_the_digest_names_files_and_contents(folder: Path) -> None:
         ("", r"is not valid JSON \(Expecting value"),
         ("{", "is not valid JSON"),
         ("\0" * 40, "is not valid JSON"),
-        ("[1]", "holds no JSON object"),
+        ("[1]", "contains list, expected a JSON object"),
         ("{}", "schema_version is None, expected a number"),
         ('{"schema_version": "1"}', "schema_version is '1', expected a number"),
         ('{"schema_version": 1}', "field '.*' is missing"),

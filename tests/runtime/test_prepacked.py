@@ -247,7 +247,7 @@ def test_a_bundle_that_is_replaced_under_a_model_is_an_error(
         assert model.logits(IDS).size, "a graph that is loaded stays"
         with (
             model.new_cache(1, 32) as kept,
-            pytest.raises(BundleDamagedError, match="is not what it was when"),
+            pytest.raises(BundleDamagedError, match="has changed since"),
         ):
             model.prefill(kept, [IDS])
 
@@ -269,7 +269,7 @@ def test_nothing_is_stored_of_a_bundle_that_was_replaced_meanwhile(
 
     with monkeypatch.context() as patched:
         patched.setattr(sessions.SessionFactory, "_open", opened)
-        with pytest.raises(BundleDamagedError, match="is not what it was when"):
+        with pytest.raises(BundleDamagedError, match="has changed since"):
             answers(live)
     assert stored(cache) == {}
     assert np.array_equal(answers(bundle), expected)

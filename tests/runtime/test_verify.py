@@ -70,7 +70,7 @@ def test_a_damaged_bundle(
     (folder / "weights.bin").write_bytes(bytes(64))
     assert main([str(folder), *options]) == 1
     out, err = capsys.readouterr()
-    assert err.startswith(f"neo-verify: {folder / 'weights.bin'} differs from its checksum")
+    assert err.startswith(f"neo-verify: {folder / 'weights.bin'} does not match its checksum")
     assert err.count("\n") == 1
     if options:
         assert json.loads(out)["status"] == "damaged"

@@ -62,7 +62,7 @@ def test_prompts_are_one_for_each_sequence(model: Model, wrong: Any) -> None:
 @pytest.mark.parametrize("wrong", [-1, 2**40])
 def test_ids_that_are_none(model: Model, wrong: int) -> None:
     assert model.tokenizer is not None
-    with pytest.raises(RequestError, match="no token id"):
+    with pytest.raises(RequestError, match="is not a token id"):
         model.tokenizer.decode([wrong])
 
 

@@ -76,9 +76,9 @@ def test_the_texts_that_come_along(tokenizer: Tokenizer) -> None:
         ("empty.jsonl", b"\n\n", "holds no text"),
         ("one.txt", b"a", "holds a single token"),
         ("bad.txt", b"caf\xe9", "is not UTF-8 text"),
-        ("bad.jsonl", b'{"text": "a"}\n{"text":', "line 2 is not JSON"),
-        ("other.jsonl", b'{"story": "a"}\n', "line 1 holds no document"),
-        ("list.jsonl", b"[1]\n", "line 1 holds no document"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text":', "line 2 is not valid JSON"),
+        ("other.jsonl", b'{"story": "a"}\n', "line 1 does not contain a document"),
+        ("list.jsonl", b"[1]\n", "line 1 does not contain a document"),
     ],
 )
 def test_bad_texts(
@@ -98,7 +98,7 @@ def test_no_file_and_no_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 def test_ids_of_another_models_tokenizer(tokenizer: Tokenizer) -> None:
     small = model_spec(vocab_size=100, max_position_embeddings=512, window_size=64)
-    with pytest.raises(RequestError, match="is the tokenizer another model's"):
+    with pytest.raises(RequestError, match="use the tokenizer of this model"):
         read_texts(None, tokenizer, small, tokens=100, context=64)
 
 

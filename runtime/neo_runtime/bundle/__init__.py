@@ -1,1 +1,1 @@
-"""A bundle on disk: its manifest, and whether all of it is there and fits."""
+"""Bundles on disk: the manifest, and the checks before a bundle is used."""

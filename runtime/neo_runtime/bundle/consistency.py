@@ -1,4 +1,4 @@
-"""Whether a manifest agrees with itself, and describes something that this runtime knows."""
+"""Check that a manifest is consistent, and that this runtime supports what it describes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def check_manifest(manifest: Manifest, source: str) -> None:
-    """Check everything that can be checked without looking at other files.
+    """Check a manifest without reading other files.
 
     Args:
-        manifest: what was parsed.
-        source: what to call it in errors.
+        manifest: the parsed manifest.
+        source: name of its file, for errors.
 
     Raises:
         BundleDamagedError: two fields contradict each other, or a value is out of range.
-        BundleUnsupportedError: a target or precision that this runtime does not know.
+        BundleUnsupportedError: this runtime does not know the target or precision.
     """
     for what, found, known in (
         ("target", manifest.target, TARGETS),
@@ -41,8 +41,8 @@ def check_manifest(manifest: Manifest, source: str) -> None:
     ):
         if found not in known:
             raise BundleUnsupportedError(
-                f"{source}: {what} {found!r} is not known to this neo_runtime, which runs "
-                f"{', '.join(known)}; upgrade neo-onnx or export again"
+                f"{source}: {what} is {found!r}, but this neo_runtime supports only "
+                f"{', '.join(known)}; upgrade neo-onnx, or export the bundle again"
             )
     for problem in _problems(manifest):
         raise BundleDamagedError(f"{source}: {problem}; export the bundle again")
@@ -53,7 +53,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     yield from _file_problems(manifest)
     for name in _graphs_of(manifest):
         if name not in manifest.graphs:
-            yield f"there is no graph {name!r}, only {', '.join(sorted(manifest.graphs)) or 'none'}"
+            yield f"graph {name!r} is missing; found {', '.join(sorted(manifest.graphs)) or 'none'}"
     for name, graph in manifest.graphs.items():
         if name in GRAPHS:
             yield from _graph_problems(name, graph, manifest)
@@ -64,7 +64,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
 
 
 def _graphs_of(manifest: Manifest) -> tuple[str, ...]:
-    """A prefill that takes `logit_positions` scores as well."""
+    """The graphs that a bundle must have; with a static cache, "prefill" also scores."""
     static = manifest.cache.layout == "static"
     return tuple(name for name in GRAPHS if name != "score" or not static)
 
@@ -86,13 +86,13 @@ def _model_problems(manifest: Manifest) -> Iterator[str]:
             yield f"model.{name} is {getattr(model, name)}, expected more than 0"
     if model.num_heads * model.head_dim != model.hidden_size:
         yield (
-            f"{model.num_heads} heads of {model.head_dim} make {model.num_heads * model.head_dim}, "
-            f"and hidden_size is {model.hidden_size}"
+            f"model.num_heads × model.head_dim is {model.num_heads} × {model.head_dim}, expected "
+            f"model.hidden_size, {model.hidden_size}"
         )
     if len(model.attention_layers) != model.num_layers:
         yield (
-            f"model.attention_layers names {len(model.attention_layers)} layers, and num_layers is "
-            f"{model.num_layers}"
+            f"model.attention_layers has {len(model.attention_layers)} entries, expected "
+            f"model.num_layers, {model.num_layers}"
         )
     for kind in model.attention_layers:
         if kind not in _ATTENTION_LAYERS:
@@ -105,24 +105,27 @@ def _model_problems(manifest: Manifest) -> Iterator[str]:
     if manifest.cache.dtype not in _CACHE_DTYPES:
         yield f"cache.dtype is {manifest.cache.dtype!r}, expected {' or '.join(_CACHE_DTYPES)}"
     if manifest.cache.window is not None and manifest.cache.window <= 0:
-        yield f"cache.window is {manifest.cache.window}, expected more than 0 or nothing"
+        yield f"cache.window is {manifest.cache.window}, expected more than 0, or null"
 
 
 def _file_problems(manifest: Manifest) -> Iterator[str]:
     if WEIGHTS_NAME not in manifest.files:
-        yield f"files has no {WEIGHTS_NAME}"
+        yield f"files has no entry for {WEIGHTS_NAME}"
     if MANIFEST_NAME in manifest.files:
-        yield f"files lists {MANIFEST_NAME} itself, which cannot hold its own checksum"
+        yield f"files lists {MANIFEST_NAME}, which cannot contain its own checksum"
     for name, record in manifest.files.items():
         if record.size < 0 or not _SHA256.fullmatch(record.sha256):
-            yield f"files[{name!r}] has no size and sha256, but {record.size}, {record.sha256!r}"
+            yield (
+                f"files[{name!r}] has size {record.size} and sha256 {record.sha256!r}, expected at "
+                "least 0 and 64 hex digits"
+            )
     for name, graph in manifest.graphs.items():
         if graph.file not in manifest.files:
             yield f"the file of graph {name!r}, {graph.file!r}, is not in files"
 
 
 def _graph_problems(name: str, graph: GraphSpec, manifest: Manifest) -> Iterator[str]:
-    """Differences from the inputs and outputs that docs/bundle.md specifies."""
+    """Differences from the inputs and outputs specified in docs/bundle.md."""
     model = manifest.model
     kinds = ("key", "value")
     layers = range(model.num_layers)

@@ -1,11 +1,11 @@
-"""TensorRT plans of a bundle: what each was built for, and whether it fits a machine.
+"""Records of a bundle's TensorRT plans: what each was built for, and whether it fits a machine.
 
     bundle/engines/tensorrt_rtx-1.7.1.116-sm89-3f2a9c01.plan
     bundle/engines/tensorrt_rtx-1.7.1.116-sm89-3f2a9c01.json      its record, written last
 
-A plan is machine code for one kind of GPU and one version of one library, and no two builds give
-the same bytes; so `engines/` lies outside of the bundle's digest, and a record carries it instead.
-Nothing here touches a GPU or imports TensorRT: `why_unfit` is a function of facts.
+A plan is machine code for one kind of GPU and one version of one library, and builds are not
+reproducible. So `engines/` is not part of the bundle's digest; instead each record contains the
+digest of the bundle that its plan was built from. This module does not access a GPU or TensorRT.
 """
 
 from __future__ import annotations
@@ -46,73 +46,75 @@ __all__ = [
 ENGINES_FOLDER = "engines"
 RECORD_SCHEMA_VERSION = 1
 DECODE_PROFILE, PREFILL_PROFILE = 0, 1
-"""Indices of the optimization profiles of every plan."""
+"""Indices of the two optimization profiles in each plan."""
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
-"""The modules that build and run plans."""
+"""The Python modules that build and run plans."""
 PRODUCTS: dict[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
-"""As NVIDIA calls them."""
+"""NVIDIA's product names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What a plan takes, and how it was built; lengths are new tokens of one call."""
+    """The shapes that a plan accepts, and how it was built. Lengths are new tokens per call."""
 
     min_length: int = 1
     """Shortest prompt chunk."""
     opt_length: int
-    """The length that kernels are chosen for."""
+    """Chunk length that kernels are optimized for."""
     max_length: int
-    """Longest prompt chunk; longer prompts go through in chunks."""
+    """Longest prompt chunk; longer prompts are split into chunks."""
     min_batch: int = 1
     opt_batch: int = 1
     max_batch: int = 1
     max_logit_positions: int
-    """Positions of a call that may have logits: scoring goes in chunks of this many."""
+    """Most positions per call with logits; longer texts are scored in chunks of this length."""
     workspace_bytes: int | None = None
-    """Most device memory that a kernel may use beside weights and activations; None: no limit."""
+    """Most device memory per kernel besides weights and activations; None: no limit."""
     optimization_level: int = 3
-    """TensorRT's: 0 builds fastest, 5 searches longest."""
+    """TensorRT's level, from 0 (fastest build) to 5 (longest search)."""
     version_compatible: bool = False
-    """Newer versions of the same major version may run the plan."""
+    """Whether newer versions with the same major version can run the plan."""
     stripped: bool = False
-    """The plan holds no weights; they are put in (refit) before it runs."""
+    """Whether the plan has no weights, so that it must be refitted before it runs."""
     refit: bool = False
-    """Weights can be exchanged in the loaded plan."""
+    """Whether the weights of the loaded plan can be replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineFacts:
-    """What decides whether a plan runs here."""
+    """The properties of a machine that decide whether a plan runs on it."""
 
     flavour: Flavour
-    """Which module is installed: `tensorrt` or `tensorrt_rtx`."""
+    """The installed module, `tensorrt` or `tensorrt_rtx`."""
     version: str
-    """Its `__version__`."""
+    """The module's `__version__`."""
     compute_capability: str
-    """Of the GPU, such as "8.9"."""
+    """The GPU's, such as "8.9"."""
     gpu: str
-    """Its name, as the driver gives it."""
+    """The GPU's name, as the driver reports it."""
     platform: str
     """Operating system and processor, such as "linux-x86_64"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """What one plan was built from, with and for."""
+    """What one plan was built from, by and for."""
 
     file: str
-    """Name of the plan, beside the record."""
+    """Name of the plan's file, in the record's folder."""
     size: int
+    """Bytes of the plan's file."""
     sha256: str
+    """Checksum (hex) of the plan's file."""
     bundle_digest: str
     """`Manifest.digest` of the bundle that it was built from."""
     flavour: Flavour
     version: str
     compute_capability: str
     gpu: str | None
-    """Name of the GPU that kernels were timed on; None: built ahead of time, for any GPU of the
+    """Name of the GPU that kernels were timed on; None: built without timing, for any GPU of the
     compute capability."""
     platform: str
     options: EngineOptions
@@ -120,16 +122,20 @@ class EngineRecord:
     schema_version: int = RECORD_SCHEMA_VERSION
 
     def to_json(self) -> str:
-        """JSON text with sorted keys and a newline at its end."""
+        """JSON text with sorted keys and a final newline."""
         return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str) -> EngineRecord:
-        """Parse strictly.
+        """Parse a record strictly.
+
+        Args:
+            text: JSON text.
+            source: name of its file, for errors.
 
         Raises:
-            EngineError: it is not a record.
-            BundleUnsupportedError: it is one of another schema version.
+            EngineError: the text is not a valid record.
+            BundleUnsupportedError: the record has another schema version.
         """
         try:
             raw = parse_json(text)
@@ -141,14 +147,16 @@ class EngineRecord:
                 )
             record: EngineRecord = parse_strictly(cls, raw, source)
         except ValueError as error:
-            raise EngineError(f"{source} is not valid JSON ({error}); build again") from error
+            raise EngineError(
+                f"{source} is not valid JSON ({error}); build the plan again with neo-engine"
+            ) from error
         except BundleDamagedError as error:
-            raise EngineError(f"{error} (neo-engine writes such records)") from error
+            raise EngineError(f"{error} (build the plan with neo-engine)") from error
         return record
 
 
 def platform_name() -> str:
-    """Operating system and processor, as records name them: "linux-x86_64"."""
+    """This machine's operating system and processor, such as "linux-x86_64"."""
     return f"{sys.platform}-{platform.machine()}"
 
 
@@ -160,40 +168,49 @@ def engine_key(
     capability: str,
     gpu: str | None,
 ) -> str:
-    """Name of a plan without its suffix: the same inputs have the same, different ones another."""
+    """File name of a plan without its suffix; different for different arguments.
+
+    Args:
+        digest: `Manifest.digest` of the bundle.
+        options: how the plan is built.
+        flavour: "tensorrt" or "tensorrt_rtx".
+        version: version of that module.
+        capability: compute capability, such as "8.9".
+        gpu: name of the GPU; None for a plan built without timing.
+    """
     raw = json.dumps([digest, asdict(options), flavour, version, capability, gpu], sort_keys=True)
     short = hashlib.sha256(raw.encode()).hexdigest()[:8]
     return f"{flavour}-{version}-sm{capability.replace('.', '')}-{short}"
 
 
 def why_unfit(record: EngineRecord, machine: MachineFacts, bundle_digest: str) -> str | None:
-    """The reason why a plan must not run on a machine, or None where it may.
+    """Why a plan cannot run on a machine; None if it can.
 
     Args:
-        record: of the plan.
-        machine: where it would run.
-        bundle_digest: of the bundle that it lies in now.
+        record: the plan's record.
+        machine: the machine.
+        bundle_digest: digest of the bundle that contains the plan now.
     """
     if record.bundle_digest != bundle_digest:
         return (
-            f"it was built from another bundle (digest {record.bundle_digest[:12]}…, this one is "
+            f"it was built from another bundle (digest {record.bundle_digest[:12]}…, this one has "
             f"{bundle_digest[:12]}…)"
         )
     if record.flavour != machine.flavour:
-        return f"it is for {PRODUCTS[record.flavour]}, here is {PRODUCTS[machine.flavour]}"
+        return f"it is for {PRODUCTS[record.flavour]}, this is {PRODUCTS[machine.flavour]}"
     if record.platform != machine.platform:
         return f"it is for {record.platform}, this is {machine.platform}"
     if reason := _version_reason(record, machine):
         return reason
     if record.compute_capability != machine.compute_capability:
         return (
-            f"it is for compute capability {record.compute_capability}, {machine.gpu} has "
+            f"it is for compute capability {record.compute_capability}, but {machine.gpu} has "
             f"{machine.compute_capability}"
         )
     if record.gpu is not None and record.gpu != machine.gpu:
         return f"its kernels were chosen on {record.gpu}, this GPU is {machine.gpu}"
     if record.options.stripped:
-        return "it was built without weights, and this runtime does not put them in"
+        return "it was built without weights, and this runtime does not refit plans"
     return None
 
 
@@ -203,17 +220,17 @@ def _version_reason(record: EngineRecord, machine: MachineFacts) -> str | None:
     built, here = version_numbers(record.version), version_numbers(machine.version)
     product = PRODUCTS[record.flavour]
     if not record.options.version_compatible:
-        return f"it was built by {product} {record.version}, here is {machine.version}"
+        return f"it was built by {product} {record.version}, this is {machine.version}"
     if built[0] != here[0] or here < built:
         return (
-            f"it was built by {product} {record.version} and runs on newer versions of "
-            f"{built[0]}, here is {machine.version}"
+            f"it was built by {product} {record.version} and runs only on that or newer "
+            f"{built[0]}.x versions, this is {machine.version}"
         )
     return None
 
 
 def read_records(bundle: Path) -> list[EngineRecord]:
-    """Every record in the bundle's `engines/`, by name; none where there is no such folder.
+    """All records in a bundle's `engines/`, sorted by file name; [] if there is no such folder.
 
     Raises:
         EngineError: a record cannot be read, or its plan is missing or has another size.
@@ -224,13 +241,18 @@ def read_records(bundle: Path) -> list[EngineRecord]:
         try:
             record = EngineRecord.from_json(read_json_file(path).decode(), str(path))
         except (OSError, UnicodeDecodeError) as error:
-            raise EngineError(f"{path} cannot be read ({error}); build the plan again") from error
+            raise EngineError(
+                f"{path} cannot be read ({error}); build the plan again with neo-engine"
+            ) from error
         plan = path.parent / record.file
         if plan.name != record.file or plan.parent != path.parent:
-            raise EngineError(f"{path} names a plan outside of its folder: {record.file!r}")
+            raise EngineError(
+                f"{path} names a plan outside of its folder, {record.file!r}; delete the record, "
+                "and build the plan again with neo-engine"
+            )
         if not plan.is_file() or plan.stat().st_size != record.size:
             raise EngineError(
-                f"{plan} is missing or has not the {record.size} bytes of its record; "
+                f"{plan} is missing, or its size is not {record.size} bytes as its record says; "
                 "build it again with neo-engine"
             )
         records.append(record)
@@ -240,10 +262,13 @@ def read_records(bundle: Path) -> list[EngineRecord]:
 def choose_engine(
     records: Iterable[EngineRecord], machine: MachineFacts, bundle_digest: str
 ) -> EngineRecord:
-    """The plan to run: of those that fit one that takes any small request, then the largest.
+    """Choose the plan to run.
+
+    Of the plans that fit, those that accept single sequences and single tokens come first, then the
+    largest batch and chunk length.
 
     Raises:
-        EngineError: none fits; each one's reason is given, and how to build one that does.
+        EngineError: no plan fits; the message gives the reason for each.
     """
     reasons, fitting = [], []
     for record in records:

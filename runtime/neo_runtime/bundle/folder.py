@@ -1,9 +1,9 @@
-"""Open a bundle: nothing of it is used before it has been checked.
+"""Open a bundle's folder after checking it.
 
-Always: every file is there, lies inside the folder and has its recorded size; every file but
-`weights.bin` has its recorded checksum; the manifest agrees with itself; the graphs read tensors
-only from files of the bundle; this installation can run it. On request also the checksum of
-`weights.bin`, which means reading all of it.
+The checks: the manifest is consistent; every file exists, is inside the folder and has its recorded
+size; every file except `weights.bin` has its recorded checksum; graphs read external tensors only
+from files of the bundle; the installed onnxruntime is new enough. The checksum of `weights.bin` is
+checked on request, because that reads the whole file.
 """
 
 from __future__ import annotations
@@ -38,29 +38,32 @@ __all__ = ["Bundle", "check_installation", "open_bundle"]
 
 _CHUNK = 1 << 22
 _FOREIGN = re.compile(r'[\x00-\x1f\\:*?"<>|]')
-"""Characters that have a meaning on some system or in onnxruntime, and so in no bundle's names.
-(Its "*/_ORT_MEM_ADDR_/*" as a tensor's location means an address in memory.)"""
+"""Characters that file names must not contain, because they are special on some system or in
+onnxruntime (where a tensor's location "*/_ORT_MEM_ADDR_/*" means a memory address)."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that has been checked."""
+    """A checked bundle."""
 
     path: Path
-    """The folder, absolute and without links."""
+    """The folder, absolute and with symlinks resolved."""
     manifest: Manifest
     stamps: dict[str, tuple[int, ...]]
-    """What the system says of each file, from when it was last checked."""
+    """By file name: device, inode, size and modification time when it was last checked."""
 
     def file(self, name: str) -> Path:
-        """Path of the file `name` (relative to the folder, with `/`), which `manifest.files` lists.
+        """Path of a file that `manifest.files` lists.
 
-        A file that is no longer the one that was checked is compared with its checksum again: a
-        bundle may be exported or copied anew to where a model of it is in use.
+        If the file was replaced or modified since it was last checked, its size and checksum are
+        checked again: a bundle may be exported or copied again while a model has it open.
+
+        Args:
+            name: path relative to the folder, with `/`.
 
         Raises:
-            BundleError: the bundle has no such file, or no longer has it.
-            BundleDamagedError: it has changed.
+            BundleError: the bundle has no such file, or it cannot be read.
+            BundleDamagedError: the file is missing, or its contents have changed.
         """
         if name not in self.manifest.files:
             raise BundleError(
@@ -75,14 +78,14 @@ class Bundle:
                 _check_sum(self.path, name, record)
             except BundleDamagedError as error:
                 raise BundleDamagedError(
-                    f"{self.path / name} is not what it was when the bundle was opened; if another "
-                    "one was put in its place, call neo_runtime.load again"
+                    f"{self.path / name} has changed since the bundle was opened; if the bundle "
+                    "was replaced, call neo_runtime.load again, else copy or export it again"
                 ) from error
             self.stamps[name] = stamp
         return self.path / name
 
     def graph(self, name: str) -> Path:
-        """Path of the graph `name` of the manifest, which reads the weights that it was made for.
+        """Path of the graph `name`; the weights that it reads are checked as well, see `file`.
 
         Raises:
             BundleError, BundleDamagedError: see `file`.
@@ -98,21 +101,21 @@ def open_bundle(
     progress: Callable[[int, int], None] | None = None,
     check_runtime: bool = True,
 ) -> Bundle:
-    """Check the folder `path` and open it as a bundle.
+    """Check a folder and open it as a bundle.
 
     Args:
         path: a folder written by `neo-export`.
-        verify: compute the checksum of `weights.bin` too.
-        progress: called now and then with the bytes checked so far and the bytes to check.
-        check_runtime: require an onnxruntime that can run the bundle. A tool that only looks at
-            files turns it off.
+        verify: check the checksum of `weights.bin` too.
+        progress: called repeatedly with the bytes checked so far and the bytes to check.
+        check_runtime: require an onnxruntime that is new enough; tools that only inspect files do
+            not need one.
 
     Raises:
-        BundleError: no bundle is there, or it cannot be read.
-        BundleDamagedError: a file is missing, truncated, altered or leaves the folder, or the
-            manifest contradicts itself.
-        BundleUnsupportedError: a newer schema, an unknown target or precision, or an
-            onnxruntime that is too old.
+        BundleError: there is no bundle at `path`, or it cannot be read.
+        BundleDamagedError: a file is missing, truncated, altered or outside of the folder, or the
+            manifest is inconsistent.
+        BundleUnsupportedError: a newer schema, an unknown target or precision, or onnxruntime is
+            too old.
         DependencyError: onnxruntime is missing or cannot be used.
         RequestError: `path` is not a path.
     """
@@ -123,7 +126,7 @@ def open_bundle(
         name: _check_place_and_size(folder, name, record) for name, record in manifest.files.items()
     }
     if _read_manifest(folder) != manifest:
-        raise BundleDamagedError(f"{folder} was replaced while it was opened; load it again")
+        raise BundleDamagedError(f"{folder} was replaced while it was opened; open it again")
     checked = [n for n in sorted(manifest.files) if verify or n != WEIGHTS_NAME]
     done, total = 0, sum(manifest.files[name].size for name in checked)
 
@@ -143,23 +146,26 @@ def open_bundle(
 
 
 def check_installation(manifest: Manifest, folder: Path) -> str:
-    """Check that the installed onnxruntime is new enough; returns its version.
+    """Check that the installed onnxruntime is new enough for a bundle.
+
+    Returns:
+        Its version.
 
     Raises:
-        BundleUnsupportedError: it is too old.
-        DependencyError: it is missing or cannot be used.
+        BundleUnsupportedError: onnxruntime is too old.
+        DependencyError: onnxruntime is missing or cannot be used.
     """
     version = str(require_onnxruntime().__version__)
     if version_numbers(version) < version_numbers(manifest.minimum_onnxruntime):
         raise BundleUnsupportedError(
-            f"{folder} needs onnxruntime {manifest.minimum_onnxruntime} or newer, this is "
-            f"{version}; upgrade onnxruntime, or export with --target portable"
+            f"{folder} needs onnxruntime {manifest.minimum_onnxruntime} or newer, but {version} is "
+            "installed; upgrade onnxruntime, or export with --target portable"
         )
     return version
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
-    """Without links: they, and the process's working folder, may change while it is in use."""
+    """The absolute path with symlinks resolved: these and the working folder may change later."""
     try:
         return Path(os.path.realpath(path))
     except TypeError as error:
@@ -176,7 +182,9 @@ def _read_manifest(folder: Path) -> Manifest:
             raise BundleError(
                 f"{folder} does not exist; expected a folder written by neo-export"
             ) from error
-        raise BundleError(f"{folder} cannot be opened: {error.strerror}") from error
+        raise BundleError(
+            f"{folder} cannot be opened: {error.strerror}; expected a folder written by neo-export"
+        ) from error
     except ValueError as error:
         raise BundleError(f"{str(folder)!r} is not a path ({error})") from error
     if not stat.S_ISDIR(mode):
@@ -199,7 +207,7 @@ def _read_manifest(folder: Path) -> Manifest:
 
 
 def _check_place_and_size(folder: Path, name: str, record: FileRecord) -> tuple[int, ...]:
-    """Look at a file from outside; what tells it from any that takes its place."""
+    """Check a file without reading it; returns its stamp, see `Bundle.stamps`."""
     facts = _check_place(folder, name)
     _check_size(folder / name, facts, record)
     return _stamp(facts)
@@ -218,32 +226,34 @@ def _check_size(path: Path, facts: os.stat_result, record: FileRecord) -> None:
 
 
 def _check_place(folder: Path, name: str) -> os.stat_result:
-    """A file that is inside the folder and may be read, whatever it holds."""
+    """Check that a file is inside the folder, is a regular file and can be opened for reading."""
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or _FOREIGN.search(name):
         raise BundleDamagedError(
             f"{folder / MANIFEST_NAME} lists a file {name!r}, which is not a plain path inside the "
-            "folder; do not use this bundle, export it again"
+            "folder; do not trust this bundle, export it again"
         )
     path = folder / name
     try:
         real = path.resolve(strict=True)
         facts = path.stat()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13.
+    except (OSError, RuntimeError) as error:  # RuntimeError: a symlink loop, before Python 3.13
         if isinstance(error, FileNotFoundError) and not path.is_symlink():
             raise BundleDamagedError(
                 f"{path} is missing; copy or export the bundle again"
             ) from error
-        raise BundleError(f"{path} cannot be opened: {error}") from error
+        raise BundleError(
+            f"{path} cannot be opened: {error}; copy or export the bundle again"
+        ) from error
     if not real.is_relative_to(folder):
         raise BundleDamagedError(
-            f"{path} is a link that leaves the folder (to {real}); a bundle must be "
-            "self-contained: replace the link by the file"
+            f"{path} is a symlink to {real}, outside of the folder; a bundle must be "
+            "self-contained, so replace the symlink by the file"
         )
     if not stat.S_ISREG(facts.st_mode):
-        raise BundleDamagedError(f"{path} is not a file; copy or export the bundle again")
+        raise BundleDamagedError(f"{path} is not a regular file; copy or export the bundle again")
     try:
-        # onnxruntime, which maps the weights, would say no more than a number.
+        # onnxruntime, which maps the weights, would report only an error number.
         os.close(os.open(path, os.O_RDONLY))
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -251,14 +261,14 @@ def _check_place(folder: Path, name: str) -> os.stat_result:
 
 
 def _unreadable(path: Path, error: OSError) -> BundleError:
-    cure = "; let this user read it" if isinstance(error, PermissionError) else ""
+    cure = "; give this user read permission" if isinstance(error, PermissionError) else ""
     return BundleError(f"{path} cannot be read: {error.strerror}{cure}")
 
 
 def _check_sum(
     folder: Path, name: str, record: FileRecord, progress: Callable[[int], None] | None = None
 ) -> None:
-    """Read a file; `progress` is called with the bytes of each piece."""
+    """Compare a file with its checksum; `progress` is called with the bytes of each chunk."""
     digest = hashlib.sha256()
     for chunk in _chunks(folder / name):
         digest.update(chunk)
@@ -266,8 +276,8 @@ def _check_sum(
             progress(len(chunk))
     if digest.hexdigest() != record.sha256:
         raise BundleDamagedError(
-            f"{folder / name} differs from its checksum: sha256 {digest.hexdigest()}, expected "
-            f"{record.sha256}; copy or export the bundle again"
+            f"{folder / name} does not match its checksum: sha256 is {digest.hexdigest()}, "
+            f"expected {record.sha256}; copy or export the bundle again"
         )
 
 
@@ -276,18 +286,18 @@ def _check_external_data(folder: Path, file: str, manifest: Manifest) -> None:
         locations = external_locations(b"".join(_chunks(folder / file)))
     except ValueError as error:
         raise BundleDamagedError(
-            f"{folder / file} is not an ONNX graph ({error}); export again"
+            f"{folder / file} is not an ONNX model ({error}); export the bundle again"
         ) from error
     for location in locations:
         if location not in manifest.files:
             raise BundleDamagedError(
                 f"{folder / file} reads tensors from {location!r}, which is not a file of the "
-                f"bundle (expected {WEIGHTS_NAME!r}); do not use this bundle, export it again"
+                f"bundle (expected {WEIGHTS_NAME!r}); do not trust this bundle, export it again"
             )
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    """The contents of a file, in pieces of at most 4 MiB."""
+    """The contents of a file, in chunks of at most 4 MiB."""
     try:
         with path.open("rb", buffering=0) as stream:
             while chunk := stream.read(_CHUNK):

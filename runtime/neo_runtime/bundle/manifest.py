@@ -1,7 +1,7 @@
-"""The bundle's schema: `neo.json`, written by the exporter, read by the runtime.
+"""The manifest of a bundle, `neo.json`: written by the exporter, read by the runtime.
 
-One dataclass a concept; `Manifest.to_json` and `Manifest.from_json` are exact inverses, and
-the JSON is canonical (sorted keys), so that the same bundle always has the same bytes.
+`Manifest.to_json` and `Manifest.from_json` are exact inverses, and the JSON is canonical (sorted
+keys), so that equal manifests have equal bytes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ MANIFEST_NAME = "neo.json"
 WEIGHTS_NAME = "weights.bin"
 SCHEMA_VERSION = 1
 CANDIDATE_OUTPUTS = ("top_values", "top_ids", "exp_sum")
-"""Outputs beside `logits` where a graph finds the best tokens itself: the largest logits (float32
-[batch, 1, K], descending), their token ids (int64 [batch, 1, K]), and the sum over the
-vocabulary of exp(logit - largest logit) (float64 [batch, 1])."""
+"""Additional outputs of a graph that computes the top tokens itself: the K largest logits (float32
+[batch, 1, K], descending), their token ids (int64 [batch, 1, K]), and the sum over the vocabulary
+of exp(logit − largest logit) (float64 [batch, 1])."""
 
 
 def is_quantized(precision: str) -> bool:
@@ -58,11 +58,11 @@ class ModelSpec:
     num_heads: int
     head_dim: int
     max_position_embeddings: int
-    """Rows of the position table. The bundle's own limit is `Manifest.max_length`."""
+    """Rows of the position table. The bundle's limit is `Manifest.max_length`."""
     window_size: int
-    """A local layer attends to this many last positions, the current one included."""
+    """Positions that a local layer attends to, the current one included."""
     attention_layers: tuple[str, ...]
-    """"global" or "local", one per layer."""
+    """"global" or "local" for each layer."""
     layer_norm_epsilon: float
     activation_function: str
     tie_word_embeddings: bool
@@ -72,21 +72,24 @@ class ModelSpec:
 
     @property
     def separator(self) -> tuple[int, ...]:
-        """What stands between two documents: the first end-of-sequence id that the vocabulary has.
+        """The token between two documents: the first end-of-sequence id within the vocabulary.
 
-        Small models often carry GPT-2's 50256, and have no such token.
+        Returns:
+            One token id, or () if there is none: small models often keep GPT-2's id 50256 in their
+            configuration, although their vocabulary is smaller.
         """
         return tuple(token for token in self.eos_token_id if 0 <= token < self.vocab_size)[:1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """One input or output of a graph; a string in `shape` names a dynamic dimension."""
+    """One input or output of a graph."""
 
     name: str
     dtype: str
     """A numpy name: "float32", "float16", "int64", …"""
     shape: tuple[int | str, ...]
+    """Sizes; a string is the name of a dynamic dimension."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,27 +103,28 @@ class GraphSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """Keys and values: two tensors [batch, num_heads, length, head_dim] a layer."""
+    """The KV cache: two tensors [batch, num_heads, length, head_dim] per layer."""
 
     layout: Literal["in_place", "append", "static"]
-    """`in_place`: bind one buffer of any length ≥ the positions in use as past and as present.
-    `static`: the same with a length of exactly `Manifest.max_length`, finite at first (zeros).
-    `append`: present = past followed by the new positions (a new, longer tensor each call)."""
+    """`in_place`: one buffer, of any length ≥ the positions in use, is bound as past and present.
+    `static`: the same with a length of exactly `Manifest.max_length`, initialized to finite values.
+    `append`: present is past followed by the new positions, a new and longer tensor in each call.
+    """
     padding: Literal["right", "left"]
-    """On which side a ragged batch of prompts is padded: see docs/bundle.md."""
+    """The side on which prompts of different lengths are padded: see docs/bundle.md."""
     dtype: str
-    """Element type of keys and values, a numpy name."""
+    """Element type of keys and values, a numpy name or "bfloat16"."""
     window: int | None = None
-    """Positions that a local layer's buffers must hold at least, the graphs evict older ones;
-    None: every layer's buffers hold the whole sequence."""
+    """Positions that a local layer's buffers must have room for at least; the graphs evict older
+    ones. None: the buffers of all layers hold the whole sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A place inside every graph that tools look at.
+    """An inner value, present in all graphs, that tools can inspect.
 
-    The value of this name, or, where a fused operator adds it up (node metadata `neo.sum`), the sum
-    of that operator's first input and its bias.
+    It is the ONNX value named `value`; where a fused operator computes it internally (node metadata
+    `neo.sum`), it is the sum of that operator's first input and its bias.
     """
 
     layer: int | None
@@ -131,7 +135,8 @@ class Probe:
     value: str
     """Name of the ONNX value, [batch, sequence, width]."""
     channels: tuple[int, int] | None = None
-    """First and one-past-last channel of the value's last dimension (packed q, k and v)."""
+    """First and one-past-last index in the last dimension, for packed query, key and value; None
+    for the whole dimension."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,62 +149,62 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What the bundle was made from, by content: wherever it lay, and whatever it was called."""
+    """What the bundle was made from, identified by content, not by paths or names."""
 
     checkpoint: str
-    """sha256 (hex) over names, types, shapes and bytes of all tensors, an adapter's merged."""
+    """sha256 (hex) over names, types, shapes and bytes of all tensors, after merging adapters."""
     calibration_text: str | None
-    """sha256 (hex) of the token ids that its statistics are of; None without statistics."""
+    """sha256 (hex) of the token ids used for calibration; None without calibration."""
     decode_weights: dict[str, int]
-    """Matrices by how decode reads them: {"int4:64": 97, "fp32": 1}."""
+    """Number of matrices by storage format in the decode graph: {"int4:64": 97, "fp32": 1}."""
     prefill_weights: dict[str, int]
-    """The same of prompts and scores."""
+    """The same for the prefill and score graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything a runtime must know before it opens a graph."""
+    """All that a runtime must know before it opens a graph."""
 
     precision: str
-    """How weights are stored: "fp32", "fp16", "bf16", "int8", "int4", "fp8", or "mixed" (not all
-    alike)."""
+    """Storage format of the weights: "fp32", "fp16", "bf16", "int8", "int4", "fp8", or "mixed"."""
     target: str
-    """Which operators the graphs use: "cpu", "cuda", "portable" or "tensorrt"."""
+    """What the graphs' operators are chosen for: "cpu", "cuda", "portable" or "tensorrt"."""
     max_length: int
-    """Positions that a sequence may have: prompt and continuation together."""
+    """Most positions of a sequence, prompt and continuation together."""
     model: ModelSpec
     cache: CacheSpec
     graphs: dict[str, GraphSpec]
-    """By name: "prefill", "decode", "score"; a static cache has no "score", its prefill takes
-    `logit_positions`."""
+    """By name: "prefill", "decode", "score". With a static cache there is no "score": "prefill" has
+    an input `logit_positions` and also scores."""
     probes: tuple[Probe, ...]
     files: dict[str, FileRecord]
-    """Every file of the bundle but `neo.json`, by its path relative to the folder, with `/`."""
+    """All files of the bundle except `neo.json`, by their paths in the folder, with `/`."""
     has_tokenizer: bool
     minimum_onnxruntime: str
     """The oldest onnxruntime that computes these graphs correctly."""
     tools: dict[str, str]
     """Versions of the packages that wrote the bundle."""
     source: Source | None = None
-    """None: by an older exporter."""
+    """None for bundles of older exporters."""
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> str:
-        """Canonical JSON text with its own checksum inside, and a newline at its end."""
+        """Canonical JSON text, including its own checksum, with a final newline."""
         raw = asdict(self)
         return _canonical(raw | {"checksum": _checksum(raw)}) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = MANIFEST_NAME) -> Manifest:
-        """Parse and validate.
+        """Parse and validate a manifest.
 
         Args:
             text: contents of a `neo.json`.
-            source: what to call it in errors.
+            source: name of the file, for errors.
 
         Raises:
-            BundleDamagedError: not JSON, or a field is missing or of the wrong type.
-            BundleUnsupportedError: a schema newer than this runtime knows.
+            BundleDamagedError: the text is not JSON, a field is missing, unknown or of the wrong
+                type, or the checksum does not match.
+            BundleUnsupportedError: the schema is newer than this runtime knows.
         """
         raw = parse_object(text, source)
         version = raw.get("schema_version")
@@ -210,17 +215,17 @@ class Manifest:
             )
         if version > SCHEMA_VERSION:
             raise BundleUnsupportedError(
-                f"{source} has schema version {version}, this neo_runtime reads up to "
-                f"{SCHEMA_VERSION}; upgrade neo-onnx or export the bundle with this version"
+                f"{source} has schema version {version}, but this neo_runtime reads up to "
+                f"{SCHEMA_VERSION}; upgrade neo-onnx, or export the bundle with this version"
             )
         checksum = raw.pop("checksum", None)
         manifest: Manifest = parse_strictly(cls, {"source": None} | raw, source)
         try:
             expected = _checksum(raw)
-        except UnicodeEncodeError as error:  # which can be no file's name either
+        except UnicodeEncodeError as error:
             raise BundleDamagedError(
-                f"{source} holds half of a character (an unpaired surrogate); export the bundle "
-                "again"
+                f"{source} contains an unpaired surrogate, which is not valid text; export the "
+                "bundle again"
             ) from error
         if checksum != expected:
             raise BundleDamagedError(
@@ -231,12 +236,12 @@ class Manifest:
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether no CPU engine runs the bundle: it needs a plan, or is in bfloat16."""
+        """Whether the CPU cannot run the bundle: it needs a TensorRT plan, or is in bfloat16."""
         return self.cache.layout == "static" or self.cache.dtype == "bfloat16"
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) over the names and checksums of all files: what the bundle *is*."""
+        """sha256 (hex) over the names and checksums of all files; identifies the bundle."""
         lines = "".join(f"{name} {record.sha256}\n" for name, record in sorted(self.files.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -246,5 +251,5 @@ def _canonical(raw: dict[str, Any]) -> str:
 
 
 def _checksum(raw: dict[str, Any]) -> str:
-    """sha256 (hex) of the canonical text without the checksum: a flipped bit is not a setting."""
+    """sha256 (hex) of the canonical text without the checksum; detects damage to values."""
     return hashlib.sha256(_canonical(raw).encode()).hexdigest()

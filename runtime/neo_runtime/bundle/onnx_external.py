@@ -1,9 +1,9 @@
-"""Which files an ONNX graph reads its tensors from, found without the `onnx` package.
+"""Find the external data of an ONNX model without the `onnx` package.
 
-A graph file is a protobuf message (`onnx.proto`). This walks its wire format
-(https://protobuf.dev/programming-guides/encoding) along the fields that lead to a tensor, and
-lists the "location" of every tensor's external data, so that a bundle whose graphs would read
-files outside of it is refused before a session opens it.
+A model is a protobuf message (`onnx.proto`). This walks its wire format
+(https://protobuf.dev/programming-guides/encoding) along the fields that can contain a tensor, and
+lists the "location" of each tensor's external data. So a bundle whose graphs read files outside of
+it is rejected before a session opens them.
 """
 
 from __future__ import annotations
@@ -33,35 +33,37 @@ _SUBMESSAGES: dict[str, dict[int, str]] = {
     "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
     "TensorProto": {13: "StringStringEntryProto"},
 }
-"""Field numbers of `onnx.proto` that may hold a tensor."""
+"""Field numbers in `onnx.proto` that can contain a tensor, by message type."""
 _MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _DEEPEST = 100
-"""protobuf itself refuses deeper nesting."""
+"""Most levels of nested messages; protobuf's own parsers have the same limit."""
 
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """An initializer of a graph whose data lies in another file."""
+    """An initializer of a graph whose data is in another file."""
 
     name: str
     element_type: int
     """`TensorProto.DataType`: 1 float32, 2 uint8, 7 int64, 10 float16, 16 bfloat16, …"""
     shape: tuple[int, ...]
     location: str
+    """Path of the file, relative to the model's folder."""
     offset: int
+    """Offset in the file, in bytes."""
     length: int
-    """Bytes."""
+    """Size in bytes."""
 
 
 def external_tensors(model: bytes) -> tuple[ExternalTensor, ...]:
-    """The initializers of the main graph that have external data, in their order.
+    """The initializers of the main graph that have external data, in the graph's order.
 
     Args:
-        model: the contents of a `.onnx` file.
+        model: contents of a `.onnx` file.
 
     Raises:
-        ValueError: not a serialized ONNX model.
+        ValueError: the bytes are not a serialized ONNX model.
     """
     found = []
     for number, graph in _fields(memoryview(model)):
@@ -104,17 +106,17 @@ def _tensor(message: memoryview) -> ExternalTensor | None:
 
 
 def external_locations(model: bytes) -> tuple[str, ...]:
-    """Every distinct "location" of external data in a serialized ONNX model, sorted.
+    """The distinct locations of external data of all tensors in a model, sorted.
 
     Args:
-        model: the contents of a `.onnx` file.
+        model: contents of a `.onnx` file.
 
     Raises:
-        ValueError: not a serialized ONNX model.
+        ValueError: the bytes are not a serialized ONNX model.
     """
     view = memoryview(model)
     if not any(number == _MODEL_GRAPH for number, _ in _fields(view)):
-        raise ValueError("no graph in it")
+        raise ValueError("it contains no graph")
     found = {
         location for entry in _entries(view, "ModelProto", 0) if (location := _location(entry))
     }
@@ -122,9 +124,9 @@ def external_locations(model: bytes) -> tuple[str, ...]:
 
 
 def _entries(message: memoryview, kind: str, depth: int) -> Iterator[memoryview]:
-    """The StringStringEntryProtos of all tensors' external_data in `message`."""
+    """The `external_data` entries (StringStringEntryProto) of all tensors in a message."""
     if depth > _DEEPEST:
-        raise ValueError(f"messages nested deeper than {_DEEPEST}")
+        raise ValueError(f"messages are nested deeper than {_DEEPEST}")
     children = _SUBMESSAGES[kind]
     for number, value in _fields(message):
         child = children.get(number)
@@ -137,28 +139,28 @@ def _entries(message: memoryview, kind: str, depth: int) -> Iterator[memoryview]
 
 
 def _location(entry: memoryview) -> str | None:
-    """The value of a (key, value) pair whose key is "location"; a field's last value counts."""
+    """The value of an entry with key "location", else None; of repeated fields the last counts."""
     pair = {1: b"", 2: b""}
     for number, value in _fields(entry):
         if number in pair:
             pair[number] = bytes(value)
-    # A location that is not UTF-8 stays visible, and equals no file name.
+    # Escaped, a location that is not UTF-8 can be shown, and matches no file name.
     return pair[2].decode("utf-8", "backslashreplace") if pair[1] == b"location" else None
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and contents of each length-delimited field; the other kinds are stepped over."""
+    """Number and contents of each length-delimited field; other wire types are skipped."""
     return ((n, value) for n, value in _all_fields(message) if isinstance(value, memoryview))
 
 
 def _all_fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """Number and contents of each length-delimited field and of each number."""
+    """Number and value of each length-delimited or varint field; fixed-size ones are skipped."""
     position, end = 0, len(message)
     while position < end:
         tag, position = _varint(message, position)
         number, wire = tag >> 3, tag & 7
         if not 0 < number < 1 << 29:
-            raise ValueError(f"field number {number} at byte {position}")
+            raise ValueError(f"invalid field number {number} at byte {position}")
         if wire == _VARINT:
             integer, position = _varint(message, position)
             yield number, integer
@@ -170,13 +172,13 @@ def _all_fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
                 yield number, message[position : position + size]
             position += size
         else:
-            raise ValueError(f"wire type {wire} at byte {position}")
+            raise ValueError(f"unknown wire type {wire} at byte {position}")
     if position > end:
         raise ValueError("the file ends inside a field")
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """A number and the position after it."""
+    """Decode a varint: its value, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(message):

@@ -1,10 +1,10 @@
-"""Machine code of a bundle's decode step for one kind of GPU, and the order of its launches.
+"""The decode kernels of a bundle for one compute capability: machine code and its launches.
 
     bundle/engines/cuda-sm90.kernels        JSON, written by neo-kernels
 
-The file knows nothing of GPT-Neo: it names places (in the weights, in the tensors of a step, in
-memory of its own), and a runtime launches what it lists. Like TensorRT's plans it lies outside of
-the bundle's digest and carries it.
+The file does not depend on GPT-Neo. It lists kernel launches, whose arguments are addresses in the
+weights, in the tensors of a step or in scratch memory. Like TensorRT's plans, it is not part of the
+bundle's digest but contains it.
 """
 
 from __future__ import annotations
@@ -41,20 +41,21 @@ _SUFFIX = ".kernels"
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """One of a grid's three sizes, of a batch of `rows` and caches of `length` positions.
+    """One of a grid's three dimensions, as a function of batch size and cache length.
 
-    `times`, by `rows` times that, by the pieces of `chunk` that min(length, most) has.
+    It is `times`, multiplied by the batch size if `per_row`, and by the number of chunks of `chunk`
+    positions in min(length, most) if `chunk` is not 0.
     """
 
     times: int = 1
     per_row: bool = False
     chunk: int = 0
-    """0: whatever the length."""
+    """Positions per chunk; 0: independent of the length."""
     most: int = 0
-    """0: no limit."""
+    """Most positions that count; 0: no limit."""
 
     def of(self, rows: int, length: int) -> int:
-        """The size."""
+        """The dimension for a batch of `rows` and cache buffers of `length` positions."""
         size = self.times * (rows if self.per_row else 1)
         if self.chunk:
             size *= -(-min(length, self.most or length) // self.chunk)
@@ -63,42 +64,43 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True)
 class Argument:
-    """What a kernel is given: an address, or a number of 32 bits."""
+    """One argument of a kernel: an address or a 32-bit number."""
 
     kind: Literal["weights", "memory", "tensor", "rows", "length", "none"]
-    """In `weights.bin`, in the kernels' own memory, of a tensor of the decode graph; the batch; the
-    positions of the cache's buffers; nowhere."""
+    """Addresses: in `weights.bin`, in the kernels' scratch memory, of a tensor of the decode graph.
+    Numbers: the batch size, the positions of the cache's buffers. "none" is 0."""
     offset: int = 0
-    """Bytes, of "weights" and "memory"."""
+    """Bytes to add for "weights" and "memory"."""
     name: str = ""
-    """Of "tensor"."""
+    """The tensor's name for "tensor"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One compiled program."""
+    """One compiled kernel."""
 
     name: str
-    """Of its entry in the image."""
+    """Name of the kernel in the binary."""
     program: str
+    """Name of the source program."""
     constants: dict[str, int | float | bool | str]
-    """What the program was compiled for."""
+    """Compile-time constants of the program."""
     types: tuple[str, ...]
-    """Of its arguments, as the compiler calls them: "*fp16", "i32"."""
+    """Types of its arguments in the compiler's notation: "*fp16", "i32"."""
     image: str
-    """A CUDA binary, base64."""
+    """CUDA binary in base64."""
     sha256: str
-    """Of the binary."""
+    """Checksum (hex) of the binary."""
     threads: int
-    """In a block."""
+    """Threads per block."""
     shared_bytes: int
-    """Of shared memory for a block."""
+    """Dynamic shared memory per block."""
 
     def binary(self) -> bytes:
-        """The image.
+        """The CUDA binary.
 
         Raises:
-            EngineError: it is not what was written.
+            EngineError: it does not match its checksum.
         """
         try:
             data = base64.b64decode(self.image, validate=True)
@@ -106,7 +108,7 @@ class Kernel:
             data = b""
         if hashlib.sha256(data).hexdigest() != self.sha256:
             raise EngineError(
-                f"the kernel {self.name} differs from its checksum; build the kernels again with "
+                f"the kernel {self.name} does not match its checksum; build the kernels again with "
                 "neo-kernels"
             )
         return data
@@ -114,7 +116,7 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One kernel of a step."""
+    """One kernel launch of a step."""
 
     kernel: int
     """Index in `StepKernels.kernels`."""
@@ -124,58 +126,59 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one decode step launches, in order."""
+    """The launches of one decode step, in order."""
 
     max_rows: int
-    """Sequences of the batch, at most."""
+    """Largest batch size."""
     launches: tuple[Launch, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepKernels:
-    """See the module."""
+    """The contents of a `.kernels` file."""
 
     bundle_digest: str
     """`Manifest.digest` of the bundle that it was built from."""
     compute_capability: str
-    """Of the GPUs that it runs on, such as "9.0"."""
+    """Compute capability of the GPUs that it runs on, such as "9.0"."""
     compiler: str
+    """Name and version of the compiler."""
     memory_bytes: int
-    """Of the kernels' own, zeros before the first step."""
+    """Bytes of scratch memory, which must be zero before the first step."""
     overlap: bool
-    """Whether a launch may begin before the one before it has ended (programmatic dependent
-    launch): the kernels wait by themselves."""
+    """Whether a launch may start before the previous one has ended (programmatic dependent
+    launch); the kernels then wait for it themselves."""
     kernels: tuple[Kernel, ...]
     steps: tuple[Step, ...]
-    """By `max_rows`."""
+    """In ascending order of `max_rows`."""
     schema_version: int = _SCHEMA_VERSION
 
     def step_for(self, rows: int) -> Step | None:
-        """The step for a batch, or None where it is too large."""
+        """The step for a batch size; None if it is too large."""
         return next((step for step in self.steps if rows <= step.max_rows), None)
 
     def to_json(self) -> str:
-        """JSON text with sorted keys and a newline at its end."""
+        """JSON text with sorted keys and a final newline."""
         return json.dumps(asdict(self), sort_keys=True) + "\n"
 
 
 def kernels_path(bundle: Path, compute_capability: str) -> Path:
-    """Where the kernels for GPUs of a compute capability ("9.0") lie."""
+    """Path of a bundle's kernels for a compute capability, such as "9.0"."""
     number = compute_capability.replace(".", "")
     return bundle / ENGINES_FOLDER / f"cuda-sm{number}{_SUFFIX}"
 
 
 def find_kernels(bundle: Path) -> list[Path]:
-    """The files of a bundle, by name."""
+    """Paths of all `.kernels` files of a bundle, sorted by name."""
     return sorted((bundle / ENGINES_FOLDER).glob(f"*{_SUFFIX}"))
 
 
 def read_kernels(path: Path) -> StepKernels:
-    """Read a file, strictly.
+    """Read and validate a `.kernels` file; checksums of the kernels are not checked here.
 
     Raises:
-        EngineError: it cannot be read, or is not what `neo-kernels` writes.
-        BundleUnsupportedError: it has another schema version.
+        EngineError: the file cannot be read, or is not valid.
+        BundleUnsupportedError: the file has another schema version.
     """
     again = "build the kernels again with neo-kernels"
     try:
@@ -201,8 +204,8 @@ def _check_indices(found: StepKernels, path: Path) -> None:
         for launch in step.launches:
             if not 0 <= launch.kernel < len(found.kernels):
                 raise EngineError(
-                    f"{path} launches kernel {launch.kernel} of {len(found.kernels)}; build the "
-                    "kernels again with neo-kernels"
+                    f"{path} launches kernel {launch.kernel}, but contains {len(found.kernels)}, "
+                    "numbered from 0; build the kernels again with neo-kernels"
                 )
             if len(launch.arguments) != len(found.kernels[launch.kernel].types):
                 raise EngineError(

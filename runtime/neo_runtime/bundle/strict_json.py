@@ -1,4 +1,4 @@
-"""JSON of a bundle, parsed strictly: nothing is missing, unknown or of another type."""
+"""Parse a bundle's JSON strictly: missing and unknown fields and wrong types are errors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ __all__ = ["parse_object", "parse_strictly"]
 
 
 def parse_object(text: str | bytes, source: object) -> dict[str, Any]:
-    """A JSON file of a bundle, which must hold one object.
+    """Parse JSON that must contain one object.
+
+    Args:
+        text: JSON text.
+        source: name of its file, for errors.
 
     Raises:
-        BundleDamagedError: it does not.
+        BundleDamagedError: the text is not JSON, or not an object.
     """
     try:
         raw = parse_json(text)
@@ -25,12 +29,24 @@ def parse_object(text: str | bytes, source: object) -> dict[str, Any]:
             f"{source} is not valid JSON ({error}); export the bundle again"
         ) from error
     if not isinstance(raw, dict):
-        raise BundleDamagedError(f"{source} holds no JSON object; export the bundle again")
+        raise BundleDamagedError(
+            f"{source} contains {type(raw).__name__}, expected a JSON object; export the bundle "
+            "again"
+        )
     return raw
 
 
 def parse_strictly(kind: Any, raw: Any, where: str) -> Any:
-    """Turn JSON into `kind` (a dataclass, tuple, dict, Literal, union or plain type), strictly."""
+    """Convert a parsed JSON value to a type.
+
+    Args:
+        kind: a dataclass, tuple, dict, Literal, union or plain type.
+        raw: the parsed value; an int is accepted for float.
+        where: the value's place, for errors.
+
+    Raises:
+        BundleDamagedError: a field is missing or unknown, or a value has the wrong type.
+    """
     origin = get_origin(kind)
     if is_dataclass(kind):
         return _parse_dataclass(kind, raw, where)

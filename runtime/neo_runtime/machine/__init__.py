@@ -1,1 +1,1 @@
-"""What this machine has: processors, a GPU, installed packages."""
+"""Properties of this machine: processors, memory, GPUs and installed packages."""

@@ -1,4 +1,4 @@
-"""Linux control groups of this process: what containers and systemd limit."""
+"""Find the Linux control groups of this process, by which containers and systemd set limits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["control_groups"]
 
 
 def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
-    """Folders that may hold a limit, from the process's group up to where its tree is mounted.
+    """Folders that may contain a limit: from the process's group up to the mount point.
 
     Args:
-        controller: what is limited, "cpu" or "memory".
-        root: where /proc and the mounted groups are looked for; tests have a tree of their own.
+        controller: "cpu" or "memory".
+        root: the folder that contains /proc and the mounted groups; tests use another one.
     """
     places = _places(controller, root)
     for version, top, mount in _mounts(controller, root):
@@ -24,15 +24,15 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
             continue
         folder = root / mount.relative_to("/")
         place = PurePosixPath(places[version])
-        # A container sees a part of the tree, and may be told its place in the whole one.
+        # A container may see only a part of the tree, but its path in the whole tree.
         inside = place.relative_to(top) if place.is_relative_to(top) else PurePosixPath()
-        if ".." in inside.parts:  # outside what this namespace shows
+        if ".." in inside.parts:  # outside of this namespace
             inside = PurePosixPath()
         yield from (folder / part for part in (inside, *inside.parents))
 
 
 def _places(controller: str, root: Path) -> dict[int, str]:
-    """Version of control groups → the process's place in the tree that has the limit."""
+    """The process's paths in the control group trees, by version (1 or 2) of control groups."""
     found = {}
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
@@ -45,7 +45,7 @@ def _places(controller: str, root: Path) -> dict[int, str]:
 
 
 def _mounts(controller: str, root: Path) -> Iterator[tuple[int, PurePosixPath, PurePosixPath]]:
-    """Version, the part of the tree that is mounted, and where: see proc_pid_mountinfo(5)."""
+    """Version, root of the mounted part of the tree, and mount point: proc_pid_mountinfo(5)."""
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
         fields, (kind, *more) = before.split(), after.split() or [""]

@@ -1,4 +1,4 @@
-"""How many cores this process may compute on."""
+"""How many processors and physical cores this process may use."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _MOST_A_PROCESSOR = 16
 
 
 def chosen_threads(asked: int | None) -> int:
-    """Threads to compute on: those asked for, or one for each physical core.
+    """Number of compute threads: `asked`, or one per physical core if that is None.
 
     Raises:
-        RequestError: with this many, which wait for each other, a token would take minutes.
+        RequestError: more than 16 threads per processor: these wait for each other so much that a
+            token would take minutes.
     """
     if asked is None:
         return physical_cores()
@@ -27,11 +28,11 @@ def chosen_threads(asked: int | None) -> int:
     if asked > _MOST_A_PROCESSOR * processors:
         raise RequestError(
             f"threads is {asked}, but this process may use {processors} processors; expected at "
-            f"most {_MOST_A_PROCESSOR * processors}, best are {physical_cores()} (the default)"
+            f"most {_MOST_A_PROCESSOR * processors}, and {physical_cores()} (the default) is best"
         )
     if asked > processors:
         _LOG.warning(
-            "%d threads for %d processors wait for each other; best are %d (the default)",
+            "%d threads on %d processors wait for each other; use %d (the default)",
             asked,
             processors,
             physical_cores(),
@@ -40,7 +41,7 @@ def chosen_threads(asked: int | None) -> int:
 
 
 def usable_processors() -> int:
-    """Processors (hardware threads) that this process may run on: at least 1."""
+    """Number of processors (hardware threads) that this process may run on, at least 1."""
     if hasattr(os, "sched_getaffinity"):  # macOS and Windows have none
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -62,7 +63,7 @@ def physical_cores() -> int:
 
 
 def _siblings(processor: int) -> str:
-    """A name that all hardware threads of one core share."""
+    """An identifier shared by all hardware threads of a core."""
     path = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
     try:
         return path.read_text()

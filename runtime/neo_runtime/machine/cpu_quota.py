@@ -1,4 +1,4 @@
-"""How many processors Linux control groups grant this process: containers, systemd's CPUQuota=."""
+"""The CPU quota of this process by Linux control groups (containers, systemd's CPUQuota=)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["cpu_quota"]
 
 
 def cpu_quota(root: Path = Path("/")) -> int | None:
-    """The least quota of the process's group and of those around it, rounded up: at least 1.
+    """The smallest quota of the process's control group and its parents.
 
     Args:
-        root: where /proc and the mounted groups are looked for; tests have a tree of their own.
+        root: the folder that contains /proc and the mounted groups; tests use another one.
 
     Returns:
-        None without a limit, and where the system says nothing.
+        Processors, rounded up, at least 1; None if there is no limit or it is unknown.
     """
     limits = [
         limit for group in control_groups("cpu", root) if (limit := _limit(group)) is not None
@@ -25,7 +25,7 @@ def cpu_quota(root: Path = Path("/")) -> int | None:
 
 
 def _limit(group: Path) -> int | None:
-    """Processors that one group grants, rounded up."""
+    """The quota of one group in processors, rounded up; None if there is no limit."""
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text().split()

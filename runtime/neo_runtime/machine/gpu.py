@@ -1,4 +1,4 @@
-"""Whether a GPU can be used here, and if not, why and what to do."""
+"""Check whether a GPU can be used; errors say why not and what to do."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = [
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 _NO_DRIVER = (
-    "there is no NVIDIA driver on this machine, or its library is not where the system looks for "
-    "libraries (in a container: it is not passed in); install it, or start the container with "
+    "there is no NVIDIA driver on this machine, or its library is not in the library search path "
+    "(a container may not pass it through); install the driver, or start the container with "
     "--gpus all"
 )
 _PRELOADING = threading.Lock()
@@ -38,22 +38,23 @@ _DRIVER_LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """One GPU, as the driver describes it."""
+    """The properties of a GPU that the driver reports."""
 
     index: int
     name: str
     compute_capability: str
     """Such as "9.0"."""
     memory_bytes: int
+    """Total memory."""
     driver_cuda: tuple[int, int]
-    """The newest CUDA that the driver runs: major, minor."""
+    """The newest CUDA version that the driver supports: major, minor."""
 
 
 def cuda_runtime() -> ModuleType:
     """The module `cuda.bindings.runtime`.
 
     Raises:
-        DependencyError: it is not installed.
+        DependencyError: cuda-bindings is missing, or cannot be loaded.
     """
     try:
         return importlib.import_module("cuda.bindings.runtime")
@@ -65,7 +66,7 @@ def cuda_runtime() -> ModuleType:
 
 
 def cuda_driver() -> ModuleType:
-    """The module `cuda.bindings.driver`, of the same package as `cuda_runtime`."""
+    """The module `cuda.bindings.driver`; raises as `cuda_runtime`."""
     cuda_runtime()
     return importlib.import_module("cuda.bindings.driver")
 
@@ -75,7 +76,7 @@ def _beside_the_wheel_for_cpus() -> str:
         importlib.metadata.version("onnxruntime")
     except importlib.metadata.PackageNotFoundError:
         return ""
-    return "; for [gpu] pip uninstall onnxruntime first, the two wheels overwrite each other"
+    return "; for [gpu], pip uninstall onnxruntime first: the two wheels overwrite each other"
 
 
 def _has_driver() -> bool:
@@ -87,16 +88,16 @@ def _has_driver() -> bool:
 
 
 def require_gpu(index: int = 0) -> GpuFacts:
-    """The GPU of this index.
+    """The properties of the GPU with this CUDA device index.
 
     Raises:
         DependencyError: cuda-bindings is missing.
-        DeviceError: no driver, too old a driver, no GPU, or none of this index; with the remedy.
+        DeviceError: there is no driver, it is too old, there is no GPU, or none with this index.
     """
     try:
         cuda: Any = cuda_runtime()
     except DependencyError:
-        if not _has_driver():  # then packages would help nobody
+        if not _has_driver():  # then installing packages would not help
             raise DeviceError(_NO_DRIVER) from None
         raise
     driver = _version(cuda.cudaDriverGetVersion())
@@ -107,7 +108,7 @@ def require_gpu(index: int = 0) -> GpuFacts:
     if name == "cudaErrorInsufficientDriver":
         needed = _version(cuda.cudaRuntimeGetVersion())
         raise DeviceError(
-            f"the NVIDIA driver runs CUDA up to {_text(driver)}, and cuda-bindings wants "
+            f"the NVIDIA driver supports CUDA up to {_text(driver)}, but cuda-bindings needs "
             f"{_text(needed)}; update the driver"
         )
     if int(code) != 0 or not count:
@@ -117,12 +118,15 @@ def require_gpu(index: int = 0) -> GpuFacts:
         raise DeviceError(f"the driver shows no usable NVIDIA GPU{hint}{reason}; check nvidia-smi")
     if not 0 <= index < count:
         raise DeviceError(
-            f"device {index} was asked for, but there are {count} (0 to {count - 1}); choose one "
-            "of them"
+            f"device is {index}, but this machine has {count} GPUs, expected 0 to {count - 1}; "
+            "choose one of them"
         )
     code, properties = cuda.cudaGetDeviceProperties(index)
     if int(code) != 0:
-        raise DeviceError(f"device {index} cannot be read: {getattr(code, 'name', code)}")
+        raise DeviceError(
+            f"the properties of device {index} cannot be read ({getattr(code, 'name', code)}); "
+            "check nvidia-smi"
+        )
     name = properties.name
     return GpuFacts(
         index=index,
@@ -134,32 +138,33 @@ def require_gpu(index: int = 0) -> GpuFacts:
 
 
 def require_cuda_provider(gpu: GpuFacts) -> ModuleType:
-    """An onnxruntime that has the CUDA provider, for a driver that runs its CUDA.
+    """The module `onnxruntime`, checked to have a CUDA provider that the driver supports.
 
     Raises:
-        DependencyError: the wheel for CPUs, both wheels, or none is installed.
-        DeviceError: the driver is too old for the wheel.
+        DependencyError: onnxruntime-gpu is not installed, or another wheel is installed too.
+        DeviceError: the driver is too old for its CUDA version.
     """
     ort = require_onnxruntime()
     if CUDA_PROVIDER not in ort.get_available_providers():
         raise DependencyError(
-            f"this onnxruntime ({ort.__version__}) is built without CUDA; replace it: "
+            f"the installed onnxruntime ({ort.__version__}) is built without CUDA; replace it: "
             "pip uninstall onnxruntime, then pip install 'neo-onnx[gpu]'"
         )
     built = str(getattr(ort, "cuda_version", "") or "")
     if built and version_numbers(built)[0] > gpu.driver_cuda[0]:
         raise DeviceError(
-            f"onnxruntime {ort.__version__} is built for CUDA {built}, the driver runs CUDA up to "
-            f"{_text(gpu.driver_cuda)}; update the driver"
+            f"onnxruntime {ort.__version__} is built for CUDA {built}, but the driver supports "
+            f"CUDA up to {_text(gpu.driver_cuda)}; update the driver"
         )
     _preload(ort)
     return ort
 
 
 def _preload(ort: ModuleType) -> None:
-    """Let onnxruntime find CUDA's libraries in site-packages; once, as it prints what it lacks.
+    """Load CUDA's libraries from site-packages, once per process, without onnxruntime's output.
 
-    Printing is kept back for the whole process, so no two threads may do it at a time.
+    onnxruntime prints which libraries it cannot find. Redirecting the output affects the whole
+    process, so only one thread may do it at a time.
     """
     import contextlib
     import io
@@ -176,7 +181,7 @@ def _preload(ort: ModuleType) -> None:
 
 
 def _version(result: tuple[Any, int]) -> tuple[int, int]:
-    """CUDA's way to write versions: 13050 is 13.5."""
+    """Major and minor of a CUDA version number (13050 is 13.5); (0, 0) if the call failed."""
     code, number = result
     return (number // 1000, number % 1000 // 10) if int(code) == 0 else (0, 0)
 

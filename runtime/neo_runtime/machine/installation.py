@@ -1,4 +1,4 @@
-"""Which onnxruntime is installed, and whether it can be used."""
+"""Find out which onnxruntime is installed, and whether it can be used."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _DISTRIBUTIONS = (
     "onnxruntime-qnn",
     "onnxruntime-rocm",
 )
-"""Wheels that all install the same package, `onnxruntime`."""
+"""Distributions that all install the same package, `onnxruntime`."""
 _GPU_FORM = {"cpu": "gpu", "bench": "bench-gpu", "diff": "diff-gpu"}
-"""Extras of neo-onnx that bring onnxruntime → those that bring onnxruntime-gpu in its place."""
+"""Extras of neo-onnx that install onnxruntime → those that install onnxruntime-gpu instead."""
 _GPU_EXTRAS = (*_GPU_FORM.values(), "gpu-check")
 
 
 def require_onnxruntime() -> ModuleType:
-    """Import onnxruntime.
+    """Import onnxruntime, with its telemetry turned off unless the environment says otherwise.
 
     Raises:
-        DependencyError: it is missing, cannot be loaded, or two of its wheels are installed and
-            have overwritten each other's files.
+        DependencyError: onnxruntime is missing or cannot be loaded, or several of its wheels are
+            installed, which overwrite each other's files.
     """
     found = _installed()
     if len(found) > 1:
@@ -47,8 +47,8 @@ def require_onnxruntime() -> ModuleType:
             f"(pip install 'neo-onnx[{extra}]')"
         )
     repair = f"pip install --force-reinstall {found[0] if found else 'onnxruntime'}"
-    # The official wheels report usage, and make an identity for it in the home folder, unless
-    # this is set before the import; a library that serves private text must not.
+    # Unless this is set before the import, the official wheels report usage and create an
+    # identifier for it in the home folder, which a library for private text must not do.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         module = importlib.import_module("onnxruntime")
@@ -61,20 +61,20 @@ def require_onnxruntime() -> ModuleType:
         raise DependencyError(
             f"onnxruntime is installed but cannot be loaded ({error}); reinstall it: {repair}"
         ) from error
-    if not hasattr(module, "InferenceSession"):  # What pip leaves when one of two wheels goes.
+    if not hasattr(module, "InferenceSession"):  # pip leaves this when it removes one of two wheels
         raise DependencyError(
-            "the folder onnxruntime in site-packages is incomplete, as it is after one of two of "
-            f"its wheels was removed; install it again: {repair}"
+            "the folder onnxruntime in site-packages is incomplete, as after removing one of two "
+            f"of its wheels; install it again: {repair}"
         )
     return module
 
 
 def install_command(extras: str) -> str:
-    """What to type for extras of neo-onnx, without a second onnxruntime beside the one there is.
+    """The shell command that installs extras of neo-onnx, without a second onnxruntime wheel.
 
     Args:
-        extras: with commas. Where onnxruntime-gpu is installed, the forms for GPUs take the place
-            of those that bring the wheel for CPUs.
+        extras: names separated by commas. If onnxruntime-gpu is installed, extras that install the
+            CPU wheel are replaced by their GPU variants.
     """
     installed, names = _installed(), extras.split(",")
     if "onnxruntime-gpu" in installed:
@@ -87,15 +87,15 @@ def install_command(extras: str) -> str:
 
 
 def onnxruntime_is_installed() -> bool:
-    """Whether any wheel of it is there, usable or not."""
+    """Whether any onnxruntime is installed, usable or not."""
     return bool(_installed()) or importlib.util.find_spec("onnxruntime") is not None
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
-    """The numbers that a version starts with, without zeros at the end: "1.23.0rc1" → (1, 23).
+    """The leading numbers of a version, without trailing zeros: "1.23.0rc1" → (1, 23).
 
     Raises:
-        ValueError: it starts with no number.
+        ValueError: `version` does not start with a number.
     """
     match = re.match(r"\d+(?:\.\d+)*", version)
     if match is None:

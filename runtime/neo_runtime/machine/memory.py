@@ -1,4 +1,4 @@
-"""How much more memory this process may have: of the machine, and of its control groups."""
+"""How much more memory this process can use, by the machine and its control groups."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from neo_runtime.machine.control_groups import control_groups
 __all__ = ["available_memory"]
 
 _ENDLESS = 2**60
-"""Version 1 of control groups says so by a number from here on."""
+"""Limits from this number on mean "no limit" in version 1 of control groups."""
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that may still be taken, what caches of files hold included.
+    """Bytes of memory that this process can still use, including reclaimable page cache.
 
-    The least of what the machine has (MemAvailable) and of what is left in the process's control
-    group and in those around it: what is beyond ends a container.
+    This is the minimum of the machine's MemAvailable and of what is left in the process's control
+    group and its parents; a container that exceeds its limit is killed.
 
     Args:
-        root: where /proc and the mounted groups are looked for; tests have a tree of their own.
+        root: the folder that contains /proc and the mounted groups; tests use another one.
 
     Returns:
-        None where the system says nothing.
+        None if it is unknown.
     """
     left = [_of_group(group) for group in control_groups("memory", root)]
     left.append(_of_machine(root))
@@ -35,7 +35,7 @@ def _of_machine(root: Path) -> int | None:
 
 
 def _of_group(group: Path) -> int | None:
-    """What a group may still take; None without a limit."""
+    """Bytes left in one group; None if it has no limit."""
     statistics = _fields(group / "memory.stat")
     for limit, used, files in (
         ("memory.max", "memory.current", "file"),
@@ -48,7 +48,7 @@ def _of_group(group: Path) -> int | None:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Lines that begin with a name and a number."""
+    """The numbers in a file whose lines begin with a name and a number, by name."""
     found = {}
     try:
         for line in path.read_text().splitlines():
@@ -61,7 +61,7 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def _number(path: Path) -> int | None:
-    """None for `max`, and where there is no such file."""
+    """The number in a file; None for "max" or if it cannot be read."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):

@@ -1,1 +1,1 @@
-"""Text and token ids."""
+"""Prompts, documents and the tokenizer: text to token ids and back."""

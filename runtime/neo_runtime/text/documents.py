@@ -1,4 +1,4 @@
-"""Text that a user gives in a file: documents, and JSON lines of them."""
+"""Read documents from text files and JSON Lines files."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ if TYPE_CHECKING:
 __all__ = ["document_ids", "json_lines", "read_documents", "value_of"]
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json")
-"""Of files with a document a line."""
+"""Suffixes of files with one JSON document per line."""
 _KEYS = ("text", "prompt", "content")
 _CHARACTERS = 16
-"""Most characters of a plain text that are read for each token that is wanted."""
+"""Characters of a plain text file that are read for each requested token."""
 
 
 def read_documents(file: TextIO, name: str, tokens: int) -> Iterator[str]:
-    """Documents of a file, read as far as they are asked for.
+    """Yield the documents of a file, reading it lazily.
 
-    A file named `.jsonl`, `.ndjson` or `.json` has one on each line: a string, or an object with
+    A `.jsonl`, `.ndjson` or `.json` file has one document per line: a string, or an object with
     "text", "prompt" or "content". Any other file is one document.
 
     Args:
-        file: open as "utf-8-sig", which passes over a byte order mark.
-        name: the file's, which also goes into errors.
-        tokens: how many will be used at most: no more of a plain text is read than surely has them.
+        file: opened with encoding "utf-8-sig", which skips a byte order mark.
+        name: the file's name; its suffix selects the format, and errors contain it.
+        tokens: most tokens that will be used. Of a plain text file, only the first 16 characters
+            per token are read.
 
     Raises:
-        RequestError: it is not UTF-8, or a line holds no document.
-        OSError: it cannot be read.
+        RequestError: the file is not UTF-8, or a line does not contain a document.
+        OSError: the file cannot be read.
     """
     try:
         if Path(name).suffix.lower() not in _SUFFIXES:
@@ -48,19 +49,21 @@ def read_documents(file: TextIO, name: str, tokens: int) -> Iterator[str]:
             value = value_of(entry, _KEYS)
             if not isinstance(value, str):
                 raise RequestError(
-                    f"{name}, line {number} holds no document; expected a string, or an object "
-                    'with "text", "prompt" or "content"'
+                    f"{name}, line {number} does not contain a document; expected a string, or an "
+                    'object with "text", "prompt" or "content"'
                 )
             yield value
     except UnicodeDecodeError as error:
-        raise RequestError(f"{name} is not UTF-8 text ({error.reason}); convert it") from error
+        raise RequestError(
+            f"{name} is not UTF-8 text ({error.reason}); convert it to UTF-8"
+        ) from error
 
 
 def json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[int, object]]:
-    """The values of the lines that are not blank, each with its number from 1 on.
+    """Yield the line number (from 1) and the parsed value of each line that is not blank.
 
     Raises:
-        RequestError: a line is not JSON.
+        RequestError: a line is not valid JSON.
     """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -68,17 +71,20 @@ def json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[int, object]]:
         try:
             value = parse_json(line, parse_constant=_refuse)
         except ValueError as error:
-            raise RequestError(f"{name}, line {number} is not JSON ({error})") from error
+            raise RequestError(
+                f"{name}, line {number} is not valid JSON ({error}); expected one JSON value per "
+                "line"
+            ) from error
         yield number, value
 
 
 def _refuse(constant: str) -> None:
-    """Python's parser takes NaN and infinities, and JSON has none."""
-    raise ValueError(f"{constant} is no number of JSON")
+    """Reject NaN and infinities, which Python's parser accepts although JSON does not have them."""
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def value_of(entry: object, keys: tuple[str, ...]) -> object:
-    """The first of `keys` that an object has, None where it has none; anything else as it is."""
+    """The value of the first of `keys` that an object has, else None; other values unchanged."""
     if isinstance(entry, dict):
         return next((entry[key] for key in keys if key in entry), None)
     return entry
@@ -87,12 +93,12 @@ def value_of(entry: object, keys: tuple[str, ...]) -> object:
 def document_ids(
     documents: Iterable[str], tokenizer: Tokenizer, model: ModelSpec, tokens: int
 ) -> list[int]:
-    """The first `tokens` token ids of documents, joined by the end-of-text token.
+    """The first `tokens` token ids of some documents, separated by the end-of-text token.
 
-    Special tokens that the tokenizer would add are left out: they mark where a prompt begins.
+    Special tokens that the tokenizer adds to a prompt are left out.
 
     Raises:
-        RequestError: the model has no token of such an id.
+        RequestError: the tokenizer returns an id outside of the model's vocabulary.
     """
     ids: list[int] = []
     for document in documents:
@@ -102,7 +108,7 @@ def document_ids(
             break
     if max(ids, default=0) >= model.vocab_size:
         raise RequestError(
-            f"the tokenizer gives the token id {max(ids)}, but the model has {model.vocab_size} "
-            "tokens; is the tokenizer another model's?"
+            f"the tokenizer returned token id {max(ids)}, but the model has {model.vocab_size} "
+            "tokens; use the tokenizer of this model"
         )
     return ids[:tokens]

@@ -1,4 +1,4 @@
-"""From a caller's prompt to token ids for the graphs."""
+"""Check a caller's prompts, and convert them to token ids."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ T = TypeVar("T")
 
 
 def as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-    """The prompts, and whether it was a single one: text, or a flat row of ids.
+    """One or several prompts as a list, and whether it was a single one (text or token ids).
 
     Raises:
-        RequestError: it is neither.
+        RequestError: `prompt` is not text, token ids, or a list of these.
     """
     given: Any = prompt
     if isinstance(given, str):
@@ -56,13 +56,13 @@ def _is_number(item: Any) -> bool:
 
 
 def has_parts(item: Any) -> bool:
-    """Whether it has a length, as an array without dimensions has not."""
+    """Whether a value has a length: unlike numbers and zero-dimensional arrays."""
     return hasattr(item, "__len__") and getattr(item, "ndim", 1) > 0
 
 
 @contextmanager
 def named_prompt(index: int, count: int) -> Iterator[None]:
-    """With several prompts, let errors name the prompt by its index."""
+    """A context manager that prefixes errors with the prompt's index, if there are several."""
     try:
         yield
     except RequestError as error:
@@ -72,7 +72,7 @@ def named_prompt(index: int, count: int) -> Iterator[None]:
 
 
 def of_each(prompts: Sequence[Any], work: Callable[[Any], T]) -> list[T]:
-    """`work` applied to each prompt; errors name the prompt."""
+    """The results of `work` for each prompt; errors name the prompt, see `named_prompt`."""
     found = []
     for index, prompt in enumerate(prompts):
         with named_prompt(index, len(prompts)):
@@ -81,10 +81,10 @@ def of_each(prompts: Sequence[Any], work: Callable[[Any], T]) -> list[T]:
 
 
 def prompt_ids(prompt: Prompt, vocab_size: int, tokenizer: Tokenizer | None) -> NDArray[np.int64]:
-    """Token ids of a prompt, text or ids: int64 [n], n at least 1.
+    """The token ids of a prompt: int64 [n], n at least 1.
 
     Raises:
-        RequestError: text without a tokenizer; or see `token_array`.
+        RequestError: `prompt` is text, but there is no tokenizer; or see `token_array`.
     """
     if not isinstance(prompt, str):
         return token_array(prompt, vocab_size)
@@ -94,10 +94,11 @@ def prompt_ids(prompt: Prompt, vocab_size: int, tokenizer: Tokenizer | None) -> 
 
 
 def token_array(ids: Sequence[int] | NDArray[Any], vocab_size: int) -> NDArray[np.int64]:
-    """Token ids, checked: int64 [n], n at least 1.
+    """Check token ids, and convert them to an array: int64 [n], n at least 1.
 
     Raises:
-        RequestError: no tokens, no integers, or ids that the model does not have.
+        RequestError: there are no tokens, they are not a flat sequence of integers, or an id is
+            outside of the vocabulary.
     """
     given: Any = ids
     if isinstance(given, str):
@@ -110,14 +111,14 @@ def token_array(ids: Sequence[int] | NDArray[Any], vocab_size: int) -> NDArray[n
         raise RequestError("the prompt is empty; give at least one token")
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise RequestError(
-            f"token ids of type {found.dtype} and shape {list(found.shape)}, expected a flat "
+            f"token ids have type {found.dtype} and shape {list(found.shape)}, expected a flat "
             "sequence of integers"
         )
     if found.min() < 0 or found.max() >= vocab_size:
         place = int(np.flatnonzero((found < 0) | (found >= vocab_size))[0])
         raise RequestError(
-            f"token id {found[place]} at place {place} is out of range; the model has "
-            f"{vocab_size} tokens (0 to {vocab_size - 1})"
+            f"token id {found[place]} at index {place} is out of range, expected 0 to "
+            f"{vocab_size - 1}: the model has {vocab_size} tokens"
         )
     return found.astype(np.int64, copy=False)
 
@@ -125,10 +126,15 @@ def token_array(ids: Sequence[int] | NDArray[Any], vocab_size: int) -> NDArray[n
 def with_bad_words(
     options: GenerationOptions, words: Sequence[str], tokenizer: Tokenizer | None
 ) -> GenerationOptions:
-    """Add words to `bad_words_ids`: as they are, and after a space, as inside a text.
+    """Add words to `bad_words_ids`, each with and without a space before it.
+
+    Args:
+        options: the options to extend.
+        words: one word, several, or None.
+        tokenizer: the bundle's tokenizer; None if it has none.
 
     Raises:
-        RequestError: words without a tokenizer, an empty word, or something that is no word.
+        RequestError: there is no tokenizer, or `words` contains an empty word or a non-string.
     """
     found = _words(words)
     if not found:
@@ -136,14 +142,14 @@ def with_bad_words(
     if tokenizer is None:
         raise RequestError("the bundle has no tokenizer; give bad_words_ids instead of bad_words")
     if not all(word.strip() for word in found):
-        raise RequestError("bad_words holds an empty word; remove it")
+        raise RequestError("bad_words contains an empty word; remove it")
     forms = [form for word in found for form in (word.strip(), " " + word.strip())]
     ids = [tokenizer.encode(form, add_special_tokens=False) for form in forms]
     return options.merged(bad_words_ids=(*options.bad_words_ids, *map(tuple, ids)))
 
 
 def _words(given: Any) -> list[str]:
-    """One word, several, or None for none, as a request's JSON may hold them."""
+    """Check a value of `bad_words` (None, a string or an iterable of strings); return a list."""
     if given is None:
         return []
     if isinstance(given, str):
@@ -152,5 +158,7 @@ def _words(given: Any) -> list[str]:
     if hasattr(given, "__iter__") and not isinstance(given, bytes | dict):
         words = list(given)
     if words is None or not all(isinstance(word, str) for word in words):
-        raise RequestError(f"bad_words is {given!r}, expected words; see bad_words_ids for tokens")
+        raise RequestError(
+            f"bad_words is {given!r}, expected strings; use bad_words_ids for token ids"
+        )
     return words

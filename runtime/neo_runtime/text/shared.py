@@ -1,4 +1,4 @@
-"""How much two texts have in common."""
+"""The length of the common prefix of two token sequences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["shared_length"]
 def shared_length(
     one: Sequence[int] | NDArray[np.int64], other: Sequence[int] | NDArray[np.int64]
 ) -> int:
-    """Token ids at the beginning that are the same in both."""
+    """Number of leading token ids that are equal in both sequences."""
     most = min(len(one), len(other))
     differs = np.flatnonzero(np.asarray(one[:most]) != np.asarray(other[:most]))
     return int(differs[0]) if differs.size else most

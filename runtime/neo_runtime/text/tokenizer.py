@@ -1,4 +1,4 @@
-"""Text to token ids and back: a thin wrapper over the `tokenizers` package."""
+"""A bundle's tokenizer: a thin wrapper around the `tokenizers` package."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ __all__ = ["Tokenizer"]
 
 
 class Tokenizer:
-    """The tokenizer of a bundle (its `tokenizer.json`). Several threads may use it at once."""
+    """The tokenizer of a bundle (its `tokenizer.json`). Thread-safe."""
 
     def __init__(self, source: Path | bytes) -> None:
-        """Load a `tokenizer.json`: a file, or its contents.
+        """Load a `tokenizer.json`.
+
+        Args:
+            source: path of the file, or its contents.
 
         Raises:
             DependencyError: the package `tokenizers` is missing, or cannot be loaded.
-            BundleDamagedError: the file cannot be read as a tokenizer.
+            BundleDamagedError: the file is not a valid tokenizer.
         """
         try:
             import tokenizers
@@ -41,18 +44,18 @@ class Tokenizer:
                 f"{name} is not a tokenizer that tokenizers {tokenizers.__version__} can read "
                 f"({error}); export the bundle again"
             ) from error
-        # Settings of the training run that a file may hold; they must not truncate a prompt.
+        # The file may contain truncation and padding settings of its training run.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the tokenizer knows, added ones included."""
+        """Number of tokens in the vocabulary, added ones included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     @property
     def json(self) -> str:
-        """The whole tokenizer, as `tokenizer.json` has it."""
+        """The tokenizer in the JSON format of `tokenizer.json`."""
         return str(self._tokenizer.to_str())
 
     @cached_property
@@ -61,10 +64,14 @@ class Tokenizer:
         return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the special tokens that the file itself adds, if any.
+        """The token ids of `text`.
+
+        Args:
+            text: any text.
+            add_special_tokens: add the special tokens that `tokenizer.json` defines for a text.
 
         Raises:
-            RequestError: `text` is not text, or holds an unpaired surrogate.
+            RequestError: `text` is not a string, or contains an unpaired surrogate.
         """
         try:
             found = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -74,15 +81,22 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`; invalid UTF-8 becomes U+FFFD.
+
+        Raises:
+            RequestError: a number is negative or too large for a token id.
+        """
         try:
             text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
-            raise RequestError(f"ids hold a number that is no token id: {error}") from error
+            raise RequestError(
+                f"ids contain a number that is not a token id ({error}); expected 0 to "
+                f"{self.vocab_size - 1}"
+            ) from error
         return text
 
     def token(self, token_id: int) -> str:
-        """Text of one token, special ones included; U+FFFD for a part of a character."""
+        """The text of one token, special tokens included; U+FFFD for a partial character."""
         return self.decode([token_id], skip_special_tokens=False)
 
 
@@ -90,7 +104,7 @@ def _why_not_imported(error: ImportError) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name == "tokenizers":
         return "the package tokenizers is missing; install it with: pip install tokenizers"
     return (
-        f"tokenizers is installed but cannot be loaded ({error}); give this process more memory "
-        "where its limit is low (ulimit -v), else reinstall it: "
+        f"tokenizers is installed but cannot be loaded ({error}); if this process has a memory "
+        "limit (ulimit -v), raise it, else reinstall the package: "
         "pip install --force-reinstall tokenizers"
     )

@@ -1,1 +1,1 @@
-"""TensorRT plans."""
+"""The TensorRT backend, which runs plans."""

@@ -1,11 +1,11 @@
-"""A TensorRT plan of the bundle: one engine, one copy of the weights, a context for each use.
+"""The TensorRT backend: one engine with one copy of the weights, and several execution contexts.
 
-    contexts of DECODE_PROFILE     one token a row; one for each cache, captured and replayed
+    contexts of DECODE_PROFILE     one token per row; one context per cache, captured and replayed
     context of PREFILL_PROFILE     chunks of prompts of all rows together, and scoring
 
-Keys and values are [batch, heads, max_length, head_dim]; past and present are one address, which
-is what the engine's aliased tensors ask for. `position_ids[:, 0]` says where a row's new tokens go,
-so rows of any lengths go through together, padded on the right.
+Keys and values are [batch, heads, max_length, head_dim]. Past and present have the same address, as
+the engine's aliased tensors require. `position_ids[:, 0]` says where a row's new tokens go, so rows
+of any lengths run together, padded on the right.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ __all__ = ["TensorRTBackend"]
 
 
 class TensorRTBackend(Backend):
-    """One call runs at a time: there is one stream."""
+    """Runs a TensorRT plan. Calls are serialized, because there is one stream."""
 
     def __init__(self, bundle: Bundle, device: Device, gpu: GpuFacts, platform: str) -> None:
         """Choose a plan by its record, and load it.
 
         Args:
-            bundle: an opened bundle of the target `tensorrt`.
-            device: where to run; `close` closes it, too.
-            gpu: what the device is.
+            bundle: an opened bundle exported for target `tensorrt`.
+            device: the device to run on; `close` also closes it.
+            gpu: the device's properties.
             platform: operating system and processor, such as "linux-x86_64".
 
         Raises:
-            EngineError: no plan fits, each with its reason, or the one that does is damaged.
+            EngineError: no plan fits this machine, or the one that does is damaged.
             DependencyError: TensorRT is not installed.
-            DeviceMemoryError: the plan's activations do not fit.
+            DeviceMemoryError: the plan's activations do not fit into device memory.
         """
         chosen = choose_plan(bundle, gpu, platform)
         self.manifest, self.device, self.lock = bundle.manifest, device, new_lock()
         self._leftovers = Leftovers(self.lock)
         self.record: EngineRecord = chosen.record
-        """Of the plan that runs."""
+        """The record of the loaded plan."""
         self.default_chunk = self.record.options.max_length
         self.default_batch = self.record.options.max_batch
         self.scored_at_once = min(self.default_chunk, self.record.options.max_logit_positions)
@@ -71,30 +71,36 @@ class TensorRTBackend(Backend):
         self._end = self._leftovers.at_end_of(self, everything)
 
     def queue_prefill(self, tensors: Tensors) -> None:
-        """Queue one chunk. The caller holds the lock."""
+        """Queue one prefill chunk. The caller holds the lock."""
         self.plan.check_open()
         self.plan.queue(self._prefill[0], tensors)
 
     def allocate(self, size: int) -> int:
-        """Device memory, for which idle caches make room. The caller holds the lock."""
+        """Allocate device memory, freeing idle caches if needed. The caller holds the lock."""
         return self._steps.with_room(partial(self.device.allocate, size))
 
     def cache_bytes(self, batch: int, length: int) -> int:
-        """See `Backend.cache_bytes`: a static cache is as long as the bundle allows."""
+        """See `Backend.cache_bytes`. A static cache always has the bundle's `max_length`."""
         return position_bytes(self.manifest) * batch * self.manifest.max_length
 
     def open_cache(self, batch: int, length: int) -> CacheStore:
-        """See `Backend.open_cache`."""
+        """See `Backend.open_cache`.
+
+        Raises:
+            CacheLimitError: the plan was built for smaller or larger batches.
+        """
         least, most = self.record.options.min_batch, self.record.options.max_batch
         if batch > most:
             raise CacheLimitError(
-                f"{batch} sequences at once, but the plan {self.record.file} was built for {most}; "
-                "lower batch_size, or build another one with neo-engine --max-batch"
+                f"the batch has {batch} sequences, but the plan {self.record.file} was built for "
+                f"at most {most}; lower batch_size, or build another plan with neo-engine "
+                "--max-batch"
             )
         if batch < least:
             raise CacheLimitError(
-                f"{batch} sequences at once, but the plan {self.record.file} takes {least} or "
-                "more; ask for more at once, or build another one with neo-engine --min-batch 1"
+                f"the batch has {batch} sequences, but the plan {self.record.file} was built for "
+                f"at least {least}; use larger batches, or build another plan with neo-engine "
+                "--min-batch 1"
             )
         return TensorRTStore(self, batch)
 
@@ -105,22 +111,23 @@ class TensorRTBackend(Backend):
         )
 
     def take_buffers(self, batch: int) -> StepBuffers:
-        """Buffers for a store, all zeros.
+        """Buffers for a store, set to zero.
 
         Raises:
-            DeviceMemoryError: the device has no room.
+            DeviceMemoryError: the device has too little free memory.
+            NeoError: the model is closed.
         """
         with self._leftovers.cleared():
             self.plan.check_open()
             return self._steps.take(batch)
 
     def give_back(self, buffers: StepBuffers) -> None:
-        """Take buffers from a store that is closed, or garbage."""
-        # Nothing of this backend: work that waits must not keep it from being garbage.
+        """Take back the buffers of a store that was closed or garbage-collected."""
+        # The queued work must not refer to this backend, or it would keep it alive.
         self._leftovers.leave(partial(self._steps.give, buffers))
 
     def close(self) -> None:
-        """See `Backend.close`. Caches that are open keep their memory until they are closed."""
+        """See `Backend.close`. Open caches keep their memory until they are closed."""
         if self._leftovers.is_abandoned:
             return
         with self.lock:
@@ -129,13 +136,13 @@ class TensorRTBackend(Backend):
             self._leftovers.clear()
             self._end.detach()
             _let_go(self.plan, self._prefill, self._steps, self.device)
-        self._leftovers.settle()  # of a cache that was closed meanwhile
+        self._leftovers.settle()  # a cache may have been closed meanwhile
 
 
 def _let_go(
     plan: LoadedPlan, prefill: list[Any], steps: IdlePool[StepBuffers], device: Device
 ) -> None:
-    """Give everything back but the buffers that stores have; nobody uses the device."""
+    """Release everything except buffers in use by stores. Nothing else may use the device."""
     for buffers in steps.items:
         buffers.release()
     prefill.clear()

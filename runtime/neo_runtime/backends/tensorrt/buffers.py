@@ -1,9 +1,9 @@
-"""The buffers of a batch for a TensorRT plan, and its decode step.
+"""The device buffers of a batch for a TensorRT plan, and its decode step.
 
-    cache     [batch, heads, max_length, head_dim] a tensor, zeros at first, past and present in one
+    cache     [batch, heads, max_length, head_dim] per tensor, zeros at first; past is also present
     step      input_ids, position_ids, logit_positions [batch, 1], logits [batch, 1, vocab]
 
-The step is queued once as it is, then captured as a CUDA graph over these addresses, and replayed.
+The first step runs directly; then it is captured as a CUDA graph over these addresses and replayed.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _LOG = logging.getLogger("neo_runtime")
 
 
 class StepBuffers:
-    """The buffers of a batch, a context of its own for the decode step, and its CUDA graph.
+    """The buffers of a batch, with an execution context and a CUDA graph for the decode step.
 
-    NVIDIA wants one context for each captured graph.
+    TensorRT requires a separate context for each captured graph.
     """
 
     def __init__(self, plan: LoadedPlan, device: Device, manifest: Manifest, batch: int) -> None:
-        """Allocate.
+        """Allocate the buffers.
 
         Raises:
-            DeviceMemoryError: the device has no room.
+            DeviceMemoryError: the device has too little free memory.
         """
         model, item = manifest.model, ITEM_SIZES[manifest.cache.dtype]
         shape = (batch, model.num_heads, manifest.max_length, model.head_dim)
@@ -69,26 +69,31 @@ class StepBuffers:
         self.step = {n: (a, s) for n, (a, _, s) in step.tensors(self._blocks[1]).items()}
 
     def clear(self) -> None:
-        """Queue: a slot that was never written is masked, and still multiplied by 0."""
+        """Queue setting all buffers to zero: masked values are still multiplied by 0."""
         for address, size in zip(self._blocks, self._sizes, strict=True):
             self._device.zero(address, size)
 
     def bound_cache(self) -> Tensors:
-        """Past and present of every layer."""
+        """Address and shape of the past and present tensors of all layers, by name."""
         bound = {}
         for name, tensor in self.cache.items():
             bound[f"past_key_values.{name}"] = bound[f"present.{name}"] = tensor
         return bound
 
     def run(self, lock: Lock) -> None:
-        """Queue the decode step. The caller holds the backend's lock, which this is."""
+        """Queue the decode step.
+
+        Args:
+            lock: the backend's lock, which the caller holds.
+        """
         if self._graph is not None:
             self._device.replay(self._graph)
             return
-        self._queue()  # once without: kernels are chosen and loaded
+        self._queue()  # the first run, not captured, chooses and loads kernels
         if self._may_capture:
             self._device.synchronize()
-            with alone(lock):  # garbage of another model, freed by this thread, would spoil it
+            # If the garbage collector frees another model in this thread, the capture fails.
+            with alone(lock):
                 self._may_capture = self._plan.can_capture(self._context) and self._capture()
 
     def _queue(self) -> None:
@@ -103,13 +108,13 @@ class StepBuffers:
         return True
 
     def release(self) -> None:
-        """Let go of all that is the engine's."""
+        """Release the CUDA graph and the execution context."""
         if self._graph is not None:
             self._device.discard(self._graph)
         self._graph = self._context = None
 
     def free(self) -> None:
-        """Give everything back."""
+        """See `Pooled`."""
         self.release()
         for address in self._blocks:
             self._device.free(address)

@@ -1,4 +1,4 @@
-"""What TensorRT says, kept so that it can be part of an error of ours: building and running."""
+"""Collect TensorRT's log messages, so that errors of this package can include them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 __all__ = ["logger_of", "messages_of"]
 
 _KEPT = 1000
-"""Messages: a service may run for years."""
+"""Most messages that are kept, so that a long-running server does not accumulate them."""
 
 
 @cache
 def logger_of(trt: Any) -> Any:
-    """The logger of this process for a module: TensorRT keeps the first that it is given.
+    """The logger for a module; one per process, because TensorRT keeps the first it is given.
 
     Args:
-        trt: the module `tensorrt`, or `tensorrt_rtx`.
+        trt: the module `tensorrt` or `tensorrt_rtx`.
     """
     worst, shown = trt.ILogger.Severity.ERROR, trt.ILogger.Severity.WARNING
 
     class Collector(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors and warnings, with whether they are only warnings."""
+        """Keeps errors and warnings as pairs (is a warning, message)."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -36,7 +36,7 @@ def logger_of(trt: Any) -> Any:
 
 
 def messages_of(trt: Any, *, warnings: bool = True) -> list[str]:
-    """What it has said since it was last asked, each once: errors, then warnings."""
+    """The messages logged since the last call, without duplicates: errors, then warnings."""
     kept = logger_of(trt).kept
     found = sorted(kept, key=lambda pair: pair[0])
     kept.clear()

@@ -1,6 +1,6 @@
-"""A TensorRT plan that is loaded: one engine, its contexts, one block for their activations.
+"""Choose a bundle's TensorRT plan, load it, and run its execution contexts.
 
-Works with the modules `tensorrt` and `tensorrt_rtx`: the one that the plan was built by.
+A plan runs with the module that it was built by, `tensorrt` or `tensorrt_rtx`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 __all__ = ["ChosenPlan", "LoadedPlan", "Tensors", "choose_plan", "installed_modules"]
 
 Tensors = dict[str, tuple[int, tuple[int, ...]]]
-"""Address and shape of inputs and outputs, by name."""
+"""Device address and shape of inputs and outputs, by name."""
 
 
 def installed_modules() -> dict[Flavour, ModuleType]:
-    """Of `tensorrt` and `tensorrt_rtx` those that can be imported.
+    """Those of the modules `tensorrt` and `tensorrt_rtx` that can be imported.
 
     Raises:
-        DependencyError: neither can.
+        DependencyError: neither can be imported.
     """
     found, reasons = {}, []
     for flavour in FLAVOURS:
@@ -58,15 +58,14 @@ def installed_modules() -> dict[Flavour, ModuleType]:
     if not found:
         raise DependencyError(
             f"TensorRT cannot be imported ({'; '.join(reasons)}); pip install "
-            "'neo-onnx[tensorrt]', or 'neo-onnx[tensorrt-rtx]' where the plan is for TensorRT for "
-            "RTX"
+            "'neo-onnx[tensorrt]', or 'neo-onnx[tensorrt-rtx]' if the plan is for TensorRT for RTX"
         )
     return found
 
 
 @dataclass(frozen=True)
 class ChosenPlan:
-    """The plan of a bundle that fits the machine, and the module that runs it."""
+    """A plan that fits this machine, and the module that runs it."""
 
     path: Path
     record: EngineRecord
@@ -74,15 +73,15 @@ class ChosenPlan:
 
 
 def choose_plan(bundle: Bundle, gpu: GpuFacts, platform: str) -> ChosenPlan:
-    """Choose by the records.
+    """Choose a bundle's plan by the records, without loading any plan.
 
     Args:
-        bundle: an opened bundle of the target `tensorrt`.
-        gpu: where the plan would run.
+        bundle: an opened bundle exported for target `tensorrt`.
+        gpu: the GPU to run on.
         platform: operating system and processor, such as "linux-x86_64".
 
     Raises:
-        EngineError: no plan fits, each with its reason.
+        EngineError: no plan fits (the message gives the reason for each), or a record is damaged.
         DependencyError: TensorRT is not installed.
     """
     records = read_records(bundle.path)
@@ -107,36 +106,36 @@ def choose_plan(bundle: Bundle, gpu: GpuFacts, platform: str) -> ChosenPlan:
 
 
 class LoadedPlan:
-    """See the module. Callers hold the device's lock."""
+    """A loaded engine, and the memory that its contexts share. Callers hold the device's lock."""
 
     def __init__(self, chosen: ChosenPlan, device: Device) -> None:
-        """Load the engine, and allocate what its contexts need for activations.
+        """Load the engine, and allocate the memory for its activations.
 
         Raises:
-            EngineError: the plan is damaged, or TensorRT refuses it.
-            DeviceMemoryError: the activations do not fit.
+            EngineError: the plan is damaged, or TensorRT rejects it.
+            DeviceMemoryError: the activations do not fit into device memory.
         """
         self._trt, self.record, self._device = chosen.module, chosen.record, device
         plan = chosen.path.read_bytes()
         if hashlib.sha256(plan).hexdigest() != self.record.sha256:
             raise EngineError(
-                f"{self.record.file} differs from its checksum; build it again with neo-engine"
+                f"{self.record.file} does not match its checksum; build it again with neo-engine"
             )
         device.select()
-        self._messages()  # of whatever ran before
+        self._messages()  # discard earlier ones
         self._runtime: Any = self._trt.Runtime(logger_of(self._trt))
         if self.record.options.version_compatible:
-            # Such a plan brings TensorRT's lean runtime as code; its checksum is the record's.
+            # Such a plan contains TensorRT's lean runtime as code; the checksum above covers it.
             self._runtime.engine_host_code_allowed = True
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(
-                f"TensorRT {self._trt.__version__} refuses {self.record.file}, although its record "
-                f"fits this machine ({self._messages()}); build it again with neo-engine"
+                f"TensorRT {self._trt.__version__} rejected {self.record.file}, although its "
+                f"record fits this machine ({self._messages()}); build it again with neo-engine"
             )
         self._check_aliases()
         self._memory_size = int(self._engine.device_memory_size_v2)
-        # One context runs at a time, so all of them share the memory for activations.
+        # Only one context runs at a time, so all share one block for activations.
         self._memory = device.allocate(self._memory_size)
 
     @property
@@ -145,22 +144,22 @@ class LoadedPlan:
         return self._engine is None
 
     def check_open(self) -> None:
-        """Refuse to work after `close`."""
+        """Raise NeoError after `close`."""
         if self.is_closed:
             raise NeoError("the model is closed; call neo_runtime.load again")
 
     def close(self) -> None:
-        """Let go of the engine; contexts of it must be gone."""
+        """Release the engine and free the memory. Its contexts must have been dropped."""
         if not self.is_closed:
             self._engine = self._runtime = None
             self._device.free(self._memory)
 
     def _messages(self) -> str:
-        """The errors that TensorRT has told since it was last asked."""
+        """The errors that TensorRT logged since the last call, in one line."""
         return "; ".join(messages_of(self._trt, warnings=False)) or "it gives no reason"
 
     def _check_aliases(self) -> None:
-        """Past and present of each layer must be one address, or the cache would be copied."""
+        """Check that each `present` is aliased to its `past`, so that the cache is not copied."""
         engine = self._engine
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
@@ -187,22 +186,26 @@ class LoadedPlan:
         config.set_execution_context_allocation_strategy(strategy)
         specialization = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
         if specialization is not None and profile == DECODE_PROFILE:
-            # TensorRT for RTX would exchange kernels in mid-run, under a captured graph.
+            # Otherwise TensorRT for RTX replaces kernels later, which breaks a captured graph.
             config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
         context = self._engine.create_execution_context(config)
         if context is None:
-            raise DeviceError(f"TensorRT cannot make an execution context ({self._messages()})")
+            raise DeviceError(
+                f"TensorRT cannot create an execution context ({self._messages()}); free memory "
+                "on the GPU, or build the plan again with neo-engine"
+            )
         if not context.set_optimization_profile_async(profile, self._device.stream_handle):
             raise EngineError(
-                f"{self.record.file} has no optimization profile {profile} ({self._messages()})"
+                f"{self.record.file} has no optimization profile {profile} ({self._messages()}); "
+                "build it again with neo-engine"
             )
         self._device.synchronize()
         context.set_device_memory(self._memory, self._memory_size)
         return context
 
     def can_capture(self, context: Any) -> bool:
-        """Whether TensorRT lets the context's work be captured; its shapes are set."""
-        # Only TensorRT for RTX may have to say no.
+        """Whether a context, whose shapes are set, can be captured as a CUDA graph."""
+        # Only TensorRT for RTX has the method, and only there it may be impossible.
         asked = getattr(context, "is_stream_capturable", None)
         return asked is None or bool(asked(self._device.stream_handle))
 
@@ -210,11 +213,13 @@ class LoadedPlan:
         """Queue one execution.
 
         Args:
-            context: of `new_context`.
-            tensors: every input and output.
+            context: a result of `new_context`.
+            tensors: all inputs and outputs.
 
         Raises:
-            NeoError: TensorRT refuses the shapes, or fails.
+            RequestError: the plan was not built for these input shapes.
+            DeviceError: TensorRT failed to run the plan.
+            NeoError: TensorRT rejected an address, or an input is missing.
         """
         self._device.select()
         for name, (address, shape) in tensors.items():
@@ -222,9 +227,11 @@ class LoadedPlan:
             if is_input and not context.set_input_shape(name, shape):
                 options = self.record.options
                 raise RequestError(
-                    f"the plan {self.record.file} does not take {name} of shape {list(shape)}; "
+                    f"the plan {self.record.file} does not accept {name} of shape {list(shape)}: "
                     f"it was built for {options.min_batch} to {options.max_batch} rows and chunks "
-                    f"of {options.min_length} to {options.max_length} tokens ({self._messages()})"
+                    f"of {options.min_length} to {options.max_length} tokens "
+                    f"({self._messages()}); stay within these, or build another plan with "
+                    "neo-engine"
                 )
             if not context.set_tensor_address(name, address):
                 raise NeoError(f"TensorRT rejected the address of {name}: {self._messages()}")

@@ -1,4 +1,4 @@
-"""Keys and values of some sequences in device memory, for a TensorRT plan."""
+"""The KV cache of a batch in device memory, for a TensorRT plan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["TensorRTStore"]
 
 
 class PlanSteps(Protocol):
-    """What the store needs of its backend: `TensorRTBackend`."""
+    """What the store needs of its backend; see `TensorRTBackend`."""
 
     manifest: Manifest
     device: Device
@@ -38,20 +38,20 @@ class PlanSteps(Protocol):
     plan: LoadedPlan
 
     def take_buffers(self, batch: int) -> StepBuffers:
-        """Of a batch, zeros in the cache."""
+        """Buffers for a batch, set to zero."""
 
     def give_back(self, buffers: StepBuffers) -> None:
-        """Nobody uses them any more."""
+        """Return buffers that are no longer in use."""
 
     def allocate(self, size: int) -> int:
-        """Device memory, for one call."""
+        """Allocate device memory."""
 
     def queue_prefill(self, tensors: Tensors) -> None:
-        """Queue the plan's prefill profile."""
+        """Queue one chunk in the plan's prefill profile."""
 
 
 class TensorRTStore(DeviceRowsStore):
-    """See the module."""
+    """A `CacheStore` for a TensorRT plan."""
 
     def __init__(self, backend: PlanSteps, batch: int) -> None:
         model = backend.manifest.model
@@ -60,7 +60,7 @@ class TensorRTStore(DeviceRowsStore):
         self._row_shape = (model.num_heads, backend.manifest.max_length, model.head_dim)
         self._buffers = backend.take_buffers(batch)
         self._give_back = weakref.finalize(self, backend.give_back, self._buffers)
-        self._give_back.atexit = False  # the system takes everything then
+        self._give_back.atexit = False  # the system frees everything when the process ends
         self.lengths = np.zeros(batch, dtype=np.int64)
 
     def prefill(self, prompts: Sequence[NDArray[np.int64]], chunk: int) -> StepLogits:
@@ -74,11 +74,11 @@ class TensorRTStore(DeviceRowsStore):
     def _groups(
         self, prompts: Sequence[NDArray[np.int64]]
     ) -> list[tuple[int, list[NDArray[np.int64]]]]:
-        """Prompts that are computed together, each group behind the row where it begins."""
+        """Prompts of adjacent rows that are prefilled together, each group with its first row."""
         rows = [row for row, prompt in enumerate(prompts) if len(prompt)]
         longest = max(len(prompt) for prompt in prompts)
         if (self.lengths[rows] + longest > self._backend.manifest.max_length).any():
-            # A padded row would write behind the end of its cache: rows go alone, unpadded.
+            # A padded row would write beyond the end of its cache, so rows run alone, unpadded.
             return [(row, [prompts[row]]) for row in rows]
         groups: list[tuple[int, list[NDArray[np.int64]]]] = []
         for row in rows:
@@ -91,7 +91,11 @@ class TensorRTStore(DeviceRowsStore):
     def _prefill(
         self, first: int, prompts: Sequence[NDArray[np.int64]], chunk: int
     ) -> NDArray[np.float32]:
-        """Logits of the last position of the rows from `first` on, float32 [rows, vocab]."""
+        """Prefill `len(prompts)` rows from `first` on in chunks.
+
+        Returns:
+            Logits of the last position of each row, float32 [rows, vocab].
+        """
         counts = np.array([len(prompt) for prompt in prompts])
         logits = np.empty((len(prompts), self._backend.manifest.model.vocab_size), np.float32)
         for start in range(0, int(counts.max()), chunk):
@@ -110,13 +114,13 @@ class TensorRTStore(DeviceRowsStore):
         counts: NDArray[np.int64] | None = None,
         first: int = 0,
     ) -> NDArray[np.float32]:
-        """Append tokens to some rows, and give logits of some of them.
+        """Append tokens to some rows, and compute the logits at some of them.
 
         Args:
-            ids: [rows, sequence], padded on the right.
-            logit_positions: [rows, m], indices among the new tokens.
-            counts: [rows] tokens that are no padding; None for all.
-            first: the store's row that `ids[0]` belongs to.
+            ids: int64 [rows, n], padded on the right.
+            logit_positions: int64 [rows, m], indices from 0 among the new tokens.
+            counts: int64 [rows], tokens without padding; None if there is none.
+            first: the store's row for `ids[0]`.
 
         Returns:
             float32 [rows, m, vocab].
@@ -129,7 +133,8 @@ class TensorRTStore(DeviceRowsStore):
         if lacking > 0 and int(self.lengths[chosen].max()) + ids.shape[1] + lacking <= last + 1:
             ids = np.pad(ids, ((0, 0), (0, lacking)))
         positions = self.lengths[chosen, None] + np.arange(ids.shape[1])
-        # Padding may not run past the table or the cache: it is fed, but never looked at.
+        # Clip the positions of padding to the position table and the cache: it is computed, but
+        # its results are never used.
         arrays = {
             "input_ids": np.ascontiguousarray(ids),
             "position_ids": np.minimum(positions, last),
@@ -161,7 +166,7 @@ class TensorRTStore(DeviceRowsStore):
         return logits
 
     def decode(self, tokens: NDArray[np.int64]) -> StepLogits:
-        """See `CacheStore.decode`: all rows, so that the captured step fits."""
+        """See `CacheStore.decode`. Computes all rows: the captured step has fixed shapes."""
         backend, batch = self._backend, self.batch
         ids = np.zeros((2, self._rows), dtype=np.int64)
         ids[0, :batch], ids[1, :batch] = tokens, self.lengths
