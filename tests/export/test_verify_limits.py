@@ -96,9 +96,9 @@ def test_the_median_of_the_logits_has_a_limit(cuda_bundle: Path) -> None:
     manifest = open_bundle(cuda_bundle).manifest
     limit = TOLERANCES["fp16"].any_checkpoint
     _judge(_found(manifest, logits=limit, attended=1.0, mlp=0.5), manifest, True)
-    words = r"^the logits are off by 0\.05 .* the limit of fp16 is 0\.04\. Every step is right"
+    words = r"^the logits are off by 0\.09 .* the limit of fp16 is 0\.08\. Every step is right"
     with pytest.raises(VerificationError, match=words):
-        _judge(_found(manifest, logits=0.05), manifest, True)
+        _judge(_found(manifest, logits=0.09), manifest, True)
 
 
 @pytest.mark.parametrize("worst", [float("nan"), float("inf")])
@@ -116,9 +116,9 @@ def test_one_position_that_is_not_finite_is_refused(
 
 def test_the_limit_that_is_named_is_the_one_that_was_passed(cuda_bundle: Path) -> None:
     manifest = replace(open_bundle(cuda_bundle).manifest, precision="int4")
-    _judge(_found(manifest, logits=0.05), manifest, True)
-    with pytest.raises(VerificationError, match=r"the limit of fp16 is 0\.04\."):
-        _judge(_found(manifest, logits=0.05), manifest, False)
+    _judge(_found(manifest, logits=0.09), manifest, True)
+    with pytest.raises(VerificationError, match=r"the limit of fp16 is 0\.08\."):
+        _judge(_found(manifest, logits=0.09), manifest, False)
 
 
 def test_a_near_tie_that_rounding_decides_is_no_fault() -> None:

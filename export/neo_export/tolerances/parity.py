@@ -31,8 +31,8 @@ class Tolerance:
     """Limit for the median of `logits` over positions on an unknown checkpoint (`neo-export
     --verify`). Some checkpoints amplify rounding errors, at single positions without bound; a wrong
     step is found by `LOCAL`, whatever the errors before it. On the 1.3B shape with random weights
-    (unscaled scores up to 47), PyTorch's own float32 is 1.1e-5 from float64 in the median, and its
-    float16 up to 2.2e-2 and its bfloat16 up to 1.5e-1 from float32."""
+    (unscaled scores up to 47), PyTorch's own float32 is 1.1e-5 from float64 in the median; on the
+    2.7B shape its float16 is 5.4e-2 from float32."""
     of_reference: float | None = None
     """Largest multiple of the reference's own error, relative to more exact arithmetic, if that
     error is known and exceeds `logits`: float32's from float64, float16's from float32. Two results
@@ -57,14 +57,14 @@ TOLERANCES: dict[str, Tolerance] = {
     "fp16": Tolerance(
         logits=5e-3,
         hidden=2e-2,
-        any_checkpoint=4e-2,
+        any_checkpoint=8e-2,
         of_reference=1.5,
         reason="Weights and activations carry 11 bits (2⁻¹¹ = 5e-4 a rounding), layer upon layer.",
     ),
     "bf16": Tolerance(
         logits=4e-2,
         hidden=1.6e-1,
-        any_checkpoint=3e-1,
+        any_checkpoint=6e-1,
         reason=(
             "As fp16, with three bits less: 2⁻⁸ = 4e-3 a rounding, eight times the limits. "
             "PyTorch's own bfloat16 is up to 2.3e-2 from its float32 at a position of neo-mini's "
