@@ -224,7 +224,7 @@ def test_tokens_that_the_model_lacks_are_named(
     assert "the model of 4096 tokens has no row for: '<pad>' (4096);" in caplog.text
     with neo_runtime.load(tmp_path / "bundle", threads=1) as model:
         assert model.generate("Tom", max_new_tokens=2).token_ids
-        with pytest.raises(RequestError, match="token id 4096 at place 1 is out of range"):
+        with pytest.raises(RequestError, match="token id 4096 at index 1 is out of range"):
             model.generate("Tom<pad>")
     caplog.clear()
     assert main([str(DEMO), "-o", str(tmp_path / "demo")]) == 0

@@ -21,7 +21,7 @@ def test_more_threads_than_processors(
     assert chosen_threads(2) == 2
     assert not caplog.records
     assert chosen_threads(32) == 32
-    assert "32 threads for 2 processors" in caplog.text
+    assert "32 threads on 2 processors" in caplog.text
     with pytest.raises(RequestError, match=r"threads is 33, .* 2 processors; expected at most 32"):
         chosen_threads(33)
 

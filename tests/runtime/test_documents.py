@@ -65,11 +65,7 @@ def test_no_more_is_read_than_is_wanted() -> None:
         ("a.jsonl", b'"caf\xe9 au lait"', r"a\.jsonl is not UTF-8 text"),
         ("a.jsonl", b'"a"\n\n{"text":', r"a\.jsonl, line 3 is not valid JSON"),
         ("a.json", b'[\n  "a"\n]', r"a\.json, line 1 is not valid JSON"),
-        (
-            "a.jsonl",
-            b'"a"\n{"story": "b"}',
-            r"line 2 does not contain a document; expected a string, or",
-        ),
+        ("a.jsonl", b'"a"\n{"story": "b"}', r"line 2 does not contain a document; expected"),
         ("a.jsonl", b"[1, 2]", "line 1 does not contain a document"),
         ("a.jsonl", b"null", "line 1 does not contain a document"),
         ("a.jsonl", b'{"text": null, "prompt": "a"}', "line 1 does not contain a document"),

@@ -30,9 +30,7 @@ def test_one_kind_of_error(text: str | bytes) -> None:
 
 
 def test_wherever_it_is_given(mini_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        RequestError, match=r"f, line 1 is not valid JSON \(it is nested too deeply\)"
-    ):
+    with pytest.raises(RequestError, match=r"f, line 1 is not valid JSON .*nested too deeply"):
         next(json_lines([DEEP], "f"))
     file = tmp_path / "files.json"
     file.write_text(DEEP)
