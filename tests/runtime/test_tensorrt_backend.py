@@ -405,6 +405,21 @@ def test_a_model_that_is_garbage_gives_everything_back(
     assert device.closed
 
 
+def test_a_closed_store_does_not_touch_the_buffers_of_the_next(model: Model) -> None:
+    """A reference to a store may outlive its cache, whose buffers the next cache takes."""
+    with model.new_cache(1, 8) as cache:
+        model.prefill(cache, [[1, 2]])
+        store = cache.store
+    for call in (
+        partial(store.decode, np.array([3])),
+        partial(store.score, np.array([3]), np.empty((1, model.manifest.model.vocab_size), "f")),
+        partial(store.extend, 0),
+    ):
+        with pytest.raises(NeoError, match="the cache is closed"):
+            call()
+    store.close()
+
+
 def test_nothing_works_after_closing(model: Model) -> None:
     cache, other = model.new_cache(2, 8), model.new_cache(1, 8)
     model.prefill(cache, [[1], [2]])

@@ -147,7 +147,7 @@ def read_bundle(bundle: Path) -> Manifest:
     graph = manifest.graphs[GRAPH].file
     if hashlib.sha256((bundle / graph).read_bytes()).hexdigest() != manifest.files[graph].sha256:
         raise BundleDamagedError(
-            f"{bundle / graph} differs from its checksum; copy or export the bundle again"
+            f"{bundle / graph} does not match its checksum; copy or export the bundle again"
         )
     return manifest
 

@@ -151,7 +151,7 @@ class EngineRecord:
                 f"{source} is not valid JSON ({error}); build the plan again with neo-engine"
             ) from error
         except BundleDamagedError as error:
-            raise EngineError(f"{error} (build the plan with neo-engine)") from error
+            raise EngineError(f"{error}; build the plan again with neo-engine") from error
         return record
 
 

@@ -219,7 +219,10 @@ class Manifest:
                 f"{SCHEMA_VERSION}; upgrade neo-onnx, or export the bundle with this version"
             )
         checksum = raw.pop("checksum", None)
-        manifest: Manifest = parse_strictly(cls, {"source": None} | raw, source)
+        try:
+            manifest: Manifest = parse_strictly(cls, {"source": None} | raw, source)
+        except BundleDamagedError as error:
+            raise BundleDamagedError(f"{error}; export the bundle again") from error
         try:
             expected = _checksum(raw)
         except UnicodeEncodeError as error:

@@ -194,7 +194,7 @@ def read_kernels(path: Path) -> StepKernels:
     except ValueError as error:
         raise EngineError(f"{path} is not valid JSON ({error}); {again}") from error
     except BundleDamagedError as error:
-        raise EngineError(f"{error} ({again})") from error
+        raise EngineError(f"{error}; {again}") from error
     _check_indices(found, path)
     return found
 

@@ -45,7 +45,8 @@ def parse_strictly(kind: Any, raw: Any, where: str) -> Any:
         where: the value's place, for errors.
 
     Raises:
-        BundleDamagedError: a field is missing or unknown, or a value has the wrong type.
+        BundleDamagedError: a field is missing or unknown, or a value has the wrong type. The caller
+            adds what to do.
     """
     origin = get_origin(kind)
     if is_dataclass(kind):
@@ -73,18 +74,18 @@ def parse_strictly(kind: Any, raw: Any, where: str) -> Any:
         return float(raw)
     if isinstance(kind, type) and type(raw) is kind:
         return raw
-    raise BundleDamagedError(f"{where}: found {raw!r}, expected {_name(kind)}; export again")
+    raise BundleDamagedError(f"{where}: found {raw!r}, expected {_name(kind)}")
 
 
 def _parse_dataclass(kind: Any, raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
-        raise BundleDamagedError(f"{where}: found {raw!r}, expected an object; export again")
+        raise BundleDamagedError(f"{where}: found {raw!r}, expected an object")
     hints = get_type_hints(kind)
     names = {f.name for f in fields(kind)}
     if unknown := raw.keys() - names:
-        raise BundleDamagedError(f"{where}: unknown field {min(unknown)!r}; export again")
+        raise BundleDamagedError(f"{where}: unknown field {min(unknown)!r}")
     if missing := names - raw.keys():
-        raise BundleDamagedError(f"{where}: field {min(missing)!r} is missing; export again")
+        raise BundleDamagedError(f"{where}: field {min(missing)!r} is missing")
     return kind(
         **{name: parse_strictly(hints[name], raw[name], f"{where}: {name}") for name in names}
     )
@@ -98,7 +99,7 @@ def _parse_union(kind: Any, raw: Any, where: str) -> Any:
             )
         except BundleDamagedError:
             continue
-    raise BundleDamagedError(f"{where}: found {raw!r}, expected {_name(kind)}; export again")
+    raise BundleDamagedError(f"{where}: found {raw!r}, expected {_name(kind)}")
 
 
 def _name(kind: Any) -> str:

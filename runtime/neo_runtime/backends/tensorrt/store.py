@@ -12,6 +12,7 @@ from neo_runtime.backends.base import ITEM_SIZES
 from neo_runtime.backends.device.base import Layout
 from neo_runtime.backends.device.rows import CacheTensors, DeviceRowsStore
 from neo_runtime.backends.step_logits import StepLogits
+from neo_runtime.errors import NeoError
 
 if TYPE_CHECKING:
     import threading
@@ -58,8 +59,8 @@ class TensorRTStore(DeviceRowsStore):
         self._backend, self._device, self._rows = backend, backend.device, batch
         self._item = ITEM_SIZES[backend.manifest.cache.dtype]
         self._row_shape = (model.num_heads, backend.manifest.max_length, model.head_dim)
-        self._buffers = backend.take_buffers(batch)
-        self._give_back = weakref.finalize(self, backend.give_back, self._buffers)
+        self._taken: StepBuffers | None = backend.take_buffers(batch)
+        self._give_back = weakref.finalize(self, backend.give_back, self._taken)
         self._give_back.atexit = False  # the system frees everything when the process ends
         self.lengths = np.zeros(batch, dtype=np.int64)
 
@@ -204,6 +205,18 @@ class TensorRTStore(DeviceRowsStore):
             yield
             self._device.synchronize()
 
+    @property
+    def _buffers(self) -> StepBuffers:
+        """The buffers, which belong to another store after `close`.
+
+        Raises:
+            NeoError: the store is closed.
+        """
+        if self._taken is None:
+            raise NeoError("the cache is closed; make another one with Model.new_cache")
+        return self._taken
+
     def close(self) -> None:
         """See `CacheStore.close`."""
         self._give_back()
+        self._taken = None
