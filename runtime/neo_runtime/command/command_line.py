@@ -1,6 +1,6 @@
-"""How every command ends: an exit status and, on an error, one line on stderr.
+"""Run a command: its exit status and, on an error, one line on stderr.
 
-Imports nothing heavy, so that `--help` and wrong usage answer at once.
+Imports nothing heavy, so that `--help` and usage errors respond at once.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _WRONG, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports wrong usage in one line, without repeating a long usage text.
+    """A parser that reports usage errors in one line, without the long usage text.
 
-    Descriptions stay as they are written, and options are not to be shortened.
+    Descriptions keep their line breaks, and options cannot be abbreviated.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -52,12 +52,12 @@ class _ShowVersion(argparse.Action):
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
-    """Let a command take `--version`."""
+    """Add `--version`."""
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
 
 
 def one_line(message: str) -> str:
-    """Join the lines of a message; spaces within a line stay, as a path may contain them."""
+    """Join the lines of a message; spaces within a line are kept, as a path may contain them."""
     return " ".join(line.strip() for line in message.splitlines() if line.strip())
 
 
@@ -70,21 +70,21 @@ def run_command(
     unverified: int = _WRONG,
     wording: Callable[[str], str] = one_line,
 ) -> int:
-    """Do the work of a command line.
+    """Run the work of a command, and turn errors into messages and exit statuses.
 
     Args:
-        program: what lines on stderr begin with.
+        program: name of the command, with which lines on stderr begin.
         work: returns the exit status. It closes its progress line on stderr however it ends.
         extras: the package's extras (comma-separated) that install what the command imports, in
-            their forms for CPUs unless a GPU was asked for.
-        interrupted: message for Ctrl-C; None for no message. Where it depends on how far the work
+            their CPU variants unless a GPU was requested.
+        interrupted: message for Ctrl-C; None for no message. If it depends on how far the work
             got, the work raises a KeyboardInterrupt with the message.
         unverified: exit status for a `VerificationError`.
         wording: turns an error's message into one line.
 
     Returns:
-        The status of `work`; 2 for an error, 130 after Ctrl-C, 141 when the reader of stdout
-        has gone. An unexpected exception is raised with its traceback.
+        The status of `work`; 2 for an error, 130 after Ctrl-C, 141 if the reader of stdout
+        has closed the pipe. An unexpected exception is raised with its traceback.
     """
     prepare_streams()
     try:
@@ -123,7 +123,7 @@ def _what_is_missing(error: ImportError, extras: str) -> str:
 
 
 def _give_up_full_stdout() -> None:
-    """The interpreter would try once more when it exits, and end with a status of its own."""
+    """Discard unwritable output: the interpreter would flush it at exit, and set its own status."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -141,7 +141,7 @@ def _words_of(error: OSError) -> str:
 
 
 def discard_stdout() -> None:
-    """Redirect stdout to nowhere: the interpreter flushes it once more when it exits."""
+    """Redirect stdout to the null device: at exit the interpreter flushes it again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""The flags of `neo-generate` for the form that its text must have."""
+"""The flags of `neo-generate` for structured output: a grammar that the text must match."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_form_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def given_form(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Arguments for `Model.grammar`, with what files hold; nothing if no form was asked for.
+    """Keyword arguments for `Model.grammar`, files read; empty without such a flag.
 
     Raises:
         RequestError: a file cannot be read.

@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, in any order; nothing after the first `--` is an option."""
+    """Parse the arguments, in any order; whatever follows the first `--` is not an option."""
     parser, given = _parser(), list(argv)
     end = given.index("--") if "--" in given else len(given)
     # argparse of Python 3.11 forgets `--` where options and the others may mix.
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace, options: Mapping[str, Any]) -> None:
-    """Refuse what cannot go together, before anything is read.
+    """Refuse arguments that contradict each other, before any file is read.
 
     Raises:
         RequestError: says what to change.
@@ -215,7 +215,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _drafter(arguments: argparse.Namespace, draft_model: Model | None) -> Drafter | None:
-    """What was asked for, if it was."""
+    """The drafter that the arguments choose; None without one."""
     from neo_runtime.generation.draft_model import DraftModel
     from neo_runtime.generation.drafting import PromptLookup
 

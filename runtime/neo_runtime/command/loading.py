@@ -1,4 +1,4 @@
-"""The flags of commands that load a bundle to generate from it."""
+"""The flags of commands that load a bundle and generate from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many prompts in one batch that they join and leave; what is done is out of the house at once."""
+"""Complete many prompts with continuous batching; completions are yielded as soon as possible."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ def completed(
     prefix: Prefix | None = None,
     drafter: Drafter | None = None,
 ) -> Generator[tuple[int, Completion], None, None]:
-    """Complete prompts in their order, each as `Model.generate` does with all of them.
+    """Complete the prompts, and yield the completions in the order of the prompts.
 
     Args:
         model: the model.
         prompts: text or token ids.
         chosen: the options, without a seed for each prompt.
-        size: prompts computed together; None for what suits the machine. With beams or a drafter
-            it is one after the other.
+        size: batch size; None for the model's default. With beams or a drafter, prompts are
+            computed one by one.
         bad_words: as for `Model.generate`.
         prefix: as for `Model.generate`.
         drafter: as for `Model.generate`.
 
     Yields:
-        The place of a prompt and a completion of it, once those before it are done.
+        The index of a prompt and one of its completions, once all earlier prompts are done.
 
     Raises:
-        RequestError: a prompt or an option that cannot be honoured: before any is computed.
+        RequestError: a prompt or an option is invalid; raised before any is computed.
         NeoError: see `Model.generate`.
     """
     # Only now what imports numpy: --help does without.
@@ -94,7 +94,7 @@ def _together(
     bad_words: Sequence[str],
     prefix: Prefix | None,
 ) -> Generator[tuple[int, Completion], None, None]:
-    """In a batch that they join and leave; `longest`: tokens of a prompt and its completion."""
+    """Run the prompts in a scheduler; `longest`: most tokens of a prompt and its completion."""
     from neo_runtime.generation.fitting import fitting_batch
     from neo_runtime.scheduling.scheduler import Scheduler
     from neo_runtime.text.prompts import named_prompt

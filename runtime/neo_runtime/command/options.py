@@ -15,7 +15,7 @@ __all__ = ["add_option_flags", "chosen_options", "token_ids"]
 
 
 def token_ids(text: str) -> list[int]:
-    """Read a list such as `1,2,3`."""
+    """Parse a list of token ids, such as `1,2,3`."""
     return [int(part) for part in re.split(r"\s*,\s*|\s+", text.strip())]
 
 
@@ -143,7 +143,7 @@ _SWITCHES = (
 
 
 def add_option_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags; a flag that is not given sets no attribute."""
+    """Add the flags; a flag that is not given sets no attribute of the parsed arguments."""
     for title, flags in (
         ("length", _LENGTH),
         ("sampling", _SAMPLING),
@@ -182,7 +182,7 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `Model.generate`: the flags that were given."""
+    """Keyword arguments for `Model.generate`, from the flags that were given."""
     flags = (*_LENGTH, *_SAMPLING, *_PENALTIES, *_BEAMS, *_REPEATED)
     names = [flag[0] for flag in flags] + [switch[0] for switch in _SWITCHES] + ["logprobs"]
     given = vars(arguments)

@@ -1,4 +1,4 @@
-"""What `neo-generate` prints behind its work: text, ids, one JSON object, or JSON lines."""
+"""The output of `neo-generate`: text, token ids, one JSON object, or JSON lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["print_lines", "print_object", "print_text", "print_timings"]
 
 
 def print_text(model: Model, completions: Sequence[Completion], *, ids: bool, echo: bool) -> None:
-    """Texts with a line --- between them, or ids; `echo` puts each prompt in front."""
+    """Print texts separated by a line `---`, or token ids; `echo` repeats each prompt first."""
     for index, completion in enumerate(completions):
         if index:
             print("---")
@@ -36,7 +36,7 @@ def print_text(model: Model, completions: Sequence[Completion], *, ids: bool, ec
 def print_object(
     model: Model, bundle: str, completions: Sequence[Completion], loaded: float
 ) -> None:
-    """One JSON object with everything; `loaded` in seconds."""
+    """Print one JSON object with all completions; `loaded`: seconds to load the bundle."""
     report = {
         "bundle": bundle,
         "load_seconds": loaded,
@@ -48,12 +48,12 @@ def print_object(
 def print_lines(
     model: Model, tags: Sequence[dict[str, Any]], done: Iterable[tuple[int, Completion]]
 ) -> list[Completion]:
-    """A JSON object a completion, flushed each: what is there stays, whatever follows.
+    """Print one JSON object per completion, flushed at once: a later error loses none.
 
     Args:
         model: the model.
-        tags: more entries for the objects of each prompt.
-        done: places of the prompts, and completions, as they are computed.
+        tags: further entries for the objects of each prompt.
+        done: prompt indices and completions, as they are computed.
 
     Returns:
         All completions.
@@ -66,7 +66,7 @@ def print_lines(
 
 
 def print_timings(completions: Sequence[Completion], loaded: float) -> None:
-    """On stderr; `loaded` in seconds."""
+    """Print the timings to stderr; `loaded`: seconds to load the bundle."""
     print(f"load {loaded:.3f} s", file=sys.stderr)
     for completion in completions:
         times = completion.timings

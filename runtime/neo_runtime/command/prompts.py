@@ -1,4 +1,4 @@
-"""The prompts of `neo-generate`: an argument, a file of them, or standard input."""
+"""Read the prompts of `neo-generate`: an argument, a file of prompts, or standard input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KEYS = ("prompt", "text", "content")
 
 
 class GivenPrompt(NamedTuple):
-    """A prompt, and what its completion is to be found by."""
+    """A prompt, and the entries that identify its completion in the output."""
 
     prompt: Prompt
     """Text, or a list of token ids."""
@@ -36,15 +36,15 @@ class GivenPrompt(NamedTuple):
 
 
 def read_prompts(prompt: str | None, file: str | None, *, ids: bool) -> list[GivenPrompt]:
-    """The prompts that a command line names.
+    """Read the prompts that the command line names.
 
     Args:
         prompt: the argument; None for standard input.
-        file: JSON lines instead: a path, or `-` for standard input.
-        ids: `prompt` is a list of token ids.
+        file: a file of JSON lines instead of `prompt`: a path, or `-` for standard input.
+        ids: whether `prompt` is a list of token ids.
 
     Raises:
-        RequestError: both or nothing was given, or something that holds no prompt.
+        RequestError: both or neither was given, or there is no prompt in it.
         OSError: the file cannot be read.
     """
     if file is not None:
@@ -76,7 +76,7 @@ def _stdin() -> TextIO:
 
 
 def read_text(file: str) -> str:
-    """A file of text, as it is; `-` for standard input.
+    """Read a text file unchanged; `-` for standard input.
 
     Raises:
         RequestError: it is not UTF-8.
@@ -90,7 +90,7 @@ def read_text(file: str) -> str:
 
 
 def _read(file: str) -> tuple[str, bytes]:
-    """What to call a file, and its bytes."""
+    """The name of a file in messages, and its contents."""
     if file == _STDIN:
         return "standard input", _stdin().buffer.read()
     return file, Path(file).read_bytes()
@@ -103,17 +103,17 @@ def shortened(
     chosen: GenerationOptions,
     prefix: Prefix | None,
 ) -> list[GivenPrompt]:
-    """The last tokens of each prompt, as ids.
+    """Truncate prompts on the left, and convert them to token ids.
 
     Args:
-        model: reads the text.
-        prompts: as they were given.
-        most: tokens; -1 for what `chosen` leaves room for.
+        model: encodes the text.
+        prompts: text or token ids.
+        most: tokens to keep; -1 for as many as `chosen` leaves room for.
         chosen: the options.
-        prefix: what all go on from.
+        prefix: the shared prefix, which takes positions too.
 
     Raises:
-        RequestError: a prompt that is none, or no room for any.
+        RequestError: a prompt is invalid, or there is no room for a prompt.
     """
     if most == -1:
         most = _room(chosen, model.manifest.max_length)
@@ -130,7 +130,7 @@ def shortened(
 
 
 def _room(chosen: GenerationOptions, positions: int) -> int:
-    """Tokens that a prompt may have; `max_length` counts both, and one is left to generate."""
+    """Most tokens of a prompt: `max_length` includes the continuation, of at least one token."""
     from neo_runtime.options.generation_options import DEFAULT_MAX_NEW_TOKENS
 
     if chosen.max_new_tokens is None and chosen.max_length is not None:

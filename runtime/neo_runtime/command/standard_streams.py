@@ -1,4 +1,4 @@
-"""Standard streams as a command line needs them, however it was started."""
+"""Prepare standard streams for a command line, however it was started."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["json_text", "prepare_streams"]
 
 
 def prepare_streams() -> None:
-    """Let stdout and stderr take everything that is written to them.
+    """Make sure that writing to stdout and stderr does not fail.
 
-    Where one is closed, as cron and daemons start programs, it leads nowhere; a closed stdin
-    remains None. Characters that stdout's encoding lacks become `?`. Further calls do nothing.
+    A closed stream, as cron and daemons may leave it, is redirected to the null device; a closed
+    stdin remains None. Characters that stdout's encoding lacks become `?`. Idempotent.
     """
     _take_numbers()
     if sys.stdout is None:
@@ -31,14 +31,14 @@ def prepare_streams() -> None:
 
 
 def json_text(value: object, *, indent: int | None = None) -> str:
-    """JSON for stdout: readable where that is UTF-8, elsewhere escaped, so that nothing is lost."""
+    """JSON for stdout: as it is if stdout is UTF-8, else escaped, so that nothing is lost."""
     import json
 
     return json.dumps(value, indent=indent, ensure_ascii=not _is_utf8(sys.stdout))
 
 
 def _take_numbers() -> None:
-    """The next file to be opened would get a closed stream's number, and what libraries print."""
+    """Occupy the descriptors of closed streams: a file opened later would get what is printed."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -1,4 +1,4 @@
-"""`neo-verify BUNDLE`: read every byte of a bundle and compare it with its checksums."""
+"""`neo-verify BUNDLE`: compare every byte of a bundle with its checksums."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def _run(folder: str, *, as_json: bool) -> int:
 
 
 def _whole_plans(bundle: Bundle) -> list[EngineRecord]:
-    """Records of the bundle's TensorRT plans, each of which was read to its end.
+    """Verify the checksums of the TensorRT plans; returns their records.
 
     Raises:
-        EngineError: a record cannot be read, or a plan is missing or is not what it says.
+        EngineError: a record cannot be read, or a plan is missing or does not match its record.
         BundleError: a plan cannot be read.
     """
     records = read_records(bundle.path)
@@ -98,11 +98,11 @@ def _whole_plans(bundle: Bundle) -> list[EngineRecord]:
 
 
 def _whole_kernels(bundle: Bundle) -> dict[str, StepKernels]:
-    """The bundle's kernels by the names of their files, each with its checksum compared.
+    """Verify the checksums of the kernels; returns the kernels by file name.
 
     Raises:
-        EngineError: a file cannot be read, or is not what was written.
-        BundleUnsupportedError: it has another schema version.
+        EngineError: a file cannot be read, or does not match its checksum.
+        BundleUnsupportedError: a file has another schema version.
     """
     found = {path.name: read_kernels(path) for path in find_kernels(bundle.path)}
     for kernels in found.values():
@@ -164,7 +164,7 @@ def _kernel_facts(kernels: StepKernels, digest: str) -> dict[str, Any]:
 
 
 def _kernels_line(name: str, kernels: dict[str, Any]) -> str:
-    """One file of kernels, for a reader."""
+    """A line of text about one file of kernels."""
     line = (
         f"  kernels {name}: compute capability {kernels['compute_capability']}, "
         f"{kernels['compiler']}"
@@ -173,7 +173,7 @@ def _kernels_line(name: str, kernels: dict[str, Any]) -> str:
 
 
 def _plan_line(name: str, plan: dict[str, Any]) -> str:
-    """One plan, for a reader."""
+    """A line of text about one plan."""
     line = (
         f"  plan {name}: {plan['size']:,} bytes, {plan['flavour']} {plan['version']}, compute "
         f"capability {plan['compute_capability']}"
@@ -182,7 +182,7 @@ def _plan_line(name: str, plan: dict[str, Any]) -> str:
 
 
 def _text(report: dict[str, Any]) -> str:
-    """The result as lines for a reader; empty where there was nothing to look at."""
+    """The result as text; empty if there was nothing to verify."""
     if "digest" not in report:
         return ""
     width = max(len(f"{size:,}") for size in report["files"].values())
@@ -204,12 +204,12 @@ def _text(report: dict[str, Any]) -> str:
 
 
 def _shown(line: str) -> str:
-    """A line on which a file's name cannot move the cursor, or begin another line."""
+    """Escape control characters, so that a file name cannot forge lines or move the cursor."""
     return line if line.isprintable() else line.encode("unicode_escape").decode()
 
 
 def _source_lines(source: dict[str, Any] | None) -> list[str]:
-    """What a bundle was made from, for a reader."""
+    """Lines of text about what the bundle was made from."""
     if source is None:
         return []
 
@@ -226,7 +226,7 @@ def _source_lines(source: dict[str, Any] | None) -> list[str]:
 
 
 def _print(text: str, status: int) -> int:
-    """Print and flush; a reader of the pipe that went away does not change the verdict."""
+    """Print and flush; a closed pipe does not change the exit status."""
     try:
         if text:
             print(text)
@@ -237,7 +237,7 @@ def _print(text: str, status: int) -> int:
 
 
 class _Progress:
-    """A line on stderr: redrawn on a terminal, elsewhere written every ten seconds."""
+    """A progress line on stderr: redrawn on a terminal, elsewhere printed every ten seconds."""
 
     def __init__(self) -> None:
         self._tty = sys.stderr.isatty()
@@ -256,7 +256,7 @@ class _Progress:
         self._drawn = True
 
     def clear(self) -> None:
-        """Take the line off a terminal."""
+        """Erase the line from a terminal."""
         if self._tty and self._drawn:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
