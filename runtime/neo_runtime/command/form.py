@@ -14,18 +14,24 @@ __all__ = ["add_form_flags", "given_form"]
 
 def add_form_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags; see `given_form`."""
-    titled = parser.add_argument_group("form of the text (extra grammar)")
+    titled = parser.add_argument_group("structured output (extra grammar)")
     group = titled.add_mutually_exclusive_group()
-    group.add_argument("--json-schema", metavar="FILE", help="JSON that a JSON schema allows")
-    group.add_argument("--regex", metavar="PATTERN", help="what a regular expression matches")
+    group.add_argument(
+        "--json-schema", metavar="FILE", help="the text is JSON that matches this schema"
+    )
+    group.add_argument(
+        "--regex", metavar="PATTERN", help="the text matches this regular expression"
+    )
     group.add_argument(
         "--choice",
         dest="choices",
         action="append",
         metavar="TEXT",
-        help="this text, or another choice; to be repeated",
+        help="the text is one of the choices; may be repeated",
     )
-    group.add_argument("--lark", metavar="FILE", help="what a grammar in llguidance's Lark allows")
+    group.add_argument(
+        "--lark", metavar="FILE", help="the text matches this grammar, in llguidance's Lark syntax"
+    )
 
 
 def given_form(arguments: argparse.Namespace) -> dict[str, Any]:

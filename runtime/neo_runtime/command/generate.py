@@ -59,26 +59,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompts-file",
         metavar="FILE",
-        help="several prompts instead: JSON lines, each a string, a list of token ids, or an "
-        'object with "prompt", "text" or "content", and perhaps an "id"; - for standard input',
+        help="a file of prompts instead: JSON lines, each a string, a list of token ids, or an "
+        'object with "prompt", "text" or "content", and optionally "id"; - for stdin',
     )
     parser.add_argument(
         "--truncate-prompt-tokens",
         type=int,
         metavar="N",
-        help="keep the last N tokens of each prompt; -1: as many as the new tokens leave room for "
+        help="keep the last N tokens of each prompt; -1: as many as fit beside the new tokens "
         "(default: a prompt that is too long is an error)",
     )
     parser.add_argument(
         "--prefix-file",
         metavar="FILE",
-        help="text that every prompt goes on from, such as examples, taken as it is and computed "
-        "once; a word must not go over the border to the prompt; - for standard input",
+        help="a shared prefix of all prompts, such as examples, computed once; it must not end "
+        "inside a word; - for standard input",
     )
     parser.add_argument(
         "--token-ids",
         action="store_true",
-        help="take PROMPT as token ids such as 1,2,3, and print token ids",
+        help="PROMPT is a list of token ids such as 1,2,3; print token ids, too",
     )
     parser.add_argument("--echo", action="store_true", help="print the prompt before the text")
     form = parser.add_mutually_exclusive_group()
@@ -95,27 +95,30 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=int,
         metavar="N",
-        help="prompts to compute together (default: what suits the machine)",
+        help="prompts computed together (default: chosen for the machine)",
     )
     drafts = parser.add_mutually_exclusive_group()
     drafts.add_argument(
         "--prompt-lookup",
         action="store_true",
-        help="guess that the text repeats itself, and check several tokens at once: sooner where "
-        "it does, and the same text, but for near ties in int8, int4 and half precision",
+        help="speculative decoding: guess tokens that repeat the text, and verify several at "
+        "once; the same text, except at near ties in int8, int4 and half precision",
     )
     drafts.add_argument(
         "--draft-model",
         metavar="BUNDLE",
-        help="let a small model of the same vocabulary guess, on the same backend",
+        help="speculative decoding with a small model of the same vocabulary, on the same backend",
     )
     parser.add_argument(
-        "--draft-tokens", type=int, metavar="N", help="guess at most N tokens at once (default: 10)"
+        "--draft-tokens",
+        type=int,
+        metavar="N",
+        help="guess at most N tokens at a time (default: 10)",
     )
     parser.add_argument(
         "--no-generation-config",
         action="store_true",
-        help="take nothing from the bundle's generation_config.json",
+        help="ignore the bundle's generation_config.json",
     )
     add_option_flags(parser)
     add_form_flags(parser)

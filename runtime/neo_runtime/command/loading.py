@@ -17,8 +17,8 @@ def add_loading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup)
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="what runs the bundle (default: auto, the GPU that it was exported for if that can be "
-        "used, else the CPU)",
+        help="backend to run the bundle on (default: auto: the GPU that it was exported for if "
+        "usable, else the CPU)",
     )
     parser.add_argument(
         "--device", type=int, default=0, metavar="N", help="index of the GPU (default: 0)"
@@ -36,7 +36,7 @@ def add_loading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup)
         "--prefill-chunk",
         type=int,
         metavar="N",
-        help="tokens of prompts computed at once: fewer take less memory, and hold up others less "
+        help="prompt tokens per chunk: fewer take less memory, and delay other requests less "
         "(default: 256 on a CPU, 512 with float weights, 2048 with CUDA)",
     )
     parser.add_argument(
@@ -46,7 +46,7 @@ def add_loading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup)
         help="keep prepacked weights in the cache folder (default: those of quantized bundles)",
     )
     parser.add_argument(
-        "--verify", action="store_true", help="compare the weights with their checksum first"
+        "--verify", action="store_true", help="verify the checksum of the weights first"
     )
 
 
