@@ -210,8 +210,8 @@ def test_bundles_that_are_measured_have_the_adapters_base(
     """They are exported from the name of the model, as the search opened it."""
     opened = []
 
-    def open_it(model: str, base: str | None) -> Checkpoint:
-        opened.append(base)
+    def open_it(model: str, base: str | None, tokenizer: str | None) -> Checkpoint:
+        opened.append((base, tokenizer))
         return open_checkpoint(model)
 
     def judge(*_: object, base: str | None, **_options: object) -> None:
@@ -224,10 +224,11 @@ def test_bundles_that_are_measured_have_the_adapters_base(
     options = run.AutoOptions(
         text=(last_stories,),
         base="there",
+        tokenizer="elsewhere",
         max_size="0.5",
         statistics=statistics,
         output=tmp_path / "plan.json",
     )
     with pytest.raises(RequestError, match="judged on there"):
         run.run_auto(str(DEMO), options, lambda *_: None)
-    assert opened == ["there"]
+    assert opened == [("there", "elsewhere")]

@@ -215,6 +215,6 @@ def test_a_file_that_is_no_json_object(text: str, mini_bundle: Path, tmp_path: P
     bundle = derived_bundle(mini_bundle, tmp_path / "bundle", files)
     with (
         neo_runtime.load(bundle, threads=1) as model,
-        pytest.raises(BundleDamagedError, match=r"config\.json (is not valid|holds no) J"),
+        pytest.raises(BundleDamagedError, match=r"config\.json (is not valid|contains list, expe)"),
     ):
         model.generate([1, 2], max_new_tokens=1)

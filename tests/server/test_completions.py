@@ -359,7 +359,7 @@ def test_the_most_that_is_taken(
 )
 def test_the_least_that_is_taken(name: str, least: int) -> None:
     assert read_request({"prompt": "a", name: least})
-    with pytest.raises(ApiError, match=f"expected an integer from {least} on") as error:
+    with pytest.raises(ApiError, match=f"expected an integer of at least {least}") as error:
         read_request({"prompt": "a", name: least - 1})
     assert error.value.param == name
 
