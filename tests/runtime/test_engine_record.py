@@ -135,7 +135,7 @@ def test_records_are_read_back(bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("size", "4", "size.*found '4'"),
+        ("size", "4", "size.*found '4', expected int; build the plan again with neo-engine$"),
         ("flavour", "tensor", "flavour.*found 'tensor'"),
         ("file", "../one.plan", "outside of its folder"),
         ("file", "two.plan", "missing"),

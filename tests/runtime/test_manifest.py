@@ -115,7 +115,8 @@ WRONG_TYPES: list[tuple[tuple[str | int, ...], Any, str]] = [
 @pytest.mark.parametrize(("keys", "value", "message"), WRONG_TYPES)
 def test_wrong_types(folder: Path, keys: tuple[str | int, ...], value: Any, message: str) -> None:
     edit_json(folder, *keys, value=value)
-    with pytest.raises(BundleDamagedError, match=rf"neo\.json.*{message}"):
+    remedy = "; export the bundle again$"
+    with pytest.raises(BundleDamagedError, match=rf"neo\.json.*{message}.*{remedy}"):
         open_bundle(folder)
 
 
