@@ -1,4 +1,4 @@
-"""Context managers around `close`: always at the end of the block, or only on an error."""
+"""What `close` means: context managers that call it, and the error afterwards."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from neo_runtime.errors import NeoError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
     from typing import Self
 
-__all__ = ["Closable", "closed_on_error"]
+__all__ = ["Closable", "closed_on_error", "of_open_cache"]
 
 
 class _Closes(Protocol):
@@ -19,6 +21,7 @@ class _Closes(Protocol):
 
 
 Resource = TypeVar("Resource", bound=_Closes)
+Part = TypeVar("Part")
 
 
 @contextmanager
@@ -29,6 +32,17 @@ def closed_on_error(resource: Resource) -> Iterator[Resource]:
     except BaseException:
         resource.close()
         raise
+
+
+def of_open_cache(part: Part | None) -> Part:
+    """A part of a cache, given as None once the cache is closed.
+
+    Raises:
+        NeoError: the cache is closed.
+    """
+    if part is None:
+        raise NeoError("the cache is closed; make another one with Model.new_cache")
+    return part
 
 
 class Closable(ABC):

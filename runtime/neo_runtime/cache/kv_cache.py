@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_runtime.closable import Closable
+from neo_runtime.closable import Closable, of_open_cache
 from neo_runtime.errors import NeoError, RequestError
 from neo_runtime.options.values import count
 
@@ -110,9 +110,7 @@ class KVCache(Closable):
         Raises:
             NeoError: the cache is closed.
         """
-        if self._open_store is None or self._is_closing:
-            raise NeoError("the cache is closed; make another one with Model.new_cache")
-        return self._open_store
+        return of_open_cache(None if self._is_closing else self._open_store)
 
     @property
     def batch(self) -> int:

@@ -26,7 +26,7 @@ from neo_runtime.backends.cpu.staged_cache import StagedCache
 from neo_runtime.backends.right_padded import RightPaddedStore
 from neo_runtime.backends.step_logits import CandidateRows, StepLogits
 from neo_runtime.bundle.manifest import CANDIDATE_OUTPUTS
-from neo_runtime.errors import NeoError
+from neo_runtime.closable import of_open_cache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,8 +136,7 @@ class InPlaceStore(RightPaddedStore):
 
     def _rows(self, row: int, count: int) -> list[NDArray[Any]]:
         """`count` rows of every buffer, from `row` on."""
-        if self._block is None:
-            raise NeoError("the cache is closed; make another one with Model.new_cache")
+        of_open_cache(self._block)
         return [buffer[row : row + count] for buffer in self._buffers]
 
     def _call(

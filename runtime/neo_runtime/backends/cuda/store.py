@@ -19,7 +19,7 @@ from neo_runtime.backends.device.rows import CacheTensors, DeviceRowsStore
 from neo_runtime.backends.right_padded import RightPaddedStore
 from neo_runtime.backends.step_logits import CandidateRows, StepLogits
 from neo_runtime.bundle.manifest import CANDIDATE_OUTPUTS
-from neo_runtime.errors import NeoError
+from neo_runtime.closable import of_open_cache
 
 if TYPE_CHECKING:
     import threading
@@ -83,9 +83,7 @@ class DeviceStore(DeviceRowsStore, RightPaddedStore):
         Raises:
             NeoError: the store is closed, perhaps by another thread before logits were fetched.
         """
-        if self._slot is None:
-            raise NeoError("the cache is closed; make another one with Model.new_cache")
-        return self._slot
+        return of_open_cache(self._slot)
 
     def _run_prefill(
         self,

@@ -12,7 +12,7 @@ from neo_runtime.backends.base import ITEM_SIZES
 from neo_runtime.backends.device.base import Layout
 from neo_runtime.backends.device.rows import CacheTensors, DeviceRowsStore
 from neo_runtime.backends.step_logits import StepLogits
-from neo_runtime.errors import NeoError
+from neo_runtime.closable import of_open_cache
 
 if TYPE_CHECKING:
     import threading
@@ -212,9 +212,7 @@ class TensorRTStore(DeviceRowsStore):
         Raises:
             NeoError: the store is closed.
         """
-        if self._taken is None:
-            raise NeoError("the cache is closed; make another one with Model.new_cache")
-        return self._taken
+        return of_open_cache(self._taken)
 
     def close(self) -> None:
         """See `CacheStore.close`."""
