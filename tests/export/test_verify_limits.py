@@ -91,14 +91,20 @@ def _found(manifest: Manifest, **typical: float) -> Verification:
     )
 
 
+def _judged(found: Verification, manifest: Manifest, *, rounds_activations: bool) -> None:
+    _judge(found, manifest, tolerance_name(manifest, rounds_activations=rounds_activations))
+
+
 def test_the_median_of_the_logits_has_a_limit(cuda_bundle: Path) -> None:
     """Errors inside have none: sharp attention amplifies any rounding."""
     manifest = open_bundle(cuda_bundle).manifest
     limit = TOLERANCES["fp16"].any_checkpoint
-    _judge(_found(manifest, logits=limit, attended=1.0, mlp=0.5), manifest, True)
+    _judged(
+        _found(manifest, logits=limit, attended=1.0, mlp=0.5), manifest, rounds_activations=True
+    )
     words = r"^the logits are off by 0\.09 .* the limit of fp16 is 0\.08\. Every step is right"
     with pytest.raises(VerificationError, match=words):
-        _judge(_found(manifest, logits=0.09), manifest, True)
+        _judged(_found(manifest, logits=0.09), manifest, rounds_activations=True)
 
 
 @pytest.mark.parametrize("worst", [float("nan"), float("inf")])
@@ -111,14 +117,14 @@ def test_one_position_that_is_not_finite_is_refused(
     error = replace(found.logits, worst=worst)
     found = replace(found, **{place: (error,) if place == "places" else error})
     with pytest.raises(VerificationError, match=r"^logits holds values that are not finite"):
-        _judge(found, manifest, True)
+        _judged(found, manifest, rounds_activations=True)
 
 
 def test_the_limit_that_is_named_is_the_one_that_was_passed(cuda_bundle: Path) -> None:
     manifest = replace(open_bundle(cuda_bundle).manifest, precision="int4")
-    _judge(_found(manifest, logits=0.09), manifest, True)
+    _judged(_found(manifest, logits=0.09), manifest, rounds_activations=True)
     with pytest.raises(VerificationError, match=r"the limit of fp16 is 0\.08\."):
-        _judge(_found(manifest, logits=0.09), manifest, False)
+        _judged(_found(manifest, logits=0.09), manifest, rounds_activations=False)
 
 
 def test_a_near_tie_that_rounding_decides_is_no_fault() -> None:
@@ -160,4 +166,4 @@ def test_one_wrong_logit_of_many_is_found(cuda_bundle: Path) -> None:
     manifest = open_bundle(cuda_bundle).manifest
     wrong = replace(_found(manifest), argmax_disagreements=1)
     with pytest.raises(VerificationError, match=r"differs from PyTorch's at 1 of 544 positions"):
-        _judge(wrong, manifest, False)
+        _judged(wrong, manifest, rounds_activations=False)

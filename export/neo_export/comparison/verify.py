@@ -108,18 +108,18 @@ def verify_bundle(
     places = tuple(error for error in found if error is not logits)
     assert trace.logits is not None
     faults = find_faults(errors, manifest.model, limits_name(manifest))
-    rounds_activations = _rounds_activations(folder, manifest)
-    tolerance = TOLERANCES[tolerance_name(manifest, rounds_activations=rounds_activations)]
+    name = tolerance_name(manifest, rounds_activations=_rounds_activations(folder, manifest))
+    limit = TOLERANCES[name].any_checkpoint
     verification = Verification(
         tokens=length,
         window_size=manifest.model.window_size,
         logits=logits,
-        argmax_disagreements=_disagreements(trace.logits, expected, tolerance.any_checkpoint),
+        argmax_disagreements=_disagreements(trace.logits, expected, limit),
         worst_place=max(places, key=lambda place: place.typical),
         places=places,
         first_fault=explain(faults, reference, texts),
     )
-    _judge(verification, manifest, rounds_activations)
+    _judge(verification, manifest, name)
     return verification
 
 
@@ -156,7 +156,8 @@ def _disagreements(found: NDArray[Any], expected: NDArray[np.float32], limit: fl
     return int(np.count_nonzero(suspect & differs))
 
 
-def _judge(verification: Verification, manifest: Manifest, rounds_activations: bool) -> None:
+def _judge(verification: Verification, manifest: Manifest, name: str) -> None:
+    """Raise what is wrong; `name` is the bundle's key of `TOLERANCES`."""
     fault = verification.first_fault
     if fault is not None:
         why = f"; it looks like {fault.kind}" if fault.kind else ""
@@ -166,7 +167,6 @@ def _judge(verification: Verification, manifest: Manifest, rounds_activations: b
             f"{limits_name(manifest)} is {fault.limit:g}){why}. Report this with the checkpoint's "
             "config.json"
         )
-    name = tolerance_name(manifest, rounds_activations=rounds_activations)
     tolerance = TOLERANCES[name]
     limit = tolerance.any_checkpoint
     for place in (*verification.places, verification.logits):
