@@ -49,7 +49,7 @@ def open_model(model: str, base: str | None = None, tokenizer: str | None = None
     """
     folder = None if tokenizer is None else _tokenizer_folder(tokenizer)
     checkpoint = open_checkpoint(resolve_model(model), base)
-    return checkpoint if folder is None else checkpoint.with_tokenizer(folder)
+    return checkpoint if folder is None else replace(checkpoint, tokenizer_folder=folder)
 
 
 def _tokenizer_folder(model: str) -> Path:
@@ -142,5 +142,6 @@ def _adapted(base: Checkpoint, adapter: Adapter) -> Checkpoint:
         tensors=match_tensors(tensors | changed, adapted, folder),
         config_json=base.config_json | facts,
         generation_config=read_generation_config(folder) or base.generation_config,
+        tokenizer_folder=folder if has_tokenizer(folder) else base.tokenizer_folder,
         files=(*base.files, adapter),
-    ).with_tokenizer(folder if has_tokenizer(folder) else base.tokenizer_folder)
+    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_base", "add_tokenizer", "given_again"]
+__all__ = ["add_base", "add_tokenizer", "model_arguments"]
 
 
 def add_base(parser: argparse._ActionsContainer) -> None:
@@ -30,7 +30,7 @@ def add_tokenizer(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def given_again(base: str | None, tokenizer: str | None) -> tuple[str, ...]:
-    """The same options as arguments for another command."""
+def model_arguments(base: str | None, tokenizer: str | None) -> tuple[str, ...]:
+    """These options as arguments for another command."""
     given = {"base": base, "tokenizer": tokenizer}
     return tuple(f"--{name}={value}" for name, value in given.items() if value is not None)

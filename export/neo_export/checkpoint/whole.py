@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neo_runtime.closable import Closable
@@ -50,12 +50,15 @@ class Checkpoint(Closable):
     """`config.json`, unchanged."""
     generation_config: dict[str, Any] | None
     """`generation_config.json`, unchanged; None if there is none."""
-    tokenizer_files: tuple[Path, ...]
-    """The tokenizer's files that exist."""
     tokenizer_folder: Path
     """The folder of the tokenizer's files."""
     files: tuple[Closable, ...]
     """Owners of the memory-mapped files."""
+
+    @property
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        """The tokenizer's files that exist."""
+        return find_tokenizer_files(self.tokenizer_folder)
 
     def tokenizer_json(self) -> bytes | None:
         """Content of a `tokenizer.json`, built from `vocab.json` and `merges.txt` if only those
@@ -70,11 +73,6 @@ class Checkpoint(Closable):
     def _tokenizer_json(self) -> bytes | None:
         # Cached, so that its warnings appear once.
         return read_tokenizer_json(self.tokenizer_folder)
-
-    def with_tokenizer(self, folder: Path) -> Checkpoint:
-        """The same checkpoint with the tokenizer of another folder; close only one of the two."""
-        files = find_tokenizer_files(folder)
-        return replace(self, tokenizer_files=files, tokenizer_folder=folder)
 
     def close(self) -> None:
         """Release the files. Arrays that were read stay valid."""
@@ -102,7 +100,6 @@ def open_whole(folder: Path) -> Checkpoint:
         tensors=tensors,
         config_json=read_json_object(folder / CONFIG_NAME),
         generation_config=read_generation_config(folder),
-        tokenizer_files=find_tokenizer_files(folder),
         tokenizer_folder=folder,
         files=(files,),
     )

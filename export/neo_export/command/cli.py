@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from neo_runtime.command.command_line import run_command
 from neo_runtime.errors import EngineError, RequestError
 
-from neo_export.checkpoint.model_options import given_again
+from neo_export.checkpoint.model_options import model_arguments
 from neo_export.command.export_parser import export_parser
 from neo_export.command.search_options import search_arguments
 from neo_export.reports.stages import StageLine
@@ -98,7 +98,7 @@ def _export(
         # Fail before the calibration, which may take hours.
         check_destination(arguments.output, force=arguments.force)
         _check_model(model, options, searches=search is not None)
-    named = given_again(options.base, options.tokenizer)
+    named = model_arguments(options.base, options.tokenizer)
     found = None
     with StageLine("neo-export") as bar:
         with termination_raises(), ExitStack() as stack:
